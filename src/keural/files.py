@@ -1,0 +1,82 @@
+"""Files that are either whole or absent: atomic writes, checksums and fingerprints.
+
+Every room that writes goes through this module, so that a killed process or a full disk never leaves something that looks finished.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from keural.errors import UserError
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """Hex SHA-256 of a JSON-serialisable value, independent of key order."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in `path`. Raises `UserError` when it is missing or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); the file is damaged, delete it or restore it") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_atomic(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write `content` to a temporary neighbour, flush it to disk, then rename it to `path`. Raises `UserError` on a full disk."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free some space or choose another directory") from error
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Give a temporary directory that becomes `path` when the block ends well, and vanishes when it does not.
+
+    A directory left behind by a killed process under the temporary name is removed first; an existing `path` is replaced at the
+    end. Raises `UserError` when the disk refuses a write inside the block.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.replace(path)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = error.strerror or str(error)
+        raise UserError(f"{path}: cannot be written ({reason}); free some space or choose another directory") from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

@@ -1,0 +1,458 @@
+"""Recipes: what a run is made of, as strict typed objects read from YAML.
+
+A recipe is a directory: `recipe.yaml` names the model, the tokenizer, the evaluation and the stages in order; `<stage>.yaml`
+describes one stage. Everything is checked when it is read: an unknown key, a wrong type or an impossible combination is a `UserError`
+that names the file and the key. Any value can be overridden as `key=value`: a key of `recipe.yaml` (`seed=1`, `data=DIR`,
+`model.hidden_size=256`), a key of every stage (`train.lr=1e-5`), or a key of one stage (`sft-2.train.lr=1e-5`).
+"""
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from keural.errors import UserError
+
+SpecT = TypeVar("SpecT", bound="Spec")
+Objective = Literal["next_token", "sft", "dpo"]
+
+
+class Spec(BaseModel):
+    """Base of all recipe objects: strict types, no unknown keys, immutable."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ModelSpec(Spec):
+    """Shape of the network; the defaults are the published 14.83B model."""
+
+    hidden_size: int = Field(4096, gt=0)
+    intermediate_size: int = Field(5632, gt=0)
+    """Width of one expert."""
+    num_hidden_layers: int = Field(24, gt=0)
+    num_attention_heads: int = Field(32, gt=0)
+    num_key_value_heads: int = Field(8, gt=0)
+    head_dim: int = Field(128, gt=0)
+    num_local_experts: int = Field(8, gt=0)
+    num_experts_per_tok: int = Field(2, gt=0)
+    sliding_window: int = Field(513, gt=0)
+    """Keys a token of a sliding (even) layer sees, itself included."""
+    max_position_embeddings: int = Field(4096, gt=0)
+    rope_theta: float = Field(500_000.0, gt=0)
+    rms_norm_eps: float = Field(1e-5, gt=0)
+    initializer_range: float = Field(0.02, gt=0)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
+        if self.num_experts_per_tok > self.num_local_experts:
+            raise ValueError("num_experts_per_tok cannot exceed num_local_experts")
+        if self.head_dim % 2:
+            raise ValueError("head_dim must be even (rotary embedding turns pairs)")
+        return self
+
+
+class SourceSpec(Spec):
+    """One source of rows: where they are, how a row is read, and what is known of it."""
+
+    name: str = Field(min_length=1)
+    adapter: str = Field(min_length=1)
+    """Name in the adapter registry: how a row becomes a document, a conversation or a pair."""
+    path: str = ""
+    """File, directory or glob, relative to the recipe's data directory."""
+    format: str | None = None
+    """Reader of the file; the default follows from the suffix."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the adapter and reader, e.g. names of fields."""
+    hub: str | None = None
+    """Where the files come from (a dataset hub id); named when they are missing."""
+    language: str | None = None
+    license: str | None = None
+    limit: int | None = Field(None, gt=0)
+    """Use at most this many kept records, in file order."""
+    repeat: int = Field(1, gt=0)
+    """How often each record of the source is put into one epoch."""
+    expect: int | None = Field(None, ge=0)
+    """Number of records that should be kept (a published count); another number is warned about."""
+    max_drop: float = Field(0.5, ge=0, le=1)
+    """Refuse the source when a larger share of its rows is dropped; 0 refuses at the first bad row."""
+
+
+class TokenizerSpec(Spec):
+    """Which tokenizer: one to train from `sources`, or one to load from `path`."""
+
+    kind: Literal["lossless", "published"] = "lossless"
+    path: str | None = None
+    """A SentencePiece model file or tokenizer directory to load instead of training; relative to the data directory."""
+    vocab_size: int = Field(131_072, gt=260)
+    """SentencePiece pieces; the two ChatML markers come after them."""
+    character_coverage: float = Field(0.9995, gt=0, le=1)
+    split_digits: bool = True
+    max_bytes: int = Field(100_000_000, gt=0)
+    """Train on at most this many bytes of text, spread evenly over the sources' documents."""
+    sources: list[SourceSpec] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _trained_or_loaded(self) -> Self:
+        if bool(self.path) == bool(self.sources):
+            raise ValueError("give either path (load a tokenizer) or sources (train one)")
+        return self
+
+
+class DataSpec(Spec):
+    """A stage's data: sources, length of a packed row, and what is held out."""
+
+    sources: list[SourceSpec] = Field(min_length=1)
+    sequence_length: int = Field(gt=1)
+    """Tokens of a packed row (next_token, sft) or of one side of a pair with its prompt (dpo)."""
+    heldout_per_mille: float = Field(0.0, ge=0, lt=1000)
+    """Share of records held out, chosen by a hash of their content."""
+    heldout_sources: list[SourceSpec] = Field(default_factory=list)
+    """Sources that are held out whole; they never enter training."""
+    min_characters: int = Field(0, ge=0)
+    """Drop documents shorter than this (next_token)."""
+
+
+class TrainSpec(Spec):
+    """Optimisation of one stage: exactly one of `steps`, `epochs`, `budget_share`; batches are per optimizer step, not per device."""
+
+    steps: int | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0)
+    budget_share: float | None = Field(None, gt=0, le=1)
+    """Share of the recipe's time budget; the number of steps is measured and fixed before step 0."""
+    batch_tokens: int | None = Field(None, gt=0)
+    """Tokens per optimizer step (next_token, sft): a multiple of data.sequence_length."""
+    batch_pairs: int | None = Field(None, gt=0)
+    """Preference pairs per optimizer step (dpo)."""
+    micro_batch_tokens: int | None = Field(None, gt=0)
+    """Upper bound of tokens in one forward pass on one rank; default: the rank's whole share at once."""
+    lr: float = Field(gt=0)
+    min_lr: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    betas: list[float] = Field(default_factory=lambda: [0.9, 0.95], min_length=2, max_length=2)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    """Applied to matrices only, never to norms."""
+    clip_norm: float = Field(1.0, gt=0)
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    save_every: int | None = Field(None, gt=0)
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: int = Field(1, gt=0)
+    evaluate_every: int | None = Field(None, gt=0)
+    """Steps between evaluations on held-out data; it is always evaluated at the end."""
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_in_range(cls, betas: list[float]) -> list[float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("betas must lie in [0, 1)")
+        return betas
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if sum(value is not None for value in (self.steps, self.epochs, self.budget_share)) != 1:
+            raise ValueError("give exactly one of steps, epochs, budget_share")
+        if self.min_lr > self.lr:
+            raise ValueError("min_lr cannot exceed lr")
+        if self.steps is not None and self.warmup_steps >= self.steps:
+            raise ValueError("warmup_steps must be smaller than steps")
+        return self
+
+
+class RouterSpec(Spec):
+    """Router losses, added to every objective: coefficient times the mean over layers, on non-padding tokens."""
+
+    balance_coef: float = Field(0.02, ge=0)
+    z_coef: float = Field(0.001, ge=0)
+    scope: Literal["global_batch", "micro_batch"] = "global_batch"
+    """Tokens over which the load is balanced: the whole optimizer step (exact), or each forward pass (as published)."""
+
+
+class DpoSpec(Spec):
+    """Direct preference optimisation."""
+
+    beta: float = Field(0.1, gt=0)
+    loss: Literal["sigmoid"] = "sigmoid"
+
+
+class StageSpec(Spec):
+    """One training stage."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    objective: Objective
+    init_from: str = "random"
+    """`random`, the name of an earlier stage, or a model directory."""
+    data: DataSpec
+    train: TrainSpec
+    router: RouterSpec = Field(default_factory=RouterSpec)
+    dpo: DpoSpec = Field(default_factory=DpoSpec)
+    notes: list[str] = Field(default_factory=list)
+    """Where the numbers come from, contradictions included."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        train, length = self.train, self.data.sequence_length
+        if self.objective == "dpo":
+            if train.batch_pairs is None or train.batch_tokens is not None:
+                raise ValueError("objective dpo needs train.batch_pairs and no train.batch_tokens")
+            if self.init_from == "random":
+                raise ValueError("objective dpo needs init_from: an earlier stage or a model directory")
+        else:
+            if train.batch_tokens is None or train.batch_pairs is not None:
+                raise ValueError(f"objective {self.objective} needs train.batch_tokens and no train.batch_pairs")
+            if train.batch_tokens % length:
+                raise ValueError(f"train.batch_tokens {train.batch_tokens} is not a multiple of data.sequence_length {length}")
+            if "dpo" in self.model_fields_set:
+                raise ValueError(f"dpo settings have no effect with objective {self.objective}")
+        row = 2 * length if self.objective == "dpo" else length
+        if train.micro_batch_tokens is not None and train.micro_batch_tokens < row:
+            raise ValueError(f"train.micro_batch_tokens {train.micro_batch_tokens} is smaller than one packed row ({row} tokens)")
+        return self
+
+
+class ExactMatchSpec(Spec):
+    """Held-out exact match, greedy: the toy world's items, by task and language, and its preference pairs."""
+
+    items_per_task: int = Field(60, gt=0)
+    pairs: int = Field(200, gt=0)
+    max_new_tokens: int = Field(48, gt=0)
+
+
+class BitsPerByteSpec(Spec):
+    """Bits per byte on held-out text, with `xz -9` on the same text beside it."""
+
+    name: str
+    stage: str
+    """The stage whose held-out documents are measured."""
+    language: str | None = None
+    """Only documents of this language."""
+    max_bytes: int = Field(200_000, gt=0)
+
+
+class EvaluationSpec(Spec):
+    """What is measured at the end (and, for before-and-after figures, on the models named by each measure)."""
+
+    exact_match: ExactMatchSpec | None = None
+    bits_per_byte: list[BitsPerByteSpec] = Field(default_factory=list)
+
+
+class ChatSpec(Spec):
+    """Defaults of a chat with the final model, and the prompts whose answers the report shows."""
+
+    system: str | None = None
+    temperature: float = Field(0.7, ge=0)
+    top_p: float = Field(0.9, gt=0, le=1)
+    repetition_penalty: float = Field(1.1, gt=0)
+    max_new_tokens: int = Field(256, gt=0)
+    samples: list[str] = Field(default_factory=list)
+
+
+class RecipeSpec(Spec):
+    """`recipe.yaml`: everything that is not one stage's own."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    description: str = ""
+    seed: int = Field(42, ge=0)
+    data: str | None = None
+    """Directory that sources' paths are relative to; needed where a source has a path."""
+    budget: str | None = None
+    """Time for all stages with a budget_share, e.g. 20m, 90s, 2h."""
+    model: ModelSpec = Field(default_factory=ModelSpec)
+    tokenizer: TokenizerSpec
+    stages: list[str] = Field(min_length=1)
+    evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
+    chat: ChatSpec = Field(default_factory=ChatSpec)
+    notes: list[str] = Field(default_factory=list)
+
+    @field_validator("budget")
+    @classmethod
+    def _budget_parses(cls, budget: str | None) -> str | None:
+        if budget is not None:
+            parse_duration(budget)
+        return budget
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole recipe: the pipeline's settings and its stages in order."""
+
+    spec: RecipeSpec
+    stages: tuple[StageSpec, ...]
+    directory: Path
+
+    def stage(self, name: str) -> StageSpec:
+        """The stage called `name`. Raises `UserError` naming the nearest one."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise UserError(f"{self.directory}: no stage {name!r}{_nearest(name, [stage.name for stage in self.stages])}")
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting, defaults included, as plain data."""
+        return {"recipe": self.spec.model_dump(), "stages": [stage.model_dump() for stage in self.stages]}
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of `90s`, `20m`, `1.5h`. Raises ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", text.strip())
+    if not match or float(match[1]) == 0:
+        raise ValueError(f"{text!r} is not a duration (write 90s, 20m or 2h)")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def load_recipe(directory: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read `directory/recipe.yaml` and the stages it names, apply `key=value` overrides, and check everything.
+
+    Raises `UserError` for a missing file, an unknown key (with the nearest valid one), a wrong type or an impossible combination.
+    """
+    if directory.is_file():
+        raise UserError(f"{directory}: a recipe is a directory with a recipe.yaml; give {directory.parent}")
+    recipe_file = directory / "recipe.yaml"
+    recipe_data = _read_yaml(recipe_file)
+    names = recipe_data.get("stages")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{recipe_file}: key 'stages' must be a list of stage names")
+    stage_data = {name: _read_yaml(directory / f"{name}.yaml") for name in names}
+    for override in overrides:
+        _apply_override(override, recipe_data, stage_data, recipe_file)
+    spec = _validate(RecipeSpec, recipe_data, recipe_file)
+    stages = tuple(_validate(StageSpec, data, directory / f"{name}.yaml") for name, data in stage_data.items())
+    recipe = Recipe(spec, stages, directory)
+    _check_stages(recipe)
+    return recipe
+
+
+def _check_stages(recipe: Recipe) -> None:
+    """What one file alone cannot show: names, order, lengths, budget."""
+    earlier: list[str] = []
+    for name, stage in zip(recipe.spec.stages, recipe.stages, strict=False):
+        file = recipe.directory / f"{name}.yaml"
+        if stage.name != name:
+            raise UserError(f"{file}: name {stage.name!r} differs from the file's; call it {name!r}")
+        if recipe.spec.stages.count(name) > 1:
+            raise UserError(f"{recipe.directory / 'recipe.yaml'}: stage {name!r} is listed twice")
+        if stage.init_from in recipe.spec.stages and stage.init_from not in earlier:
+            raise UserError(f"{file}: init_from {stage.init_from!r} is not an earlier stage")
+        if stage.init_from not in {"random", *earlier} and "/" not in stage.init_from:
+            hint = _nearest(stage.init_from, ["random", *earlier])
+            raise UserError(
+                f"{file}: init_from {stage.init_from!r} is no earlier stage{hint}; write a model directory with a slash"
+            )
+        if stage.train.budget_share is not None and recipe.spec.budget is None:
+            raise UserError(f"{file}: train.budget_share needs a budget: set budget in recipe.yaml or give budget=20m")
+        if stage.data.sequence_length > recipe.spec.model.max_position_embeddings:
+            raise UserError(f"{file}: data.sequence_length exceeds model.max_position_embeddings")
+        earlier.append(name)
+    shares = sum(stage.train.budget_share or 0 for stage in recipe.stages)
+    if shares > 1 + 1e-9:
+        raise UserError(f"{recipe.directory}: the stages' budget_share sum to {shares:.3f}, more than 1")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, but `1e-4` is a number and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{path}: no such file; a recipe directory holds recipe.yaml and one file per stage") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: is {'empty' if value is None else 'not a mapping'}; expected keys and values")
+    return value
+
+
+def _apply_override(override: str, recipe: dict[str, Any], stages: dict[str, dict[str, Any]], file: Path) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override {override!r}: write key=value, e.g. train.lr=1e-5")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML") from error
+    head, _, rest = key.partition(".")
+    if head in stages and rest:
+        _set(stages[head], rest, value, override)
+    elif head in RecipeSpec.model_fields:
+        if head == "stages":
+            raise UserError(f"override {override!r}: stages cannot be overridden; edit {file} or use --until")
+        if key in {"data", "budget"} and isinstance(value, int | float):
+            value = text
+        _set(recipe, key, value, override)
+    elif head in StageSpec.model_fields:
+        for stage in stages.values():
+            if rest and head == "dpo" and stage.get("objective") != "dpo":
+                continue
+            _set(stage, key, value, override)
+    else:
+        known = [*RecipeSpec.model_fields, *StageSpec.model_fields, *stages]
+        raise UserError(f"override {override!r}: unknown key {head!r}{_nearest(head, known)}")
+
+
+def _set(data: dict[str, Any], key: str, value: Any, override: str) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise UserError(f"override {override!r}: {parent!r} is not a mapping")
+    data[last] = value
+
+
+def _validate(kind: type[SpecT], data: dict[str, Any], file: Path) -> SpecT:
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        worst = min(
+            error.errors(), key=lambda item: item["type"] != "extra_forbidden"
+        )  # a misspelt key also shows as a missing one
+        raise UserError(f"{file}: {_describe(worst, kind)}") from error
+
+
+def _describe(error: Any, kind: type[Spec]) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{_nearest(key, _keys(kind))}"
+    if error["type"] == "missing":
+        return f"key {key!r} is missing"
+    if error["type"] == "value_error":
+        return f"{key + ': ' if key else ''}{error['ctx']['error']}"
+    return f"key {key!r}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
+
+
+def _keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
+    """All dotted keys of a spec."""
+    keys = []
+    for name, field in kind.model_fields.items():
+        keys.append(prefix + name)
+        for inner in [field.annotation, *getattr(field.annotation, "__args__", ())]:
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                keys += _keys(inner, f"{prefix}{name}.")
+    return keys
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    plain = re.sub(r"\.\d+\.", ".", key)
+    match = difflib.get_close_matches(plain, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {match[0]!r}?)" if match else ""

@@ -1,0 +1,56 @@
+"""A tiny Keural model whose window is short and whose weights are large enough that every mistake shows."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from keural.model import KeuralConfig, KeuralMoECausalLM
+
+TINY: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_local_experts": 5,
+    "sliding_window": 9,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.3,
+}
+
+
+@pytest.fixture
+def tiny_config() -> Callable[..., KeuralConfig]:
+    """Make a tiny configuration; keyword arguments replace its values."""
+    return lambda **changes: KeuralConfig(**{**TINY, **changes})
+
+
+@pytest.fixture
+def tiny_model(tiny_config: Callable[..., KeuralConfig]) -> Callable[..., KeuralMoECausalLM]:
+    """Make a tiny model in evaluation mode with eager experts; norms are drawn too, so that they matter."""
+
+    def make(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> KeuralMoECausalLM:
+        torch.manual_seed(seed)
+        config = tiny_config(experts_implementation="eager", **changes)
+        model = KeuralMoECausalLM(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "norm" in name:
+                    parameter.uniform_(0.5, 1.5)
+        return model.to(dtype).eval()
+
+    return make
+
+
+@pytest.fixture
+def tokens() -> Callable[..., torch.Tensor]:
+    """Draw token ids ``[rows, length]``."""
+
+    def draw(rows: int, length: int, seed: int = 1) -> torch.Tensor:
+        return torch.randint(3, TINY["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(seed))
+
+    return draw

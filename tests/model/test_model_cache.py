@@ -1,0 +1,112 @@
+"""Cached decoding, padding and generation."""
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+
+def make_cache(kind, model):
+    return DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=32)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("pieces", [[1] * 24, [5] + [1] * 19, [15] + [1] * 9, [7, 6, 11], [12, 12]])
+@torch.no_grad()
+def test_cached_decoding_across_the_window_is_recomputing(tiny_model, tokens, kind, pieces, attention):
+    model, ids = tiny_model(torch.float64, attn_implementation=attention), tokens(2, 24)
+    expected = model(ids, use_cache=False).logits
+    cache = make_cache(kind, model)
+    parts = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split(pieces, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_made_cache_holds_only_the_window_on_sliding_layers(tiny_model, tokens):
+    cache = tiny_model()(tokens(1, 30), use_cache=True).past_key_values
+    lengths = [layer.keys.shape[2] for layer in cache.layers]
+    assert lengths == [8, 30, 8, 30]  # the token to come is the ninth
+
+
+def test_no_cache_is_returned_unless_used(tiny_model, tokens):
+    assert tiny_model()(tokens(1, 4), use_cache=False).past_key_values is None
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_left_padding_changes_nothing(tiny_model, tokens, attention):
+    model, long, short = tiny_model(torch.float64, attn_implementation=attention), tokens(1, 20), tokens(1, 13, seed=2)
+    batch = torch.cat((long, torch.nn.functional.pad(short, (7, 0))))
+    mask = torch.ones_like(batch)
+    mask[1, :7] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    logits = model(batch, attention_mask=mask, position_ids=positions).logits
+    torch.testing.assert_close(logits[0], model(long).logits[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits[1, 7:], model(short).logits[0], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_prepared_masks_are_taken_as_they_are(tiny_model, tokens):
+    model, ids = tiny_model(), tokens(1, 20)
+    mask = (torch.arange(20) >= 4).long()[None]
+    arguments = {
+        "config": model.config,
+        "inputs_embeds": model.get_input_embeddings()(ids),
+        "attention_mask": mask,
+        "past_key_values": None,
+    }
+    prepared = {
+        "full_attention": create_causal_mask(**arguments),
+        "sliding_attention": create_sliding_window_causal_mask(**arguments),
+    }
+    torch.testing.assert_close(model(ids, attention_mask=prepared).logits, model(ids, attention_mask=mask).logits)
+
+
+def test_embeddings_can_take_the_place_of_ids(tiny_model, tokens):
+    model, ids = tiny_model(), tokens(1, 6)
+    embeddings = model.get_input_embeddings()(ids)
+    torch.testing.assert_close(model(inputs_embeds=embeddings).logits, model(ids).logits)
+    for nothing_or_both in ({}, {"input_ids": ids, "inputs_embeds": embeddings}):
+        with pytest.raises(ValueError, match="exactly one"):
+            model(**nothing_or_both)
+
+
+@pytest.mark.parametrize(("keep", "expected"), [(1, slice(-1, None)), (3, slice(-3, None)), (0, slice(None))])
+def test_only_the_logits_asked_for_are_computed(tiny_model, tokens, keep, expected):
+    model, ids = tiny_model(), tokens(1, 6)
+    torch.testing.assert_close(model(ids, logits_to_keep=keep).logits, model(ids).logits[:, expected])
+
+
+@torch.no_grad()
+def greedy_by_recomputing(model, ids, steps):
+    for _ in range(steps):
+        ids = torch.cat((ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)), dim=1)
+    return ids
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_greedy_generation_of_a_padded_batch_is_recomputing_each_prompt(tiny_model, tokens, cache):
+    model, long, short = tiny_model(eos_token_id=None), tokens(1, 12), tokens(1, 4, seed=2)
+    batch = torch.cat((long, torch.nn.functional.pad(short, (8, 0))))
+    mask = torch.ones_like(batch)
+    mask[1, :8] = 0
+    options = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
+    generated = model.generate(batch, attention_mask=mask, **options)
+    assert torch.equal(generated[:1], greedy_by_recomputing(model, long, 12))
+    assert torch.equal(generated[1:, 8:], greedy_by_recomputing(model, short, 12))
+
+
+def test_generation_ends_at_the_end_of_turn(tiny_model, tokens):
+    model, ids = tiny_model(eos_token_id=None), tokens(1, 6)
+    third = greedy_by_recomputing(model, ids, 3)[0, -1].item()
+    generated = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=third)
+    assert generated[0, -1] == third
+    assert generated.shape[1] <= 9
+
+
+def test_sampling_repeats_with_its_seed(tiny_model, tokens):
+    model, ids, runs = tiny_model(eos_token_id=None, initializer_range=0.02), tokens(1, 6), []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        runs.append(model.generate(ids, max_new_tokens=10, do_sample=True, temperature=0.7, top_p=0.9).tolist())
+    assert runs[0] == runs[1] != runs[2]

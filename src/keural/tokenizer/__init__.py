@@ -1,0 +1,20 @@
+"""Tokenizers: training, loading, conversion to `tokenizer.json`, ChatML rendering with loss masks, and a report on texts."""
+
+from keural.tokenizer.chatml import ROLES, Message, Rendered, render, render_prompt
+from keural.tokenizer.load import KeuralTokenizer
+from keural.tokenizer.report import format_report, tokenizer_report
+from keural.tokenizer.stream import StreamDecoder
+from keural.tokenizer.train import train_tokenizer
+
+__all__ = [
+    "ROLES",
+    "KeuralTokenizer",
+    "Message",
+    "Rendered",
+    "StreamDecoder",
+    "format_report",
+    "render",
+    "render_prompt",
+    "tokenizer_report",
+    "train_tokenizer",
+]

@@ -1,0 +1,141 @@
+"""The tokenizer as the rest of the package uses it: text to ids and back.
+
+In: a SentencePiece `.model` file, or a directory that holds `tokenizer.model`. Out: ids (never control ids) from text, text from
+ids, and with `save` the files that transformers reads. The ids are pad 0, bos 1, eos 2, unk 3, bytes 4 to 259, pieces from 260, and
+the two ChatML markers last. The markers are not part of the `.model`, for both kinds alike: `vocab_size` is its number of pieces
+plus 2. A model that did not have them yet gets two rows that start at the mean of its other rows (`convert`).
+
+SentencePiece writes a space as U+2581 and restores every U+2581 as a space. A lossless tokenizer must keep a U+2581 of the text
+itself, so it is cut out before SentencePiece sees it and encoded as its three bytes. `tokenizer.json` has plain spaces in its
+pieces and no piece for U+2581, which gives the same three bytes there.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import chain, islice
+from pathlib import Path
+
+import sentencepiece
+
+from keural.errors import UserError
+from keural.files import write_atomic
+from keural.tokenizer.convert import write_tokenizer_files
+from keural.tokenizer.model_file import (
+    BOS_ID,
+    EOS_ID,
+    FIRST_BYTE_ID,
+    IM_END,
+    IM_START,
+    PAD_ID,
+    SPACE_MARK,
+    UNK_ID,
+    Kind,
+    parse_model,
+    piece_bytes,
+)
+from keural.tokenizer.segment import segments
+from keural.tokenizer.stream import StreamDecoder
+
+_SPACE_MARK_IDS = [FIRST_BYTE_ID + byte for byte in SPACE_MARK.encode("utf-8")]
+_FIRST_NORMAL_ID = FIRST_BYTE_ID + 256
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class KeuralTokenizer:
+    """A published or lossless tokenizer with the two ChatML markers after its pieces."""
+
+    pad_id = PAD_ID
+    bos_id = BOS_ID
+    eos_id = EOS_ID
+    unk_id = UNK_ID
+
+    def __init__(self, model: bytes, where: str = "tokenizer model") -> None:
+        """`model` are the bytes of a `.model` file; `where` names it in errors. Raises `UserError` when it cannot be used."""
+        self._model = model
+        self._proto, kind = parse_model(model, where)
+        self.kind: Kind = kind
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.vocab_size: int = len(self._proto.pieces) + 2
+        self.im_start_id: int = self.vocab_size - 2
+        self.im_end_id: int = self.vocab_size - 1
+        self.sha256: str = hashlib.sha256(model).hexdigest()
+
+    @classmethod
+    def load(cls, path: str | Path) -> "KeuralTokenizer":
+        """Load a `.model` file, or `tokenizer.model` of a tokenizer or model directory.
+
+        Raises `UserError` when there is none, or when the file is damaged or of neither kind.
+        """
+        file = Path(path)
+        if file.is_dir():
+            file = file / "tokenizer.model"
+        try:
+            model = file.read_bytes()
+        except FileNotFoundError as error:
+            raise UserError(f"{file}: no such file; give a .model file or a directory with tokenizer.model") from error
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+        return cls(model, str(file))
+
+    def save(self, directory: str | Path) -> None:
+        """Write tokenizer.model, tokenizer.json, tokenizer_config.json and chat_template.jinja, as AutoTokenizer reads them."""
+        target = Path(directory)
+        write_atomic(target / "tokenizer.model", self._model)
+        write_tokenizer_files(self._proto, self.kind, target)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, never a control id. Raises `UserError` for a string with lone surrogates, which no file can hold."""
+        return self.encode_batch([text], threads=1)[0]
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+        """The ids of each text; SentencePiece works on `threads` threads."""
+        if self.kind == "published":
+            return self._pieces(texts, threads)
+        cut = [[part.split(SPACE_MARK) for part in segments(text)] for text in texts]
+        encoded = iter(self._pieces([part for text in cut for parts in text for part in parts], threads))
+        return [list(chain.from_iterable(_joined(encoded, len(parts)) for parts in text)) for text in cut]
+
+    def _pieces(self, texts: Sequence[str], threads: int) -> list[list[int]]:
+        """What SentencePiece makes of each text by itself."""
+        for text in texts:
+            if not text.isascii() and (lone := _LONE_SURROGATE.search(text)):
+                raise UserError(f"text with a lone surrogate (U+{ord(lone[0]):04X}) cannot be encoded; repair the text")
+        return self._processor.encode(list(texts), out_type=int, num_threads=threads)
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of `ids`. Control ids give nothing, or their names (`<|im_end|>`) without `skip_special_tokens`.
+
+        Bytes that are no UTF-8 become U+FFFD. Raises `UserError` for an id outside the vocabulary.
+        """
+        decoder = self.stream_decoder(skip_special_tokens)
+        return "".join([decoder.push(token_id) for token_id in ids]) + decoder.flush()
+
+    def stream_decoder(self, skip_special_tokens: bool = True) -> StreamDecoder:
+        """A decoder that takes ids one by one."""
+        table = self._table if skip_special_tokens else self._table_with_names
+        return StreamDecoder(table, _FIRST_NORMAL_ID, strip_leading_space=self.kind == "published")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes an id stands for, perhaps only part of a character; none for control ids."""
+        return self._table[token_id]
+
+    @cached_property
+    def _table(self) -> list[bytes]:
+        return [*piece_bytes(self._proto), b"", b""]
+
+    @cached_property
+    def _table_with_names(self) -> list[bytes]:
+        names = [piece.piece.encode("utf-8") for piece in self._proto.pieces[:FIRST_BYTE_ID]]
+        return [*names, *self._table[FIRST_BYTE_ID:-2], IM_START.encode(), IM_END.encode()]
+
+
+def _joined(encoded: Iterator[list[int]], count: int) -> list[int]:
+    """The next `count` id lists of `encoded`, with the bytes of U+2581 between them."""
+    ids: list[int] = []
+    for position, part in enumerate(islice(encoded, count)):
+        if position:
+            ids += _SPACE_MARK_IDS
+        ids += part
+    return ids

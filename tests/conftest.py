@@ -2,13 +2,22 @@
 
 import os
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from keural.convert.hf import save_model_directory
+from keural.model import KeuralConfig, KeuralMoECausalLM
+from keural.recipe import ChatSpec, TokenizerSpec
+from keural.tokenizer import KeuralTokenizer
+from keural.tokenizer.train import train_tokenizer
+
 ROOT = Path(__file__).resolve().parents[1]
-REPOSITORY = ROOT
+WORDS = """the cat sees a small red house and two blue birds in the garden on Monday morning with eleven
+고양이는 작은 빨간 집과 파란 새 두 마리를 정원에서 봅니다 안녕하세요 감사합니다 월요일 아침 열하나"""
+TEXTS = [" ".join(WORDS.split()[(start * step) % 34] for step in range(1, 14)) for start in range(1, 200)]
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -40,3 +49,50 @@ def real_data(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def published_tokenizer_file(shared: Path) -> Path:
     """The published SentencePiece model file."""
     return shared / "reference" / "tokenizer" / "keural_tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> KeuralTokenizer:
+    """A lossless tokenizer of 402 ids."""
+    source = {"name": "words", "adapter": "text"}
+    spec = TokenizerSpec.model_validate({"vocab_size": 400, "sources": [source]})
+    return train_tokenizer(iter(TEXTS), spec, tmp_path_factory.mktemp("tokenizer") / "tokenizer", seed=0)
+
+
+@pytest.fixture(scope="session")
+def make_config(tokenizer: KeuralTokenizer) -> Callable[..., KeuralConfig]:
+    """Makes a configuration of two layers and four experts with the tokenizer's ids; keywords change it."""
+
+    def make(**changes: object) -> KeuralConfig:
+        shape: dict[str, object] = {
+            "vocab_size": tokenizer.vocab_size,
+            "hidden_size": 32,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "sliding_window": 9,
+            "max_position_embeddings": 160,
+            "initializer_range": 0.3,
+            "eos_token_id": tokenizer.im_end_id,
+        }
+        return KeuralConfig(**(shape | changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model(make_config: Callable[..., KeuralConfig]) -> KeuralMoECausalLM:
+    """A random model; its weights are large enough for peaked, varied predictions."""
+    torch.manual_seed(0)
+    return KeuralMoECausalLM(make_config()).eval()
+
+
+@pytest.fixture(scope="session")
+def model_dir(model: KeuralMoECausalLM, tokenizer: KeuralTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model's directory, its weights in several shards. Do not change it; copy it."""
+    out = tmp_path_factory.mktemp("run") / "model"
+    lineage = {"recipe": "tiny", "stage": "dpo-2", "chain": ["pretrain-1", "sft-1", "dpo-2"]}
+    return save_model_directory(out, model.config, model.state_dict(), tokenizer, lineage, ChatSpec(system="Be brief."), 30_000)

@@ -1,0 +1,1 @@
+"""Measures of a model: greedy answers, exact match, preference accuracy, bits per byte."""

@@ -1,0 +1,165 @@
+"""Batched greedy answers and answer log-probabilities.
+
+In: a model, its tokenizer, chats as messages. Out: answer texts, or one log-probability per answer. Chats are rendered by ids with
+the renderer that training uses; no prompt is ever built as a string.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache
+
+from keural.errors import UserError
+from keural.model import KeuralMoECausalLM
+from keural.tokenizer import KeuralTokenizer, Message, render, render_prompt
+
+LOGIT_ROWS = 1024
+"""Positions whose logits exist at the same time: 0.5 GB in float32 at a vocabulary of 131,074."""
+
+Chat = Sequence[Message]
+
+
+@torch.inference_mode()
+def greedy(
+    model: KeuralMoECausalLM, tokenizer: KeuralTokenizer, prompts: Sequence[Chat], max_new_tokens: int, batch_size: int = 32
+) -> list[str]:
+    """The most probable continuation of each chat as the assistant's next turn, token by token.
+
+    Args:
+        model: in evaluation mode, on any device.
+        tokenizer: the model's.
+        prompts: chats that end with a user turn.
+        max_new_tokens: an answer without `<|im_end|>` is cut after so many tokens, or where the context is full.
+        batch_size: chats generated together, padded on the left; the result does not depend on it beyond rounding.
+
+    Returns:
+        The answers' texts in the order of `prompts`, control tokens left out.
+
+    Raises:
+        UserError: when a prompt leaves no room for an answer in the model's context.
+    """
+    rendered = [render_prompt(tokenizer, prompt) for prompt in prompts]
+    context = model.config.max_position_embeddings
+    _check_length(max(map(len, rendered), default=0) + 1, context)
+    stop = {tokenizer.im_end_id, tokenizer.eos_id}
+    answers = [""] * len(rendered)
+    for batch in _batches([len(ids) for ids in rendered], batch_size):
+        input_ids, mask = _pad_left([rendered[index] for index in batch], tokenizer.pad_id, model.device)
+        for index, ids in zip(batch, _most_probable(model, input_ids, mask, max_new_tokens, stop), strict=True):
+            answers[index] = tokenizer.decode(until(ids[: context - len(rendered[index])], stop))
+    return answers
+
+
+@torch.inference_mode()
+def sequence_logprobs(
+    model: KeuralMoECausalLM,
+    tokenizer: KeuralTokenizer,
+    prompts: Sequence[Chat],
+    answers: Sequence[str],
+    batch_size: int = 16,
+) -> list[float]:
+    """Log-probability of each answer as the assistant's turn after its prompt: the sum over its tokens and `<|im_end|>`, in nats.
+
+    These are the tokens that DPO sums over (its loss mask within the last turn). Raises `UserError` when a chat with its answer
+    does not fit into the model's context.
+    """
+    chats = [_split(tokenizer, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    _check_length(max((len(ids) for ids, _ in chats), default=0), model.config.max_position_embeddings)
+    sums = [0.0] * len(chats)
+    for batch in _batches([len(ids) for ids, _ in chats], batch_size):
+        logprobs = token_logprobs(model, [chats[index][0] for index in batch], tokenizer.pad_id)
+        for index, row in zip(batch, logprobs, strict=True):
+            positions = [position - 1 for position in chats[index][1]]
+            sums[index] = float(row[positions].double().sum())
+    return sums
+
+
+def token_logprobs(model: KeuralMoECausalLM, sequences: Sequence[Sequence[int]], pad_id: int) -> list[Tensor]:
+    """Log-probability of each token given those before it: `len(ids) - 1` values per sequence, float32, on the CPU.
+
+    The sequences run as one batch, padded on the right, where causal attention cannot see it. Logits exist for `LOGIT_ROWS`
+    positions at a time only.
+    """
+    longest = max(map(len, sequences))
+    input_ids = torch.tensor([[*ids, *[pad_id] * (longest - len(ids))] for ids in sequences], device=model.device)
+    mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in sequences], device=model.device)
+    hidden = model.model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+    targets = input_ids[:, 1:].flatten()
+    counted = mask[:, 1:].flatten().bool()
+    values = torch.zeros(targets.shape[0], device=hidden.device)
+    values[counted] = _gathered(hidden[counted], targets[counted], model.get_output_embeddings().weight)
+    rows = values.view(len(sequences), longest - 1).cpu()
+    return [row[: len(ids) - 1] for row, ids in zip(rows, sequences, strict=True)]
+
+
+def until(ids: Sequence[int], stop: set[int]) -> list[int]:
+    """The ids before the first of `stop`."""
+    end = next((position for position, token in enumerate(ids) if token in stop), len(ids))
+    return list(ids[:end])
+
+
+def _most_probable(model: KeuralMoECausalLM, input_ids: Tensor, mask: Tensor, count: int, stop: set[int]) -> list[list[int]]:
+    """At most `count` greedy tokens after each left-padded row of `[B, T]`; what follows a row's stop token means nothing.
+
+    A loop of our own, because `generate` fills in whatever penalties the model directory asks for.
+    """
+    cache = DynamicCache(config=model.config)
+    position_ids = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+    ends = torch.tensor(sorted(stop), device=input_ids.device)
+    finished = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+    columns: list[Tensor] = []
+    while len(columns) < count and not bool(finished.all()):
+        output = model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        columns.append(output.logits[:, -1].argmax(dim=-1))
+        finished |= torch.isin(columns[-1], ends)
+        input_ids = columns[-1][:, None]
+        mask = torch.cat([mask, torch.ones_like(input_ids)], dim=-1)
+        position_ids = position_ids[:, -1:] + 1
+    return [list(row) for row in torch.stack(columns, dim=1).tolist()]
+
+
+def _gathered(hidden: Tensor, targets: Tensor, head: Tensor) -> Tensor:
+    """log softmax(hidden · headᵀ) at the targets, `[N]` float32, in blocks of rows."""
+    parts = []
+    for start in range(0, hidden.shape[0], LOGIT_ROWS):
+        block = slice(start, start + LOGIT_ROWS)
+        logits = F.linear(hidden[block], head).float()
+        parts.append(logits.gather(-1, targets[block, None])[:, 0] - logits.logsumexp(dim=-1))
+    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+
+
+def _split(tokenizer: KeuralTokenizer, prompt: Chat, answer: str) -> tuple[list[int], list[int]]:
+    """Ids of the whole chat, and the positions of the answer's trained tokens in it."""
+    start = len(render_prompt(tokenizer, prompt))
+    rendered = render(tokenizer, [*prompt, Message("assistant", answer)])
+    return list(rendered.ids), [position for position in range(start, len(rendered.ids)) if rendered.mask[position]]
+
+
+def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices in groups of similar length, longest first, so that memory runs out at once or never."""
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def _pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask `[B, T]` with the padding on the left."""
+    longest = max(map(len, rows))
+    ids = [[pad_id] * (longest - len(row)) + list(row) for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _check_length(length: int, limit: int) -> None:
+    if length > limit:
+        raise UserError(
+            f"a chat of {length} tokens with its answer exceeds the model's context of {limit}; shorten it or allow fewer tokens"
+        )

@@ -1,0 +1,211 @@
+"""The measures: exact match, polite rate, preference accuracy, bits per byte, and what `xz` makes of the same text.
+
+In: answers, held-out items and pairs, texts, a model. Out: plain figures for `summary.json`. Shares lie in [0, 1]; a measure of
+nothing is refused, not called zero.
+"""
+
+import lzma
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from keural.errors import UserError
+from keural.evaluate.generation import sequence_logprobs, token_logprobs
+from keural.model import KeuralMoECausalLM
+from keural.tokenizer import KeuralTokenizer, Message
+
+TOKENS_PER_FORWARD = 4096
+
+
+class Item(Protocol):
+    """A held-out question with the answers that count as right."""
+
+    @property
+    def task(self) -> str:
+        """Family of the question."""
+
+    @property
+    def language(self) -> str:
+        """ISO 639-1 code."""
+
+    @property
+    def answers(self) -> Sequence[str]:
+        """Every accepted answer."""
+
+
+class Pair(Protocol):
+    """A preference pair: a chat that ends with a user turn, and two answers to it."""
+
+    @property
+    def prompt(self) -> Sequence[Message]:
+        """The chat so far."""
+
+    @property
+    def chosen(self) -> str:
+        """The preferred answer."""
+
+    @property
+    def rejected(self) -> str:
+        """The other answer."""
+
+
+def normalise(text: str) -> str:
+    """Text with every run of whitespace as one space, none at the ends."""
+    return " ".join(text.split())
+
+
+def is_correct(answer: str, item: Item) -> bool:
+    """Whether the answer equals one of the item's accepted ones, whitespace aside."""
+    return normalise(answer) in {normalise(accepted) for accepted in item.answers}
+
+
+def exact_match(answers: Sequence[str], items: Sequence[Item]) -> dict[str, Any]:
+    """Share of answers that equal an accepted one: overall, by task, by language, and by both.
+
+    Returns:
+        `accuracy`, its binomial standard error `stderr` = sqrt(p(1-p)/n), `n`, `by_task` and `by_language` (share each), and
+        `by_task_and_language` ({task: {language: share}}).
+
+    Raises:
+        UserError: when there are no items.
+    """
+    groups: dict[tuple[str, str], list[bool]] = defaultdict(list)
+    for answer, item in zip(answers, items, strict=True):
+        groups[item.task, item.language].append(is_correct(answer, item))
+    right = [value for group in groups.values() for value in group]
+    accuracy = _share(right, "items")
+    nested: dict[str, dict[str, float]] = defaultdict(dict)
+    for (task, language), group in sorted(groups.items()):
+        nested[task][language] = _share(group, "items")
+    return {
+        "accuracy": accuracy,
+        "stderr": standard_error(accuracy, len(right)),
+        "n": len(right),
+        "by_task": _by(groups, 0),
+        "by_language": _by(groups, 1),
+        "by_task_and_language": dict(nested),
+    }
+
+
+def standard_error(share: float, n: int) -> float:
+    """Standard error of a share measured on `n` independent items: sqrt(p(1-p)/n)."""
+    return math.sqrt(share * (1 - share) / n)
+
+
+def polite_rate(answers: Sequence[str], is_polite: Callable[[str], bool]) -> float:
+    """Share of answers for which the predicate holds. Raises `UserError` when there are none."""
+    return _share([is_polite(answer) for answer in answers], "answers")
+
+
+def preference_accuracy(model: KeuralMoECausalLM, tokenizer: KeuralTokenizer, pairs: Sequence[Pair], batch_size: int = 16) -> float:
+    """Share of pairs with log p(chosen | prompt) > log p(rejected | prompt).
+
+    The log-probability of an answer is the sum over its tokens and `<|im_end|>`, as in DPO, and is not divided by the length; no
+    reference model takes part. A tie counts as wrong. Raises `UserError` when there are no pairs.
+    """
+    return _share([margin > 0 for margin in preference_margins(model, tokenizer, pairs, batch_size)], "pairs")
+
+
+def preference_margins(
+    model: KeuralMoECausalLM, tokenizer: KeuralTokenizer, pairs: Sequence[Pair], batch_size: int = 16
+) -> list[float]:
+    """log p(chosen | prompt) - log p(rejected | prompt) of each pair, in nats."""
+    prompts = [pair.prompt for pair in pairs]
+    answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    sums = sequence_logprobs(model, tokenizer, prompts + prompts, answers, batch_size)
+    return [chosen - rejected for chosen, rejected in zip(sums[: len(pairs)], sums[len(pairs) :], strict=True)]
+
+
+def bits_per_byte(
+    model: KeuralMoECausalLM, tokenizer: KeuralTokenizer, texts: Sequence[str], length: int, overlap: int = 0
+) -> dict[str, float | int]:
+    """Bits the model needs per UTF-8 byte of the texts.
+
+    Each text is `<s>` + its tokens + `</s>`; every token after `<s>` is predicted exactly once, and the end of the text is paid
+    for. A text longer than `length` is read in windows of `length` inputs that advance by `length - overlap`: with overlap 0 the
+    first prediction of a later window knows one token only, with a larger one at least `overlap + 1`.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: the model's; a lossy one (`published`) makes the figure the cost of its tokens, not of the bytes.
+        texts: held-out documents.
+        length: inputs per window, at most the model's context.
+        overlap: inputs that a window repeats from the one before it, smaller than `length`.
+
+    Returns:
+        `bits_per_byte`, `bits`, `bytes`, `tokens` (predicted ones).
+
+    Raises:
+        UserError: for no bytes, or an impossible `length` or `overlap`.
+    """
+    size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+    if size == 0:
+        raise UserError("bits per byte: no text to measure; hold out more documents")
+    if not 1 <= length <= model.config.max_position_embeddings or not 0 <= overlap < length:
+        raise UserError(f"bits per byte: windows of {length} tokens with an overlap of {overlap} do not fit the model")
+    windows = [window for text in texts for window in _windows(_document(tokenizer, text), length, overlap)]
+    windows.sort(key=lambda window: -len(window.ids))
+    nats = 0.0
+    with torch.inference_mode():
+        for batch in _window_batches(windows):
+            logprobs = token_logprobs(model, [window.ids for window in batch], tokenizer.pad_id)
+            nats -= sum(float(row[window.skip :].double().sum()) for window, row in zip(batch, logprobs, strict=True))
+    bits = nats / math.log(2)
+    tokens = sum(len(window.ids) - 1 - window.skip for window in windows)
+    return {"bits_per_byte": bits / size, "bits": bits, "bytes": size, "tokens": tokens}
+
+
+def xz_bits_per_byte(texts: Sequence[str]) -> float:
+    """Bits per byte that `xz -9` needs for the texts written one after the other. Raises `UserError` when there is no text."""
+    data = "".join(texts).encode("utf-8", "surrogatepass")
+    if not data:
+        raise UserError("xz: no text to measure; hold out more documents")
+    return 8 * len(lzma.compress(data, preset=9)) / len(data)
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """Inputs and their successors: `ids[1:]` is predicted from `ids[:-1]`; the first `skip` predictions were counted before."""
+
+    ids: list[int]
+    skip: int
+
+
+def _document(tokenizer: KeuralTokenizer, text: str) -> list[int]:
+    return [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+
+
+def _windows(ids: list[int], length: int, overlap: int) -> list[_Window]:
+    """Windows of at most `length` inputs in which each of `ids[1:]` is counted exactly once."""
+    windows, counted = [], 0
+    while counted < len(ids) - 1:
+        start = max(counted - overlap, 0)
+        windows.append(_Window(ids[start : start + length + 1], counted - start))
+        counted = min(start + length, len(ids) - 1)
+    return windows
+
+
+def _window_batches(windows: Sequence[_Window]) -> Iterable[list[_Window]]:
+    """Groups of at most `TOKENS_PER_FORWARD` padded tokens; `windows` come longest first."""
+    start = 0
+    while start < len(windows):
+        rows = max(1, TOKENS_PER_FORWARD // len(windows[start].ids))
+        yield list(windows[start : start + rows])
+        start += rows
+
+
+def _by(groups: dict[tuple[str, str], list[bool]], part: int) -> dict[str, float]:
+    merged: dict[str, list[bool]] = defaultdict(list)
+    for key, group in groups.items():
+        merged[key[part]] += group
+    return {key: _share(merged[key], "items") for key in sorted(merged)}
+
+
+def _share(values: Sequence[bool], what: str) -> float:
+    if not values:
+        raise UserError(f"evaluation: there are no {what} to measure; ask for at least one")
+    return sum(values) / len(values)

@@ -1,0 +1,54 @@
+"""The report of a run: one HTML file with everything in it, no network, readable in light and dark.
+
+In: a run directory, finished or not. Out: `report.html` in it. The page is a template beside this file, which escapes text from the
+run; charts are SVG made here.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from keural.files import write_atomic
+from keural.report import panels, tables
+from keural.report.collect import Run, read_run
+
+FILE_NAME = "report.html"
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` into a run directory and return its path.
+
+    Parts that the run does not have (yet) are left out of the page. Raises `UserError` when it is not a run directory.
+    """
+    path = run_dir / FILE_NAME
+    write_atomic(path, render(read_run(run_dir)))
+    return path
+
+
+def render(run: Run) -> str:
+    """The page as a string."""
+    environment = Environment(
+        loader=PackageLoader("keural.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("report.html.jinja").render(_content(run))
+
+
+def _content(run: Run) -> dict[str, Any]:
+    return {
+        "run": run,
+        "description": run.recipe.get("description") or "",
+        "ended": run.ended.strftime("%Y-%m-%d %H:%M %Z") if run.ended else "",
+        "unfinished": [stage.name for stage in run.stages if not stage.finished],
+        "tiles": tables.tiles(run),
+        "stages": tables.stages(run),
+        "evaluation": tables.evaluation(run),
+        "bits_per_byte": tables.bits_per_byte(run),
+        "samples": run.summary.get("samples") or [],
+        "curves": panels.curves(run),
+        "expert_load": panels.expert_load(run),
+        "load_maps": panels.load_maps(run),
+        "preferences": panels.preferences(run),
+        "data": tables.data(run),
+        "notes": run.recipe.get("notes") or [],
+    }

@@ -1,0 +1,1 @@
+"""Talking to a model: the decoding engine, the terminal chat, and one-shot generation."""

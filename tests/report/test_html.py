@@ -1,0 +1,236 @@
+"""The report of whole, partial and broken runs: what is on the page, that it stands alone, and that text stays text."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from keural.errors import UserError
+from keural.report.collect import read_run
+from keural.report.html import write_report
+
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+STAGES = [("pretrain-1", "next_token"), ("sft-1", "sft"), ("dpo-1", "dpo")]
+
+
+class Page(HTMLParser):
+    """Text, headings and references of a page; refuses tags that do not pair up."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.headings: list[str] = []
+        self.references: list[str] = []
+        self.drawings = 0
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        self.drawings += tag == "svg"
+        self.references += [value or "" for name, value in attrs if name in {"src", "href"}]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in {"script", "style"}:
+            self.text.append(data)
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+
+    @property
+    def words(self) -> str:
+        return " ".join(" ".join(self.text).split())
+
+
+def metrics(objective: str, steps: int) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    for step in range(steps):
+        line: dict[str, Any] = {
+            "step": step, "loss": 2.0 / (step + 1), "learning_rate": 1e-3, "gradient_norm": 1.0, "tokens": 100, "seconds": 0.5,
+            "tokens_per_second": 200.0, "balance_loss": 1.1, "z_loss": 0.2, "expert_load": [[0.5, 0.3, 0.2], [0.3, 0.3, 0.4]],
+        }  # fmt: skip
+        if objective == "dpo":
+            line |= {"reward_margin": step * 0.1, "reward_accuracy": 0.9, "reward_chosen": 0.1, "reward_rejected": -0.1}
+        lines.append(line)
+    return [*lines, {"step": steps - 1, "heldout": {"loss": 0.5, "items": 7}}]
+
+
+def write_stage(run: Path, name: str, objective: str, steps: int = 12, done: bool = True) -> dict[str, Any]:
+    directory = run / name
+    directory.mkdir(parents=True)
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics(objective, steps)))
+    (directory / "stage.yaml").write_text(yaml.safe_dump({"name": name, "objective": objective, "init_from": "random"}))
+    result = {
+        "name": name, "objective": objective, "seconds": 75.0, "tokens": 123_456, "steps": steps, "loss_first": 2.0,
+        "loss_last": 0.125, "heldout": {"loss": 0.5}, "init_from": "random", "fingerprint": "f",
+    }  # fmt: skip
+    if done:
+        (directory / "done.json").write_text(json.dumps(result))
+    return result
+
+
+def write_recipe(run: Path, description: str = "") -> None:
+    stages = [{"name": name, "objective": objective} for name, objective in STAGES]
+    recipe = {"name": "small", "description": description, "stages": [name for name, _ in STAGES], "notes": ["from the card"]}
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "recipe.yaml").write_text(yaml.safe_dump({"recipe": recipe, "stages": stages}, allow_unicode=True))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A finished run with everything a report can show."""
+    directory = tmp_path / "small"
+    write_recipe(directory, "A small <run> & its report")
+    done = [write_stage(directory, name, objective) for name, objective in STAGES]
+    evaluation = {
+        "accuracy": 0.957, "accuracy_stderr": 0.011, "items": 360,
+        "by_task": {"더하기": 0.9}, "by_language": {"ko": 0.94, "en": 0.97},
+        "by_task_and_language": {"더하기": {"ko": 0.88}}, "preference_accuracy": 0.985, "pairs": 200,
+        "polite_rate": {"before": 0.52, "after": 1.0}, "heldout": {"extra": {"figure": 0.25}},
+        "before": {
+            "stage": "sft-1", "accuracy": 0.951, "by_task": {"더하기": 0.89}, "by_language": {}, "preference_accuracy": 0.62,
+        },
+        "bits_per_byte": [{
+            "name": "Korean prose", "language": "ko", "documents": 4, "bytes": 1200,
+            "models": {"untrained": 8.31, "dpo-1": 1.92}, "xz": 2.31,
+        }],
+    }  # fmt: skip
+    summary = {
+        "recipe": "small", "seconds": 225, "stages": done, "evaluation": evaluation,
+        "samples": [{"language": "ko", "prompt": "<script>alert(1)</script>", "answer": "서른여덟입니다.", "expected": "서른여덟"}],
+        "data": {"pretrain-1": [{"source": "prose", "rows": 50, "kept": 47, "drops": {"too_short": 2, "duplicate": 1}}]},
+    }  # fmt: skip
+    (directory / "summary.json").write_text(json.dumps(summary, ensure_ascii=False), encoding="utf-8")
+    return directory
+
+
+def test_finished_run_shows_everything(run: Path) -> None:
+    path = write_report(run)
+    page = Page(path)
+
+    assert path == run / "report.html"
+    assert page.headings == [
+        "Stages", "Evaluation", "Sample exchanges", "Curves", "Experts", "Preference optimisation", "Data", "Settings",
+    ]  # fmt: skip
+    for text in (
+        "3 of 3", "3 min 45 s", "370k", "2 → 0.125", "95.7%", "95.1% before the last DPO", "98.5%", "52.0%", "100.0%", "더하기",
+        "88.0%", "Korean prose", "8.310", "1.920", "2.310", "too_short 2, duplicate 1", "서른여덟입니다.", "extra.figure",
+        "from the card", "expected: 서른여덟",
+        "A small <run> & its report", "Standard error of the exact match: 1.1%",
+    ):  # fmt: skip
+        assert text in page.words, text
+    assert page.drawings == 6 + 1 + 3 + 2
+
+
+def test_page_needs_nothing_from_outside(run: Path) -> None:
+    path = write_report(run)
+
+    assert all(reference.startswith("#") for reference in Page(path).references)
+    urls = set(re.findall(r"https?://[^\s\"'<]+", path.read_text(encoding="utf-8")))
+    assert urls <= {"http://www.w3.org/2000/svg"}
+    assert "@import" not in path.read_text(encoding="utf-8")
+
+
+def test_text_of_the_run_stays_text(run: Path) -> None:
+    html = write_report(run).read_text(encoding="utf-8")
+
+    assert "alert(1)</script>" not in html
+    assert html.count("<script>") == 1
+
+
+def test_page_follows_light_and_dark(run: Path) -> None:
+    assert "prefers-color-scheme: dark" in write_report(run).read_text(encoding="utf-8")
+
+
+def test_interrupted_run_shows_what_is_there(tmp_path: Path) -> None:
+    write_recipe(tmp_path / "run")
+    write_stage(tmp_path / "run", "pretrain-1", "next_token")
+    write_stage(tmp_path / "run", "sft-1", "sft", steps=3, done=False)
+    with (tmp_path / "run" / "sft-1" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+
+    page = Page(write_report(tmp_path / "run"))
+
+    assert page.headings == ["Stages", "Curves", "Experts", "Settings"]
+    assert "1 of 3" in page.words
+    assert "sft-1 (interrupted)" in page.words
+    assert "Not finished: sft-1" in page.words
+
+
+def test_one_stage_without_recipe_or_summary(tmp_path: Path) -> None:
+    write_stage(tmp_path / "run", "dpo-9", "dpo")
+
+    page = Page(write_report(tmp_path / "run"))
+
+    assert "dpo-9: rewards and their margin" in page.words
+    assert "1 of 1" in page.words
+
+
+def test_recipe_before_its_first_step(tmp_path: Path) -> None:
+    write_recipe(tmp_path / "run")
+
+    page = Page(write_report(tmp_path / "run"))
+
+    assert page.headings == ["Settings"]
+    assert "0 of 3" in page.words
+
+
+@pytest.mark.parametrize(
+    "figures", [{}, {"accuracy": 0.618}, {"bits_per_byte": []}, {"polite_rate": 0.25}, {"by_task": {"a": 1.0}}]
+)
+def test_partial_evaluations_have_their_figures(run: Path, figures: dict[str, Any]) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"evaluation": figures}))
+
+    words = Page(write_report(run)).words
+    assert ("61.8%" in words) == ("accuracy" in figures)
+    assert ("25.0%" in words) == ("polite_rate" in figures)
+
+
+def test_repeated_steps_of_a_resumed_stage_count_once(tmp_path: Path) -> None:
+    write_stage(tmp_path / "run", "sft-1", "sft", steps=5, done=False)
+    with (tmp_path / "run" / "sft-1" / "metrics.jsonl").open("a") as file:
+        for step in (3, 4, 5):
+            file.write(json.dumps({"step": step, "loss": 9.0, "tokens": 100}) + "\n")
+
+    [stage] = read_run(tmp_path / "run").stages
+
+    assert stage.series("loss") == ([0, 1, 2, 3, 4, 5], [2.0, 1.0, 2 / 3, 9.0, 9.0, 9.0])
+    assert stage.total("tokens") == 600
+
+
+def test_values_that_are_not_finite_do_not_break_the_page(tmp_path: Path) -> None:
+    write_stage(tmp_path / "run", "sft-1", "sft", steps=5, done=False)
+    with (tmp_path / "run" / "sft-1" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 5, "loss": math.nan, "gradient_norm": math.inf, "tokens": 100}) + "\n")
+
+    Page(write_report(tmp_path / "run"))
+
+
+def test_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a run directory"):
+        write_report(tmp_path)
+    with pytest.raises(UserError, match="no such directory"):
+        write_report(tmp_path / "nothing")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_summary_is_named(run: Path) -> None:
+    (run / "summary.json").write_text('{"recipe": ')
+
+    with pytest.raises(UserError, match=r"summary\.json: not valid JSON"):
+        write_report(run)

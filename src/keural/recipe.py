@@ -1,9 +1,9 @@
 """Recipes: what a run is made of, as strict typed objects read from YAML.
 
 A recipe is a directory: `recipe.yaml` names the model, the tokenizer, the evaluation and the stages in order; `<stage>.yaml`
-describes one stage. Everything is checked when it is read: an unknown key, a wrong type or an impossible combination is a `UserError`
-that names the file and the key. Any value can be overridden as `key=value`: a key of `recipe.yaml` (`seed=1`, `data=DIR`,
-`model.hidden_size=256`), a key of every stage (`train.lr=1e-5`), or a key of one stage (`sft-2.train.lr=1e-5`).
+describes one stage. Everything is checked when it is read: an unknown key, a wrong type or an impossible combination is a
+`UserError` that names the file and the key. Any value can be overridden as `key=value`: a key of `recipe.yaml` (`seed=1`,
+`data=DIR`, `model.hidden_size=256`), a key of every stage (`train.lr=1e-5`), or a key of one stage (`sft-2.train.lr=1e-5`).
 """
 
 import difflib
@@ -120,7 +120,7 @@ class DataSpec(Spec):
 
 
 class TrainSpec(Spec):
-    """Optimisation of one stage: exactly one of `steps`, `epochs`, `budget_share`; batches are per optimizer step, not per device."""
+    """Optimisation of one stage: one of `steps`, `epochs`, `budget_share`; batches are per optimizer step, not per device."""
 
     steps: int | None = Field(None, gt=0)
     epochs: float | None = Field(None, gt=0)

@@ -1,0 +1,240 @@
+"""The `keural` command. Every subcommand is a thin layer over one function of the package.
+
+A `UserError` becomes one line on standard error and exit code 2; a run that a signal stopped, and that saved, exits with 130.
+"""
+
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+import yaml
+
+from keural.errors import UserError
+
+if TYPE_CHECKING:
+    from keural.pipeline import Outcome
+    from keural.serve.engine import Sampling
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__.split("\n")[0], pretty_exceptions_enable=False)
+tokenizer_app = typer.Typer(no_args_is_help=True, help="Train, convert and examine tokenizers.")
+data_app = typer.Typer(no_args_is_help=True, help="Prepare data and look at what a training step sees.")
+app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(data_app, name="data")
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.lr=1e-5, data=DIR, sft-1.train.steps=100")]
+Out = Annotated[Path | None, typer.Option(help="run directory (default: runs/<recipe>)")]
+RecipeDir = Annotated[Path, typer.Argument(help="directory with recipe.yaml")]
+ModelDir = Annotated[Path, typer.Argument(help="model directory, e.g. runs/toy/final")]
+
+DEFAULT = "default: as saved with the model, else the card's"
+System = Annotated[str | None, typer.Option(help="system message; an empty one is none (default: as saved with the model)")]
+Temperature = Annotated[float | None, typer.Option(min=0.0, help=f"0 is greedy ({DEFAULT}, 0.7)")]
+TopP = Annotated[float | None, typer.Option(min=0.0, max=1.0, help=f"({DEFAULT}, 0.9)")]
+RepetitionPenalty = Annotated[float | None, typer.Option(min=0.01, help=f"({DEFAULT}, 1.1)")]
+MaxNewTokens = Annotated[int | None, typer.Option(min=1, help=f"({DEFAULT}, 256)")]
+
+
+def main() -> None:
+    """Run the command line; the process's exit code says how it went."""
+    try:
+        app()
+    except UserError as error:
+        if int(os.environ.get("RANK", "0")) == 0 or "LOCAL_RANK" not in os.environ:
+            print(f"keural: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+@app.command()
+def run(
+    recipe: RecipeDir,
+    overrides: Overrides = None,
+    out: Out = None,
+    until: Annotated[str | None, typer.Option(help="stop after this stage")] = None,
+    tensorboard: Annotated[bool, typer.Option(help="also write TensorBoard files")] = False,
+) -> None:
+    """Run a recipe's whole pipeline; finished stages are skipped, an interrupted one is resumed."""
+    from keural import pipeline
+    from keural.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    directory = out or Path("runs") / loaded.spec.name
+    outcome = pipeline.run(loaded, directory, until=until, tensorboard=tensorboard)
+    _end(outcome, f"keural run {recipe} {' '.join(overrides or ())}".strip())
+
+
+@app.command()
+def train(
+    stage: Annotated[Path, typer.Argument(help="a stage's YAML file, with recipe.yaml beside it")],
+    overrides: Overrides = None,
+    out: Out = None,
+    tensorboard: Annotated[bool, typer.Option(help="also write TensorBoard files")] = False,
+) -> None:
+    """Run one stage (with torchrun: on many processes); the stage it starts from must be finished."""
+    from keural import console, pipeline
+    from keural.recipe import load_recipe
+
+    loaded = load_recipe(console.stage_file(stage).parent, overrides or ())
+    directory = out or Path("runs") / loaded.spec.name
+    outcome = pipeline.run(loaded, directory, only=stage.stem, tensorboard=tensorboard)
+    _end(outcome, f"keural train {stage} {' '.join(overrides or ())}".strip())
+
+
+def _end(outcome: "Outcome", command: str) -> None:
+    """Say how the run ended; exit with the signal's code when one stopped it."""
+    from keural import console
+
+    if int(os.environ.get("RANK", "0")) == 0:
+        console.print_ending(outcome, command)
+    if outcome.interrupted:
+        raise SystemExit(128 + signal.SIGINT)
+
+
+@app.command(name="recipe")
+def show_recipe(recipe: RecipeDir, overrides: Overrides = None) -> None:
+    """Print a recipe with every setting resolved, and the size of its model."""
+    from keural.model import KeuralConfig, count_parameters
+    from keural.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    shape = loaded.spec.model.model_dump(exclude={"rope_theta"})
+    total, active = count_parameters(KeuralConfig(**shape, vocab_size=loaded.spec.tokenizer.vocab_size + 2))
+    print(yaml.safe_dump(loaded.resolved(), allow_unicode=True, sort_keys=False), end="")
+    print(f"# parameters: {total:,} in all, {active:,} active per token")
+
+
+@app.command()
+def chat(
+    directory: ModelDir,
+    system: System = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    max_new_tokens: MaxNewTokens = None,
+    seed: Annotated[int | None, typer.Option(help="repeatable sampling")] = None,
+) -> None:
+    """Talk to a model in the terminal (/system TEXT, /reset, /help, /exit)."""
+    from keural.serve.chat import run_chat
+
+    raise SystemExit(
+        run_chat(directory, _sampling(directory, temperature, top_p, repetition_penalty, max_new_tokens, seed), system)
+    )
+
+
+def _sampling(directory: Path, *given: float | int | None) -> "Sampling":
+    """The settings given on the command line, and for the others those the model was saved with."""
+    from keural.serve.engine import chat_defaults
+
+    names = ("temperature", "top_p", "repetition_penalty", "max_new_tokens", "seed")
+    return replace(
+        chat_defaults(directory)[0], **{name: value for name, value in zip(names, given, strict=True) if value is not None}
+    )
+
+
+@app.command()
+def generate(
+    directory: ModelDir,
+    prompt: Annotated[str, typer.Option(help="the user's message, or the text to continue with --raw")],
+    system: System = None,
+    raw: Annotated[bool, typer.Option(help="continue the text as it stands, without chat markers")] = False,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    max_new_tokens: MaxNewTokens = None,
+    seed: Annotated[int | None, typer.Option(help="repeatable sampling")] = None,
+) -> None:
+    """Answer one prompt on standard output."""
+    from keural.serve.complete import run_generate
+
+    sampling = _sampling(directory, temperature, top_p, repetition_penalty, max_new_tokens, seed)
+    raise SystemExit(run_generate(directory, prompt, sampling, system, raw))
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(recipe: RecipeDir, overrides: Overrides = None, out: Out = None) -> None:
+    """Train the tokenizer of a recipe."""
+    from keural import pipeline
+    from keural.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    directory = out or Path("runs") / loaded.spec.name
+    pipeline.check_inputs(loaded, (), directory)
+    tokenizer = pipeline.prepare_tokenizer(loaded, directory)
+    print(f"{directory / 'tokenizer'}: {tokenizer.kind}, {tokenizer.vocab_size} ids, sha256 {tokenizer.sha256}")
+
+
+@tokenizer_app.command("convert")
+def tokenizer_convert(
+    model: Annotated[Path, typer.Argument(help="SentencePiece model file")],
+    out: Annotated[Path, typer.Argument(help="directory to write")],
+) -> None:
+    """Write a SentencePiece model as a transformers tokenizer directory (tokenizer.json, chat template)."""
+    from keural.files import atomic_directory
+    from keural.tokenizer import KeuralTokenizer
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and is not empty; choose another directory")
+    tokenizer = KeuralTokenizer.load(model)
+    with atomic_directory(out) as directory:
+        tokenizer.save(directory)
+    print(f"{out}: {tokenizer.kind}, {tokenizer.vocab_size} ids, sha256 {tokenizer.sha256}")
+
+
+@tokenizer_app.command("report")
+def tokenizer_report(
+    model: Annotated[Path, typer.Argument(help="SentencePiece model file or tokenizer directory")],
+    files: Annotated[list[Path], typer.Argument(help="text files to measure on")],
+) -> None:
+    """Characters and bytes per token, tokens per word, and round trips on given files."""
+    from keural.tokenizer import KeuralTokenizer
+    from keural.tokenizer.report import format_report, tokenizer_report
+
+    print(format_report(tokenizer_report(KeuralTokenizer.load(model), files)))
+
+
+@data_app.command("prepare")
+def data_prepare(recipe: RecipeDir, overrides: Overrides = None, out: Out = None) -> None:
+    """Read, check and tokenise the data of every stage; print what was kept and what was dropped, and why."""
+    from keural import console, pipeline
+    from keural.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    directory = out or Path("runs") / loaded.spec.name
+    pipeline.check_inputs(loaded, loaded.stages, directory)
+    console.print_data(pipeline.prepare_all(loaded, loaded.stages, directory))
+
+
+@data_app.command("stats")
+def data_stats(store: Annotated[Path, typer.Argument(help="token store directory")]) -> None:
+    """Counts and checksums of a token store."""
+    from keural.data.store import TokenStore
+
+    opened = TokenStore.open(store)
+    print(yaml.safe_dump(opened.manifest, allow_unicode=True, sort_keys=False), end="")
+
+
+@data_app.command("show")
+def data_show(
+    stage: Annotated[Path, typer.Argument(help="a stage's YAML file, with recipe.yaml beside it")],
+    overrides: Overrides = None,
+    step: Annotated[int, typer.Option(min=0, help="optimizer step, counted from 0")] = 0,
+    rows: Annotated[int, typer.Option(min=1, help="rows to print")] = 4,
+    out: Out = None,
+) -> None:
+    """Print the batch of one optimizer step: each row's documents, with trained tokens marked."""
+    from keural import console, pipeline
+    from keural.recipe import load_recipe
+
+    loaded = load_recipe(console.stage_file(stage).parent, overrides or ())
+    shown = loaded.stage(stage.stem)
+    directory = out or Path("runs") / loaded.spec.name
+    pipeline.check_inputs(loaded, [shown], directory)
+    console.show_batch(pipeline.prepare_all(loaded, [shown], directory), shown, step, rows)

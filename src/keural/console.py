@@ -1,0 +1,121 @@
+"""What the commands print: the end of a run, the data table, the batch of a step."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from keural.data.stream import Batch
+from keural.errors import UserError
+from keural.files import read_json
+from keural.pipeline import Outcome, Workspace, open_stream
+from keural.recipe import StageSpec
+
+
+def print_ending(outcome: Outcome, command: str) -> None:
+    """Stages, figures, sample exchanges and the line that opens a chat; or how to go on after an interruption."""
+    console = Console(highlight=False)
+    if outcome.interrupted:
+        console.print(f"stopped and saved; the same command goes on from there:\n  {command}", markup=False)
+        return
+    summary = read_json(outcome.directory / "summary.json")
+    console.print(_stage_table(summary["stages"]))
+    for line in _figures(summary["evaluation"]):
+        console.print(line, markup=False)
+    for sample in summary["samples"]:
+        console.print(Text(f"\n> {sample['prompt']}", style="bold"))
+        console.print(sample["answer"], markup=False)
+    console.print(f"\nreport: {outcome.directory / 'report.html'}", markup=False, soft_wrap=True)
+    console.print(f"chat:   keural chat {outcome.directory / 'final'}", markup=False, soft_wrap=True)
+
+
+def _stage_table(stages: list[dict[str, Any]]) -> Table:
+    table = Table(title="stages")
+    for name in ("stage", "steps", "tokens", "seconds", "loss first", "loss last", "held out"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for stage in stages:
+        heldout = stage["heldout"].get("loss")
+        table.add_row(
+            stage["name"],
+            f"{stage['steps']:,}",
+            f"{stage['tokens']:,}",
+            f"{stage['seconds']:.1f}",
+            f"{stage['loss_first']:.3f}",
+            f"{stage['loss_last']:.3f}",
+            "" if heldout is None else f"{heldout:.3f}",
+        )
+    return table
+
+
+def _figures(evaluation: dict[str, Any]) -> list[str]:
+    lines = []
+    if "accuracy" in evaluation:
+        before = evaluation.get("before", {}).get("accuracy")
+        lines.append(
+            f"held-out exact match: {evaluation['accuracy']:.3f}"
+            + (f" (before the last DPO {before:.3f})" if before is not None else "")
+        )
+        lines.append("  by task: " + ", ".join(f"{task} {value:.3f}" for task, value in evaluation["by_task"].items()))
+        lines.append("  by language: " + ", ".join(f"{name} {value:.3f}" for name, value in evaluation["by_language"].items()))
+        lines.append(f"held-out preferences: {evaluation['preference_accuracy']:.3f}")
+        lines.append(
+            "polite Korean answers: " + ", ".join(f"{when} {rate:.3f}" for when, rate in evaluation["polite_rate"].items())
+        )
+    for measure in evaluation.get("bits_per_byte", []):
+        models = ", ".join(f"{name} {value:.3f}" for name, value in measure["models"].items())
+        lines.append(f"bits per byte, {measure['name']} ({measure['bytes']:,} bytes): {models}, xz -9 {measure['xz']:.3f}")
+    return lines
+
+
+def print_data(workspace: Workspace) -> None:
+    """Per stage and source: rows, kept, tokens, and every reason of a drop with its count and first place."""
+    console = Console(highlight=False)
+    for name, prepared in workspace.data.items():
+        table = Table(title=name)
+        for column in ("source", "rows", "kept", "tokens", "dropped"):
+            table.add_column(column, justify="left" if column in {"source", "dropped"} else "right")
+        for row in prepared.table:
+            drops = "\n".join(f"{reason} {count:,} (first: {row['first_drop'][reason]})" for reason, count in row["drops"].items())
+            table.add_row(row["source"], f"{row['rows']:,}", f"{row['kept']:,}", f"{row['tokens']:,}", drops)
+        console.print(table)
+        for row in prepared.table:
+            if row.get("warning"):
+                console.print(f"warning: {row['warning']}", markup=False)
+
+
+def show_batch(workspace: Workspace, stage: StageSpec, step: int, rows: int) -> None:
+    """Print the first rows of the batch of `step`: trained tokens are underlined, documents of a row are apart."""
+    console = Console(highlight=False)
+    stream = open_stream(workspace, stage)
+    batch = stream.batch(step)
+    count, length = batch.input_ids.shape
+    console.print(
+        f"{stage.name} step {step}: {count} rows of {length} tokens, {int((batch.labels >= 0).sum())} trained", markup=False
+    )
+    for row in range(min(rows, count)):
+        for segment in range(1, int(batch.segment_ids[row].max()) + 1):
+            console.print(_segment(workspace, batch, row, segment), soft_wrap=True)
+
+
+def _segment(workspace: Workspace, batch: Batch, row: int, segment: int) -> Text:
+    """One document of a row: its place in the store, then its text; a token is underlined when predicting it is trained."""
+    inside = (batch.segment_ids[row] == segment).nonzero()[0]
+    ids = batch.input_ids[row, inside].tolist()
+    trained = [False, *(batch.labels[row, inside[:-1]] >= 0).tolist()]
+    text = Text(f"[row {row}, sequence {int(batch.sequence_ids[row, inside[0]])}, {len(ids)} tokens] ", style="dim")
+    start = 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or trained[end] != trained[start]:
+            piece = workspace.tokenizer.decode(ids[start:end], skip_special_tokens=False)
+            text.append(piece, style="not dim underline" if trained[start] else "not dim")
+            start = end
+    return text
+
+
+def stage_file(path: Path) -> Path:
+    """`path` if it is a stage's file. Raises `UserError`."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a stage's YAML file, e.g. recipes/toy/sft-1.yaml")
+    return path

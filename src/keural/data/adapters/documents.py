@@ -1,0 +1,45 @@
+"""Rows that are running text: `text` (whole files or a field of a table), `markdown`, `po` (one document per catalogue)."""
+
+import re
+from typing import Any
+
+from keural.data.adapters.base import NAMES, TABLES, Adapter, document, guarded, text_of
+from keural.data.po import PoMessage
+from keural.data.records import Document, Drop
+from keural.recipe import SourceSpec
+
+_FRONT_MATTER = re.compile(r"\A(---|\+\+\+)[ \t]*\n.*?^\1[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
+
+
+def _text(value: Any, source: SourceSpec, where: str) -> Document | Drop:
+    """Option `field` (default `text`): the field, or several joined by line ends."""
+    if isinstance(value, str):
+        return document(value, where, source.language)
+    return document(text_of(value, source.options.get("field", "text")), where, source.language)
+
+
+def _markdown(value: Any, source: SourceSpec, where: str) -> Document | Drop:
+    """The text as it stands, code and indentation included, without front matter."""
+    return document(_FRONT_MATTER.sub("", text_of(value, "text"), count=1).lstrip("\n"), where, source.language)
+
+
+def _po(value: Any, source: SourceSpec, where: str) -> Document | Drop:
+    """Option `side`: `ko` (translations, the default), `en` (the original) or `both` (each original with its translation)."""
+    side = source.options.get("side", "ko")
+    paragraphs = [paragraph for message in value["messages"] if (paragraph := _paragraph(message, side))]
+    return document("\n\n".join(paragraphs), where, source.language if side == "both" else side)
+
+
+def _paragraph(message: PoMessage, side: str) -> str:
+    original = [text for text in (message.source, message.plural) if text]
+    translated = [text for _, text in sorted(message.translations.items()) if text]
+    if side == "both" and not (original and translated):
+        return ""
+    return "\n".join({"ko": translated, "en": original, "both": original + translated}[side]).strip("\n")
+
+
+ADAPTERS = {
+    "text": Adapter("documents", guarded(_text), ("text", "markdown", *TABLES), {"field": NAMES}),
+    "markdown": Adapter("documents", guarded(_markdown), ("markdown", "text")),
+    "po": Adapter("documents", _po, ("po",), {"side": (str,)}, {"side": ("ko", "en", "both")}),
+}

@@ -1,0 +1,31 @@
+"""`microworld`: rows of the package's own toy world, made by `keural.data.microworld`. Takes no path; option `part` says what is wanted."""
+
+from typing import Any
+
+from keural.data.adapters.base import Adapter, conversation, document, guarded, message_of, messages_of, preference_pair, text_of
+from keural.data.records import Drop, Record
+from keural.data.store import Kind
+from keural.recipe import SourceSpec
+
+PARTS: dict[str, Kind] = {"prose": "documents", "instructions": "conversations", "pairs": "pairs"}
+
+
+def _kind(source: SourceSpec) -> Kind:
+    return PARTS[source.options["part"]]
+
+
+def _microworld(value: Any, source: SourceSpec, where: str) -> Record | Drop:
+    language = value.get("language", source.language)
+    if "text" in value:
+        return document(value["text"], where, language)
+    messages = messages_of(value["messages"])
+    if "chosen" not in value:
+        return conversation(messages, where, language)
+    return preference_pair(messages, _answer(value, "chosen"), _answer(value, "rejected"), where, language)
+
+
+def _answer(value: Any, side: str) -> str:
+    return message_of(value[side]).content if isinstance(value[side], dict) else text_of(value, side)
+
+
+ADAPTERS = {"microworld": Adapter(_kind, guarded(_microworld), ())}

@@ -1,0 +1,32 @@
+"""Word lists: the micro-world's words in both languages, word by word.
+
+They name words only, one class at a time, so they say nothing about held-out content.
+"""
+
+from random import Random
+
+from keural.data.microworld import english, korean
+from keural.data.microworld.content import OBJECTS, PEOPLE, SUBJECTS, VALUES, VERBS
+
+ENTRIES_PER_TEXT = 5
+
+# Classes of (English, Korean) words.
+_CLASSES = (
+    tuple((noun.english, noun.korean) for noun in SUBJECTS),
+    tuple((noun.english, noun.korean) for noun in OBJECTS.values()),
+    tuple((verb.present, verb.plain) for verb in VERBS),
+    tuple((verb.past, f"{verb.past_stem}다") for verb in VERBS),
+    tuple((f"does not {verb.english}", f"{verb.stem}지 않는다") for verb in VERBS),
+    PEOPLE,
+    VALUES["lives"],
+    VALUES["likes"],
+    tuple(zip(english.ONES[1:], korean.ONES[1:], strict=True)),
+    tuple(zip(english.TENS[2:], korean.TENS[2:], strict=True)),
+)
+
+
+def glossary(rng: Random, language: str) -> str:
+    """Some words of one class, each with its translation; `language` is the one explained."""
+    words = rng.choice(_CLASSES)
+    entries = rng.sample(words, min(ENTRIES_PER_TEXT, len(words)))
+    return " ".join(f"{there}: {here}." if language == "ko" else f"{here}: {there}." for here, there in entries)

@@ -1,0 +1,329 @@
+"""From a stage's sources to its token stores: read, count drops, split, tokenise, shuffle, write.
+
+In: a `DataSpec`, the data directory and a tokenizer. Out: `out_root/<fingerprint>/` with the stores `train/` and, where
+something is held out, `heldout/`, and `prepared.json` with the table of sources. The fingerprint is of everything that
+determines the bytes: settings, contents of the files, tokenizer, seed. What is already there is not made again; what is being
+made becomes visible only when it is whole.
+
+While a store is made its tokens wait in a file beside it, so memory stays at about 150 bytes per record whatever the size of the
+data.
+"""
+
+import json
+import os
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from keural.data.encode import Encoded, Encoder
+from keural.data.permutation import Permutation
+from keural.data.records import Document, Drop
+from keural.data.sources import FileHashes, adapter_of, check_sources, content_of, read_source
+from keural.data.split import Side, Splitter
+from keural.data.store import TOKEN, Kind, StoreWriter
+from keural.data.stream import STORE_KIND
+from keural.data.texts import iter_texts
+from keural.errors import UserError
+from keural.files import atomic_directory, fingerprint, read_json, write_json
+from keural.recipe import DataSpec, Objective, SourceSpec
+from keural.tokenizer.load import KeuralTokenizer
+
+__all__ = ["Prepared", "check_sources", "iter_texts", "prepare", "read_heldout_texts"]
+
+VERSION = 1
+"""Raised when the same sources give other bytes than before."""
+NOT_DEFECTS = {"duplicate", "held_out"}
+"""Drops that say nothing about a source's quality; they do not count against `max_drop`."""
+SIDES: tuple[Side, ...] = ("train", "heldout")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A stage's data on disk: the stores, the fingerprint of what they were made from, and one table row per source.
+
+    A row has `source, adapter, language, license, split, rows, kept, heldout` (of the kept ones), `tokens` (in the stores,
+    repeats included), `repeat`, `shortened` (conversations that lost trailing turns), `drops` (count by reason), `first_drop`
+    (place by reason) and `warning` (None, or what differs from the expected count).
+    """
+
+    train: Path
+    heldout: Path | None
+    table: list[dict[str, Any]]
+    fingerprint: str
+
+
+def prepare(
+    spec: DataSpec, objective: Objective, data_dir: Path | None, tokenizer: KeuralTokenizer, out_root: Path, seed: int
+) -> Prepared:
+    """Prepare a stage's data under `out_root`, or find it there.
+
+    Raises `UserError` for anything wrong with a source: what `check_sources` finds, records of a kind the objective does not
+    train on, a larger share of bad rows than `max_drop`, nothing left to train on or to hold out.
+    """
+    check_sources([*spec.sources, *spec.heldout_sources], data_dir)
+    _check_kinds(spec, objective)
+    wanted = _fingerprint(spec, objective, data_dir, tokenizer, out_root, seed)
+    directory = out_root / wanted[:16]
+    if not _is_there(directory, wanted):
+        with atomic_directory(directory) as temporary:
+            table, heldout = _make(spec, objective, data_dir, tokenizer, temporary, seed)
+            write_json(temporary / "prepared.json", {"fingerprint": wanted, "heldout": heldout, "table": table})
+    made = read_json(directory / "prepared.json")
+    return Prepared(directory / "train", directory / "heldout" if made["heldout"] else None, made["table"], wanted)
+
+
+def read_heldout_texts(prepared: Prepared, language: str | None = None) -> list[str]:
+    """The held-out documents' texts, shuffled; with `language` only those of that language.
+
+    Raises `UserError` when there are none.
+    """
+    path = prepared.train.with_name("heldout") / "texts.jsonl"
+    texts = []
+    if prepared.heldout is not None and path.is_file():
+        with path.open(encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+        texts = [row["text"] for row in rows if language in (None, row["language"])]
+    if not texts:
+        what = f"document in language {language!r}" if language else "document"
+        raise UserError(f"{prepared.train.parent}: no {what} is held out; raise data.heldout_per_mille or add heldout_sources")
+    return texts
+
+
+def _check_kinds(spec: DataSpec, objective: Objective) -> None:
+    for source in (*spec.sources, *spec.heldout_sources):
+        kind = adapter_of(source).kind_of(source)
+        if kind != STORE_KIND[objective]:
+            raise UserError(
+                f"source {source.name!r}: adapter {source.adapter} gives {kind}; "
+                f"objective {objective} needs {STORE_KIND[objective]}"
+            )
+
+
+def _fingerprint(
+    spec: DataSpec, objective: Objective, data_dir: Path | None, tokenizer: KeuralTokenizer, out_root: Path, seed: int
+) -> str:
+    """Of settings, contents and tokenizer. Documents are cut only by the stream, so their stores do not depend on the length."""
+    cache = out_root / "file-hashes.json"
+    hashes = FileHashes(read_json(cache) if cache.is_file() else None)
+    settings = spec.model_dump()
+    if objective == "next_token":
+        del settings["sequence_length"]
+    contents = [content_of(source, data_dir, hashes) for source in (*spec.sources, *spec.heldout_sources)]
+    if hashes.changed:
+        write_json(cache, hashes.known)
+    return fingerprint(
+        {
+            "version": VERSION,
+            "objective": objective,
+            "spec": settings,
+            "contents": contents,
+            "tokenizer": tokenizer.sha256,
+            "seed": seed,
+        }
+    )
+
+
+def _is_there(directory: Path, wanted: str) -> bool:
+    marker = directory / "prepared.json"
+    if not marker.is_file():
+        return False
+    made = read_json(marker)
+    stores = ("train", "heldout") if made["heldout"] else ("train",)
+    return made["fingerprint"] == wanted and all((directory / store / "manifest.json").is_file() for store in stores)
+
+
+def _make(
+    spec: DataSpec, objective: Objective, data_dir: Path | None, tokenizer: KeuralTokenizer, directory: Path, seed: int
+) -> tuple[list[dict[str, Any]], bool]:
+    """Read all sources and write the stores into `directory`. Returns the table, and whether anything is held out."""
+    kind = STORE_KIND[objective]
+    encoder = Encoder(tokenizer, spec, threads=len(os.sched_getaffinity(0)))
+    splitter = Splitter(spec.heldout_per_mille)
+    spools = {side: _Spool(directory / f".{side}", kind) for side in SIDES}
+    jobs = [(source, True) for source in spec.heldout_sources] + [(source, False) for source in spec.sources]
+    tallies = []
+    for source, whole in jobs:  # sources that are held out whole come first, so that no other one can train on what they ask
+        tally = _Tally(source, "heldout" if whole else "train")
+        for side, encoded in _kept(tally, encoder, splitter, data_dir, seed):
+            spools[side].add(encoded, source)
+        tallies.append(tally)
+    if not spools["train"].units:
+        raise UserError(f"nothing is left to train on: all records of {', '.join(s.name for s in spec.sources)} are held out")
+    if spec.heldout_per_mille and not spools["heldout"].units:
+        total = spools["train"].units
+        raise UserError(
+            f"data.heldout_per_mille {spec.heldout_per_mille:g} holds out none of {total} records; raise it, or set it to 0"
+        )
+    table = [tally.row() for tally in tallies[len(spec.heldout_sources) :] + tallies[: len(spec.heldout_sources)]]
+    for side, spool in spools.items():
+        spool.write(directory / side, tokenizer, table, seed)
+    return table, spools["heldout"].units > 0
+
+
+def _kept(
+    tally: "_Tally", encoder: Encoder, splitter: Splitter, data_dir: Path | None, seed: int
+) -> Iterator[tuple[Side, Encoded]]:
+    """The records of one source that are used, each with its side; everything else is counted in the tally."""
+    source = tally.source
+    for encoded in encoder.encode(read_source(source, data_dir, seed)):
+        side = encoded if isinstance(encoded, Drop) else splitter.side(encoded.record, tally.split == "heldout")
+        if isinstance(side, Drop):
+            tally.drop(side)
+            continue
+        assert isinstance(encoded, Encoded)
+        tally.keep(side, encoded)
+        yield side, encoded
+        if tally.kept == source.limit:
+            break
+    tally.check()
+
+
+@dataclass
+class _Tally:
+    """What became of the rows of one source."""
+
+    source: SourceSpec
+    split: Side
+    rows: int = 0
+    kept: int = 0
+    heldout: int = 0
+    tokens: int = 0
+    shortened: int = 0
+    drops: Counter[str] = field(default_factory=Counter)
+    first_drop: dict[str, str] = field(default_factory=dict)
+
+    def keep(self, side: Side, encoded: Encoded) -> None:
+        """Count a record that is used."""
+        self.rows += 1
+        self.kept += 1
+        self.heldout += side == "heldout"
+        repeat = self.source.repeat if side == "train" else 1
+        self.tokens += repeat * sum(len(ids) for ids, _ in encoded.sequences)
+        self.shortened += encoded.cut_turns > 0
+
+    def drop(self, drop: Drop) -> None:
+        """Count a row that is not used. Raises `UserError` at the first bad one when the source allows none."""
+        self.rows += 1
+        self.drops[drop.reason] += 1
+        self.first_drop.setdefault(drop.reason, drop.where)
+        if self.source.max_drop == 0 and drop.reason not in NOT_DEFECTS:
+            raise UserError(f"source {self.source.name!r}: {drop.where} is dropped ({drop.reason}), and max_drop 0 allows none")
+
+    def check(self) -> None:
+        """Refuse a source that gives nothing, or too little of what it holds."""
+        defects = Counter({reason: count for reason, count in self.drops.items() if reason not in NOT_DEFECTS})
+        if self.rows == 0:
+            raise UserError(f"source {self.source.name!r}: {self.source.path or self.source.adapter} holds no rows")
+        if defects.total() > self.source.max_drop * self.rows:
+            raise UserError(
+                f"source {self.source.name!r}: {defects.total() / self.rows:.1%} of {self.rows:,} rows are dropped, more than "
+                f"max_drop {self.source.max_drop:g}; most often {self._worst(defects)}; "
+                "mend the data or the options, or raise max_drop"
+            )
+        if self.kept == 0:
+            raise UserError(
+                f"source {self.source.name!r}: none of its {self.rows:,} rows is used; "
+                f"most often {self._worst(self.drops)}; leave it out"
+            )
+
+    def _worst(self, drops: Counter[str]) -> str:
+        ((reason, count),) = drops.most_common(1)
+        return f"{reason} ({count:,} rows, first {self.first_drop[reason]})"
+
+    def row(self) -> dict[str, Any]:
+        """The source's row of the table."""
+        source = self.source
+        unexpected = source.expect is not None and source.expect != self.kept
+        return {
+            "source": source.name,
+            "adapter": source.adapter,
+            "language": source.language,
+            "license": source.license,
+            "split": self.split,
+            "rows": self.rows,
+            "kept": self.kept,
+            "heldout": self.heldout,
+            "tokens": self.tokens,
+            "repeat": source.repeat,
+            "shortened": self.shortened,
+            "drops": dict(self.drops.most_common()),
+            "first_drop": {reason: self.first_drop[reason] for reason, _ in self.drops.most_common()},
+            "warning": f"source {source.name!r}: {self.kept:,} records kept, {source.expect:,} expected" if unexpected else None,
+        }
+
+
+class _Spool:
+    """The records of one side, on disk in reading order, until the store is written."""
+
+    def __init__(self, stem: Path, kind: Kind) -> None:
+        self._stem, self._kind, self._sides = stem, kind, 2 if kind == "pairs" else 1
+        self._files: dict[str, BinaryIO] = {}
+        self._ends = array("Q", [0])
+        self._text_ends = array("Q", [0])
+        self._order = array("Q")
+
+    @property
+    def units(self) -> int:
+        """Records (a pair is one)."""
+        return (len(self._ends) - 1) // self._sides
+
+    def add(self, encoded: Encoded, source: SourceSpec) -> None:
+        """Append a record; it comes `repeat` times in the store when it is for training."""
+        heldout = self._stem.name == ".heldout"
+        self._order.extend([self.units] * (1 if heldout else source.repeat))
+        for ids, mask in encoded.sequences:
+            self._append("tokens", np.asarray(ids, dtype=TOKEN).tobytes())
+            if mask is not None:
+                self._append("loss", bytes(mask))
+            self._ends.append(self._ends[-1] + len(ids))
+        if heldout and isinstance(encoded.record, Document):
+            row = {"text": encoded.record.text, "language": encoded.record.language, "source": source.name}
+            line = json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"
+            self._append("texts", line)
+            self._text_ends.append(self._text_ends[-1] + len(line))
+
+    def _append(self, name: str, data: bytes) -> None:
+        if name not in self._files:
+            self._files[name] = self._path(name).open("wb")
+        self._files[name].write(data)
+
+    def _path(self, name: str) -> Path:
+        return self._stem.with_name(f"{self._stem.name}.{name}")
+
+    def write(self, directory: Path, tokenizer: KeuralTokenizer, table: list[dict[str, Any]], seed: int) -> None:
+        """Write the store, documents shuffled, and remove the files that waited."""
+        for file in self._files.values():
+            file.close()
+        order = np.array(self._order, dtype=np.int64)
+        if len(order):
+            if self._kind == "documents":
+                order = order[Permutation(len(order), seed, len(order)).take(np.arange(len(order)))]
+            self._write_store(directory, tokenizer, table, order)
+        for name in self._files:
+            self._path(name).unlink()
+
+    def _write_store(
+        self, directory: Path, tokenizer: KeuralTokenizer, table: list[dict[str, Any]], order: np.ndarray[Any, np.dtype[np.int64]]
+    ) -> None:
+        tokens = np.memmap(self._path("tokens"), dtype=TOKEN, mode="r")
+        loss = None if self._kind == "documents" else np.memmap(self._path("loss"), dtype=np.uint8, mode="r")
+        writer = StoreWriter(directory, tokenizer.sha256, tokenizer.vocab_size, self._kind, {"sources": table})
+        for unit in order.tolist():
+            for sequence in range(self._sides * unit, self._sides * (unit + 1)):
+                start, end = self._ends[sequence], self._ends[sequence + 1]
+                writer.add(tokens[start:end], None if loss is None else loss[start:end])
+        if "texts" in self._files:
+            self._write_texts(directory / "texts.jsonl", order)
+        writer.close(extra=["texts.jsonl"] if "texts" in self._files else [])
+
+    def _write_texts(self, path: Path, order: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+        """The held-out documents' texts, in the order of the store."""
+        with self._path("texts").open("rb") as texts, path.open("wb") as file:
+            for unit in order.tolist():
+                texts.seek(self._text_ends[unit])
+                file.write(texts.read(self._text_ends[unit + 1] - self._text_ends[unit]))

@@ -1,0 +1,45 @@
+"""What every source is turned into: a document, a conversation, a preference pair, or a counted drop."""
+
+from dataclasses import dataclass
+
+from keural.tokenizer.chatml import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Running text for next-token training. `where` names file and row, `language` is an ISO 639-1 code where known."""
+
+    text: str
+    where: str
+    language: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A dialogue for supervised fine-tuning: an optional system turn, then user and assistant turns; the last one is the assistant's."""
+
+    messages: tuple[Message, ...]
+    where: str
+    language: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """Two answers to one prompt. `prompt` ends with a user turn; `chosen` and `rejected` are the assistant's contents."""
+
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    where: str
+    language: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """A row that is not used, with the reason it is counted under (a short snake_case word) and the place it came from."""
+
+    reason: str
+    where: str
+
+
+Record = Document | Conversation | PreferencePair

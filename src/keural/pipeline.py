@@ -1,0 +1,319 @@
+"""The pipeline: a recipe's stages in order, each from directories to directories.
+
+`run` prepares the tokenizer and every stage's data, trains the stages, evaluates, and writes `summary.json` and `report.html`.
+Each part has a fingerprint of everything that determines its result: a finished part with the same fingerprint is skipped, an
+interrupted stage is resumed, a part whose settings changed is set aside (never overwritten) and made again.
+
+    runs/<recipe>/  recipe.yaml  tokenizer/  data/<fingerprint>/{train,heldout}  <stage>/{checkpoints,model}  final -> <stage>/model
+"""
+
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from keural.convert.hf import save_model_directory
+from keural.data.prepare import Prepared, check_sources, iter_texts, prepare
+from keural.data.store import TokenStore
+from keural.data.stream import Stream
+from keural.errors import UserError
+from keural.files import fingerprint, read_json, write_atomic, write_json
+from keural.model import KeuralConfig
+from keural.recipe import Recipe, StageSpec, parse_duration
+from keural.report.html import write_report
+from keural.scorecard import score
+from keural.tokenizer import KeuralTokenizer
+from keural.tokenizer.train import train_tokenizer
+from keural.train import parallel
+from keural.train.stage import StageJob, StageResult, train_stage
+
+NOT_IN_FINGERPRINT: Any = {"notes": True, "train": {"save_every", "keep_checkpoints", "evaluate_every"}}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to: its directory, and whether a signal stopped it before the end."""
+
+    directory: Path
+    interrupted: bool
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A recipe, its run directory, its tokenizer, and where each stage's data is."""
+
+    recipe: Recipe
+    out: Path
+    tokenizer: KeuralTokenizer
+    data: dict[str, Prepared]
+
+    @property
+    def model_config(self) -> KeuralConfig:
+        """The network of the recipe, with the tokenizer's vocabulary."""
+        return build_config(self.recipe, self.tokenizer)
+
+    def stage_fingerprint(self, stage: StageSpec) -> str:
+        """Of everything that determines the stage's weights: its settings, its data, and the model it starts from."""
+        return fingerprint(
+            {
+                "stage": stage.model_dump(exclude=NOT_IN_FINGERPRINT),
+                "model": self.recipe.spec.model.model_dump(),
+                "seed": self.recipe.spec.seed,
+                "budget": self.recipe.spec.budget if stage.train.budget_share else None,
+                "tokenizer": self.tokenizer.sha256,
+                "data": self.data[stage.name].fingerprint,
+                "init": self._init_fingerprint(stage),
+            }
+        )
+
+    def _init_fingerprint(self, stage: StageSpec) -> str:
+        if stage.init_from == "random":
+            return "random"
+        if "/" in stage.init_from:
+            return fingerprint(sorted(read_json(init_directory(self.out, stage) / "keural.json")["files"].items()))
+        return self.stage_fingerprint(self.recipe.stage(stage.init_from))
+
+
+def build_config(recipe: Recipe, tokenizer: KeuralTokenizer) -> KeuralConfig:
+    """The model configuration of a recipe with this tokenizer's ids."""
+    shape = recipe.spec.model.model_dump()
+    theta = shape.pop("rope_theta")
+    return KeuralConfig(
+        **shape,
+        vocab_size=tokenizer.vocab_size,
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
+        pad_token_id=tokenizer.pad_id,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.im_end_id,
+    )
+
+
+def run(recipe: Recipe, out: Path, *, until: str | None = None, only: str | None = None, tensorboard: bool = False) -> Outcome:
+    """Run a recipe's stages in order into `out`; finished parts are skipped, an interrupted stage is resumed.
+
+    `until` stops after that stage, `only` runs just that stage (the one it starts from must be finished). Under torchrun
+    every rank calls this; rank 0 prepares and exports. Raises `UserError` for anything the user can mend, before the first
+    step where possible.
+    """
+    stages = _selected(recipe, until, only)
+    with parallel.session() as ranks:
+        started = time.monotonic()
+        ranks.on_main(lambda: _open_run(recipe, stages, out))
+        workspace = prepare_all(recipe, stages, out)
+        for stage in stages:
+            if _train(workspace, stage, ranks, tensorboard):
+                return Outcome(out, interrupted=True)
+        ranks.on_main(lambda: _finish(workspace, stages, started))
+    return Outcome(out, interrupted=False)
+
+
+def _open_run(recipe: Recipe, stages: list[StageSpec], out: Path) -> None:
+    """Check everything, keep the resolved recipe, prepare the data: once, before other ranks open it."""
+    check_inputs(recipe, stages, out)
+    write_atomic(out / "recipe.yaml", yaml.safe_dump(recipe.resolved(), allow_unicode=True, sort_keys=False))
+    prepare_all(recipe, stages, out)
+
+
+def _selected(recipe: Recipe, until: str | None, only: str | None) -> list[StageSpec]:
+    if only is not None:
+        return [recipe.stage(only)]
+    last = recipe.stages.index(recipe.stage(until)) if until is not None else len(recipe.stages) - 1
+    return list(recipe.stages[: last + 1])
+
+
+def check_inputs(recipe: Recipe, stages: Iterable[StageSpec], out: Path) -> None:
+    """Refuse what cannot work before anything is written: unknown adapters, missing paths, a model directory that is none."""
+    sources = [source for stage in stages for source in (*stage.data.sources, *stage.data.heldout_sources)]
+    check_sources([*recipe.spec.tokenizer.sources, *sources], data_directory(recipe))
+    for stage in stages:
+        if "/" in stage.init_from and not (init_directory(out, stage) / "config.json").is_file():
+            raise UserError(f"{stage.name}: init_from {stage.init_from!r} is not a model directory (no config.json there)")
+
+
+def data_directory(recipe: Recipe) -> Path | None:
+    """The directory that sources' paths are relative to, where the recipe gives one."""
+    if recipe.spec.data is None:
+        return None
+    path = Path(recipe.spec.data).expanduser()
+    if not path.is_dir():
+        raise UserError(f"data={recipe.spec.data}: no such directory; give the directory with the unpacked data sets")
+    return path
+
+
+def init_directory(out: Path, stage: StageSpec) -> Path:
+    """The model directory a stage starts from: another stage's, or the one it names."""
+    return Path(stage.init_from).expanduser() if "/" in stage.init_from else out / stage.init_from / "model"
+
+
+def prepare_all(recipe: Recipe, stages: Iterable[StageSpec], out: Path) -> Workspace:
+    """Tokenizer and token stores of the given stages and of those they start from; what is already there is only opened."""
+    tokenizer = prepare_tokenizer(recipe, out)
+    needed = {name: stage for stage in stages for name, stage in _with_ancestors(recipe, stage).items()}
+    data = {name: _prepare_stage(recipe, stage, tokenizer, out) for name, stage in needed.items()}
+    return Workspace(recipe, out, tokenizer, data)
+
+
+def _with_ancestors(recipe: Recipe, stage: StageSpec) -> dict[str, StageSpec]:
+    chain = {stage.name: stage}
+    while stage.init_from != "random" and "/" not in stage.init_from:
+        stage = recipe.stage(stage.init_from)
+        chain[stage.name] = stage
+    return chain
+
+
+def _prepare_stage(recipe: Recipe, stage: StageSpec, tokenizer: KeuralTokenizer, out: Path) -> Prepared:
+    return prepare(stage.data, stage.objective, data_directory(recipe), tokenizer, out / "data", recipe.spec.seed)
+
+
+def prepare_tokenizer(recipe: Recipe, out: Path) -> KeuralTokenizer:
+    """Load the recipe's tokenizer, or train it into `out/tokenizer` when it is not there yet."""
+    spec, directory = recipe.spec.tokenizer, out / "tokenizer"
+    if spec.path:
+        return KeuralTokenizer.load((data_directory(recipe) or Path()) / spec.path)
+    wanted = fingerprint({"spec": spec.model_dump(), "seed": recipe.spec.seed})
+    marker = directory / "done.json"
+    if marker.is_file() and read_json(marker)["fingerprint"] == wanted:
+        return KeuralTokenizer.load(directory)
+    set_aside(directory)
+    texts = iter_texts(spec.sources, data_directory(recipe), spec.max_bytes, recipe.spec.seed)
+    tokenizer = train_tokenizer(texts, spec, directory, recipe.spec.seed)
+    write_json(marker, {"fingerprint": wanted})
+    return tokenizer
+
+
+def set_aside(directory: Path) -> None:
+    """Keep an outdated directory under another name instead of overwriting it."""
+    if directory.exists():
+        number = next(n for n in range(1, 10_000) if not directory.with_name(f"{directory.name}.old-{n}").exists())
+        directory.rename(directory.with_name(f"{directory.name}.old-{number}"))
+
+
+def _train(workspace: Workspace, stage: StageSpec, ranks: parallel.Ranks, tensorboard: bool) -> bool:
+    """Bring one stage to its end unless it is there already; True when a signal stopped it."""
+    directory, wanted = workspace.out / stage.name, workspace.stage_fingerprint(stage)
+    if is_done(directory, wanted):
+        ranks.say(f"{stage.name}: finished already, skipped")
+        return False
+    _check_ready(workspace, stage)
+    ranks.on_main(lambda: _open_stage_directory(directory, stage, wanted))
+    result = train_stage(_job(workspace, stage, wanted, tensorboard), ranks)
+    if not result.interrupted:
+        export_stage(workspace, stage, result, wanted, ranks)
+    return result.interrupted
+
+
+def is_done(directory: Path, wanted: str) -> bool:
+    """Whether a stage directory holds the finished result of exactly these settings."""
+    marker = directory / "done.json"
+    return marker.is_file() and read_json(marker)["fingerprint"] == wanted
+
+
+def _check_ready(workspace: Workspace, stage: StageSpec) -> None:
+    if stage.init_from == "random" or "/" in stage.init_from:
+        return
+    before = workspace.recipe.stage(stage.init_from)
+    if not is_done(workspace.out / before.name, workspace.stage_fingerprint(before)):
+        raise UserError(f"{stage.name}: starts from {before.name}, which is not finished in {workspace.out}; run that stage first")
+
+
+def _open_stage_directory(directory: Path, stage: StageSpec, wanted: str) -> None:
+    marker = directory / "stage.json"
+    if directory.exists() and not (marker.is_file() and read_json(marker)["fingerprint"] == wanted):
+        set_aside(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomic(directory / "stage.yaml", yaml.safe_dump(stage.model_dump(), allow_unicode=True, sort_keys=False))
+    write_json(marker, {"fingerprint": wanted})
+
+
+def open_stream(workspace: Workspace, stage: StageSpec) -> Stream:
+    """The stream of batches that a stage trains on."""
+    store = TokenStore.open(workspace.data[stage.name].train, workspace.tokenizer.sha256)
+    length, train = stage.data.sequence_length, stage.train
+    rows = None if train.batch_tokens is None else train.batch_tokens // length
+    return Stream(store, stage.objective, length, rows, train.batch_pairs, workspace.recipe.spec.seed)
+
+
+def _job(workspace: Workspace, stage: StageSpec, wanted: str, tensorboard: bool) -> StageJob:
+    budget, share = workspace.recipe.spec.budget, stage.train.budget_share
+    prepared = workspace.data[stage.name]
+    return StageJob(
+        stage=stage,
+        seed=workspace.recipe.spec.seed,
+        model_config=workspace.model_config,
+        init=None if stage.init_from == "random" else init_directory(workspace.out, stage),
+        train_store=prepared.train,
+        heldout_store=prepared.heldout,
+        tokenizer_sha=workspace.tokenizer.sha256,
+        run_dir=workspace.out / stage.name,
+        fingerprint=wanted,
+        budget_seconds=parse_duration(budget) * share if budget and share else None,
+        tensorboard=tensorboard,
+    )
+
+
+def export_stage(workspace: Workspace, stage: StageSpec, result: StageResult, wanted: str, ranks: parallel.Ranks) -> None:
+    """Write the stage's model directory, then the marker that it is done."""
+    weights = parallel.full_state_dict(result.model)
+    ranks.on_main(lambda: _save_stage(workspace, stage, result, weights or {}, wanted))
+
+
+def _save_stage(workspace: Workspace, stage: StageSpec, result: StageResult, weights: dict[str, Tensor], wanted: str) -> None:
+    directory, spec = workspace.out / stage.name, workspace.recipe.spec
+    chain = list(reversed(_with_ancestors(workspace.recipe, stage)))
+    lineage = {"recipe": spec.name, "stage": stage.name, "fingerprint": wanted, "chain": chain}
+    save_model_directory(directory / "model", workspace.model_config, weights, workspace.tokenizer, lineage, spec.chat)
+    done = {"name": stage.name, "objective": stage.objective, "init_from": stage.init_from, "fingerprint": wanted}
+    measured = ("seconds", "tokens", "steps", "loss_first", "loss_last", "heldout")
+    write_json(directory / "done.json", done | {name: getattr(result, name) for name in measured})
+
+
+def _finish(workspace: Workspace, stages: list[StageSpec], started: float) -> None:
+    """Link the final model, evaluate it when the recipe is complete, and write the summary and the report."""
+    out, recipe = workspace.out, workspace.recipe
+    _link_final(out, stages[-1].name)
+    complete = stages[-1] is recipe.stages[-1] and all((out / stage.name / "done.json").is_file() for stage in recipe.stages)
+    summary: dict[str, Any] = {
+        "recipe": recipe.spec.name,
+        "seconds": 0.0,
+        "stages": [read_json(out / stage.name / "done.json") for stage in stages],
+        "data": {stage.name: workspace.data[stage.name].table for stage in stages},
+        "evaluation": {},
+        "samples": [],
+    }
+    if complete:
+        summary |= _evaluated(workspace)
+    summary["seconds"] = round(time.monotonic() - started, 3)
+    write_json(out / "summary.json", summary)
+    write_report(out)
+
+
+def _link_final(out: Path, stage_name: str) -> None:
+    link = out / "final"
+    temporary = out / ".final.tmp"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(Path(stage_name) / "model", target_is_directory=True)
+    if link.is_dir() and not link.is_symlink():
+        shutil.rmtree(link)
+    temporary.replace(link)
+
+
+def _evaluated(workspace: Workspace) -> dict[str, Any]:
+    """Evaluation and sample answers of the finished recipe, reused when nothing they depend on has changed."""
+    cache = workspace.out / "evaluation.json"
+    wanted = fingerprint(
+        {
+            "evaluation": workspace.recipe.spec.evaluation.model_dump(),
+            "chat": workspace.recipe.spec.chat.model_dump(),
+            "stages": [workspace.stage_fingerprint(stage) for stage in workspace.recipe.stages],
+        }
+    )
+    if cache.is_file() and (cached := read_json(cache))["fingerprint"] == wanted:
+        return dict(cached["result"])
+    result = score(workspace.recipe, workspace.out, workspace.tokenizer, workspace.model_config, workspace.data)
+    write_json(cache, {"fingerprint": wanted, "result": result})
+    return result

@@ -1,0 +1,177 @@
+"""What a stage says while it runs: `metrics.jsonl`, a progress bar or plain lines, and TensorBoard when asked for.
+
+In: one `StepReport` per optimizer step, and evaluations. Out: a file with each step exactly once, also after any number of
+restarts. A step's number is the one that `keural data show --step` takes; an evaluation has the number of the last step before
+it.
+"""
+
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from keural.errors import UserError
+from keural.files import write_atomic
+from keural.train.loop import StepReport
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Cut a metrics file back to the steps before `step`; a line that a killed process left unfinished goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
+            if json.loads(line)["step"] < step:
+                kept.append(line)
+    write_atomic(path, "".join(f"{line}\n" for line in kept))
+
+
+class Metrics:
+    """Writer of a stage's metrics on rank 0, silent on the others; a context manager.
+
+    Args:
+        directory: the stage's run directory.
+        name: the stage's name, shown before the figures.
+        first_step: steps done already; later lines of an earlier process are removed.
+        steps: steps of the whole stage.
+        active: whether this rank writes.
+        tensorboard: also write TensorBoard events to `directory/tensorboard`. Raises `UserError` when it is not installed.
+    """
+
+    def __init__(self, directory: Path, name: str, first_step: int, steps: int, *, active: bool, tensorboard: bool) -> None:
+        self.path, self.name, self.first_step, self.steps, self.active = (
+            directory / "metrics.jsonl",
+            name,
+            first_step,
+            steps,
+            active,
+        )
+        self._board = _open_tensorboard(directory, first_step) if tensorboard and active else None
+        self._display: _Bar | _Lines | None = None
+
+    def __enter__(self) -> Self:
+        if self.active:
+            keep_until(self.path, self.first_step)
+            self._file = self.path.open("a", encoding="utf-8")
+            kind = _Bar if sys.stderr.isatty() else _Lines
+            self._display = kind(self.name, self.first_step, self.steps)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._display is not None:
+            self._display.close()
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def step(self, report: StepReport, tokens: int, seconds: float) -> None:
+        """Record a step; `tokens` and `seconds` are the stage's sums so far, restarts included."""
+        speed = report.tokens / report.seconds
+        line = {
+            "step": report.step,
+            "loss": report.loss,
+            "learning_rate": report.learning_rate,
+            "gradient_norm": report.gradient_norm,
+            "tokens": tokens,
+            "tokens_per_second": round(speed, 1),
+            "seconds": round(seconds, 3),
+            "balance_loss": report.balance_loss,
+            "z_loss": report.z_loss,
+            "expert_load": report.expert_load,
+            **report.metrics,
+        }
+        self._write(line)
+        if self._display is not None:
+            extra = f" margin {report.metrics['reward_margin']:.3f}" if "reward_margin" in report.metrics else ""
+            self._display.show(report.step + 1, f"loss {report.loss:.4f}{extra} lr {report.learning_rate:.2e} {speed:,.0f} tok/s")
+
+    def evaluation(self, step: int, heldout: dict[str, float]) -> None:
+        """Record held-out figures measured after step `step`."""
+        self._write({"step": step, "heldout": heldout})
+        if self._display is not None:
+            figures = " ".join(f"{name} {value:.4f}" for name, value in heldout.items() if name != "items")
+            self._display.say(f"{self.name}: held-out {figures}")
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if not self.active:
+            return
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); free some space and run the same command again"
+            ) from error
+        if self._board is not None:
+            for name, value in (line | line.get("heldout", {})).items():
+                if isinstance(value, int | float) and name != "step":
+                    self._board.add_scalar(f"heldout/{name}" if "heldout" in line else name, value, line["step"])
+
+
+class _Bar:
+    """A progress bar with the time left, for a terminal."""
+
+    def __init__(self, name: str, first_step: int, steps: int) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, TextColumn("{task.fields[figures]}"), console=Console(stderr=True))
+        self._task = self._progress.add_task(name, total=steps, completed=first_step, figures="")
+        self._progress.start()
+
+    def show(self, done: int, figures: str) -> None:
+        self._progress.update(self._task, completed=done, figures=figures)
+
+    def say(self, text: str) -> None:
+        self._progress.console.print(text, highlight=False)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+class _Lines:
+    """A plain line every few seconds, for a log file."""
+
+    def __init__(self, name: str, first_step: int, steps: int) -> None:
+        self._name, self._first, self._steps = name, first_step, steps
+        self._started = self._shown = time.monotonic()
+
+    def show(self, done: int, figures: str) -> None:
+        now = time.monotonic()
+        if done not in (self._first + 1, self._steps) and now - self._shown < SECONDS_BETWEEN_LINES:
+            return
+        self._shown = now
+        left = (now - self._started) / (done - self._first) * (self._steps - done)
+        self.say(f"{self._name}: step {done}/{self._steps} {figures} {_clock(left)} left")
+
+    def say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+def _open_tensorboard(directory: Path, first_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("TensorBoard was asked for and is not installed; install keural[tensorboard]") from error
+    return SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)

@@ -1,0 +1,139 @@
+"""What is written is read back; the layout is datatrove's; anything wrong with a store is one line when it is opened."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keural.data.store import StoreWriter, TokenStore
+from keural.errors import UserError
+
+SEQUENCES = [[1, 260, 300, 2], [1, 511, 2], [1, 2], [1, 400, 401, 402, 403, 2]]
+SHA = "a" * 64
+
+
+def write_documents(directory: Path, sequences: list[list[int]] = SEQUENCES, shard_tokens: int = 1 << 28) -> Path:
+    with StoreWriter(directory, SHA, 512, "documents", {"sources": [{"source": "s", "license": "MIT"}]}, shard_tokens) as writer:
+        for sequence in sequences:
+            writer.add(sequence)
+    return directory
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sequences=st.lists(st.lists(st.integers(0, 511), min_size=1, max_size=20), min_size=1, max_size=30),
+    shard_tokens=st.integers(1, 100),
+    data=st.data(),
+)
+def test_sequences_masks_and_flat_ranges_come_back(
+    tmp_path_factory: pytest.TempPathFactory, sequences: list[list[int]], shard_tokens: int, data: st.DataObject
+) -> None:
+    directory = tmp_path_factory.mktemp("store")
+    masks = [data.draw(st.lists(st.integers(0, 1), min_size=len(one), max_size=len(one))) for one in sequences]
+    with StoreWriter(directory, SHA, 512, "conversations", shard_tokens=shard_tokens) as writer:
+        for sequence, mask in zip(sequences, masks, strict=True):
+            writer.add(sequence, mask)
+    store = TokenStore.open(directory, SHA)
+    flat = [token for sequence in sequences for token in sequence]
+    ends = np.cumsum([len(sequence) for sequence in sequences])
+    assert [store.sequence(index).tolist() for index in range(store.num_sequences)] == sequences
+    assert [store.loss_mask(index).tolist() for index in range(store.num_sequences)] == masks
+    assert store.lengths().tolist() == [len(sequence) for sequence in sequences]
+    assert store.manifest["num_trained"] == sum(map(sum, masks))
+    start = data.draw(st.integers(0, len(flat) - 1))
+    stop = data.draw(st.integers(start + 1, len(flat)))
+    assert store.read(start, stop + 5)[: stop - start].tolist() == flat[start:stop]
+    first, span_ends = store.spans(start, stop)
+    overlapping = [index for index, end in enumerate(ends) if end > start and end - len(sequences[index]) < stop]
+    assert (first, span_ends.tolist()) == (overlapping[0], [int(ends[index]) for index in overlapping])
+
+
+def test_the_files_are_datatroves_layout(tmp_path: Path) -> None:
+    write_documents(tmp_path / "store", shard_tokens=7)
+    store = TokenStore.open(tmp_path / "store")
+    assert len(store.manifest["shards"]) == 2
+    read = []
+    for shard in ("00000", "00001"):
+        tokens = np.fromfile(tmp_path / "store" / f"{shard}.ds", dtype="<u4")
+        ends = np.fromfile(tmp_path / "store" / f"{shard}.ds.index", dtype="<u8")
+        read += [part.tolist() for part in np.split(tokens, ends[:-1].astype(int))]
+        name, count, _ = (tmp_path / "store" / f"{shard}.ds.metadata").read_text().split("\n")
+        assert (name, int(count)) == (f"{SHA}|4", len(tokens))
+    assert read == SEQUENCES
+    assert not list((tmp_path / "store").glob("*.loss"))
+
+
+def test_the_same_content_has_the_same_fingerprint_and_other_content_another(tmp_path: Path) -> None:
+    first = TokenStore.open(write_documents(tmp_path / "a"))
+    assert TokenStore.open(write_documents(tmp_path / "b")).fingerprint == first.fingerprint
+    assert TokenStore.open(write_documents(tmp_path / "c", SEQUENCES[:3])).fingerprint != first.fingerprint
+
+
+def one_line(directory: Path, *words: str, sha: str | None = None, verify: str = "auto") -> None:
+    with pytest.raises(UserError) as caught:
+        TokenStore.open(directory, sha, verify)  # type: ignore[arg-type]
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(directory) in message
+    assert all(word in message for word in words), message
+
+
+def test_a_store_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    one_line(write_documents(tmp_path / "store"), "another tokenizer", "prepare the data again", sha="b" * 64)
+
+
+def test_an_unfinished_store_is_refused(tmp_path: Path) -> None:
+    writer = StoreWriter(tmp_path / "store", SHA, 512, "documents")
+    writer.add([1, 2])
+    one_line(tmp_path / "store", "manifest.json is missing")
+
+
+def test_a_block_that_fails_leaves_no_manifest(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), StoreWriter(tmp_path / "store", SHA, 512, "documents") as writer:
+        writer.add([1, 2])
+        raise ZeroDivisionError
+    one_line(tmp_path / "store", "manifest.json is missing")
+
+
+@pytest.mark.parametrize("verify", ["size", "full", "auto"])
+def test_a_truncated_file_is_refused(tmp_path: Path, verify: str) -> None:
+    path = write_documents(tmp_path / "store") / "00000.ds"
+    path.write_bytes(path.read_bytes()[:-4])
+    one_line(tmp_path / "store", "00000.ds", "truncated", verify=verify)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    (write_documents(tmp_path / "store") / "00000.ds.index").unlink()
+    one_line(tmp_path / "store", "00000.ds.index", "missing")
+
+
+@pytest.mark.parametrize("name", ["00000.ds", "00000.ds.index", "00000.ds.metadata"])
+def test_one_flipped_bit_is_refused_in_full(tmp_path: Path, name: str) -> None:
+    path = write_documents(tmp_path / "store") / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    one_line(tmp_path / "store", name, "checksum")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("kind", "pairs"), ("format", "else"), ("vocab_size", 3), ("files", None), ("version", 99)]
+)
+def test_a_changed_manifest_is_refused(tmp_path: Path, key: str, value: object) -> None:
+    path = write_documents(tmp_path / "store") / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    one_line(tmp_path / "store", "manifest.json")
+
+
+def test_a_manifest_that_is_no_json_is_refused(tmp_path: Path) -> None:
+    path = write_documents(tmp_path / "store") / "manifest.json"
+    path.write_text(path.read_text()[:50])
+    one_line(tmp_path / "store", "not valid JSON")
+
+
+def test_a_token_outside_the_vocabulary_is_never_written(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="vocabulary"):
+        StoreWriter(tmp_path, SHA, 512, "documents").add([512])

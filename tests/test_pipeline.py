@@ -1,0 +1,304 @@
+"""The pipeline on a tiny recipe: stages in order, skipped when finished, made again when changed, refused in one line."""
+
+import json
+import random
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from keural.cli import main
+from keural.convert.hf import load_model
+from keural.files import read_json
+
+WORDS = ["하늘", "바다", "나무", "구름", "바람", "sea", "sky", "tree", "cloud", "오늘", "내일", "going", "봅니다", "읽어요", "sees"]
+Keural = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def keural(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Keural:
+    """Run the command in this process; gives exit code, standard output, standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["keural", *map(str, arguments)])
+        capfd.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def sentences(count: int, seed: int) -> Iterator[str]:
+    generator = random.Random(seed)
+    for _ in range(count):
+        yield " ".join(generator.choices(WORDS, k=generator.randint(3, 9))) + "."
+
+
+def write_data(directory: Path) -> None:
+    directory.mkdir()
+    (directory / "prose.jsonl").write_text(
+        "".join(json.dumps({"text": " ".join(sentences(4, seed))}) + "\n" for seed in range(300))
+    )
+    chats, pairs = [], []
+    for question, answer, other in zip(sentences(150, 1), sentences(150, 2), sentences(150, 3), strict=True):
+        chats.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+        pairs.append({"prompt": question, "chosen": answer, "rejected": other})
+    (directory / "chats.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chats))
+    (directory / "pairs.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in pairs))
+
+
+def write_recipe(directory: Path, data: Path) -> None:
+    directory.mkdir()
+    prose = [{"name": "prose", "adapter": "text", "path": "prose.jsonl", "language": "ko"}]
+    chats = [{"name": "chats", "adapter": "messages", "path": "chats.jsonl"}]
+    pairs = [{"name": "pairs", "adapter": "preference", "path": "pairs.jsonl"}]
+    train = {"steps": 6, "lr": 1e-3, "warmup_steps": 2, "save_every": 2}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "sliding_window": 9,
+        "max_position_embeddings": 128,
+    }
+    files = {
+        "recipe": {
+            "name": "tiny",
+            "data": str(data),
+            "model": shape,
+            "tokenizer": {"vocab_size": 360, "sources": prose},
+            "stages": ["base", "chat", "align"],
+            "evaluation": {"bits_per_byte": [{"name": "prose", "stage": "base", "max_bytes": 5000}]},
+            "chat": {"samples": ["하늘 바다?"], "max_new_tokens": 8},
+        },
+        "base": {
+            "name": "base",
+            "objective": "next_token",
+            "data": {"sources": prose, "sequence_length": 32, "heldout_per_mille": 50},
+            "train": train | {"batch_tokens": 128},
+        },
+        "chat": {
+            "name": "chat",
+            "objective": "sft",
+            "init_from": "base",
+            "data": {"sources": chats, "sequence_length": 64, "heldout_per_mille": 50},
+            "train": train | {"batch_tokens": 256},
+        },
+        "align": {
+            "name": "align",
+            "objective": "dpo",
+            "init_from": "chat",
+            "data": {"sources": pairs, "sequence_length": 64, "heldout_per_mille": 50},
+            "train": train | {"batch_pairs": 4},
+        },
+    }
+    for name, content in files.items():
+        (directory / f"{name}.yaml").write_text(yaml.safe_dump(content, allow_unicode=True))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with `recipe`, `data` and the finished run `run`."""
+    root = tmp_path_factory.mktemp("pipeline")
+    write_data(root / "data")
+    write_recipe(root / "recipe", root / "data")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(sys, "argv", ["keural", "run", str(root / "recipe"), "--out", str(root / "run")])
+    with patch.context():
+        try:
+            main()
+        except SystemExit as stop:
+            assert not stop.code, stop.code  # noqa: PT017 - the command may end by exiting with success
+    patch.undo()
+    return root
+
+
+@pytest.fixture
+def workplace(finished: Path, tmp_path: Path) -> Path:
+    """A private copy of the finished run, with the recipe pointing to the same data."""
+    shutil.copytree(finished, tmp_path / "copy", symlinks=True)
+    return tmp_path / "copy"
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_model(directory).state_dict()
+
+
+def test_a_run_leaves_summary_report_and_a_final_model(finished: Path) -> None:
+    run = finished / "run"
+    summary = read_json(run / "summary.json")
+    assert [stage["name"] for stage in summary["stages"]] == ["base", "chat", "align"]
+    for stage in summary["stages"]:
+        assert {"name", "seconds", "tokens", "loss_first", "loss_last"} <= stage.keys()
+        assert stage["steps"] == 6
+    assert (run / "final").resolve() == (run / "align" / "model").resolve()
+    assert summary["evaluation"]["bits_per_byte"][0]["models"].keys() == {"untrained", "base", "align"}
+    assert summary["samples"][0]["language"] == "ko"
+    report = (run / "report.html").read_text()
+    assert "<svg" in report
+    assert "http://" not in report.replace("http://www.w3.org", "")
+
+
+def test_metrics_have_one_line_per_step(finished: Path) -> None:
+    for stage in ("base", "chat", "align"):
+        lines = [json.loads(line) for line in (finished / "run" / stage / "metrics.jsonl").read_text().splitlines()]
+        steps = [line["step"] for line in lines if "loss" in line]
+        assert steps == sorted(set(steps))
+        assert len(steps) == 6
+        load = torch.tensor(next(line["expert_load"] for line in lines if "expert_load" in line))
+        assert load.shape == (2, 4)
+        torch.testing.assert_close(load.sum(-1), torch.ones(2), atol=1e-4, rtol=0)
+
+
+def test_running_again_skips_everything(workplace: Path, keural: Keural) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (workplace / "run").rglob("*.safetensors")}
+    code, _, err = keural("run", workplace / "recipe", "--out", workplace / "run")
+    assert code == 0, err
+    assert before == {path: path.stat().st_mtime_ns for path in (workplace / "run").rglob("*.safetensors")}
+
+
+def test_a_changed_stage_is_made_again_and_the_old_one_kept(workplace: Path, keural: Keural) -> None:
+    code, _, err = keural("run", workplace / "recipe", "align.train.lr=5e-4", "--out", workplace / "run")
+    assert code == 0, err
+    assert (workplace / "run" / "align.old-1" / "done.json").is_file()
+    assert not (workplace / "run" / "chat.old-1").exists()
+    old, new = weights(workplace / "run" / "align.old-1"), weights(workplace / "run" / "align")
+    assert any(not torch.equal(old[name], new[name]) for name in old)
+
+
+def test_the_same_recipe_gives_the_same_weights_bit_for_bit(finished: Path, tmp_path: Path, keural: Keural) -> None:
+    code, _, err = keural("run", finished / "recipe", "--until", "chat", "--out", tmp_path / "again")
+    assert code == 0, err
+    old, new = weights(finished / "run" / "chat"), weights(tmp_path / "again" / "chat")
+    assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+def test_one_stage_alone_needs_the_one_before(finished: Path, tmp_path: Path, keural: Keural) -> None:
+    code, _, err = keural("train", finished / "recipe" / "chat.yaml", "--out", tmp_path / "new")
+    assert code == 2
+    assert "base" in err
+    assert "not finished" in err
+
+
+def test_generate_and_chat_take_the_final_directory(
+    finished: Path, keural: Keural, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    final = finished / "run" / "final"
+    code, out, err = keural("generate", final, "--prompt", "하늘?", "--max-new-tokens", "4", "--temperature", "0")
+    assert code == 0, err
+    assert out
+    (tmp_path / "typed").write_text("바다?\n/exit\n")
+    with (tmp_path / "typed").open() as typed:
+        monkeypatch.setattr("sys.stdin", typed)
+        code, out, err = keural("chat", final, "--max-new-tokens", "4")
+    assert code == 0, err
+
+
+def test_show_prints_the_batch_of_a_step(finished: Path, keural: Keural) -> None:
+    code, out, err = keural("data", "show", finished / "recipe" / "chat.yaml", "--step", "3", "--out", finished / "run")
+    assert code == 0, err
+    assert "<|im_start|>" in out
+
+
+def test_the_resolved_recipe_is_printed_with_its_size(finished: Path, keural: Keural) -> None:
+    code, out, _ = keural("recipe", finished / "recipe")
+    assert code == 0
+    assert yaml.safe_load(out)["recipe"]["model"]["rope_theta"] == 500_000.0
+    assert "parameters" in out
+
+
+def one_line(err: str) -> str:
+    lines = [line for line in err.splitlines() if line.startswith("keural: error: ")]
+    assert len(lines) == 1, err
+    return lines[0]
+
+
+class TestRefusals:
+    """Exit code 2, one line, nothing half-written."""
+
+    @pytest.fixture
+    def place(self, tmp_path: Path) -> Path:
+        write_data(tmp_path / "data")
+        write_recipe(tmp_path / "recipe", tmp_path / "data")
+        return tmp_path
+
+    def refused(self, keural: Keural, place: Path, *overrides: str) -> str:
+        code, _, err = keural("run", place / "recipe", *overrides, "--out", place / "run")
+        assert code == 2, err
+        assert not list(place.glob("run/*/stage.json"))
+        assert not list(place.rglob("*.tmp"))
+        return one_line(err)
+
+    def test_unknown_key(self, place: Path, keural: Keural) -> None:
+        assert "did you mean 'train.lr'" in self.refused(keural, place, "train.lrr=1")
+        assert not (place / "run").exists()
+
+    def test_missing_data_directory(self, place: Path, keural: Keural) -> None:
+        assert "no such directory" in self.refused(keural, place, f"data={place / 'nowhere'}")
+
+    def test_missing_source(self, place: Path, keural: Keural) -> None:
+        (place / "data" / "pairs.jsonl").unlink()
+        assert "pairs.jsonl" in self.refused(keural, place)
+        assert not (place / "run").exists()
+
+    def test_empty_file(self, place: Path, keural: Keural) -> None:
+        (place / "data" / "chats.jsonl").write_text("")
+        assert "chats.jsonl" in self.refused(keural, place)
+
+    def test_unknown_adapter(self, place: Path, keural: Keural) -> None:
+        path = place / "recipe" / "chat.yaml"
+        path.write_text(path.read_text().replace("adapter: messages", "adapter: mesages"))
+        assert "messages" in self.refused(keural, place)
+
+    def test_conversations_without_assistant(self, place: Path, keural: Keural) -> None:
+        row = json.dumps({"messages": [{"role": "user", "content": "hello"}]})
+        (place / "data" / "chats.jsonl").write_text(f"{row}\n" * 3)
+        message = self.refused(keural, place)
+        assert "chats" in message
+        assert "assistant" in message
+
+    def test_chosen_equal_to_rejected(self, place: Path, keural: Keural) -> None:
+        row = json.dumps({"prompt": "a", "chosen": "same", "rejected": "same"})
+        (place / "data" / "pairs.jsonl").write_text(f"{row}\n")
+        assert "chosen_equals_rejected" in self.refused(keural, place)
+
+    def test_prompt_longer_than_the_length(self, place: Path, keural: Keural) -> None:
+        row = json.dumps({"prompt": "하늘 바다 " * 200, "chosen": "a", "rejected": "b"})
+        (place / "data" / "pairs.jsonl").write_text(f"{row}\n")
+        assert "prompt_too_long" in self.refused(keural, place)
+
+    def test_corrupted_checkpoint(self, workplace: Path, keural: Keural) -> None:
+        (workplace / "run" / "align" / "done.json").unlink()
+        victim = max((workplace / "run" / "align" / "checkpoints").rglob("*.distcp"), key=lambda path: path.stat().st_size)
+        data = bytearray(victim.read_bytes())
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(data)
+        code, _, err = keural("run", workplace / "recipe", "--out", workplace / "run")
+        assert code == 2
+        assert victim.name in one_line(err)
+
+    def test_truncated_store(self, workplace: Path, keural: Keural) -> None:
+        (workplace / "run" / "align" / "done.json").unlink()
+        for victim in (workplace / "run" / "data").rglob("*.ds"):
+            victim.write_bytes(victim.read_bytes()[:-4])
+        code, _, err = keural("run", workplace / "recipe", "--out", workplace / "run")
+        assert code == 2
+        assert ".ds" in one_line(err)
+
+    def test_not_a_model_directory(self, tmp_path: Path, keural: Keural) -> None:
+        for command in (["generate", tmp_path, "--prompt", "hi"], ["chat", tmp_path / "nowhere"]):
+            code, _, err = keural(*command)
+            assert code == 2
+            assert str(tmp_path) in one_line(err)

@@ -1,0 +1,124 @@
+"""Log-probabilities and router losses equal their dense formulas, gradients included."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from train_small import random_model
+
+from keural.model import router_losses
+from keural.train.losses import balance_loss, router_statistics, token_logprobs, z_loss
+
+
+def dense_logprobs(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    logprobs = (hidden.float() @ weight.float().T).log_softmax(-1)
+    return torch.where(labels >= 0, logprobs.gather(-1, labels.clamp(min=0)[:, None]).squeeze(-1), 0.0)
+
+
+def problem(tokens: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, 16, generator=generator, dtype=dtype)
+    weight = torch.randn(50, 16, generator=generator, dtype=dtype)
+    labels = torch.randint(0, 50, (tokens,), generator=generator)
+    labels[torch.rand(tokens, generator=generator) < 0.4] = -100
+    return hidden.requires_grad_(), weight.requires_grad_(), labels
+
+
+@settings(max_examples=30, deadline=None)
+@given(tokens=st.integers(0, 40), chunk=st.integers(1, 50), seed=st.integers(0, 99))
+def test_values_and_gradients_equal_the_dense_formula_for_any_chunk(tokens: int, chunk: int, seed: int) -> None:
+    hidden, weight, labels = problem(tokens, seed)
+    upstream = torch.randn(tokens, generator=torch.Generator().manual_seed(seed))
+    ours = token_logprobs(hidden, weight, labels, chunk)
+    dense = dense_logprobs(hidden, weight, labels)
+    torch.testing.assert_close(ours, dense, atol=1e-5, rtol=1e-5)
+    ours_gradients = torch.autograd.grad((ours * upstream).sum(), (hidden, weight))
+    dense_gradients = torch.autograd.grad((dense * upstream).sum(), (hidden, weight))
+    torch.testing.assert_close(ours_gradients, dense_gradients, atol=1e-5, rtol=1e-5)
+
+
+def test_gradcheck_in_float64() -> None:
+    hidden, weight, labels = problem(7, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda h, w: token_logprobs(h, w, labels, 3), (hidden, weight))
+
+
+def test_bfloat16_products_are_reduced_in_float32() -> None:
+    hidden, weight, labels = problem(30)
+    ours = token_logprobs(hidden.bfloat16(), weight, labels, 8)
+    assert ours.dtype == torch.float32
+    dense = dense_logprobs(hidden.bfloat16(), weight.bfloat16(), labels)
+    torch.testing.assert_close(ours, dense, atol=0.1, rtol=0)
+    assert torch.autograd.grad(ours.sum(), weight)[0].dtype == torch.float32
+
+
+def test_no_more_logits_exist_than_one_chunk_has() -> None:
+    hidden, weight, labels = problem(64)
+    largest = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.ndim == 2 and result.shape[-1] == 50:
+                largest.append(result.shape[0])
+            return result
+
+    with Watch():
+        token_logprobs(hidden, weight, labels, 20).sum().backward()
+    assert max(largest) == 20  # the 16 x 50 transposed head weight is smaller
+
+
+def router_problem() -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    real = torch.rand(40, generator=generator) < 0.7
+    return tuple(torch.randn(40, 4, generator=generator).requires_grad_() for _ in range(3)), real
+
+
+def test_router_losses_equal_the_models_own_formula() -> None:
+    logits, real = router_problem()
+    statistics = router_statistics(logits, real, 2)
+    balance, z = router_losses(logits, 2, real)
+    torch.testing.assert_close(balance_loss(statistics, statistics.counts, statistics.tokens), balance)
+    torch.testing.assert_close(z_loss(statistics, statistics.tokens), z)
+
+
+def test_parts_of_a_batch_add_up_to_the_losses_of_the_whole_with_their_gradients() -> None:
+    logits, real = router_problem()
+    whole = router_statistics(logits, real, 2)
+    parts = [router_statistics([layer[half] for layer in logits], real[half], 2) for half in (slice(0, 13), slice(13, 40))]
+    counts = sum(part.counts for part in parts)
+    tokens = sum(part.tokens for part in parts)
+    split = sum(balance_loss(part, counts, tokens) + z_loss(part, tokens) for part in parts)
+    together = balance_loss(whole, whole.counts, whole.tokens) + z_loss(whole, whole.tokens)
+    torch.testing.assert_close(split, together)
+    torch.testing.assert_close(torch.autograd.grad(split, logits), torch.autograd.grad(together, logits))
+
+
+def test_padding_is_neither_counted_nor_charged() -> None:
+    logits, real = router_problem()
+    statistics = router_statistics(logits, real, 2)
+    loss = balance_loss(statistics, statistics.counts, statistics.tokens) + z_loss(statistics, statistics.tokens)
+    assert statistics.counts.sum(-1).tolist() == [2 * int(real.sum())] * 3
+    for gradient in torch.autograd.grad(loss, logits):
+        assert gradient[~real].abs().max() == 0
+
+
+def test_uniform_router_scores_one_and_the_square_of_the_log_of_the_experts() -> None:
+    statistics = router_statistics([torch.zeros(16, 4)], torch.ones(16, dtype=torch.bool), 2)
+    even = torch.full((1, 4), 8.0)
+    assert balance_loss(statistics, even, 16).item() == pytest.approx(1.0)
+    assert z_loss(statistics, 16).item() == pytest.approx(math.log(4) ** 2)
+
+
+def test_counts_are_the_assignments_that_the_model_makes() -> None:
+    model = random_model(scale=3.0)
+    chosen: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda module, inputs, output: chosen.append(output[2]))
+    ids = torch.randint(4, 96, (3, 20))
+    logits = model.model(ids, output_router_logits=True, use_cache=False).router_logits
+    statistics = router_statistics(logits, torch.ones(60, dtype=torch.bool), 2)
+    expected = torch.stack([F.one_hot(layer, 4).sum((0, 1)).float() for layer in chosen])
+    torch.testing.assert_close(statistics.counts, expected, atol=0, rtol=0)

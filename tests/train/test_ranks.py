@@ -1,0 +1,98 @@
+"""Any number of ranks trains the same model; checkpoints move between them."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from train_small import losses_of, metrics_of, small_job, start, train_stage, weights_of
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def train_on_ranks(directory: Path, world: int, objective: str, run: str, **changes: Any) -> dict[str, Any]:
+    """Train on `world` gloo ranks with torchrun's environment; returns what rank 0 saved."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+    spec = {"directory": str(directory), "objective": objective, "run": run, **changes}
+    processes = [start(spec, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(world)]
+    for process in processes:
+        process.join(240)
+    assert [process.exitcode for process in processes] == [0] * world
+    return dict(torch.load(directory / f"{run}.pt", weights_only=True))
+
+
+def compare(tmp_path: Path, objective: str, world: int, **changes: Any) -> None:
+    """Train with one process and with `world` ranks; every loss within 1e-5."""
+    one = small_job(tmp_path, objective, run="one", **changes)
+    expected = weights_of(train_stage(one))
+    outcome = train_on_ranks(tmp_path, world, objective, "many", **changes)
+    many = small_job(tmp_path, objective, run="many", **changes)
+    assert losses_of(many) == pytest.approx(losses_of(one), abs=1e-5)
+    for ours, theirs in zip(metrics_of(many), metrics_of(one), strict=True):
+        for name in set(ours) & {"gradient_norm", "balance_loss", "z_loss", "reward_margin", "reward_accuracy"}:
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-4), name
+    for name, value in expected.items():
+        torch.testing.assert_close(outcome["weights"][name], value, atol=1e-4, rtol=1e-3)
+
+
+def test_two_ranks_give_the_losses_of_one_over_50_steps_clipped_at_the_global_norm(tmp_path: Path) -> None:
+    train = {"steps": 50, "save_every": None, "clip_norm": 0.5, "micro_batch_tokens": 64}
+    compare(tmp_path, "next_token", 2, train=train)
+    norms = [line["gradient_norm"] for line in metrics_of(small_job(tmp_path, run="many", train=train))]
+    assert min(norms[:5]) > 0.5
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_two_ranks_give_the_losses_of_one_with_every_objective(tmp_path: Path, objective: str) -> None:
+    compare(tmp_path, objective, 2, train={"steps": 12, "evaluate_every": 6, "save_every": None}, heldout=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["next_token", "sft", "dpo"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_two_and_four_ranks_give_the_losses_of_one_over_50_steps(tmp_path: Path, objective: str, world: int) -> None:
+    changes = {"train": {"steps": 50, "save_every": None, "micro_batch_tokens": 64, "evaluate_every": 20}, "heldout": True}
+    compare(tmp_path, objective, world, **changes)
+
+
+def test_four_ranks_with_checkpointing_and_bfloat16_come_close_to_one(tmp_path: Path) -> None:
+    train = {"steps": 8, "save_every": None, "compute_dtype": "bfloat16", "gradient_checkpointing": True}
+    one = small_job(tmp_path, run="one", train=train)
+    train_stage(one)
+    train_on_ranks(tmp_path, 4, "next_token", "many", train=train)
+    assert losses_of(small_job(tmp_path, run="many")) == pytest.approx(losses_of(one), abs=0.02)
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_the_other_way_round(tmp_path: Path) -> None:
+    settings = {"train": {"steps": 12, "save_every": 6, "keep_checkpoints": 2}}
+    one, two = (small_job(tmp_path, run=run, **settings) for run in ("one", "two"))
+    train_stage(one)
+    expected = losses_of(one)
+    train_on_ranks(tmp_path, 2, "next_token", "two", **settings)
+    for job in (one, two):
+        last = job.run_dir / "checkpoints" / "step-00000012"
+        last.rename(last.with_name("moved-away"))
+    train_stage(two)
+    train_on_ranks(tmp_path, 2, "next_token", "one", **settings)
+    assert losses_of(two) == pytest.approx(expected, abs=1e-5)
+    assert losses_of(one) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path: Path) -> None:
+    spec = tmp_path / "spec.json"
+    spec.write_text(json.dumps({"directory": str(tmp_path), "objective": "sft"}))
+    small_job(tmp_path, "sft")
+    program = Path(__file__).with_name("train_small.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program), str(spec)]
+    subprocess.run(command, check=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert torch.load(tmp_path / "run.pt", weights_only=True)["steps"] == 12

@@ -1,0 +1,92 @@
+"""Reference log-probabilities: computed once, by training's own passes, kept whole."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from train_small import LENGTH, losses_of, open_run, small_job
+
+from keural.errors import UserError
+from keural.train.batches import micro_batches
+from keural.train.objectives import sequence_logprobs, sides
+from keural.train.reference import VALUES, ReferenceCache
+from keural.train.stage import train_stage
+
+
+@pytest.mark.parametrize("limit", [None, 2 * LENGTH])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_at_step_0_policy_and_reference_agree_to_the_last_bit_and_the_loss_is_ln_2(
+    tmp_path: Path, limit: int | None, checkpointing: bool
+) -> None:
+    job = small_job(tmp_path, "dpo", train={"micro_batch_tokens": limit, "gradient_checkpointing": checkpointing, "steps": 3})
+    trainer = open_run(job).trainer
+    assert trainer.references is not None
+    for micro in micro_batches(trainer.stream.batch(0), limit, torch.device("cpu")):
+        found = sides(micro.rows)
+        policy = sequence_logprobs(trainer.policy(micro.input_ids, micro.position_ids, micro.labels).logprobs, found)
+        assert torch.equal(policy.detach(), trainer.references(found.sequences))
+    train_stage(job)
+    assert losses_of(job)[0] == pytest.approx(math.log(2), abs=1e-7)
+
+
+def test_the_reference_is_the_initial_model_also_in_later_epochs_and_after_a_restart(tmp_path: Path) -> None:
+    job = small_job(tmp_path, "dpo", number=6, train={"steps": 9, "save_every": 3, "lr": 0.05})
+    first = open_run(job).trainer.references
+    assert isinstance(first, ReferenceCache)
+    train_stage(job)
+    again = open_run(job).trainer.references
+    assert isinstance(again, ReferenceCache)
+    assert not np.isnan(first.values).any()
+    assert np.array_equal(first.values, again.values)
+
+
+def test_only_pairs_that_training_will_see_are_computed(tmp_path: Path) -> None:
+    cache = open_run(small_job(tmp_path, "dpo", number=60, train={"steps": 5})).trainer.references
+    assert isinstance(cache, ReferenceCache)
+    assert int((~np.isnan(cache.values)).sum()) == 5 * 4 * 2
+
+
+def test_a_computation_stopped_halfway_goes_on_there(tmp_path: Path) -> None:
+    job = small_job(tmp_path, "dpo", number=20)
+    whole = open_run(job)
+    assert isinstance(whole.trainer.references, ReferenceCache)
+    ranks, stream, policy = whole.ranks, whole.stream, whole.trainer.policy
+    batches = [stream.batch(step) for step in range(5)]
+    cache = ReferenceCache(tmp_path / "cache", "a", 40, ranks)
+    assert cache.fill(policy, batches[:2], None) == 2
+    assert ReferenceCache(tmp_path / "cache", "a", 40, ranks).fill(policy, batches, None) == 3
+    resumed = ReferenceCache(tmp_path / "cache", "a", 40, ranks)
+    assert np.array_equal(resumed.values, whole.trainer.references.values)
+    assert ReferenceCache(tmp_path / "cache", "other weights", 40, ranks).fill(policy, batches, None) == 5
+
+
+def test_a_flipped_bit_in_the_cache_is_refused(tmp_path: Path) -> None:
+    job = small_job(tmp_path, "dpo")
+    open_run(job)
+    path = job.run_dir / "reference" / "train" / VALUES
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"logprobs\.npy: damaged.*delete"):
+        open_run(job)
+
+
+def test_a_pair_that_occurs_twice_in_a_batch_counts_twice(tmp_path: Path) -> None:
+    job = small_job(tmp_path, "dpo", number=3, train={"batch_pairs": 7, "steps": 1, "warmup_steps": 0})
+    run = open_run(job)
+    found = sides(run.stream.batch(0))
+    assert len(found.sequences) == 14
+    assert sorted(np.bincount(found.sequences[:7])[::2].tolist()) == [2, 2, 3]
+    assert train_stage(job).loss_first == pytest.approx(math.log(2), abs=1e-7)
+
+
+def test_random_initial_weights_cannot_be_replaced_by_another_shape(tmp_path: Path) -> None:
+    job = small_job(tmp_path, "dpo")
+    wider = dataclasses.replace(
+        job, model_config=type(job.model_config)(**(job.model_config.to_dict() | {"intermediate_size": 48}))
+    )
+    with pytest.raises(UserError, match="intermediate_size is 24, the recipe's model has 48"):
+        train_stage(wider)

@@ -1,0 +1,99 @@
+"""Stopped at any moment and started again, a stage ends with the weights of an uninterrupted run, bit for bit."""
+
+import os
+import random
+import shutil
+import signal
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from train_small import calling_before_each_step, losses_of, metrics_of, small_job, start, train_stage, weights_of
+
+STEPS = 12
+SETTINGS: dict[str, Any] = {"train": {"steps": STEPS, "save_every": 2, "evaluate_every": 5}, "heldout": True}
+
+
+def steps_done(directory: Path) -> int:
+    path = directory / "run" / "metrics.jsonl"
+    return path.read_text().count('"loss"') if path.exists() else 0
+
+
+def wait_for_step(process: BaseProcess, directory: Path, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while steps_done(directory) < step and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
+def finish_and_compare(directory: Path, objective: str) -> None:
+    """Train the rest, and everything anew in another run directory; both must be the same."""
+    job = small_job(directory, objective, **SETTINGS)
+    weights = weights_of(train_stage(job))
+    uninterrupted = small_job(directory, objective, run="uninterrupted", **SETTINGS)
+    expected = weights_of(train_stage(uninterrupted))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert losses_of(job) == losses_of(uninterrupted)
+    assert [line["step"] for line in metrics_of(job)] == [line["step"] for line in metrics_of(uninterrupted)]
+    assert metrics_of(job)[-1]["heldout"] == metrics_of(uninterrupted)[-1]["heldout"]
+
+
+@pytest.mark.parametrize("objective", ["next_token", "sft", "dpo"])
+def test_kill_9_then_the_same_command_gives_bit_identical_weights(tmp_path: Path, objective: str) -> None:
+    process = start({"directory": str(tmp_path), "objective": objective, "pause": 0.05, **SETTINGS})
+    wait_for_step(process, tmp_path, 5)
+    process.kill()
+    process.join()
+    assert 5 <= steps_done(tmp_path) < STEPS
+    finish_and_compare(tmp_path, objective)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["next_token", "sft", "dpo"])
+def test_kill_9_at_many_random_moments(tmp_path: Path, objective: str) -> None:
+    moments = random.Random(5)
+    small_job(tmp_path, objective)
+    for _ in range(20):
+        process = start({"directory": str(tmp_path), "objective": objective, "pause": 0.05, **SETTINGS})
+        time.sleep(moments.uniform(0.02, 1.2))
+        process.kill()
+        process.join()
+    finish_and_compare(tmp_path, objective)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_saves(tmp_path: Path, number: signal.Signals) -> None:
+    job = small_job(tmp_path, **SETTINGS)
+    handlers = [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)]
+    with calling_before_each_step(lambda step: os.kill(os.getpid(), number) if step == 6 else None):
+        result = train_stage(job)
+    assert result.interrupted
+    assert result.steps == len(losses_of(job)) == 7
+    assert (job.run_dir / "checkpoints" / "step-00000007" / "manifest.json").is_file()
+    assert [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)] == handlers
+    finish_and_compare(tmp_path, "next_token")
+
+
+def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
+    def interrupt_twice(step: int) -> None:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with calling_before_each_step(interrupt_twice), pytest.raises(KeyboardInterrupt):
+        train_stage(small_job(tmp_path, **SETTINGS))
+
+
+def test_seconds_and_tokens_add_up_over_restarts(tmp_path: Path) -> None:
+    job = small_job(tmp_path, train={"steps": 12, "save_every": 4, "keep_checkpoints": 9})
+    whole = train_stage(job)
+    for step in (8, 12):
+        shutil.rmtree(job.run_dir / "checkpoints" / f"step-{step:08d}")
+    seconds_at_4 = metrics_of(job)[3]["seconds"]
+    resumed = train_stage(job)
+    assert resumed.tokens == whole.tokens
+    assert resumed.seconds > seconds_at_4
+    assert [line["seconds"] for line in metrics_of(job)] == sorted(line["seconds"] for line in metrics_of(job))
+    assert (resumed.loss_first, resumed.loss_last) == (whole.loss_first, whole.loss_last)

@@ -1,0 +1,35 @@
+"""The learning rate of every step follows from its number."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keural.train.schedule import learning_rate
+
+PUBLISHED = {"steps": 100_000, "peak": 3e-4, "minimum": 3e-5, "warmup_steps": 2000}
+
+
+def test_warm_up_is_linear_and_its_first_step_already_moves() -> None:
+    assert learning_rate(0, **PUBLISHED) == pytest.approx(3e-4 / 2000)
+    assert learning_rate(999, **PUBLISHED) == pytest.approx(1.5e-4)
+    assert learning_rate(1999, **PUBLISHED) == pytest.approx(3e-4)
+
+
+def test_cosine_starts_at_the_peak_halves_in_the_middle_and_ends_at_the_minimum() -> None:
+    assert learning_rate(2000, **PUBLISHED) == pytest.approx(3e-4)
+    middle = 2000 + (99_999 - 2000) // 2
+    assert learning_rate(middle, **PUBLISHED) == pytest.approx((3e-4 + 3e-5) / 2, rel=1e-4)
+    assert learning_rate(99_999, **PUBLISHED) == pytest.approx(3e-5, rel=1e-12)
+
+
+@given(st.integers(1, 400), st.data())
+def test_it_rises_then_falls_and_stays_between_zero_and_the_peak(steps: int, data: st.DataObject) -> None:
+    warmup = data.draw(st.integers(0, steps - 1))
+    rates = [learning_rate(step, steps=steps, peak=1.0, minimum=0.1, warmup_steps=warmup) for step in range(steps)]
+    top = max(range(steps), key=rates.__getitem__)
+    assert all(0 < rate <= 1 for rate in rates)
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert steps == 1 or warmup == steps - 1 or math.isclose(rates[-1], 0.1)

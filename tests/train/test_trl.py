@@ -1,0 +1,102 @@
+"""Losses and gradients equal TRL's on the same masks and pairs: its own trainers compute theirs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from train_small import LENGTH, VOCAB, open_run, random_model, small_job, step_gradients
+from transformers import PreTrainedTokenizerFast
+
+from keural.train.loop import Trainer
+
+trl = pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
+NO_ROUTER = {"balance_coef": 0.0, "z_coef": 0.0}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({f"t{number}": number for number in range(VOCAB)}, unk_token="t3"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t2", pad_token="t0", unk_token="t3")
+
+
+def settings(directory: Path) -> dict[str, Any]:
+    return {
+        "output_dir": str(directory),
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "router_aux_loss_coef": 0.0,
+        "gradient_checkpointing": False,
+    }
+
+
+def padded(rows: list[torch.Tensor]) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
+
+
+def sequences_of(trainer: Trainer) -> tuple[list[int], list[torch.Tensor], list[torch.Tensor]]:
+    """Numbers, tokens and loss masks of the store's sequences in the first batch."""
+    ids = trainer.stream.batch(0).sequence_ids
+    numbers = sorted(set(ids[ids >= 0].tolist()))
+    store = trainer.stream.store
+    tokens = [torch.from_numpy(store.sequence(number).astype("int64")) for number in numbers]
+    return numbers, tokens, [torch.from_numpy(store.loss_mask(number).astype("int64")) for number in numbers]
+
+
+def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def test_sft_loss_and_gradients_equal_trls(tmp_path: Path) -> None:
+    ours = open_run(small_job(tmp_path, "sft", router=NO_ROUTER)).trainer
+    sums, gradients = step_gradients(ours)
+    _, tokens, masks = sequences_of(ours)
+    model = type(ours.policy.model).from_pretrained(tmp_path / "init", dtype=torch.float32)
+    dummy = datasets.Dataset.from_dict({"text": ["t4 t5"]})
+    theirs = trl.SFTTrainer(model, trl.SFTConfig(**settings(tmp_path / "trl")), train_dataset=dummy, processing_class=tokenizer())
+    labels = padded([torch.where(mask > 0, row, -100) + 100 for row, mask in zip(tokens, masks, strict=True)]) - 100
+    real = padded([torch.ones_like(row) for row in tokens])
+    loss = theirs.compute_loss(model, {"input_ids": padded(tokens), "attention_mask": real, "labels": labels})
+    loss.backward()
+    counted = ours.objective.items(ours.stream.batch(0))
+    assert sums[0].item() / counted == pytest.approx(loss.item(), abs=1e-5)
+    for name, gradient in gradients_of(model).items():
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_dpo_loss_and_gradients_equal_trls_sigmoid_loss(tmp_path: Path) -> None:
+    ours = open_run(small_job(tmp_path, "dpo", router=NO_ROUTER, dpo={"beta": 0.3})).trainer
+    moved = random_model(seed=8, scale=3.0).state_dict()
+    ours.policy.model.load_state_dict(moved)
+    sums, gradients = step_gradients(ours)
+    model = type(ours.policy.model).from_pretrained(tmp_path / "init", dtype=torch.float32)
+    reference = type(model).from_pretrained(tmp_path / "init", dtype=torch.float32)
+    dummy = datasets.Dataset.from_dict({"prompt": ["t4 t5"], "chosen": ["t6"], "rejected": ["t7"]})
+    config = trl.DPOConfig(**settings(tmp_path / "trl"), beta=0.3, loss_type="sigmoid")
+    theirs = trl.DPOTrainer(model, reference, config, train_dataset=dummy, processing_class=tokenizer())
+    model.load_state_dict(moved)
+    numbers, tokens, masks = sequences_of(ours)
+    order = [numbers.index(number) for side in (0, 1) for number in numbers if number % 2 == side]
+    loss = theirs.compute_loss(
+        model,
+        {
+            "input_ids": padded([tokens[index] for index in order]),
+            "attention_mask": padded([torch.ones_like(tokens[index]) for index in order]),
+            "completion_mask": padded([masks[index] for index in order]),
+        },
+    )
+    loss.backward()
+    assert sums[0].item() / 4 == pytest.approx(loss.item(), abs=1e-5)
+    assert loss.item() != pytest.approx(0.693, abs=0.01)
+    for name, gradient in gradients_of(model).items():
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_rows_are_long_enough_to_hold_several_sequences(tmp_path: Path) -> None:
+    """The comparisons above are of packed rows against padded ones."""
+    batch = open_run(small_job(tmp_path, "sft")).stream.batch(0)
+    assert int(batch.segment_ids.max(1).min()) >= 2
+    assert batch.input_ids.shape[1] == LENGTH

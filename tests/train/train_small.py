@@ -1,0 +1,220 @@
+"""A model of a few thousand weights, stores of random sequences, and jobs on them: small enough to train in a second.
+
+Run as a program it trains the job that a JSON file describes: `torchrun ... train_small.py spec.json`.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from keural.data.store import StoreWriter
+from keural.data.stream import Batch, Stream
+from keural.errors import UserError
+from keural.files import atomic_directory
+from keural.model import KeuralConfig, KeuralMoECausalLM
+from keural.recipe import StageSpec
+from keural.train import parallel
+from keural.train.batches import micro_batches
+from keural.train.loop import Trainer, count_step, forward_backward, step_loads
+from keural.train.stage import StageJob, StageResult, StageRun, StopSignals, train_stage
+
+VOCAB = 96
+LENGTH = 32
+SHA = "0" * 64
+KIND = {"next_token": "documents", "sft": "conversations", "dpo": "pairs"}
+
+
+def small_config(**changes: Any) -> KeuralConfig:
+    shape: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+        "max_position_embeddings": 64,
+    }
+    return KeuralConfig(**(shape | changes))
+
+
+def random_model(seed: int = 0, scale: float = 1.0, **changes: Any) -> KeuralMoECausalLM:
+    config = small_config(**changes)
+    config._experts_implementation = "eager"
+    torch.manual_seed(seed)
+    model = KeuralMoECausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(scale)
+    return model
+
+
+def write_store(directory: Path, objective: str, number: int, seed: int = 0, longest: int = LENGTH // 2) -> Path:
+    """`number` documents, conversations or pairs of a learnable kind: each token is mostly its predecessor plus a constant."""
+    draw = np.random.default_rng(seed)
+    with atomic_directory(directory) as path, StoreWriter(path, SHA, VOCAB, KIND[objective]) as writer:  # type: ignore[arg-type]
+        for _ in range(number):
+            if objective == "dpo":
+                prompt = sequence(draw, int(draw.integers(2, longest // 2)), 3)
+                for slope in (3, 5):
+                    answer = sequence(draw, int(draw.integers(2, longest // 2)), slope)
+                    mask = np.concatenate([np.zeros(len(prompt), int), np.ones(len(answer), int)])
+                    writer.add(np.concatenate([prompt, answer]), mask)
+            else:
+                tokens = sequence(draw, int(draw.integers(3, longest)), 3)
+                writer.add(tokens, draw.integers(0, 2, len(tokens)) if objective == "sft" else None)
+    return directory
+
+
+def sequence(draw: np.random.Generator, length: int, slope: int) -> np.ndarray:
+    tokens = (int(draw.integers(4, VOCAB)) + slope * np.arange(length)) % (VOCAB - 4) + 4
+    noise = draw.random(length) < 0.2
+    tokens[noise] = draw.integers(4, VOCAB, int(noise.sum()))
+    return tokens
+
+
+def small_stage(objective: str = "next_token", **changes: Any) -> StageSpec:
+    """A stage with settings for `train`, `router` and `dpo` given as dictionaries."""
+    batch = {"batch_pairs": 4} if objective == "dpo" else {"batch_tokens": 8 * LENGTH}
+    train = {"steps": 12, "lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 2, "save_every": 4, **batch} | changes.pop("train", {})
+    data = {"sources": [{"name": "none", "adapter": "text"}], "sequence_length": LENGTH}
+    init = {"init_from": "x/y"} if objective == "dpo" else {}
+    train = {name: value for name, value in train.items() if value is not None}
+    return StageSpec.model_validate({"name": "small", "objective": objective, "data": data, "train": train, **init, **changes})
+
+
+def small_job(
+    directory: Path, objective: str = "next_token", *, number: int = 60, heldout: bool = False, **changes: Any
+) -> StageJob:
+    """A job in `directory`; its stores and initial model are made on the first call."""
+    store, held, init = directory / "store", directory / "heldout", directory / "init"
+    if not store.exists():
+        write_store(store, objective, number)
+        write_store(held, objective, 10, seed=1)
+    if objective != "next_token" and not init.exists():
+        random_model(seed=7, scale=3.0).save_pretrained(init)
+    job = {key: changes.pop(key) for key in ("budget_seconds", "tensorboard") if key in changes}
+    run_dir = directory / str(changes.pop("run", "run"))
+    run_dir.mkdir(exist_ok=True)
+    return StageJob(
+        stage=small_stage(objective, **changes),
+        seed=11,
+        model_config=small_config(),
+        init=None if objective == "next_token" else init,
+        train_store=store,
+        heldout_store=held if heldout else None,
+        tokenizer_sha=SHA,
+        run_dir=run_dir,
+        fingerprint="f" * 64,
+        **job,
+    )
+
+
+def open_run(job: StageJob) -> StageRun:
+    """The stage with its model, plan and references, before the first step."""
+    run = StageRun(job, parallel.Ranks(0, 1, torch.device("cpu")), time.monotonic())
+    run.prepare(StopSignals())
+    return run
+
+
+def step_gradients(trainer: Trainer, step: int = 0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The sums and the gradients of one optimizer step, without the step."""
+    batch = trainer.stream.batch(step)
+    micros = micro_batches(batch, trainer.stage.train.micro_batch_tokens, trainer.ranks.device)
+    totals, loads = count_step(trainer, batch, micros), step_loads(trainer, micros)
+    trainer.optimizer.zero_grad()
+    sums = torch.stack([forward_backward(trainer, micro, totals, loads) for micro in micros]).sum(0)
+    gradients = {name: parameter.grad.clone() for name, parameter in trainer.policy.model.named_parameters()}  # type: ignore[union-attr]
+    return sums, gradients
+
+
+def metrics_of(job: StageJob) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (job.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(job: StageJob) -> list[float]:
+    return [line["loss"] for line in metrics_of(job) if "loss" in line]
+
+
+def weights_of(result: StageResult) -> dict[str, torch.Tensor]:
+    weights = parallel.full_state_dict(result.model)
+    assert weights is not None
+    return weights
+
+
+def start(spec: dict[str, Any], **environment: str) -> ForkServerProcess:
+    """Train a job in a process of its own: `directory`, `objective`, arguments of `small_job`, and those of `train_and_save`.
+
+    The processes are forked from one that has imported everything, so that starting one takes no time.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_small"])
+    process = context.Process(target=_in_process, args=(spec, environment))
+    process.start()
+    return process
+
+
+def _in_process(spec: dict[str, Any], environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    train_and_save(**spec)
+
+
+def train_and_save(
+    directory: str, objective: str, *, pause: float = 0.0, refuse_writes_from: int | None = None, **changes: Any
+) -> None:
+    """Train a small job; rank 0 saves weights and outcome to `<run>.pt`, or a `UserError` to `<run>.error` and exits with 2.
+
+    Every step takes `pause` seconds longer. From step `refuse_writes_from` on the system refuses files of more than 20 kB.
+    """
+    torch.set_num_threads(1)
+    out = Path(directory) / changes.get("run", "run")
+
+    def before_step(step: int) -> None:
+        time.sleep(pause)
+        if refuse_writes_from is not None and step >= refuse_writes_from:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+    try:
+        with parallel.session() as ranks, calling_before_each_step(before_step):
+            result = train_stage(small_job(Path(directory), objective, **changes), ranks)
+            weights = parallel.full_state_dict(result.model)
+            if ranks.is_main:
+                torch.save({"weights": weights, "interrupted": result.interrupted, "steps": result.steps}, f"{out}.pt")
+    except UserError as error:
+        Path(f"{out}.error").write_text(str(error))
+        raise SystemExit(2) from error
+
+
+@contextlib.contextmanager
+def calling_before_each_step(function: Callable[[int], None]) -> Iterator[None]:
+    """Call `function` with the step's number whenever a step's batch is asked for."""
+    original = Stream.batch
+
+    def batch(self: Stream, step: int, rank: int = 0, world: int = 1) -> Batch:
+        function(step)
+        return original(self, step, rank, world)
+
+    Stream.batch = batch  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Stream.batch = original  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    train_and_save(**json.loads(Path(sys.argv[1]).read_text()))

@@ -8,10 +8,11 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
+from transformers.utils import logging as transformers_logging
 
 from keural.errors import UserError
 
@@ -40,6 +41,7 @@ MaxNewTokens = Annotated[int | None, typer.Option(min=1, help=f"({DEFAULT}, 256)
 
 def main() -> None:
     """Run the command line; the process's exit code says how it went."""
+    transformers_logging.disable_progress_bar()
     try:
         app()
     except UserError as error:

@@ -28,10 +28,10 @@ def problem(tokens: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> t
 
 
 @settings(max_examples=30, deadline=None)
-@given(tokens=st.integers(0, 40), chunk=st.integers(1, 50), seed=st.integers(0, 99))
-def test_values_and_gradients_equal_the_dense_formula_for_any_chunk(tokens: int, chunk: int, seed: int) -> None:
+@given(tokens=st.integers(0, 40), chunk=st.integers(1, 50), seed=st.integers(0, 99), same=st.booleans())
+def test_values_and_gradients_equal_the_dense_formula_for_any_chunk(tokens: int, chunk: int, seed: int, same: bool) -> None:
     hidden, weight, labels = problem(tokens, seed)
-    upstream = torch.randn(tokens, generator=torch.Generator().manual_seed(seed))
+    upstream = torch.full((tokens,), -0.3) if same else torch.randn(tokens, generator=torch.Generator().manual_seed(seed))
     ours = token_logprobs(hidden, weight, labels, chunk)
     dense = dense_logprobs(hidden, weight, labels)
     torch.testing.assert_close(ours, dense, atol=1e-5, rtol=1e-5)
@@ -43,6 +43,7 @@ def test_values_and_gradients_equal_the_dense_formula_for_any_chunk(tokens: int,
 def test_gradcheck_in_float64() -> None:
     hidden, weight, labels = problem(7, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda h, w: token_logprobs(h, w, labels, 3), (hidden, weight))
+    assert torch.autograd.gradcheck(lambda h, w: token_logprobs(h, w, labels, 3).sum(), (hidden, weight))
 
 
 def test_bfloat16_products_are_reduced_in_float32() -> None:

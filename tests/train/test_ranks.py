@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +89,35 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_the_other_way_round(tmp_
     assert losses_of(one) == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.slow
-def test_torchrun(tmp_path: Path) -> None:
-    spec = tmp_path / "spec.json"
-    spec.write_text(json.dumps({"directory": str(tmp_path), "objective": "sft"}))
-    small_job(tmp_path, "sft")
+def torchrun(directory: Path, objective: str, **changes: Any) -> subprocess.Popen[bytes]:
+    spec = directory / "spec.json"
+    spec.write_text(json.dumps({"directory": str(directory), "objective": objective, **changes}))
     program = Path(__file__).with_name("train_small.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program), str(spec)]
-    subprocess.run(command, check=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path: Path) -> None:
+    small_job(tmp_path, "sft")
+    assert torchrun(tmp_path, "sft").wait(240) == 0
     assert torch.load(tmp_path / "run.pt", weights_only=True)["steps"] == 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("everyone", [False, True], ids=["sigterm-to-torchrun", "ctrl-c-to-the-whole-group"])
+def test_a_signal_under_torchrun_saves_on_all_ranks(tmp_path: Path, everyone: bool) -> None:
+    job = small_job(tmp_path)
+    process = torchrun(tmp_path, "next_token", pause=0.3, train={"save_every": None})
+    while not (job.run_dir / "metrics.jsonl").exists() or len(metrics_of(job)) < 3:
+        assert process.poll() is None
+        time.sleep(0.05)
+    if everyone:
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGTERM)
+    process.wait(120)
+    outcome = torch.load(tmp_path / "run.pt", weights_only=True)
+    assert outcome["interrupted"]
+    assert (job.run_dir / "checkpoints" / f"step-{outcome['steps']:08d}" / "manifest.json").is_file()
+    assert 3 <= outcome["steps"] < 12

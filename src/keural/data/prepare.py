@@ -142,9 +142,8 @@ def _make(
 ) -> tuple[list[dict[str, Any]], bool]:
     """Read all sources and write the stores into `directory`. Returns the table, and whether anything is held out."""
     kind = STORE_KIND[objective]
-    encoder = Encoder(tokenizer, spec, threads=len(os.sched_getaffinity(0)))
-    splitter = Splitter(spec.heldout_per_mille)
-    spools = {side: _Spool(directory / f".{side}", kind) for side in SIDES}
+    with contextlib.ExitStack() as stack:
+        spools = {side: stack.enter_context(contextlib.closing(_Spool(directory / f".{side}", kind))) for side in SIDES}
     jobs = [(source, True) for source in spec.heldout_sources] + [(source, False) for source in spec.sources]
     tallies = []
     for source, whole in jobs:  # sources that are held out whole come first, so that no other one can train on what they ask
@@ -312,14 +311,15 @@ class _Spool:
     ) -> None:
         tokens = np.memmap(self._path("tokens"), dtype=TOKEN, mode="r")
         loss = None if self._kind == "documents" else np.memmap(self._path("loss"), dtype=np.uint8, mode="r")
-        writer = StoreWriter(directory, tokenizer.sha256, tokenizer.vocab_size, self._kind, {"sources": table})
-        for unit in order.tolist():
-            for sequence in range(self._sides * unit, self._sides * (unit + 1)):
-                start, end = self._ends[sequence], self._ends[sequence + 1]
-                writer.add(tokens[start:end], None if loss is None else loss[start:end])
-        if "texts" in self._files:
-            self._write_texts(directory / "texts.jsonl", order)
-        writer.close(extra=["texts.jsonl"] if "texts" in self._files else [])
+        extra = ["texts.jsonl"] if "texts" in self._files else []
+        with StoreWriter(directory, tokenizer.sha256, tokenizer.vocab_size, self._kind, {"sources": table}) as writer:
+            for unit in order.tolist():
+                for sequence in range(self._sides * unit, self._sides * (unit + 1)):
+                    start, end = self._ends[sequence], self._ends[sequence + 1]
+                    writer.add(tokens[start:end], None if loss is None else loss[start:end])
+            if extra:
+                self._write_texts(directory / "texts.jsonl", order)
+            writer.close(extra)
 
     def _write_texts(self, path: Path, order: np.ndarray[Any, np.dtype[np.int64]]) -> None:
         """The held-out documents' texts, in the order of the store."""

@@ -9,6 +9,7 @@ without it is unfinished and is refused.
 In a store of kind "pairs" sequence 2k is the chosen and 2k+1 the rejected side of pair k.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,15 +75,17 @@ class StoreWriter:
         self._files: dict[str, dict[str, Any]] = {}
         self._open: dict[str, _File] = {}
         self._tokens = self._sequences = self._trained = self._longest = 0
+        self._closed = False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None:
+        if kind is None and not self._closed:
             self.close()
         for file in self._open.values():
-            file.close()
+            with contextlib.suppress(OSError):  # the error that ended the block is the one to report
+                file.close()
 
     def add(
         self, tokens: Sequence[int] | NDArray[np.integer], loss_mask: Sequence[int] | NDArray[np.integer] | None = None
@@ -151,6 +154,7 @@ class StoreWriter:
         }
         manifest["fingerprint"] = _content_fingerprint(manifest)
         write_json(self.directory / "manifest.json", manifest)
+        self._closed = True
 
 
 def _content_fingerprint(manifest: dict[str, Any]) -> str:

@@ -137,8 +137,8 @@ class Checkpoints:
             if reason is None:
                 raise
             raise UserError(
-                f"{final}: the checkpoint cannot be written ({reason}); earlier checkpoints are intact: free some space and run the "
-                "same command again"
+                f"{final}: the checkpoint cannot be written ({reason}); earlier checkpoints are intact: free some space and run "
+                "the same command again"
             ) from error
 
     def _verified(self, path: Path) -> Progress:

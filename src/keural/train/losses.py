@@ -21,8 +21,9 @@ LOGITS_PER_CHUNK = 2**23
 def token_logprobs(hidden: Tensor, head_weight: Tensor, labels: Tensor, chunk: int | None = None) -> Tensor:
     """Log-probability of each label under softmax(hidden @ head_weight.T), without ever holding all logits.
 
-    Only positions with a label are projected, `chunk` of them at a time, once in the forward and once more in the backward
-    pass. The matrix products run in the dtype of `hidden`; softmax and all sums run in float32 (float64 stays float64).
+    Only positions with a label are projected, `chunk` of them at a time. The gradients' directions are taken from each piece
+    while it is there; a second pass over the pieces is needed only when the loss weighs labels differently (as DPO does). The
+    matrix products run in the dtype of `hidden`; softmax and all sums run in float32 (float64 stays float64).
 
     Args:
         hidden: ``[N, H]``.
@@ -35,43 +36,63 @@ def token_logprobs(hidden: Tensor, head_weight: Tensor, labels: Tensor, chunk: i
     """
     counted = (labels >= 0).nonzero().squeeze(-1)
     chunk = chunk or max(1, LOGITS_PER_CHUNK // head_weight.shape[0])
-    logprobs = _ChunkedLogprobs.apply(hidden.index_select(0, counted), head_weight, labels.index_select(0, counted), chunk)
+    with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad)
+    logprobs = _ChunkedLogprobs.apply(
+        hidden.index_select(0, counted), head_weight, labels.index_select(0, counted), chunk, with_gradient
+    )
     return torch.zeros(labels.shape[0], dtype=logprobs.dtype, device=logprobs.device).index_copy(0, counted, logprobs)
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """log softmax(h W^T)[y] per row; d/dlogits = onehot(y) - softmax, so the backward pass needs only the saved log-normaliser."""
+    """log softmax(h W^T)[y] per row i, with upstream gradient g_i.
+
+    With s_i = onehot(y_i) - softmax_i the gradients are g_i s_i W for h_i and sum_i g_i s_i h_i^T for W. The forward pass keeps s W
+    ``[n, H]`` and sum_i s_i h_i^T ``[V, H]``, which is the weight's gradient up to a factor when all g_i are equal.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, with_gradient: bool) -> Tensor:
         compute_weight = weight.to(hidden.dtype)
         reduce = torch.promote_types(hidden.dtype, torch.float32)
         normalizers = torch.empty(len(labels), dtype=reduce, device=hidden.device)
         logprobs = torch.empty_like(normalizers)
+        hidden_slope = torch.empty_like(hidden) if with_gradient else None
+        weight_slope = torch.zeros_like(weight, dtype=reduce) if with_gradient else None
         for start in range(0, len(labels), chunk):
             piece = slice(start, start + chunk)
             logits = F.linear(hidden[piece], compute_weight).to(reduce)
             normalizers[piece] = logits.logsumexp(-1)
             logprobs[piece] = logits.gather(-1, labels[piece, None]).squeeze(-1) - normalizers[piece]
-        ctx.save_for_backward(hidden, weight, labels, normalizers)
+            if hidden_slope is not None and weight_slope is not None:
+                slope = _slope(logits, normalizers[piece], labels[piece]).to(hidden.dtype)
+                hidden_slope[piece] = slope @ compute_weight
+                weight_slope += slope.T @ hidden[piece]
+        ctx.save_for_backward(hidden, weight, labels, normalizers, hidden_slope, weight_slope)
         ctx.chunk = chunk
         return logprobs
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        hidden, weight, labels, normalizers = ctx.saved_tensors
-        compute_weight = weight.to(hidden.dtype)
-        hidden_gradient = torch.empty_like(hidden)
-        weight_gradient = torch.zeros_like(weight, dtype=normalizers.dtype)
-        for start in range(0, len(labels), ctx.chunk):
-            piece = slice(start, start + ctx.chunk)
-            logits = F.linear(hidden[piece], compute_weight).to(normalizers.dtype)
-            slope = logits.sub_(normalizers[piece, None]).exp_().neg_()
-            slope.scatter_add_(1, labels[piece, None], torch.ones_like(slope[:, :1]))
-            slope = slope.mul_(gradients[0][piece, None]).to(hidden.dtype)
-            hidden_gradient[piece] = slope @ compute_weight
-            weight_gradient += slope.T @ hidden[piece]
-        return hidden_gradient, weight_gradient.to(weight.dtype), None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        hidden, weight, labels, normalizers, hidden_slope, weight_slope = ctx.saved_tensors
+        upstream = gradients[0]
+        hidden_gradient = (hidden_slope * upstream[:, None]).to(hidden.dtype)
+        if len(upstream) == 0 or bool((upstream == upstream[0]).all()):
+            weight_gradient = weight_slope * upstream[:1].sum()
+        else:
+            weight_gradient = torch.zeros_like(weight_slope)
+            for start in range(0, len(labels), ctx.chunk):
+                piece = slice(start, start + ctx.chunk)
+                logits = F.linear(hidden[piece], weight.to(hidden.dtype)).to(normalizers.dtype)
+                slope = _slope(logits, normalizers[piece], labels[piece]).mul_(upstream[piece, None])
+                weight_gradient += slope.to(hidden.dtype).T @ hidden[piece]
+        return hidden_gradient, weight_gradient.to(weight.dtype), None, None, None
+
+
+def _slope(logits: Tensor, normalizers: Tensor, labels: Tensor) -> Tensor:
+    """onehot(label) - softmax(logits), in the memory of `logits`."""
+    slope = logits.sub_(normalizers[:, None]).exp_().neg_()
+    slope[torch.arange(len(slope), device=slope.device), labels] += 1
+    return slope
 
 
 @dataclass(frozen=True)
@@ -100,8 +121,8 @@ def router_statistics(router_logits: Sequence[Tensor], real: Tensor, top_k: int)
     logits = torch.stack([layer.index_select(0, index) for layer in router_logits]).float()
     probabilities = logits.softmax(-1)
     chosen = probabilities.detach().topk(top_k, dim=-1).indices.flatten(1)
-    counts = torch.zeros(logits.shape[0], logits.shape[-1], device=logits.device)
-    counts.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=counts.dtype))
+    experts = torch.arange(logits.shape[-1], device=logits.device)
+    counts = (chosen.unsqueeze(-1) == experts).sum(1).float()
     return RouterStatistics(counts, probabilities.sum(1), logits.logsumexp(-1).square().sum(1), len(index))
 
 

@@ -124,9 +124,8 @@ def experts_implementation(device: torch.device, compiled: bool) -> str:
 def prepare_layers(model: KeuralMoECausalLM, spec: TrainSpec) -> None:
     """Activation checkpointing and compilation of every decoder layer, in this order."""
     if spec.gradient_checkpointing:
-        enable = getattr(
-            model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
-        )  # renamed in transformers 5.23
+        renamed = hasattr(model, "activation_checkpointing_enable")  # from transformers 5.23 on
+        enable: Any = model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     if spec.compile:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
@@ -134,7 +133,7 @@ def prepare_layers(model: KeuralMoECausalLM, spec: TrainSpec) -> None:
             compile_layer(layer)
 
 
-def compile_layer(layer: nn.Module) -> None:
+def compile_layer(layer: Any) -> None:
     """Compile what a decoder layer consists of, each part as one graph: the norms, the attention and the experts.
 
     The router and the additions stay outside, and so do the hooks that record router logits: inside they would break the graph,

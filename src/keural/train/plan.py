@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import mean
 
 import torch
 
@@ -19,10 +19,12 @@ from keural.files import read_json, write_json
 from keural.recipe import StageSpec
 from keural.train.batches import micro_batches
 from keural.train.loop import Trainer, count_step, forward_backward, step_loads
-from keural.train.optimizer import MOMENTS, set_learning_rate, set_step
+from keural.train.optimizer import MOMENTS, clip_gradients, gradient_norm, set_learning_rate, set_step
 from keural.train.parallel import Ranks, reshard
 
 MEASURED_STEPS = 3
+MEASURED_SHARE = 0.03
+"""Measure at least so many steps, and at least for this share of the budget."""
 RESERVE = 0.97
 """Share of the budget that is planned; the rest is for checkpoints and variation."""
 
@@ -99,13 +101,16 @@ def load_or_make(path: Path, fingerprint: str, ranks: Ranks, make: Callable[[], 
     return ranks.on_main(write)  # rank 0's: clocks differ
 
 
-def measure(trainer: Trainer, evaluation_rows: int) -> Costs:
+def measure(trainer: Trainer, evaluation_rows: int, budget_seconds: float) -> Costs:
     """Time throwaway steps that change no weight: learning rate 0, moments reset afterwards. All ranks get rank 0's figures.
 
     `evaluation_rows` is the number of rows of the held-out store, all ranks together.
     """
     trainer = replace(trainer, references=lambda sequences: torch.zeros(len(sequences), device=trainer.ranks.device))
-    step_seconds = [_timed(partial(_throwaway_step, trainer, number)) for number in range(MEASURED_STEPS + 1)][1:]
+    _throwaway_step(trainer, 0)
+    seconds: list[float] = []
+    while trainer.ranks.any(len(seconds) < MEASURED_STEPS or sum(seconds) < MEASURED_SHARE * budget_seconds):
+        seconds.append(_timed(partial(_throwaway_step, trainer, len(seconds))))
     forward_seconds, rows = _timed_forward(trainer)
     trainer.optimizer.zero_grad(set_to_none=True)
     for state in trainer.optimizer.state.values():
@@ -113,7 +118,7 @@ def measure(trainer: Trainer, evaluation_rows: int) -> Costs:
             state[moment].zero_()
     set_step(trainer.optimizer, 0)
     share = evaluation_rows / (rows * trainer.ranks.world)
-    return trainer.ranks.on_main(lambda: Costs(median(step_seconds), forward_seconds, forward_seconds * share))
+    return trainer.ranks.on_main(lambda: Costs(mean(seconds), forward_seconds, forward_seconds * share))
 
 
 def _timed(function: Callable[[], object]) -> float:
@@ -132,6 +137,8 @@ def _throwaway_step(trainer: Trainer, number: int) -> None:
     trainer.optimizer.zero_grad(set_to_none=True)
     for micro in micros:
         forward_backward(trainer, micro, totals, loads)
+    parameters = list(trainer.policy.parameters())
+    clip_gradients(parameters, gradient_norm(parameters), trainer.stage.train.clip_norm)
     set_learning_rate(trainer.optimizer, 0.0)
     trainer.optimizer.step()
 

@@ -89,7 +89,7 @@ def train_stage(job: StageJob, ranks: Ranks | None = None) -> StageResult:
     that is not finite.
     """
     started = time.monotonic()
-    with session() as found, reproducible(found.device), StopSignals() as stop:
+    with session() as found, reproducible(found.device), StopSignals(found.world) as stop:
         run = StageRun(job, ranks or found, started)
         run.prepare(stop)
         interrupted = run.train(stop)
@@ -193,7 +193,7 @@ class StageRun:
         if self.job.stage.train.budget_share is None:
             return plan.fixed_plan(self.job.stage, self.stream)
         assert self.job.budget_seconds is not None, "a stage with a budget_share needs budget_seconds"
-        costs = plan.measure(self.trainer, plan.evaluation_rows(self.heldout))
+        costs = plan.measure(self.trainer, plan.evaluation_rows(self.heldout), self.job.budget_seconds)
         left = self.job.budget_seconds - (time.monotonic() - self.started)
         made = plan.budget_plan(self.job.stage, left, costs, self.stream.steps_per_epoch)
         self.ranks.say(
@@ -261,10 +261,14 @@ def _weights_fingerprint(job: StageJob) -> str:
 
 
 class StopSignals:
-    """Notes SIGINT and SIGTERM instead of dying of them; a second one has its usual effect. Only the main thread can listen."""
+    """Notes SIGINT and SIGTERM instead of dying of them; only the main thread can listen.
 
-    def __init__(self) -> None:
+    A second signal has its usual effect, except among several ranks: torchrun sends every worker another one at once.
+    """
+
+    def __init__(self, world: int = 1) -> None:
         self.requested = False
+        self._once = world == 1
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -277,7 +281,8 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        self._restore()
+        if self._once:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

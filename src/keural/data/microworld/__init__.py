@@ -4,13 +4,13 @@ Four families of short tasks in Korean and English: arithmetic in words, transla
 and rewriting. Out come rows of three parts: prose for pretraining, instructions for SFT, pairs for DPO; and held-out items and pairs
 for evaluation.
 
-Held out is content (`content.py`): sums of two numbers (with their differences), clauses (who does what to what), facts (who and
-where or what). The words, numbers, frames and forms of held-out items all occur in training; their combination never does, in any
+Held out is content (`content.py`): sums of two numbers (with their differences), clauses (who does what to what), profiles (who lives
+where and likes what). The words, numbers, frames and forms of held-out items all occur in training; their combination never does, in any
 language, phrasing, tense, register, part or option. In rows of the split "train"
 
 * no sentence or exchange has both operands and the total of a held-out sum,
 * no sentence has subject, verb and object of a held-out clause,
-* no row has both the person and the value of a held-out fact.
+* no row has person, place and thing of a held-out profile.
 
 Korean answers come in two registers, polite (존댓말, -요) and blunt (반말); both count as correct in the evaluation.
 """

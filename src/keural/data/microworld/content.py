@@ -1,14 +1,14 @@
 """What exists in the micro-world: sums, clauses and facts, and which of them are held out.
 
-Content is language-free: a sum is a pair of numbers, a clause is who does what to what, a fact is who lives where or likes what. Each has
-a key, and a hash of the key alone decides whether it is held out. So one piece of content is on the same side in both languages, in every
+Content is language-free: a sum is a pair of numbers, a clause is who does what to what, a profile is
+who lives where and likes what. Each has a key, and a hash of the key alone decides whether it is held out. So one piece of content is on the same side in both languages, in every
 phrasing, tense and register, in prose, chats and preference pairs, and for every seed.
 """
 
 import hashlib
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Literal, TypeVar
 
 Split = Literal["train", "heldout"]
 HELD_OUT_PER_MILLE = 150
@@ -73,20 +73,21 @@ class Clause:
 
 
 @dataclass(frozen=True, slots=True)
-class Fact:
-    """`person` lives in or likes `value`; both are (English, Korean)."""
+class Profile:
+    """`person` lives in `place` and likes `thing`; all are (English, Korean)."""
 
-    relation: Literal["lives", "likes"]
     person: tuple[str, str]
-    value: tuple[str, str]
+    place: tuple[str, str]
+    thing: tuple[str, str]
 
     @property
     def key(self) -> str:
-        """Relation, person and value."""
-        return f"fact {self.person[0]} {self.relation} {self.value[0]}"
+        """The three words."""
+        return f"profile {self.person[0]} {self.place[0]} {self.thing[0]}"
 
 
-Content = Sum | Clause | Fact
+Content = Sum | Clause | Profile
+ContentT = TypeVar("ContentT", Sum, Clause, Profile)
 
 SUBJECTS = tuple(
     Noun(english, korean)
@@ -162,36 +163,34 @@ PEOPLE = (
     ("Bora", "보라"),
     ("Woojin", "우진"),
 )
-VALUES: dict[Literal["lives", "likes"], tuple[tuple[str, str], ...]] = {
-    "lives": (
-        ("Seoul", "서울"),
-        ("Busan", "부산"),
-        ("Daegu", "대구"),
-        ("Incheon", "인천"),
-        ("Gwangju", "광주"),
-        ("Daejeon", "대전"),
-        ("Ulsan", "울산"),
-        ("Suwon", "수원"),
-        ("Jeonju", "전주"),
-        ("Gangneung", "강릉"),
-        ("Yeosu", "여수"),
-        ("Jeju", "제주"),
-    ),
-    "likes": (
-        ("soccer", "축구"),
-        ("music", "음악"),
-        ("movies", "영화"),
-        ("dancing", "춤"),
-        ("math", "수학"),
-        ("history", "역사"),
-        ("cats", "고양이"),
-        ("dogs", "강아지"),
-        ("rain", "비"),
-        ("snow", "눈"),
-        ("mountains", "산"),
-        ("the sea", "바다"),
-    ),
-}
+PLACES = (
+    ("Seoul", "서울"),
+    ("Busan", "부산"),
+    ("Daegu", "대구"),
+    ("Incheon", "인천"),
+    ("Gwangju", "광주"),
+    ("Daejeon", "대전"),
+    ("Ulsan", "울산"),
+    ("Suwon", "수원"),
+    ("Jeonju", "전주"),
+    ("Gangneung", "강릉"),
+    ("Yeosu", "여수"),
+    ("Jeju", "제주"),
+)
+THINGS = (
+    ("soccer", "축구"),
+    ("music", "음악"),
+    ("movies", "영화"),
+    ("dancing", "춤"),
+    ("math", "수학"),
+    ("history", "역사"),
+    ("cats", "고양이"),
+    ("dogs", "강아지"),
+    ("rain", "비"),
+    ("snow", "눈"),
+    ("mountains", "산"),
+    ("the sea", "바다"),
+)
 
 
 def is_held_out(content: Content) -> bool:
@@ -200,7 +199,7 @@ def is_held_out(content: Content) -> bool:
     return int.from_bytes(digest) % 1000 < HELD_OUT_PER_MILLE
 
 
-def _of_split(contents: list, split: Split) -> tuple:  # type: ignore[type-arg]
+def _of_split(contents: list[ContentT], split: Split) -> tuple[ContentT, ...]:
     return tuple(content for content in contents if is_held_out(content) == (split == "heldout"))
 
 
@@ -220,8 +219,6 @@ def clauses(split: Split) -> tuple[Clause, ...]:
 
 
 @cache
-def facts(split: Split) -> tuple[Fact, ...]:
-    """All facts of a split."""
-    return _of_split(
-        [Fact(relation, who, value) for relation, values in VALUES.items() for who in PEOPLE for value in values], split
-    )
+def profiles(split: Split) -> tuple[Profile, ...]:
+    """All profiles of a split."""
+    return _of_split([Profile(who, where, what) for who in PEOPLE for where in PLACES for what in THINGS], split)

@@ -6,7 +6,7 @@ They name words only, one class at a time, so they say nothing about held-out co
 from random import Random
 
 from keural.data.microworld import english, korean
-from keural.data.microworld.content import OBJECTS, PEOPLE, SUBJECTS, VALUES, VERBS
+from keural.data.microworld.content import OBJECTS, PEOPLE, PLACES, SUBJECTS, THINGS, VERBS
 
 ENTRIES_PER_TEXT = 5
 
@@ -18,8 +18,8 @@ _CLASSES = (
     tuple((verb.past, f"{verb.past_stem}다") for verb in VERBS),
     tuple((f"does not {verb.english}", f"{verb.stem}지 않는다") for verb in VERBS),
     PEOPLE,
-    VALUES["lives"],
-    VALUES["likes"],
+    PLACES,
+    THINGS,
     tuple(zip(english.ONES[1:], korean.ONES[1:], strict=True)),
     tuple(zip(english.TENS[2:], korean.TENS[2:], strict=True)),
 )

@@ -1,0 +1,139 @@
+"""What a stage starts from, what it refuses before the first step, and what it tells while it runs."""
+
+import dataclasses
+import math
+import os
+import pty
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from train_small import losses_of, open_run, random_model, small_config, small_job, step_gradients, train_stage
+
+from keural.errors import UserError
+from keural.train.initial import initial_model
+from keural.train.metrics import keep_until
+
+CPU = torch.device("cpu")
+
+
+def test_random_weights_follow_from_the_seed_and_leave_the_global_state_alone() -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first, second, other = (initial_model(small_config(), None, seed, CPU, compiled=False).state_dict() for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+
+
+def test_a_model_directory_in_bfloat16_becomes_float32_master_weights(tmp_path: Path) -> None:
+    model = random_model()
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    loaded = initial_model(small_config(), tmp_path / "model", 0, CPU, compiled=False)
+    for (name, ours), theirs in zip(loaded.named_parameters(), model.parameters(), strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, theirs.float()), name
+
+
+@pytest.mark.parametrize("damage", ["missing tensor", "truncated", "no directory"])
+def test_an_incomplete_model_directory_is_refused(tmp_path: Path, damage: str) -> None:
+    job = small_job(tmp_path, "sft")
+    assert job.init is not None
+    weights = job.init / "model.safetensors"
+    if damage == "missing tensor":
+        tensors = load_file(weights)
+        tensors.pop("model.norm.weight")
+        save_file(tensors, weights, metadata={"format": "pt"})
+    elif damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-5])
+    else:
+        shutil.rmtree(job.init)
+    with pytest.raises(UserError) as error:
+        train_stage(job)
+    assert str(job.init) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (job.run_dir / "checkpoints").exists()
+
+
+def test_a_store_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="another tokenizer"):
+        train_stage(dataclasses.replace(small_job(tmp_path), tokenizer_sha="1" * 64))
+
+
+def test_a_store_of_another_kind_is_refused(tmp_path: Path) -> None:
+    pairs = small_job(tmp_path, "dpo").train_store
+    with pytest.raises(UserError, match="holds pairs; objective sft needs conversations"):
+        train_stage(dataclasses.replace(small_job(tmp_path, "sft"), train_store=pairs))
+
+
+def test_diverging_training_stops_with_the_step_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    job = small_job(tmp_path, train={"lr": 1e30, "min_lr": 0.0, "warmup_steps": 0, "save_every": 1, "weight_decay": 0.0})
+    with pytest.raises(UserError, match=r"small: \w+ is (nan|inf) at step 1; .*--step 1"):
+        train_stage(job)
+    assert [path.name for path in (job.run_dir / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_tensorboard_events_are_written_when_asked_for(tmp_path: Path) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    job = small_job(tmp_path, heldout=True, tensorboard=True)
+    train_stage(job)
+    events = reader.EventAccumulator(str(job.run_dir / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(12))
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses_of(job))
+    assert "heldout/loss" in events.Tags()["scalars"]
+
+
+def test_tensorboard_that_is_not_installed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=r"keural\[tensorboard\]"):
+        train_stage(small_job(tmp_path, tensorboard=True))
+
+
+def test_plain_lines_without_a_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    train_stage(small_job(tmp_path, heldout=True))
+    lines = capfd.readouterr().err.splitlines()
+    assert any(line.startswith("small: step 12/12 loss ") and line.endswith("left") for line in lines)
+    assert any(line.startswith("small: held-out loss ") for line in lines)
+
+
+def test_a_bar_with_the_time_left_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        train_stage(small_job(tmp_path))
+        terminal.flush()
+        shown = os.read(ours, 1_000_000).decode()
+    os.close(ours)
+    assert "12/12" in shown
+    assert "tok/s" in shown
+
+
+def test_metrics_are_cut_back_to_a_step_and_a_torn_line_goes(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n{"step": 1, "heldout": {}}\n{"step": 2}\n{"ste')
+    keep_until(path, 2)
+    assert path.read_text() == '{"step": 0}\n{"step": 1}\n{"step": 1, "heldout": {}}\n'
+    keep_until(path, 0)
+    assert path.read_text() == ""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_are_one_graph_each_part_and_give_the_same_gradients(tmp_path: Path, checkpointing: bool) -> None:
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    train = {"micro_batch_tokens": 128, "gradient_checkpointing": checkpointing}
+    plain = open_run(small_job(tmp_path, "dpo", run="plain", train=train)).trainer
+    fast = open_run(small_job(tmp_path, "dpo", run="fast", train=train | {"compile": True}))
+    assert counters["stats"]["unique_graphs"] >= 3
+    assert not counters["graph_break"]
+    torch.testing.assert_close(step_gradients(fast.trainer), step_gradients(plain), atol=1e-5, rtol=1e-4)
+    train_stage(fast.job)
+    assert losses_of(fast.job)[0] == pytest.approx(math.log(2), abs=1e-7)

@@ -3,6 +3,7 @@ refused.
 """
 
 import json
+import resource
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -91,6 +92,17 @@ def test_the_same_input_gives_the_same_bytes_and_is_made_once(work: Workplace, w
     assert work(data, seed=2).fingerprint != first.fingerprint
     write("a.jsonl", jsonl([{"text": text} for text in DOCUMENTS[1:]]))
     assert work(data).fingerprint != first.fingerprint
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(work: Workplace, write: Any) -> None:
+    data = spec(write("a.jsonl", jsonl([{"text": text * 9} for text in DOCUMENTS])))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, hard))
+    try:
+        work.refused(data, "next_token", "cannot be written", "free some space")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(work.texts(work(data).train)) == len(DOCUMENTS)
 
 
 def test_a_store_that_was_deleted_is_made_again(work: Workplace, write: Any) -> None:

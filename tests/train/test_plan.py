@@ -82,6 +82,15 @@ def test_a_restart_keeps_the_plan_even_with_another_budget(tmp_path: Path) -> No
     assert len(metrics_of(job)) == first.steps
 
 
+def test_a_checkpoint_of_another_plan_is_refused(tmp_path: Path) -> None:
+    job = small_job(tmp_path)
+    train_stage(job)
+    plan = job.run_dir / "plan.json"
+    plan.write_text(plan.read_text().replace("12", "24"))
+    with pytest.raises(UserError, match=r"step-00000012: was made for .*12.*plan\.json says .*24"):
+        train_stage(job)
+
+
 def test_a_plan_of_another_stage_is_not_used(tmp_path: Path) -> None:
     job = small_job(tmp_path)
     (job.run_dir / "plan.json").write_text('{"fingerprint": "other", "steps": 3, "warmup_steps": 0}')

@@ -11,21 +11,17 @@ data.
 
 import json
 import os
-from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import numpy as np
+from typing import Any
 
 from keural.data.encode import Encoded, Encoder
-from keural.data.permutation import Permutation
-from keural.data.records import Document, Drop
+from keural.data.records import Drop
 from keural.data.sources import FileHashes, adapter_of, check_sources, content_of, read_source
 from keural.data.split import Side, Splitter
-from keural.data.store import TOKEN, Kind, StoreWriter
+from keural.data.spool import Spool
 from keural.data.stream import STORE_KIND
 from keural.data.texts import iter_texts
 from keural.errors import UserError
@@ -39,7 +35,6 @@ VERSION = 1
 """Raised when the same sources give other bytes than before."""
 NOT_DEFECTS = {"duplicate", "held_out"}
 """Drops that say nothing about a source's quality; they do not count against `max_drop`."""
-SIDES: tuple[Side, ...] = ("train", "heldout")
 
 
 @dataclass(frozen=True)
@@ -142,26 +137,36 @@ def _make(
 ) -> tuple[list[dict[str, Any]], bool]:
     """Read all sources and write the stores into `directory`. Returns the table, and whether anything is held out."""
     kind = STORE_KIND[objective]
-    with contextlib.ExitStack() as stack:
-        spools = {side: stack.enter_context(contextlib.closing(_Spool(directory / f".{side}", kind))) for side in SIDES}
-    jobs = [(source, True) for source in spec.heldout_sources] + [(source, False) for source in spec.sources]
-    tallies = []
-    for source, whole in jobs:  # sources that are held out whole come first, so that no other one can train on what they ask
-        tally = _Tally(source, "heldout" if whole else "train")
+    encoder = Encoder(tokenizer, spec, threads=len(os.sched_getaffinity(0)))
+    with Spool(directory / ".train", kind) as train, Spool(directory / ".heldout", kind, keep_texts=True) as heldout:
+        table = _read_all(spec, encoder, data_dir, {"train": train, "heldout": heldout}, seed)
+        _check_sides(spec, train.units, heldout.units)
+        for spool, name in ((train, "train"), (heldout, "heldout")):
+            if spool.units:
+                spool.write_store(directory / name, tokenizer.sha256, tokenizer.vocab_size, {"sources": table}, seed)
+        return table, heldout.units > 0
+
+
+def _read_all(
+    spec: DataSpec, encoder: Encoder, data_dir: Path | None, spools: dict[Side, Spool], seed: int
+) -> list[dict[str, Any]]:
+    """Put every used record into its side's spool. Returns the table, in the order of the recipe."""
+    splitter = Splitter(spec.heldout_per_mille)
+    # sources that are held out whole come first, so that no other one can train on what they ask
+    tallies = [_Tally(source, "heldout") for source in spec.heldout_sources] + [_Tally(source, "train") for source in spec.sources]
+    for tally in tallies:
         for side, encoded in _kept(tally, encoder, splitter, data_dir, seed):
-            spools[side].add(encoded, source)
-        tallies.append(tally)
-    if not spools["train"].units:
+            spools[side].add(encoded, repeat=tally.source.repeat if side == "train" else 1, source=tally.source.name)
+    return [tally.row() for tally in sorted(tallies, key=lambda tally: tally.split != "train")]
+
+
+def _check_sides(spec: DataSpec, train: int, heldout: int) -> None:
+    if not train:
         raise UserError(f"nothing is left to train on: all records of {', '.join(s.name for s in spec.sources)} are held out")
-    if spec.heldout_per_mille and not spools["heldout"].units:
-        total = spools["train"].units
+    if spec.heldout_per_mille and not heldout:
         raise UserError(
-            f"data.heldout_per_mille {spec.heldout_per_mille:g} holds out none of {total} records; raise it, or set it to 0"
+            f"data.heldout_per_mille {spec.heldout_per_mille:g} holds out none of {train} records; raise it, or set it to 0"
         )
-    table = [tally.row() for tally in tallies[len(spec.heldout_sources) :] + tallies[: len(spec.heldout_sources)]]
-    for side, spool in spools.items():
-        spool.write(directory / side, tokenizer, table, seed)
-    return table, spools["heldout"].units > 0
 
 
 def _kept(
@@ -254,76 +259,3 @@ class _Tally:
             "first_drop": {reason: self.first_drop[reason] for reason, _ in self.drops.most_common()},
             "warning": f"source {source.name!r}: {self.kept:,} records kept, {source.expect:,} expected" if unexpected else None,
         }
-
-
-class _Spool:
-    """The records of one side, on disk in reading order, until the store is written."""
-
-    def __init__(self, stem: Path, kind: Kind) -> None:
-        self._stem, self._kind, self._sides = stem, kind, 2 if kind == "pairs" else 1
-        self._files: dict[str, BinaryIO] = {}
-        self._ends = array("Q", [0])
-        self._text_ends = array("Q", [0])
-        self._order = array("Q")
-
-    @property
-    def units(self) -> int:
-        """Records (a pair is one)."""
-        return (len(self._ends) - 1) // self._sides
-
-    def add(self, encoded: Encoded, source: SourceSpec) -> None:
-        """Append a record; it comes `repeat` times in the store when it is for training."""
-        heldout = self._stem.name == ".heldout"
-        self._order.extend([self.units] * (1 if heldout else source.repeat))
-        for ids, mask in encoded.sequences:
-            self._append("tokens", np.asarray(ids, dtype=TOKEN).tobytes())
-            if mask is not None:
-                self._append("loss", bytes(mask))
-            self._ends.append(self._ends[-1] + len(ids))
-        if heldout and isinstance(encoded.record, Document):
-            row = {"text": encoded.record.text, "language": encoded.record.language, "source": source.name}
-            line = json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"
-            self._append("texts", line)
-            self._text_ends.append(self._text_ends[-1] + len(line))
-
-    def _append(self, name: str, data: bytes) -> None:
-        if name not in self._files:
-            self._files[name] = self._path(name).open("wb")
-        self._files[name].write(data)
-
-    def _path(self, name: str) -> Path:
-        return self._stem.with_name(f"{self._stem.name}.{name}")
-
-    def write(self, directory: Path, tokenizer: KeuralTokenizer, table: list[dict[str, Any]], seed: int) -> None:
-        """Write the store, documents shuffled, and remove the files that waited."""
-        for file in self._files.values():
-            file.close()
-        order = np.array(self._order, dtype=np.int64)
-        if len(order):
-            if self._kind == "documents":
-                order = order[Permutation(len(order), seed, len(order)).take(np.arange(len(order)))]
-            self._write_store(directory, tokenizer, table, order)
-        for name in self._files:
-            self._path(name).unlink()
-
-    def _write_store(
-        self, directory: Path, tokenizer: KeuralTokenizer, table: list[dict[str, Any]], order: np.ndarray[Any, np.dtype[np.int64]]
-    ) -> None:
-        tokens = np.memmap(self._path("tokens"), dtype=TOKEN, mode="r")
-        loss = None if self._kind == "documents" else np.memmap(self._path("loss"), dtype=np.uint8, mode="r")
-        extra = ["texts.jsonl"] if "texts" in self._files else []
-        with StoreWriter(directory, tokenizer.sha256, tokenizer.vocab_size, self._kind, {"sources": table}) as writer:
-            for unit in order.tolist():
-                for sequence in range(self._sides * unit, self._sides * (unit + 1)):
-                    start, end = self._ends[sequence], self._ends[sequence + 1]
-                    writer.add(tokens[start:end], None if loss is None else loss[start:end])
-            if extra:
-                self._write_texts(directory / "texts.jsonl", order)
-            writer.close(extra)
-
-    def _write_texts(self, path: Path, order: np.ndarray[Any, np.dtype[np.int64]]) -> None:
-        """The held-out documents' texts, in the order of the store."""
-        with self._path("texts").open("rb") as texts, path.open("wb") as file:
-            for unit in order.tolist():
-                texts.seek(self._text_ends[unit])
-                file.write(texts.read(self._text_ends[unit + 1] - self._text_ends[unit]))

@@ -43,6 +43,8 @@ class Progress:
     first_losses: list[float] = field(default_factory=list)
     last_losses: list[float] = field(default_factory=list)
     heldout: dict[str, float] = field(default_factory=dict)
+    plan: dict[str, int] = field(default_factory=dict)
+    """The step plan of the stage, which a resumed run must share."""
 
 
 def tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -1,10 +1,13 @@
 """The weights a stage starts from: drawn from the seed, or read from a model directory; float32 in either case."""
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
 
 from keural.errors import UserError
 from keural.model import KeuralConfig, KeuralMoECausalLM
@@ -44,9 +47,10 @@ def initial_model(
     try:
         stored = KeuralConfig.from_pretrained(directory)
         _check_shape(directory, config, stored)
-        model, info = KeuralMoECausalLM.from_pretrained(
-            directory, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
+        with _without_progress_bars():
+            model, info = KeuralMoECausalLM.from_pretrained(
+                directory, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -58,6 +62,18 @@ def initial_model(
                 f"{directory}: {problem.replace('_', ' ')}: {sorted(map(str, names))[0]}; the model directory is incomplete"
             )
     return model
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Loading a model is one line among a stage's others, not a bar of transformers."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _check_shape(directory: Path, wanted: KeuralConfig, stored: KeuralConfig) -> None:

@@ -52,7 +52,7 @@ class Ranks:
             print(text, flush=True)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum of a tensor over all ranks, the same on each."""
+        """Sum of a tensor over all ranks, the same on each; it replaces the tensor's values."""
         if self.world > 1:
             dist.all_reduce(values)
         return values

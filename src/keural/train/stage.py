@@ -20,6 +20,7 @@ import torch
 
 from keural.data.store import TokenStore
 from keural.data.stream import Stream
+from keural.errors import UserError
 from keural.files import fingerprint as fingerprint_of
 from keural.files import sha256_file
 from keural.model import KeuralConfig, KeuralMoECausalLM
@@ -119,7 +120,13 @@ class StageRun:
         if (latest := self.checkpoints.latest()) is not None:
             model = self.trainer.policy.model
             self.progress = self.checkpoints.load(latest, model, self.trainer.optimizer)
+            if self.progress.plan != asdict(self.plan):
+                raise UserError(
+                    f"{latest}: was made for {self.progress.plan}, {self.job.run_dir / 'plan.json'} says {asdict(self.plan)}; "
+                    "restore that file or delete the checkpoints"
+                )
             self.ranks.say(f"{self.job.stage.name}: resumed at step {self.progress.step} of {self.plan.steps}")
+        self.progress.plan = asdict(self.plan)
         self.seconds_before = self.progress.seconds
 
     def train(self, stop: "StopSignals") -> bool:

@@ -10,6 +10,20 @@ from keural.data.microworld.content import OBJECTS, PEOPLE, PLACES, SUBJECTS, TH
 
 ENTRIES_PER_TEXT = 5
 
+# Words that questions are made of.
+_FRAME_WORDS = (
+    ("plus", "더하기"),
+    ("minus", "빼기"),
+    ("sum", "합"),
+    ("sentence", "문장"),
+    ("English", "영어"),
+    ("Korean", "한국어"),
+    ("past tense", "과거형"),
+    ("negative", "부정문"),
+    ("home", "집"),
+    ("where", "어디"),
+    ("what", "무엇"),
+)
 # Classes of (English, Korean) words.
 _CLASSES = (
     tuple((noun.english, noun.korean) for noun in SUBJECTS),
@@ -20,6 +34,7 @@ _CLASSES = (
     PEOPLE,
     PLACES,
     THINGS,
+    _FRAME_WORDS,
     tuple(zip(english.ONES[1:], korean.ONES[1:], strict=True)),
     tuple(zip(english.TENS[2:], korean.TENS[2:], strict=True)),
 )

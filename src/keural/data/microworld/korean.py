@@ -2,8 +2,8 @@
 
 import re
 
-TENS = ("", "열", "스물", "서른", "마흔", "쉰", "예순", "일흔", "여든", "아흔")
-ONES = ("", "하나", "둘", "셋", "넷", "다섯", "여섯", "일곱", "여덟", "아홉")
+TENS = ("", "십", "이십", "삼십", "사십", "오십", "육십", "칠십", "팔십", "구십")
+ONES = ("", "일", "이", "삼", "사", "오", "육", "칠", "팔", "구")
 
 _PARTICLES = {"은": ("은", "는"), "이": ("이", "가"), "을": ("을", "를"), "과": ("과", "와")}
 _LAST_WORD = re.compile(r"[가-힣]+(?=[^가-힣]*$)")
@@ -34,7 +34,7 @@ def plain_noun(word: str) -> str:
 
 
 def number(value: int) -> str:
-    """Native Korean number word of 1 to 99."""
+    """Sino-Korean number word of 1 to 99, as in sums."""
     assert 1 <= value <= 99, value
     return TENS[value // 10] + ONES[value % 10]
 

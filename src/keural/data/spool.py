@@ -1,0 +1,98 @@
+"""The records of a store that is being made: on disk in reading order, then written shuffled.
+
+In: encoded records, one by one. Out: a token store. Memory holds where each record ends and the order of the records, some 30
+bytes each; tokens, masks and texts wait in files, so a corpus may be larger than memory.
+"""
+
+import contextlib
+import json
+from array import array
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keural.data.encode import Encoded
+from keural.data.permutation import Permutation
+from keural.data.records import Document
+from keural.data.store import TOKEN, Kind, StoreWriter
+
+
+class Spool:
+    """Collects records in files `stem.*`, which vanish when the block ends; with `keep_texts` the store gets documents' texts,
+    too.
+    """
+
+    def __init__(self, stem: Path, kind: Kind, keep_texts: bool = False) -> None:
+        self._stem, self._kind, self._keep_texts = stem, kind, keep_texts
+        self._sides = 2 if kind == "pairs" else 1
+        self._files: dict[str, BinaryIO] = {}
+        self._ends = array("Q", [0])
+        self._text_ends = array("Q", [0])
+        self._order = array("Q")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for name, file in self._files.items():
+            with contextlib.suppress(OSError):  # the error that ended the block is the one to report
+                file.close()
+            self._path(name).unlink(missing_ok=True)
+
+    @property
+    def units(self) -> int:
+        """Records so far (a pair is one)."""
+        return (len(self._ends) - 1) // self._sides
+
+    def add(self, encoded: Encoded, repeat: int, source: str) -> None:
+        """Append a record, which the store will have `repeat` times."""
+        self._order.extend([self.units] * repeat)
+        for ids, mask in encoded.sequences:
+            self._append("tokens", np.asarray(ids, dtype=TOKEN).tobytes())
+            if mask is not None:
+                self._append("loss", bytes(mask))
+            self._ends.append(self._ends[-1] + len(ids))
+        if self._keep_texts and isinstance(encoded.record, Document):
+            row = {"text": encoded.record.text, "language": encoded.record.language, "source": source}
+            line = json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"
+            self._append("texts", line)
+            self._text_ends.append(self._text_ends[-1] + len(line))
+
+    def _append(self, name: str, data: bytes) -> None:
+        if name not in self._files:
+            self._files[name] = self._path(name).open("wb")
+        self._files[name].write(data)
+
+    def _path(self, name: str) -> Path:
+        return self._stem.with_name(f"{self._stem.name}.{name}")
+
+    def write_store(self, directory: Path, tokenizer_sha: str, vocab_size: int, meta: dict[str, Any], seed: int) -> None:
+        """Write the collected records as a token store; documents are shuffled by `seed`, other kinds are shuffled by the
+        stream.
+        """
+        for file in self._files.values():
+            file.flush()
+        order = np.array(self._order, dtype=np.int64)
+        if self._kind == "documents":
+            order = order[Permutation(len(order), seed, len(order)).take(np.arange(len(order)))]
+        tokens = np.memmap(self._path("tokens"), dtype=TOKEN, mode="r")
+        loss = None if self._kind == "documents" else np.memmap(self._path("loss"), dtype=np.uint8, mode="r")
+        with StoreWriter(directory, tokenizer_sha, vocab_size, self._kind, meta) as writer:
+            for unit in order.tolist():
+                for sequence in range(self._sides * unit, self._sides * (unit + 1)):
+                    start, end = self._ends[sequence], self._ends[sequence + 1]
+                    writer.add(tokens[start:end], None if loss is None else loss[start:end])
+            writer.close(extra=self._write_texts(directory / "texts.jsonl", order))
+
+    def _write_texts(self, path: Path, order: NDArray[np.int64]) -> list[str]:
+        """Write the documents' texts in the order of the store; the name of the file, if there are any."""
+        if "texts" not in self._files:
+            return []
+        with self._path("texts").open("rb") as texts, path.open("wb") as file:
+            for unit in order.tolist():
+                texts.seek(self._text_ends[unit])
+                file.write(texts.read(self._text_ends[unit + 1] - self._text_ends[unit]))
+        return [path.name]

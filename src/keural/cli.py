@@ -136,9 +136,8 @@ def _sampling(directory: Path, *given: float | int | None) -> "Sampling":
     from keural.serve.engine import chat_defaults
 
     names = ("temperature", "top_p", "repetition_penalty", "max_new_tokens", "seed")
-    return replace(
-        chat_defaults(directory)[0], **{name: value for name, value in zip(names, given, strict=True) if value is not None}
-    )
+    changes: dict[str, Any] = {name: value for name, value in zip(names, given, strict=True) if value is not None}
+    return replace(chat_defaults(directory)[0], **changes)
 
 
 @app.command()

@@ -18,7 +18,7 @@ import yaml
 from torch import Tensor
 
 from keural.convert.hf import save_model_directory
-from keural.data.prepare import Prepared, check_sources, iter_texts, prepare
+from keural.data.prepare import Prepared, check_sources, iter_texts, prepare, read_heldout_texts
 from keural.data.store import TokenStore
 from keural.data.stream import Stream
 from keural.errors import UserError
@@ -116,7 +116,10 @@ def _open_run(recipe: Recipe, stages: list[StageSpec], out: Path) -> None:
     """Check everything, keep the resolved recipe, prepare the data: once, before other ranks open it."""
     check_inputs(recipe, stages, out)
     write_atomic(out / "recipe.yaml", yaml.safe_dump(recipe.resolved(), allow_unicode=True, sort_keys=False))
-    prepare_all(recipe, stages, out)
+    workspace = prepare_all(recipe, stages, out)
+    for measure in recipe.spec.evaluation.bits_per_byte:
+        if measure.stage in workspace.data:
+            read_heldout_texts(workspace.data[measure.stage], measure.language)
 
 
 def _selected(recipe: Recipe, until: str | None, only: str | None) -> list[StageSpec]:

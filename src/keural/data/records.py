@@ -16,7 +16,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A dialogue for supervised fine-tuning: an optional system turn, then user and assistant turns; the last one is the assistant's."""
+    """A dialogue for supervised fine-tuning: perhaps a system turn, then user and assistant turns, the assistant's last."""
 
     messages: tuple[Message, ...]
     where: str

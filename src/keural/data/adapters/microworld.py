@@ -1,4 +1,4 @@
-"""`microworld`: rows of the package's own toy world, made by `keural.data.microworld`. Takes no path; option `part` says what is wanted."""
+"""`microworld`: rows of the package's own toy world, made by `keural.data.microworld`. It takes no path."""
 
 from typing import Any
 

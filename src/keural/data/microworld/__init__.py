@@ -1,12 +1,12 @@
 """The embedded bilingual micro-world: rows for the toy recipe's stages, and what is held out of them.
 
-Four families of short tasks in Korean and English: arithmetic in words, translation between the two, facts to look up in a given text,
-and rewriting. Out come rows of three parts: prose for pretraining, instructions for SFT, pairs for DPO; and held-out items and pairs
-for evaluation.
+Four families of short tasks in Korean and English: arithmetic in words, translation between the two, facts to look up in a
+given text, and rewriting. Out come rows of three parts: prose for pretraining, instructions for SFT, pairs for DPO; and held-
+out items and pairs for evaluation.
 
-Held out is content (`content.py`): sums of two numbers (with their differences), clauses (who does what to what), profiles (who lives
-where and likes what). The words, numbers, frames and forms of held-out items all occur in training; their combination never does, in any
-language, phrasing, tense, register, part or option. In rows of the split "train"
+Held out is content (`content.py`): sums of two numbers, clauses (who does what to what), profiles (who
+lives where and likes what). The words, numbers, frames and forms of held-out items all occur in training; their combination
+never does, in any language, phrasing, tense, register, part or option. In rows of the split "train"
 
 * no sentence or exchange has both operands and the total of a held-out sum,
 * no sentence has subject, verb and object of a held-out clause,
@@ -99,8 +99,9 @@ def rows(options: Mapping[str, Any], seed: int) -> Iterator[dict[str, Any]]:
             * `phase`: a number (default 1); stages with different phases get different rows,
             * `tasks`: list of arithmetic, translation, facts, rewriting (default all; each row draws one),
             * `languages`: list of ko, en (default both; each row draws one),
-            * prose: `forms`, list of plain (statements in one language), parallel (in both), glossary (words), questions (with their answers),
-              transcripts (questions and answers with the role names of a chat, to train a tokenizer on); each row draws one,
+            * prose: `forms`, list of plain (statements in one language), parallel (in both), glossary (words), questions (with
+              their answers), transcripts (questions and answers with the role names of a chat, to train a tokenizer on); each
+              row draws one,
             * instructions: `register` of Korean answers: mirror (that of the question, half are polite), polite, blunt,
             * pairs: `contrasts`, list of what the rejected answer is: wrong (in the chosen one's polite register), blunt (the right
               answer, in Korean; English rows are wrong instead); each row draws one. The chosen answer is right and polite.
@@ -120,7 +121,8 @@ def rows(options: Mapping[str, Any], seed: int) -> Iterator[dict[str, Any]]:
 
 
 def heldout_items(count_per_task: int, seed: int) -> list[Item]:
-    """`count_per_task` different questions of each task on held-out content, half of them Korean (the larger half of an odd number).
+    """`count_per_task` different questions of each task on held-out content, half of them Korean (the larger half of an odd
+    number).
 
     Half of the Korean ones are asked politely. Raises `UserError` when there are not that many.
     """
@@ -133,7 +135,7 @@ def heldout_items(count_per_task: int, seed: int) -> list[Item]:
 
 
 def heldout_pairs(count: int, seed: int) -> list[PreferencePair]:
-    """`count` preference pairs on held-out content, tasks and languages in turn; half of the Korean rejected ones are right but blunt."""
+    """`count` preference pairs on held-out content, tasks and languages in turn; half of the Korean rejected ones are blunt."""
     rng = Random(f"microworld heldout pairs {seed}")
     kinds = [(task, language) for language in LANGUAGES for task in TASKS]
     pairs = []
@@ -261,7 +263,8 @@ def _value(name: str, value: Any) -> str | tuple[str, ...]:
 def _choice(name: str, value: Any) -> str:
     if value not in _CHOICES[name]:
         raise UserError(
-            f"micro-world: option {name!r} has no value {value!r}{_nearest(str(value), _CHOICES[name])}; it takes {', '.join(_CHOICES[name])}"
+            f"micro-world: option {name!r} has no value {value!r}{_nearest(str(value), _CHOICES[name])}; "
+            f"it takes {', '.join(_CHOICES[name])}"
         )
     return cast(str, value)
 

@@ -1,8 +1,9 @@
 """What exists in the micro-world: sums, clauses and facts, and which of them are held out.
 
 Content is language-free: a sum is a pair of numbers, a clause is who does what to what, a profile is
-who lives where and likes what. Each has a key, and a hash of the key alone decides whether it is held out. So one piece of content is on the same side in both languages, in every
-phrasing, tense and register, in prose, chats and preference pairs, and for every seed.
+who lives where and likes what. Each has a key, and a hash of the key alone decides whether it is held out. So one piece of
+content is on the same side in both languages, in every phrasing, tense and register, in prose, chats and preference pairs, and
+for every seed.
 """
 
 import hashlib
@@ -16,10 +17,7 @@ HELD_OUT_PER_MILLE = 150
 
 @dataclass(frozen=True, slots=True, order=True)
 class Sum:
-    """`first` + `second`, two numbers of 20 to 79 whose digits add up without a carry; `first` is not the larger one.
-
-    The difference `total` - `first` is the same content.
-    """
+    """`first` + `second`, two numbers of 20 to 79 whose digits add up without a carry; `first` is not the larger one."""
 
     first: int
     second: int

@@ -44,8 +44,8 @@ class Exercise:
 class Task:
     """A family of questions. Both functions draw content of the given split only, phrasings at random.
 
-    `exercise(rng, split, language)` makes a question; `prose(rng, split, language, parallel)` a short text that states such content in
-    one language, or in both when `parallel`. `split` "heldout" makes texts about held-out content.
+    `exercise(rng, split, language)` makes a question; `prose(rng, split, language, parallel)` a short text that states such
+    content in one language, or in both when `parallel`. `split` "heldout" makes texts about held-out content.
     """
 
     name: str

@@ -13,7 +13,6 @@ ENTRIES_PER_TEXT = 5
 # Words that questions are made of.
 _FRAME_WORDS = (
     ("plus", "더하기"),
-    ("minus", "빼기"),
     ("sum", "합"),
     ("sentence", "문장"),
     ("English", "영어"),

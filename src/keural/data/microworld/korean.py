@@ -10,7 +10,7 @@ _LAST_WORD = re.compile(r"[가-힣]+(?=[^가-힣]*$)")
 
 
 def ends_in_consonant(word: str) -> bool:
-    """Whether the last syllable, a Hangul one, has a final consonant (Unicode orders syllables by lead, vowel, final: 28 finals)."""
+    """Whether the last syllable has a final consonant (Unicode orders syllables by lead, vowel, final; there are 28 finals)."""
     code = ord(word[-1]) - ord("가")
     assert 0 <= code < 11_172, f"{word!r} does not end in a Hangul syllable"
     return code % 28 > 0

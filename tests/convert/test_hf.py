@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 import keural
 from keural.convert.hf import (
-    grow_vocabulary,
     load_model,
     load_tokenizer,
     model_directory,
@@ -209,27 +208,6 @@ def test_stage_and_run_directories_stand_for_their_model(model_dir: Path, tmp_pa
     (tmp_path / "run" / "final").symlink_to(model_dir)
 
     assert model_directory(tmp_path / given) == model_dir.resolve()
-
-
-def test_new_embedding_rows_start_at_the_mean_of_the_others(model_dir: Path) -> None:
-    model = load_model(model_dir)
-    ids = torch.arange(20)[None]
-    before, embedding = model(ids).logits, model.get_input_embeddings().weight.detach().clone()
-
-    grow_vocabulary(model, embedding.shape[0] + 2)
-
-    grown = model.get_input_embeddings().weight
-    assert model.config.vocab_size == grown.shape[0] == embedding.shape[0] + 2
-    assert model.lm_head.weight is grown
-    assert torch.equal(grown[:-2], embedding)
-    torch.testing.assert_close(grown[-2:], embedding.mean(0).expand(2, -1))
-    torch.testing.assert_close(model(ids).logits[..., :-2], before)
-    torch.testing.assert_close(model(ids).logits[..., -1], before.mean(-1))
-
-
-def test_vocabulary_does_not_shrink(model_dir: Path) -> None:
-    with pytest.raises(UserError, match="cannot shrink"):
-        grow_vocabulary(load_model(model_dir), 10)
 
 
 def test_saving_refuses_the_tokenizer_of_another_model(

@@ -1,7 +1,6 @@
 """Model directories: weights, configuration, tokenizer and lineage, in the form that transformers loads."""
 
 from keural.convert.hf import (
-    grow_vocabulary,
     load_model,
     load_tokenizer,
     model_directory,
@@ -10,7 +9,6 @@ from keural.convert.hf import (
 )
 
 __all__ = [
-    "grow_vocabulary",
     "load_model",
     "load_tokenizer",
     "model_directory",

@@ -152,23 +152,6 @@ def read_lineage(path: Path) -> dict[str, Any]:
     return dict(read_json(file)) if file.is_file() else {}
 
 
-@torch.no_grad()
-def grow_vocabulary(model: KeuralMoECausalLM, vocab_size: int) -> None:
-    """Append embedding rows up to `vocab_size`, each the mean of the rows before them; the tied head and the config follow.
-
-    The mean keeps a new token's logit near the average one, so that it neither dominates nor vanishes before it is trained.
-    Raises `UserError` when `vocab_size` is smaller than the present one.
-    """
-    old = model.get_input_embeddings().weight
-    if vocab_size < old.shape[0]:
-        raise UserError(f"the model's vocabulary of {old.shape[0]} cannot shrink to {vocab_size}; use a tokenizer with more ids")
-    mean = old.double().mean(dim=0).to(old.dtype)
-    before = old.shape[0]
-    with _quiet_transformers():
-        model.resize_token_embeddings(vocab_size, mean_resizing=False)
-    model.get_input_embeddings().weight[before:] = mean
-
-
 def stored_tensors(config: KeuralConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors of a model directory: one matrix per expert, a head only where it is not tied."""
     with torch.device("meta"):

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_keural import KeuralConfig, ParameterCount, count_parameters
 from .modeling_keural import KeuralMoECausalLM, KeuralMoEModel, KeuralPreTrainedModel, router_losses
+from .vocabulary import grow_vocabulary
 
 AutoConfig.register(KeuralConfig.model_type, KeuralConfig, exist_ok=True)
 AutoModel.register(KeuralConfig, KeuralMoEModel, exist_ok=True)
@@ -19,5 +20,6 @@ __all__ = [
     "KeuralPreTrainedModel",
     "ParameterCount",
     "count_parameters",
+    "grow_vocabulary",
     "router_losses",
 ]

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from keural.errors import UserError
-from keural.model import KeuralConfig, KeuralMoECausalLM
+from keural.model import KeuralConfig, KeuralMoECausalLM, grow_vocabulary
 from keural.train.parallel import experts_implementation
 
 SHAPE = (
@@ -28,6 +28,8 @@ SHAPE = (
     "rms_norm_eps",
 )
 """What must be the same in the recipe and in the model directory."""
+CHATML_IDS = 2
+"""Ids that every tokenizer here has after its pieces, and that a base model may lack."""
 
 
 def initial_model(
@@ -35,8 +37,8 @@ def initial_model(
 ) -> KeuralMoECausalLM:
     """A float32 model on the CPU, ready to train on `device`.
 
-    Random weights depend on `seed` alone, not on the number of ranks. Raises `UserError` when `directory` holds a model of
-    another shape or cannot be read whole.
+    Random weights depend on `seed` alone, not on the number of ranks. A model from before the two ChatML ids gets rows for them, at
+    the mean of the others. Raises `UserError` when `directory` holds a model of another shape or cannot be read whole.
     """
     config = copy.deepcopy(config)
     config._experts_implementation = experts_implementation(device, compiled)
@@ -46,6 +48,9 @@ def initial_model(
             return KeuralMoECausalLM(config)
     try:
         stored = KeuralConfig.from_pretrained(directory)
+        wanted = config.vocab_size
+        if stored.vocab_size == wanted - CHATML_IDS:
+            config.vocab_size = stored.vocab_size
         _check_shape(directory, config, stored)
         with _without_progress_bars():
             model, info = KeuralMoECausalLM.from_pretrained(
@@ -61,6 +66,7 @@ def initial_model(
             raise UserError(
                 f"{directory}: {problem.replace('_', ' ')}: {sorted(map(str, names))[0]}; the model directory is incomplete"
             )
+    grow_vocabulary(model, wanted)
     return model
 
 

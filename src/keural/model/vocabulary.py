@@ -1,0 +1,21 @@
+"""More ids for a model: rows for added tokens, such as the two ChatML markers of a base model."""
+
+import torch
+
+from .modeling_keural import KeuralMoECausalLM
+
+
+@torch.no_grad()
+def grow_vocabulary(model: KeuralMoECausalLM, vocab_size: int) -> None:
+    """Append embedding rows up to `vocab_size`, each the mean of the rows before them; the tied head and the config follow.
+
+    The mean keeps a new token's logit near the average one, so that it neither dominates nor vanishes before it is trained.
+    Raises ValueError when `vocab_size` is smaller than the present one.
+    """
+    old = model.get_input_embeddings().weight
+    before = old.shape[0]
+    if vocab_size < before:
+        raise ValueError(f"a vocabulary of {before} cannot shrink to {vocab_size}; use a tokenizer with more ids")
+    mean = old.double().mean(dim=0).to(old.dtype)
+    model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    model.get_input_embeddings().weight[before:] = mean

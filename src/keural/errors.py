@@ -5,9 +5,18 @@ one line what is wrong, where, and what to do. The command line prints that line
 mistake can cause is an `assert` or an ordinary exception.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """A mistake the user can mend; `str(error)` is one line: what, where, what to do."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` with the known name most like `name`, or nothing when none is like it."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f" (did you mean {match[0]!r}?)" if match else ""

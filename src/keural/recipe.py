@@ -6,7 +6,6 @@ describes one stage. Everything is checked when it is read: an unknown key, a wr
 `data=DIR`, `model.hidden_size=256`), a key of every stage (`train.lr=1e-5`), or a key of one stage (`sft-2.train.lr=1e-5`).
 """
 
-import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from keural.errors import UserError
+from keural.errors import UserError, nearest
 
 SpecT = TypeVar("SpecT", bound="Spec")
 Objective = Literal["next_token", "sft", "dpo"]
@@ -293,7 +292,7 @@ class Recipe:
         for stage in self.stages:
             if stage.name == name:
                 return stage
-        raise UserError(f"{self.directory}: no stage {name!r}{_nearest(name, [stage.name for stage in self.stages])}")
+        raise UserError(f"{self.directory}: no stage {name!r}{nearest(name, [stage.name for stage in self.stages])}")
 
     def resolved(self) -> dict[str, Any]:
         """Every setting, defaults included, as plain data."""
@@ -342,7 +341,7 @@ def _check_stages(recipe: Recipe) -> None:
         if stage.init_from in recipe.spec.stages and stage.init_from not in earlier:
             raise UserError(f"{file}: init_from {stage.init_from!r} is not an earlier stage")
         if stage.init_from not in {"random", *earlier} and "/" not in stage.init_from:
-            hint = _nearest(stage.init_from, ["random", *earlier])
+            hint = nearest(stage.init_from, ["random", *earlier])
             raise UserError(
                 f"{file}: init_from {stage.init_from!r} is no earlier stage{hint}; write a model directory with a slash"
             )
@@ -408,7 +407,7 @@ def _apply_override(override: str, recipe: dict[str, Any], stages: dict[str, dic
             _set(stage, key, value, override)
     else:
         known = [*RecipeSpec.model_fields, *StageSpec.model_fields, *stages]
-        raise UserError(f"override {override!r}: unknown key {head!r}{_nearest(head, known)}")
+        raise UserError(f"override {override!r}: unknown key {head!r}{nearest(head, known)}")
 
 
 def _set(data: dict[str, Any], key: str, value: Any, override: str) -> None:
@@ -433,7 +432,7 @@ def _validate(kind: type[SpecT], data: dict[str, Any], file: Path) -> SpecT:
 def _describe(error: Any, kind: type[Spec]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{_nearest(key, _keys(kind))}"
+        return f"unknown key {key!r}{nearest(re.sub(r'[.][0-9]+[.]', '.', key), _keys(kind))}"
     if error["type"] == "missing":
         return f"key {key!r} is missing"
     if error["type"] == "value_error":
@@ -450,9 +449,3 @@ def _keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
             if isinstance(inner, type) and issubclass(inner, BaseModel):
                 keys += _keys(inner, f"{prefix}{name}.")
     return keys
-
-
-def _nearest(key: str, known: Iterable[str]) -> str:
-    plain = re.sub(r"\.\d+\.", ".", key)
-    match = difflib.get_close_matches(plain, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {match[0]!r}?)" if match else ""

@@ -4,7 +4,6 @@ In: `SourceSpec`s and the data directory. Out: records and drops in file order, 
 about a source (adapter, option, format, path) is found by `check_sources` before anything is read.
 """
 
-import difflib
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +13,7 @@ from typing import Any
 from keural.data.adapters import ADAPTERS, Adapter
 from keural.data.readers import FORMATS, DataFile, OptionTypes, Row, format_of, read_rows
 from keural.data.records import Drop, Record
-from keural.errors import UserError
+from keural.errors import UserError, nearest
 from keural.recipe import SourceSpec
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -38,7 +37,7 @@ def check_sources(sources: Iterable[SourceSpec], data_dir: Path | None) -> None:
 def adapter_of(source: SourceSpec) -> Adapter:
     """The adapter of a source. Raises `UserError` naming the nearest one."""
     if source.adapter not in ADAPTERS:
-        raise _error(source, f"unknown adapter {source.adapter!r}{_nearest(source.adapter, ADAPTERS)}")
+        raise _error(source, f"unknown adapter {source.adapter!r}{nearest(source.adapter, ADAPTERS)}")
     return ADAPTERS[source.adapter]
 
 
@@ -122,7 +121,7 @@ def _checked(source: SourceSpec, adapter: Adapter, file: DataFile, format_name: 
 
 def _check_format(source: SourceSpec, adapter: Adapter) -> None:
     if source.format not in FORMATS:
-        raise _error(source, f"unknown format {source.format!r}{_nearest(str(source.format), FORMATS)}")
+        raise _error(source, f"unknown format {source.format!r}{nearest(str(source.format), FORMATS)}")
     if source.format not in adapter.formats:
         raise _error(source, f"adapter {source.adapter} does not read {source.format}, only {', '.join(adapter.formats)}")
 
@@ -135,7 +134,7 @@ def _check_options(source: SourceSpec, adapter: Adapter, formats: Iterable[str])
     for name, value in source.options.items():
         if name not in known:
             listed = f"; it has {', '.join(sorted(known))}" if known else "; it has none"
-            raise _error(source, f"unknown option {name!r} of adapter {source.adapter}{_nearest(name, known)}{listed}")
+            raise _error(source, f"unknown option {name!r} of adapter {source.adapter}{nearest(name, known)}{listed}")
         _check_type(source, name, value, known)
         if name in choices and value not in choices[name]:
             raise _error(source, f"option {name!r} must be one of {', '.join(choices[name])}, got {value!r}")
@@ -199,8 +198,3 @@ def _natural(path: Path) -> list[tuple[int, int, str]]:
 
 def _error(source: SourceSpec, message: str) -> UserError:
     return UserError(f"source {source.name!r}: {message}")
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
-    return f" (did you mean {match[0]!r}?)" if match else ""

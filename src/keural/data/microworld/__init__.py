@@ -15,7 +15,6 @@ never does, in any language, phrasing, tense, register, part or option. In rows 
 Korean answers come in two registers, polite (존댓말, -요) and blunt (반말); both count as correct in the evaluation.
 """
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from random import Random
@@ -29,7 +28,7 @@ from keural.data.microworld.facts import FACTS
 from keural.data.microworld.glossary import glossary
 from keural.data.microworld.korean import is_polite
 from keural.data.records import PreferencePair
-from keural.errors import UserError
+from keural.errors import UserError, nearest
 from keural.tokenizer.chatml import Message
 
 __all__ = ["TASKS", "Item", "heldout_items", "heldout_pairs", "is_polite", "rows"]
@@ -240,7 +239,7 @@ def _checked(options: Mapping[str, Any]) -> _Options:
     for name, value in options.items():
         if name not in known:
             raise UserError(
-                f"micro-world: unknown option {name!r} of part {part!r}{_nearest(name, known)}; it has {', '.join(known)}"
+                f"micro-world: unknown option {name!r} of part {part!r}{nearest(name, known)}; it has {', '.join(known)}"
             )
         values[name] = _number(name, value) if name in ("count", "phase") else _value(name, value)
     return _Options(**values)
@@ -263,12 +262,7 @@ def _value(name: str, value: Any) -> str | tuple[str, ...]:
 def _choice(name: str, value: Any) -> str:
     if value not in _CHOICES[name]:
         raise UserError(
-            f"micro-world: option {name!r} has no value {value!r}{_nearest(str(value), _CHOICES[name])}; "
+            f"micro-world: option {name!r} has no value {value!r}{nearest(str(value), _CHOICES[name])}; "
             f"it takes {', '.join(_CHOICES[name])}"
         )
     return cast(str, value)
-
-
-def _nearest(name: str, known: Any) -> str:
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return f" (did you mean {match[0]!r}?)" if match else ""

@@ -1,5 +1,6 @@
 """What the commands print: the end of a run, the data table, the batch of a step."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,22 @@ def print_ending(outcome: Outcome, command: str) -> None:
     """Stages, figures, sample exchanges and the line that opens a chat; or how to go on after an interruption."""
     console = Console(highlight=False)
     if outcome.interrupted:
-        console.print(f"stopped and saved; the same command goes on from there:\n  {command}", markup=False)
+        console.print(f"stopped and saved; the same command goes on from there:\n  {command}", markup=False, soft_wrap=True)
         return
     summary = read_json(outcome.directory / "summary.json")
     console.print(_stage_table(summary["stages"]))
     for line in _figures(summary["evaluation"]):
-        console.print(line, markup=False)
+        console.print(line, markup=False, soft_wrap=True)
     for sample in summary["samples"]:
         console.print(Text(f"\n> {sample['prompt']}", style="bold"))
         console.print(sample["answer"], markup=False)
     console.print(f"\nreport: {outcome.directory / 'report.html'}", markup=False, soft_wrap=True)
-    console.print(f"chat:   keural chat {outcome.directory / 'final'}", markup=False, soft_wrap=True)
+    console.print(f"chat:   {_command()} chat {outcome.directory / 'final'}", markup=False, soft_wrap=True)
+
+
+def _command() -> str:
+    """The command as it was called, so that a printed line can be pasted even where the environment is not active."""
+    return sys.argv[0] if Path(sys.argv[0]).name == "keural" else "keural"
 
 
 def _stage_table(stages: list[dict[str, Any]]) -> Table:

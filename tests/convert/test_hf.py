@@ -184,8 +184,8 @@ def test_directory_stands_alone_in_a_process_without_the_package(
     with torch.no_grad():
         expected = model(torch.tensor([ids]))
         hidden = model.model(torch.tensor([ids])).last_hidden_state
-    assert torch.equal(torch.tensor(answer["logits"]), expected.logits[0])
-    assert torch.equal(torch.tensor(answer["hidden"]), hidden[0])
+    torch.testing.assert_close(torch.tensor(answer["logits"]), expected.logits[0])  # the other process may have more threads
+    torch.testing.assert_close(torch.tensor(answer["hidden"]), hidden[0])
     assert answer["prompt"] == render_prompt(tokenizer, [Message("user", content)])
     new = answer["output"][len(answer["prompt"]) :]
     assert new == naive_greedy(model, answer["prompt"], {tokenizer.im_end_id, 2}, limit=len(new))

@@ -19,7 +19,7 @@ Write = Callable[..., SourceSpec]
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> KeuralTokenizer:
     prose = SourceSpec(name="prose", adapter="microworld", options={"part": "prose", "count": 800})
     texts = (record.text for record in read_source(prose, None, seed=1) if isinstance(record, Document))
-    spec = TokenizerSpec(vocab_size=800, sources=[prose])
+    spec = TokenizerSpec(vocab_size=700, sources=[prose])
     return train_tokenizer(texts, spec, tmp_path_factory.mktemp("tokenizer") / "small", seed=1)
 
 

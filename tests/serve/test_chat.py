@@ -3,6 +3,7 @@
 import io
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -253,7 +254,7 @@ class Keyboard:
         environment = {**os.environ, "TERM": "xterm", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-c", TERMINAL, str(model_dir)], stdin=slave, stdout=slave, stderr=slave, env=environment,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         os.close(slave)
         self.seen = b""
@@ -261,7 +262,8 @@ class Keyboard:
     def wait_for(self, text: str, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
         while text.encode() not in self.seen:
-            assert time.monotonic() < deadline, self.seen.decode(errors="replace")
+            ready, _, _ = select.select([self.master], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, self.seen.decode(errors="replace")
             self.seen += os.read(self.master, 4096)
         self.seen = self.seen.split(text.encode(), 1)[1]
 

@@ -1,5 +1,6 @@
 """The pipeline on a tiny recipe: stages in order, skipped when finished, made again when changed, refused in one line."""
 
+import fcntl
 import json
 import random
 import shutil
@@ -192,6 +193,49 @@ def test_one_stage_alone_needs_the_one_before(finished: Path, tmp_path: Path, ke
     assert "not finished" in err
 
 
+def test_running_a_part_of_a_finished_recipe_leaves_it_finished(workplace: Path, keural: Keural) -> None:
+    run = workplace / "run"
+    for arguments in (("train", workplace / "recipe" / "base.yaml"), ("run", workplace / "recipe", "--until", "base")):
+        code, _, err = keural(*arguments, "--out", run)
+        assert code == 0, err
+        assert (run / "final").readlink() == Path("align/model")
+        summary = read_json(run / "summary.json")
+        assert [stage["name"] for stage in summary["stages"]] == ["base", "chat", "align"]
+        assert summary["evaluation"]["bits_per_byte"]
+
+
+def test_a_stage_made_again_alone_leaves_its_successors_out(workplace: Path, keural: Keural) -> None:
+    code, _, err = keural("train", workplace / "recipe" / "chat.yaml", "chat.train.lr=5e-4", "--out", workplace / "run")
+    assert code == 0, err
+    assert (workplace / "run" / "final").readlink() == Path("chat/model")
+    summary = read_json(workplace / "run" / "summary.json")
+    assert [stage["name"] for stage in summary["stages"]] == ["base", "chat"]
+    assert summary["evaluation"] == {}
+
+
+def test_the_last_stage_alone_beside_a_side_branch(workplace: Path, keural: Keural) -> None:
+    recipe = workplace / "recipe"
+    side = (recipe / "chat.yaml").read_text().replace("name: chat\n", "name: side\n")
+    (recipe / "side.yaml").write_text(side)
+    (recipe / "recipe.yaml").write_text((recipe / "recipe.yaml").read_text().replace("- chat\n", "- chat\n- side\n"))
+    code, _, err = keural("run", recipe, "--until", "side", "--out", workplace / "run")
+    assert code == 0, err
+    shutil.rmtree(workplace / "run" / "align")
+    code, _, err = keural("train", recipe / "align.yaml", "--out", workplace / "run")
+    assert code == 0, err
+    assert len(read_json(workplace / "run" / "summary.json")["stages"]) == 4
+
+
+def test_other_text_trains_another_tokenizer(workplace: Path, keural: Keural) -> None:
+    prose = workplace / "data" / "prose.jsonl"
+    prose.write_text(prose.read_text().replace("going", "zebra"))
+    before = (workplace / "run" / "tokenizer" / "tokenizer.model").read_bytes()
+    code, _, err = keural("tokenizer", "train", workplace / "recipe", f"data={workplace / 'data'}", "--out", workplace / "run")
+    assert code == 0, err
+    assert before != (workplace / "run" / "tokenizer" / "tokenizer.model").read_bytes()
+    assert before == (workplace / "run" / "tokenizer.old-1" / "tokenizer.model").read_bytes()
+
+
 def test_generate_and_chat_take_the_final_directory(
     finished: Path, keural: Keural, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -244,6 +288,70 @@ class TestRefusals:
     def test_unknown_key(self, place: Path, keural: Keural) -> None:
         assert "did you mean 'train.lr'" in self.refused(keural, place, "train.lrr=1")
         assert not (place / "run").exists()
+
+    @pytest.mark.parametrize("override", ["train.lr=2024-13-45", "seed=" + "9" * 5000, "dpo.betta=1", "model.hidden_size=33"])
+    def test_impossible_override(self, override: str, place: Path, keural: Keural) -> None:
+        self.refused(keural, place, override)
+        assert not (place / "run").exists()
+
+    def test_an_override_of_every_stage_reaches_data(self, place: Path, keural: Keural) -> None:
+        assert "train.batch_tokens 128" in self.refused(keural, place, "data.sequence_length=48")
+
+    @pytest.mark.parametrize("content", ["name: 2024-13-45\n", "[" * 5000, None])
+    def test_unreadable_stage_file(self, content: str | None, place: Path, keural: Keural) -> None:
+        path = place / "recipe" / "chat.yaml"
+        path.unlink()
+        path.mkdir() if content is None else path.write_text(content)
+        assert str(path) in self.refused(keural, place)
+
+    def test_a_measure_of_no_stage(self, place: Path, keural: Keural) -> None:
+        path = place / "recipe" / "recipe.yaml"
+        path.write_text(path.read_text().replace("stage: base", "stage: bose"))
+        assert "did you mean 'base'" in self.refused(keural, place)
+
+    def test_a_measure_without_room_for_a_document(self, place: Path, keural: Keural) -> None:
+        path = place / "recipe" / "recipe.yaml"
+        path.write_text(path.read_text().replace("max_bytes: 5000", "max_bytes: 1"))
+        assert "max_bytes 1" in self.refused(keural, place)
+
+    def test_a_stage_with_a_reserved_name(self, place: Path, keural: Keural) -> None:
+        (place / "recipe" / "align.yaml").rename(place / "recipe" / "final.yaml")
+        path = place / "recipe" / "recipe.yaml"
+        path.write_text(path.read_text().replace("- align", "- final"))
+        assert "'final'" in self.refused(keural, place)
+
+    def test_a_run_directory_that_cannot_be(self, place: Path, keural: Keural) -> None:
+        (place / "file").write_text("x")
+        for out in (place / "file", place / "file" / "run"):
+            code, _, err = keural("run", place / "recipe", "--out", out)
+            assert code == 2
+            assert str(out) in one_line(err)
+
+    def test_a_second_run_in_the_same_directory(self, workplace: Path, keural: Keural) -> None:
+        with (workplace / "run" / ".lock").open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            code, _, err = keural("run", workplace / "recipe", "--out", workplace / "run")
+        assert code == 2
+        assert "another run" in one_line(err)
+
+    @pytest.mark.parametrize("marker", ["base/done.json", "tokenizer/done.json", "evaluation.json", "align/stage.json"])
+    @pytest.mark.parametrize("content", ["[]", "{}", "", '{"fingerprint": 3}'])
+    def test_damaged_marker(self, marker: str, content: str, workplace: Path, keural: Keural) -> None:
+        (workplace / "run" / marker).write_text(content)
+        (workplace / "run" / "align" / "done.json").unlink()
+        code, _, err = keural("run", workplace / "recipe", "--out", workplace / "run")
+        assert code == 2
+        assert marker in one_line(err)
+
+    def test_damaged_tokenizer(self, workplace: Path, keural: Keural) -> None:
+        path = workplace / "run" / "tokenizer" / "tokenizer.model"
+        data = bytearray(path.read_bytes())
+        data[len(data) // 3] ^= 1
+        path.write_bytes(data)
+        code, _, err = keural("run", workplace / "recipe", "--out", workplace / "run")
+        assert code == 2
+        assert "tokenizer.model" in one_line(err)
+        assert not list((workplace / "run").glob("*.old-*"))
 
     def test_missing_data_directory(self, place: Path, keural: Keural) -> None:
         assert "no such directory" in self.refused(keural, place, f"data={place / 'nowhere'}")

@@ -4,6 +4,7 @@ A `UserError` becomes one line on standard error and exit code 2; a run that a s
 """
 
 import os
+import shlex
 import signal
 import sys
 from dataclasses import replace
@@ -53,6 +54,11 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:  # a file that may not be read, a path that cannot be: the user's, wherever it came up
+        if error.filename is None or error.strerror is None:
+            raise
+        print(f"keural: error: {UserError(f'{str(error.filename)[:300]}: {error.strerror}')}", file=sys.stderr)
+        sys.exit(2)
 
 
 @app.command()
@@ -70,7 +76,7 @@ def run(
     loaded = load_recipe(recipe, overrides or ())
     directory = out or Path("runs") / loaded.spec.name
     outcome = pipeline.run(loaded, directory, until=until, tensorboard=tensorboard)
-    _end(outcome, f"keural run {recipe} {' '.join(overrides or ())}".strip())
+    _end(outcome)
 
 
 @app.command()
@@ -87,15 +93,15 @@ def train(
     loaded = load_recipe(console.stage_file(stage).parent, overrides or ())
     directory = out or Path("runs") / loaded.spec.name
     outcome = pipeline.run(loaded, directory, only=stage.stem, tensorboard=tensorboard)
-    _end(outcome, f"keural train {stage} {' '.join(overrides or ())}".strip())
+    _end(outcome)
 
 
-def _end(outcome: "Outcome", command: str) -> None:
+def _end(outcome: "Outcome") -> None:
     """Say how the run ended; exit with the signal's code when one stopped it."""
     from keural import console
 
     if int(os.environ.get("RANK", "0")) == 0:
-        console.print_ending(outcome, command)
+        console.print_ending(outcome, shlex.join(sys.argv[1:]))
     if outcome.interrupted:
         raise SystemExit(128 + signal.SIGINT)
 

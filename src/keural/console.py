@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -15,11 +16,15 @@ from keural.pipeline import Outcome, Workspace, open_stream
 from keural.recipe import StageSpec
 
 
-def print_ending(outcome: Outcome, command: str) -> None:
-    """Stages, figures, sample exchanges and the line that opens a chat; or how to go on after an interruption."""
+def print_ending(outcome: Outcome, arguments: str) -> None:
+    """Stages, figures, sample exchanges and the line that opens a chat; or how to go on after an interruption.
+
+    `arguments` are those that the command was given, every option included.
+    """
     console = Console(highlight=False)
     if outcome.interrupted:
-        console.print(f"stopped and saved; the same command goes on from there:\n  {command}", markup=False, soft_wrap=True)
+        again = f"{_command()} {arguments}"
+        console.print(f"stopped and saved; the same command goes on from there:\n  {again}", markup=False, soft_wrap=True)
         return
     summary = read_json(outcome.directory / "summary.json")
     console.print(_stage_table(summary["stages"]))
@@ -84,7 +89,8 @@ def print_data(workspace: Workspace) -> None:
             table.add_column(column, justify="left" if column in {"source", "dropped"} else "right")
         for row in prepared.table:
             drops = "\n".join(f"{reason} {count:,} (first: {row['first_drop'][reason]})" for reason, count in row["drops"].items())
-            table.add_row(row["source"], f"{row['rows']:,}", f"{row['kept']:,}", f"{row['tokens']:,}", drops)
+            source, drops = escape(row["source"]), escape(drops)  # names of files may hold brackets
+            table.add_row(source, f"{row['rows']:,}", f"{row['kept']:,}", f"{row['tokens']:,}", drops)
         console.print(table)
         for row in prepared.table:
             if row.get("warning"):

@@ -7,9 +7,11 @@ interrupted stage is resumed, a part whose settings changed is set aside (never 
     runs/<recipe>/  recipe.yaml  tokenizer/  data/<fingerprint>/{train,heldout}  <stage>/{checkpoints,model}  final -> <stage>/model
 """
 
+import contextlib
+import fcntl
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ import yaml
 from torch import Tensor
 
 from keural.convert.hf import save_model_directory
-from keural.data.prepare import Prepared, check_sources, iter_texts, prepare, read_heldout_texts
+from keural.data.prepare import Prepared, check_sources, iter_texts, prepare
+from keural.data.sources import FileHashes, content_of
 from keural.data.store import TokenStore
 from keural.data.stream import Stream
 from keural.errors import UserError
@@ -26,7 +29,7 @@ from keural.files import fingerprint, read_json, write_atomic, write_json
 from keural.model import KeuralConfig
 from keural.recipe import Recipe, StageSpec, parse_duration
 from keural.report.html import write_report
-from keural.scorecard import score
+from keural.scorecard import measured_texts, score
 from keural.tokenizer import KeuralTokenizer
 from keural.tokenizer.train import train_tokenizer
 from keural.train import parallel
@@ -67,15 +70,20 @@ class Workspace:
                 "budget": self.recipe.spec.budget if stage.train.budget_share else None,
                 "tokenizer": self.tokenizer.sha256,
                 "data": self.data[stage.name].fingerprint,
-                "init": self._init_fingerprint(stage),
+                "init": self.init_fingerprint(stage),
             }
         )
 
-    def _init_fingerprint(self, stage: StageSpec) -> str:
+    def init_fingerprint(self, stage: StageSpec) -> str:
+        """Of the weights a stage starts from."""
         if stage.init_from == "random":
             return "random"
         if "/" in stage.init_from:
-            return fingerprint(sorted(read_json(init_directory(self.out, stage) / "keural.json")["files"].items()))
+            lineage = init_directory(self.out, stage) / "keural.json"
+            files = _mapping(lineage).get("files")
+            if not isinstance(files, dict):
+                raise UserError(f"{lineage}: names no files; give a model directory that this package has written")
+            return fingerprint(sorted(files.items()))
         return self.stage_fingerprint(self.recipe.stage(stage.init_from))
 
 
@@ -101,25 +109,44 @@ def run(recipe: Recipe, out: Path, *, until: str | None = None, only: str | None
     step where possible.
     """
     stages = _selected(recipe, until, only)
-    with parallel.session() as ranks:
+    with parallel.session() as ranks, contextlib.ExitStack() as stack:
         started = time.monotonic()
+        ranks.on_main(lambda: check_inputs(recipe, stages, out))
+        ranks.on_main(lambda: stack.enter_context(_only_run_in(out)))
         ranks.on_main(lambda: _open_run(recipe, stages, out))
         workspace = prepare_all(recipe, stages, out)
         for stage in stages:
             if _train(workspace, stage, ranks, tensorboard):
                 return Outcome(out, interrupted=True)
-        ranks.on_main(lambda: _finish(workspace, stages, started))
+        ranks.on_main(lambda: _finish(workspace, started))
     return Outcome(out, interrupted=False)
 
 
+@contextlib.contextmanager
+def _only_run_in(out: Path) -> Iterator[None]:
+    """Refuse a second run in the same directory: the two would delete each other's files. The lock goes with the process."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / ".lock").open("wb")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another run directory") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{out}: another run is at work there; wait for it, or give another --out") from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
 def _open_run(recipe: Recipe, stages: list[StageSpec], out: Path) -> None:
-    """Check everything, keep the resolved recipe, prepare the data: once, before other ranks open it."""
-    check_inputs(recipe, stages, out)
+    """Keep the resolved recipe, prepare the data: once, before other ranks open it."""
     write_atomic(out / "recipe.yaml", yaml.safe_dump(recipe.resolved(), allow_unicode=True, sort_keys=False))
     workspace = prepare_all(recipe, stages, out)
     for measure in recipe.spec.evaluation.bits_per_byte:
         if measure.stage in workspace.data:
-            read_heldout_texts(workspace.data[measure.stage], measure.language)
+            measured_texts(measure, workspace.data[measure.stage])
 
 
 def _selected(recipe: Recipe, until: str | None, only: str | None) -> list[StageSpec]:
@@ -178,15 +205,28 @@ def prepare_tokenizer(recipe: Recipe, out: Path) -> KeuralTokenizer:
     spec, directory = recipe.spec.tokenizer, out / "tokenizer"
     if spec.path:
         return KeuralTokenizer.load((data_directory(recipe) or Path()) / spec.path)
-    wanted = fingerprint({"spec": spec.model_dump(), "seed": recipe.spec.seed})
+    wanted = _tokenizer_fingerprint(recipe, out)
     marker = directory / "done.json"
-    if marker.is_file() and read_json(marker)["fingerprint"] == wanted:
-        return KeuralTokenizer.load(directory)
+    if is_done(directory, wanted):
+        tokenizer = KeuralTokenizer.load(directory)
+        if tokenizer.sha256 != _mapping(marker).get("sha256"):
+            raise UserError(f"{directory / 'tokenizer.model'}: damaged (its checksum differs); delete {directory} and run again")
+        return tokenizer
     set_aside(directory)
     texts = iter_texts(spec.sources, data_directory(recipe), spec.max_bytes, recipe.spec.seed)
     tokenizer = train_tokenizer(texts, spec, directory, recipe.spec.seed)
-    write_json(marker, {"fingerprint": wanted})
+    write_json(marker, {"fingerprint": wanted, "sha256": tokenizer.sha256})
     return tokenizer
+
+
+def _tokenizer_fingerprint(recipe: Recipe, out: Path) -> str:
+    """Of everything that determines a trained tokenizer: its settings and the contents of its sources."""
+    spec, cache = recipe.spec.tokenizer, out / "data" / "file-hashes.json"
+    hashes = FileHashes(_mapping(cache) if cache.is_file() else None)
+    contents = [content_of(source, data_directory(recipe), hashes) for source in spec.sources]
+    if hashes.changed:
+        write_json(cache, hashes.known)
+    return fingerprint({"spec": spec.model_dump(), "seed": recipe.spec.seed, "contents": contents})
 
 
 def set_aside(directory: Path) -> None:
@@ -213,7 +253,21 @@ def _train(workspace: Workspace, stage: StageSpec, ranks: parallel.Ranks, tensor
 def is_done(directory: Path, wanted: str) -> bool:
     """Whether a stage directory holds the finished result of exactly these settings."""
     marker = directory / "done.json"
-    return marker.is_file() and read_json(marker)["fingerprint"] == wanted
+    return marker.is_file() and _fingerprint_in(marker) == wanted
+
+
+def _fingerprint_in(marker: Path) -> str:
+    found = _mapping(marker).get("fingerprint")
+    if not isinstance(found, str):
+        raise UserError(f"{marker}: damaged (it has no fingerprint); delete it and run the same command again")
+    return found
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: damaged (not a mapping); delete it and run the same command again")
+    return value
 
 
 def _check_ready(workspace: Workspace, stage: StageSpec) -> None:
@@ -226,7 +280,7 @@ def _check_ready(workspace: Workspace, stage: StageSpec) -> None:
 
 def _open_stage_directory(directory: Path, stage: StageSpec, wanted: str) -> None:
     marker = directory / "stage.json"
-    if directory.exists() and not (marker.is_file() and read_json(marker)["fingerprint"] == wanted):
+    if directory.exists() and not (marker.is_file() and _fingerprint_in(marker) == wanted):
         set_aside(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_atomic(directory / "stage.yaml", yaml.safe_dump(stage.model_dump(), allow_unicode=True, sort_keys=False))
@@ -271,20 +325,28 @@ def _save_stage(workspace: Workspace, stage: StageSpec, result: StageResult, wei
     lineage = {"recipe": spec.name, "stage": stage.name, "fingerprint": wanted, "chain": chain}
     save_model_directory(directory / "model", workspace.model_config, weights, workspace.tokenizer, lineage, spec.chat)
     done = {"name": stage.name, "objective": stage.objective, "init_from": stage.init_from, "fingerprint": wanted}
+    done["init"] = workspace.init_fingerprint(stage)
     measured = ("seconds", "tokens", "steps", "loss_first", "loss_last", "heldout")
     write_json(directory / "done.json", done | {name: getattr(result, name) for name in measured})
 
 
-def _finish(workspace: Workspace, stages: list[StageSpec], started: float) -> None:
-    """Link the final model, evaluate it when the recipe is complete, and write the summary and the report."""
+def _finish(workspace: Workspace, started: float) -> None:
+    """Link the last finished stage's model, evaluate it when the recipe is complete, and write the summary and the report.
+
+    Stages that this run left alone (`until`, `only`) count, too, unless the stage they start from has been made again.
+    """
     out, recipe = workspace.out, workspace.recipe
+    stages = [stage for stage in recipe.stages if _is_current(workspace, stage)]
     _link_final(out, stages[-1].name)
-    complete = stages[-1] is recipe.stages[-1] and all((out / stage.name / "done.json").is_file() for stage in recipe.stages)
+    complete = len(stages) == len(recipe.stages)
+    if complete and workspace.data.keys() != {stage.name for stage in stages}:
+        workspace = prepare_all(recipe, stages, out)
+        complete = all(is_done(out / stage.name, workspace.stage_fingerprint(stage)) for stage in stages)
     summary: dict[str, Any] = {
         "recipe": recipe.spec.name,
         "seconds": 0.0,
         "stages": [read_json(out / stage.name / "done.json") for stage in stages],
-        "data": {stage.name: workspace.data[stage.name].table for stage in stages},
+        "data": {stage.name: workspace.data[stage.name].table for stage in stages if stage.name in workspace.data},
         "evaluation": {},
         "samples": [],
     }
@@ -293,6 +355,21 @@ def _finish(workspace: Workspace, stages: list[StageSpec], started: float) -> No
     summary["seconds"] = round(time.monotonic() - started, 3)
     write_json(out / "summary.json", summary)
     write_report(out)
+
+
+def _is_current(workspace: Workspace, stage: StageSpec) -> bool:
+    """Whether a stage is finished, and from what its predecessor is now."""
+    directory = workspace.out / stage.name
+    if stage.name in workspace.data:
+        return is_done(directory, workspace.stage_fingerprint(stage))
+    marker = directory / "done.json"
+    if not marker.is_file():
+        return False
+    if stage.init_from == "random" or "/" in stage.init_from:
+        return _mapping(marker).get("init") == workspace.init_fingerprint(stage)
+    before = workspace.recipe.stage(stage.init_from)
+    made_from = _mapping(marker).get("init")
+    return _is_current(workspace, before) and made_from == _fingerprint_in(workspace.out / before.name / "done.json")
 
 
 def _link_final(out: Path, stage_name: str) -> None:
@@ -315,8 +392,8 @@ def _evaluated(workspace: Workspace) -> dict[str, Any]:
             "stages": [workspace.stage_fingerprint(stage) for stage in workspace.recipe.stages],
         }
     )
-    if cache.is_file() and (cached := read_json(cache))["fingerprint"] == wanted:
-        return dict(cached["result"])
+    if cache.is_file() and _fingerprint_in(cache) == wanted:
+        return dict(read_json(cache)["result"])
     result = score(workspace.recipe, workspace.out, workspace.tokenizer, workspace.model_config, workspace.data)
     write_json(cache, {"fingerprint": wanted, "result": result})
     return result

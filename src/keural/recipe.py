@@ -19,6 +19,8 @@ from keural.errors import UserError, nearest
 
 SpecT = TypeVar("SpecT", bound="Spec")
 Objective = Literal["next_token", "sft", "dpo"]
+RESERVED_NAMES = {"data", "final", "random", "recipe", "tokenizer", "untrained"}
+"""What else a run directory, a key or a model is called; no stage may be."""
 
 
 class Spec(BaseModel):
@@ -54,6 +56,8 @@ class ModelSpec(Spec):
             raise ValueError("num_experts_per_tok cannot exceed num_local_experts")
         if self.head_dim % 2:
             raise ValueError("head_dim must be even (rotary embedding turns pairs)")
+        if self.hidden_size % 8 or self.intermediate_size % 8:
+            raise ValueError("hidden_size and intermediate_size must be multiples of 8 (grouped products need aligned rows)")
         return self
 
 
@@ -334,6 +338,8 @@ def _check_stages(recipe: Recipe) -> None:
     earlier: list[str] = []
     for name, stage in zip(recipe.spec.stages, recipe.stages, strict=False):
         file = recipe.directory / f"{name}.yaml"
+        if name in RESERVED_NAMES:
+            raise UserError(f"{file}: a stage cannot be called {name!r}; choose another name")
         if stage.name != name:
             raise UserError(f"{file}: name {stage.name!r} differs from the file's; call it {name!r}")
         if recipe.spec.stages.count(name) > 1:
@@ -350,6 +356,10 @@ def _check_stages(recipe: Recipe) -> None:
         if stage.data.sequence_length > recipe.spec.model.max_position_embeddings:
             raise UserError(f"{file}: data.sequence_length exceeds model.max_position_embeddings")
         earlier.append(name)
+    for measure in recipe.spec.evaluation.bits_per_byte:
+        if measure.stage not in earlier:
+            hint = nearest(measure.stage, earlier)
+            raise UserError(f"{recipe.directory / 'recipe.yaml'}: evaluation.bits_per_byte: no stage {measure.stage!r}{hint}")
     shares = sum(stage.train.budget_share or 0 for stage in recipe.stages)
     if shares > 1 + 1e-9:
         raise UserError(f"{recipe.directory}: the stages' budget_share sum to {shares:.3f}, more than 1")
@@ -376,7 +386,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{path}: no such file; a recipe directory holds recipe.yaml and one file per stage") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, a date or number that cannot be
         raise UserError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: is {'empty' if value is None else 'not a mapping'}; expected keys and values")
@@ -389,25 +401,31 @@ def _apply_override(override: str, recipe: dict[str, Any], stages: dict[str, dic
         raise UserError(f"override {override!r}: write key=value, e.g. train.lr=1e-5")
     try:
         value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"override {_shortened(override)!r}: the value is not valid YAML") from error
     head, _, rest = key.partition(".")
     if head in stages and rest:
         _set(stages[head], rest, value, override)
-    elif head in RecipeSpec.model_fields:
+    elif head in RecipeSpec.model_fields and not (head == "data" and rest):  # data=DIR, but data.sequence_length=512
         if head == "stages":
             raise UserError(f"override {override!r}: stages cannot be overridden; edit {file} or use --until")
         if key in {"data", "budget"} and isinstance(value, int | float):
             value = text
         _set(recipe, key, value, override)
     elif head in StageSpec.model_fields:
-        for stage in stages.values():
-            if rest and head == "dpo" and stage.get("objective") != "dpo":
-                continue
+        only_dpo = bool(rest) and head == "dpo"
+        meant = [stage for stage in stages.values() if not only_dpo or stage.get("objective") == "dpo"]
+        if not meant:
+            raise UserError(f"override {override!r}: no stage has objective dpo")
+        for stage in meant:
             _set(stage, key, value, override)
     else:
         known = [*RecipeSpec.model_fields, *StageSpec.model_fields, *stages]
         raise UserError(f"override {override!r}: unknown key {head!r}{nearest(head, known)}")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _set(data: dict[str, Any], key: str, value: Any, override: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from keural.convert.hf import load_model
 from keural.data import microworld
 from keural.data.prepare import Prepared, read_heldout_texts
+from keural.errors import UserError
 from keural.evaluate.generation import greedy
 from keural.evaluate.tasks import bits_per_byte, exact_match, polite_rate, preference_accuracy, xz_bits_per_byte
 from keural.model import KeuralConfig, KeuralMoECausalLM
@@ -87,7 +88,7 @@ def _bits_per_byte(
     recipe: Recipe, spec: BitsPerByteSpec, tokenizer: KeuralTokenizer, load: LoadModel, data: Mapping[str, Prepared]
 ) -> dict[str, Any]:
     """Bits per byte of held-out text for the untrained model, the last pretraining stage and the final model, with xz beside."""
-    texts = _limited(read_heldout_texts(data[spec.stage], spec.language), spec.max_bytes)
+    texts = measured_texts(spec, data[spec.stage])
     length = recipe.stage(spec.stage).data.sequence_length
     pretrained = [stage.name for stage in recipe.stages if stage.objective == "next_token"][-1:]
     models = ["untrained", *pretrained, recipe.stages[-1].name]
@@ -99,6 +100,18 @@ def _bits_per_byte(
         "models": {name: bits_per_byte(load(name), tokenizer, texts, length)["bits_per_byte"] for name in models},
         "xz": xz_bits_per_byte(texts),
     }
+
+
+def measured_texts(spec: BitsPerByteSpec, prepared: Prepared) -> list[str]:
+    """The held-out texts of a measure, as many as fit into its `max_bytes`. Raises `UserError` when none does."""
+    texts = read_heldout_texts(prepared, spec.language)
+    kept = _limited(texts, spec.max_bytes)
+    if not kept:
+        raise UserError(
+            f"evaluation.bits_per_byte {spec.name!r}: the first held-out document has {len(texts[0].encode()):,} bytes, more than "
+            f"max_bytes {spec.max_bytes:,}; raise it"
+        )
+    return kept
 
 
 def _limited(texts: list[str], max_bytes: int) -> list[str]:

@@ -145,7 +145,7 @@ def _read_jsonl(file: DataFile, options: Options) -> Iterator[Row | Drop]:
                 continue
             try:
                 yield Row(f"{file.name}:{number}", json.loads(line))
-            except (json.JSONDecodeError, RecursionError):
+            except (ValueError, RecursionError):  # ValueError: not JSON, or a number with too many digits
                 yield Drop("malformed_row", f"{file.name}:{number}")
 
 

@@ -56,7 +56,10 @@ class KeuralTokenizer:
         self._model = model
         self._proto, kind = parse_model(model, where)
         self.kind: Kind = kind
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise UserError(f"{where}: damaged ({error}); copy the file again") from error
         self.vocab_size: int = len(self._proto.pieces) + 2
         self.im_start_id: int = self.vocab_size - 2
         self.im_end_id: int = self.vocab_size - 1

@@ -69,7 +69,8 @@ class Metrics:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._display is not None:
             self._display.close()
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk has been reported, and would be again
+                self._file.close()
         if self._board is not None:
             self._board.close()
 

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import random
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -410,3 +411,25 @@ class TestRefusals:
             code, _, err = keural(*command)
             assert code == 2
             assert str(tmp_path) in one_line(err)
+
+
+def test_a_stage_does_not_start_from_damaged_weights(workplace: Path, keural: Keural) -> None:
+    (workplace / "run" / "align" / "done.json").unlink()
+    victim = workplace / "run" / "chat" / "model" / "model.safetensors"
+    data = bytearray(victim.read_bytes())
+    data[-5] ^= 1
+    victim.write_bytes(data)
+    code, _, err = keural("run", workplace / "recipe", "--out", workplace / "run")
+    assert code == 2
+    assert "model.safetensors" in one_line(err)
+
+
+def test_a_store_whose_counts_are_changed_is_refused(workplace: Path, keural: Keural) -> None:
+    (workplace / "run" / "align" / "done.json").unlink()
+    for manifest in (workplace / "run" / "data").rglob("manifest.json"):
+        manifest.write_text(
+            re.sub(r'"num_tokens": (\d+)', lambda match: f'"num_tokens": {int(match[1]) + 1}', manifest.read_text())
+        )
+    code, _, err = keural("run", workplace / "recipe", "--out", workplace / "run")
+    assert code == 2
+    assert "manifest.json" in one_line(err)

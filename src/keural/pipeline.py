@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from keural.convert.hf import save_model_directory
+from keural.convert.hf import check_sums, save_model_directory
 from keural.data.prepare import Prepared, check_sources, iter_texts, prepare
 from keural.data.sources import FileHashes, content_of
 from keural.data.store import TokenStore
@@ -242,7 +242,7 @@ def _train(workspace: Workspace, stage: StageSpec, ranks: parallel.Ranks, tensor
     if is_done(directory, wanted):
         ranks.say(f"{stage.name}: finished already, skipped")
         return False
-    _check_ready(workspace, stage)
+    ranks.on_main(lambda: _check_ready(workspace, stage))
     ranks.on_main(lambda: _open_stage_directory(directory, stage, wanted))
     result = train_stage(_job(workspace, stage, wanted, tensorboard), ranks)
     if not result.interrupted:
@@ -271,11 +271,16 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 
 def _check_ready(workspace: Workspace, stage: StageSpec) -> None:
-    if stage.init_from == "random" or "/" in stage.init_from:
+    """Refuse to start from a stage that is not finished, or from weights that are not those that were saved."""
+    if stage.init_from == "random":
         return
-    before = workspace.recipe.stage(stage.init_from)
-    if not is_done(workspace.out / before.name, workspace.stage_fingerprint(before)):
-        raise UserError(f"{stage.name}: starts from {before.name}, which is not finished in {workspace.out}; run that stage first")
+    if "/" not in stage.init_from:
+        before = workspace.recipe.stage(stage.init_from)
+        if not is_done(workspace.out / before.name, workspace.stage_fingerprint(before)):
+            raise UserError(
+                f"{stage.name}: starts from {before.name}, which is not finished in {workspace.out}; run that stage first"
+            )
+    check_sums(init_directory(workspace.out, stage))
 
 
 def _open_stage_directory(directory: Path, stage: StageSpec, wanted: str) -> None:

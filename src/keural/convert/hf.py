@@ -104,7 +104,7 @@ def load_model(path: Path, dtype: torch.dtype | None = torch.float32, *, verify:
     config = _read_config(directory)
     _check_tensors(directory, config)
     if verify:
-        _check_sums(directory)
+        check_sums(directory)
     if (directory / "tokenizer.model").is_file():
         load_tokenizer(directory)
     try:
@@ -266,7 +266,8 @@ def _check_tensors(directory: Path, config: KeuralConfig) -> None:
             raise UserError(f"{directory}: tensor {name} is not part of the model that config.json describes")
 
 
-def _check_sums(directory: Path) -> None:
+def check_sums(directory: Path) -> None:
+    """Raise `UserError` when a file of a model directory is missing or is not the one that its `keural.json` lists."""
     for name, wanted in read_lineage(directory).get("files", {}).items():
         file = directory / name
         if not file.is_file():

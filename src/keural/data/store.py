@@ -200,8 +200,24 @@ class TokenStore:
         size = sum(file["bytes"] for file in manifest["files"].values())
         if verify == "full" or (verify == "auto" and size <= FULL_CHECK_BYTES):
             _check_sums(directory, manifest)
-            return cls(directory, manifest)._check_ids()
-        return cls(directory, manifest)
+            return cls._of(directory, manifest)._check_ids()
+        return cls._of(directory, manifest)
+
+    @classmethod
+    def _of(cls, directory: Path, manifest: dict[str, Any]) -> "TokenStore":
+        """The store, if the manifest's counts are those of its files."""
+        path = directory / "manifest.json"
+        try:
+            store = cls(directory, manifest)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path}: damaged ({error!r}); prepare the data again") from error
+        tokens, sequences = sum(len(part) for part in store._tokens), sum(len(part) for part in store._ends)
+        if (tokens, sequences) != (store.num_tokens, store.num_sequences):
+            raise UserError(
+                f"{path}: says {store.num_sequences} sequences of {store.num_tokens} tokens, the files hold "
+                f"{sequences} of {tokens}; prepare the data again"
+            )
+        return store
 
     def _check_ids(self) -> Self:
         for shard, tokens in zip(self.manifest["shards"], self._tokens, strict=True):

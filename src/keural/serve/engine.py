@@ -5,6 +5,7 @@ server need; `TransformersEngine` is the plain one, a loop around the model with
 that a chat's next turn only reads what is new.
 """
 
+import math
 from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,9 @@ from keural.tokenizer import KeuralTokenizer
 
 Finish = Literal["stop", "length", "context"]
 """Why an answer ended: a stop token, `max_new_tokens`, or the end of the context."""
+
+GREEDY_BELOW = 1e-5
+"""A temperature this small is taken as 0: logits divided by it would overflow."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,12 @@ class Sampling:
     """Makes sampling repeatable; None draws a new seed for every answer."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 <= self.top_p <= 1 or self.repetition_penalty <= 0 or self.max_new_tokens < 1:
+        finite = math.isfinite(self.temperature) and math.isfinite(self.repetition_penalty)
+        possible = self.temperature >= 0 and 0 <= self.top_p <= 1 and self.repetition_penalty > 0 and self.max_new_tokens >= 1
+        if not (finite and possible and 0 <= (self.seed or 0) < 2**63):
             raise UserError(
                 f"impossible sampling settings {self}: use temperature >= 0, 0 <= top_p <= 1, repetition_penalty > 0, "
-                "max_new_tokens >= 1"
+                "max_new_tokens >= 1, 0 <= seed < 2**63"
             )
 
 
@@ -134,7 +140,7 @@ class TransformersEngine:
 
 def choose(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> int:
     """Draw the next token from `logits` `[V]`; with temperature 0 the most probable one after the repetition penalty."""
-    if sampling.temperature == 0:
+    if sampling.temperature < GREEDY_BELOW:
         return int(penalise(logits, seen, sampling.repetition_penalty).argmax())
     probabilities = next_token_distribution(logits, seen, sampling)
     return int(torch.multinomial(probabilities, 1, generator=generator))

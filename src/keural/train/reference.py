@@ -36,6 +36,8 @@ class ReferenceCache:
 
     def __init__(self, directory: Path, fingerprint: str, sequences: int, ranks: Ranks) -> None:
         self.directory, self.fingerprint, self.ranks = directory, fingerprint, ranks
+        self._noted = False  # whether the manifest has a checksum of the values as they are
+        self._file: np.ndarray
         self.values: np.ndarray = ranks.on_main(lambda: self._open(sequences))
 
     def __call__(self, sequences: np.ndarray) -> Tensor:
@@ -94,16 +96,20 @@ class ReferenceCache:
         new = np.isnan(self.values[sequences])
         self.values[sequences[new]] = values[new]
         if self.ranks.is_main:
+            if self._noted:  # until all is there again, the file is not what its checksum says
+                write_json(self.directory / MANIFEST, {"fingerprint": self.fingerprint, "sha256": None})
+                self._noted = False
             self._file[sequences[new]] = values[new]
 
     def _open(self, sequences: int) -> np.ndarray:
         manifest = self._manifest()
-        if manifest is None or manifest["fingerprint"] != self.fingerprint:
+        if manifest is None or manifest.get("fingerprint") != self.fingerprint:
             with atomic_directory(self.directory) as directory:
                 np.save(directory / VALUES, np.full(sequences, np.nan, dtype=np.float32))
                 write_json(directory / MANIFEST, {"fingerprint": self.fingerprint, "sha256": None})
             manifest = self._manifest()
         path = self.directory / VALUES
+        self._noted = manifest is not None and manifest["sha256"] is not None
         if manifest is not None and manifest["sha256"] not in (None, sha256_file(path)):
             raise UserError(f"{path}: damaged (its checksum differs); delete {self.directory} and run the same command again")
         try:
@@ -114,10 +120,14 @@ class ReferenceCache:
 
     def _manifest(self) -> dict[str, Any] | None:
         path = self.directory / MANIFEST
-        return dict(read_json(path)) if path.is_file() else None
+        manifest = read_json(path) if path.is_file() else None
+        if manifest is not None and not (isinstance(manifest, dict) and {"fingerprint", "sha256"} <= manifest.keys()):
+            raise UserError(f"{path}: damaged; delete {self.directory} and run the same command again")
+        return manifest
 
     def _complete(self) -> None:
         """Note the checksum of what was computed."""
         self._file.flush()
         path = self.directory / VALUES
         write_json(self.directory / MANIFEST, {"fingerprint": self.fingerprint, "sha256": sha256_file(path)})
+        self._noted = True

@@ -37,7 +37,7 @@ class ReferenceCache:
     def __init__(self, directory: Path, fingerprint: str, sequences: int, ranks: Ranks) -> None:
         self.directory, self.fingerprint, self.ranks = directory, fingerprint, ranks
         self._noted = False  # whether the manifest has a checksum of the values as they are
-        self._file: np.ndarray
+        self._file: np.memmap
         self.values: np.ndarray = ranks.on_main(lambda: self._open(sequences))
 
     def __call__(self, sequences: np.ndarray) -> Tensor:

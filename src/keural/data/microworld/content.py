@@ -1,4 +1,4 @@
-"""What exists in the micro-world: sums, clauses and facts, and which of them are held out.
+"""What exists in the micro-world: sums, clauses and profiles, and which of them are held out.
 
 Content is language-free: a sum is a pair of numbers, a clause is who does what to what, a profile is
 who lives where and likes what. Each has a key, and a hash of the key alone decides whether it is held out. So one piece of

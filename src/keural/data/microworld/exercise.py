@@ -8,7 +8,6 @@ from typing import Literal
 from keural.data.microworld.content import Split
 
 Language = Literal["ko", "en"]
-Form = Literal["plain", "parallel", "questions"]
 
 
 @dataclass(frozen=True, slots=True)

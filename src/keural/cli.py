@@ -16,6 +16,7 @@ import yaml
 from transformers.utils import logging as transformers_logging
 
 from keural.errors import UserError
+from keural.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from keural.pipeline import Outcome
@@ -71,10 +72,8 @@ def run(
 ) -> None:
     """Run a recipe's whole pipeline; finished stages are skipped, an interrupted one is resumed."""
     from keural import pipeline
-    from keural.recipe import load_recipe
 
-    loaded = load_recipe(recipe, overrides or ())
-    directory = out or Path("runs") / loaded.spec.name
+    loaded, directory = _recipe(recipe, overrides, out)
     outcome = pipeline.run(loaded, directory, until=until, tensorboard=tensorboard)
     _end(outcome)
 
@@ -88,12 +87,16 @@ def train(
 ) -> None:
     """Run one stage (with torchrun: on many processes); the stage it starts from must be finished."""
     from keural import console, pipeline
-    from keural.recipe import load_recipe
 
-    loaded = load_recipe(console.stage_file(stage).parent, overrides or ())
-    directory = out or Path("runs") / loaded.spec.name
+    loaded, directory = _recipe(console.stage_file(stage).parent, overrides, out)
     outcome = pipeline.run(loaded, directory, only=stage.stem, tensorboard=tensorboard)
     _end(outcome)
+
+
+def _recipe(directory: Path, overrides: list[str] | None, out: Path | None) -> tuple[Recipe, Path]:
+    """The recipe of a command, with its overrides, and the run directory."""
+    recipe = load_recipe(directory, overrides or ())
+    return recipe, out or Path("runs") / recipe.spec.name
 
 
 def _end(outcome: "Outcome") -> None:
@@ -110,9 +113,8 @@ def _end(outcome: "Outcome") -> None:
 def show_recipe(recipe: RecipeDir, overrides: Overrides = None) -> None:
     """Print a recipe with every setting resolved, and the size of its model."""
     from keural.model import KeuralConfig, count_parameters
-    from keural.recipe import load_recipe
 
-    loaded = load_recipe(recipe, overrides or ())
+    loaded, _ = _recipe(recipe, overrides, None)
     shape = loaded.spec.model.model_dump(exclude={"rope_theta"})
     total, active = count_parameters(KeuralConfig(**shape, vocab_size=loaded.spec.tokenizer.vocab_size + 2))
     print(yaml.safe_dump(loaded.resolved(), allow_unicode=True, sort_keys=False), end="")
@@ -169,10 +171,8 @@ def generate(
 def tokenizer_train(recipe: RecipeDir, overrides: Overrides = None, out: Out = None) -> None:
     """Train the tokenizer of a recipe."""
     from keural import pipeline
-    from keural.recipe import load_recipe
 
-    loaded = load_recipe(recipe, overrides or ())
-    directory = out or Path("runs") / loaded.spec.name
+    loaded, directory = _recipe(recipe, overrides, out)
     pipeline.check_inputs(loaded, (), directory)
     tokenizer = pipeline.prepare_tokenizer(loaded, directory)
     print(f"{directory / 'tokenizer'}: {tokenizer.kind}, {tokenizer.vocab_size} ids, sha256 {tokenizer.sha256}")
@@ -211,10 +211,8 @@ def tokenizer_report(
 def data_prepare(recipe: RecipeDir, overrides: Overrides = None, out: Out = None) -> None:
     """Read, check and tokenise the data of every stage; print what was kept and what was dropped, and why."""
     from keural import console, pipeline
-    from keural.recipe import load_recipe
 
-    loaded = load_recipe(recipe, overrides or ())
-    directory = out or Path("runs") / loaded.spec.name
+    loaded, directory = _recipe(recipe, overrides, out)
     pipeline.check_inputs(loaded, loaded.stages, directory)
     console.print_data(pipeline.prepare_all(loaded, loaded.stages, directory))
 
@@ -238,10 +236,8 @@ def data_show(
 ) -> None:
     """Print the batch of one optimizer step: each row's documents, with trained tokens marked."""
     from keural import console, pipeline
-    from keural.recipe import load_recipe
 
-    loaded = load_recipe(console.stage_file(stage).parent, overrides or ())
+    loaded, directory = _recipe(console.stage_file(stage).parent, overrides, out)
     shown = loaded.stage(stage.stem)
-    directory = out or Path("runs") / loaded.spec.name
     pipeline.check_inputs(loaded, [shown], directory)
     console.show_batch(pipeline.prepare_all(loaded, [shown], directory), shown, step, rows)

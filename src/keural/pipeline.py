@@ -78,7 +78,7 @@ class Workspace:
         """Of the weights a stage starts from."""
         if stage.init_from == "random":
             return "random"
-        if "/" in stage.init_from:
+        if stage.starts_from_directory:
             lineage = init_directory(self.out, stage) / "keural.json"
             files = _mapping(lineage).get("files")
             if not isinstance(files, dict):
@@ -161,7 +161,7 @@ def check_inputs(recipe: Recipe, stages: Iterable[StageSpec], out: Path) -> None
     sources = [source for stage in stages for source in (*stage.data.sources, *stage.data.heldout_sources)]
     check_sources([*recipe.spec.tokenizer.sources, *sources], data_directory(recipe))
     for stage in stages:
-        if "/" in stage.init_from and not (init_directory(out, stage) / "config.json").is_file():
+        if stage.starts_from_directory and not (init_directory(out, stage) / "config.json").is_file():
             raise UserError(f"{stage.name}: init_from {stage.init_from!r} is not a model directory (no config.json there)")
 
 
@@ -177,7 +177,7 @@ def data_directory(recipe: Recipe) -> Path | None:
 
 def init_directory(out: Path, stage: StageSpec) -> Path:
     """The model directory a stage starts from: another stage's, or the one it names."""
-    return Path(stage.init_from).expanduser() if "/" in stage.init_from else out / stage.init_from / "model"
+    return Path(stage.init_from).expanduser() if stage.starts_from_directory else out / stage.init_from / "model"
 
 
 def prepare_all(recipe: Recipe, stages: Iterable[StageSpec], out: Path) -> Workspace:
@@ -190,8 +190,8 @@ def prepare_all(recipe: Recipe, stages: Iterable[StageSpec], out: Path) -> Works
 
 def _with_ancestors(recipe: Recipe, stage: StageSpec) -> dict[str, StageSpec]:
     chain = {stage.name: stage}
-    while stage.init_from != "random" and "/" not in stage.init_from:
-        stage = recipe.stage(stage.init_from)
+    while stage.predecessor is not None:
+        stage = recipe.stage(stage.predecessor)
         chain[stage.name] = stage
     return chain
 
@@ -274,8 +274,8 @@ def _check_ready(workspace: Workspace, stage: StageSpec) -> None:
     """Refuse to start from a stage that is not finished, or from weights that are not those that were saved."""
     if stage.init_from == "random":
         return
-    if "/" not in stage.init_from:
-        before = workspace.recipe.stage(stage.init_from)
+    if stage.predecessor is not None:
+        before = workspace.recipe.stage(stage.predecessor)
         if not is_done(workspace.out / before.name, workspace.stage_fingerprint(before)):
             raise UserError(
                 f"{stage.name}: starts from {before.name}, which is not finished in {workspace.out}; run that stage first"
@@ -370,9 +370,9 @@ def _is_current(workspace: Workspace, stage: StageSpec) -> bool:
     marker = directory / "done.json"
     if not marker.is_file():
         return False
-    if stage.init_from == "random" or "/" in stage.init_from:
+    if stage.predecessor is None:
         return _mapping(marker).get("init") == workspace.init_fingerprint(stage)
-    before = workspace.recipe.stage(stage.init_from)
+    before = workspace.recipe.stage(stage.predecessor)
     made_from = _mapping(marker).get("init")
     return _is_current(workspace, before) and made_from == _fingerprint_in(workspace.out / before.name / "done.json")
 

@@ -200,6 +200,16 @@ class StageSpec(Spec):
     notes: list[str] = Field(default_factory=list)
     """Where the numbers come from, contradictions included."""
 
+    @property
+    def starts_from_directory(self) -> bool:
+        """Whether `init_from` is a model directory: a path, which has a slash."""
+        return "/" in self.init_from
+
+    @property
+    def predecessor(self) -> str | None:
+        """The earlier stage that `init_from` names; None for random weights and for a model directory."""
+        return None if self.init_from == "random" or self.starts_from_directory else self.init_from
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
         train, length = self.train, self.data.sequence_length
@@ -346,7 +356,7 @@ def _check_stages(recipe: Recipe) -> None:
             raise UserError(f"{recipe.directory / 'recipe.yaml'}: stage {name!r} is listed twice")
         if stage.init_from in recipe.spec.stages and stage.init_from not in earlier:
             raise UserError(f"{file}: init_from {stage.init_from!r} is not an earlier stage")
-        if stage.init_from not in {"random", *earlier} and "/" not in stage.init_from:
+        if stage.predecessor is not None and stage.predecessor not in earlier:
             hint = nearest(stage.init_from, ["random", *earlier])
             raise UserError(
                 f"{file}: init_from {stage.init_from!r} is no earlier stage{hint}; write a model directory with a slash"

@@ -41,7 +41,6 @@ def score(
         evaluation["bits_per_byte"] = [
             _bits_per_byte(recipe, spec, tokenizer, load, data) for spec in recipe.spec.evaluation.bits_per_byte
         ]
-    evaluation["heldout"] = {}
     return {"evaluation": evaluation, "samples": sample_answers(recipe, load(recipe.stages[-1].name), tokenizer)}
 
 
@@ -81,7 +80,7 @@ def _exact_match(recipe: Recipe, spec: ExactMatchSpec, tokenizer: KeuralTokenize
 def _before_last_dpo(recipe: Recipe) -> str | None:
     """The stage that the last stage starts from, when the last stage is a DPO stage."""
     last: StageSpec = recipe.stages[-1]
-    return last.init_from if last.objective == "dpo" and "/" not in last.init_from else None
+    return last.predecessor if last.objective == "dpo" else None
 
 
 def _bits_per_byte(

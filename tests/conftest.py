@@ -1,6 +1,7 @@
 """Fixtures that several rooms' tests share."""
 
 import os
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from keural.cli import main
 from keural.convert.hf import save_model_directory
 from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.recipe import ChatSpec, TokenizerSpec
@@ -18,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 WORDS = """the cat sees a small red house and two blue birds in the garden on Monday morning with eleven
 고양이는 작은 빨간 집과 파란 새 두 마리를 정원에서 봅니다 안녕하세요 감사합니다 월요일 아침 열하나"""
 TEXTS = [" ".join(WORDS.split()[(start * step) % 34] for step in range(1, 14)) for start in range(1, 200)]
+
+Keural = Callable[..., tuple[int, str, str]]
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -96,3 +100,21 @@ def model_dir(model: KeuralMoECausalLM, tokenizer: KeuralTokenizer, tmp_path_fac
     out = tmp_path_factory.mktemp("run") / "model"
     lineage = {"recipe": "tiny", "stage": "dpo-2", "chain": ["pretrain-1", "sft-1", "dpo-2"]}
     return save_model_directory(out, model.config, model.state_dict(), tokenizer, lineage, ChatSpec(system="Be brief."), 30_000)
+
+
+@pytest.fixture
+def keural(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Keural:
+    """Run the command in this process; gives exit code, standard output, standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["keural", *map(str, arguments)])
+        capfd.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return run

@@ -21,24 +21,6 @@ WORDS = ["하늘", "바다", "나무", "구름", "바람", "sea", "sky", "tree",
 Keural = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def keural(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Keural:
-    """Run the command in this process; gives exit code, standard output, standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["keural", *map(str, arguments)])
-        capfd.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
-        captured = capfd.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
 def sentences(count: int, seed: int) -> Iterator[str]:
     generator = random.Random(seed)
     for _ in range(count):

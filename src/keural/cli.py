@@ -15,23 +15,27 @@ import typer
 import yaml
 from transformers.utils import logging as transformers_logging
 
+from keural import cli_checkpoints
 from keural.errors import UserError
 from keural.recipe import Recipe, load_recipe
+from keural.serve.jamo import Jamo
 
 if TYPE_CHECKING:
     from keural.pipeline import Outcome
-    from keural.serve.engine import Sampling
+    from keural.serve.sampling import Sampling
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__.split("\n")[0], pretty_exceptions_enable=False)
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Train, convert and examine tokenizers.")
 data_app = typer.Typer(no_args_is_help=True, help="Prepare data and look at what a training step sees.")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
+app.add_typer(cli_checkpoints.app)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.lr=1e-5, data=DIR, sft-1.train.steps=100")]
 Out = Annotated[Path | None, typer.Option(help="run directory (default: runs/<recipe>)")]
 RecipeDir = Annotated[Path, typer.Argument(help="directory with recipe.yaml")]
 ModelDir = Annotated[Path, typer.Argument(help="model directory, e.g. runs/toy/final")]
+ModelPath = Annotated[Path, typer.Argument(help="model directory, e.g. runs/toy/final, or a GGUF file or the directory with one")]
 
 DEFAULT = "default: as saved with the model, else the card's"
 System = Annotated[str | None, typer.Option(help="system message; an empty one is none (default: as saved with the model)")]
@@ -39,6 +43,12 @@ Temperature = Annotated[float | None, typer.Option(min=0.0, help=f"0 is greedy (
 TopP = Annotated[float | None, typer.Option(min=0.0, max=1.0, help=f"({DEFAULT}, 0.9)")]
 RepetitionPenalty = Annotated[float | None, typer.Option(min=0.01, help=f"({DEFAULT}, 1.1)")]
 MaxNewTokens = Annotated[int | None, typer.Option(min=1, help=f"({DEFAULT}, 256)")]
+Seed = Annotated[int | None, typer.Option(help="repeatable sampling")]
+EngineName = Annotated[str | None, typer.Option("--engine", help="transformers or llama.cpp (default: what the path holds)")]
+Threads = Annotated[int | None, typer.Option(min=1, help="threads to compute with (default: the engine's choice)")]
+JamoStyle = Annotated[
+    Jamo, typer.Option(help="published tokenizer: letters that stand alone as typed (ㅋㅋㅋ), or as they are decoded (ᄏᄏᄏ)")
+]
 
 
 def main() -> None:
@@ -123,48 +133,53 @@ def show_recipe(recipe: RecipeDir, overrides: Overrides = None) -> None:
 
 @app.command()
 def chat(
-    directory: ModelDir,
+    path: ModelPath,
+    engine: EngineName = None,
     system: System = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     repetition_penalty: RepetitionPenalty = None,
     max_new_tokens: MaxNewTokens = None,
-    seed: Annotated[int | None, typer.Option(help="repeatable sampling")] = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    jamo: JamoStyle = "compatibility",
 ) -> None:
     """Talk to a model in the terminal (/system TEXT, /reset, /help, /exit)."""
     from keural.serve.chat import run_chat
 
-    raise SystemExit(
-        run_chat(directory, _sampling(directory, temperature, top_p, repetition_penalty, max_new_tokens, seed), system)
-    )
+    sampling = _sampling(path, engine, temperature, top_p, repetition_penalty, max_new_tokens, seed)
+    raise SystemExit(run_chat(path, sampling, system, jamo, engine, threads))
 
 
-def _sampling(directory: Path, *given: float | int | None) -> "Sampling":
+def _sampling(path: Path, engine: str | None, *given: float | int | None) -> "Sampling":
     """The settings given on the command line, and for the others those the model was saved with."""
     from keural.serve.engine import chat_defaults
 
     names = ("temperature", "top_p", "repetition_penalty", "max_new_tokens", "seed")
     changes: dict[str, Any] = {name: value for name, value in zip(names, given, strict=True) if value is not None}
-    return replace(chat_defaults(directory)[0], **changes)
+    return replace(chat_defaults(path, engine)[0], **changes)
 
 
 @app.command()
 def generate(
-    directory: ModelDir,
+    path: ModelPath,
     prompt: Annotated[str, typer.Option(help="the user's message, or the text to continue with --raw")],
+    engine: EngineName = None,
     system: System = None,
     raw: Annotated[bool, typer.Option(help="continue the text as it stands, without chat markers")] = False,
     temperature: Temperature = None,
     top_p: TopP = None,
     repetition_penalty: RepetitionPenalty = None,
     max_new_tokens: MaxNewTokens = None,
-    seed: Annotated[int | None, typer.Option(help="repeatable sampling")] = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    jamo: JamoStyle = "compatibility",
 ) -> None:
     """Answer one prompt on standard output."""
     from keural.serve.complete import run_generate
 
-    sampling = _sampling(directory, temperature, top_p, repetition_penalty, max_new_tokens, seed)
-    raise SystemExit(run_generate(directory, prompt, sampling, system, raw))
+    sampling = _sampling(path, engine, temperature, top_p, repetition_penalty, max_new_tokens, seed)
+    raise SystemExit(run_generate(path, prompt, sampling, system, raw, jamo, engine, threads))
 
 
 @tokenizer_app.command("train")
@@ -184,11 +199,10 @@ def tokenizer_convert(
     out: Annotated[Path, typer.Argument(help="directory to write")],
 ) -> None:
     """Write a SentencePiece model as a transformers tokenizer directory (tokenizer.json, chat template)."""
-    from keural.files import atomic_directory
+    from keural.files import atomic_directory, check_new
     from keural.tokenizer import KeuralTokenizer
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not empty; choose another directory")
+    check_new(out)
     tokenizer = KeuralTokenizer.load(model)
     with atomic_directory(out) as directory:
         tokenizer.save(directory)

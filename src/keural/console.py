@@ -1,11 +1,17 @@
-"""What the commands print: the end of a run, the data table, the batch of a step."""
+"""
 
+hat the commands print: the end of a run, the data table, the batch of a step, what a model is, how far a conversion has come.
+"""
+
+import contextlib
 import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -131,3 +137,49 @@ def stage_file(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a stage's YAML file, e.g. recipes/toy/sft-1.yaml")
     return path
+
+
+@contextlib.contextmanager
+def byte_progress(what: str) -> Iterator[Callable[[int], None]]:
+    """Shows on a terminal how many bytes were worked on; gives the function that is told of more."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), DownloadColumn(), TransferSpeedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(escape(what), total=None)
+        yield lambda count: progress.advance(task, count)
+
+
+def print_inspection(values: Mapping[str, Any]) -> None:
+    """What `keural inspect` found: the values, then the ledger of the model card's figures."""
+    console = Console(highlight=False)
+    for name, value in values.items():
+        if name in {"ledger", "lineage"} or value is None:
+            continue
+        if isinstance(value, Mapping):
+            console.print(f"{name}:", markup=False)
+            for key, entry in value.items():
+                console.print(f"  {key}: {_number(entry)}", markup=False, soft_wrap=True)
+        else:
+            console.print(f"{name}: {_number(value)}", markup=False, soft_wrap=True)
+    lineage = values.get("lineage", {})
+    if lineage:
+        console.print(f"lineage: {' -> '.join(lineage.get('chain', []))}", markup=False, soft_wrap=True)
+        for name in ("recipe", "stage", "source", "fingerprint", "keural", "transformers"):
+            if name in lineage:
+                console.print(f"  {name}: {lineage[name]}", markup=False, soft_wrap=True)
+    if values.get("ledger"):
+        console.print(_ledger_table(values["ledger"]))
+
+
+def _ledger_table(entries: list[dict[str, str]]) -> Table:
+    table = Table(title="the model card's figures, and those of these files")
+    for name in ("item", "card", "files", "verdict"):
+        table.add_column(name)
+    for entry in entries:
+        verdict = entry["verdict"] + (f": {entry['note']}" if entry["note"] else "")
+        table.add_row(*(escape(entry[name]) for name in ("item", "stated", "computed")), escape(verdict))
+    return table
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

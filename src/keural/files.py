@@ -61,6 +61,18 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror}); free some space or choose another directory") from error
 
 
+def check_new(path: Path, needed: int = 0) -> None:
+    """Raise `UserError` unless `path` can become a new directory of about `needed` bytes: not there, or empty, and room for it."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: exists and is not empty; choose another directory")
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise UserError(
+            f"{path}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free there; free some space or choose another disk"
+        )
+
+
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Give a temporary directory that becomes `path` when the block ends well, and vanishes when it does not.

@@ -17,8 +17,10 @@ import pytest
 from keural.errors import UserError
 from keural.serve.chat import Conversation, run_chat
 from keural.serve.complete import run_generate
-from keural.serve.engine import Finish, Sampling, TransformersEngine, check_prompt
-from keural.serve.text import printable, stream_answer
+from keural.serve.decoding import Finish, check_prompt
+from keural.serve.sampling import Sampling
+from keural.serve.text import printable
+from keural.serve.transformers_engine import TransformersEngine
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
@@ -64,11 +66,6 @@ def screen() -> Screen:
     return Screen()
 
 
-def byte_ids(text: str) -> list[int]:
-    """The text as byte tokens, which cut through characters."""
-    return [4 + byte for byte in text.encode()]
-
-
 def ask(conversation: Conversation, text: str, screen: Screen) -> str:
     return conversation.ask(text, screen.pieces.append, screen.notices.append).finish
 
@@ -89,22 +86,8 @@ def test_history_is_rendered_as_in_training(tokenizer: KeuralTokenizer, screen: 
     assert screen.text == "red house파란 새"
 
 
-def test_half_finished_characters_are_held_back(tokenizer: KeuralTokenizer, screen: Screen) -> None:
-    engine = Script(tokenizer, [[*byte_ids("가😀"), *byte_ids("나")[:2]]])
-    conversation = Conversation(engine, GREEDY)
-
-    ask(conversation, "the cat", screen)
-
-    assert screen.pieces == ["가", "😀"]
-    assert conversation.turns[-1].content == "가😀"
-
-
-def test_control_characters_do_not_reach_the_terminal(tokenizer: KeuralTokenizer, screen: Screen) -> None:
-    engine = Script(tokenizer, [byte_ids("\x1b[2Ja\r\x07\n\tb\x9b가")])
-
-    stream_answer(engine, [5], GREEDY, screen.pieces.append)
-
-    assert screen.text == "[2Ja\n\tb가"
+def test_control_characters_do_not_reach_the_terminal() -> None:
+    assert printable("\x1b[2Ja\r\x07\n\tb\x9b가") == "[2Ja\n\tb가"
     assert printable("가\u200d나\x7f") == "가\u200d나"
 
 
@@ -212,7 +195,7 @@ def test_generate_raw_continues_the_text(model_dir: Path, tokenizer: KeuralToken
 
     engine = TransformersEngine(model_dir, device="cpu")
     ids = list(engine.stream([1, *tokenizer.encode("the cat")], GREEDY, {2, tokenizer.im_end_id}))
-    assert capsys.readouterr().out == printable(tokenizer.decode(ids)) + "\n"
+    assert capsys.readouterr().out == tokenizer.decode(ids) + "\n"
 
 
 @pytest.mark.parametrize("command", ["generate", "chat"])
@@ -236,12 +219,13 @@ TERMINAL = """
 import sys, time
 from pathlib import Path
 from keural.serve.chat import run_chat
-from keural.serve.engine import Sampling, TransformersEngine
-forward = TransformersEngine._forward
+from keural.serve.sampling import Sampling
+from keural.serve.transformers_engine import TransformersEngine
+read = TransformersEngine._read
 def slowly(*arguments):
     time.sleep(0.2)
-    return forward(*arguments)
-TransformersEngine._forward = slowly  # 120 tokens take 24 s: the answer is still going on when the interrupt comes
+    return read(*arguments)
+TransformersEngine._read = slowly  # 120 tokens take 24 s: the answer is still going on when the interrupt comes
 sys.exit(run_chat(Path(sys.argv[1]), Sampling(temperature=0.0, max_new_tokens=120), ""))
 """
 

@@ -1,194 +1,86 @@
-"""The decoding loop: answers equal to those of transformers, how they end, and the cache that survives between turns."""
+"""Engines by name: which one runs a path, and what is said when none does."""
 
-from collections.abc import Generator
-from itertools import islice
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from keural.errors import UserError
-from keural.model import KeuralMoECausalLM
-from keural.serve.engine import Sampling, TransformersEngine, chat_defaults, next_token_distribution
-from keural.tokenizer import KeuralTokenizer, Message, render_prompt
+from keural.serve.engine import chat_defaults, gguf_file, open_engine
+from keural.serve.sampling import Sampling
+from keural.serve.transformers_engine import TransformersEngine
 
-GREEDY = Sampling(temperature=0.0, repetition_penalty=1.0, max_new_tokens=30)
-
-
-@pytest.fixture(scope="module")
-def engine(model_dir: Path) -> TransformersEngine:
-    return TransformersEngine(model_dir, device="cpu")
+HEAVY = "import sys, keural.serve.engine; print([name for name in ('llama_cpp', 'gguf') if name in sys.modules])"
 
 
 @pytest.fixture
-def prompt(tokenizer: KeuralTokenizer) -> list[int]:
-    return render_prompt(tokenizer, [Message("user", "the cat 고양이는")])
+def gguf_dir(tmp_path: Path, model_dir: Path) -> Path:
+    """A directory that looks like a GGUF export; the file in it is never read here."""
+    out = tmp_path / "gguf"
+    out.mkdir()
+    for name in ("keural.json", "tokenizer.model"):
+        shutil.copy(model_dir / name, out)
+    (out / "tiny-Q8_0.gguf").write_bytes(b"GGUF")
+    return out
 
 
-def run(stream: Generator[int, None, str]) -> tuple[list[int], str]:
-    """All ids of a stream, and why it ended."""
-    ids: list[int] = []
-    while True:
-        try:
-            ids.append(next(stream))
-        except StopIteration as end:
-            return ids, end.value
+def test_a_model_directory_runs_in_transformers(model_dir: Path) -> None:
+    assert isinstance(open_engine(model_dir), TransformersEngine)
 
 
-def generated(model: KeuralMoECausalLM, prompt: list[int], **options: object) -> list[int]:
-    """What transformers' own `generate` adds."""
-    config = GenerationConfig(pad_token_id=0, **options)
-    output = model.generate(torch.tensor([prompt]), generation_config=config)
-    return output[0, len(prompt) :].tolist()
+def test_a_gguf_file_and_its_directory_are_the_same_model(gguf_dir: Path) -> None:
+    file = gguf_dir / "tiny-Q8_0.gguf"
 
-
-@settings(deadline=None, max_examples=60)
-@given(st.integers(0, 10_000), st.floats(0.1, 3.0), st.sampled_from([0.05, 0.5, 0.9, 0.99]), st.sampled_from([0.8, 1.0, 1.1, 2.0]))
-def test_distribution_equals_transformers_processors(seed: int, temperature: float, top_p: float, penalty: float) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(50, generator=generator) * 3
-    ids = torch.randint(0, 50, (1, 12), generator=generator)
-    seen = torch.zeros(50, dtype=torch.bool)
-    seen[ids[0]] = True
-
-    ours = next_token_distribution(logits, seen, Sampling(temperature, top_p, penalty))
-
-    processors = LogitsProcessorList(
-        [RepetitionPenaltyLogitsProcessor(penalty), TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)]
-    )
-    theirs = processors(ids, logits[None].clone())[0].softmax(-1)
-    torch.testing.assert_close(ours, theirs)
-
-
-def test_top_p_zero_leaves_the_most_probable_token() -> None:
-    logits = torch.tensor([0.0, 2.0, 1.0])
-
-    assert next_token_distribution(logits, torch.zeros(3, dtype=torch.bool), Sampling(top_p=0.0)).tolist() == [0, 1, 0]
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_sampling_equals_transformers_under_the_same_seed(
-    engine: TransformersEngine, model: KeuralMoECausalLM, prompt: list[int], seed: int
-) -> None:
-    ids, _ = run(engine.stream(prompt, Sampling(seed=seed, max_new_tokens=30), set()))
-
-    torch.manual_seed(seed)
-    assert ids == generated(
-        model, prompt, do_sample=True, temperature=0.7, top_p=0.9, top_k=0, repetition_penalty=1.1, max_new_tokens=30
-    )
-
-
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_greedy_equals_transformers(
-    engine: TransformersEngine, model: KeuralMoECausalLM, prompt: list[int], penalty: float
-) -> None:
-    ids, finish = run(engine.stream(prompt, Sampling(0.0, repetition_penalty=penalty, max_new_tokens=30), set()))
-
-    assert ids == generated(model, prompt, do_sample=False, repetition_penalty=penalty, max_new_tokens=30)
-    assert finish == "length"
-
-
-def test_same_seed_same_answer_other_seed_another(engine: TransformersEngine, prompt: list[int]) -> None:
-    answers = [run(engine.stream(prompt, Sampling(temperature=1.5, seed=seed, max_new_tokens=12), set()))[0] for seed in (3, 3, 4)]
-
-    assert answers[0] == answers[1] != answers[2]
-
-
-def test_stop_token_ends_the_answer_and_is_not_yielded(engine: TransformersEngine, prompt: list[int]) -> None:
-    free, _ = run(engine.stream(prompt, GREEDY, set()))
-    stop = free[5]
-
-    assert run(engine.stream(prompt, GREEDY, {stop})) == (free[: free.index(stop)], "stop")
-
-
-def test_answer_ends_where_the_context_is_full(engine: TransformersEngine, tokenizer: KeuralTokenizer) -> None:
-    ids, finish = run(engine.stream([5] * 155, Sampling(temperature=0.0, max_new_tokens=30), set()))
-
-    assert (len(ids), finish) == (5, "context")
-
-
-def test_prompt_without_room_or_words_is_refused(engine: TransformersEngine) -> None:
-    with pytest.raises(UserError, match="has 160 tokens and the model's context is 160"):
-        next(engine.stream([5] * 160, GREEDY, set()))
-    with pytest.raises(UserError, match="empty"):
-        next(engine.stream([], GREEDY, set()))
-
-
-@pytest.mark.parametrize(
-    "values", [{"temperature": -1.0}, {"top_p": 1.5}, {"repetition_penalty": 0.0}, {"max_new_tokens": 0}], ids=str
-)
-def test_impossible_settings_are_refused(values: dict[str, float]) -> None:
-    with pytest.raises(UserError, match="impossible sampling settings"):
-        Sampling(**values)  # type: ignore[arg-type]
-
-
-def conversation(shared: int, tail: list[int]) -> list[int]:
-    return [*range(260, 260 + shared), *tail]
-
-
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [
-        (conversation(30, []), conversation(30, [7, 8, 9])),
-        (conversation(5, []), conversation(3, [7, 8])),
-        (conversation(40, []), conversation(20, [11])),
-        (conversation(20, []), conversation(20, [])),
-        (conversation(20, []), conversation(4, [])),
-        (conversation(3, [9]), conversation(0, [12, 13])),
-    ],
-    ids=["grows", "diverges early", "diverges beyond the window", "same again", "shorter", "nothing in common"],
-)
-def test_a_warm_cache_answers_like_a_fresh_engine(model_dir: Path, first: list[int], second: list[int]) -> None:
-    warm, fresh = TransformersEngine(model_dir, device="cpu"), TransformersEngine(model_dir, device="cpu")
-    run(warm.stream(first, Sampling(temperature=0.0, max_new_tokens=4), set()))
-
-    assert run(warm.stream(second, GREEDY, set())) == run(fresh.stream(second, GREEDY, set()))
-
-
-def test_next_turn_reads_only_what_is_new(engine: TransformersEngine, prompt: list[int]) -> None:
-    answer, _ = run(engine.stream(prompt, Sampling(temperature=0.0, max_new_tokens=6), set()))
-
-    unread = engine._reuse([*prompt, *answer, 7, 8])
-
-    assert unread == [answer[-1], 7, 8]
-
-
-def test_closing_cancels_and_the_engine_goes_on(engine: TransformersEngine, prompt: list[int]) -> None:
-    expected, _ = run(engine.stream(prompt, GREEDY, set()))
-    stream = engine.stream(prompt, GREEDY, set())
-    assert list(islice(stream, 3)) == expected[:3]
-    stream.close()
-
-    assert list(stream) == []
-    assert run(engine.stream(prompt, GREEDY, set()))[0] == expected
-
-
-def test_interrupt_inside_the_model_does_not_spoil_the_cache(
-    engine: TransformersEngine, model: KeuralMoECausalLM, prompt: list[int]
-) -> None:
-    expected, _ = run(engine.stream(prompt, GREEDY, set()))
-    stream = engine.stream([*prompt, *expected[:4], 9], GREEDY, set())
-    next(stream)
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    hook = engine.model.model.layers[1].register_forward_pre_hook(interrupt)  # the first layer's cache has grown by then
-    with pytest.raises(KeyboardInterrupt):
-        next(stream)
-    hook.remove()
-
-    assert run(engine.stream(prompt, GREEDY, set()))[0] == expected
+    assert gguf_file(gguf_dir) == gguf_file(file) == file
+    assert chat_defaults(gguf_dir) == chat_defaults(file) == (Sampling(), "Be brief.")
 
 
 def test_defaults_come_from_the_directory(model_dir: Path) -> None:
     assert chat_defaults(model_dir) == (Sampling(), "Be brief.")
+
+
+def test_defaults_are_the_cards_where_nothing_is_said(gguf_dir: Path) -> None:
+    (gguf_dir / "keural.json").unlink()
+
+    assert chat_defaults(gguf_dir) == (Sampling(), None)
+
+
+def refusal(path: Path, name: str | None = None) -> str:
+    with pytest.raises(UserError) as refused:
+        open_engine(path, name)
+    return str(refused.value)
+
+
+def test_what_an_engine_does_not_run_is_refused_with_advice(model_dir: Path, gguf_dir: Path, tmp_path: Path) -> None:
+    assert "make one with `keural export" in refusal(model_dir, "llama.cpp")
+    assert "use --engine llama.cpp" in refusal(gguf_dir, "transformers")
+    assert "not a model directory" in refusal(tmp_path)
+    assert "no such file" in refusal(tmp_path / "missing.gguf")
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones(model_dir: Path) -> None:
+    assert refusal(model_dir, "lama.cpp") == (
+        "unknown engine 'lama.cpp' (did you mean 'llama.cpp'?); use one of transformers, llama.cpp"
+    )
+
+
+def test_several_gguf_files_must_be_told_apart(gguf_dir: Path) -> None:
+    (gguf_dir / "tiny-F16.gguf").write_bytes(b"GGUF")
+
+    assert "holds 2 GGUF files (tiny-F16.gguf, tiny-Q8_0.gguf); name one of them" in refusal(gguf_dir)
+
+
+def test_nothing_is_imported_for_engines_that_are_not_used() -> None:
+    assert subprocess.run([sys.executable, "-c", HEAVY], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_the_command_says_how_to_install_an_engine(gguf_dir: Path, tmp_path: Path) -> None:
+    without = "import sys; sys.modules['llama_cpp'] = None; from keural.cli import main; main()"
+    command = [sys.executable, "-c", without, "generate", str(gguf_dir), "--prompt", "the cat"]
+
+    ended = subprocess.run(command, capture_output=True, text=True)
+
+    assert ended.returncode == 2
+    assert ended.stderr == ("keural: error: the llama.cpp engine is not installed; install it with `pip install 'keural[llama]'`\n")

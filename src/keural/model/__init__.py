@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_keural import KeuralConfig, ParameterCount, count_parameters
 from .modeling_keural import KeuralMoECausalLM, KeuralMoEModel, KeuralPreTrainedModel, router_losses
-from .vocabulary import grow_vocabulary
+from .vocabulary import grow_vocabulary, mean_row
 
 AutoConfig.register(KeuralConfig.model_type, KeuralConfig, exist_ok=True)
 AutoModel.register(KeuralConfig, KeuralMoEModel, exist_ok=True)
@@ -21,5 +21,6 @@ __all__ = [
     "ParameterCount",
     "count_parameters",
     "grow_vocabulary",
+    "mean_row",
     "router_losses",
 ]

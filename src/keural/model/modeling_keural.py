@@ -190,8 +190,9 @@ class KeuralAttention(nn.Module):
         key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
         value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
 
-        query_states = rotate(query_states, *position_embeddings)
-        key_states = rotate(key_states, *position_embeddings)
+        cosines, sines = position_embeddings
+        query_states = rotate(query_states, cosines, sines)
+        key_states = rotate(key_states, cosines, sines)
         if past_key_values is not None:
             key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
 
@@ -255,8 +256,11 @@ class KeuralExperts(nn.Module):
 
         Assignments are sorted by expert once, then each expert works on a contiguous slice. Gathering with index_select
         and scattering with index_add_ keeps forward and backward bit-reproducible on a CPU, which indexing does not.
-        An index of E or more marks an expert of another process: it adds nothing here.
+        An index of E or more marks an expert of another process: it adds nothing here. A single token needs no sorting;
+        with gradients it takes the long way too, where every expert has one, if only of zeros.
         """
+        if hidden_states.shape[0] == 1 and not torch.is_grad_enabled():
+            return self._mix_one(hidden_states, top_k_index[0].tolist(), top_k_weights[0])
         expert_of_assignment, order = top_k_index.reshape(-1).sort(stable=True)
         token_of_assignment = order // top_k_index.shape[-1]
         sizes = torch.bincount(expert_of_assignment, minlength=self.num_experts).tolist()[: self.num_experts]
@@ -269,6 +273,15 @@ class KeuralExperts(nn.Module):
         weights = top_k_weights.reshape(-1).index_select(0, order[:local])
         weighted = torch.cat(outputs) * weights.unsqueeze(-1)
         return torch.zeros_like(hidden_states).index_add_(0, token_of_assignment[:local], weighted.to(hidden_states.dtype))
+
+    def _mix_one(self, hidden_states: torch.Tensor, experts: list[int], weights: torch.Tensor) -> torch.Tensor:
+        """The experts of one token ``[1, H]`` in the order of their weights ``[K]``: what decoding does at each step."""
+        mixed = torch.zeros_like(hidden_states)
+        for expert, weight in zip(experts, weights, strict=True):
+            if expert < self.num_experts:
+                output = self._expert(hidden_states, self.gate_up_proj[expert], self.down_proj[expert])
+                mixed = mixed + (output * weight).to(hidden_states.dtype)
+        return mixed
 
     def _expert(self, states: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
         """One expert on its tokens ``[n, H]``."""

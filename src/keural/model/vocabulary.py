@@ -4,6 +4,9 @@ import torch
 
 from .modeling_keural import KeuralMoECausalLM
 
+_ROWS = 4096
+"""Rows added up at a time; a whole embedding in double precision is 4 GB at full size."""
+
 
 @torch.no_grad()
 def grow_vocabulary(model: KeuralMoECausalLM, vocab_size: int) -> None:
@@ -16,6 +19,14 @@ def grow_vocabulary(model: KeuralMoECausalLM, vocab_size: int) -> None:
     before = old.shape[0]
     if vocab_size < before:
         raise ValueError(f"a vocabulary of {before} cannot shrink to {vocab_size}; use a tokenizer with more ids")
-    mean = old.double().mean(dim=0).to(old.dtype)
+    mean = mean_row(old)
     model.resize_token_embeddings(vocab_size, mean_resizing=False)
     model.get_input_embeddings().weight[before:] = mean
+
+
+def mean_row(weight: torch.Tensor) -> torch.Tensor:
+    """The mean of the rows of `[V, H]`, added up in double precision; `[H]` in the dtype of `weight`."""
+    total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    for rows in weight.split(_ROWS):
+        total += rows.double().sum(dim=0)
+    return (total / weight.shape[0]).to(weight.dtype)

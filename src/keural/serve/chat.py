@@ -12,8 +12,10 @@ from pathlib import Path
 from rich.console import Console
 
 from keural.errors import UserError
-from keural.serve.engine import Engine, Sampling, TransformersEngine, chat_defaults
-from keural.serve.text import Answer, reader_may_leave, stream_answer
+from keural.serve.engine import Engine, chat_defaults, open_engine
+from keural.serve.jamo import Jamo
+from keural.serve.sampling import Sampling
+from keural.serve.text import Answer, printable, reader_may_leave, stream_answer
 from keural.tokenizer import Message, render_prompt
 
 HELP = """\
@@ -26,28 +28,36 @@ Ctrl-C stops an answer."""
 Notify = Callable[[str], None]
 
 
-def run_chat(path: Path, sampling: Sampling, system: str | None = None) -> int:
+def run_chat(
+    path: Path,
+    sampling: Sampling,
+    system: str | None = None,
+    jamo: Jamo = "compatibility",
+    engine_name: str | None = None,
+    threads: int | None = None,
+) -> int:
     """Talk to the model in `path` until the input ends; returns the exit code.
 
-    `system` is the system message; None takes the one the model was saved with, an empty one is none. Raises `UserError` when the
-    model cannot be loaded.
+    `system` is the system message; None takes the one the model was saved with, an empty one is none. For `jamo` see
+    `stream_answer`, for the others and for what is raised `open_engine`.
     """
     terminal = Terminal()
     with terminal.loading(path):
-        engine = TransformersEngine(path)
-        system = chat_defaults(path)[1] if system is None else system
+        engine = open_engine(path, engine_name, threads)
+        system = chat_defaults(path, engine_name)[1] if system is None else system
     with reader_may_leave():
-        converse(Conversation(engine, sampling, system or None), terminal)
+        converse(Conversation(engine, sampling, system or None, jamo), terminal)
     return 0
 
 
 class Conversation:
     """The history of a chat, and the engine that answers. `turns` alternate between user and assistant."""
 
-    def __init__(self, engine: Engine, sampling: Sampling, system: str | None = None) -> None:
+    def __init__(self, engine: Engine, sampling: Sampling, system: str | None = None, jamo: Jamo = "compatibility") -> None:
         self.engine = engine
         self.sampling = sampling
         self.system = system
+        self.jamo: Jamo = jamo
         self.turns: list[Message] = []
 
     def reset(self) -> None:
@@ -66,7 +76,7 @@ class Conversation:
         if left_out and len(prompt_ids) < self.engine.context_length:
             what = "exchange" if left_out == 1 else "exchanges"
             notify(f"({left_out} oldest {what} left out: the context holds {self.engine.context_length} tokens)")
-        answer = stream_answer(self.engine, prompt_ids, self.sampling, write)
+        answer = stream_answer(self.engine, prompt_ids, self.sampling, write, self.jamo)
         self.turns = [*turns, Message("assistant", answer.text)]
         return answer
 
@@ -103,8 +113,8 @@ class Terminal:
         return input("› " if self.interactive else "")
 
     def write(self, text: str) -> None:
-        """A piece of an answer, at once and as it is; rich would expand its tabs."""
-        self.out.file.write(text)
+        """A piece of an answer, at once; rich would expand its tabs. A terminal gets nothing that it would obey."""
+        self.out.file.write(printable(text) if self.out.is_terminal else text)
         self.out.file.flush()
 
     def notify(self, text: str) -> None:

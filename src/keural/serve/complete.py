@@ -6,33 +6,47 @@ In: a prompt. Out: the answer on standard output as it is generated; remarks on 
 import sys
 from pathlib import Path
 
-from keural.serve.engine import Sampling, TransformersEngine, chat_defaults
-from keural.serve.text import reader_may_leave, stream_answer
+from keural.serve.engine import chat_defaults, open_engine
+from keural.serve.jamo import Jamo
+from keural.serve.sampling import Sampling
+from keural.serve.text import printable, reader_may_leave, stream_answer
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt
 
 EXIT_INTERRUPTED = 130
 """What a shell reports of a program that Ctrl-C ended."""
 
 
-def run_generate(path: Path, prompt: str, sampling: Sampling, system: str | None = None, raw: bool = False) -> int:
+def run_generate(
+    path: Path,
+    prompt: str,
+    sampling: Sampling,
+    system: str | None = None,
+    raw: bool = False,
+    jamo: Jamo = "compatibility",
+    engine_name: str | None = None,
+    threads: int | None = None,
+) -> int:
     """Write the model's answer to one prompt; returns the exit code.
 
     Args:
-        path: a model directory.
+        path: of the model, see `open_engine`.
         prompt: the user's message, or with `raw` the text to continue.
         sampling: how tokens are chosen.
         system: system message; None takes the one the model was saved with, an empty one is none.
         raw: continue `<s>` + prompt as running text, without chat markers.
+        jamo: see `stream_answer`.
+        engine_name: see `open_engine`.
+        threads: see `open_engine`.
 
     Raises:
         UserError: when the model cannot be loaded or the prompt does not fit.
     """
-    engine = TransformersEngine(path)
+    engine = open_engine(path, engine_name, threads)
     if not raw and system is None:
-        system = chat_defaults(path)[1]
+        system = chat_defaults(path, engine_name)[1]
     prompt_ids = _prompt_ids(engine.tokenizer, prompt, system, raw)
     with reader_may_leave():
-        answer = stream_answer(engine, prompt_ids, sampling, _write)
+        answer = stream_answer(engine, prompt_ids, sampling, _write, jamo)
         _write("\n")
         if answer.finish == "length":
             print(f"(cut after {sampling.max_new_tokens} tokens)", file=sys.stderr)
@@ -51,5 +65,6 @@ def _prompt_ids(tokenizer: KeuralTokenizer, prompt: str, system: str | None, raw
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    """Write a piece at once; a terminal gets nothing that it would obey, a file or a pipe gets everything."""
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()

@@ -1,53 +1,19 @@
-"""Decoding, one token at a time.
+"""What runs a model: the interface that chat and server use, and the engines by name.
 
-In: prompt ids and sampling settings. Out: an iterator of token ids that can be closed at any moment. `Engine` is what chat and
-server need; `TransformersEngine` is the plain one, a loop around the model with a key-value cache that survives between calls, so
-that a chat's next turn only reads what is new.
+In: a path, perhaps the name of an engine. Out: an `Engine`. An engine's libraries are imported when it is opened, not before.
 """
 
-import math
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
-import torch
-from torch import Tensor
-from transformers import DynamicCache
-
-from keural.convert.hf import load_model, load_tokenizer, read_lineage
-from keural.errors import UserError
+from keural.convert.hf import LINEAGE, model_directory
+from keural.errors import UserError, nearest
+from keural.files import read_json
+from keural.serve.decoding import Finish
+from keural.serve.sampling import Sampling
 from keural.tokenizer import KeuralTokenizer
-
-Finish = Literal["stop", "length", "context"]
-"""Why an answer ended: a stop token, `max_new_tokens`, or the end of the context."""
-
-GREEDY_BELOW = 1e-5
-"""A temperature this small is taken as 0: logits divided by it would overflow."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen; the defaults are the model card's."""
-
-    temperature: float = 0.7
-    """Logits are divided by it; 0 takes the most probable token."""
-    top_p: float = 0.9
-    """Sample from the smallest set of tokens with at least this probability."""
-    repetition_penalty: float = 1.1
-    """Tokens of the prompt and the answer so far: positive logits are divided by it, negative ones multiplied."""
-    max_new_tokens: int = 256
-    seed: int | None = None
-    """Makes sampling repeatable; None draws a new seed for every answer."""
-
-    def __post_init__(self) -> None:
-        finite = math.isfinite(self.temperature) and math.isfinite(self.repetition_penalty)
-        possible = self.temperature >= 0 and 0 <= self.top_p <= 1 and self.repetition_penalty > 0 and self.max_new_tokens >= 1
-        if not (finite and possible and 0 <= (self.seed or 0) < 2**63):
-            raise UserError(
-                f"impossible sampling settings {self}: use temperature >= 0, 0 <= top_p <= 1, repetition_penalty > 0, "
-                "max_new_tokens >= 1, 0 <= seed < 2**63"
-            )
 
 
 class Engine(Protocol):
@@ -64,118 +30,112 @@ class Engine(Protocol):
         """
 
 
-class TransformersEngine:
-    """The transformers model in a decoding loop of our own, on the GPU where there is one. Not for concurrent use."""
+@dataclass(frozen=True)
+class EngineKind:
+    """An engine that can be asked for by name."""
 
-    def __init__(self, path: Path, dtype: torch.dtype | None = None, device: str | None = None) -> None:
-        """Load `path` (see `keural.convert.hf.load_model`) in `dtype`, by default the stored one. Raises `UserError`."""
-        self.tokenizer = load_tokenizer(path)
-        self.model = load_model(path, dtype).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.context_length: int = self.model.config.max_position_embeddings
-        self._forget()
-
-    def stream(self, prompt_ids: Sequence[int], sampling: Sampling, stop: Collection[int]) -> Generator[int, None, Finish]:
-        """See `Engine.stream`. Starting a new answer invalidates an unfinished earlier one."""
-        check_prompt(prompt_ids, self.context_length)
-        device = self.model.device
-        generator = torch.Generator(device)
-        _ = generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
-        seen = torch.zeros(self.model.config.vocab_size, dtype=torch.bool, device=device)
-        seen[list(prompt_ids)] = True
-        new_ids, length = self._reuse(prompt_ids), len(prompt_ids)
-        for count in range(1, sampling.max_new_tokens + 1):
-            token = choose(self._forward(new_ids), seen, sampling, generator)
-            if token in stop:
-                return "stop"
-            yield token
-            if length + count >= self.context_length:
-                return "context"
-            seen[token] = True
-            new_ids = [token]
-        return "length"
-
-    def _reuse(self, prompt_ids: Sequence[int]) -> list[int]:
-        """Keep the part of the cache that is a prefix of the prompt; returns the ids still to be read, at least one."""
-        common = 0
-        # The last prompt token is always read again: its logits are needed and the cache does not hold them.
-        for cached, wanted in zip(self._cached_ids, prompt_ids[:-1], strict=False):
-            if cached != wanted:
-                break
-            common += 1
-        surplus = len(self._cached_ids) - common
-        if surplus and not self._can_shorten():
-            self._forget()
-            return list(prompt_ids)
-        if surplus:
-            self._cache.crop(-surplus)
-            del self._cached_ids[common:]
-        return list(prompt_ids[common:])
-
-    def _can_shorten(self) -> bool:
-        """A sliding layer has dropped its oldest keys once its window is full; what it dropped cannot come back."""
-        config = self.model.config
-        return "sliding_attention" not in config.layer_types or len(self._cached_ids) < config.sliding_window
-
-    @torch.inference_mode()
-    def _forward(self, ids: list[int]) -> Tensor:
-        """Read ids after the cached ones; the logits `[V]` after the last, float32."""
-        try:
-            output = self.model(
-                input_ids=torch.tensor([ids], device=self.model.device),
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            self._cached_ids += ids
-        except BaseException:
-            # An interrupt in the middle leaves some layers with the new keys and some without.
-            self._forget()
-            raise
-        return output.logits[0, -1].float()
-
-    def _forget(self) -> None:
-        self._cached_ids: list[int] = []
-        self._cache: Any = DynamicCache(config=self.model.config)
+    suits: Callable[[Path], bool]
+    """Whether a path looks like something it runs."""
+    find: Callable[[Path], Path]
+    """What it would run of a path: a directory or a file. Raises `UserError`, saying what to do, when there is nothing for it."""
+    open: Callable[[Path, int | None], Engine]
+    """Loads what `find` gave, to run on so many threads; None leaves the number to the engine. Raises `UserError`."""
 
 
-def choose(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> int:
-    """Draw the next token from `logits` `[V]`; with temperature 0 the most probable one after the repetition penalty."""
-    if sampling.temperature < GREEDY_BELOW:
-        return int(penalise(logits, seen, sampling.repetition_penalty).argmax())
-    probabilities = next_token_distribution(logits, seen, sampling)
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+def open_engine(path: Path, name: str | None = None, threads: int | None = None) -> Engine:
+    """Load the model in `path`.
 
+    Args:
+        path: a model directory, a GGUF file, or the directory with one.
+        name: of `ENGINES`; None takes the one that runs what the path holds.
+        threads: to compute with; None takes what the engine thinks best.
 
-def next_token_distribution(logits: Tensor, seen: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities `[V]` to sample from: repetition penalty, then temperature, then the nucleus, renormalised.
-
-    The order and the definitions are those of transformers' processors; temperature must be above 0. The nucleus is the smallest
-    set of most probable tokens whose probability reaches `top_p` (Holtzman et al. 2020, eq. 2-3), at least one token.
+    Raises:
+        UserError: when the engine is unknown, not installed or does not run what is there, or the files are damaged.
     """
-    scores = penalise(logits, seen, sampling.repetition_penalty) / sampling.temperature
-    probabilities, order = scores.softmax(dim=-1).sort(descending=True)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    inside = before < sampling.top_p
-    inside[0] = True
-    kept = probabilities * inside
-    return torch.zeros_like(kept).scatter(-1, order, kept / kept.sum())
+    kind, found = _find(path, name)
+    return kind.open(found, threads)
 
 
-def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Make the tokens of `seen` `[V]` (bool) less likely (Keskar et al. 2019, section 4.1, with the sign taken into account)."""
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+def chat_defaults(path: Path, name: str | None = None) -> tuple[Sampling, str | None]:
+    """Sampling settings and system message that a model was saved with; the card's and none where it says nothing.
 
-
-def check_prompt(prompt_ids: Sequence[int], context_length: int) -> None:
-    """Raise `UserError` when the prompt is empty or leaves no room for an answer."""
-    if not prompt_ids:
-        raise UserError("the prompt is empty; write something")
-    if len(prompt_ids) >= context_length:
-        raise UserError(f"the prompt has {len(prompt_ids)} tokens and the model's context is {context_length}; shorten it")
-
-
-def chat_defaults(path: Path) -> tuple[Sampling, str | None]:
-    """Sampling settings and system message that a model directory was saved with; the card's and none where it says nothing."""
-    chat = read_lineage(path).get("chat", {})
+    Arguments and errors as for `open_engine`.
+    """
+    _, found = _find(path, name)
+    file = (found if found.is_dir() else found.parent) / LINEAGE
+    chat = read_json(file).get("chat", {}) if file.is_file() else {}
     known = {name: chat[name] for name in ("temperature", "top_p", "repetition_penalty", "max_new_tokens") if name in chat}
     return replace(Sampling(), **known), chat.get("system")
+
+
+def gguf_file(path: Path) -> Path:
+    """The GGUF file that `path` stands for: itself, or the only one in the directory. Raises `UserError` when there is none."""
+    found = _gguf_files(path)
+    if len(found) == 1:
+        return found[0].resolve()
+    if found:
+        raise UserError(f"{path}: holds {len(found)} GGUF files ({', '.join(file.name for file in found)}); name one of them")
+    if not path.exists():
+        raise UserError(f"{path}: no such file or directory; give a GGUF file or the directory with one")
+    raise UserError(f"{path}: holds no GGUF file; make one with `keural export {path} OUT --format gguf`")
+
+
+def _gguf_files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(path.glob("*.gguf"))
+    return [path] if path.is_file() and path.suffix == ".gguf" else []
+
+
+def _looks_like_gguf(path: Path) -> bool:
+    return path.suffix == ".gguf" or bool(_gguf_files(path))
+
+
+def _transformers_directory(path: Path) -> Path:
+    """The model directory that `path` stands for, with advice where a GGUF file stands instead."""
+    if not _is_model_directory(path) and _gguf_files(path):
+        raise UserError(
+            f"{path}: is GGUF, which the transformers engine does not run; use --engine llama.cpp, or give the model directory "
+            "it was exported from"
+        )
+    return model_directory(path)
+
+
+def _is_model_directory(path: Path) -> bool:
+    try:
+        model_directory(path)
+    except UserError:
+        return False
+    return True
+
+
+def _open_transformers(path: Path, threads: int | None) -> Engine:
+    from keural.serve.transformers_engine import TransformersEngine
+
+    return TransformersEngine(path, threads=threads)
+
+
+def _open_llama(path: Path, threads: int | None) -> Engine:
+    try:
+        from keural.serve.llama_engine import LlamaCppEngine
+    except ModuleNotFoundError as error:
+        if error.name != "llama_cpp":
+            raise
+        raise UserError("the llama.cpp engine is not installed; install it with `pip install 'keural[llama]'`") from error
+    return LlamaCppEngine(path, threads=threads)
+
+
+ENGINES: dict[str, EngineKind] = {
+    "transformers": EngineKind(_is_model_directory, _transformers_directory, _open_transformers),
+    "llama.cpp": EngineKind(_looks_like_gguf, gguf_file, _open_llama),
+}
+"""By name; where a path suits several, the first is the default."""
+
+
+def _find(path: Path, name: str | None) -> tuple[EngineKind, Path]:
+    """The engine of that name, or the first that the path suits, and what it runs of the path."""
+    if name is None:
+        name = next((name for name, kind in ENGINES.items() if kind.suits(path)), next(iter(ENGINES)))
+    if name not in ENGINES:
+        raise UserError(f"unknown engine {name!r}{nearest(name, ENGINES)}; use one of {', '.join(ENGINES)}")
+    return ENGINES[name], ENGINES[name].find(path)

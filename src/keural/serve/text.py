@@ -1,6 +1,8 @@
-"""From the engine's ids to text on a screen.
+"""From the engine's ids to text.
 
-In: prompt ids. Out: pieces of text, passed to a function as they arrive: whole characters only, none that a terminal would obey.
+In: prompt ids. Out: pieces of text, passed to a function as they arrive. Together they are exactly the text that decoding all ids
+at once gives, whatever the engine and the tokenizer: a character is held back until it is complete, and one that never is becomes
+U+FFFD at the end. What a terminal must not get is taken out where text is written to one (`printable`).
 """
 
 import contextlib
@@ -10,7 +12,11 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
-from keural.serve.engine import Engine, Finish, Sampling
+from keural.serve.decoding import Finish
+from keural.serve.engine import Engine
+from keural.serve.jamo import Jamo, compatibility_jamo
+from keural.serve.sampling import Sampling
+from keural.tokenizer import KeuralTokenizer
 
 
 class Answer(NamedTuple):
@@ -20,27 +26,41 @@ class Answer(NamedTuple):
     finish: Finish | Literal["cancelled"]
 
 
-def stream_answer(engine: Engine, prompt_ids: Sequence[int], sampling: Sampling, write: Callable[[str], None]) -> Answer:
+def stream_answer(
+    engine: Engine, prompt_ids: Sequence[int], sampling: Sampling, write: Callable[[str], None], jamo: Jamo = "compatibility"
+) -> Answer:
     """Generate until `<|im_end|>` or `</s>`, handing every piece of text to `write`; Ctrl-C ends the answer, not the program.
 
-    Bytes that never become a character are not written. Raises `UserError` when the prompt does not fit.
+    `jamo` concerns the published tokenizer only (see `keural.serve.jamo`); a lossless one gives back what was meant. Raises
+    `UserError` when the prompt does not fit.
     """
-    decoder = engine.tokenizer.stream_decoder()
+    tokenizer = engine.tokenizer
+    decoder, spell = tokenizer.stream_decoder(), speller(tokenizer, jamo)
     parts: list[str] = []
-    stream = engine.stream(prompt_ids, sampling, {engine.tokenizer.im_end_id, engine.tokenizer.eos_id})
+
+    def pass_on(text: str) -> None:
+        if text:
+            parts.append(spell(text))
+            write(parts[-1])
+
+    stream = engine.stream(prompt_ids, sampling, {tokenizer.im_end_id, tokenizer.eos_id})
+    finish: Finish | Literal["cancelled"]
     try:
         while True:
-            try:
-                piece = printable(decoder.push(next(stream)))
-            except StopIteration as end:
-                return Answer("".join(parts), end.value)
-            if piece:
-                parts.append(piece)
-                write(piece)
+            pass_on(decoder.push(next(stream)))
+    except StopIteration as end:
+        finish = end.value
     except KeyboardInterrupt:
-        return Answer("".join(parts), "cancelled")
+        finish = "cancelled"
     finally:
         stream.close()
+    pass_on(decoder.flush())
+    return Answer("".join(parts), finish)
+
+
+def speller(tokenizer: KeuralTokenizer, jamo: Jamo) -> Callable[[str], str]:
+    """What is done to decoded text, piece by piece or as a whole."""
+    return compatibility_jamo if tokenizer.kind == "published" and jamo == "compatibility" else str
 
 
 @contextlib.contextmanager

@@ -52,15 +52,18 @@ class KeuralTokenizer:
     unk_id = UNK_ID
 
     def __init__(self, model: bytes, where: str = "tokenizer model") -> None:
-        """`model` are the bytes of a `.model` file; `where` names it in errors. Raises `UserError` when it cannot be used."""
+        """`model` are the bytes of a `.model` file; `where` names it in errors. Raises `UserError` when it cannot be used.
+
+        `proto` is the parsed model, for those who write it in another format.
+        """
         self._model = model
-        self._proto, kind = parse_model(model, where)
+        self.proto, kind = parse_model(model, where)
         self.kind: Kind = kind
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise UserError(f"{where}: damaged ({error}); copy the file again") from error
-        self.vocab_size: int = len(self._proto.pieces) + 2
+        self.vocab_size: int = len(self.proto.pieces) + 2
         self.im_start_id: int = self.vocab_size - 2
         self.im_end_id: int = self.vocab_size - 1
         self.sha256: str = hashlib.sha256(model).hexdigest()
@@ -86,7 +89,7 @@ class KeuralTokenizer:
         """Write tokenizer.model, tokenizer.json, tokenizer_config.json and chat_template.jinja, as AutoTokenizer reads them."""
         target = Path(directory)
         write_atomic(target / "tokenizer.model", self._model)
-        write_tokenizer_files(self._proto, self.kind, target)
+        write_tokenizer_files(self.proto, self.kind, target)
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, never a control id. Raises `UserError` for a string with lone surrogates, which no file can hold."""
@@ -126,11 +129,11 @@ class KeuralTokenizer:
 
     @cached_property
     def _table(self) -> list[bytes]:
-        return [*piece_bytes(self._proto), b"", b""]
+        return [*piece_bytes(self.proto), b"", b""]
 
     @cached_property
     def _table_with_names(self) -> list[bytes]:
-        names = [piece.piece.encode("utf-8") for piece in self._proto.pieces[:FIRST_BYTE_ID]]
+        names = [piece.piece.encode("utf-8") for piece in self.proto.pieces[:FIRST_BYTE_ID]]
         return [*names, *self._table[FIRST_BYTE_ID:-2], IM_START.encode(), IM_END.encode()]
 
 

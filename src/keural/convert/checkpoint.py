@@ -1,0 +1,209 @@
+"""Checkpoints as somebody left them: files opened without reading the tensors, and without running anything that is in them.
+
+In: a path. Out: a `Checkpoint`: lazy weights under the names that the files have, the configuration that came with them, and
+how far training had come. Read are PyTorch's `.pt` (a state dict, or the published training checkpoint with one under `model`)
+and safetensors (one file, or a directory with one or several). Whatever is damaged, or would need code from the file, is
+refused.
+"""
+
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from keural.convert.shards import DTYPES, INDEX
+from keural.convert.weights import TensorInfo, Weights, taken
+from keural.errors import UserError
+from keural.files import read_json
+
+LINEAGE = "keural.json"
+CONFIG = "config.json"
+_FLOATS = {name: dtype for dtype, name in DTYPES.items()}
+_PROGRESS = ("step", "epoch", "tokens_processed")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that is open for reading."""
+
+    where: Path
+    """The file, or the directory of the files."""
+    weights: Weights
+    """Under the names that the files have."""
+    config: Mapping[str, Any] | None = None
+    """The values of `config.json` or of the checkpoint's `model_config`; None where there is neither."""
+    progress: Mapping[str, int] = field(default_factory=dict)
+    """Those of step, epoch and tokens_processed that the checkpoint names."""
+    ours: bool = False
+    """Whether this package wrote it, so that its configuration follows this package's conventions."""
+
+    @property
+    def directory(self) -> Path:
+        """Where files that belong to it would lie."""
+        return self.where if self.where.is_dir() else self.where.parent
+
+
+def open_checkpoint(path: Path, verify: bool = True) -> Checkpoint:
+    """Open the checkpoint at `path`: a `.pt` or `.safetensors` file, or a directory that holds one checkpoint.
+
+    With `verify`, the checksums inside a `.pt` are compared first, which reads it once. Raises `UserError` when there is none,
+    when it is cut off or damaged, when reading it would run code from it, or when it holds something else than floating-point
+    tensors.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file or directory; give a .pt or .safetensors file, or a directory with one")
+    file = _only_checkpoint(path) if path.is_dir() else path
+    suffix = file.suffix.lower() if file.is_file() else ".safetensors"
+    if suffix not in _OPENERS:
+        raise UserError(f"{file}: {suffix or 'a file without suffix'} is no checkpoint; known are {', '.join(_OPENERS)}")
+    return _OPENERS[suffix](file, verify)
+
+
+def open_safetensors(files: Sequence[Path]) -> Weights:
+    """The tensors of safetensors files, in the order of the files and of their headers.
+
+    Raises `UserError` when a file is missing or damaged, a name occurs twice, or a tensor is not of a floating-point type.
+    """
+    infos: dict[str, TensorInfo] = {}
+    places: dict[str, Any] = {}
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: no such file; the weights are incomplete, copy or train the model again")
+        try:
+            opened = safe_open(file, framework="pt")
+            names = opened.offset_keys()
+            found = {name: opened.get_slice(name) for name in names}
+            kinds = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in found.items()}
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: is damaged ({error}); copy or train the model again") from error
+        for name, (shape, dtype) in kinds.items():
+            if name in infos:
+                raise UserError(f"{file}: tensor {name} is in another file of the checkpoint, too; remove the files left over")
+            if dtype not in _FLOATS:
+                raise UserError(f"{file}: tensor {name} is of type {dtype}; only {', '.join(_FLOATS)} can be read")
+            infos[name] = TensorInfo(shape, _FLOATS[dtype])
+        places |= dict.fromkeys(names, opened)
+    return Weights(infos, lambda name: taken(places[name].get_tensor(name)))
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a directory: those of its index where there is one, else all.
+
+    Raises `UserError` when there is none.
+    """
+    index = directory / INDEX
+    if index.is_file():
+        places = read_json(index)
+        names = places.get("weight_map") if isinstance(places, dict) else None
+        if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
+            raise UserError(f"{index}: names no files (weight_map); copy the checkpoint again")
+        return [directory / Path(name).name for name in sorted(set(names.values()))]
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{directory}: no *.safetensors file; the weights are missing, copy or train the model again")
+    return files
+
+
+def _only_checkpoint(directory: Path) -> Path:
+    """What a directory holds: itself where there are safetensors, else its only `.pt`."""
+    if (directory / INDEX).is_file() or any(directory.glob("*.safetensors")):
+        return directory
+    files = sorted(file for suffix in _OPENERS for file in directory.glob(f"*{suffix}"))
+    if len(files) == 1:
+        return files[0]
+    found = f"{len(files)} checkpoints ({', '.join(file.name for file in files[:4])}); name one" if files else "no checkpoint"
+    raise UserError(f"{directory}: holds {found}; known are {', '.join(_OPENERS)}")
+
+
+def _open_safetensors(path: Path, verify: bool) -> Checkpoint:
+    weights = open_safetensors(weight_files(path) if path.is_dir() else [path])
+    directory = path if path.is_dir() else path.parent
+    config = _mapping(directory / CONFIG)
+    lineage = _mapping(directory / LINEAGE)
+    return Checkpoint(path, weights, config, ours="keural" in (lineage or {}))
+
+
+def _mapping(file: Path) -> dict[str, Any] | None:
+    """The JSON object in `file`; None where there is no file. Raises `UserError` when it is not an object."""
+    if not file.is_file():
+        return None
+    value = read_json(file)
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: not a JSON object; the file is damaged, restore it")
+    return value
+
+
+def _open_pt(path: Path, verify: bool) -> Checkpoint:
+    if not zipfile.is_zipfile(path):
+        raise UserError(
+            f"{path}: not a whole PyTorch checkpoint (cut off, older than PyTorch 1.6, or another format); copy it again"
+        )
+    if verify:
+        _check_records(path)
+    try:
+        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: holds objects other than tensors and plain values; reading them would run code from the file, so "
+            "it is refused"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: is damaged ({str(error).splitlines()[0]}); copy it again") from error
+    state_dict = _state_dict(path, loaded)
+    infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in state_dict.items()}
+    config = loaded.get("model_config")
+    progress = {name: loaded[name] for name in _PROGRESS if isinstance(loaded.get(name), int)}
+    return Checkpoint(
+        path,
+        Weights(infos, lambda name: taken(state_dict[name])),
+        config if isinstance(config, Mapping) else _mapping(path.parent / CONFIG),
+        progress,
+    )
+
+
+def _check_records(path: Path) -> None:
+    """Compare every record of a `.pt` with its checksum. Raises `UserError`."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError) as error:
+        raise UserError(f"{path}: is damaged ({error}); copy it again") from error
+    if damaged is not None:
+        raise UserError(
+            f"{path}: record {damaged} does not match its checksum, the file is damaged or was changed; copy it again, "
+            "or read it as it "
+            "is with --no-verify"
+        )
+
+
+def _state_dict(path: Path, loaded: Any) -> dict[str, Tensor]:
+    """The tensors of a loaded `.pt`. Raises `UserError` when it is not a state dict of dense floating-point tensors."""
+    if not isinstance(loaded, Mapping):
+        raise UserError(f"{path}: holds a {type(loaded).__name__}, not a state dict; save model.state_dict()")
+    state_dict = loaded["model"] if isinstance(loaded.get("model"), Mapping) else loaded
+    for name, tensor in state_dict.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise UserError(
+                f"{path}: {str(name)[:80]!r} is not a named tensor; the weights must be under 'model' or alone in the file"
+            )
+        if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
+            raise UserError(
+                f"{path}: tensor {name} is of type {tensor.dtype}, {tensor.layout}; only {', '.join(_FLOATS)} can be read"
+            )
+    if not state_dict:
+        raise UserError(f"{path}: holds no tensors")
+    return dict(state_dict)
+
+
+_OPENERS: dict[str, Callable[[Path, bool], Checkpoint]] = {
+    ".safetensors": _open_safetensors,
+    ".pt": _open_pt,
+    ".pth": _open_pt,
+    ".bin": _open_pt,
+}

@@ -1,0 +1,153 @@
+"""`keural export --format granite`: the same weights as a native GraniteMoeSWA checkpoint, which needs no code of its own.
+
+In: a `StoredModel`. Out: a directory that transformers, vLLM and SGLang load with their built-in class. GraniteMoeSWA is this
+network plus two things that are made to vanish: an attention sink per head (an extra logit in the softmax, set so low that its
+probability is zero) and four multipliers (set to 1, the one of attention to the usual 1/sqrt(D)).
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import GraniteMoeSWAConfig
+
+from keural.convert.hf import DEFAULT_SHARD_BYTES, generation_config, quiet_transformers, write_lineage
+from keural.convert.model import StoredModel
+from keural.convert.model_card import model_card
+from keural.convert.shards import write_shards
+from keural.convert.weights import TensorInfo, Weights
+from keural.errors import UserError
+from keural.files import atomic_directory, check_new, write_atomic
+from keural.model import KeuralConfig
+
+SILENT_SINK = -1e4
+"""A sink's logit: e to its power is zero in every precision, so the softmax is that of a model without sinks."""
+_SHARED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "hidden_act",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "rope_parameters",
+    "sliding_window",
+    "layer_types",
+    "initializer_range",
+    "tie_word_embeddings",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "router_aux_loss_coef",
+)
+"""Fields that both configurations have with the same meaning."""
+
+
+def export_granite(
+    model: StoredModel,
+    out: Path,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    license_id: str | None = None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Path:
+    """Write `model` as a GraniteMoeSWA checkpoint into the directory `out`; one layer's experts are in memory at a time.
+
+    Args:
+        model: what to write.
+        out: must not exist, or be empty.
+        shard_bytes: upper bound of one weight file, unless a single tensor is larger.
+        license_id: for the model card.
+        advance: told the bytes of every tensor that was read.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: for a model that the class cannot hold, too little disk, or an `out` that is not empty.
+    """
+    config = granite_config(model.config)
+    weights = granite_weights(model.watched(advance))
+    check_new(out, weights.nbytes)
+    config.dtype = weights.infos["model.embed_tokens.weight"].dtype
+    with quiet_transformers(), atomic_directory(out) as directory:
+        sums = write_shards(directory, weights, shard_bytes)
+        config.save_pretrained(directory)
+        generation_config(model.config, model.chat, exported=True).save_pretrained(directory)
+        model.tokenizer.save(directory)
+        write_lineage(directory, {**model.lineage, "format": "granite"}, sums, model.tokenizer, model.chat)
+        write_atomic(directory / "README.md", model_card(model, "granite", license_id))
+    return out
+
+
+def granite_config(config: KeuralConfig) -> GraniteMoeSWAConfig:
+    """The GraniteMoeSWA configuration of the same network. Raises `UserError` when there is none."""
+    assert config.head_dim is not None
+    if config.rope_parameters["rope_type"] != "default":
+        raise UserError(
+            f"rope_type {config.rope_parameters['rope_type']!r} cannot be exported as granite; only unscaled positions can"
+        )
+    if config.head_dim * config.num_attention_heads != config.hidden_size:
+        raise UserError(
+            f"heads of width {config.head_dim} do not divide hidden_size {config.hidden_size} into "
+            f"{config.num_attention_heads}; engines "
+            "derive the width from the two, so this shape cannot be exported as granite"
+        )
+    if config.sliding_window is None:
+        raise UserError("a model without sliding layers cannot be exported as granite; the class needs sliding_window")
+    return GraniteMoeSWAConfig(
+        **{name: getattr(config, name) for name in _SHARED},
+        architectures=["GraniteMoeSWAForCausalLM"],
+        shared_intermediate_size=0,
+        attention_multiplier=config.head_dim**-0.5,
+        embedding_multiplier=1.0,
+        residual_multiplier=1.0,
+        logits_scaling=1.0,
+    )
+
+
+def granite_weights(model: StoredModel) -> Weights:
+    """The tensors of the GraniteMoeSWA checkpoint: experts fused, gate rows first, and a silent sink for every head."""
+    config, stored = model.config, model.weights
+    dtype = stored.infos["model.norm.weight"].dtype
+    experts, inner, hidden = config.num_local_experts, config.intermediate_size, config.hidden_size
+    readers: dict[str, Callable[[], Tensor]] = {}
+    infos: dict[str, TensorInfo] = {}
+
+    def add(name: str, shape: tuple[int, ...], read: Callable[[], Tensor]) -> None:
+        infos[name], readers[name] = TensorInfo(shape, dtype), read
+
+    for name, info in stored.infos.items():
+        if ".mlp.experts." not in name:
+            add(name.replace(".mlp.gate.", ".block_sparse_moe.router."), info.shape, lambda name=name: stored.read(name))  # type: ignore[misc]
+    for layer in range(config.num_hidden_layers):
+        block = f"model.layers.{layer}"
+        sources = f"{block}.mlp.experts"
+        add(
+            f"{block}.self_attn.sinks",
+            (config.num_attention_heads,),
+            lambda: torch.full((config.num_attention_heads,), SILENT_SINK, dtype=dtype),
+        )
+        gate_up = [f"{sources}.{expert}.{half}_proj.weight" for expert in range(experts) for half in ("gate", "up")]
+        down = [f"{sources}.{expert}.down_proj.weight" for expert in range(experts)]
+        fused = f"{block}.block_sparse_moe.experts"
+        add(f"{fused}.gate_up_proj", (experts, 2 * inner, hidden), _stacked(stored, gate_up, (experts, 2 * inner, hidden)))
+        add(f"{fused}.down_proj", (experts, hidden, inner), _stacked(stored, down, (experts, hidden, inner)))
+    return Weights(infos, lambda name: readers[name]())
+
+
+def _stacked(stored: Weights, names: list[str], shape: tuple[int, ...]) -> Callable[[], Tensor]:
+    """Reads matrices one by one into one tensor of `shape`, which holds them one below the other."""
+
+    def read() -> Tensor:
+        whole = torch.empty(shape, dtype=stored.infos[names[0]].dtype)
+        for part, name in zip(whole.view(-1, shape[-1]).chunk(len(names)), names, strict=True):
+            part.copy_(stored.read(name))
+        return whole
+
+    return read

@@ -6,7 +6,11 @@ READY := $(VENV)/.ready
 # Threads that wait for each other without spinning: a little slower on quiet cores, several times faster on busy ones.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-slow lint clean
+# Releases of transformers that are tested, each in an environment of its own.
+RELEASES := 5.17.0 5.19.0 5.23.0
+RELEASE := .venv-transformers-
+
+.PHONY: setup setup-llama demo test test-llama test-slow test-transformers lint clean
 
 setup: $(READY)
 
@@ -17,6 +21,13 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $(READY)
 
+# llama-cpp-python comes as source and compiles for about ten minutes; pip keeps what it built and takes it the next time.
+setup-llama: $(VENV)/.ready-llama
+
+$(VENV)/.ready-llama: $(READY)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[llama]'
+	touch $@
+
 demo: $(READY)
 	$(BIN)/keural run recipes/toy
 
@@ -26,10 +37,28 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow --timeout 3600
 
+# What needs llama.cpp: the tests that the quick suite skips where it is not installed.
+test-llama: $(VENV)/.ready-llama
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" tests/convert/test_gguf.py tests/serve
+
+# The published card's code in environments without this package, then the tests of the network with each release put before the
+# one that is installed.
+test-transformers: $(READY) $(RELEASES:%=$(RELEASE)%/.ready)
+	KEURAL_CLEAN_PYTHONS="$(RELEASES:%=$(CURDIR)/$(RELEASE)%/bin/python)" $(BIN)/python -m pytest tests/convert/test_card_usage.py
+	for site in $(RELEASES:%=$(CURDIR)/$(RELEASE)%/lib/python*/site-packages); do \
+		PYTHONPATH=$$site $(BIN)/python -m pytest tests/model || exit 1; \
+	done
+
+$(RELEASE)%/.ready: $(READY) constraints.txt
+	$(BIN)/python -m venv $(@D)
+	$(@D)/bin/python -m pip install -c constraints.txt torch
+	$(@D)/bin/python -m pip install transformers==$* accelerate
+	touch $@
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(RELEASE)* build dist src/*.egg-info .mypy_cache .ruff_cache

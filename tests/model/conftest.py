@@ -1,12 +1,16 @@
 """A tiny Keural model whose window is short and whose weights are large enough that every mistake shows."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from keural.model import KeuralConfig, KeuralMoECausalLM
+
+sys.path.insert(0, str(Path(__file__).parent))  # the tests' own helper modules
 
 TINY: dict[str, Any] = {
     "vocab_size": 61,

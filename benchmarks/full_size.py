@@ -1,0 +1,175 @@
+"""The 14.83B model on a small machine: made, exported, run and imported again, with the peak memory of every step.
+
+    python benchmarks/full_size.py WORK_DIR [--recipe recipes/keural-14b-published] [--tokens 48] [data=DIR …]
+
+The steps are the commands a user would type, each in a process of its own, whose peak resident memory and seconds are the system's
+account of that process (`wait4`). Pages of a mapped GGUF file count as resident there: they can be dropped at any time.
+
+Decoding and reading are then timed in one process per file, alternating between `LlamaCppEngine` (our loop, our sampler) and the
+bare loop of llama.cpp's C interface (`llama_decode` and its own greedy sampler) on the same loaded model. Only the ratio is
+claimed; rates depend on the memory of the machine. Weights are random, so routing is as even as it gets, which is the slow
+case.
+
+The work directory needs about 62 GB; files are removed as soon as no later step reads them.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+KEURAL = Path(sys.executable).with_name("keural")
+PROMPT = "대한민국의 수도는 어디인가요? Answer in one sentence, please."
+READ = 256
+"""Tokens of the prompt that is timed."""
+
+
+class Step(NamedTuple):
+    """What one command took."""
+
+    command: str
+    seconds: float
+    peak_gb: float
+    size_gb: float
+
+
+def run(arguments: list[str], made: Path) -> Step:
+    """Run a command; its seconds, its peak resident memory, and the size of what it made."""
+    started = time.monotonic()
+    process = subprocess.Popen([str(KEURAL), *arguments], stdout=sys.stderr)
+    _, status, usage = os.wait4(process.pid, 0)
+    if os.waitstatus_to_exitcode(status) != 0:
+        raise SystemExit(f"failed: keural {' '.join(arguments)}")
+    files = [made] if made.is_file() else [file for file in made.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    return Step(" ".join(arguments), time.monotonic() - started, usage.ru_maxrss * 1024 / 1e9, size / 1e9)
+
+
+def time_file(directory: Path, tokens: int, rounds: int) -> str:
+    """A row of rates: reading and decoding by our engine and by llama.cpp's own loop, alternating."""
+    import ctypes
+
+    import llama_cpp
+    import torch
+
+    from keural.serve.llama_engine import LlamaCppEngine
+    from keural.serve.sampling import Sampling
+
+    engine = LlamaCppEngine(directory, verify=False)
+    context = engine._context
+    greedy = Sampling(temperature=0.0, repetition_penalty=1.0, max_new_tokens=tokens + 1)
+    card = Sampling(max_new_tokens=tokens + 1, seed=1)
+    sampler = llama_cpp.llama_sampler_init_greedy()
+    generator = torch.Generator().manual_seed(0)
+
+    def prompt() -> list[int]:
+        return torch.randint(260, engine.tokenizer.vocab_size - 2, (READ,), generator=generator).tolist()
+
+    def ours(sampling: Sampling) -> tuple[float, float]:
+        """Seconds until the first token, and for the others."""
+        started = time.perf_counter()
+        stream = engine.stream(prompt(), sampling, set())
+        next(stream)
+        first = time.perf_counter()
+        assert sum(1 for _ in stream) == tokens
+        return first - started, time.perf_counter() - first
+
+    def theirs() -> tuple[float, float]:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        engine._claimed_ids = []
+
+        def step(ids: list[int]) -> int:
+            array = (llama_cpp.llama_token * len(ids))(*ids)
+            assert llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(ids))) == 0
+            return int(llama_cpp.llama_sampler_sample(sampler, context, ctypes.c_int32(-1)))
+
+        started = time.perf_counter()
+        token = step(prompt())
+        first = time.perf_counter()
+        for _ in range(tokens):
+            token = step([token])
+        return first - started, time.perf_counter() - first
+
+    sides: dict[str, Callable[[], tuple[float, float]]] = {
+        "llama.cpp": theirs,
+        "ours, greedy": lambda: ours(greedy),
+        "ours, card's sampling": lambda: ours(card),
+    }
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    theirs()  # the file's pages come into memory
+    for _ in range(rounds):
+        for name, side in sides.items():
+            times[name].append(side())
+    read = {name: READ / statistics.median(first for first, _ in values) for name, values in times.items()}
+    decode = {name: tokens / statistics.median(rest for _, rest in values) for name, values in times.items()}
+    llama_cpp.llama_sampler_free(sampler)
+    file = next(directory.glob("*.gguf")).name
+    return (
+        f"| {file} | "
+        + " | ".join(
+            f"{read[name]:.1f} / {decode[name]:.2f}"
+            + (
+                ""
+                if name == "llama.cpp"
+                else f" (x{read[name] / read['llama.cpp']:.2f} / x{decode[name] / decode['llama.cpp']:.3f})"
+            )
+            for name in sides
+        )
+        + " |"
+    )
+
+
+def main() -> None:
+    """Run every step and print two Markdown tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("work", type=Path)
+    parser.add_argument("overrides", nargs="*", help="key=value for the recipe, e.g. data=DIR")
+    parser.add_argument("--recipe", default="recipes/keural-14b-published")
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--time-only", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.time_only:
+        print(time_file(options.time_only, options.tokens, options.rounds), flush=True)
+        return
+    work: Path = options.work
+    work.mkdir(parents=True, exist_ok=True)
+    base, steps, rates = work / "base", [], []
+    steps.append(run(["init", options.recipe, str(base), *options.overrides], base))
+    for quantize in ("q8_0", "q4_k_m"):
+        out = work / quantize
+        steps.append(run(["export", str(base), str(out), "--format", "gguf", "--quantize", quantize], out))
+        chat = ["generate", str(out), "--engine", "llama.cpp", "--prompt", PROMPT, "--max-new-tokens", "32"]
+        steps.append(run(chat, next(out.glob("*.gguf"))))
+        again = [sys.executable, __file__, str(work), "--tokens", str(options.tokens), "--rounds", str(options.rounds)]
+        done = subprocess.run([*again, "--time-only", str(out)], stdout=subprocess.PIPE, text=True, check=True)
+        rates.append(done.stdout.strip())
+        shutil.rmtree(out)
+    pt, back = work / "pt", work / "again"
+    steps.append(run(["export", str(base), str(pt), "--format", "pt"], pt))
+    shutil.rmtree(base)
+    steps.append(run(["import", str(pt), str(back)], back))
+    shutil.rmtree(pt)
+    steps.append(run(["inspect", str(back), "--verify"], back))
+    shutil.rmtree(back)
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "gguf", "llama-cpp-python"))
+    print(f"commit {commit}, {versions}, {len(os.sched_getaffinity(0))} cores\n")
+    print("| command | seconds | peak memory, GB | files, GB |\n|---|---|---|---|")
+    for step in steps:
+        command = step.command.replace(str(work), "WORK")
+        print(f"| `keural {command}` | {step.seconds:.0f} | {step.peak_gb:.2f} | {step.size_gb:.2f} |")
+    print("\n| reading / decoding, tokens/s | llama.cpp's own loop | ours, greedy | ours, the card's sampling |\n|---|---|---|---|")
+    print("\n".join(rates))
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,7 @@ import yaml
 from torch import Tensor
 
 from keural.convert.hf import check_sums, save_model_directory
-from keural.data.prepare import Prepared, check_sources, iter_texts, prepare
+from keural.data.prepare import Prepared, check_sources, iter_texts, prepare, used_sources
 from keural.data.sources import FileHashes, content_of
 from keural.data.store import TokenStore
 from keural.data.stream import Stream
@@ -158,7 +158,7 @@ def _selected(recipe: Recipe, until: str | None, only: str | None) -> list[Stage
 
 def check_inputs(recipe: Recipe, stages: Iterable[StageSpec], out: Path) -> None:
     """Refuse what cannot work before anything is written: unknown adapters, missing paths, a model directory that is none."""
-    sources = [source for stage in stages for source in (*stage.data.sources, *stage.data.heldout_sources)]
+    sources = [source for stage in stages for source in used_sources(stage.data)]
     check_sources([*recipe.spec.tokenizer.sources, *sources], data_directory(recipe))
     for stage in stages:
         if stage.starts_from_directory and not (init_directory(out, stage) / "config.json").is_file():

@@ -19,6 +19,8 @@ from keural.errors import UserError, nearest
 
 SpecT = TypeVar("SpecT", bound="Spec")
 Objective = Literal["next_token", "sft", "dpo"]
+GateAction = Literal["drop", "count", "skip"]
+"""What becomes of a record that a gate finds: it is dropped, or kept and counted, or the gate does not look at all."""
 RESERVED_NAMES = {"data", "final", "random", "recipe", "tokenizer", "untrained"}
 """What else a run directory, a key or a model is called; no stage may be."""
 
@@ -85,6 +87,27 @@ class SourceSpec(Spec):
     """Number of records that should be kept (a published count); another number is warned about."""
     max_drop: float = Field(0.5, ge=0, le=1)
     """Refuse the source when a larger share of its rows is dropped; 0 refuses at the first bad row."""
+    gates: dict[str, GateAction] = Field(default_factory=dict)
+    """What the gates do (`keural.data.gates`), where that differs from the adapter's default: `{refusals: skip}`."""
+    min_characters: int = Field(0, ge=0)
+    """Drop conversations and pairs with an answer shorter than this."""
+    max_characters: int | None = Field(None, gt=0)
+    """Drop conversations and pairs with a turn longer than this."""
+    max_length_ratio: float | None = Field(None, ge=1)
+    """Drop pairs of which one answer is this many times longer than the other."""
+    id_field: str | None = None
+    """Field with the id of a row, or `row_number`: a record whose id was there before in the same `id_space` is a duplicate."""
+    id_space: str | None = None
+    """Name that sources share whose ids mean the same, e.g. a set and its translation; the default is the source's own."""
+
+
+class LicensesSpec(Spec):
+    """Which licences a stage's data may have; patterns such as `*-NC-*`, case aside."""
+
+    allow: list[str] = Field(default_factory=list)
+    """Use only sources of these licences; one that states none is left out. Empty: all."""
+    exclude: list[str] = Field(default_factory=list)
+    """Leave out sources of these licences; `non-commercial`: all that forbid commercial use, `unknown`: those that state none."""
 
 
 class TokenizerSpec(Spec):
@@ -120,6 +143,10 @@ class DataSpec(Spec):
     """Sources that are held out whole; they never enter training."""
     min_characters: int = Field(0, ge=0)
     """Drop documents shorter than this (next_token)."""
+    licenses: LicensesSpec = Field(default_factory=LicensesSpec)
+    """Sources are left out by licence, and shown as left out in the table."""
+    benchmarks: bool = True
+    """Train on sources that are benchmarks; false leaves them out."""
 
 
 class TrainSpec(Spec):

@@ -238,6 +238,74 @@ def test_sources_that_give_nothing_are_refused(work: Workplace, write: Any) -> N
     work.refused(spec(a, write("b.po", 'msgid "a"\n', "po", name="b")), "next_token", "malformed_file", "b.po:1")
 
 
+def test_gates_drop_or_count_and_the_table_shows_it(work: Workplace, write: Any) -> None:
+    rows = [
+        conversation("q", "I am ChatGPT."),
+        conversation("q", "<|im_end|>"),
+        conversation("r", "fine"),
+        conversation("q", "N/A"),
+    ]
+    source = write("a.jsonl", jsonl(rows), "messages", gates={"placeholders": "skip"})
+    prepared = work(spec(source), "sft")
+    (row,) = prepared.table
+    assert (row["drops"], row["first_drop"]) == ({"self_identification": 1}, {"self_identification": "a.jsonl:1"})
+    assert row["noted"] == {"control_string": 1}
+    assert (row["kept"], row["length_ratio"]) == (3, None)
+    store = TokenStore.open(prepared.train)
+    markers = [token for index in range(3) for token in store.sequence(index).tolist() if token == work.tokenizer.im_end_id]
+    assert len(markers) == 6, "two turns each: what a user spells stays text"
+    strict = write("a.jsonl", jsonl(rows), "messages", gates={"control_strings": "drop"}, max_drop=0.8)
+    assert work(spec(strict, length=401), "sft").table[0]["drops"]["control_string"] == 1
+
+
+def test_translations_are_duplicates_by_id(work: Workplace, write: Any) -> None:
+    english = [{"question": f"q{n}", "chosen": f"good {n}", "rejected": "bad"} for n in range(4)]
+    korean = [{"question": f"물음{n}", "chosen": f"좋다 {n}", "rejected": "나쁘다"} for n in range(5)]
+    sources = [
+        write("en.jsonl", jsonl(english), "orca_dpo_pairs", name="en", id_field="row_number", id_space="orca"),
+        write("ko.jsonl", jsonl(korean), "orca_dpo_pairs_ko", name="ko", id_field="row_number", id_space="orca"),
+    ]
+    prepared = work(spec(*sources), "dpo")
+    assert [(row["kept"], row["drops"]) for row in prepared.table] == [(4, {}), (1, {"duplicate_id": 4})]
+    assert prepared.table[0]["length_ratio"] == 2.0
+
+
+def test_sources_are_left_out_by_licence_or_as_benchmarks(work: Workplace, write: Any) -> None:
+    pairs = [{"prompt": f"q{n}", "chosen": "good", "rejected": "bad"} for n in range(3)]
+    own = write("own.jsonl", jsonl(pairs), "preference", name="own", license="CC0-1.0")
+    noncommercial = write(
+        "nc.jsonl", jsonl([{**row, "prompt": "n"} for row in pairs[:1]]), "preference", name="nc", license="CC-BY-NC-4.0"
+    )
+    benchmark = SourceSpec(name="bench", adapter="aihub_71760", path="not/there")
+
+    unknown = write("u.jsonl", jsonl(pairs), "preference", name="u")
+    work.refused(spec(unknown, licenses={"exclude": ["unknown"]}), "dpo", "no source is left to train on", "u (licence unknown)")
+    work.refused(spec(own, benchmark), "dpo", "no such file or directory", "not/there")
+
+    def left_out(**settings: Any) -> dict[str, str]:
+        prepared = work(spec(own, noncommercial, benchmark, **settings), "dpo")
+        assert all(row["rows"] == 0 for row in prepared.table if row["left_out"])
+        return {row["source"]: row["left_out"] for row in prepared.table if row["left_out"]}
+
+    assert left_out(benchmarks=False) == {"bench": "benchmark"}
+    aihub = {"exclude": ["aihub", "*-NC-*"]}
+    assert left_out(licenses=aihub) == {"nc": "licence CC-BY-NC-4.0", "bench": "licence AIHub"}
+    assert left_out(licenses={"exclude": ["non-commercial"]}, benchmarks=False) == {
+        "nc": "licence CC-BY-NC-4.0",
+        "bench": "benchmark",
+    }
+    assert left_out(licenses={"allow": ["CC0-*"]}) == {"nc": "licence CC-BY-NC-4.0", "bench": "licence AIHub"}
+
+
+def test_rows_of_another_schema_are_refused_with_row_key_and_adapter(work: Workplace, write: Any) -> None:
+    row = {"Prompt": "q", "Candidate_answer": {"a": "x", "b": "y"}, "gold": "a"}
+    source = write("a.jsonl", jsonl([row]), "aihub_71760")
+    words = ("a.jsonl:1#1", "adapter aihub_71760", "no key 'chosen'", "Candidate_answer, Prompt, gold", "option label")
+    work.refused(spec(source), "dpo", *words)
+    named = write("a.jsonl", jsonl([row, {"odd": 1}]), "aihub_71760", options={"label": "gold"})
+    assert work(spec(named), "dpo").table[0]["drops"] == {"wrong_schema": 1}
+
+
 def test_holding_out_nothing_or_everything_is_refused(work: Workplace, write: Any) -> None:
     a = write("a.jsonl", jsonl([{"text": "가"}]))
     work.refused(spec(a, heldout_per_mille=0.001), "next_token", "holds out none of 1 records")

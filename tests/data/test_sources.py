@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from keural.data.adapters import ADAPTERS
+from keural.data.archives import ARCHIVE
 from keural.data.readers import FORMATS
 from keural.data.records import Conversation, Document, Drop, PreferencePair
 from keural.data.sources import FileHashes, check_sources, content_of, files_of, read_source
@@ -102,7 +103,7 @@ def test_the_micro_world_needs_no_path_and_gives_each_kind() -> None:
 
 
 def test_every_adapter_reads_formats_that_exist() -> None:
-    assert all(name in FORMATS for adapter in ADAPTERS.values() for name in adapter.formats)
+    assert all(name in (*FORMATS, ARCHIVE) for adapter in ADAPTERS.values() for name in adapter.formats)
 
 
 def test_contents_are_hashed_once_and_noticed_when_changed(data_dir: Path) -> None:

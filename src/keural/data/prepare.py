@@ -12,14 +12,26 @@ data.
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from keural.data.adapters.aihub import OTHER_PART
+from keural.data.adapters.base import WRONG_SCHEMA
 from keural.data.encode import Encoded, Encoder
-from keural.data.records import Drop
-from keural.data.sources import FileHashes, adapter_of, check_sources, content_of, read_source
+from keural.data.gates import Gatekeeper
+from keural.data.records import Drop, PreferencePair, Record
+from keural.data.sources import (
+    FileHashes,
+    adapter_of,
+    check_sources,
+    content_of,
+    flags_of,
+    left_out,
+    license_of,
+    read_source,
+)
 from keural.data.split import Side, Splitter
 from keural.data.spool import Spool
 from keural.data.stream import STORE_KIND
@@ -31,9 +43,9 @@ from keural.tokenizer.load import KeuralTokenizer
 
 __all__ = ["Prepared", "check_sources", "iter_texts", "prepare", "read_heldout_texts"]
 
-VERSION = 1
+VERSION = 2
 """Raised when the same sources give other bytes than before."""
-NOT_DEFECTS = {"duplicate", "held_out"}
+NOT_DEFECTS = {"duplicate", "duplicate_id", "duplicate_prompt", "held_out", OTHER_PART}
 """Drops that say nothing about a source's quality; they do not count against `max_drop`."""
 
 
@@ -41,9 +53,11 @@ NOT_DEFECTS = {"duplicate", "held_out"}
 class Prepared:
     """A stage's data on disk: the stores, the fingerprint of what they were made from, and one table row per source.
 
-    A row has `source, adapter, language, license, split, rows, kept, heldout` (of the kept ones), `tokens` (in the stores,
-    repeats included), `repeat`, `shortened` (conversations that lost trailing turns), `drops` (count by reason), `first_drop`
-    (place by reason) and `warning` (None, or what differs from the expected count).
+    A row has `source, adapter, language, license, flags` (`benchmark`, `non-commercial`), `left_out` (None, or why the recipe does
+    not use the source), `split, rows, kept, heldout` (of the kept ones), `tokens` (in the stores, repeats included), `repeat`,
+    `shortened` (conversations that lost trailing turns), `drops` (count by reason), `first_drop` (place by reason), `noted` (kept
+    records that a gate only counts, by reason), `length_ratio` (of pairs: characters of chosen answers against rejected ones, else
+    None) and `warning` (None, or what differs from the expected count).
     """
 
     train: Path
@@ -60,7 +74,7 @@ def prepare(
     Raises `UserError` for anything wrong with a source: what `check_sources` finds, records of a kind the objective does not
     train on, a larger share of bad rows than `max_drop`, nothing left to train on or to hold out.
     """
-    check_sources([*spec.sources, *spec.heldout_sources], data_dir)
+    check_sources(used_sources(spec), data_dir)
     _check_kinds(spec, objective)
     wanted = _fingerprint(spec, objective, data_dir, tokenizer, out_root, seed)
     directory = out_root / wanted[:16]
@@ -70,6 +84,14 @@ def prepare(
             write_json(temporary / "prepared.json", {"fingerprint": wanted, "heldout": heldout, "table": table})
     made = read_json(directory / "prepared.json")
     return Prepared(directory / "train", directory / "heldout" if made["heldout"] else None, made["table"], wanted)
+
+
+def used_sources(spec: DataSpec) -> list[SourceSpec]:
+    """The sources that the recipe does not leave out. Raises `UserError` when none is left to train on."""
+    if all(left_out(spec, source) for source in spec.sources):
+        reasons = ", ".join(f"{source.name} ({left_out(spec, source)})" for source in spec.sources)
+        raise UserError(f"no source is left to train on: data.licenses and data.benchmarks leave out {reasons}")
+    return [source for source in (*spec.sources, *spec.heldout_sources) if not left_out(spec, source)]
 
 
 def read_heldout_texts(prepared: Prepared, language: str | None = None) -> list[str]:
@@ -90,7 +112,7 @@ def read_heldout_texts(prepared: Prepared, language: str | None = None) -> list[
 
 
 def _check_kinds(spec: DataSpec, objective: Objective) -> None:
-    for source in (*spec.sources, *spec.heldout_sources):
+    for source in used_sources(spec):
         kind = adapter_of(source).kind_of(source)
         if kind != STORE_KIND[objective]:
             raise UserError(
@@ -108,7 +130,7 @@ def _fingerprint(
     settings = spec.model_dump()
     if objective == "next_token":
         del settings["sequence_length"]
-    contents = [content_of(source, data_dir, hashes) for source in (*spec.sources, *spec.heldout_sources)]
+    contents = [content_of(source, data_dir, hashes) for source in used_sources(spec)]
     if hashes.changed:
         write_json(cache, hashes.known)
     return fingerprint(
@@ -153,8 +175,11 @@ def _read_all(
     """Put every used record into its side's spool. Returns the table, in the order of the recipe."""
     splitter = Splitter(spec.heldout_per_mille)
     # sources that are held out whole come first, so that no other one can train on what they ask
-    tallies = [_Tally(source, "heldout") for source in spec.heldout_sources] + [_Tally(source, "train") for source in spec.sources]
+    tallies = [_Tally(source, "heldout", left_out(spec, source)) for source in spec.heldout_sources]
+    tallies += [_Tally(source, "train", left_out(spec, source)) for source in spec.sources]
     for tally in tallies:
+        if tally.left_out is not None:
+            continue
         for side, encoded in _kept(tally, encoder, splitter, data_dir, seed):
             spools[side].add(encoded, repeat=tally.source.repeat if side == "train" else 1, source=tally.source.name)
     return [tally.row() for tally in sorted(tallies, key=lambda tally: tally.split != "train")]
@@ -174,17 +199,31 @@ def _kept(
 ) -> Iterator[tuple[Side, Encoded]]:
     """The records of one source that are used, each with its side; everything else is counted in the tally."""
     source = tally.source
-    for encoded in encoder.encode(read_source(source, data_dir, seed)):
-        side = encoded if isinstance(encoded, Drop) else splitter.side(encoded.record, tally.split == "heldout")
+    keeper = Gatekeeper(source, adapter_of(source).gates)
+    prompts = keeper.actions["duplicate_prompts"]
+    for encoded in encoder.encode(_gated(read_source(source, data_dir, seed), keeper)):
+        side = (
+            encoded
+            if isinstance(encoded, Drop)
+            else splitter.side(encoded.record, tally.split == "heldout", source.id_space or source.name, prompts)
+        )
         if isinstance(side, Drop):
             tally.drop(side)
             continue
         assert isinstance(encoded, Encoded)
         tally.keep(side, encoded)
+        tally.noted.update(reason for reason, action in keeper.reasons(encoded.record) if action == "count")
         yield side, encoded
         if tally.kept == source.limit:
             break
     tally.check()
+
+
+def _gated(records: Iterable[Record | Drop], keeper: Gatekeeper) -> Iterator[Record | Drop]:
+    for record in records:
+        reasons = () if isinstance(record, Drop) else keeper.reasons(record)
+        reason = next((reason for reason, action in reasons if action == "drop"), None)
+        yield record if reason is None else Drop(reason, record.where)
 
 
 @dataclass
@@ -193,6 +232,7 @@ class _Tally:
 
     source: SourceSpec
     split: Side
+    left_out: str | None = None
     rows: int = 0
     kept: int = 0
     heldout: int = 0
@@ -200,6 +240,9 @@ class _Tally:
     shortened: int = 0
     drops: Counter[str] = field(default_factory=Counter)
     first_drop: dict[str, str] = field(default_factory=dict)
+    noted: Counter[str] = field(default_factory=Counter)
+    chosen_characters: int = 0
+    rejected_characters: int = 0
 
     def keep(self, side: Side, encoded: Encoded) -> None:
         """Count a record that is used."""
@@ -209,10 +252,17 @@ class _Tally:
         repeat = self.source.repeat if side == "train" else 1
         self.tokens += repeat * sum(len(ids) for ids, _ in encoded.sequences)
         self.shortened += encoded.cut_turns > 0
+        if isinstance(encoded.record, PreferencePair):
+            self.chosen_characters += len(encoded.record.chosen)
+            self.rejected_characters += len(encoded.record.rejected)
 
     def drop(self, drop: Drop) -> None:
-        """Count a row that is not used. Raises `UserError` at the first bad one when the source allows none."""
+        """Count a row that is not used. Raises `UserError` at the first bad one when the source allows none, or begins with a row
+        that its adapter is not for.
+        """
         self.rows += 1
+        if drop.reason == WRONG_SCHEMA and self.kept == 0:
+            raise UserError(f"source {self.source.name!r}: {drop.where}: adapter {self.source.adapter}: {drop.detail}")
         self.drops[drop.reason] += 1
         self.first_drop.setdefault(drop.reason, drop.where)
         if self.source.max_drop == 0 and drop.reason not in NOT_DEFECTS:
@@ -242,12 +292,14 @@ class _Tally:
     def row(self) -> dict[str, Any]:
         """The source's row of the table."""
         source = self.source
-        unexpected = source.expect is not None and source.expect != self.kept
+        unexpected = self.left_out is None and source.expect is not None and source.expect != self.kept
         return {
             "source": source.name,
             "adapter": source.adapter,
             "language": source.language,
-            "license": source.license,
+            "license": license_of(source),
+            "flags": flags_of(source),
+            "left_out": self.left_out,
             "split": self.split,
             "rows": self.rows,
             "kept": self.kept,
@@ -257,5 +309,7 @@ class _Tally:
             "shortened": self.shortened,
             "drops": dict(self.drops.most_common()),
             "first_drop": {reason: self.first_drop[reason] for reason, _ in self.drops.most_common()},
+            "noted": dict(self.noted.most_common()),
+            "length_ratio": self.chosen_characters / self.rejected_characters if self.rejected_characters else None,
             "warning": f"source {source.name!r}: {self.kept:,} records kept, {source.expect:,} expected" if unexpected else None,
         }

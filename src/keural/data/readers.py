@@ -11,11 +11,12 @@ import gzip
 import io
 import json
 import re
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Any, NamedTuple
 
 import yaml
@@ -37,10 +38,19 @@ csv.field_size_limit(1 << 30)
 
 
 class DataFile(NamedTuple):
-    """A file of a source, and the name it has in messages and tables (relative to the data directory)."""
+    """A file of a source, or a member of an archive, and its name in messages and tables (relative to the data directory)."""
 
     path: Path
     name: str
+    parts: tuple[Path, ...] = ()
+    """The files an archive is spread over, where it is."""
+    open: Callable[[], IO[bytes]] | None = None
+    """Opens a member of an archive."""
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All files on disk."""
+        return self.parts or (self.path,)
 
 
 class Row(NamedTuple):
@@ -66,29 +76,32 @@ def read_rows(file: DataFile, format_name: str, options: Options) -> Iterator[Ro
     """The rows of one file. Raises `UserError` when it cannot be opened or unpacked."""
     try:
         yield from FORMATS[format_name].read(file, options)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{file.path}: damaged gzip file ({error}); fetch it again") from error
+    except (gzip.BadGzipFile, zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError) as error:
+        what = "gzip file" if file.open is None else f"member {file.name}"
+        raise UserError(f"{file.path}: damaged {what} ({error}); fetch it again") from error
     except OSError as error:
         raise UserError(f"{file.path}: cannot be read ({error.strerror or error})") from error
 
 
-def format_of(path: Path) -> str | None:
+def format_of(path: PurePath) -> str | None:
     """The format that a file's suffix stands for, `.gz` left aside."""
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     return next((name for name, known in FORMATS.items() if suffix.lower() in known.suffixes), None)
 
 
 @contextmanager
-def open_text(path: Path) -> Iterator[IO[str]]:
+def open_text(file: DataFile) -> Iterator[IO[str]]:
     """A file as text, unpacked and decoded; line ends stay as they are, undecodable bytes become lone surrogates."""
-    with _open_bytes(path) as file:
-        encoding = sniff_encoding(file.read(SNIFFED_BYTES))
-    with _open_bytes(path) as file, io.TextIOWrapper(file, encoding, "surrogateescape", newline="\n") as text:
+    with _open_bytes(file) as opened:
+        encoding = sniff_encoding(opened.read(SNIFFED_BYTES))
+    with _open_bytes(file) as opened, io.TextIOWrapper(opened, encoding, "surrogateescape", newline="\n") as text:
         yield text
 
 
-def _open_bytes(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+def _open_bytes(file: DataFile) -> IO[bytes]:
+    if file.open is not None:
+        return file.open()
+    return gzip.open(file.path) if file.path.suffix == ".gz" else file.path.open("rb")  # type: ignore[return-value]
 
 
 def sniff_encoding(start: bytes) -> str:
@@ -108,7 +121,7 @@ def sniff_encoding(start: bytes) -> str:
 
 
 def _whole_text(file: DataFile) -> str:
-    with open_text(file.path) as text:
+    with open_text(file) as text:
         return text.read().replace("\r\n", "\n")
 
 
@@ -139,7 +152,7 @@ def _read_markdown(file: DataFile, options: Options) -> Iterator[Row | Drop]:
 
 
 def _read_jsonl(file: DataFile, options: Options) -> Iterator[Row | Drop]:
-    with open_text(file.path) as text:
+    with open_text(file) as text:
         for number, line in enumerate(text, start=1):
             if not line.strip():
                 continue
@@ -154,6 +167,9 @@ def _read_json(file: DataFile, options: Options) -> Iterator[Row | Drop]:
         value = json.loads(_whole_text(file))
     except json.JSONDecodeError as error:
         yield Drop("malformed_file", f"{file.name}:{error.lineno}")
+        return
+    except (ValueError, RecursionError):  # a number with too many digits, brackets without end
+        yield Drop("malformed_file", file.name)
         return
     yield from _items(file, value, options)
 
@@ -199,7 +215,7 @@ def _read_parquet(file: DataFile, options: Options) -> Iterator[Row | Drop]:
 
 def _read_table(file: DataFile, options: Options, delimiter: str, quotes: bool) -> Iterator[Row | Drop]:
     header: list[str] | None = None
-    with open_text(file.path) as text:
+    with open_text(file) as text:
         for number, cells in _cells(text, delimiter, options.get("quotes", quotes)):
             if cells is None or (header is not None and len(cells) != len(header)):
                 yield Drop("malformed_row", f"{file.name}:{number}")

@@ -16,30 +16,41 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A dialogue for supervised fine-tuning: perhaps a system turn, then user and assistant turns, the assistant's last."""
+    """A dialogue for supervised fine-tuning: perhaps a system turn, then user and assistant turns, the assistant's last.
+
+    `id` is what the source calls it, where the recipe says which field that is; a translation has the same.
+    """
 
     messages: tuple[Message, ...]
     where: str
     language: str | None = None
+    id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """Two answers to one prompt. `prompt` ends with a user turn; `chosen` and `rejected` are the assistant's contents."""
+    """Two answers to one prompt. `prompt` ends with a user turn; `chosen` and `rejected` are the assistant's contents; `id` as of a
+    conversation.
+    """
 
     prompt: tuple[Message, ...]
     chosen: str
     rejected: str
     where: str
     language: str | None = None
+    id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """A row that is not used, with the reason it is counted under (a short snake_case word) and the place it came from."""
+    """A row that is not used, with the reason it is counted under (a short snake_case word) and the place it came from.
+
+    `detail` says of a row that does not have the adapter's schema which key is missing and which there are.
+    """
 
     reason: str
     where: str
+    detail: str = ""
 
 
 Record = Document | Conversation | PreferencePair

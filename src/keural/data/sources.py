@@ -7,15 +7,24 @@ about a source (adapter, option, format, path) is found by `check_sources` befor
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from itertools import groupby
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from keural.data.adapters import ADAPTERS, Adapter
+from keural.data.adapters.base import lookup, scalar
+from keural.data.archives import ARCHIVE, archive_of, members
+from keural.data.gates import GATES
 from keural.data.readers import FORMATS, DataFile, OptionTypes, Row, format_of, read_rows
-from keural.data.records import Drop, Record
+from keural.data.records import Document, Drop, Record
 from keural.errors import UserError, nearest
-from keural.recipe import SourceSpec
+from keural.recipe import DataSpec, SourceSpec
 
+ROW_NUMBER = "row_number"
+"""The `id_field` of rows that have no id but stand in the same order as the set they translate."""
+NON_COMMERCIAL = re.compile(r"(?<![A-Z])NC(?![A-Z])|non-?commercial", re.IGNORECASE)
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -27,11 +36,12 @@ def check_sources(sources: Iterable[SourceSpec], data_dir: Path | None) -> None:
     """
     for source in sources:
         adapter = adapter_of(source)
-        if not adapter.formats:
+        if adapter.formats:
+            formats = {format_name for _, format_name in files_of(source, data_dir)}
+            _check_options(source, adapter, formats)
+        else:
             _own_rows(source, seed=0)
-            continue
-        formats = {format_name for _, format_name in files_of(source, data_dir)}
-        _check_options(source, adapter, formats)
+        _check_gates(source, adapter)
 
 
 def adapter_of(source: SourceSpec) -> Adapter:
@@ -44,8 +54,21 @@ def adapter_of(source: SourceSpec) -> Adapter:
 def read_source(source: SourceSpec, data_dir: Path | None, seed: int) -> Iterator[Record | Drop]:
     """Every row of a source as a record or a drop, in file order. `seed` is for sources that make their own rows."""
     adapter = adapter_of(source)
-    for row in _rows(source, adapter, data_dir, seed):
-        yield row if isinstance(row, Drop) else adapter(row.value, source, row.where)
+    for number, row in enumerate(_rows(source, adapter, data_dir, seed), start=1):
+        if isinstance(row, Drop):
+            yield row
+        elif adapter.split is None:
+            yield _identified(adapter(row.value, source, row.where), row.value, source, number)
+        else:
+            for place, part in enumerate(adapter.split(row.value, source), start=1):
+                yield _identified(adapter(part, source, f"{row.where}#{place}"), part, source, number)
+
+
+def _identified(record: Record | Drop, value: Any, source: SourceSpec, number: int) -> Record | Drop:
+    """The record with the id that its row has, where the recipe names the field."""
+    if source.id_field is None or isinstance(record, Drop | Document):
+        return record
+    return replace(record, id=str(number) if source.id_field == ROW_NUMBER else scalar(lookup(value, source.id_field)))
 
 
 def _rows(source: SourceSpec, adapter: Adapter, data_dir: Path | None, seed: int) -> Iterator[Row | Drop]:
@@ -54,8 +77,22 @@ def _rows(source: SourceSpec, adapter: Adapter, data_dir: Path | None, seed: int
         yield from (Row(f"{source.adapter}#{number}", value) for number, value in rows)
         return
     for file, format_name in files_of(source, data_dir):
-        options = {name: value for name, value in source.options.items() if name in FORMATS[format_name].options}
-        yield from read_rows(file, format_name, options)
+        if format_name == ARCHIVE:
+            for member in members(file, lambda name, file=file: _reads(adapter, source, f"{file.name}/{name}")):  # type: ignore[misc]
+                yield from _file_rows(member, str(format_of(PurePosixPath(member.name))), source)
+        else:
+            yield from _file_rows(file, format_name, source)
+
+
+def _file_rows(file: DataFile, format_name: str, source: SourceSpec) -> Iterator[Row | Drop]:
+    options = {name: value for name, value in source.options.items() if name in FORMATS[format_name].options}
+    yield from read_rows(file, format_name, options)
+
+
+def _reads(adapter: Adapter, source: SourceSpec, name: str) -> bool:
+    """Whether a member of an archive is read: its suffix is of a format the adapter reads, and the adapter wants it."""
+    kind = format_of(PurePosixPath(name))
+    return kind in adapter.formats and kind != ARCHIVE and (adapter.selects is None or adapter.selects(name, source))
 
 
 def _own_rows(source: SourceSpec, seed: int) -> Iterator[dict[str, Any]]:
@@ -82,8 +119,21 @@ def files_of(source: SourceSpec, data_dir: Path | None) -> list[tuple[DataFile, 
         raise _error(source, f"path {source.path!r} is relative to the data directory; give data=DIR")
     base = (data_dir or Path()).absolute()
     found = _find(source, adapter, base / pattern)
-    files = [(DataFile(path, _shown(path, base)), source.format or format_of(path)) for path in sorted(found, key=_natural)]
+    files = [(file, source.format or _kind_of(file.path)) for file in _grouped(sorted(found, key=_natural), base)]
     return [(file, _checked(source, adapter, file, name)) for file, name in files]
+
+
+def _kind_of(path: Path) -> str | None:
+    return ARCHIVE if archive_of(path) else format_of(path)
+
+
+def _grouped(paths: list[Path], base: Path) -> list[DataFile]:
+    """The files, the parts of an archive as one."""
+    files = []
+    for whole, group in groupby(paths, key=lambda path: archive_of(path) or path):
+        parts = tuple(group)
+        files.append(DataFile(parts[0], _shown(whole, base), parts if parts != (whole,) else ()))
+    return files
 
 
 def _find(source: SourceSpec, adapter: Adapter, path: Path) -> list[Path]:
@@ -91,16 +141,31 @@ def _find(source: SourceSpec, adapter: Adapter, path: Path) -> list[Path]:
         return [path]
     if path.is_dir():
         wanted = (source.format,) if source.format else adapter.formats
-        found = [file for file in path.rglob("*") if file.is_file() and not _hidden(file, path) and format_of(file) in wanted]
+        found = [file for file in path.rglob("*") if file.is_file() and not _hidden(file, path) and _kind_of(file) in wanted]
         if not found:
             raise _error(source, f"{path} holds no {' or '.join(wanted)} file; name the files by a glob and give their format")
-        return found
+        return _selected(source, adapter, found, path)
+    if ARCHIVE in adapter.formats and (parts := list(path.parent.glob(f"{path.name}.part*"))):
+        return parts
     anchor = Path(path.anchor)
     found = [file for file in anchor.glob(str(path.relative_to(anchor))) if file.is_file()]
     if not found:
         hub = f" (from {source.hub})" if source.hub else ""
         raise _error(source, f"no such file or directory: {path}{hub}; check data=DIR and the path {source.path!r}")
     return found
+
+
+def _selected(source: SourceSpec, adapter: Adapter, found: list[Path], below: Path) -> list[Path]:
+    """The files of a directory that the adapter wants; what an archive's own name leaves open, its members' names say."""
+    if adapter.selects is None:
+        return found
+    selected = [file for file in found if adapter.selects(file.relative_to(below.parent).as_posix(), source)]
+    if not selected:
+        part = source.options.get("part", "training")
+        raise _error(
+            source, f"{below}: none of its {len(found)} files is labelled data of part {part}; check the path and option part"
+        )
+    return selected
 
 
 def _checked(source: SourceSpec, adapter: Adapter, file: DataFile, format_name: str | None) -> str:
@@ -111,8 +176,9 @@ def _checked(source: SourceSpec, adapter: Adapter, file: DataFile, format_name: 
         raise _error(
             source, f"{file.path}: adapter {source.adapter} does not read {format_name}, only {', '.join(adapter.formats)}"
         )
-    if file.path.stat().st_size == 0:
-        raise _error(source, f"{file.path}: the file is empty; fetch it again or leave it out")
+    for path in file.paths:
+        if path.stat().st_size == 0:
+            raise _error(source, f"{path}: the file is empty; fetch it again or leave it out")
     with file.path.open("rb") as opened:
         if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise _error(source, f"{file.path}: is a Git LFS pointer, not the data; fetch it with git lfs pull")
@@ -120,7 +186,7 @@ def _checked(source: SourceSpec, adapter: Adapter, file: DataFile, format_name: 
 
 
 def _check_format(source: SourceSpec, adapter: Adapter) -> None:
-    if source.format not in FORMATS:
+    if source.format not in (*FORMATS, ARCHIVE):
         raise _error(source, f"unknown format {source.format!r}{nearest(str(source.format), FORMATS)}")
     if source.format not in adapter.formats:
         raise _error(source, f"adapter {source.adapter} does not read {source.format}, only {', '.join(adapter.formats)}")
@@ -128,7 +194,7 @@ def _check_format(source: SourceSpec, adapter: Adapter) -> None:
 
 def _check_options(source: SourceSpec, adapter: Adapter, formats: Iterable[str]) -> None:
     known: dict[str, tuple[type, ...]] = dict(adapter.options)
-    for name in formats:
+    for name in set(formats) - {ARCHIVE}:
         known |= FORMATS[name].options
     choices: Mapping[str, tuple[str, ...]] = adapter.choices | {"split": ("file", "paragraph", "line")}
     for name, value in source.options.items():
@@ -138,6 +204,53 @@ def _check_options(source: SourceSpec, adapter: Adapter, formats: Iterable[str])
         _check_type(source, name, value, known)
         if name in choices and value not in choices[name]:
             raise _error(source, f"option {name!r} must be one of {', '.join(choices[name])}, got {value!r}")
+
+
+def _check_gates(source: SourceSpec, adapter: Adapter) -> None:
+    for name in source.gates:
+        if name not in GATES:
+            raise _error(source, f"unknown gate {name!r}{nearest(name, GATES)}; there are {', '.join(sorted(GATES))}")
+    if source.gates.get("duplicate_prompts") == "count":
+        raise _error(source, "gate duplicate_prompts can drop or skip, but not count")
+    if source.id_space is not None and source.id_field is None:
+        raise _error(source, "id_space needs id_field, the field that holds the id")
+    settings = {
+        "gates": source.gates,
+        "min_characters": source.min_characters,
+        "max_characters": source.max_characters,
+        "max_length_ratio": source.max_length_ratio,
+        "id_field": source.id_field,
+    }
+    if adapter.kind_of(source) == "documents" and (given := [name for name, value in settings.items() if value]):
+        raise _error(source, f"{given[0]} is for conversations and pairs; adapter {source.adapter} gives documents")
+    if adapter.kind_of(source) == "conversations" and source.max_length_ratio is not None:
+        raise _error(source, f"max_length_ratio is for pairs; adapter {source.adapter} gives conversations")
+
+
+def license_of(source: SourceSpec) -> str | None:
+    """The licence that the recipe states, or else the publisher of a set that is known by its adapter's name."""
+    return source.license or adapter_of(source).license
+
+
+def flags_of(source: SourceSpec) -> list[str]:
+    """What is to be known of a source before it is trained on: `benchmark`, `non-commercial`."""
+    license_id = license_of(source)
+    flags = ["benchmark"] if adapter_of(source).benchmark else []
+    return [*flags, "non-commercial"] if license_id and NON_COMMERCIAL.search(license_id) else flags
+
+
+def left_out(spec: DataSpec, source: SourceSpec) -> str | None:
+    """Why the recipe leaves a source out, by its licence or because it is a benchmark; None where it does not."""
+    license_id, flags = license_of(source), flags_of(source)
+    if not spec.benchmarks and "benchmark" in flags:
+        return "benchmark"
+    names = {license_id or "unknown", *(flag for flag in flags if flag == "non-commercial")}
+    if any(fnmatchcase(name.lower(), pattern.lower()) for name in names for pattern in spec.licenses.exclude):
+        return f"licence {license_id or 'unknown'}"
+    allowed = spec.licenses.allow
+    if allowed and not any(fnmatchcase((license_id or "").lower(), pattern.lower()) for pattern in allowed):
+        return f"licence {license_id or 'unknown'}"
+    return None
 
 
 def _check_type(source: SourceSpec, name: str, value: Any, known: OptionTypes) -> None:
@@ -154,7 +267,7 @@ def content_of(source: SourceSpec, data_dir: Path | None, hashes: "FileHashes") 
     rows).
     """
     if adapter_of(source).formats:
-        paths = [(file.name, file.path) for file, _ in files_of(source, data_dir)]
+        paths = [(file.name, path) for file, _ in files_of(source, data_dir) for path in file.paths]
     else:
         from keural.data import microworld
 

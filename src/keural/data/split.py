@@ -1,8 +1,9 @@
 """Which side of the held-out line a record is on, and whether it was seen before: both decided by its content alone.
 
-Two digests per record. The exact one finds duplicates. The other, of the normalised text of what is asked (a document's text, a
-conversation without its last answer, a pair's prompt), decides about holding out: records that ask the same are on the same
-side, in every stage and whatever the seed.
+Digests of a record find duplicates: that of its content (of a document as it stands, of conversations and pairs with NFKC and white
+space as one, of a pair also with its answers swapped), that of its id, which a translation shares, and where wanted that of what it
+asks. Another one, of the normalised text of what is asked (a document's text, a conversation without its last answer, a pair's
+prompt), decides about holding out: records that ask the same are on the same side, in every stage and whatever the seed.
 """
 
 import json
@@ -11,28 +12,44 @@ from typing import Literal
 
 from keural.data.adapters.base import normalised
 from keural.data.records import Conversation, Document, Drop, PreferencePair, Record
+from keural.recipe import GateAction
 
 Side = Literal["train", "heldout"]
 
 
 class Splitter:
-    """Assigns records to train and held-out; remembers what it has seen (16 bytes per record)."""
+    """Assigns records to train and held-out; remembers digests of 16 bytes of what it has seen, never the content."""
 
     def __init__(self, heldout_per_mille: float) -> None:
         self._threshold = int(heldout_per_mille / 1000 * 2**64)
         self._seen: set[bytes] = set()
         self._heldout: set[bytes] = set()
+        self._asked: set[bytes] = set()
 
-    def side(self, record: Record, heldout_source: bool = False) -> Side | Drop:
-        """The side of a record; a drop when it is a duplicate, or asks what a held-out source asks."""
+    def side(self, record: Record, heldout_source: bool = False, id_space: str = "", prompts: GateAction = "skip") -> Side | Drop:
+        """The side of a record; a drop when it is a duplicate, or asks what a held-out source asks.
+
+        With an id it is also a duplicate of what has the same id in `id_space`: the same in another language. `prompts` says
+        whether a record that asks (system turn included) what another one asked is a duplicate.
+        """
         exact, asked = _digest(_exact(record)), _digest(_asked(record))
-        if exact in self._seen:
-            return Drop("duplicate", record.where)
+        marks = {exact: "duplicate"}
+        if isinstance(record, PreferencePair):
+            marks[_digest(_swapped(record))] = "swapped_pair"
+        if not isinstance(record, Document) and record.id is not None:
+            marks[_digest(["id", id_space, record.id])] = "duplicate_id"
+        for mark, reason in marks.items():
+            if mark in self._seen:
+                return Drop(reason, record.where)
+        if prompts == "drop" and asked in self._asked:
+            return Drop("duplicate_prompt", record.where)
         if heldout_source:
             self._heldout.add(asked)
         elif asked in self._heldout:
             return Drop("held_out", record.where)
-        self._seen.add(exact)
+        if not isinstance(record, Document):
+            self._asked.add(asked)
+        self._seen.update(mark for mark, reason in marks.items() if reason != "swapped_pair")
         return "heldout" if heldout_source or int.from_bytes(asked[:8], "big") < self._threshold else "train"
 
 
@@ -44,8 +61,17 @@ def _exact(record: Record) -> list[str]:
     if isinstance(record, Document):
         return [record.text]
     if isinstance(record, Conversation):
-        return [part for message in record.messages for part in message]
-    return [part for message in record.prompt for part in message] + [record.chosen, record.rejected]
+        return [normalised(part) for message in record.messages for part in message]
+    return _pair(record, record.chosen, record.rejected)
+
+
+def _swapped(record: PreferencePair) -> list[str]:
+    return _pair(record, record.rejected, record.chosen)
+
+
+def _pair(record: PreferencePair, first: str, second: str) -> list[str]:
+    prompt = [part for message in record.prompt for part in message]
+    return [normalised(part) for part in (*prompt, first, second)]
 
 
 def _asked(record: Record) -> list[str]:

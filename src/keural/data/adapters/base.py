@@ -9,7 +9,7 @@ from typing import Any
 from keural.data.readers import OptionTypes
 from keural.data.records import Conversation, Document, Drop, PreferencePair, Record
 from keural.data.store import Kind
-from keural.recipe import SourceSpec
+from keural.recipe import GateAction, SourceSpec
 from keural.tokenizer.chatml import Message
 
 NAME = (str, int)
@@ -31,6 +31,8 @@ ROLES = {
 """Names of roles in public sets."""
 PLACEHOLDERS = {"<noinput>", "noinput", "no input", "n/a", "none", "<no input>"}
 """What public instruction sets write where there is no input."""
+WRONG_SCHEMA = "wrong_schema"
+"""Reason of rows that do not have the adapter's schema; a source that begins with one is refused."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -45,6 +47,16 @@ class Adapter:
     options: OptionTypes = field(default_factory=dict)
     choices: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Options that must have one of some values."""
+    split: Callable[[Any, SourceSpec], Iterable[Any]] | None = None
+    """Takes a row that holds several records (a file of sessions, a ranking) apart; none: a row is a record."""
+    selects: Callable[[str, SourceSpec], bool] | None = None
+    """Whether a file, or a member of an archive, is read when the source is a directory; none: all are."""
+    license: str | None = None
+    """Licence of a published source, where the recipe states none."""
+    benchmark: bool = False
+    """The source is a benchmark: scores of its family mean nothing after training on it."""
+    gates: dict[str, GateAction] = field(default_factory=dict)
+    """What the gates do by default for this adapter, where that differs from the gates' own default."""
 
     def __call__(self, value: Any, source: SourceSpec, where: str) -> Record | Drop:
         """The record that a row holds, or why it holds none."""
@@ -58,9 +70,24 @@ class Adapter:
 class BadRow(Exception):
     """Raised while a row is taken apart; becomes a `Drop` with this reason."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
-        self.reason = reason
+        self.reason, self.detail = reason, detail
+
+
+class WrongSchema(BadRow):
+    """A row that another adapter, or none, is for; `detail` says what is missing or what to do."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(WRONG_SCHEMA, detail)
+
+
+def missing(value: Any, *keys: str, hint: str = "") -> WrongSchema:
+    """The error for a row that has none of some keys: names them and those that it has."""
+    there = (
+        ", ".join(sorted(map(str, value))[:12]) or "none" if isinstance(value, dict) else f"none, it is a {type(value).__name__}"
+    )
+    return WrongSchema(f"the row has no key {' or '.join(map(repr, keys))} (its keys: {there}){hint}")
 
 
 def guarded(convert: Callable[[Any, SourceSpec, str], Record | Drop]) -> Callable[[Any, SourceSpec, str], Record | Drop]:
@@ -70,7 +97,7 @@ def guarded(convert: Callable[[Any, SourceSpec, str], Record | Drop]) -> Callabl
         try:
             return convert(value, source, where)
         except BadRow as bad:
-            return Drop(bad.reason, where)
+            return Drop(bad.reason, where, bad.detail)
 
     return guard
 
@@ -145,6 +172,19 @@ def with_system(system: str, messages: Sequence[Message]) -> list[Message]:
 def normalised(text: str) -> str:
     """NFKC with white space runs as one space: what counts as the same content."""
     return " ".join(unicodedata.normalize("NFKC", text).split())
+
+
+def merged(messages: Iterable[Message], between: str = "\n") -> list[Message]:
+    """The messages with runs of one role put together, as people who write in several bubbles mean them; empty ones vanish."""
+    turns: list[Message] = []
+    for role, content in messages:
+        if not content.strip():
+            continue
+        if turns and turns[-1].role == role:
+            turns[-1] = Message(role, f"{turns[-1].content}{between}{content.strip()}")
+        else:
+            turns.append(Message(role, content.strip()))
+    return turns
 
 
 def document(text: str, where: str, language: str | None) -> Document | Drop:

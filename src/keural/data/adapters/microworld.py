@@ -5,7 +5,7 @@ from typing import Any
 from keural.data.adapters.base import Adapter, conversation, document, guarded, message_of, messages_of, preference_pair, text_of
 from keural.data.records import Drop, Record
 from keural.data.store import Kind
-from keural.recipe import SourceSpec
+from keural.recipe import GateAction, SourceSpec
 
 PARTS: dict[str, Kind] = {"prose": "documents", "instructions": "conversations", "pairs": "pairs"}
 
@@ -28,4 +28,6 @@ def _answer(value: Any, side: str) -> str:
     return message_of(value[side]).content if isinstance(value[side], dict) else text_of(value, side)
 
 
-ADAPTERS = {"microworld": Adapter(_kind, guarded(_microworld), ())}
+# its rows are made to be learned from, and repeat prompts on purpose
+_SKIPPED: dict[str, GateAction] = dict.fromkeys(("placeholders", "self_identification", "refusals", "language"), "skip")
+ADAPTERS = {"microworld": Adapter(_kind, guarded(_microworld), (), gates=_SKIPPED)}

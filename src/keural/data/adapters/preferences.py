@@ -127,7 +127,8 @@ def _same_history(prompt: list[Message], history: list[Message]) -> bool:
 
 
 ADAPTERS = {
-    "hh_rlhf": Adapter("pairs", guarded(_hh_rlhf), TABLES),
+    # to refuse is what its harmless part teaches
+    "hh_rlhf": Adapter("pairs", guarded(_hh_rlhf), TABLES, license="MIT", gates={"refusals": "count"}),
     "preference": Adapter(
         "pairs",
         guarded(_preference),

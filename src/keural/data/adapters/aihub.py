@@ -1,0 +1,415 @@
+"""Sets of AIHub, as they come out of its archives: one JSON object per file, several records in each.
+
+`TALKS` is the table of dialogue families: where the utterances are, who speaks, and who of them is the assistant. Rankings
+(71748) and the reliability benchmark (71760) are functions. The set is known by the keys of its rows, not by a folder's number; a
+row of another family is refused with the adapter that reads it. Only the labelled part is read (the raw part has the same talk
+again), and training and validation are kept apart by option `part`.
+"""
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations, pairwise
+from pathlib import PurePosixPath
+from typing import Any
+
+from keural.data.adapters import preferences
+from keural.data.adapters.base import (
+    NAME,
+    Adapter,
+    BadRow,
+    WrongSchema,
+    conversation,
+    guarded,
+    lookup,
+    merged,
+    missing,
+    normalised,
+    preference_pair,
+    scalar,
+    text_of,
+    with_system,
+)
+from keural.data.readers import OptionTypes
+from keural.data.records import Conversation, Drop, PreferencePair
+from keural.recipe import SourceSpec
+from keural.tokenizer.chatml import Message
+
+LICENSE = "AIHub"
+FORMATS = ("json", "jsonl", "zip")
+PARTS = ("training", "validation", "all")
+OTHER_PART = "other_part"
+"""Reason of rows of another part of the same set, e.g. a corpus beside rankings; not a defect."""
+ANSWERS = tuple(f"answer{number:02d}" for number in range(1, 6))
+POLICIES = ("best_vs_worst", "adjacent", "all")
+_RAW = re.compile(r"원천|^(?:T|V)S(?![a-z])")
+_LABELLED = re.compile(r"라벨|^(?:T|V)L(?![a-z])")
+_VALIDATION = re.compile(r"validation|^V[SL](?![a-z])", re.IGNORECASE)
+_TRAINING = re.compile(r"training|^T[SL](?![a-z])", re.IGNORECASE)
+_SPEAKER_PREFIX = re.compile(r"^\s*\d+\s*:\s*")
+
+
+def selects(path: str, source: SourceSpec) -> bool:
+    """Whether a file is of the labelled part, and of the wanted one of training and validation; a name that says nothing is."""
+    parts = PurePosixPath(unicodedata.normalize("NFC", path)).parts
+    is_raw, is_validation = _last(parts, _RAW, _LABELLED), _last(parts, _VALIDATION, _TRAINING)
+    wanted = source.options.get("part", "training")
+    return not is_raw and (wanted == "all" or is_validation is None or is_validation == (wanted == "validation"))
+
+
+def _last(parts: Sequence[str], yes: re.Pattern[str], no: re.Pattern[str]) -> bool | None:
+    """What the innermost name that says anything says."""
+    for part in reversed(parts):
+        if yes.search(part) or no.search(part):
+            return bool(yes.search(part))
+    return None
+
+
+@dataclass(frozen=True)
+class Talk:
+    """One family of dialogues. Where several names are listed, a row has one of them."""
+
+    lists: tuple[str, ...]
+    """Where the list of utterances is in a record."""
+    speakers: tuple[str, ...]
+    texts: tuple[str, ...]
+    """The first that holds text is taken."""
+    roles: Mapping[str, str] | None = None
+    """Role by the speaker's name; none: who speaks first is the user, the other the assistant."""
+    records: str | None = None
+    """Key of the list of records in a file's object."""
+    merge: bool = True
+    """Put runs of one speaker together; the chatbot families alternate, there a run is a defect."""
+    people: bool = False
+    """Both speakers are people, so the set must be asked for with `people: true`."""
+    drops_opening: bool = False
+    """Leave out what the assistant says before the user has spoken."""
+    foreign: Mapping[str, str] = field(default_factory=dict)
+    """Keys of other families' rows, and the adapter for them."""
+    system: Callable[[Any, SourceSpec], str] | None = None
+    extra: OptionTypes = field(default_factory=dict)
+    """Options that `system` and `heard` look at."""
+    heard: Callable[[Any, SourceSpec], str] | None = None
+    """What is added to an utterance."""
+
+
+def _summary(session: Any, source: SourceSpec) -> str:
+    """What earlier sessions said, as a system turn: option `memory`."""
+    if not source.options.get("memory"):
+        return ""
+    found = session.get("prevAggregatedSummary", session.get("prevAggregatedpersonaSummary"))
+    sides = found.values() if isinstance(found, dict) else []
+    lines = [text for side in sides if isinstance(side, list) for item in side if (text := (scalar(item) or "").strip())]
+    return "\n".join(["이전 대화 요약:", *lines]) if lines else ""
+
+
+def _persona(row: Any, source: SourceSpec) -> str:
+    """The second speaker's persona as a system turn: option `persona`."""
+    if not source.options.get("persona"):
+        return ""
+    first = lookup(row, "utterances.0.persona_id")
+    personas = lookup(row, "info.personas")
+    for persona in personas if isinstance(personas, list) else []:
+        if isinstance(persona, dict) and persona.get("persona_id") != first and isinstance(persona.get("persona"), list):
+            return "\n".join(text for part in persona["persona"] if (text := (scalar(lookup(part, "profile")) or "").strip()))
+    return ""
+
+
+def _references(utterance: Any, source: SourceSpec) -> str:
+    """The text an expert read, after what was asked or said: option `references`."""
+    found = utterance.get("reference_text") if source.options.get("references") else None
+    texts = [(scalar(lookup(item, "value")) or "").strip() for item in found] if isinstance(found, list) else []
+    return "\n\n" + "\n".join(["참고:", *filter(None, texts)]) if any(texts) else ""
+
+
+_SESSION_KEYS = {"sessionPersonaSummary": "aihub_141", "prevAggregatedpersonaSummary": "aihub_141"}
+_MULTISESSION = Talk(
+    lists=("dialog",),
+    speakers=("speaker",),
+    texts=("utterance",),
+    roles={"speaker1": "user", "speaker2": "assistant"},
+    records="sessionInfo",
+    merge=False,
+    foreign=_SESSION_KEYS,
+    system=_summary,
+    extra={"memory": (bool,)},
+)
+_UTTERANCES = ("utterances", "dialog", "dialogue", "conversation", "lines")
+_ROLE_NAMES = ("role", "speaker", "speaker_role")
+_KNOWLEDGE = Talk(
+    lists=_UTTERANCES,
+    speakers=_ROLE_NAMES,
+    texts=("text", "utterance"),
+    roles={"질문자": "user", "전문가": "assistant"},
+    heard=_references,
+    extra={"references": (bool,)},
+)
+_LINES = ("annotations.lines",)
+TALKS = {
+    "aihub_multisession": _MULTISESSION,  # 009, 010, 011
+    "aihub_141": Talk(
+        lists=("dialog",),
+        speakers=("speaker",),
+        texts=("utterance",),
+        roles={"speaker1": "user", "speaker2": "assistant"},
+        records="sessionInfo",
+        people=True,
+        foreign={"prevAggregatedSummary": "aihub_multisession", "sessionSummary": "aihub_multisession"},
+        system=_summary,
+        extra={"memory": (bool,)},
+    ),
+    "aihub_020": Talk(lists=_LINES, speakers=("speaker",), texts=("norm_text", "text"), records="info", people=True),
+    "aihub_021": Talk(
+        lists=_LINES,
+        speakers=("speaker",),
+        texts=("norm_text", "text"),
+        roles={"B": "user", "A": "assistant"},
+        records="info",
+        drops_opening=True,
+    ),
+    "aihub_044": Talk(
+        lists=("utterances",), speakers=("persona_id",), texts=("text",), system=_persona, extra={"persona": (bool,)}
+    ),
+    "aihub_045": _KNOWLEDGE,
+    "aihub_expert_qa": _KNOWLEDGE,
+    "aihub_046": Talk(
+        lists=_UTTERANCES, speakers=_ROLE_NAMES, texts=("text", "utterance"), roles={"speaker": "user", "listener": "assistant"}
+    ),
+}
+
+
+def _records(talk: Talk) -> Callable[[Any, SourceSpec], Iterator[Any]]:
+    """The records of a file's object: the list under the family's key, a list of objects, or the object itself."""
+
+    def split(value: Any, source: SourceSpec) -> Iterator[Any]:
+        for item in value if isinstance(value, list) else [value]:
+            found = lookup(item, talk.records) if talk.records else None
+            if isinstance(found, list):
+                yield from found
+            elif isinstance(found, dict):
+                yield found
+            else:
+                yield item
+
+    return split
+
+
+def _talk(talk: Talk) -> Callable[[Any, SourceSpec, str], Conversation | Drop]:
+    """The adapter's function for one family."""
+
+    def convert(value: Any, source: SourceSpec, where: str) -> Conversation | Drop:
+        _check_family(value, talk, source)
+        utterances = _found(value, talk.lists)
+        if isinstance(utterances, dict):
+            utterances = [utterances]
+        if not isinstance(utterances, list):
+            raise BadRow("malformed_row")
+        turns = _turns(utterances, talk, source)
+        if talk.drops_opening:
+            turns = turns[next((place for place, turn in enumerate(turns) if turn.role == "user"), len(turns)) :]
+        if talk.merge:
+            turns = merged(turns)
+        elif turns and turns[0].role != "user":
+            raise BadRow("starts_with_assistant")
+        system = talk.system(value, source) if talk.system else ""
+        return conversation(with_system(system, turns), where, source.language)
+
+    return guarded(convert)  # type: ignore[return-value]
+
+
+def _check_family(value: Any, talk: Talk, source: SourceSpec) -> None:
+    if not isinstance(value, dict):
+        raise missing(value, *talk.lists)
+    for key, adapter in talk.foreign.items():
+        if key in value:
+            raise WrongSchema(f"the row has the key {key!r} of another family; use adapter {adapter}")
+    if talk.people and not source.options.get("people"):
+        raise WrongSchema(
+            "both speakers of this set are people, so it teaches small talk; options: {people: true} takes it all the same"
+        )
+    kind = scalar(lookup(value, "annotations.speaker_type"))
+    if kind is not None and "다자간" in kind:
+        raise BadRow("more_than_two_speakers")
+
+
+def _found(value: Any, names: Sequence[str]) -> Any:
+    """The first of some fields that a row has. Raises `WrongSchema` naming them all."""
+    for name in names:
+        if (found := lookup(value, name)) is not None:
+            return found
+    raise missing(value, *names)
+
+
+def _turns(utterances: Iterable[Any], talk: Talk, source: SourceSpec) -> list[Message]:
+    order: dict[str, str] = {}
+    turns = []
+    for utterance in utterances:
+        if not isinstance(utterance, dict):
+            raise BadRow("malformed_row")
+        name = _speaker(utterance, talk)
+        if talk.roles is None and name not in order:
+            if len(order) == 2:
+                raise BadRow("more_than_two_speakers")
+            order[name] = ("user", "assistant")[len(order)]
+        role = (order if talk.roles is None else talk.roles).get(name)
+        if role is None:
+            raise BadRow("unknown_role")
+        text = _spoken(utterance, talk)
+        turns.append(Message(role, text + talk.heard(utterance, source) if talk.heard and text.strip() else text))
+    return turns
+
+
+def _speaker(utterance: Any, talk: Talk) -> str:
+    found = _found(utterance, talk.speakers)
+    name = scalar(lookup(found, "id") if isinstance(found, dict) else found)
+    if name is None or not name.strip():
+        raise BadRow("missing_speaker")
+    return name.strip()
+
+
+def _spoken(utterance: Any, talk: Talk) -> str:
+    """What was said; empty where the field is there and holds nothing."""
+    for name in talk.texts:
+        text = scalar(utterance.get(name))
+        if text is not None and text.strip():
+            return _SPEAKER_PREFIX.sub("", text) if len(talk.texts) > 1 and name == talk.texts[-1] == "text" else text
+    if not any(name in utterance for name in talk.texts):
+        raise missing(utterance, *talk.texts)
+    return ""
+
+
+def _rankings(value: Any, source: SourceSpec) -> Iterator[Any]:
+    """71748: every pair of answers that the policy takes, as `{question, better, worse}`; other rows as they are."""
+    for item in _items(value, "data_info"):
+        if not isinstance(item, dict) or not any(name in item for name in ANSWERS):
+            yield item
+            continue
+        ranked = [(rank, item[name]) for name in ANSWERS if (rank := _rank(lookup(item.get(name), "ranking"))) is not None]
+        ranked.sort(key=lambda entry: entry[0])
+        if len(ranked) < 2:
+            yield {"question": item.get("question"), "better": None, "worse": None}
+            continue
+        policy = source.options.get("pairs", "best_vs_worst")
+        chosen = {
+            "best_vs_worst": [(ranked[0], ranked[-1])],
+            "adjacent": list(pairwise(ranked)),
+            "all": list(combinations(ranked, 2)),
+        }[policy if policy in POLICIES else "best_vs_worst"]
+        for (high, better), (low, worse) in chosen:
+            yield {"question": item.get("question"), "better": better, "worse": worse, "tie": high == low}
+
+
+def _items(value: Any, key: str) -> Iterator[Any]:
+    for item in value if isinstance(value, list) else [value]:
+        found = item.get(key) if isinstance(item, dict) else None
+        yield from found if isinstance(found, list) else [item]
+
+
+def _rank(value: Any) -> int | None:
+    text = scalar(value)
+    return int(text) if text is not None and re.fullmatch(r"\d{1,3}", text.strip()) else None
+
+
+def _ranking(value: Any, source: SourceSpec, where: str) -> PreferencePair | Drop:
+    """71748: the better (lower ranking) of two answers to a question against the worse. Option `pairs`: best_vs_worst (one of each
+    question), adjacent or all; options other than the first give questions with more answers more weight.
+    """
+    if not isinstance(value, dict) or "question" not in value:
+        if isinstance(value, dict) and ("contents" in value or "data_id" in value):
+            raise BadRow(OTHER_PART)
+        raise missing(value, "question", *ANSWERS)
+    if "better" not in value:
+        raise BadRow(OTHER_PART)  # the set's SFT and PPO parts: one answer, or none
+    if value["better"] is None:
+        raise BadRow("missing_ranking")
+    if value.get("tie"):
+        raise BadRow("score_tie")
+    question, better, worse = (
+        text_of(value, "question"),
+        *(text_of({name: lookup(value[name], "contents")}, name) for name in ("better", "worse")),
+    )
+    if normalised(question) in (normalised(better), normalised(worse)):
+        raise BadRow("answer_equals_question")
+    return preference_pair([Message("user", question)], better, worse, where, source.language)
+
+
+def _reliability(value: Any, source: SourceSpec, where: str) -> PreferencePair | Drop:
+    """71760: `{prompt, chosen, rejected}`, or `{Prompt, Candidate_answer: {key: text}}` with option `label`: the field that says
+    which key is best (a key, a list from best to worst, or a rank of each key). The set's description does not name that field.
+    """
+    if isinstance(value, dict) and "chosen" in value and "rejected" in value:
+        pair = preferences.ADAPTERS["preference"](value, source.model_copy(update={"options": {}}), where)
+        assert isinstance(pair, PreferencePair | Drop)
+        return pair
+    candidates = _found(value, ("Candidate_answer", "candidate_answer", "chosen"))
+    if "label" not in source.options:
+        raise missing(value, "chosen", hint="; option label must name the field that says which of Candidate_answer is best")
+    if not isinstance(candidates, dict):
+        raise BadRow("malformed_row")
+    label = lookup(value, source.options["label"])
+    if label is None:
+        raise missing(value, str(source.options["label"]))
+    best, worst = _best_and_worst(label, list(candidates))
+    prompt = scalar(_found(value, ("Prompt", "prompt")))
+    answers = [scalar(candidates[key]) for key in (best, worst)]
+    if prompt is None or None in answers:
+        raise BadRow("malformed_row")
+    chosen, rejected = (str(answer) for answer in answers)
+    return preference_pair([Message("user", prompt)], chosen, rejected, where, source.language)
+
+
+def _best_and_worst(label: Any, keys: list[str]) -> tuple[str, str]:
+    if isinstance(label, dict):
+        ranks = {key: rank for key in keys if (rank := _rank(label.get(key))) is not None}
+        order = sorted(ranks, key=lambda key: ranks[key])
+        if len(order) > 1 and ranks[order[0]] == ranks[order[-1]]:
+            raise BadRow("score_tie")
+    elif isinstance(label, list):
+        order = [key for item in label if (key := scalar(item)) in keys and key is not None]
+    else:
+        best = scalar(label)
+        order = [str(best), *(key for key in keys if key != best)] if best in keys else []
+    if len(order) < 2 or order[0] == order[-1]:
+        raise BadRow("no_preference")
+    return order[0], order[-1]
+
+
+def _talk_adapter(talk: Talk) -> Adapter:
+    options: dict[str, tuple[type, ...]] = {"part": (str,), **talk.extra, **({"people": (bool,)} if talk.people else {})}
+    return Adapter(
+        "conversations",
+        _talk(talk),
+        FORMATS,
+        options,
+        {"part": PARTS},
+        split=_records(talk),
+        selects=selects,
+        license=LICENSE,
+    )
+
+
+ADAPTERS = {
+    **{name: _talk_adapter(talk) for name, talk in TALKS.items()},
+    "aihub_71748": Adapter(
+        "pairs",
+        guarded(_ranking),
+        FORMATS,
+        {"part": (str,), "pairs": (str,)},
+        {"part": PARTS, "pairs": POLICIES},
+        split=_rankings,
+        selects=selects,
+        license=LICENSE,
+    ),
+    "aihub_71760": Adapter(
+        "pairs",
+        guarded(_reliability),
+        FORMATS,
+        {"part": (str,), "label": NAME},
+        {"part": PARTS},
+        split=lambda value, source: value if isinstance(value, list) else [value],
+        selects=selects,
+        license=LICENSE,
+        benchmark=True,
+    ),
+}

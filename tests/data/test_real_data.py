@@ -49,6 +49,30 @@ def test_hh_rlhf_defects_counted_without_the_adapter(real_data: Path) -> None:
     assert (chosen_only, either) == (49, 57)
 
 
+def test_hh_rlhf_defect_by_defect(real_data: Path) -> None:
+    """The published counts, each by itself and on the side it was counted on: 40 role markers, 8 and 5 broken alternations, 4 empty
+    last turns, 5 differing histories, 2 repeated prompts, no identical pair.
+    """
+    source = SourceSpec(name="hh", adapter="hh_rlhf", path="pref_hh_rlhf/harmless-base/test.jsonl.gz")
+    ((file, format_name),) = files_of(source, real_data)
+    found: Counter[str] = Counter()
+    prompts: Counter[tuple[str, ...]] = Counter()
+    for row in read_rows(file, format_name, {}):
+        assert isinstance(row, Row)
+        sides = {side: re.split(r"\n\n(Human|Assistant):", row.value[side])[1:] for side in ("chosen", "rejected")}
+        for side, parts in sides.items():
+            found[f"marker_{side}"] += any("Human:" in part or "Assistant:" in part for part in parts[1::2])
+            found[f"alternation_{side}"] += any(role != ("Human", "Assistant")[n % 2] for n, role in enumerate(parts[::2]))
+            found[f"empty_last_{side}"] += not parts[-1].strip()
+        found["history"] += sides["chosen"][:-1] != sides["rejected"][:-1]
+        found["identical"] += sides["chosen"] == sides["rejected"]
+        prompts[tuple(sides["chosen"][:-1])] += 1
+    found["repeated_prompt"] = sum(count - 1 for count in prompts.values())
+    published = {"marker_chosen": 40, "alternation_chosen": 8, "alternation_rejected": 5, "empty_last_chosen": 4, "history": 5}
+    assert {name: found[name] for name in published} == published
+    assert (found["identical"], found["repeated_prompt"]) == (0, 2)
+
+
 @pytest.mark.parametrize(
     ("adapter", "path", "settings", "kept", "dropped"),
     [

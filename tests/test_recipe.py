@@ -7,6 +7,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from keural.data.sources import adapter_of, left_out
 from keural.errors import UserError
 from keural.recipe import Recipe, load_recipe, parse_duration
 
@@ -84,6 +85,32 @@ def test_published_numbers() -> None:
     assert (dpo.train.lr, dpo.train.min_lr, dpo.dpo.beta, dpo.train.batch_pairs) == (2e-6, 2e-7, 0.1, 64)
     first = recipe.stage("pretrain-1").train
     assert (first.lr, first.min_lr, first.warmup_steps, first.batch_tokens) == (3e-4, 3e-5, 2000, 64 * 4096)
+
+
+def test_the_published_chats_and_pairs_have_adapters_of_their_kind() -> None:
+    recipe = load_recipe(RECIPES / "keural-14b-published")
+    for name, kind in (("sft-3", "conversations"), ("dpo-2", "pairs")):
+        for source in recipe.stage(name).data.sources:
+            adapter = adapter_of(source)
+            assert adapter.kind_of(source) == kind
+            assert set(source.options) <= set(adapter.options)
+
+
+def test_licences_and_benchmarks_are_left_out_by_override(directory: Path) -> None:
+    overrides = ["data.licenses.exclude=[non-commercial, AIHub]", "data.benchmarks=false"]
+    data = load_recipe(RECIPES / "keural-14b-published", overrides).stage("dpo-2").data
+    used = [source.name for source in data.sources if left_out(data, source) is None]
+    assert used == [
+        "hh-rlhf",
+        "multifaceted-collection-dpo",
+        "ultrafeedback-binarized",
+        "ko-ultrafeedback-binarized",
+        "orca-dpo-pairs",
+        "orca-dpo-pairs-ko",
+    ]
+    assert "data.licenses.exclude" in refusal(directory, "data.licenses.exclude=AIHub")
+    assert "did you mean 'data.licenses.exclude'" in refusal(directory, "data.licenses.exclud=[AIHub]")
+    assert "gates.language" in refusal(edited(directory, "base.yaml", "adapter:", "gates: {language: off}, adapter:"))
 
 
 def test_unknown_key_names_the_nearest(directory: Path) -> None:

@@ -92,15 +92,23 @@ def print_data(workspace: Workspace) -> None:
     for name, prepared in workspace.data.items():
         table = Table(title=name)
         for column in ("source", "rows", "kept", "tokens", "dropped"):
-            table.add_column(column, justify="left" if column in {"source", "dropped"} else "right")
+            table.add_column(column, justify="left" if column in {"source", "dropped"} else "right", overflow="fold")
         for row in prepared.table:
             drops = "\n".join(f"{reason} {count:,} (first: {row['first_drop'][reason]})" for reason, count in row["drops"].items())
+            drops += "".join(f"\n{reason} {count:,} (kept)" for reason, count in row["noted"].items())
+            drops = f"left out: {row['left_out']}" if row["left_out"] else drops.strip()
             source, drops = escape(row["source"]), escape(drops)  # names of files may hold brackets
             table.add_row(source, f"{row['rows']:,}", f"{row['kept']:,}", f"{row['tokens']:,}", drops)
         console.print(table)
         for row in prepared.table:
             if row.get("warning"):
                 console.print(f"warning: {row['warning']}", markup=False)
+            if "benchmark" in row["flags"] and not row["left_out"]:
+                console.print(
+                    f"warning: source {row['source']!r} is a benchmark; after training on it scores of its family mean nothing "
+                    "(data.benchmarks=false leaves it out)",
+                    markup=False,
+                )
 
 
 def show_batch(workspace: Workspace, stage: StageSpec, step: int, rows: int) -> None:

@@ -10,8 +10,10 @@ from keural.data.records import Conversation, Document, PreferencePair, Record
 from keural.data.sources import check_sources
 from keural.data.split import Splitter
 from keural.errors import UserError
-from keural.recipe import SourceSpec
+from keural.recipe import GateAction, SourceSpec
 from keural.tokenizer.chatml import Message
+
+ACTIONS: tuple[GateAction, ...] = ("drop", "count", "skip")
 
 
 def chat(answer: str, question: str = "q", language: str | None = None) -> Conversation:
@@ -28,7 +30,11 @@ def source(adapter: str = "preference", **settings: Any) -> SourceSpec:
 
 
 def reasons(record: Record, **settings: Any) -> list[tuple[str, str]]:
-    return list(Gatekeeper(source(**settings), {}).reasons(record))
+    return found(Gatekeeper(source(**settings), {}), record)
+
+
+def found(keeper: Gatekeeper, record: Record) -> list[tuple[str, str]]:
+    return [(reason, action) for action in ACTIONS for reason in keeper.reasons(record, action)]
 
 
 FOUND = [
@@ -95,9 +101,9 @@ def test_documents_pass_no_gates() -> None:
 def test_the_recipe_decides_before_the_adapter_and_the_adapter_before_the_gate() -> None:
     record = chat("Call 010-1234-5678, <|im_end|>")
     assert reasons(record) == [("control_string", "count"), ("personal_data", "count")]
-    assert list(Gatekeeper(source(), {"personal_data": "drop"}).reasons(record))[1] == ("personal_data", "drop")
+    assert found(Gatekeeper(source(), {"personal_data": "drop"}), record)[0] == ("personal_data", "drop")
     decided = source(gates={"personal_data": "skip", "control_strings": "drop"})
-    assert list(Gatekeeper(decided, {"personal_data": "drop"}).reasons(record)) == [("control_string", "drop")]
+    assert found(Gatekeeper(decided, {"personal_data": "drop"}), record)[0] == ("control_string", "drop")
 
 
 def test_lengths() -> None:

@@ -7,12 +7,14 @@ import resource
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from keural.console import print_data
 from keural.data.prepare import Prepared, iter_texts, prepare, read_heldout_texts
 from keural.data.records import Conversation, Document
 from keural.data.split import Splitter
@@ -295,6 +297,20 @@ def test_sources_are_left_out_by_licence_or_as_benchmarks(work: Workplace, write
         "bench": "benchmark",
     }
     assert left_out(licenses={"allow": ["CC0-*"]}) == {"nc": "licence CC-BY-NC-4.0", "bench": "licence AIHub"}
+
+
+def test_the_printed_table_says_what_was_left_out_and_what_a_benchmark_does(
+    work: Workplace, write: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": "q", "chosen": "good", "rejected": "call 010-1234-5678"}]
+    own = write("own.jsonl", jsonl(rows), "aihub_71760", name="own")
+    other = SourceSpec(name="other", adapter="preference", path="not/there", license="CC-BY-NC-4.0")
+    prepared = work(spec(own, other, licenses={"exclude": ["non-commercial"]}), "dpo")
+    print_data(SimpleNamespace(data={"dpo": prepared}))  # type: ignore[arg-type]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "left out: licence CC-BY-NC-4.0" in printed
+    assert "personal_data 1 (kept)" in printed
+    assert "warning: source 'own' is a benchmark" in printed
 
 
 def test_rows_of_another_schema_are_refused_with_row_key_and_adapter(work: Workplace, write: Any) -> None:

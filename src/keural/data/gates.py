@@ -131,15 +131,15 @@ class Gatekeeper:
         self.actions = {name: source.gates.get(name, defaults.get(name, gate.action)) for name, gate in GATES.items()}
         self._source = source
 
-    def reasons(self, record: Record) -> Iterator[tuple[str, GateAction]]:
-        """Every reason that a gate finds, and whether it drops the record or only counts."""
+    def reasons(self, record: Record, action: GateAction) -> Iterator[str]:
+        """What the gates find that have this action (the limits of length drop); nothing for documents."""
         if isinstance(record, Document):
             return
-        if reason := self._length(record):
-            yield reason, "drop"
+        if action == "drop" and (reason := self._length(record)):
+            yield reason
         for name, gate in GATES.items():
-            if self.actions[name] != "skip" and (reason := gate.check(record)):
-                yield reason, self.actions[name]
+            if self.actions[name] == action and (reason := gate.check(record)):
+                yield reason
 
     def _length(self, record: Chat) -> str | None:
         source, answers = self._source, _answers(record)

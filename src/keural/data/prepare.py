@@ -212,7 +212,7 @@ def _kept(
             continue
         assert isinstance(encoded, Encoded)
         tally.keep(side, encoded)
-        tally.noted.update(reason for reason, action in keeper.reasons(encoded.record) if action == "count")
+        tally.noted.update(keeper.reasons(encoded.record, "count"))
         yield side, encoded
         if tally.kept == source.limit:
             break
@@ -221,8 +221,7 @@ def _kept(
 
 def _gated(records: Iterable[Record | Drop], keeper: Gatekeeper) -> Iterator[Record | Drop]:
     for record in records:
-        reasons = () if isinstance(record, Drop) else keeper.reasons(record)
-        reason = next((reason for reason, action in reasons if action == "drop"), None)
+        reason = None if isinstance(record, Drop) else next(keeper.reasons(record, "drop"), None)
         yield record if reason is None else Drop(reason, record.where)
 
 
@@ -277,7 +276,7 @@ class _Tally:
             raise UserError(
                 f"source {self.source.name!r}: {defects.total() / self.rows:.1%} of {self.rows:,} rows are dropped, more than "
                 f"max_drop {self.source.max_drop:g}; most often {self._worst(defects)}; "
-                "mend the data or the options, or raise max_drop"
+                f"mend the data or the options of adapter {self.source.adapter}, or raise max_drop"
             )
         if self.kept == 0:
             raise UserError(

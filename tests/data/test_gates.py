@@ -137,6 +137,12 @@ def test_settings_that_mean_nothing_are_refused(tmp_path: Any, settings: dict[st
     assert all(word in str(caught.value) for word in words)
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("piece", ["a", ".", " ", "0", "가", "<", "`", "I am ", "I'm sorry, ", "나는 ", "a@"])
+def test_long_runs_take_no_longer_than_they_are_long(piece: str) -> None:
+    reasons(pair("b" + piece * 30_000, "c", language="ko"))
+
+
 def test_every_adapters_defaults_are_of_gates_that_exist() -> None:
     assert all(name in GATES for adapter in ADAPTERS.values() for name in adapter.gates)
 

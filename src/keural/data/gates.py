@@ -47,12 +47,12 @@ _CONTROL = re.compile(
     r"|</?s>|<(?:bos|eos|pad|unk)>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|^#{2,3} (?:Human|Assistant|Instruction|Response):",
     re.M,
 )
-_PERSONAL = re.compile(
+_NUMBERS = re.compile(
     r"(?<!\d)\d{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])-[1-4]\d{6}(?!\d)"  # resident registration number
     r"|(?<!\d)01[016789][-. ]?\d{3,4}[-. ]?\d{4}(?!\d)"
     r"|(?<!\d)0(?:2|[3-6]\d)-\d{3,4}-\d{4}(?!\d)"
-    r"|[\w.+-]+@[\w-]+\.[A-Za-z][\w.-]+"
 )
+_ADDRESS = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,64}\.[A-Za-z]")
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`|https?://\S+", re.S)
 _HANGUL = re.compile("[가-힣ㄱ-ㅎㅏ-ㅣ\u1100-\u11ff]")
 _LETTER = re.compile(r"[^\W\d_]")
@@ -88,7 +88,8 @@ def _control_strings(record: Chat) -> str | None:
 
 def _personal_data(record: Chat) -> str | None:
     """A turn holds a resident number, a telephone number or an e-mail address."""
-    return "personal_data" if any(_PERSONAL.search(text) for _, text in _turns(record)) else None
+    found = any(_NUMBERS.search(text) or ("@" in text and _ADDRESS.search(text)) for _, text in _turns(record))
+    return "personal_data" if found else None
 
 
 def _language(record: Chat) -> str | None:

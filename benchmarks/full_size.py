@@ -85,9 +85,13 @@ def time_file(directory: Path, tokens: int, rounds: int) -> str:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
         engine._claimed_ids = []
 
+        batch = llama_cpp.llama_n_batch(context)
+
         def step(ids: list[int]) -> int:
-            array = (llama_cpp.llama_token * len(ids))(*ids)
-            assert llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(ids))) == 0
+            for start in range(0, len(ids), batch):
+                part = ids[start : start + batch]
+                array = (llama_cpp.llama_token * len(part))(*part)
+                assert llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(part))) == 0
             return int(llama_cpp.llama_sampler_sample(sampler, context, ctypes.c_int32(-1)))
 
         started = time.perf_counter()

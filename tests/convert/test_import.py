@@ -184,6 +184,10 @@ REFUSED: dict[str, tuple[Callable[[Tensors], object], dict[str, object], str]] =
     "other experts": (lambda t: None, change(num_local_experts=5), "missing: .*experts.4"),
     "other heads": (lambda t: None, change(num_key_value_heads=4), "mis-shaped: .*k_proj"),
     "other vocabulary": (lambda t: None, change(vocab_size=400), r"embed_tokens.weight \[402, 32\] instead of \[400, 32\]"),
+    "absurd layers": (lambda t: None, change(num_hidden_layers=10**6), "says num_hidden_layers 1000000, but there are only 78"),
+    "absurd width": (lambda t: None, change(hidden_size=10**40), "hidden_size must be a whole number below"),
+    "text for a number": (lambda t: None, change(hidden_size="32"), "hidden_size must be a whole number below 2.31, got '32'"),
+    "a vector as embedding": (lambda t: t.update({EMBEDDING: torch.zeros(3)}), SHAPE, r"embed_tokens.weight \[3\] instead of"),
     "impossible": (lambda t: None, change(num_experts_per_tok=9), "num_experts_per_tok"),
     "another architecture": (lambda t: None, change(model_type="mixtral"), "describes a 'mixtral' model"),
 }
@@ -247,6 +251,22 @@ class TestDamage:
         with pytest.raises(UserError, match=r"plain.pt: not a whole PyTorch checkpoint"):
             open_checkpoint(tmp_path / "plain.pt")
         assert not (tmp_path / "ran").exists()
+
+    @pytest.mark.parametrize("kind", ["meta", "sparse", "quantized"])
+    def test_tensors_without_plain_values(
+        self, tmp_path: Path, state_dict: Tensors, kind: str, recwarn: pytest.WarningsRecorder
+    ) -> None:
+        made = {
+            "meta": lambda: torch.zeros(32, device="meta"),
+            "sparse": lambda: torch.zeros(32).to_sparse(),
+            "quantized": lambda: torch.quantize_per_tensor(torch.zeros(32), 0.1, 0, torch.qint8),
+        }
+        torch.save(state_dict | {"norm.weight": made[kind]()}, tmp_path / "c.pt")
+        recwarn.clear()
+
+        with pytest.raises(UserError, match=r"tensor norm.weight (has a shape but no values|is of type)"):
+            open_checkpoint(tmp_path / "c.pt")
+        assert not recwarn.list
 
     def test_truncated_safetensors(self, tmp_path: Path, state_dict: Tensors) -> None:
         file = as_safetensors(tmp_path / "st", state_dict, SHAPE) / "model.safetensors"

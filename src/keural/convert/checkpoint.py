@@ -7,6 +7,7 @@ refused.
 """
 
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -147,7 +148,8 @@ def _open_pt(path: Path, verify: bool) -> Checkpoint:
     if verify:
         _check_records(path)
     try:
-        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of types that are refused below
+            loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: holds objects other than tensors and plain values; reading them would run code from the file, so "
@@ -192,6 +194,8 @@ def _state_dict(path: Path, loaded: Any) -> dict[str, Tensor]:
             raise UserError(
                 f"{path}: {str(name)[:80]!r} is not a named tensor; the weights must be under 'model' or alone in the file"
             )
+        if tensor.is_meta:
+            raise UserError(f"{path}: tensor {name} has a shape but no values; save the model after its weights were loaded")
         if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
             raise UserError(
                 f"{path}: tensor {name} is of type {tensor.dtype}, {tensor.layout}; only {', '.join(_FLOATS)} can be read"

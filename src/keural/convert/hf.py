@@ -29,7 +29,7 @@ import keural.model
 from keural.convert.checkpoint import CONFIG, LINEAGE, open_safetensors, weight_files
 from keural.convert.names import HEAD
 from keural.convert.shards import write_shards
-from keural.convert.weights import Weights, state_dict_weights, stored_tensors
+from keural.convert.weights import Weights, check_scale, state_dict_weights, stored_tensors
 from keural.errors import UserError
 from keural.files import atomic_directory, read_json, sha256_file, write_atomic, write_json
 from keural.model import KeuralConfig, KeuralMoECausalLM
@@ -186,6 +186,7 @@ def read_lineage(path: Path) -> dict[str, Any]:
 def directory_weights(directory: Path, config: KeuralConfig) -> Weights:
     """The tensors of a model directory, read one at a time. Raises `UserError` when they are not those that `config` describes."""
     weights = open_safetensors(weight_files(directory))
+    check_scale(directory, config, weights)
     expected = stored_tensors(config)
     for name, shape in expected.items():
         if name not in weights.infos:

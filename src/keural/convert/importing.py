@@ -18,7 +18,7 @@ from torch import Tensor
 from keural.convert.checkpoint import CONFIG, Checkpoint, open_checkpoint
 from keural.convert.hf import write_model_directory
 from keural.convert.names import EMBEDDING, HEAD, is_published, stored_name
-from keural.convert.weights import TensorInfo, Weights, stored_tensors
+from keural.convert.weights import TensorInfo, Weights, check_scale, stored_tensors
 from keural.errors import UserError
 from keural.files import check_new, read_json
 from keural.model import KeuralConfig, mean_row
@@ -125,7 +125,7 @@ def _configuration(
     known = {name: value for name, value in values.items() if name in _CONFIG_KEYS}
     if not values:
         say(f"configuration: none came with the checkpoint; the published one is assumed where the tensors do not say ({CONFIG})")
-        if EMBEDDING in weights.infos:
+        if EMBEDDING in weights.infos and len(weights.infos[EMBEDDING].shape) == 2:
             known["vocab_size"] = weights.infos[EMBEDDING].shape[0]
     if window is not None:
         known["sliding_window"] = window
@@ -155,6 +155,7 @@ def _window(checkpoint: Checkpoint, stated: int | None) -> int | None:
 
 def _check_tensors(where: Path, config: KeuralConfig, weights: Weights) -> None:
     """Raise `UserError` with all that is missing, left over or mis-shaped against the configuration."""
+    check_scale(where, config, weights)
     expected, found = stored_tensors(config), weights.infos
     problems = {
         "missing": [name for name in expected if name not in found],

@@ -9,12 +9,14 @@ import mmap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from keural.convert.names import HEAD
+from keural.errors import UserError
 from keural.model import KeuralConfig, KeuralMoECausalLM
 
 
@@ -83,6 +85,16 @@ def stored_tensors(config: KeuralConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         weights = state_dict_weights(KeuralMoECausalLM(config).state_dict())
     return {name: info.shape for name, info in weights.infos.items() if not (name == HEAD and config.tie_word_embeddings)}
+
+
+def check_scale(where: Path, config: KeuralConfig, weights: Weights) -> None:
+    """Raise `UserError` when a configuration has more layers or experts than there are tensors, before a list of them is made."""
+    for name in ("num_hidden_layers", "num_local_experts"):
+        if getattr(config, name) > len(weights.infos):
+            raise UserError(
+                f"{where}: the configuration says {name} {getattr(config, name)}, but there are only {len(weights.infos)} tensors; "
+                "they do not belong together"
+            )
 
 
 def taken(mapped: Tensor) -> Tensor:

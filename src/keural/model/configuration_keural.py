@@ -20,6 +20,8 @@ PUBLISHED_IM_END_ID = 131_073
 """Id of ``<|im_end|>`` in the published vocabulary of 131,074 pieces (the last one)."""
 PUBLISHED_BASE_VOCABULARY = 131_072
 """Size of the published vocabulary before the two ChatML ids were added; its texts end with ``</s>``, id 2."""
+_LARGEST_SIZE = 2**31
+"""No size is this large; a configuration that says so is damaged."""
 
 
 def _expert_parallel_plan() -> dict[str, str]:
@@ -132,7 +134,10 @@ class KeuralConfig(PreTrainedConfig):
             "num_experts_per_tok",
             "max_position_embeddings",
         ):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            _require(whole and value < _LARGEST_SIZE, f"{name} must be a whole number below 2^31, got {value!r:.40}")
+            _require(value >= 1, f"{name} must be at least 1, got {value}")
 
     def _check_architecture(self) -> None:
         """Refuse combinations that cannot be built or that would silently mean something else."""

@@ -185,8 +185,8 @@ REFUSED: dict[str, tuple[Callable[[Tensors], object], dict[str, object], str]] =
     "other heads": (lambda t: None, change(num_key_value_heads=4), "mis-shaped: .*k_proj"),
     "other vocabulary": (lambda t: None, change(vocab_size=400), r"embed_tokens.weight \[402, 32\] instead of \[400, 32\]"),
     "absurd layers": (lambda t: None, change(num_hidden_layers=10**6), "says num_hidden_layers 1000000, but there are only 78"),
-    "absurd width": (lambda t: None, change(hidden_size=10**40), "hidden_size must be a whole number below"),
-    "text for a number": (lambda t: None, change(hidden_size="32"), "hidden_size must be a whole number below 2.31, got '32'"),
+    "absurd width": (lambda t: None, change(hidden_size=10**40), "hidden_size must be at least 1, a whole number and below"),
+    "text for a number": (lambda t: None, change(hidden_size="32"), "hidden_size must be .* got '32'"),
     "a vector as embedding": (lambda t: t.update({EMBEDDING: torch.zeros(3)}), SHAPE, r"embed_tokens.weight \[3\] instead of"),
     "impossible": (lambda t: None, change(num_experts_per_tok=9), "num_experts_per_tok"),
     "another architecture": (lambda t: None, change(model_type="mixtral"), "describes a 'mixtral' model"),
@@ -296,7 +296,7 @@ class TestDamage:
         index = {"weight_map": {"norm.weight": "../../other.safetensors"}}
         (source / "model.safetensors.index.json").write_text(json.dumps(index))
 
-        with pytest.raises(UserError, match=r"st/other.safetensors: no such file"):
+        with pytest.raises(UserError, match=r"names '\.\./\.\./other.safetensors', which is not a file beside it"):
             open_checkpoint(source)
 
     @pytest.mark.parametrize(

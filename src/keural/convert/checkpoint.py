@@ -18,12 +18,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from keural.convert.lineage import read_record
 from keural.convert.shards import DTYPES, INDEX
 from keural.convert.weights import TensorInfo, Weights, taken
 from keural.errors import UserError
-from keural.files import read_json
+from keural.files import read_object
 
-LINEAGE = "keural.json"
 CONFIG = "config.json"
 _FLOATS = {name: dtype for dtype, name in DTYPES.items()}
 _PROGRESS = ("step", "epoch", "tokens_processed")
@@ -100,11 +100,13 @@ def weight_files(directory: Path) -> list[Path]:
     """
     index = directory / INDEX
     if index.is_file():
-        places = read_json(index)
-        names = places.get("weight_map") if isinstance(places, dict) else None
+        names = read_object(index).get("weight_map")
         if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
             raise UserError(f"{index}: names no files (weight_map); copy the checkpoint again")
-        return [directory / Path(name).name for name in sorted(set(names.values()))]
+        for name in names.values():
+            if Path(name).name != name:
+                raise UserError(f"{index}: names {name!r}, which is not a file beside it; copy the checkpoint again")
+        return [directory / name for name in sorted(set(names.values()))]
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise UserError(f"{directory}: no *.safetensors file; the weights are missing, copy or train the model again")
@@ -126,18 +128,12 @@ def _open_safetensors(path: Path, verify: bool) -> Checkpoint:
     weights = open_safetensors(weight_files(path) if path.is_dir() else [path])
     directory = path if path.is_dir() else path.parent
     config = _mapping(directory / CONFIG)
-    lineage = _mapping(directory / LINEAGE)
-    return Checkpoint(path, weights, config, ours="keural" in (lineage or {}))
+    return Checkpoint(path, weights, config, ours="keural" in read_record(directory))
 
 
 def _mapping(file: Path) -> dict[str, Any] | None:
     """The JSON object in `file`; None where there is no file. Raises `UserError` when it is not an object."""
-    if not file.is_file():
-        return None
-    value = read_json(file)
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: not a JSON object; the file is damaged, restore it")
-    return value
+    return read_object(file) if file.is_file() else None
 
 
 def _open_pt(path: Path, verify: bool) -> Checkpoint:
@@ -160,11 +156,13 @@ def _open_pt(path: Path, verify: bool) -> Checkpoint:
     state_dict = _state_dict(path, loaded)
     infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in state_dict.items()}
     config = loaded.get("model_config")
+    if config is not None and not isinstance(config, Mapping):
+        raise UserError(f"{path}: its model_config is a {type(config).__name__}, not a mapping; give a configuration with --config")
     progress = {name: loaded[name] for name in _PROGRESS if isinstance(loaded.get(name), int)}
     return Checkpoint(
         path,
         Weights(infos, lambda name: taken(state_dict[name])),
-        config if isinstance(config, Mapping) else _mapping(path.parent / CONFIG),
+        _mapping(path.parent / CONFIG) if config is None else config,
         progress,
     )
 

@@ -87,14 +87,33 @@ def stored_tensors(config: KeuralConfig) -> dict[str, tuple[int, ...]]:
     return {name: info.shape for name, info in weights.infos.items() if not (name == HEAD and config.tie_word_embeddings)}
 
 
-def check_scale(where: Path, config: KeuralConfig, weights: Weights) -> None:
-    """Raise `UserError` when a configuration has more layers or experts than there are tensors, before a list of them is made."""
+def expected_tensors(where: Path, config: KeuralConfig, weights: Weights) -> dict[str, tuple[int, ...]]:
+    """`stored_tensors` of a configuration that comes from a file.
+
+    Raises `UserError` when it has more layers or experts than there are tensors, or when transformers cannot build the network.
+    """
     for name in ("num_hidden_layers", "num_local_experts"):
         if getattr(config, name) > len(weights.infos):
             raise UserError(
                 f"{where}: the configuration says {name} {getattr(config, name)}, but there are only {len(weights.infos)} tensors; "
                 "they do not belong together"
             )
+    try:
+        return stored_tensors(config)
+    except Exception as error:  # whatever transformers makes of values that only it knows
+        raise UserError(f"{where}: no network can be built from its configuration ({str(error).splitlines()[0]})") from error
+
+
+def finite(where: Path, weights: Weights) -> Weights:
+    """The same weights; reading a tensor with an infinity or NaN raises `UserError`."""
+
+    def read(name: str) -> Tensor:
+        tensor = weights.read(name)
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{where}: tensor {name} has values that are not finite; the model is unusable")
+        return tensor
+
+    return replace(weights, read=read)
 
 
 def taken(mapped: Tensor) -> Tensor:

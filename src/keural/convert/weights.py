@@ -4,8 +4,6 @@ In: files, a state dict or a rule. Out: `Weights`: what there is (names, shapes,
 one tensor. Every importer, exporter and writer of this room takes and gives these.
 """
 
-import ctypes
-import mmap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -116,19 +114,18 @@ def finite(where: Path, weights: Weights) -> Weights:
     return replace(weights, read=read)
 
 
-def taken(mapped: Tensor) -> Tensor:
-    """A copy in memory of a tensor that maps a file, whose pages the system may then forget.
+def read_tensor(file: Path, offset: int, info: TensorInfo) -> Tensor:
+    """The values that begin at byte `offset` of `file`, in row-major order.
 
-    Without forgetting them the resident memory of a process that reads through a large file grows to the size of the file.
-    `mapped` must be a mapping of a file, unchanged since: anonymous memory would lose its values.
+    The file is read and not mapped: a mapping that PyTorch may write to counts as memory, so that a checkpoint larger than the
+    memory could not be opened, and pages that were read stay resident. Raises `UserError` when the file ends too early.
     """
-    copy = mapped.clone(memory_format=torch.contiguous_format)
-    start, length = mapped.data_ptr(), mapped.numel() * mapped.element_size()
-    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-    end = (start + length) // mmap.PAGESIZE * mmap.PAGESIZE
-    if end > first and mapped.is_contiguous():
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
-    return copy
+    data = bytearray(info.nbytes)
+    with file.open("rb") as stream:
+        stream.seek(offset)
+        if stream.readinto(data) != len(data):
+            raise UserError(f"{file}: is damaged (it ends within a tensor); copy it again")
+    return torch.frombuffer(data, dtype=info.dtype).view(info.shape) if data else torch.empty(info.shape, dtype=info.dtype)
 
 
 def data_bytes(tensor: Tensor) -> memoryview:

@@ -11,7 +11,7 @@ In a store of kind "pairs" sequence 2k is the chosen and 2k+1 the rejected side 
 
 import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal, Self
@@ -91,24 +91,44 @@ class StoreWriter:
         self, tokens: Sequence[int] | NDArray[np.integer], loss_mask: Sequence[int] | NDArray[np.integer] | None = None
     ) -> None:
         """Append one sequence of at least one token; `loss_mask` (0 or 1 per token) exactly where the kind has one."""
-        ids = np.asarray(tokens, dtype=TOKEN)
+        self.add_many(tokens, [len(tokens)], loss_mask)
+
+    def add_many(
+        self,
+        tokens: Sequence[int] | NDArray[np.integer],
+        lengths: Sequence[int] | NDArray[np.integer],
+        loss_mask: Sequence[int] | NDArray[np.integer] | None = None,
+    ) -> None:
+        """Append the sequences of `lengths` that stand one after another in `tokens`; the same bytes as one `add` for each."""
+        ids, ends = np.asarray(tokens, dtype=TOKEN), np.cumsum(np.asarray(lengths, dtype=np.int64))
         assert ids.ndim == 1
-        assert ids.size > 0, "a sequence needs at least one token"
-        assert int(ids.max()) < self.vocab_size, "a token id is outside the vocabulary"
+        assert ends.size == 0 or min(lengths) > 0, "a sequence needs at least one token"
+        assert ids.size == (int(ends[-1]) if ends.size else 0), "the lengths are those of the tokens"
+        assert ids.size == 0 or int(ids.max()) < self.vocab_size, "a token id is outside the vocabulary"
         assert (loss_mask is None) == (self.kind == "documents"), "conversations and pairs have a loss mask, documents have none"
+        mask = None if loss_mask is None else np.asarray(loss_mask, dtype=np.uint8)
+        assert mask is None or mask.shape == ids.shape
+        assert mask is None or mask.size == 0 or mask.max() <= 1, "the loss mask has one 0 or 1 per token"
+        first, start = 0, 0
+        while first < ends.size:  # one turn per shard that is written to
+            room = self.shard_tokens - self._tokens
+            last = min(int(np.searchsorted(ends, start + room, side="left")) + 1, ends.size)
+            stop = int(ends[last - 1])
+            self._write(ids[start:stop], ends[first:last] - start, None if mask is None else mask[start:stop])
+            first, start = last, stop
+
+    def _write(self, ids: NDArray[np.uint32], ends: NDArray[np.int64], mask: NDArray[np.uint8] | None) -> None:
+        """Append sequences that end at `ends` within `ids` to the open shard."""
         if not self._open:
             self._start_shard()
-        self._tokens += ids.size
-        self._sequences += 1
-        self._longest = max(self._longest, ids.size)
         self._open["ds"].write(ids.tobytes())
-        self._open["ds.index"].write(np.array(self._tokens, dtype=END).tobytes())
-        if loss_mask is not None:
-            mask = np.asarray(loss_mask, dtype=np.uint8)
-            assert mask.shape == ids.shape
-            assert mask.max() <= 1, "the loss mask has one 0 or 1 per token"
+        self._open["ds.index"].write((self._tokens + ends).astype(END).tobytes())
+        if mask is not None:
             self._trained += int(mask.sum())
             self._open["ds.loss"].write(mask.tobytes())
+        self._longest = max(self._longest, int(np.diff(ends, prepend=0).max()))
+        self._sequences += ends.size
+        self._tokens += ids.size
         if self._tokens >= self.shard_tokens:
             self._end_shard()
 
@@ -249,7 +269,12 @@ class TokenStore:
 
     def lengths(self) -> NDArray[np.int64]:
         """Number of tokens of every sequence ``[num_sequences]``."""
-        return np.concatenate([np.diff(ends.astype(np.int64), prepend=0) for ends in self._ends])
+        return np.concatenate(list(self.iter_lengths()))
+
+    def iter_lengths(self) -> Iterator[NDArray[np.int64]]:
+        """The same, shard by shard."""
+        for ends in self._ends:
+            yield np.diff(ends.astype(np.int64), prepend=0)
 
     def read(self, start: int, stop: int) -> NDArray[np.uint32]:
         """The tokens at flat positions ``start..stop-1``, cut at the end of the store."""

@@ -11,6 +11,7 @@ In a store of kind "pairs" sequence 2k is the chosen and 2k+1 the rejected side 
 
 import contextlib
 import hashlib
+import mmap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -172,13 +173,13 @@ class StoreWriter:
             "files": self._files,
             **self.meta,
         }
-        manifest["fingerprint"] = _content_fingerprint(manifest)
+        manifest["fingerprint"] = content_fingerprint(manifest)
         write_json(self.directory / "manifest.json", manifest)
         self._closed = True
 
 
-def _content_fingerprint(manifest: dict[str, Any]) -> str:
-    """Of what the store holds, whatever its sources were called."""
+def content_fingerprint(manifest: dict[str, Any]) -> str:
+    """The fingerprint of what the store holds, whatever its sources were called."""
     sums = {name: file["sha256"] for name, file in manifest["files"].items()}
     return fingerprint([manifest["kind"], manifest["vocab_size"], manifest["tokenizer_sha256"], sums])
 
@@ -281,6 +282,14 @@ class TokenStore:
         parts = [self._tokens[shard][low:high] for shard, low, high in self._shard_ranges(start, stop)]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint32)
 
+    def forget_pages(self) -> None:
+        """Take the pages that were read out of this process's memory (they stay in the system's cache), so that a store of any size
+        costs what one batch touches.
+        """
+        for parts in (self._tokens, self._ends, self._loss):
+            for part in parts:
+                part._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[union-attr]
+
     def spans(self, start: int, stop: int) -> tuple[int, NDArray[np.int64]]:
         """The sequences that overlap flat positions ``start..stop-1``: the first one's number, and where each ends (flat,
         exclusive).
@@ -315,7 +324,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
             raise UserError(
                 f"{path}: format {manifest['format']!r} version {manifest['version']!r} is not known; prepare the data again"
             )
-        if manifest["fingerprint"] != _content_fingerprint(manifest):
+        if manifest["fingerprint"] != content_fingerprint(manifest):
             raise UserError(f"{path}: damaged (its fingerprint does not match); delete {directory} and prepare the data again")
         return dict(manifest)
     except (KeyError, TypeError, AttributeError) as error:

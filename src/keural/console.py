@@ -101,6 +101,15 @@ def print_data(workspace: Workspace) -> None:
                 console.print(f"warning: {row['warning']}", markup=False)
 
 
+def print_counts(title: str, counts: Mapping[str, int]) -> None:
+    """A title and named counts, one a line."""
+    console = Console(highlight=False)
+    console.print(title, markup=False, soft_wrap=True)
+    width = max(len(f"{count:,}") for count in counts.values())
+    for name, count in counts.items():
+        console.print(f"  {count:>{width},}  {name.replace('_', ' ')}", markup=False)
+
+
 def show_batch(workspace: Workspace, stage: StageSpec, step: int, rows: int) -> None:
     """Print the first rows of the batch of `step`: trained tokens are underlined, documents of a row are apart."""
     console = Console(highlight=False)

@@ -25,15 +25,29 @@ class Splitter:
 
     def side(self, record: Record, heldout_source: bool = False) -> Side | Drop:
         """The side of a record; a drop when it is a duplicate, or asks what a held-out source asks."""
-        exact, asked = _digest(_exact(record)), _digest(_asked(record))
+        exact = _digest_of_parts(_exact(record))
         if exact in self._seen:
             return Drop("duplicate", record.where)
+        if not (self._threshold or self._heldout or heldout_source):  # nothing is held out, so what is asked decides nothing
+            self._seen.add(exact)
+            return "train"
+        asked = _digest(_asked(record))
         if heldout_source:
             self._heldout.add(asked)
         elif asked in self._heldout:
             return Drop("held_out", record.where)
         self._seen.add(exact)
         return "heldout" if heldout_source or int.from_bytes(asked[:8], "big") < self._threshold else "train"
+
+
+def _digest_of_parts(parts: list[str]) -> bytes:
+    """Of the parts as they are, each after its length; several times faster than their JSON."""
+    digest = blake2b(digest_size=16, person=b"keural-seen")
+    for part in parts:
+        content = part.encode("utf-8")
+        digest.update(len(content).to_bytes(8, "little"))
+        digest.update(content)
+    return digest.digest()
 
 
 def _digest(content: list[str]) -> bytes:

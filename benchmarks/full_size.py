@@ -49,7 +49,9 @@ def run(arguments: list[str], made: Path) -> Step:
         raise SystemExit(f"failed: keural {' '.join(arguments)}")
     files = [made] if made.is_file() else [file for file in made.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
-    return Step(" ".join(arguments), time.monotonic() - started, usage.ru_maxrss * 1024 / 1e9, size / 1e9)
+    step = Step(" ".join(arguments), time.monotonic() - started, usage.ru_maxrss * 1024 / 1e9, size / 1e9)
+    print(step, file=sys.stderr, flush=True)  # a later step may fail
+    return step
 
 
 def time_file(directory: Path, tokens: int, rounds: int) -> str:
@@ -85,9 +87,13 @@ def time_file(directory: Path, tokens: int, rounds: int) -> str:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
         engine._claimed_ids = []
 
+        batch = llama_cpp.llama_n_batch(context)
+
         def step(ids: list[int]) -> int:
-            array = (llama_cpp.llama_token * len(ids))(*ids)
-            assert llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(ids))) == 0
+            for start in range(0, len(ids), batch):
+                part = ids[start : start + batch]
+                array = (llama_cpp.llama_token * len(part))(*part)
+                assert llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(part))) == 0
             return int(llama_cpp.llama_sampler_sample(sampler, context, ctypes.c_int32(-1)))
 
         started = time.perf_counter()
@@ -134,6 +140,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="recipes/keural-14b-published")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quantize", default="q8_0,q4_k_m", help="GGUF formats, with commas")
     parser.add_argument("--time-only", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.time_only:
@@ -143,7 +150,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     base, steps, rates = work / "base", [], []
     steps.append(run(["init", options.recipe, str(base), *options.overrides], base))
-    for quantize in ("q8_0", "q4_k_m"):
+    for quantize in options.quantize.split(","):
         out = work / quantize
         steps.append(run(["export", str(base), str(out), "--format", "gguf", "--quantize", quantize], out))
         chat = ["generate", str(out), "--engine", "llama.cpp", "--prompt", PROMPT, "--max-new-tokens", "32"]
@@ -151,6 +158,7 @@ def main() -> None:
         again = [sys.executable, __file__, str(work), "--tokens", str(options.tokens), "--rounds", str(options.rounds)]
         done = subprocess.run([*again, "--time-only", str(out)], stdout=subprocess.PIPE, text=True, check=True)
         rates.append(done.stdout.strip())
+        print(rates[-1], file=sys.stderr, flush=True)
         shutil.rmtree(out)
     pt, back = work / "pt", work / "again"
     steps.append(run(["export", str(base), str(pt), "--format", "pt"], pt))

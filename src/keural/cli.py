@@ -46,6 +46,7 @@ MaxNewTokens = Annotated[int | None, typer.Option(min=1, help=f"({DEFAULT}, 256)
 Seed = Annotated[int | None, typer.Option(help="repeatable sampling")]
 EngineName = Annotated[str | None, typer.Option("--engine", help="transformers or llama.cpp (default: what the path holds)")]
 Threads = Annotated[int | None, typer.Option(min=1, help="threads to compute with (default: the engine's choice)")]
+DataFormat = Annotated[str, typer.Option("--format", help="published (keural_NNN.bin, .idx, .meta; import only) or megatron")]
 JamoStyle = Annotated[
     Jamo, typer.Option(help="published tokenizer: letters that stand alone as typed (ㅋㅋㅋ), or as they are decoded (ᄏᄏᄏ)")
 ]
@@ -229,6 +230,43 @@ def data_prepare(recipe: RecipeDir, overrides: Overrides = None, out: Out = None
     loaded, directory = _recipe(recipe, overrides, out)
     pipeline.check_inputs(loaded, loaded.stages, directory)
     console.print_data(pipeline.prepare_all(loaded, loaded.stages, directory))
+
+
+@data_app.command("import")
+def data_import(
+    source: Annotated[Path, typer.Argument(help="directory or file with tokenised data")],
+    store: Annotated[Path, typer.Argument(help="token store to write; must not exist, or be empty")],
+    format_name: DataFormat,
+    tokenizer: Annotated[Path, typer.Option(help="the tokenizer the data was made with: a .model file or a directory")],
+    restore_lost: Annotated[
+        bool, typer.Option(help="published: give the lost first token of each shard back as BOS (it was one by the packing rule)")
+    ] = True,
+    license: Annotated[str | None, typer.Option(help="licence of the data, for the manifest")] = None,
+) -> None:
+    """Turn tokenised data of another format into a token store; print what it held and what was lost."""
+    from keural import console
+    from keural.data.importing import ImportOptions, import_tokens
+    from keural.tokenizer import KeuralTokenizer
+
+    with console.byte_progress(f"import {source}") as advance:
+        options = ImportOptions(restore_lost, license)
+        counts = import_tokens(source, store, format_name, KeuralTokenizer.load(tokenizer), options, advance)
+    console.print_counts(f"{store}: imported from {source} ({format_name})", counts)
+
+
+@data_app.command("export")
+def data_export(
+    store: Annotated[Path, typer.Argument(help="token store directory")],
+    out: Annotated[Path, typer.Argument(help="directory to write; must not exist, or be empty")],
+    format_name: DataFormat,
+) -> None:
+    """Write a token store of documents as other trainers read it."""
+    from keural.data.importing import export_tokens
+    from keural.data.store import TokenStore
+
+    opened = TokenStore.open(store)
+    export_tokens(opened, out, format_name)
+    print(f"{out}: {opened.num_sequences:,} documents, {opened.num_tokens:,} tokens, written as {format_name}")
 
 
 @data_app.command("stats")

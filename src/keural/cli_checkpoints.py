@@ -9,6 +9,8 @@ import typer
 
 from keural.errors import UserError, nearest
 
+MAX_SHARD_GB = 1_000_000
+
 app = typer.Typer(no_args_is_help=True)
 
 NewDir = Annotated[Path, typer.Argument(help="directory to write; must not exist, or be empty")]
@@ -61,6 +63,8 @@ def export(
     from keural.convert.export import ExportOptions
     from keural.convert.export import export as write
 
+    if shard_gb is not None and not shard_gb < MAX_SHARD_GB:
+        raise UserError(f"--shard-gb {shard_gb}: give a number of gigabytes below {MAX_SHARD_GB:,}")
     options = ExportOptions(quantize, license, None if shard_gb is None else int(shard_gb * 1e9))
     with byte_progress(f"export {directory}") as advance:
         written = write(directory, out, format, options, advance)

@@ -1,7 +1,4 @@
-"""
-
-hat the commands print: the end of a run, the data table, the batch of a step, what a model is, how far a conversion has come.
-"""
+"""What the commands print: the end of a run, the data table, the batch of a step, what a model is, how far a conversion is."""
 
 import contextlib
 import sys
@@ -20,6 +17,7 @@ from keural.errors import UserError
 from keural.files import read_json
 from keural.pipeline import Outcome, Workspace, open_stream
 from keural.recipe import StageSpec
+from keural.serve.text import printable
 
 
 def print_ending(outcome: Outcome, arguments: str) -> None:
@@ -111,6 +109,15 @@ def print_data(workspace: Workspace) -> None:
                 )
 
 
+def print_counts(title: str, counts: Mapping[str, int]) -> None:
+    """A title and named counts, one a line."""
+    console = Console(highlight=False)
+    console.print(title, markup=False, soft_wrap=True)
+    width = max(len(f"{count:,}") for count in counts.values())
+    for name, count in counts.items():
+        console.print(f"  {count:>{width},}  {name.replace('_', ' ')}", markup=False)
+
+
 def show_batch(workspace: Workspace, stage: StageSpec, step: int, rows: int) -> None:
     """Print the first rows of the batch of `step`: trained tokens are underlined, documents of a row are apart."""
     console = Console(highlight=False)
@@ -171,10 +178,10 @@ def print_inspection(values: Mapping[str, Any]) -> None:
             console.print(f"{name}: {_number(value)}", markup=False, soft_wrap=True)
     lineage = values.get("lineage", {})
     if lineage:
-        console.print(f"lineage: {' -> '.join(lineage.get('chain', []))}", markup=False, soft_wrap=True)
+        console.print(printable(f"lineage: {' -> '.join(lineage.get('chain', []))}"), markup=False, soft_wrap=True)
         for name in ("recipe", "stage", "source", "fingerprint", "keural", "transformers"):
             if name in lineage:
-                console.print(f"  {name}: {lineage[name]}", markup=False, soft_wrap=True)
+                console.print(printable(f"  {name}: {lineage[name]}"), markup=False, soft_wrap=True)
     if values.get("ledger"):
         console.print(_ledger_table(values["ledger"]))
 
@@ -190,4 +197,4 @@ def _ledger_table(entries: list[dict[str, str]]) -> Table:
 
 
 def _number(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else printable(str(value))

@@ -6,6 +6,7 @@ mistake can cause is an `assert` or an ordinary exception.
 """
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -13,7 +14,9 @@ class UserError(Exception):
     """A mistake the user can mend; `str(error)` is one line: what, where, what to do."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        line = " ".join(message.split())
+        # What the message quotes may come from a stranger's file, and a terminal obeys escape sequences.
+        super().__init__("".join(character for character in line if unicodedata.category(character) != "Cc"))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

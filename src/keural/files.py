@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,14 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not valid JSON ({error}); the file is damaged, delete it or restore it") from error
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises `UserError` when it is missing, not JSON or another value."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object; the file is damaged, restore it")
+    return value
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     write_atomic(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
@@ -63,9 +72,13 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 def check_new(path: Path, needed: int = 0) -> None:
     """Raise `UserError` unless `path` can become a new directory of about `needed` bytes: not there, or empty, and room for it."""
+    if path.is_symlink() or path.is_mount() or path.resolve() == Path.cwd():
+        raise UserError(f"{path}: a link, a mount point or the current directory; name a new directory inside it")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: exists and is not empty; choose another directory")
     parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"{path}: {parent} is not a directory that can be written to; choose another place")
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise UserError(
@@ -77,11 +90,11 @@ def check_new(path: Path, needed: int = 0) -> None:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Give a temporary directory that becomes `path` when the block ends well, and vanishes when it does not.
 
-    A directory left behind by a killed process under the temporary name is removed first; an existing `path` is replaced at the
-    end. Raises `UserError` when the disk refuses a write inside the block.
+    The temporary name holds the number of the process; those that killed processes left behind are removed first. An existing
+    `path` is replaced at the end. Raises `UserError` when the disk refuses a write inside the block.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    _remove_abandoned(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -95,3 +108,22 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove temporary directories for `path` of processes that no longer run."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.tmp")
+    for found in path.parent.iterdir() if path.parent.is_dir() else ():
+        match = pattern.fullmatch(found.name)
+        if match and found.is_dir() and not _runs(int(match[1])):
+            shutil.rmtree(found, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()

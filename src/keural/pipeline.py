@@ -19,7 +19,8 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from keural.convert.hf import check_sums, save_model_directory
+from keural.convert.hf import save_model_directory
+from keural.convert.lineage import check_sums
 from keural.data.prepare import Prepared, check_sources, iter_texts, prepare, used_sources
 from keural.data.sources import FileHashes, content_of
 from keural.data.store import TokenStore

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from keural.errors import UserError, nearest
 
-SpecT = TypeVar("SpecT", bound="Spec")
+SpecT = TypeVar("SpecT", bound=BaseModel)
 Objective = Literal["next_token", "sft", "dpo"]
 GateAction = Literal["drop", "count", "skip"]
 """What becomes of a record that a gate finds: it is dropped, or kept and counted, or the gate does not look at all."""
@@ -363,8 +363,8 @@ def load_recipe(directory: Path, overrides: Iterable[str] = ()) -> Recipe:
     stage_data = {name: _read_yaml(directory / f"{name}.yaml") for name in names}
     for override in overrides:
         _apply_override(override, recipe_data, stage_data, recipe_file)
-    spec = _validate(RecipeSpec, recipe_data, recipe_file)
-    stages = tuple(_validate(StageSpec, data, directory / f"{name}.yaml") for name, data in stage_data.items())
+    spec = validate(RecipeSpec, recipe_data, recipe_file)
+    stages = tuple(validate(StageSpec, data, directory / f"{name}.yaml") for name, data in stage_data.items())
     recipe = Recipe(spec, stages, directory)
     _check_stages(recipe)
     return recipe
@@ -474,7 +474,8 @@ def _set(data: dict[str, Any], key: str, value: Any, override: str) -> None:
     data[last] = value
 
 
-def _validate(kind: type[SpecT], data: dict[str, Any], file: Path) -> SpecT:
+def validate(kind: type[SpecT], data: dict[str, Any], file: Path) -> SpecT:
+    """`data`, read from `file`, as a typed object. Raises `UserError` naming the file and the worst key."""
     try:
         return kind.model_validate(data)
     except ValidationError as error:
@@ -484,7 +485,7 @@ def _validate(kind: type[SpecT], data: dict[str, Any], file: Path) -> SpecT:
         raise UserError(f"{file}: {_describe(worst, kind)}") from error
 
 
-def _describe(error: Any, kind: type[Spec]) -> str:
+def _describe(error: Any, kind: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"unknown key {key!r}{nearest(re.sub(r'[.][0-9]+[.]', '.', key), _keys(kind))}"

@@ -180,7 +180,7 @@ def test_a_model_that_a_format_cannot_hold_is_refused(
     source = save_model_directory(tmp_path / "m", config, KeuralMoECausalLM(config).state_dict(), tokenizer, {})
 
     if format_name in refusing:
-        with pytest.raises(UserError, match=r"cannot be exported|can be written|needs sliding_window"):
+        with pytest.raises(UserError, match="cannot be exported"):
             export(source, tmp_path / "out", format_name, ExportOptions())
         assert not (tmp_path / "out").exists()
     else:

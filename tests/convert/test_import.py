@@ -4,12 +4,14 @@ import json
 import pickle
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from published_model import SHAPE, PublishedModel, Tensors, as_safetensors, our_names, training_checkpoint
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from keural.convert.checkpoint import open_checkpoint
 from keural.convert.export import ExportOptions, export
@@ -184,6 +186,10 @@ REFUSED: dict[str, tuple[Callable[[Tensors], object], dict[str, object], str]] =
     "other experts": (lambda t: None, change(num_local_experts=5), "missing: .*experts.4"),
     "other heads": (lambda t: None, change(num_key_value_heads=4), "mis-shaped: .*k_proj"),
     "other vocabulary": (lambda t: None, change(vocab_size=400), r"embed_tokens.weight \[402, 32\] instead of \[400, 32\]"),
+    "absurd layers": (lambda t: None, change(num_hidden_layers=10**6), "says num_hidden_layers 1000000, but there are only 78"),
+    "absurd width": (lambda t: None, change(hidden_size=10**40), "hidden_size must be at least 1, a whole number and below"),
+    "text for a number": (lambda t: None, change(hidden_size="32"), "hidden_size must be .* got '32'"),
+    "a vector as embedding": (lambda t: t.update({EMBEDDING: torch.zeros(3)}), SHAPE, r"embed_tokens.weight \[3\] instead of"),
     "impossible": (lambda t: None, change(num_experts_per_tok=9), "num_experts_per_tok"),
     "another architecture": (lambda t: None, change(model_type="mixtral"), "describes a 'mixtral' model"),
 }
@@ -248,6 +254,22 @@ class TestDamage:
             open_checkpoint(tmp_path / "plain.pt")
         assert not (tmp_path / "ran").exists()
 
+    @pytest.mark.parametrize("kind", ["meta", "sparse", "quantized"])
+    def test_tensors_without_plain_values(
+        self, tmp_path: Path, state_dict: Tensors, kind: str, recwarn: pytest.WarningsRecorder
+    ) -> None:
+        made = {
+            "meta": lambda: torch.zeros(32, device="meta"),
+            "sparse": lambda: torch.zeros(32).to_sparse(),
+            "quantized": lambda: torch.quantize_per_tensor(torch.zeros(32), 0.1, 0, torch.qint8),
+        }
+        torch.save(state_dict | {"norm.weight": made[kind]()}, tmp_path / "c.pt")
+        recwarn.clear()
+
+        with pytest.raises(UserError, match=r"has a shape but no values|is of type|tensors of unusual types"):
+            open_checkpoint(tmp_path / "c.pt")
+        assert not recwarn.list
+
     def test_truncated_safetensors(self, tmp_path: Path, state_dict: Tensors) -> None:
         file = as_safetensors(tmp_path / "st", state_dict, SHAPE) / "model.safetensors"
         for kept in (0, 5, 200, file.stat().st_size - 1):
@@ -276,7 +298,7 @@ class TestDamage:
         index = {"weight_map": {"norm.weight": "../../other.safetensors"}}
         (source / "model.safetensors.index.json").write_text(json.dumps(index))
 
-        with pytest.raises(UserError, match=r"st/other.safetensors: no such file"):
+        with pytest.raises(UserError, match=r"names '\.\./\.\./other.safetensors', which is not a file beside it"):
             open_checkpoint(source)
 
     @pytest.mark.parametrize(
@@ -287,6 +309,32 @@ class TestDamage:
 
         with pytest.raises(UserError, match=name):
             open_checkpoint(tmp_path / name)
+
+    def test_a_compressed_pt_is_not_read_as_if_it_were_plain(self, tmp_path: Path, published_pt: Path) -> None:
+        with zipfile.ZipFile(published_pt) as plain, zipfile.ZipFile(tmp_path / "c.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+            for record in plain.infolist():
+                packed.writestr(record.filename, plain.read(record))
+
+        with pytest.raises(UserError, match="its records are compressed"):
+            open_checkpoint(tmp_path / "c.pt")
+
+    @pytest.mark.parametrize("form", ["pt", "safetensors"])
+    def test_a_file_larger_than_the_memory_can_be_opened(self, tmp_path: Path, form: str) -> None:
+        """A sparse file stands for it: what counts is that nothing maps it or makes room for it."""
+        rows = 2**36
+        if form == "safetensors":
+            header = json.dumps({"a": {"dtype": "F32", "shape": [rows, 4], "data_offsets": [0, rows * 16]}}).encode()
+            with (tmp_path / "big.safetensors").open("wb") as file:
+                file.write(len(header).to_bytes(8, "little") + header)
+                file.truncate(8 + len(header) + rows * 16)
+        else:
+            with FakeTensorMode():
+                tensors = {"a": torch.empty(rows, 4)}
+            with torch.serialization.skip_data(materialize_fake_tensors=True):
+                torch.save(tensors, tmp_path / "big.pt")
+
+        opened = open_checkpoint(next(tmp_path.glob("big.*")), verify=False)
+        assert opened.weights.infos["a"].shape == (rows, 4)
 
     def test_directories_without_or_with_several(self, tmp_path: Path, state_dict: Tensors) -> None:
         with pytest.raises(UserError, match="holds no checkpoint"):

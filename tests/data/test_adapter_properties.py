@@ -103,7 +103,7 @@ def check(source: SourceSpec, row: Any, tokenizer: KeuralTokenizer) -> list[Any]
             continue
         assert isinstance(result, Encoded)
         for ids, mask in result.sequences:
-            assert ids
+            assert len(ids) > 0
             assert mask is None or (any(mask) and len(mask) == len(ids))
         if isinstance(record, Conversation):
             assert any(render(tokenizer, record.messages).mask)

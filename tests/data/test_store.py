@@ -51,6 +51,27 @@ def test_sequences_masks_and_flat_ranges_come_back(
     assert (first, span_ends.tolist()) == (overlapping[0], [int(ends[index]) for index in overlapping])
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=30),
+    cuts=st.lists(st.integers(0, 30), max_size=4),
+    shard_tokens=st.integers(1, 100),
+)
+def test_sequences_added_together_give_the_same_files(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], cuts: list[int], shard_tokens: int
+) -> None:
+    work = tmp_path_factory.mktemp("store")
+    sequences = np.split(np.arange(sum(lengths)) % 512, np.cumsum(lengths)[:-1])
+    write_documents(work / "one", [sequence.tolist() for sequence in sequences], shard_tokens)
+    meta = {"sources": [{"source": "s", "license": "MIT"}]}
+    with StoreWriter(work / "many", SHA, 512, "documents", meta, shard_tokens) as writer:
+        for part in np.split(np.arange(len(sequences)), sorted(min(cut, len(sequences)) for cut in cuts)):
+            tokens = np.concatenate([sequences[index] for index in part]) if part.size else np.zeros(0, dtype=np.uint32)
+            writer.add_many(tokens, [lengths[index] for index in part])
+    one, many = ({path.name: path.read_bytes() for path in (work / name).iterdir()} for name in ("one", "many"))
+    assert one == many
+
+
 def test_the_files_are_datatroves_layout(tmp_path: Path) -> None:
     write_documents(tmp_path / "store", shard_tokens=7)
     store = TokenStore.open(tmp_path / "store")

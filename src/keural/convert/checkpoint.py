@@ -7,6 +7,7 @@ refused.
 """
 
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,17 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from keural.convert.shards import DTYPES, INDEX
-from keural.convert.weights import TensorInfo, Weights, taken
+from keural.convert.lineage import read_record
+from keural.convert.shards import DTYPES, INDEX, read_header
+from keural.convert.weights import TensorInfo, Weights, read_tensor
 from keural.errors import UserError
-from keural.files import read_json
+from keural.files import read_object
 
-LINEAGE = "keural.json"
 CONFIG = "config.json"
-_FLOATS = {name: dtype for dtype, name in DTYPES.items()}
 _PROGRESS = ("step", "epoch", "tokens_processed")
 
 
@@ -71,25 +71,19 @@ def open_safetensors(files: Sequence[Path]) -> Weights:
     Raises `UserError` when a file is missing or damaged, a name occurs twice, or a tensor is not of a floating-point type.
     """
     infos: dict[str, TensorInfo] = {}
-    places: dict[str, Any] = {}
+    places: dict[str, tuple[Path, int]] = {}
     for file in files:
         if not file.is_file():
             raise UserError(f"{file}: no such file; the weights are incomplete, copy or train the model again")
         try:
-            opened = safe_open(file, framework="pt")
-            names = opened.offset_keys()
-            found = {name: opened.get_slice(name) for name in names}
-            kinds = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in found.items()}
-        except (SafetensorError, OSError) as error:
+            tensors = read_header(file)
+        except (ValueError, OSError, RecursionError) as error:
             raise UserError(f"{file}: is damaged ({error}); copy or train the model again") from error
-        for name, (shape, dtype) in kinds.items():
+        for name, (info, offset) in tensors.items():
             if name in infos:
                 raise UserError(f"{file}: tensor {name} is in another file of the checkpoint, too; remove the files left over")
-            if dtype not in _FLOATS:
-                raise UserError(f"{file}: tensor {name} is of type {dtype}; only {', '.join(_FLOATS)} can be read")
-            infos[name] = TensorInfo(shape, _FLOATS[dtype])
-        places |= dict.fromkeys(names, opened)
-    return Weights(infos, lambda name: taken(places[name].get_tensor(name)))
+            infos[name], places[name] = info, (file, offset)
+    return Weights(infos, lambda name: read_tensor(*places[name], infos[name]))
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -99,11 +93,13 @@ def weight_files(directory: Path) -> list[Path]:
     """
     index = directory / INDEX
     if index.is_file():
-        places = read_json(index)
-        names = places.get("weight_map") if isinstance(places, dict) else None
+        names = read_object(index).get("weight_map")
         if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
             raise UserError(f"{index}: names no files (weight_map); copy the checkpoint again")
-        return [directory / Path(name).name for name in sorted(set(names.values()))]
+        for name in names.values():
+            if Path(name).name != name:
+                raise UserError(f"{index}: names {name!r}, which is not a file beside it; copy the checkpoint again")
+        return [directory / name for name in sorted(set(names.values()))]
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise UserError(f"{directory}: no *.safetensors file; the weights are missing, copy or train the model again")
@@ -125,18 +121,12 @@ def _open_safetensors(path: Path, verify: bool) -> Checkpoint:
     weights = open_safetensors(weight_files(path) if path.is_dir() else [path])
     directory = path if path.is_dir() else path.parent
     config = _mapping(directory / CONFIG)
-    lineage = _mapping(directory / LINEAGE)
-    return Checkpoint(path, weights, config, ours="keural" in (lineage or {}))
+    return Checkpoint(path, weights, config, ours="keural" in read_record(directory))
 
 
 def _mapping(file: Path) -> dict[str, Any] | None:
     """The JSON object in `file`; None where there is no file. Raises `UserError` when it is not an object."""
-    if not file.is_file():
-        return None
-    value = read_json(file)
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: not a JSON object; the file is damaged, restore it")
-    return value
+    return read_object(file) if file.is_file() else None
 
 
 def _open_pt(path: Path, verify: bool) -> Checkpoint:
@@ -144,41 +134,57 @@ def _open_pt(path: Path, verify: bool) -> Checkpoint:
         raise UserError(
             f"{path}: not a whole PyTorch checkpoint (cut off, older than PyTorch 1.6, or another format); copy it again"
         )
-    if verify:
-        _check_records(path)
+    _check_records(path, verify)
     try:
-        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        # Fake tensors have no values, but their storages know where in the file theirs are.
+        with warnings.catch_warnings(action="ignore"), FakeTensorMode():
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: holds objects other than tensors and plain values; reading them would run code from the file, so "
             "it is refused"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: is damaged ({str(error).splitlines()[0]}); copy it again") from error
+    except Exception as error:  # a damaged archive makes PyTorch stumble in many ways
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: is damaged or holds tensors of unusual types ({reason[:200]}); copy it again") from error
     state_dict = _state_dict(path, loaded)
     infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in state_dict.items()}
     config = loaded.get("model_config")
+    if config is not None and not isinstance(config, Mapping):
+        raise UserError(f"{path}: its model_config is a {type(config).__name__}, not a mapping; give a configuration with --config")
     progress = {name: loaded[name] for name in _PROGRESS if isinstance(loaded.get(name), int)}
     return Checkpoint(
         path,
-        Weights(infos, lambda name: taken(state_dict[name])),
-        config if isinstance(config, Mapping) else _mapping(path.parent / CONFIG),
+        Weights(infos, lambda name: _read_from_archive(path, state_dict[name])),
+        _mapping(path.parent / CONFIG) if config is None else config,
         progress,
     )
 
 
-def _check_records(path: Path) -> None:
-    """Compare every record of a `.pt` with its checksum. Raises `UserError`."""
+def _read_from_archive(path: Path, fake: Tensor) -> Tensor:
+    """The values of a tensor of a `.pt`, of which `fake` says storage, place in the storage, and shape."""
+    storage: Any = fake.untyped_storage()
+    width = fake.element_size()
+    begin = int(storage._checkpoint_offset)
+    if fake.is_contiguous():
+        return read_tensor(path, begin + int(fake.storage_offset()) * width, TensorInfo(tuple(fake.shape), fake.dtype))
+    whole = read_tensor(path, begin, TensorInfo((int(storage.nbytes()) // width,), fake.dtype))
+    return whole.as_strided(fake.shape, fake.stride(), fake.storage_offset()).contiguous()
+
+
+def _check_records(path: Path, verify: bool) -> None:
+    """Raise `UserError` when a record of a `.pt` is compressed or, with `verify`, does not match its checksum."""
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                raise UserError(f"{path}: its records are compressed, which PyTorch does not write; save it with torch.save")
+            damaged = archive.testzip() if verify else None
     except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError) as error:
         raise UserError(f"{path}: is damaged ({error}); copy it again") from error
     if damaged is not None:
         raise UserError(
-            f"{path}: record {damaged} does not match its checksum, the file is damaged or was changed; copy it again, "
-            "or read it as it "
-            "is with --no-verify"
+            f"{path}: record {damaged} does not match its checksum, the file is damaged or was changed; copy it again, or read it "
+            "as it is with --no-verify"
         )
 
 
@@ -192,9 +198,11 @@ def _state_dict(path: Path, loaded: Any) -> dict[str, Tensor]:
             raise UserError(
                 f"{path}: {str(name)[:80]!r} is not a named tensor; the weights must be under 'model' or alone in the file"
             )
+        if tensor.is_meta:
+            raise UserError(f"{path}: tensor {name} has a shape but no values; save the model after its weights were loaded")
         if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
             raise UserError(
-                f"{path}: tensor {name} is of type {tensor.dtype}, {tensor.layout}; only {', '.join(_FLOATS)} can be read"
+                f"{path}: tensor {name} is of type {tensor.dtype}, {tensor.layout}; only {', '.join(DTYPES.values())} can be read"
             )
     if not state_dict:
         raise UserError(f"{path}: holds no tensors")

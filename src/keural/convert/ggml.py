@@ -26,6 +26,9 @@ from keural.model import KeuralConfig
 _ROWS = 512
 """Rows that one thread converts at a time."""
 _BY_PYTHON = frozenset({GgmlType.F32, GgmlType.F16, GgmlType.BF16, GgmlType.Q8_0})
+_WIDE = frozenset({GgmlType.F32, GgmlType.BF16})
+_LARGEST_HALF = 65504.0
+"""The largest number of float16, which values or the scales of blocks are stored in."""
 _STAND_IN = {GgmlType.Q4_K: GgmlType.Q5_0, GgmlType.Q5_K: GgmlType.Q5_1, GgmlType.Q6_K: GgmlType.Q8_0}
 """What llama.cpp takes for rows that a K type's blocks of 256 do not divide."""
 
@@ -91,7 +94,12 @@ def check_available(types: set[GgmlType]) -> None:
 
 
 def convert(rows: NDArray[np.float32], ggml_type: GgmlType) -> NDArray[np.uint8]:
-    """Rows `[N, columns]` in a type whose blocks divide the columns; returns their bytes `[N, bytes of a row]`."""
+    """Rows `[N, columns]` in a type whose blocks divide the columns; returns their bytes `[N, bytes of a row]`.
+
+    Raises `UserError` for values that the type cannot hold.
+    """
+    if ggml_type not in _WIDE and np.abs(rows).max(initial=0) > _LARGEST_HALF:
+        raise UserError(f"weights above {_LARGEST_HALF:,.0f} do not fit into {ggml_type.name}; export as bf16 or f32")
     one = _quantized if ggml_type not in _BY_PYTHON else _converted
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         parts = pool.map(lambda start: one(rows[start : start + _ROWS], ggml_type), range(0, len(rows), _ROWS))

@@ -25,13 +25,12 @@ from torch import Tensor
 
 from keural.convert import ggml
 from keural.convert.ggml import QUANTIZATIONS, GgmlType
-from keural.convert.granite import SILENT_SINK
-from keural.convert.hf import write_lineage
+from keural.convert.granite import SILENT_SINK, check_granite_swa
+from keural.convert.lineage import write_record
 from keural.convert.model import StoredModel
 from keural.convert.names import EMBEDDING
 from keural.errors import UserError, nearest
 from keural.files import atomic_directory, check_new, sha256_file
-from keural.model import KeuralConfig
 from keural.tokenizer.convert import CHAT_TEMPLATE
 from keural.tokenizer.model_file import BYTE, CONTROL, FIRST_BYTE_ID, IM_END, IM_START, NORMAL, UNKNOWN, UNUSED
 
@@ -83,10 +82,11 @@ def export_gguf(
         UserError: for an unknown name, a shape that llama.cpp's architecture cannot hold, a type whose maker is not installed, too
             little disk, or an `out` that is not empty.
     """
-    quantize = quantize or {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[_stored_type(model)]
+    if quantize is None:
+        quantize = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[_stored_type(model)]
     if quantize not in QUANTIZATIONS:
         raise UserError(f"--quantize {quantize}: unknown{nearest(quantize, QUANTIZATIONS)}; known are {', '.join(QUANTIZATIONS)}")
-    _check_shape(model.config)
+    check_granite_swa(model.config)
     model = model.watched(advance)
     matrices = list(_matrices(model, quantize))
     ggml.check_available({matrix.type for matrix in matrices})
@@ -96,23 +96,12 @@ def export_gguf(
         _write(file, model, quantize, matrices)
         model.tokenizer.save(directory)
         lineage = {**model.lineage, "quantization": quantize}
-        write_lineage(directory, lineage, {file.name: sha256_file(file)}, model.tokenizer, model.chat)
+        write_record(directory, lineage, {file.name: sha256_file(file)}, model.tokenizer, model.chat)
     return out / file.name
 
 
 def _stored_type(model: StoredModel) -> str:
     return str(model.weights.infos[EMBEDDING].dtype).removeprefix("torch.")
-
-
-def _check_shape(config: KeuralConfig) -> None:
-    """Raise `UserError` for what the architecture cannot say."""
-    rope = config.rope_parameters["rope_type"]
-    if rope != "default":
-        raise UserError(f"rope_type {rope!r} has no counterpart in this GGUF export; only unscaled positions can be written")
-    if config.sliding_window is None:
-        raise UserError("a model without sliding layers is no granite_swa model; GGUF export needs sliding_window")
-    if not config.tie_word_embeddings:
-        raise UserError("a model whose head is not tied cannot be exported; Keural models are tied")
 
 
 def _write(file: Path, model: StoredModel, quantize: str, matrices: list[Matrix]) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import GraniteMoeSWAConfig
 
-from keural.convert.hf import DEFAULT_SHARD_BYTES, generation_config, quiet_transformers, write_lineage
+from keural.convert.hf import DEFAULT_SHARD_BYTES, generation_config, quiet_transformers
+from keural.convert.lineage import write_record
 from keural.convert.model import StoredModel
 from keural.convert.model_card import model_card
 from keural.convert.shards import write_shards
@@ -80,26 +81,29 @@ def export_granite(
         config.save_pretrained(directory)
         generation_config(model.config, model.chat, exported=True).save_pretrained(directory)
         model.tokenizer.save(directory)
-        write_lineage(directory, {**model.lineage, "format": "granite"}, sums, model.tokenizer, model.chat)
+        write_record(directory, {**model.lineage, "format": "granite"}, sums, model.tokenizer, model.chat)
         write_atomic(directory / "README.md", model_card(model, "granite", license_id))
     return out
 
 
+def check_granite_swa(config: KeuralConfig) -> None:
+    """Raise `UserError` for what neither GraniteMoeSWA nor llama.cpp's `granite_swa` can say."""
+    kind = config.rope_parameters["rope_type"]
+    if kind != "default":
+        raise UserError(f"positions of rope_type {kind!r} cannot be exported to granite or gguf; only unscaled ones can")
+    if config.sliding_window is None:
+        raise UserError("a model without sliding layers cannot be exported to granite or gguf, which need sliding_window")
+
+
 def granite_config(config: KeuralConfig) -> GraniteMoeSWAConfig:
     """The GraniteMoeSWA configuration of the same network. Raises `UserError` when there is none."""
+    check_granite_swa(config)
     assert config.head_dim is not None
-    if config.rope_parameters["rope_type"] != "default":
-        raise UserError(
-            f"rope_type {config.rope_parameters['rope_type']!r} cannot be exported as granite; only unscaled positions can"
-        )
     if config.head_dim * config.num_attention_heads != config.hidden_size:
         raise UserError(
-            f"heads of width {config.head_dim} do not divide hidden_size {config.hidden_size} into "
-            f"{config.num_attention_heads}; engines "
-            "derive the width from the two, so this shape cannot be exported as granite"
+            f"heads of width {config.head_dim} do not divide hidden_size {config.hidden_size} into {config.num_attention_heads}; "
+            "engines derive the width from the two, so this shape cannot be exported as granite"
         )
-    if config.sliding_window is None:
-        raise UserError("a model without sliding layers cannot be exported as granite; the class needs sliding_window")
     return GraniteMoeSWAConfig(
         **{name: getattr(config, name) for name in _SHARED},
         architectures=["GraniteMoeSWAForCausalLM"],

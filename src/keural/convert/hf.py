@@ -13,25 +13,22 @@ import copy
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 import keural.model
-from keural.convert.checkpoint import CONFIG, LINEAGE, open_safetensors, weight_files
+from keural.convert.checkpoint import CONFIG, open_safetensors, weight_files
+from keural.convert.lineage import check_sums, read_record, write_record
 from keural.convert.names import HEAD
 from keural.convert.shards import write_shards
-from keural.convert.weights import Weights, state_dict_weights, stored_tensors
+from keural.convert.weights import Weights, expected_tensors, state_dict_weights, stored_tensors
 from keural.errors import UserError
-from keural.files import atomic_directory, read_json, sha256_file, write_atomic, write_json
+from keural.files import atomic_directory, read_object, write_atomic
 from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.recipe import ChatSpec
 from keural.tokenizer import KeuralTokenizer
@@ -115,7 +112,7 @@ def write_model_directory(
             tokenizer.save(directory)
         if card is not None:
             write_atomic(directory / "README.md", card)
-        write_lineage(directory, lineage, sums, tokenizer, chat)
+        write_record(directory, lineage, sums, tokenizer, chat)
     return out
 
 
@@ -143,8 +140,9 @@ def load_model(path: Path, dtype: torch.dtype | None = torch.float32, *, verify:
             model, info = KeuralMoECausalLM.from_pretrained(
                 directory, config=config, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
             )
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{directory}: the weights cannot be read ({error}); copy or train the model again") from error
+    except Exception as error:  # a damaged file beside the weights makes transformers raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{directory}: transformers cannot load it ({reason[:300]}); copy or train the model again") from error
     assert not any(info.values()), f"transformers did not take every tensor: {info}"
     return model.eval()
 
@@ -178,15 +176,14 @@ def model_directory(path: Path) -> Path:
 
 
 def read_lineage(path: Path) -> dict[str, Any]:
-    """What `keural.json` says of a model directory; empty where there is none."""
-    file = model_directory(path) / LINEAGE
-    return dict(read_json(file)) if file.is_file() else {}
+    """What `keural.json` says of a model, stage or run directory; empty where there is none. Raises `UserError`."""
+    return read_record(model_directory(path))
 
 
 def directory_weights(directory: Path, config: KeuralConfig) -> Weights:
     """The tensors of a model directory, read one at a time. Raises `UserError` when they are not those that `config` describes."""
     weights = open_safetensors(weight_files(directory))
-    expected = stored_tensors(config)
+    expected = expected_tensors(directory, config, weights)
     for name, shape in expected.items():
         if name not in weights.infos:
             raise UserError(f"{directory}: tensor {name} is missing; the weights do not belong to this config.json")
@@ -196,6 +193,8 @@ def directory_weights(directory: Path, config: KeuralConfig) -> Weights:
     for name in weights.infos:
         if name not in expected:
             raise UserError(f"{directory}: tensor {name} is not part of the model that config.json describes")
+    if len({info.dtype for info in weights.infos.values()}) > 1:
+        raise UserError(f"{directory}: tensors of several types in one model; save it in one type")
     return weights
 
 
@@ -219,55 +218,24 @@ def generation_config(config: KeuralConfig, chat: ChatSpec, exported: bool = Fal
     )
 
 
-def write_lineage(
-    directory: Path, lineage: Mapping[str, Any], sums: Mapping[str, str], tokenizer: KeuralTokenizer | None, chat: ChatSpec
-) -> None:
-    """Write `keural.json`: what was given, versions, chat defaults, and checksums of weights (`sums`) and tokenizer."""
-    try:
-        package = version("keural")
-    except PackageNotFoundError:  # run from a source tree
-        package = "unknown"
-    sha256 = {} if tokenizer is None else {"tokenizer.model": tokenizer.sha256}
-    record = {
-        **lineage,
-        "keural": package,
-        "transformers": transformers.__version__,
-        "tokenizer_sha256": sha256.get("tokenizer.model"),
-        "chat": chat.model_dump(exclude={"samples"}),
-        "files": {**sums, **sha256},
-    }
-    write_json(directory / LINEAGE, record)
-
-
 def read_config(directory: Path) -> KeuralConfig:
     """The configuration of a model directory. Raises `UserError` when it is missing, of another architecture or impossible."""
     file = directory / CONFIG
-    values = read_json(file)
-    kind = values.get("model_type") if isinstance(values, dict) else None
+    values = read_object(file)
+    kind = values.get("model_type")
     if kind != KeuralConfig.model_type:
         raise UserError(f"{file}: describes a {kind!r} model, not 'keural'; give a directory that this package has written")
+    return configuration(file, values)
+
+
+def configuration(where: Path, values: Mapping[str, Any]) -> KeuralConfig:
+    """The configuration that `values` from a file describe. Raises `UserError`, naming `where`, when there is none such."""
     try:
         with quiet_transformers():
-            return KeuralConfig.from_dict(values)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"{file}: {error}") from error
-
-
-def check_sums(directory: Path) -> None:
-    """
-
-    aise `UserError` when a file of a directory is missing or is not the one that the `keural.json` in it lists, where there
-    is one.
-    """
-    record = directory / LINEAGE
-    for name, wanted in (read_json(record).get("files", {}) if record.is_file() else {}).items():
-        file = directory / name
-        if not file.is_file():
-            raise UserError(f"{file}: no such file, though {LINEAGE} lists it; copy or train the model again")
-        if sha256_file(file) != wanted:
-            raise UserError(
-                f"{file}: does not match its checksum in {LINEAGE}; it is damaged or was changed, copy or train it again"
-            )
+            return KeuralConfig.from_dict(dict(values))
+    except Exception as error:  # transformers checks some values and stumbles over others
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{where}: impossible configuration ({reason[:300]})") from error
 
 
 @contextlib.contextmanager

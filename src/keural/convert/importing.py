@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from keural.convert.checkpoint import CONFIG, Checkpoint, open_checkpoint
-from keural.convert.hf import write_model_directory
+from keural.convert.hf import configuration, write_model_directory
 from keural.convert.names import EMBEDDING, HEAD, is_published, stored_name
-from keural.convert.weights import TensorInfo, Weights, stored_tensors
+from keural.convert.weights import TensorInfo, Weights, expected_tensors
 from keural.errors import UserError
-from keural.files import check_new, read_json
+from keural.files import check_new, read_object
 from keural.model import KeuralConfig, mean_row
+from keural.model.configuration_keural import PUBLISHED_BASE_VOCABULARY
 from keural.tokenizer import KeuralTokenizer
 
 PUBLISHED_WINDOW = 512
@@ -31,10 +32,22 @@ CHATML_IDS = 2
 _SHOWN = 8
 """Names that a refusal lists of each kind of problem."""
 _CONFIG_KEYS = (frozenset(KeuralConfig.__annotations__) | {"rope_theta", "num_experts"}) - {"eos_token_id"}
-_UNUSED_KEYS = frozenset(
+_UNUSED_KEYS = frozenset(PreTrainedConfig().to_dict()) | frozenset(
     {"architectures", "auto_map", "dtype", "model_type", "torch_dtype", "transformers_version", "eos_token_id"}
 )
-"""Keys of a foreign configuration that say nothing of the network's shape; the ends of texts follow from the vocabulary."""
+"""Keys of a foreign configuration that say nothing of the network; the ends of texts follow from the vocabulary."""
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False,),
+    "attention_dropout": (0, None),
+    "hidden_dropout": (0, None),
+    "mlp_bias": (False,),
+    "n_shared_experts": (0, None),
+    "norm_topk_prob": (True,),
+    "rope_scaling": (None,),
+    "router_jitter_noise": (0, None),
+    "shared_intermediate_size": (0, None),
+}
+"""Keys of related models, and the values with which they change nothing here."""
 
 Say = Callable[[str], None]
 
@@ -75,10 +88,15 @@ def import_checkpoint(
     check_new(out)
     checkpoint = open_checkpoint(source, verify)
     weights = _renamed(checkpoint)
-    values = checkpoint.config if config is None else _read_config(config)
+    values = checkpoint.config if config is None else read_object(config)
     shape = _configuration(checkpoint, values, weights, sliding_window, say)
     _check_tensors(checkpoint.where, shape, weights)
     weights = _without_head(checkpoint.where, weights)
+    if grow_vocabulary and tokenizer is None and shape.vocab_size != PUBLISHED_BASE_VOCABULARY:
+        raise UserError(
+            f"--grow-vocabulary: the model has {shape.vocab_size:,} ids, not the published {PUBLISHED_BASE_VOCABULARY:,}; name its "
+            "tokenizer with --tokenizer, so that it is certain that the two ids are missing"
+        )
     if grow_vocabulary:
         shape, weights = _grown(checkpoint.where, shape, weights)
         say(f"vocabulary: {shape.vocab_size - CHATML_IDS:,} ids and {CHATML_IDS} new rows at their mean")
@@ -102,13 +120,6 @@ def _renamed(checkpoint: Checkpoint) -> Weights:
     return Weights({stored: weights.infos[name] for stored, name in back.items()}, lambda stored: weights.read(back[stored]))
 
 
-def _read_config(file: Path) -> Mapping[str, Any]:
-    values = read_json(file)
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: not a JSON object; give a config.json")
-    return values
-
-
 def _configuration(
     checkpoint: Checkpoint, values: Mapping[str, Any] | None, weights: Weights, window: int | None, say: Say
 ) -> KeuralConfig:
@@ -119,13 +130,16 @@ def _configuration(
         raise UserError(
             f"{checkpoint.where}: its configuration describes a {kind!r} model, not 'keural'; only Keural can be imported"
         )
-    unknown = sorted(set(values) - _CONFIG_KEYS - _UNUSED_KEYS)
+    unknown = sorted(str(key) for key, value in values.items() if not _understood(key, value))
     if unknown:
-        say(f"configuration: not used: {', '.join(unknown)}")
+        raise UserError(
+            f"{checkpoint.where}: its configuration has settings that this network does not know: {_listed(unknown)}; if they mean "
+            "nothing, give a configuration without them with --config"
+        )
     known = {name: value for name, value in values.items() if name in _CONFIG_KEYS}
     if not values:
         say(f"configuration: none came with the checkpoint; the published one is assumed where the tensors do not say ({CONFIG})")
-        if EMBEDDING in weights.infos:
+        if EMBEDDING in weights.infos and len(weights.infos[EMBEDDING].shape) == 2:
             known["vocab_size"] = weights.infos[EMBEDDING].shape[0]
     if window is not None:
         known["sliding_window"] = window
@@ -135,10 +149,14 @@ def _configuration(
             f"written {read} here"
         )
         known["sliding_window"] = read
-    try:
-        return KeuralConfig(**known)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"{checkpoint.where}: its configuration is impossible ({error}); give another with --config") from error
+    if known.pop("tie_word_embeddings", True) is False and HEAD not in weights.infos:
+        raise UserError(f"{checkpoint.where}: its configuration says that the head is not tied, and {HEAD} is missing")
+    return configuration(checkpoint.where, known)
+
+
+def _understood(key: object, value: object) -> bool:
+    """Whether a configuration's entry is one of ours, or changes nothing."""
+    return key in _CONFIG_KEYS or key in _UNUSED_KEYS or (key in _NEUTRAL and value in _NEUTRAL[str(key)])
 
 
 def _window(checkpoint: Checkpoint, stated: int | None) -> int | None:
@@ -147,15 +165,15 @@ def _window(checkpoint: Checkpoint, stated: int | None) -> int | None:
     The published code blocks only distances above its value, so files of its layout say one less than transformers counts. Files in
     our layout that this package did not write are taken at their word, except for the published value itself.
     """
-    if stated is None or checkpoint.ours:
-        return stated
+    if not isinstance(stated, int) or checkpoint.ours:
+        return stated  # what is no number is refused with the rest of the configuration
     published = any(is_published(name) for name in checkpoint.weights.infos)
     return stated + 1 if published or stated == PUBLISHED_WINDOW else stated
 
 
 def _check_tensors(where: Path, config: KeuralConfig, weights: Weights) -> None:
     """Raise `UserError` with all that is missing, left over or mis-shaped against the configuration."""
-    expected, found = stored_tensors(config), weights.infos
+    expected, found = expected_tensors(where, config, weights), weights.infos
     problems = {
         "missing": [name for name in expected if name not in found],
         "unexpected": [name for name in found if name not in expected and name != HEAD],

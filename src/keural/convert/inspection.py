@@ -12,14 +12,16 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from keural.convert.checkpoint import CONFIG, LINEAGE, Checkpoint, open_checkpoint
-from keural.convert.granite import granite_config
-from keural.convert.hf import check_sums, directory_weights, load_tokenizer, model_directory, read_config, read_lineage
-from keural.convert.names import is_published
+from keural.convert.checkpoint import CONFIG, Checkpoint, open_checkpoint
+from keural.convert.gguf_header import check_header
+from keural.convert.granite import check_granite_swa, granite_config
+from keural.convert.hf import directory_weights, load_tokenizer, model_directory, read_config, read_lineage
+from keural.convert.lineage import check_sums, read_record
+from keural.convert.names import is_published, stored_name
 from keural.convert.published import published_config
 from keural.convert.weights import Weights
 from keural.errors import UserError
-from keural.files import read_json
+from keural.files import read_object
 from keural.model import KeuralConfig, count_parameters
 
 CARD = files("keural.convert").joinpath("card.yaml")
@@ -54,22 +56,33 @@ class Entry(NamedTuple):
 
 
 def inspect_path(path: Path, verify: bool = False) -> dict[str, Any]:
-    """`inspect_model` for a model directory, `inspect_gguf` for a GGUF file or the directory with one, `inspect_checkpoint` for
-    others.
+    """What there is to say of a model directory, a GGUF file or the directory with one, or a checkpoint that is not imported yet.
 
     Raises `UserError` for anything else.
     """
+    if not path.exists():
+        raise UserError(f"{path}: no such file or directory; give a model directory or a checkpoint")
+    if (directory := _model_directory(path)) is not None:
+        return inspect_model(directory, verify) if _is_ours(directory) else inspect_checkpoint(directory)
     files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
-    if len(files) == 1 and files[0].is_file():
-        return inspect_gguf(files[0], verify)
+    if len(files) > 1:
+        raise UserError(f"{path}: holds {len(files)} GGUF files ({', '.join(file.name for file in files)}); name one of them")
+    return inspect_gguf(files[0], verify) if files else inspect_checkpoint(path)
+
+
+def _model_directory(path: Path) -> Path | None:
     try:
-        directory = model_directory(path)
+        return model_directory(path)
     except UserError:
-        if not path.exists():
-            raise
-        return inspect_checkpoint(path)
-    imported = read_json(directory / CONFIG).get("model_type") == KeuralConfig.model_type
-    return inspect_model(directory, verify) if imported else inspect_checkpoint(directory)
+        return None
+
+
+def _is_ours(directory: Path) -> bool:
+    """Whether a directory with a `config.json` has this package's layout: a Keural model in safetensors under our names."""
+    if read_object(directory / CONFIG).get("model_type") != KeuralConfig.model_type:
+        return False
+    names = open_checkpoint(directory, verify=False).weights.infos
+    return any(directory.glob("*.safetensors")) and all(stored_name(name) == name for name in names)
 
 
 def inspect_model(path: Path, verify: bool = False) -> dict[str, Any]:
@@ -95,7 +108,7 @@ def inspect_model(path: Path, verify: bool = False) -> dict[str, Any]:
         "lineage": read_lineage(directory),
         "exports": exports(config),
     }
-    values["step"] = values["lineage"].get("source", {}).get("step")
+    values["step"] = (values["lineage"].get("source") or {}).get("step")
     values["ledger"] = [entry._asdict() for entry in ledger(values)]
     return values
 
@@ -122,13 +135,13 @@ def inspect_gguf(file: Path, verify: bool = False) -> dict[str, Any]:
         from gguf import GGUFReader
     except ImportError as error:
         raise UserError(f"{file}: the gguf package reads it: pip install 'keural[gguf]'") from error
+    check_header(file)
     try:
         reader = GGUFReader(file)
         fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.ggml.")}
-    except (ValueError, OSError, IndexError, KeyError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: is damaged ({str(error).splitlines()[0]}); copy or export it again") from error
-    lineage = file.parent / LINEAGE
-    if verify and lineage.is_file():
+    except Exception as error:  # the reader trusts the file and stumbles in many ways
+        raise UserError(f"{file}: is damaged ({str(error)[:200] or type(error).__name__}); copy or export it again") from error
+    if verify:
         check_sums(file.parent)
     types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
     template = fields.pop("tokenizer.chat_template", None)
@@ -139,7 +152,7 @@ def inspect_gguf(file: Path, verify: bool = False) -> dict[str, Any]:
         "tensors": dict(types),
         "header": {name: value for name, value in fields.items() if not name.startswith("GGUF.")},
         "chat_template": template is not None,
-        "lineage": dict(read_json(lineage)) if lineage.is_file() else {},
+        "lineage": read_record(file.parent),
     }
 
 
@@ -153,7 +166,7 @@ def exports(config: KeuralConfig) -> dict[str, str]:
     checks: dict[str, Callable[[KeuralConfig], object]] = {
         "hf": lambda config: None,
         "granite": granite_config,
-        "gguf": granite_config,  # llama.cpp's granite_swa holds what the class does
+        "gguf": check_granite_swa,
         "pt": published_config,
     }
     return {name: _reason(check, config) for name, check in checks.items()}
@@ -201,7 +214,7 @@ def _tokenizer(directory: Path) -> dict[str, Any]:
 def _generation(directory: Path) -> dict[str, Any]:
     """Of `generation_config.json`; the first of several ends counts."""
     file = directory / "generation_config.json"
-    stored = read_json(file) if file.is_file() else {}
+    stored = read_object(file) if file.is_file() else {}
     end = stored.get("eos_token_id")
     return {
         "generation_end": end[0] if isinstance(end, list) and end else end,

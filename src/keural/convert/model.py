@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keural.convert.hf import check_sums, directory_weights, load_tokenizer, model_directory, read_config, read_lineage
-from keural.convert.weights import Weights
+from keural.convert.hf import directory_weights, load_tokenizer, model_directory, read_config, read_lineage
+from keural.convert.lineage import check_sums, file_name
+from keural.convert.weights import Weights, finite
 from keural.errors import UserError
 from keural.model import KeuralConfig
 from keural.recipe import ChatSpec
@@ -30,13 +31,13 @@ class StoredModel:
     @property
     def chat(self) -> ChatSpec:
         """Sampling defaults and system message; the card's where the lineage names none."""
-        return ChatSpec(**self.lineage.get("chat", {}))
+        return ChatSpec(**(self.lineage.get("chat") or {}))
 
     @property
     def name(self) -> str:
         """What the model is called in files: its recipe and stage, its source, or its directory."""
         recipe, stage = self.lineage.get("recipe"), self.lineage.get("stage")
-        return f"{recipe}-{stage}" if recipe and stage else self.directory.name
+        return file_name(f"{recipe}-{stage}" if recipe and stage else self.directory.name)
 
     def watched(self, advance: Callable[[int], None]) -> "StoredModel":
         """The same model; `advance` is told the bytes of every tensor that was read."""
@@ -51,7 +52,7 @@ def open_model(path: Path, verify: bool = True) -> StoredModel:
     """
     directory = model_directory(path)
     config = read_config(directory)
-    weights = directory_weights(directory, config)
+    weights = finite(directory, directory_weights(directory, config))
     if not (directory / "tokenizer.model").is_file():
         raise UserError(f"{directory}: has no tokenizer.model, which every export needs; import the model again with --tokenizer")
     tokenizer = load_tokenizer(directory)

@@ -49,7 +49,7 @@ def model_card(model: StoredModel, format_name: str, license_id: str | None) -> 
 
 def _facts(lineage: Mapping[str, Any]) -> dict[str, str]:
     """What `keural.json` says of where the model comes from, in one line each."""
-    source = lineage.get("source", {})
+    source = lineage.get("source") or {}
     named = {
         "recipe": lineage.get("recipe"),
         "stage": lineage.get("stage"),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from keural.convert.hf import write_lineage
+from keural.convert.lineage import write_record
 from keural.convert.model import StoredModel
 from keural.convert.names import published_name
 from keural.convert.weights import Weights, data_bytes
@@ -55,15 +55,15 @@ def export_pt(model: StoredModel, out: Path, advance: Callable[[int], None] = la
     """
     model_config = published_config(model.config)
     check_new(out, model.weights.nbytes)
-    source = model.lineage.get("source", {})
-    checkpoint: dict[str, Any] = {name: source.get(name, 0) for name in ("step", "epoch", "tokens_processed")}
+    source = model.lineage.get("source") or {}
+    checkpoint: dict[str, Any] = {name: source.get(name) or 0 for name in ("step", "epoch", "tokens_processed")}
     with atomic_directory(out) as directory:
         file = directory / f"checkpoint_{checkpoint['step']}.pt"
         checkpoint |= {"model_config": model_config, "train_config": {}}
         _save(file, checkpoint, model.watched(advance).weights)
         tokenizer = model.directory / "tokenizer.model"
         (directory / "keural_tokenizer.model").write_bytes(tokenizer.read_bytes())
-        write_lineage(directory, {**model.lineage, "format": "pt"}, {file.name: sha256_file(file)}, None, model.chat)
+        write_record(directory, {**model.lineage, "format": "pt"}, {file.name: sha256_file(file)}, None, model.chat)
     return out / file.name
 
 
@@ -113,10 +113,7 @@ def _is_storage(record: str) -> bool:
 
 
 def _aligned(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
-    """A record whose values begin at a multiple of 64 bytes, which `torch.load(mmap=True)` likes;
-
-    filled up the way PyTorch does.
-    """
+    """A record whose values begin at a multiple of 64 bytes, filled up the way PyTorch does, for `torch.load(mmap=True)`."""
     info = zipfile.ZipInfo(name)
     assert archive.fp is not None
     start = archive.fp.tell() + _LOCAL_HEADER + len(name.encode()) + _ZIP64_EXTRA + _EXTRA_HEADER

@@ -1,13 +1,15 @@
-"""Safetensors files written tensor by tensor.
+"""Safetensors files written and read tensor by tensor.
 
-In: `Weights`. Out: `model.safetensors`, or numbered shards with an index, and the checksum of each file. The library's own writer
-wants a whole file in memory; the format is an 8-byte length, a JSON header and the values one after the other, so that names and
-shapes are enough to begin.
+In: `Weights`. Out: `model.safetensors`, or numbered shards with an index, and the checksum of each file; and the places of the
+tensors in files of any size. The library's own writer wants a whole file in memory, and its reader maps one, which fails for files
+larger than the memory; the format is an 8-byte length, a JSON header and the values one after the other, so that names and shapes
+are enough to begin.
 """
 
 import hashlib
 import json
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import torch
 
@@ -18,6 +20,9 @@ INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """The format's names of the dtypes that weights may have."""
+_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
+_LONGEST_HEADER = 100_000_000
+"""Bytes; the format's own limit."""
 
 
 def write_shards(directory: Path, weights: Weights, shard_bytes: int) -> dict[str, str]:
@@ -65,6 +70,49 @@ def _write(path: Path, weights: Weights, names: list[str]) -> str:
             digest.update(data)
             file.write(data)
     return digest.hexdigest()
+
+
+def read_header(file: Path) -> dict[str, tuple[TensorInfo, int]]:
+    """Every tensor of a safetensors file and the byte where its values begin, in the order of the values.
+
+    Raises ValueError when the file is cut off or its header does not describe it, and for types other than `DTYPES`.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+            raise ValueError("the header is longer than the file")
+        entries = json.loads(stream.read(length))
+    if not isinstance(entries, dict):
+        raise ValueError("the header is no JSON object")
+    tensors = {name: _entry(name, entry) for name, entry in entries.items() if name != "__metadata__"}
+    end = 0
+    for name, (info, start) in sorted(tensors.items(), key=lambda item: (item[1][1], item[1][0].nbytes)):
+        if start != end:
+            raise ValueError(f"the values of {name} do not begin where the ones before end")
+        end = start + info.nbytes
+    if 8 + length + end != size:
+        raise ValueError(f"{size} bytes instead of {8 + length + end}")
+    placed = sorted(tensors.items(), key=lambda item: item[1][1])
+    return {name: (info, 8 + length + start) for name, (info, start) in placed}
+
+
+def _entry(name: str, entry: Any) -> tuple[TensorInfo, int]:
+    """One entry of a header: what the tensor is, and where its values begin behind the header. Raises ValueError."""
+    shape, offsets = (entry.get(key) if isinstance(entry, dict) else None for key in ("shape", "data_offsets"))
+    if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
+        raise ValueError(f"the entry of {name} is not understood")
+    if entry.get("dtype") not in _BY_NAME:
+        raise ValueError(f"tensor {name} is of type {entry.get('dtype')}; only {', '.join(_BY_NAME)} can be read")
+    info = TensorInfo(tuple(shape), _BY_NAME[entry["dtype"]])
+    if offsets[1] - offsets[0] != info.nbytes:
+        raise ValueError(f"{name} has {offsets[1] - offsets[0]} bytes, its shape {shape} wants {info.nbytes}")
+    return info, offsets[0]
+
+
+def _are_counts(value: Any) -> TypeGuard[list[int]]:
+    """Whether a JSON value is a list of whole numbers that are not negative."""
+    return isinstance(value, list) and all(isinstance(number, int) and number >= 0 for number in value)
 
 
 def _header(infos: dict[str, TensorInfo]) -> bytes:

@@ -4,17 +4,17 @@ In: files, a state dict or a rule. Out: `Weights`: what there is (names, shapes,
 one tensor. Every importer, exporter and writer of this room takes and gives these.
 """
 
-import ctypes
-import mmap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from keural.convert.names import HEAD
+from keural.errors import UserError
 from keural.model import KeuralConfig, KeuralMoECausalLM
 
 
@@ -85,19 +85,47 @@ def stored_tensors(config: KeuralConfig) -> dict[str, tuple[int, ...]]:
     return {name: info.shape for name, info in weights.infos.items() if not (name == HEAD and config.tie_word_embeddings)}
 
 
-def taken(mapped: Tensor) -> Tensor:
-    """A copy in memory of a tensor that maps a file, whose pages the system may then forget.
+def expected_tensors(where: Path, config: KeuralConfig, weights: Weights) -> dict[str, tuple[int, ...]]:
+    """`stored_tensors` of a configuration that comes from a file.
 
-    Without forgetting them the resident memory of a process that reads through a large file grows to the size of the file.
-    `mapped` must be a mapping of a file, unchanged since: anonymous memory would lose its values.
+    Raises `UserError` when it has more layers or experts than there are tensors, or when transformers cannot build the network.
     """
-    copy = mapped.clone(memory_format=torch.contiguous_format)
-    start, length = mapped.data_ptr(), mapped.numel() * mapped.element_size()
-    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-    end = (start + length) // mmap.PAGESIZE * mmap.PAGESIZE
-    if end > first and mapped.is_contiguous():
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
-    return copy
+    for name in ("num_hidden_layers", "num_local_experts"):
+        if getattr(config, name) > len(weights.infos):
+            raise UserError(
+                f"{where}: the configuration says {name} {getattr(config, name)}, but there are only {len(weights.infos)} tensors; "
+                "they do not belong together"
+            )
+    try:
+        return stored_tensors(config)
+    except Exception as error:  # whatever transformers makes of values that only it knows
+        raise UserError(f"{where}: no network can be built from its configuration ({str(error).splitlines()[0]})") from error
+
+
+def finite(where: Path, weights: Weights) -> Weights:
+    """The same weights; reading a tensor with an infinity or NaN raises `UserError`."""
+
+    def read(name: str) -> Tensor:
+        tensor = weights.read(name)
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{where}: tensor {name} has values that are not finite; the model is unusable")
+        return tensor
+
+    return replace(weights, read=read)
+
+
+def read_tensor(file: Path, offset: int, info: TensorInfo) -> Tensor:
+    """The values that begin at byte `offset` of `file`, in row-major order.
+
+    The file is read and not mapped: a mapping that PyTorch may write to counts as memory, so that a checkpoint larger than the
+    memory could not be opened, and pages that were read stay resident. Raises `UserError` when the file ends too early.
+    """
+    data = bytearray(info.nbytes)
+    with file.open("rb") as stream:
+        stream.seek(offset)
+        if stream.readinto(data) != len(data):
+            raise UserError(f"{file}: is damaged (it ends within a tensor); copy it again")
+    return torch.frombuffer(data, dtype=info.dtype).view(info.shape) if data else torch.empty(info.shape, dtype=info.dtype)
 
 
 def data_bytes(tensor: Tensor) -> memoryview:

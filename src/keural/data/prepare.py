@@ -6,11 +6,14 @@ determines the bytes: settings, contents of the files, tokenizer, seed. What is 
 made becomes visible only when it is whole.
 
 While a store is made its tokens wait in a file beside it, so memory stays at about 150 bytes per record whatever the size of the
-data.
+data. The ids of every batch are kept until the store is there: a run that was killed reads its sources again, which takes a
+fraction of the time, but tokenises only what it had not.
 """
 
+import contextlib
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +24,7 @@ from keural.data.adapters.aihub import OTHER_PART
 from keural.data.adapters.base import WRONG_SCHEMA
 from keural.data.encode import Encoded, Encoder
 from keural.data.gates import Gatekeeper
+from keural.data.parts import Parts
 from keural.data.records import Drop, PreferencePair, Record
 from keural.data.sources import (
     FileHashes,
@@ -80,7 +84,8 @@ def prepare(
     directory = out_root / wanted[:16]
     if not _is_there(directory, wanted):
         with atomic_directory(directory) as temporary:
-            table, heldout = _make(spec, objective, data_dir, tokenizer, temporary, seed)
+            with _parts(out_root / f".{wanted[:16]}.parts", tokenizer) as parts:
+                table, heldout = _make(spec, objective, data_dir, tokenizer, parts, temporary, seed)
             write_json(temporary / "prepared.json", {"fingerprint": wanted, "heldout": heldout, "table": table})
     made = read_json(directory / "prepared.json")
     return Prepared(directory / "train", directory / "heldout" if made["heldout"] else None, made["table"], wanted)
@@ -154,12 +159,29 @@ def _is_there(directory: Path, wanted: str) -> bool:
     return made["fingerprint"] == wanted and all((directory / store / "manifest.json").is_file() for store in stores)
 
 
+@contextlib.contextmanager
+def _parts(directory: Path, tokenizer: KeuralTokenizer) -> Iterator[Parts]:
+    """A place for batches of ids that outlives an interruption, but neither success nor an error."""
+    try:
+        yield Parts(directory, tokenizer.sha256)
+    except Exception:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+    shutil.rmtree(directory, ignore_errors=True)
+
+
 def _make(
-    spec: DataSpec, objective: Objective, data_dir: Path | None, tokenizer: KeuralTokenizer, directory: Path, seed: int
+    spec: DataSpec,
+    objective: Objective,
+    data_dir: Path | None,
+    tokenizer: KeuralTokenizer,
+    parts: Parts,
+    directory: Path,
+    seed: int,
 ) -> tuple[list[dict[str, Any]], bool]:
     """Read all sources and write the stores into `directory`. Returns the table, and whether anything is held out."""
     kind = STORE_KIND[objective]
-    encoder = Encoder(tokenizer, spec, threads=len(os.sched_getaffinity(0)))
+    encoder = Encoder(tokenizer, spec, threads=len(os.sched_getaffinity(0)), parts=parts)
     with Spool(directory / ".train", kind) as train, Spool(directory / ".heldout", kind, keep_texts=True) as heldout:
         table = _read_all(spec, encoder, data_dir, {"train": train, "heldout": heldout}, seed)
         _check_sides(spec, train.units, heldout.units)

@@ -34,6 +34,8 @@ GUTENBERG_END = re.compile(
 )
 GUTENBERG_CREDITS = re.compile(r"\A\s*Produced by .*?\n\s*\n", re.DOTALL)
 
+_UNDECODED = re.compile("[\udc80-\udcff]")
+
 csv.field_size_limit(1 << 30)
 
 
@@ -109,7 +111,7 @@ def sniff_encoding(start: bytes) -> str:
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     decoded = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(start)
-    undecodable = sum("\udc80" <= character <= "\udcff" for character in decoded) if not decoded.isascii() else 0
+    undecodable = len(_UNDECODED.findall(decoded)) if not decoded.isascii() else 0
     beyond_ascii = sum(byte >= 0x80 for byte in start) if undecodable else 0
     if 10 * undecodable <= beyond_ascii:  # a few bad bytes are damage, not another encoding
         return "utf-8-sig"

@@ -32,15 +32,18 @@ class Splitter:
         With an id it is also a duplicate of what has the same id in `id_space`: the same in another language. `prompts` says
         whether a record that asks (system turn included) what another one asked is a duplicate.
         """
-        exact, asked = _digest(_exact(record)), _digest(_asked(record))
-        marks = {exact: "duplicate"}
+        marks = {_digest_of_parts(_exact(record)): "duplicate"}
         if isinstance(record, PreferencePair):
-            marks[_digest(_swapped(record))] = "swapped_pair"
+            marks[_digest_of_parts(_swapped(record))] = "swapped_pair"
         if not isinstance(record, Document) and record.id is not None:
             marks[_digest(["id", id_space, record.id])] = "duplicate_id"
         for mark, reason in marks.items():
             if mark in self._seen:
                 return Drop(reason, record.where)
+        if isinstance(record, Document) and not (self._threshold or self._heldout or heldout_source):
+            self._seen.update(marks)  # nothing is held out, so what a document asks decides nothing
+            return "train"
+        asked = _digest(_asked(record))
         if prompts == "drop" and asked in self._asked:
             return Drop("duplicate_prompt", record.where)
         if heldout_source:
@@ -51,6 +54,16 @@ class Splitter:
             self._asked.add(asked)
         self._seen.update(mark for mark, reason in marks.items() if reason != "swapped_pair")
         return "heldout" if heldout_source or int.from_bytes(asked[:8], "big") < self._threshold else "train"
+
+
+def _digest_of_parts(parts: list[str]) -> bytes:
+    """Of the parts as they are, each after its length; several times faster than their JSON."""
+    digest = blake2b(digest_size=16, person=b"keural-seen")
+    for part in parts:
+        content = part.encode("utf-8")
+        digest.update(len(content).to_bytes(8, "little"))
+        digest.update(content)
+    return digest.digest()
 
 
 def _digest(content: list[str]) -> bytes:

@@ -19,6 +19,9 @@ from keural.data.permutation import Permutation
 from keural.data.records import Document
 from keural.data.store import TOKEN, Kind, StoreWriter
 
+BLOCK_UNITS = 1024
+"""So many records are written at a time."""
+
 
 class Spool:
     """Collects records in files `stem.*`, which vanish when the block ends; with `keep_texts` the store gets documents' texts,
@@ -81,10 +84,12 @@ class Spool:
         tokens = np.memmap(self._path("tokens"), dtype=TOKEN, mode="r")
         loss = None if self._kind == "documents" else np.memmap(self._path("loss"), dtype=np.uint8, mode="r")
         with StoreWriter(directory, tokenizer_sha, vocab_size, self._kind, meta) as writer:
-            for unit in order.tolist():
-                for sequence in range(self._sides * unit, self._sides * (unit + 1)):
-                    start, end = self._ends[sequence], self._ends[sequence + 1]
-                    writer.add(tokens[start:end], None if loss is None else loss[start:end])
+            for units in np.array_split(order, 1 + len(order) // BLOCK_UNITS):
+                sequences = [self._sides * unit + side for unit in units.tolist() for side in range(self._sides)]
+                spans = [slice(self._ends[sequence], self._ends[sequence + 1]) for sequence in sequences]
+                lengths = [span.stop - span.start for span in spans]
+                mask = None if loss is None else np.concatenate([loss[span] for span in spans])
+                writer.add_many(np.concatenate([tokens[span] for span in spans]), lengths, mask)
             writer.close(extra=self._write_texts(directory / "texts.jsonl", order))
 
     def _write_texts(self, path: Path, order: NDArray[np.int64]) -> list[str]:

@@ -11,7 +11,8 @@ In a store of kind "pairs" sequence 2k is the chosen and 2k+1 the rejected side 
 
 import contextlib
 import hashlib
-from collections.abc import Sequence
+import mmap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal, Self
@@ -91,24 +92,44 @@ class StoreWriter:
         self, tokens: Sequence[int] | NDArray[np.integer], loss_mask: Sequence[int] | NDArray[np.integer] | None = None
     ) -> None:
         """Append one sequence of at least one token; `loss_mask` (0 or 1 per token) exactly where the kind has one."""
-        ids = np.asarray(tokens, dtype=TOKEN)
+        self.add_many(tokens, [len(tokens)], loss_mask)
+
+    def add_many(
+        self,
+        tokens: Sequence[int] | NDArray[np.integer],
+        lengths: Sequence[int] | NDArray[np.integer],
+        loss_mask: Sequence[int] | NDArray[np.integer] | None = None,
+    ) -> None:
+        """Append the sequences of `lengths` that stand one after another in `tokens`; the same bytes as one `add` for each."""
+        ids, ends = np.asarray(tokens, dtype=TOKEN), np.cumsum(np.asarray(lengths, dtype=np.int64))
         assert ids.ndim == 1
-        assert ids.size > 0, "a sequence needs at least one token"
-        assert int(ids.max()) < self.vocab_size, "a token id is outside the vocabulary"
+        assert ends.size == 0 or min(lengths) > 0, "a sequence needs at least one token"
+        assert ids.size == (int(ends[-1]) if ends.size else 0), "the lengths are those of the tokens"
+        assert ids.size == 0 or int(ids.max()) < self.vocab_size, "a token id is outside the vocabulary"
         assert (loss_mask is None) == (self.kind == "documents"), "conversations and pairs have a loss mask, documents have none"
+        mask = None if loss_mask is None else np.asarray(loss_mask, dtype=np.uint8)
+        assert mask is None or mask.shape == ids.shape
+        assert mask is None or mask.size == 0 or mask.max() <= 1, "the loss mask has one 0 or 1 per token"
+        first, start = 0, 0
+        while first < ends.size:  # one turn per shard that is written to
+            room = self.shard_tokens - self._tokens
+            last = min(int(np.searchsorted(ends, start + room, side="left")) + 1, ends.size)
+            stop = int(ends[last - 1])
+            self._write(ids[start:stop], ends[first:last] - start, None if mask is None else mask[start:stop])
+            first, start = last, stop
+
+    def _write(self, ids: NDArray[np.uint32], ends: NDArray[np.int64], mask: NDArray[np.uint8] | None) -> None:
+        """Append sequences that end at `ends` within `ids` to the open shard."""
         if not self._open:
             self._start_shard()
-        self._tokens += ids.size
-        self._sequences += 1
-        self._longest = max(self._longest, ids.size)
         self._open["ds"].write(ids.tobytes())
-        self._open["ds.index"].write(np.array(self._tokens, dtype=END).tobytes())
-        if loss_mask is not None:
-            mask = np.asarray(loss_mask, dtype=np.uint8)
-            assert mask.shape == ids.shape
-            assert mask.max() <= 1, "the loss mask has one 0 or 1 per token"
+        self._open["ds.index"].write((self._tokens + ends).astype(END).tobytes())
+        if mask is not None:
             self._trained += int(mask.sum())
             self._open["ds.loss"].write(mask.tobytes())
+        self._longest = max(self._longest, int(np.diff(ends, prepend=0).max()))
+        self._sequences += ends.size
+        self._tokens += ids.size
         if self._tokens >= self.shard_tokens:
             self._end_shard()
 
@@ -152,13 +173,13 @@ class StoreWriter:
             "files": self._files,
             **self.meta,
         }
-        manifest["fingerprint"] = _content_fingerprint(manifest)
+        manifest["fingerprint"] = content_fingerprint(manifest)
         write_json(self.directory / "manifest.json", manifest)
         self._closed = True
 
 
-def _content_fingerprint(manifest: dict[str, Any]) -> str:
-    """Of what the store holds, whatever its sources were called."""
+def content_fingerprint(manifest: dict[str, Any]) -> str:
+    """The fingerprint of what the store holds, whatever its sources were called."""
     sums = {name: file["sha256"] for name, file in manifest["files"].items()}
     return fingerprint([manifest["kind"], manifest["vocab_size"], manifest["tokenizer_sha256"], sums])
 
@@ -198,10 +219,14 @@ class TokenStore:
             )
         _check_sizes(directory, manifest)
         size = sum(file["bytes"] for file in manifest["files"].values())
-        if verify == "full" or (verify == "auto" and size <= FULL_CHECK_BYTES):
+        full = verify == "full" or (verify == "auto" and size <= FULL_CHECK_BYTES)
+        if full:
             _check_sums(directory, manifest)
-            return cls._of(directory, manifest)._check_ids()
-        return cls._of(directory, manifest)
+        store = cls._of(directory, manifest)
+        if full:
+            store._check_ids()
+        store._advise(mmap.MADV_RANDOM)  # a window is 16 kB; the system would read eight times as much ahead of every page
+        return store
 
     @classmethod
     def _of(cls, directory: Path, manifest: dict[str, Any]) -> "TokenStore":
@@ -219,14 +244,13 @@ class TokenStore:
             )
         return store
 
-    def _check_ids(self) -> Self:
+    def _check_ids(self) -> None:
         for shard, tokens in zip(self.manifest["shards"], self._tokens, strict=True):
             if int(tokens.max()) >= self.vocab_size:
                 raise UserError(
                     f"{self.directory / shard['name']}.ds: token id {int(tokens.max())} is outside the vocabulary of "
                     f"{self.vocab_size}; prepare the data again"
                 )
-        return self
 
     def sequence(self, index: int) -> NDArray[np.uint32]:
         """The tokens of sequence `index`."""
@@ -249,12 +273,32 @@ class TokenStore:
 
     def lengths(self) -> NDArray[np.int64]:
         """Number of tokens of every sequence ``[num_sequences]``."""
-        return np.concatenate([np.diff(ends.astype(np.int64), prepend=0) for ends in self._ends])
+        return np.concatenate(list(self.iter_lengths()))
+
+    def iter_lengths(self) -> Iterator[NDArray[np.int64]]:
+        """The same, shard by shard."""
+        for ends in self._ends:
+            yield np.diff(ends.astype(np.int64), prepend=0)
 
     def read(self, start: int, stop: int) -> NDArray[np.uint32]:
         """The tokens at flat positions ``start..stop-1``, cut at the end of the store."""
-        parts = [self._tokens[shard][low:high] for shard, low, high in self._shard_ranges(start, stop)]
+        ranges = self._shard_ranges(start, stop)
+        for shard, low, high in ranges:  # these pages, in one request
+            begin = low * TOKEN.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
+            _mapping(self._tokens[shard]).madvise(mmap.MADV_WILLNEED, begin, high * TOKEN.itemsize - begin)
+        parts = [self._tokens[shard][low:high] for shard, low, high in ranges]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint32)
+
+    def forget_pages(self) -> None:
+        """Take the pages that were read out of this process's memory (they stay in the system's cache), so that a store of any size
+        costs what one batch touches.
+        """
+        self._advise(mmap.MADV_DONTNEED)
+
+    def _advise(self, advice: int) -> None:
+        for parts in (self._tokens, self._ends, self._loss):
+            for part in parts:
+                _mapping(part).madvise(advice)
 
     def spans(self, start: int, stop: int) -> tuple[int, NDArray[np.int64]]:
         """The sequences that overlap flat positions ``start..stop-1``: the first one's number, and where each ends (flat,
@@ -280,6 +324,10 @@ class TokenStore:
         return [(shard, max(start - base, 0), min(stop - base, size)) for shard, base, size in bases]
 
 
+def _mapping(array: np.memmap[Any, Any]) -> mmap.mmap:
+    return array._mmap  # type: ignore[attr-defined]
+
+
 def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / "manifest.json"
     if not path.is_file():
@@ -290,7 +338,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
             raise UserError(
                 f"{path}: format {manifest['format']!r} version {manifest['version']!r} is not known; prepare the data again"
             )
-        if manifest["fingerprint"] != _content_fingerprint(manifest):
+        if manifest["fingerprint"] != content_fingerprint(manifest):
             raise UserError(f"{path}: damaged (its fingerprint does not match); delete {directory} and prepare the data again")
         return dict(manifest)
     except (KeyError, TypeError, AttributeError) as error:

@@ -146,9 +146,11 @@ class Stream:
         assert 0 <= rank < world
         units = self._units(step)
         if self.objective == "next_token":
-            return self._windows(units).share(rank, world)
-        rows = self._pair_rows(units) if self.objective == "dpo" else self._plan.rows(units)
-        return self._packed_rows(rows).share(rank, world)
+            batch = self._windows(units)
+        else:
+            batch = self._packed_rows(self._pair_rows(units) if self.objective == "dpo" else self._plan.rows(units))
+        self.store.forget_pages()
+        return batch.share(rank, world)
 
     def batches_once(self, rows: int) -> Iterator[Batch]:
         """The whole store once, in order, at most `rows` rows (of `row_length`) at a time: for evaluation."""

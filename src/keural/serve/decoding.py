@@ -43,6 +43,8 @@ def decode(
     seen = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
     seen[list(prompt_ids)] = True
     for count in range(1, sampling.max_new_tokens + 1):
+        if not torch.isfinite(logits.sum()):
+            raise UserError("the model's logits are not finite: its weights are damaged, or its precision is too small for them")
         token = choose(logits, seen, sampling, generator)
         if token in stop:
             return "stop"

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from keural.convert.hf import LINEAGE, model_directory
+from keural.convert.hf import model_directory
+from keural.convert.lineage import read_record
 from keural.errors import UserError, nearest
-from keural.files import read_json
 from keural.serve.decoding import Finish
 from keural.serve.sampling import Sampling
 from keural.tokenizer import KeuralTokenizer
@@ -63,8 +63,7 @@ def chat_defaults(path: Path, name: str | None = None) -> tuple[Sampling, str | 
     Arguments and errors as for `open_engine`.
     """
     _, found = _find(path, name)
-    file = (found if found.is_dir() else found.parent) / LINEAGE
-    chat = read_json(file).get("chat", {}) if file.is_file() else {}
+    chat = read_record(found if found.is_dir() else found.parent).get("chat") or {}
     known = {name: chat[name] for name in ("temperature", "top_p", "repetition_penalty", "max_new_tokens") if name in chat}
     return replace(Sampling(), **known), chat.get("system")
 

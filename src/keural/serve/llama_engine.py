@@ -21,9 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keural.convert.hf import LINEAGE
+from keural.convert.lineage import check_sums
 from keural.errors import UserError
-from keural.files import read_json, sha256_file
 from keural.serve.decoding import Finish, check_prompt, common_prefix, decode
 from keural.serve.engine import gguf_file
 from keural.serve.sampling import Sampling, choose
@@ -159,14 +158,8 @@ def _check_file(file: Path, verify: bool) -> None:
     with file.open("rb") as opened:
         if opened.read(len(MAGIC)) != MAGIC:
             raise UserError(f"{file}: is not a GGUF file; copy or export it again")
-    lineage = file.parent / LINEAGE
-    sums = read_json(lineage).get("files", {}) if verify and lineage.is_file() else {}
-    for checked in (file, file.parent / "tokenizer.model"):
-        wanted = sums.get(checked.name)
-        if wanted and checked.is_file() and sha256_file(checked) != wanted:
-            raise UserError(
-                f"{checked}: does not match its checksum in {LINEAGE}; it is damaged or was changed, copy or export it again"
-            )
+    if verify:
+        check_sums(file.parent, [file.name, "tokenizer.model"])
 
 
 def _load(file: Path) -> Any:

@@ -11,13 +11,14 @@ pieces and no piece for U+2581, which gives the same three bytes there.
 """
 
 import hashlib
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
+from numpy.typing import NDArray
 
 from keural.errors import UserError
 from keural.files import write_atomic
@@ -38,9 +39,8 @@ from keural.tokenizer.model_file import (
 from keural.tokenizer.segment import segments
 from keural.tokenizer.stream import StreamDecoder
 
-_SPACE_MARK_IDS = [FIRST_BYTE_ID + byte for byte in SPACE_MARK.encode("utf-8")]
+_SPACE_MARK_IDS = np.array([FIRST_BYTE_ID + byte for byte in SPACE_MARK.encode("utf-8")], dtype=np.int32)
 _FIRST_NORMAL_ID = FIRST_BYTE_ID + 256
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class KeuralTokenizer:
@@ -97,18 +97,25 @@ class KeuralTokenizer:
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
         """The ids of each text; SentencePiece works on `threads` threads."""
+        return [ids.tolist() for ids in self.encode_arrays(texts, threads)]
+
+    def encode_arrays(self, texts: Sequence[str], threads: int = 1) -> list[NDArray[np.int32]]:
+        """The same as arrays, for much text: no Python object is made per id, and other Python threads run meanwhile."""
         if self.kind == "published":
             return self._pieces(texts, threads)
         cut = [[part.split(SPACE_MARK) for part in segments(text)] for text in texts]
         encoded = iter(self._pieces([part for text in cut for parts in text for part in parts], threads))
-        return [list(chain.from_iterable(_joined(encoded, len(parts)) for parts in text)) for text in cut]
+        return [_joined(encoded, [len(parts) for parts in text]) for text in cut]
 
-    def _pieces(self, texts: Sequence[str], threads: int) -> list[list[int]]:
+    def _pieces(self, texts: Sequence[str], threads: int) -> list[NDArray[np.int32]]:
         """What SentencePiece makes of each text by itself."""
         for text in texts:
-            if not text.isascii() and (lone := _LONE_SURROGATE.search(text)):
-                raise UserError(f"text with a lone surrogate (U+{ord(lone[0]):04X}) cannot be encoded; repair the text")
-        return self._processor.encode(list(texts), out_type=int, num_threads=threads)
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                code = ord(text[error.start])
+                raise UserError(f"text with a lone surrogate (U+{code:04X}) cannot be encoded; repair the text") from error
+        return self._processor.encode(list(texts), return_type="numpy", num_threads=threads)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Control ids give nothing, or their names (`<|im_end|>`) without `skip_special_tokens`.
@@ -137,11 +144,12 @@ class KeuralTokenizer:
         return [*names, *self._table[FIRST_BYTE_ID:-2], IM_START.encode(), IM_END.encode()]
 
 
-def _joined(encoded: Iterator[list[int]], count: int) -> list[int]:
-    """The next `count` id lists of `encoded`, with the bytes of U+2581 between them."""
-    ids: list[int] = []
-    for position, part in enumerate(islice(encoded, count)):
-        if position:
-            ids += _SPACE_MARK_IDS
-        ids += part
-    return ids
+def _joined(encoded: Iterator[NDArray[np.int32]], counts: Sequence[int]) -> NDArray[np.int32]:
+    """The ids of one text: for each segment the next `count` arrays of `encoded`, with the bytes of U+2581 between them."""
+    parts: list[NDArray[np.int32]] = []
+    for count in counts:
+        for position, part in enumerate(islice(encoded, count)):
+            if position:
+                parts.append(_SPACE_MARK_IDS)
+            parts.append(part)
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)

@@ -227,8 +227,7 @@ def _tokenizer(checkpoint: Checkpoint, given: Path | None, config: KeuralConfig,
     if tokenizer.vocab_size == config.vocab_size + CHATML_IDS:
         raise UserError(
             f"{path}: has {tokenizer.vocab_size:,} ids with the two of ChatML, the model {config.vocab_size:,} without; "
-            "add rows for them "
-            "with --grow-vocabulary"
+            "add rows for them with --grow-vocabulary"
         )
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(

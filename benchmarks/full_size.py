@@ -6,9 +6,10 @@ The steps are the commands a user would type, each in a process of its own, whos
 account of that process (`wait4`). Pages of a mapped GGUF file count as resident there: they can be dropped at any time.
 
 Decoding and reading are then timed in one process per file, alternating between `LlamaCppEngine` (our loop, our sampler) and the
-bare loop of llama.cpp's C interface (`llama_decode` and its own greedy sampler) on the same loaded model. Only the ratio is
-claimed; rates depend on the memory of the machine. Weights are random, so routing is as even as it gets, which is the slow
-case.
+bare loop of llama.cpp's C interface (`llama_decode` and its own greedy sampler) on the same loaded model: in each round every side
+continues the same short prompt, in an order that turns from round to round, and the ratio is the median of the rounds' own. Only
+the ratio is claimed; rates depend on the memory of the machine. Weights are random, so routing is as even as it gets, which is the
+slow case.
 
 The work directory needs about 62 GB; files are removed as soon as no later step reads them.
 """
@@ -20,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -27,8 +29,9 @@ from typing import NamedTuple
 
 KEURAL = Path(sys.executable).with_name("keural")
 PROMPT = "대한민국의 수도는 어디인가요? Answer in one sentence, please."
-READ = 256
-"""Tokens of the prompt that is timed."""
+READ, CONTINUED = 256, 16
+"""Tokens of the prompt whose reading is timed, and of the one whose continuation is."""
+READ_ROUNDS = 3
 
 
 class Step(NamedTuple):
@@ -71,22 +74,22 @@ def time_file(directory: Path, tokens: int, rounds: int) -> str:
     sampler = llama_cpp.llama_sampler_init_greedy()
     generator = torch.Generator().manual_seed(0)
 
-    def prompt() -> list[int]:
-        return torch.randint(260, engine.tokenizer.vocab_size - 2, (READ,), generator=generator).tolist()
+    def prompt(length: int) -> list[int]:
+        return torch.randint(260, engine.tokenizer.vocab_size - 2, (length,), generator=generator).tolist()
 
-    def ours(sampling: Sampling) -> tuple[float, float]:
-        """Seconds until the first token, and for the others."""
+    def ours(sampling: Sampling, ids: list[int], more: int) -> tuple[float, float]:
+        """Seconds until the first token, and for `more` others."""
+        engine._forget()
         started = time.perf_counter()
-        stream = engine.stream(prompt(), sampling, set())
+        stream = engine.stream(ids, sampling, set())
         next(stream)
         first = time.perf_counter()
-        assert sum(1 for _ in stream) == tokens
+        for _ in range(more):
+            next(stream)
         return first - started, time.perf_counter() - first
 
-    def theirs() -> tuple[float, float]:
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-        engine._claimed_ids = []
-
+    def theirs(ids: list[int], more: int) -> tuple[float, float]:
+        engine._forget()
         batch = llama_cpp.llama_n_batch(context)
 
         def step(ids: list[int]) -> int:
@@ -97,39 +100,38 @@ def time_file(directory: Path, tokens: int, rounds: int) -> str:
             return int(llama_cpp.llama_sampler_sample(sampler, context, ctypes.c_int32(-1)))
 
         started = time.perf_counter()
-        token = step(prompt())
+        token = step(ids)
         first = time.perf_counter()
-        for _ in range(tokens):
+        for _ in range(more):
             token = step([token])
         return first - started, time.perf_counter() - first
 
-    sides: dict[str, Callable[[], tuple[float, float]]] = {
+    sides: dict[str, Callable[[list[int], int], tuple[float, float]]] = {
         "llama.cpp": theirs,
-        "ours, greedy": lambda: ours(greedy),
-        "ours, card's sampling": lambda: ours(card),
+        "ours, greedy": lambda ids, more: ours(greedy, ids, more),
+        "ours, card's sampling": lambda ids, more: ours(card, ids, more),
     }
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
-    theirs()  # the file's pages come into memory
-    for _ in range(rounds):
-        for name, side in sides.items():
-            times[name].append(side())
-    read = {name: READ / statistics.median(first for first, _ in values) for name, values in times.items()}
-    decode = {name: tokens / statistics.median(rest for _, rest in values) for name, values in times.items()}
+    reading: list[dict[str, float]] = []
+    decoding: list[dict[str, float]] = []
+    theirs(prompt(READ), 0)  # the file's pages come into memory
+    for number in range(rounds):
+        order = deque(sides)
+        order.rotate(number)
+        ids = prompt(CONTINUED)
+        decoding.append({name: tokens / sides[name](ids, tokens)[1] for name in order})
+        if number < READ_ROUNDS:
+            ids = prompt(READ)
+            reading.append({name: READ / sides[name](ids, 0)[0] for name in order})
     llama_cpp.llama_sampler_free(sampler)
-    file = next(directory.glob("*.gguf")).name
-    return (
-        f"| {file} | "
-        + " | ".join(
-            f"{read[name]:.1f} / {decode[name]:.2f}"
-            + (
-                ""
-                if name == "llama.cpp"
-                else f" (x{read[name] / read['llama.cpp']:.2f} / x{decode[name] / decode['llama.cpp']:.3f})"
-            )
-            for name in sides
-        )
-        + " |"
-    )
+    columns = [f"{_middle(reading, name, '.1f')} / {_middle(decoding, name, '.2f')}" for name in sides]
+    return f"| {next(directory.glob('*.gguf')).name} | " + " | ".join(columns) + " |"
+
+
+def _middle(rounds: list[dict[str, float]], name: str, form: str) -> str:
+    """The median rate of a side, with the median of its ratios to llama.cpp's in the same round."""
+    rate = statistics.median(rates[name] for rates in rounds)
+    ratio = statistics.median(rates[name] / rates["llama.cpp"] for rates in rounds)
+    return f"{rate:{form}}" if name == "llama.cpp" else f"{rate:{form}} (x{ratio:.3f})"
 
 
 def main() -> None:
@@ -139,7 +141,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="key=value for the recipe, e.g. data=DIR")
     parser.add_argument("--recipe", default="recipes/keural-14b-published")
     parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--quantize", default="q8_0,q4_k_m", help="GGUF formats, with commas")
     parser.add_argument("--time-only", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -71,10 +71,28 @@ def test_embeddings_can_take_the_place_of_ids(tiny_model, tokens):
             model(**nothing_or_both)
 
 
-@pytest.mark.parametrize(("keep", "expected"), [(1, slice(-1, None)), (3, slice(-3, None)), (0, slice(None))])
-def test_only_the_logits_asked_for_are_computed(tiny_model, tokens, keep, expected):
-    model, ids = tiny_model(), tokens(1, 6)
-    torch.testing.assert_close(model(ids, logits_to_keep=keep).logits, model(ids).logits[:, expected])
+KEEP = [(1, slice(-1, None)), (3, slice(-3, None)), (0, slice(None)), (torch.tensor([0, 4]), [0, 4])]
+
+
+@pytest.mark.parametrize(("keep", "expected"), KEEP)
+@pytest.mark.parametrize("recorded", [{}, {"output_hidden_states": True}, {"output_router_logits": True}])
+def test_only_the_logits_asked_for_are_computed(tiny_model, tokens, keep, expected, recorded):
+    model, ids = tiny_model(), tokens(2, 6)
+    output = model(ids, logits_to_keep=keep, **recorded)
+    torch.testing.assert_close(output.logits, model(ids).logits[:, expected])
+    if "output_hidden_states" in recorded:
+        assert {tuple(states.shape[:2]) for states in output.hidden_states} == {(2, 6)}
+    if "output_router_logits" in recorded:
+        assert [logits.shape[0] for logits in output.router_logits] == [12] * len(model.model.layers)
+
+
+def test_the_last_block_mixes_experts_only_for_the_logits_asked_for(tiny_model, tokens):
+    model, seen = tiny_model(), []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[1]))
+    cache = model(tokens(2, 6), logits_to_keep=1, use_cache=True).past_key_values
+    assert seen == [6] * (len(model.model.layers) - 1) + [1]
+    assert cache.get_seq_length() == 6
 
 
 @torch.no_grad()

@@ -21,14 +21,13 @@ from keural.convert.names import EMBEDDING, HEAD, is_published, stored_name
 from keural.convert.weights import TensorInfo, Weights, expected_tensors
 from keural.errors import UserError
 from keural.files import check_new, read_object
-from keural.model import KeuralConfig, mean_row
+from keural.model import CHATML_IDS, KeuralConfig, mean_row
 from keural.model.configuration_keural import PUBLISHED_BASE_VOCABULARY
 from keural.tokenizer import KeuralTokenizer
 
 PUBLISHED_WINDOW = 512
 """`sliding_window` of the published configuration: keys before the token, which sees itself, too."""
 TOKENIZER_FILES = ("tokenizer.model", "keural_tokenizer.model")
-CHATML_IDS = 2
 _SHOWN = 8
 """Names that a refusal lists of each kind of problem."""
 _CONFIG_KEYS = (frozenset(KeuralConfig.__annotations__) | {"rope_theta", "num_experts"}) - {"eos_token_id"}

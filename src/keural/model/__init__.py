@@ -7,13 +7,14 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_keural import KeuralConfig, ParameterCount, count_parameters
 from .modeling_keural import KeuralMoECausalLM, KeuralMoEModel, KeuralPreTrainedModel, router_losses
-from .vocabulary import grow_vocabulary, mean_row
+from .vocabulary import CHATML_IDS, grow_vocabulary, mean_row
 
 AutoConfig.register(KeuralConfig.model_type, KeuralConfig, exist_ok=True)
 AutoModel.register(KeuralConfig, KeuralMoEModel, exist_ok=True)
 AutoModelForCausalLM.register(KeuralConfig, KeuralMoECausalLM, exist_ok=True)
 
 __all__ = [
+    "CHATML_IDS",
     "KeuralConfig",
     "KeuralMoECausalLM",
     "KeuralMoEModel",

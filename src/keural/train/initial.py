@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from keural.errors import UserError
-from keural.model import KeuralConfig, KeuralMoECausalLM, grow_vocabulary
+from keural.model import CHATML_IDS, KeuralConfig, KeuralMoECausalLM, grow_vocabulary
 from keural.train.parallel import experts_implementation
 
 SHAPE = (
@@ -28,8 +28,6 @@ SHAPE = (
     "rms_norm_eps",
 )
 """What must be the same in the recipe and in the model directory."""
-CHATML_IDS = 2
-"""Ids that every tokenizer here has after its pieces, and that a base model may lack."""
 
 
 def initial_model(

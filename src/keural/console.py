@@ -98,6 +98,10 @@ def print_data(workspace: Workspace) -> None:
             source, drops = escape(row["source"]), escape(drops)  # names of files may hold brackets
             table.add_row(source, f"{row['rows']:,}", f"{row['kept']:,}", f"{row['tokens']:,}", drops)
         console.print(table)
+        for evaluation_set, found in (prepared.contamination or {}).items():
+            short = f", {found['too_short']:,} too short to be looked for" if found["too_short"] else ""
+            line = f"contamination: {found['records']:,} records hold items of {evaluation_set} ({found['items']:,} items{short})"
+            console.print(line, markup=False)
         for row in prepared.table:
             if row.get("warning"):
                 console.print(f"warning: {row['warning']}", markup=False)

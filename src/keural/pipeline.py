@@ -21,6 +21,7 @@ from torch import Tensor
 
 from keural.convert.hf import save_model_directory
 from keural.convert.lineage import check_sums
+from keural.data.decontaminate import check_evaluation
 from keural.data.prepare import Prepared, check_sources, iter_texts, prepare, used_sources
 from keural.data.sources import FileHashes, content_of
 from keural.data.store import TokenStore
@@ -161,6 +162,8 @@ def check_inputs(recipe: Recipe, stages: Iterable[StageSpec], out: Path) -> None
     """Refuse what cannot work before anything is written: unknown adapters, missing paths, a model directory that is none."""
     sources = [source for stage in stages for source in used_sources(stage.data)]
     check_sources([*recipe.spec.tokenizer.sources, *sources], data_directory(recipe))
+    for stage in stages:
+        check_evaluation(stage.data.decontaminate, data_directory(recipe))
     for stage in stages:
         if stage.starts_from_directory and not (init_directory(out, stage) / "config.json").is_file():
             raise UserError(f"{stage.name}: init_from {stage.init_from!r} is not a model directory (no config.json there)")

@@ -131,6 +131,19 @@ class TokenizerSpec(Spec):
         return self
 
 
+class DecontaminateSpec(Spec):
+    """Evaluation sets that training data must not hold; every kind of record is looked through."""
+
+    sources: list[SourceSpec] = Field(min_length=1)
+    """The sets, each by its own adapter (`kobest_boolq`, `gsm8k`, ..) or by `evaluation` with the fields' names as options."""
+    ngram: int = Field(13, ge=5)
+    """Words of an item that must be found together; fewer when they are long (`keural.data.contamination`)."""
+    min_share: float = Field(0.0, ge=0, le=1)
+    """Share of an item's n-grams that must be found; 0: one is enough. Items that are found whole always count."""
+    passages: bool = True
+    """Look for the passages that questions are about, too; false keeps the articles that they were taken from."""
+
+
 class DataSpec(Spec):
     """A stage's data: sources, length of a packed row, and what is held out."""
 
@@ -147,6 +160,8 @@ class DataSpec(Spec):
     """Sources are left out by licence, and shown as left out in the table."""
     benchmarks: bool = True
     """Train on sources that are benchmarks; false leaves them out."""
+    decontaminate: DecontaminateSpec | None = None
+    """Drop records that hold items of these evaluation sets (gate `contaminated`)."""
 
 
 class TrainSpec(Spec):

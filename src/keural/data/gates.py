@@ -110,7 +110,9 @@ def hangul_share(text: str) -> float | None:
 
 
 def _never(record: Chat) -> str | None:
-    """What duplicate prompts are, `keural.data.split` knows: it has seen the other records."""
+    """What duplicate prompts are, `keural.data.split` knows: it has seen the other records; what is contaminated,
+    `keural.data.decontaminate` does, for documents too.
+    """
     return None
 
 
@@ -122,6 +124,7 @@ GATES: dict[str, Gate] = {
     "personal_data": Gate(_personal_data, "count"),
     "language": Gate(_language),
     "duplicate_prompts": Gate(_never, "skip"),
+    "contaminated": Gate(_never),
 }
 
 
@@ -130,7 +133,7 @@ class Gatekeeper:
 
     def __init__(self, source: SourceSpec, defaults: dict[str, GateAction]) -> None:
         self.actions = {name: source.gates.get(name, defaults.get(name, gate.action)) for name, gate in GATES.items()}
-        self._source = source
+        self._source, self.source = source, source.name
 
     def reasons(self, record: Record, action: GateAction) -> Iterator[str]:
         """What the gates find that have this action (the limits of length drop); nothing for documents."""

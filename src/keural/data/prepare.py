@@ -22,6 +22,7 @@ from typing import Any
 
 from keural.data.adapters.aihub import OTHER_PART
 from keural.data.adapters.base import WRONG_SCHEMA
+from keural.data.decontaminate import REASON, Decontaminator, check_evaluation
 from keural.data.encode import Encoded, Encoder
 from keural.data.gates import Gatekeeper
 from keural.data.parts import Parts
@@ -49,7 +50,7 @@ __all__ = ["Prepared", "check_sources", "iter_texts", "prepare", "read_heldout_t
 
 VERSION = 2
 """Raised when the same sources give other bytes than before."""
-NOT_DEFECTS = {"duplicate", "duplicate_id", "duplicate_prompt", "held_out", OTHER_PART}
+NOT_DEFECTS = {"duplicate", "duplicate_id", "duplicate_prompt", "held_out", OTHER_PART, REASON}
 """Drops that say nothing about a source's quality; they do not count against `max_drop`."""
 
 
@@ -68,6 +69,8 @@ class Prepared:
     heldout: Path | None
     table: list[dict[str, Any]]
     fingerprint: str
+    contamination: dict[str, dict[str, Any]] | None = None
+    """By evaluation set (`Decontaminator.report`); the records that were found are listed in `contamination.jsonl`."""
 
 
 def prepare(
@@ -79,16 +82,24 @@ def prepare(
     train on, a larger share of bad rows than `max_drop`, nothing left to train on or to hold out.
     """
     check_sources(used_sources(spec), data_dir)
+    check_evaluation(spec.decontaminate, data_dir)
     _check_kinds(spec, objective)
     wanted = _fingerprint(spec, objective, data_dir, tokenizer, out_root, seed)
     directory = out_root / wanted[:16]
     if not _is_there(directory, wanted):
         with atomic_directory(directory) as temporary:
             with _parts(out_root / f".{wanted[:16]}.parts", tokenizer) as parts:
-                table, heldout = _make(spec, objective, data_dir, tokenizer, parts, temporary, seed)
-            write_json(temporary / "prepared.json", {"fingerprint": wanted, "heldout": heldout, "table": table})
+                checker = Decontaminator(spec.decontaminate, data_dir) if spec.decontaminate else None
+                table, heldout = _make(spec, objective, data_dir, tokenizer, parts, temporary, seed, checker)
+            made = {"fingerprint": wanted, "heldout": heldout, "table": table}
+            if checker is not None:
+                checker.write(temporary)
+                made["contamination"] = checker.report()
+            write_json(temporary / "prepared.json", made)
     made = read_json(directory / "prepared.json")
-    return Prepared(directory / "train", directory / "heldout" if made["heldout"] else None, made["table"], wanted)
+    return Prepared(
+        directory / "train", directory / "heldout" if made["heldout"] else None, made["table"], wanted, made.get("contamination")
+    )
 
 
 def used_sources(spec: DataSpec) -> list[SourceSpec]:
@@ -133,9 +144,12 @@ def _fingerprint(
     cache = out_root / "file-hashes.json"
     hashes = FileHashes(read_json(cache) if cache.is_file() else None)
     settings = spec.model_dump()
+    evaluation = spec.decontaminate.sources if spec.decontaminate else []
+    if not evaluation:
+        del settings["decontaminate"]
     if objective == "next_token":
         del settings["sequence_length"]
-    contents = [content_of(source, data_dir, hashes) for source in used_sources(spec)]
+    contents = [content_of(source, data_dir, hashes) for source in (*used_sources(spec), *evaluation)]
     if hashes.changed:
         write_json(cache, hashes.known)
     return fingerprint(
@@ -178,12 +192,13 @@ def _make(
     parts: Parts,
     directory: Path,
     seed: int,
+    checker: Decontaminator | None,
 ) -> tuple[list[dict[str, Any]], bool]:
     """Read all sources and write the stores into `directory`. Returns the table, and whether anything is held out."""
     kind = STORE_KIND[objective]
     encoder = Encoder(tokenizer, spec, threads=len(os.sched_getaffinity(0)), parts=parts)
     with Spool(directory / ".train", kind) as train, Spool(directory / ".heldout", kind, keep_texts=True) as heldout:
-        table = _read_all(spec, encoder, data_dir, {"train": train, "heldout": heldout}, seed)
+        table = _read_all(spec, encoder, data_dir, {"train": train, "heldout": heldout}, seed, checker)
         _check_sides(spec, train.units, heldout.units)
         for spool, name in ((train, "train"), (heldout, "heldout")):
             if spool.units:
@@ -192,7 +207,12 @@ def _make(
 
 
 def _read_all(
-    spec: DataSpec, encoder: Encoder, data_dir: Path | None, spools: dict[Side, Spool], seed: int
+    spec: DataSpec,
+    encoder: Encoder,
+    data_dir: Path | None,
+    spools: dict[Side, Spool],
+    seed: int,
+    checker: Decontaminator | None,
 ) -> list[dict[str, Any]]:
     """Put every used record into its side's spool. Returns the table, in the order of the recipe."""
     splitter = Splitter(spec.heldout_per_mille)
@@ -202,7 +222,7 @@ def _read_all(
     for tally in tallies:
         if tally.left_out is not None:
             continue
-        for side, encoded in _kept(tally, encoder, splitter, data_dir, seed):
+        for side, encoded in _kept(tally, encoder, splitter, data_dir, seed, checker):
             spools[side].add(encoded, repeat=tally.source.repeat if side == "train" else 1, source=tally.source.name)
     return [tally.row() for tally in sorted(tallies, key=lambda tally: tally.split != "train")]
 
@@ -217,13 +237,18 @@ def _check_sides(spec: DataSpec, train: int, heldout: int) -> None:
 
 
 def _kept(
-    tally: "_Tally", encoder: Encoder, splitter: Splitter, data_dir: Path | None, seed: int
+    tally: "_Tally",
+    encoder: Encoder,
+    splitter: Splitter,
+    data_dir: Path | None,
+    seed: int,
+    checker: Decontaminator | None,
 ) -> Iterator[tuple[Side, Encoded]]:
     """The records of one source that are used, each with its side; everything else is counted in the tally."""
     source = tally.source
     keeper = Gatekeeper(source, adapter_of(source).gates)
     prompts = keeper.actions["duplicate_prompts"]
-    for encoded in encoder.encode(_gated(read_source(source, data_dir, seed), keeper)):
+    for encoded in encoder.encode(_gated(read_source(source, data_dir, seed), keeper, checker)):
         side = (
             encoded
             if isinstance(encoded, Drop)
@@ -235,15 +260,20 @@ def _kept(
         assert isinstance(encoded, Encoded)
         tally.keep(side, encoded)
         tally.noted.update(keeper.reasons(encoded.record, "count"))
+        if checker and keeper.actions[REASON] == "count" and checker.holds(encoded.record, source.name):
+            tally.noted[REASON] += 1
         yield side, encoded
         if tally.kept == source.limit:
             break
     tally.check()
 
 
-def _gated(records: Iterable[Record | Drop], keeper: Gatekeeper) -> Iterator[Record | Drop]:
+def _gated(records: Iterable[Record | Drop], keeper: Gatekeeper, checker: Decontaminator | None) -> Iterator[Record | Drop]:
+    dropped = checker if keeper.actions[REASON] == "drop" else None
     for record in records:
         reason = None if isinstance(record, Drop) else next(keeper.reasons(record, "drop"), None)
+        if reason is None and dropped and not isinstance(record, Drop) and dropped.holds(record, keeper.source):
+            reason = REASON
         yield record if reason is None else Drop(reason, record.where)
 
 

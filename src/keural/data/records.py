@@ -1,8 +1,12 @@
 """What every source is turned into: a document, a conversation, a preference pair, or a counted drop."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from keural.tokenizer.chatml import Message
+
+Kind = Literal["documents", "conversations", "pairs", "evaluation"]
+"""What an adapter gives; evaluation items are only looked for, never trained on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,4 +57,16 @@ class Drop:
     detail: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class EvaluationItem:
+    """One item of a benchmark: passage, question, choices and answers; what a set lacks is empty."""
+
+    question: str
+    where: str
+    passage: str = ""
+    choices: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
+
+
 Record = Document | Conversation | PreferencePair
+AnyRecord = Record | EvaluationItem

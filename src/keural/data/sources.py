@@ -13,12 +13,12 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from keural.data.adapters import ADAPTERS, Adapter
+from keural.data.adapters import ADAPTERS, Adapter, evaluation
 from keural.data.adapters.base import lookup, scalar
 from keural.data.archives import ARCHIVE, archive_of, members
 from keural.data.gates import GATES
 from keural.data.readers import FORMATS, DataFile, OptionTypes, Row, format_of, read_rows
-from keural.data.records import Document, Drop, Record
+from keural.data.records import AnyRecord, Document, Drop, EvaluationItem, Record
 from keural.errors import UserError, nearest
 from keural.recipe import DataSpec, SourceSpec
 
@@ -46,13 +46,21 @@ def check_sources(sources: Iterable[SourceSpec], data_dir: Path | None) -> None:
 
 def adapter_of(source: SourceSpec) -> Adapter:
     """The adapter of a source. Raises `UserError` naming the nearest one."""
-    if source.adapter not in ADAPTERS:
-        raise _error(source, f"unknown adapter {source.adapter!r}{nearest(source.adapter, ADAPTERS)}")
-    return ADAPTERS[source.adapter]
+    known = ADAPTERS | evaluation.ADAPTERS
+    if source.adapter not in known:
+        raise _error(source, f"unknown adapter {source.adapter!r}{nearest(source.adapter, known)}")
+    return known[source.adapter]
 
 
 def read_source(source: SourceSpec, data_dir: Path | None, seed: int) -> Iterator[Record | Drop]:
     """Every row of a source as a record or a drop, in file order. `seed` is for sources that make their own rows."""
+    for record in read_any(source, data_dir, seed):
+        assert not isinstance(record, EvaluationItem), "kinds are checked at start-up"
+        yield record
+
+
+def read_any(source: SourceSpec, data_dir: Path | None, seed: int) -> Iterator[AnyRecord | Drop]:
+    """As `read_source`, for evaluation sets too."""
     adapter = adapter_of(source)
     for number, row in enumerate(_rows(source, adapter, data_dir, seed), start=1):
         if isinstance(row, Drop):
@@ -64,9 +72,9 @@ def read_source(source: SourceSpec, data_dir: Path | None, seed: int) -> Iterato
                 yield _identified(adapter(part, source, f"{row.where}#{place}"), part, source, number)
 
 
-def _identified(record: Record | Drop, value: Any, source: SourceSpec, number: int) -> Record | Drop:
+def _identified(record: AnyRecord | Drop, value: Any, source: SourceSpec, number: int) -> AnyRecord | Drop:
     """The record with the id that its row has, where the recipe names the field."""
-    if source.id_field is None or isinstance(record, Drop | Document):
+    if source.id_field is None or isinstance(record, Drop | Document | EvaluationItem):
         return record
     return replace(record, id=str(number) if source.id_field == ROW_NUMBER else scalar(lookup(value, source.id_field)))
 
@@ -215,7 +223,7 @@ def _check_gates(source: SourceSpec, adapter: Adapter) -> None:
     if source.id_space is not None and source.id_field is None:
         raise _error(source, "id_space needs id_field, the field that holds the id")
     settings = {
-        "gates": source.gates,
+        "gates": source.gates.keys() - {"contaminated"},
         "min_characters": source.min_characters,
         "max_characters": source.max_characters,
         "max_length_ratio": source.max_length_ratio,

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from keural.data.readers import OptionTypes
-from keural.data.records import Conversation, Document, Drop, PreferencePair, Record
-from keural.data.store import Kind
+from keural.data.records import AnyRecord, Conversation, Document, Drop, Kind, PreferencePair
 from keural.recipe import GateAction, SourceSpec
 from keural.tokenizer.chatml import Message
 
@@ -41,7 +40,7 @@ class Adapter:
     """One entry of the registry; calling it turns a row's value into a record or a drop."""
 
     kind: Kind | Callable[[SourceSpec], Kind]
-    convert: Callable[[Any, SourceSpec, str], Record | Drop]
+    convert: Callable[[Any, SourceSpec, str], AnyRecord | Drop]
     formats: tuple[str, ...]
     """Formats it reads; none: it makes its rows itself and takes no path."""
     options: OptionTypes = field(default_factory=dict)
@@ -58,7 +57,7 @@ class Adapter:
     gates: dict[str, GateAction] = field(default_factory=dict)
     """What the gates do by default for this adapter, where that differs from the gates' own default."""
 
-    def __call__(self, value: Any, source: SourceSpec, where: str) -> Record | Drop:
+    def __call__(self, value: Any, source: SourceSpec, where: str) -> AnyRecord | Drop:
         """The record that a row holds, or why it holds none."""
         return self.convert(value, source, where)
 
@@ -90,10 +89,10 @@ def missing(value: Any, *keys: str, hint: str = "") -> WrongSchema:
     return WrongSchema(f"the row has no key {' or '.join(map(repr, keys))} (its keys: {there}){hint}")
 
 
-def guarded(convert: Callable[[Any, SourceSpec, str], Record | Drop]) -> Callable[[Any, SourceSpec, str], Record | Drop]:
+def guarded(convert: Callable[[Any, SourceSpec, str], AnyRecord | Drop]) -> Callable[[Any, SourceSpec, str], AnyRecord | Drop]:
     """An adapter whose `BadRow`s become drops."""
 
-    def guard(value: Any, source: SourceSpec, where: str) -> Record | Drop:
+    def guard(value: Any, source: SourceSpec, where: str) -> AnyRecord | Drop:
         try:
             return convert(value, source, where)
         except BadRow as bad:

@@ -3,8 +3,7 @@
 from typing import Any
 
 from keural.data.adapters.base import Adapter, conversation, document, guarded, message_of, messages_of, preference_pair, text_of
-from keural.data.records import Drop, Record
-from keural.data.store import Kind
+from keural.data.records import Drop, Kind, Record
 from keural.recipe import GateAction, SourceSpec
 
 PARTS: dict[str, Kind] = {"prose": "documents", "instructions": "conversations", "pairs": "pairs"}

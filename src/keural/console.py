@@ -99,6 +99,8 @@ def print_data(workspace: Workspace) -> None:
             table.add_row(source, f"{row['rows']:,}", f"{row['kept']:,}", f"{row['tokens']:,}", drops)
         console.print(table)
         for row in prepared.table:
+            if row.get("survey"):
+                console.print(row["survey"], markup=False, soft_wrap=True)
             if row.get("warning"):
                 console.print(f"warning: {row['warning']}", markup=False)
             if "benchmark" in row["flags"] and not row["left_out"]:

@@ -63,9 +63,7 @@ def test_shares_are_reached_within_a_document_and_limits_hold(
     sides = 2 if objective == "dpo" else 1
     lengths = {name: data.draw(LENGTHS) * sides for name in names}
     weights = {name: data.draw(WEIGHTS) for name in names}
-    spec = MixingSpec(
-        max_repeat=data.draw(st.floats(1, 5)), epoch=data.draw(st.one_of(st.just("scarcest"), st.integers(1, 800)))
-    )
+    spec = MixingSpec(max_repeat=data.draw(st.floats(1, 5)), epoch=data.draw(st.one_of(st.just("scarcest"), st.integers(1, 800))))
     store = make_store(tmp_path_factory.mktemp("m") / "store", KINDS[objective], lengths)
     sizes = {name: len(sizes) // 2 if objective == "dpo" else sum(sizes) for name, sizes in lengths.items()}
     total = sum(weights.values())
@@ -152,7 +150,7 @@ def test_stores_are_joined_without_being_touched(tmp_path: Path) -> None:
     ]
     assert joined.sections == {"one": (0, 3), "two": (3, 5)}
     assert joined.read(40, 50).tolist() == [*one.read(40, 44).tolist(), *two.read(0, 6).tolist()]
-    assert mix(joined, {"one": 1, "two": 1}, MixingSpec()).shares["one"].share == pytest.approx(0.5, abs=0.05)
+    assert mix(joined, {"one": 1, "two": 1}, MixingSpec()).shares["one"].share == pytest.approx(0.55)  # a document of 70 is not cut
 
 
 class Workplace:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from keural.convert.hf import save_model_directory
 from keural.convert.lineage import check_sums
-from keural.data.prepare import Prepared, check_sources, iter_texts, prepare, used_sources
+from keural.data.prepare import Prepared, check_sources, find_prepared, iter_texts, prepare, used_sources
 from keural.data.ready import check_ready, ready
 from keural.data.sources import FileHashes, content_of
 from keural.data.stream import Stream
@@ -203,6 +203,21 @@ def _prepare_stage(recipe: Recipe, stage: StageSpec, tokenizer: KeuralTokenizer,
     if stage.data.ready:
         return ready(stage.data, stage.objective, directory, tokenizer, out / "data")
     return prepare(stage.data, stage.objective, directory, tokenizer, out / "data", recipe.spec.seed)
+
+
+def find_stage_data(recipe: Recipe, stage: StageSpec, out: Path) -> Prepared | None:
+    """A stage's data if it is there in `out` (or ready), made from the sources as they are now; nothing is written but hashes."""
+    if not stage.data.ready and not (out / "data").is_dir():
+        return None
+    path = recipe.spec.tokenizer.path
+    directory = out / "tokenizer" if path is None else (data_directory(recipe) or Path()) / path
+    if not directory.exists():
+        return None
+    tokenizer = KeuralTokenizer.load(directory)
+    if stage.data.ready:
+        return _prepare_stage(recipe, stage, tokenizer, out)
+    arguments = (stage.data, stage.objective, data_directory(recipe), tokenizer, out / "data", recipe.spec.seed)
+    return find_prepared(*arguments)
 
 
 def prepare_tokenizer(recipe: Recipe, out: Path) -> KeuralTokenizer:

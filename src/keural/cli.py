@@ -270,12 +270,16 @@ def data_export(
 
 
 @data_app.command("stats")
-def data_stats(store: Annotated[Path, typer.Argument(help="token store directory")]) -> None:
-    """Counts and checksums of a token store."""
-    from keural.data.store import TokenStore
+def data_stats(
+    path: Annotated[Path, typer.Argument(help="token store, published shards, prepared data, or a recipe")],
+    overrides: Overrides = None,
+    out: Out = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Counts and checksums of a token store; what published shards hold; the mixture of prepared data or of a recipe."""
+    from keural import data_stats
 
-    opened = TokenStore.open(store)
-    print(yaml.safe_dump(opened.manifest, allow_unicode=True, sort_keys=False), end="")
+    print(data_stats.describe(path, overrides or [], out, as_json), end="")
 
 
 @data_app.command("show")

@@ -103,6 +103,8 @@ def print_data(workspace: Workspace) -> None:
             line = f"contamination: {found['records']:,} records hold items of {evaluation_set} ({found['items']:,} items{short})"
             console.print(line, markup=False)
         for row in prepared.table:
+            if row.get("survey"):
+                console.print(row["survey"], markup=False, soft_wrap=True)
             if row.get("warning"):
                 console.print(f"warning: {row['warning']}", markup=False)
             if "benchmark" in row["flags"] and not row["left_out"]:

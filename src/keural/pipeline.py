@@ -22,9 +22,9 @@ from torch import Tensor
 from keural.convert.hf import save_model_directory
 from keural.convert.lineage import check_sums
 from keural.data.decontaminate import check_evaluation
-from keural.data.prepare import Prepared, check_sources, iter_texts, prepare, used_sources
+from keural.data.prepare import Prepared, check_sources, find_prepared, iter_texts, prepare, used_sources
+from keural.data.ready import check_ready, ready
 from keural.data.sources import FileHashes, content_of
-from keural.data.store import TokenStore
 from keural.data.stream import Stream
 from keural.errors import UserError
 from keural.files import fingerprint, read_json, write_atomic, write_json
@@ -164,7 +164,7 @@ def check_inputs(recipe: Recipe, stages: Iterable[StageSpec], out: Path) -> None
     check_sources([*recipe.spec.tokenizer.sources, *sources], data_directory(recipe))
     for stage in stages:
         check_evaluation(stage.data.decontaminate, data_directory(recipe))
-    for stage in stages:
+        check_ready(stage.data, data_directory(recipe))
         if stage.starts_from_directory and not (init_directory(out, stage) / "config.json").is_file():
             raise UserError(f"{stage.name}: init_from {stage.init_from!r} is not a model directory (no config.json there)")
 
@@ -201,7 +201,25 @@ def _with_ancestors(recipe: Recipe, stage: StageSpec) -> dict[str, StageSpec]:
 
 
 def _prepare_stage(recipe: Recipe, stage: StageSpec, tokenizer: KeuralTokenizer, out: Path) -> Prepared:
-    return prepare(stage.data, stage.objective, data_directory(recipe), tokenizer, out / "data", recipe.spec.seed)
+    directory = data_directory(recipe)
+    if stage.data.ready:
+        return ready(stage.data, stage.objective, directory, tokenizer, out / "data")
+    return prepare(stage.data, stage.objective, directory, tokenizer, out / "data", recipe.spec.seed)
+
+
+def find_stage_data(recipe: Recipe, stage: StageSpec, out: Path) -> Prepared | None:
+    """A stage's data if it is there in `out` (or ready), made from the sources as they are now; nothing is written but hashes."""
+    if not stage.data.ready and not (out / "data").is_dir():
+        return None
+    path = recipe.spec.tokenizer.path
+    directory = out / "tokenizer" if path is None else (data_directory(recipe) or Path()) / path
+    if not directory.exists():
+        return None
+    tokenizer = KeuralTokenizer.load(directory)
+    if stage.data.ready:
+        return _prepare_stage(recipe, stage, tokenizer, out)
+    arguments = (stage.data, stage.objective, data_directory(recipe), tokenizer, out / "data", recipe.spec.seed)
+    return find_prepared(*arguments)
 
 
 def prepare_tokenizer(recipe: Recipe, out: Path) -> KeuralTokenizer:
@@ -246,6 +264,9 @@ def _train(workspace: Workspace, stage: StageSpec, ranks: parallel.Ranks, tensor
     if is_done(directory, wanted):
         ranks.say(f"{stage.name}: finished already, skipped")
         return False
+    for row in workspace.data[stage.name].table:
+        if "survey" in row:
+            ranks.say(f"{stage.name}: {row['survey']}")
     ranks.on_main(lambda: _check_ready(workspace, stage))
     ranks.on_main(lambda: _open_stage_directory(directory, stage, wanted))
     result = train_stage(_job(workspace, stage, wanted, tensorboard), ranks)
@@ -298,10 +319,10 @@ def _open_stage_directory(directory: Path, stage: StageSpec, wanted: str) -> Non
 
 def open_stream(workspace: Workspace, stage: StageSpec) -> Stream:
     """The stream of batches that a stage trains on."""
-    store = TokenStore.open(workspace.data[stage.name].train, workspace.tokenizer.sha256)
-    length, train = stage.data.sequence_length, stage.train
+    length, train, tokenizer = stage.data.sequence_length, stage.train, workspace.tokenizer
     rows = None if train.batch_tokens is None else train.batch_tokens // length
-    return Stream(store, stage.objective, length, rows, train.batch_pairs, workspace.recipe.spec.seed)
+    settings = (stage.objective, length, rows, train.batch_pairs, workspace.recipe.spec.seed)
+    return workspace.data[stage.name].corpus.stream(*settings, tokenizer.sha256, tokenizer.vocab_size)
 
 
 def _job(workspace: Workspace, stage: StageSpec, wanted: str, tensorboard: bool) -> StageJob:
@@ -312,7 +333,7 @@ def _job(workspace: Workspace, stage: StageSpec, wanted: str, tensorboard: bool)
         seed=workspace.recipe.spec.seed,
         model_config=workspace.model_config,
         init=None if stage.init_from == "random" else init_directory(workspace.out, stage),
-        train_store=prepared.train,
+        train_store=prepared.corpus,
         heldout_store=prepared.heldout,
         tokenizer_sha=workspace.tokenizer.sha256,
         run_dir=workspace.out / stage.name,

@@ -83,6 +83,8 @@ class SourceSpec(Spec):
     """Use at most this many kept records, in file order."""
     repeat: int = Field(1, gt=0)
     """How often each record of the source is put into one epoch."""
+    weight: float | None = Field(None, gt=0)
+    """The source's part of an epoch, relative to the other sources' weights; with `data.mixing`, and then without `repeat`."""
     expect: int | None = Field(None, ge=0)
     """Number of records that should be kept (a published count); another number is warned about."""
     max_drop: float = Field(0.5, ge=0, le=1)
@@ -110,6 +112,37 @@ class LicensesSpec(Spec):
     """Leave out sources of these licences; `non-commercial`: all that forbid commercial use, `unknown`: those that state none."""
 
 
+class MixingSpec(Spec):
+    """How sources are mixed by their weights. An epoch is counted in what batches are: tokens, for dpo in pairs."""
+
+    epoch: int | Literal["scarcest"] = "scarcest"
+    """Size of an epoch; `scarcest`: the largest in which no source is needed more often than `max_repeat`."""
+    max_repeat: float = Field(4.0, ge=1)
+    """How often a source may be used in one epoch. Up to four times repeated data is nearly as good as new (Muennighoff et al.
+    2023, "Scaling Data-Constrained Language Models")."""
+    scarce: Literal["refuse", "renormalise"] = "refuse"
+    """When a source has too little for its share of the epoch: refuse, or use it `max_repeat` times and share what is missing
+    among the others by their weights."""
+
+    @field_validator("epoch")
+    @classmethod
+    def _epoch_positive(cls, epoch: int | str) -> int | str:
+        if isinstance(epoch, int) and epoch <= 0:
+            raise ValueError("must be a number above 0, or scarcest")
+        return epoch
+
+
+class StoreSpec(Spec):
+    """One of several ready token stores."""
+
+    name: str = Field(min_length=1)
+    path: str = Field(min_length=1)
+    """Directory, relative to the recipe's data directory."""
+    weight: float | None = Field(None, gt=0)
+    """Its part of an epoch, relative to the other stores' weights; with `data.mixing`. Without, each is used once."""
+    language: str | None = None
+
+
 class TokenizerSpec(Spec):
     """Which tokenizer: one to train from `sources`, or one to load from `path`."""
 
@@ -128,6 +161,8 @@ class TokenizerSpec(Spec):
     def _trained_or_loaded(self) -> Self:
         if bool(self.path) == bool(self.sources):
             raise ValueError("give either path (load a tokenizer) or sources (train one)")
+        if any(source.weight for source in self.sources):
+            raise ValueError("sources: weight is for a stage's sources; a tokenizer's have repeat and limit")
         return self
 
 
@@ -145,9 +180,17 @@ class DecontaminateSpec(Spec):
 
 
 class DataSpec(Spec):
-    """A stage's data: sources, length of a packed row, and what is held out."""
+    """A stage's data: sources or data that is ready, length of a packed row, and what is held out."""
 
-    sources: list[SourceSpec] = Field(min_length=1)
+    sources: list[SourceSpec] = Field(default_factory=list)
+    store: str | None = None
+    """Instead of sources: a token store, or a directory with `train/` and perhaps `heldout/`, as data was prepared before."""
+    stores: list[StoreSpec] = Field(default_factory=list)
+    """Instead of sources: several token stores."""
+    shards: str | None = None
+    """Instead of sources (next_token): a directory of published shards, `keural_NNN.bin`, `.idx` and `.meta`, as they are."""
+    mixing: MixingSpec | None = None
+    """Mix sources or stores by weight."""
     sequence_length: int = Field(gt=1)
     """Tokens of a packed row (next_token, sft) or of one side of a pair with its prompt (dpo)."""
     heldout_per_mille: float = Field(0.0, ge=0, lt=1000)
@@ -162,6 +205,48 @@ class DataSpec(Spec):
     """Train on sources that are benchmarks; false leaves them out."""
     decontaminate: DecontaminateSpec | None = None
     """Drop records that hold items of these evaluation sets (gate `contaminated`)."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether the data is tokenised already."""
+        return not self.sources
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        given = [name for name in ("sources", "store", "stores", "shards") if getattr(self, name)]
+        if len(given) != 1:
+            found = f", not {' and '.join(given)}" if given else ""
+            raise ValueError(f"give exactly one of sources, store, stores, shards{found}")
+        if self.ready:
+            for name in ("heldout_per_mille", "heldout_sources", "min_characters", "licenses", "benchmarks"):
+                if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
+                    raise ValueError(f"{name} is for sources; data in {given[0]} is used as it is")
+        names = [store.name for store in self.stores]
+        if doubled := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"stores: two are called {doubled!r}")
+        _check_weights(self)
+        return self
+
+
+def _check_weights(data: DataSpec) -> None:
+    """Raise ValueError unless all parts have a weight, and `mixing` says what it means, or none has."""
+    parts: list[SourceSpec | StoreSpec] = [*data.sources, *data.stores]
+    weighted = [part.name for part in parts if part.weight is not None]
+    if any(source.weight is not None for source in data.heldout_sources):
+        raise ValueError("heldout_sources: weight is for training; what is held out is never repeated")
+    if data.mixing is None:
+        if weighted:
+            raise ValueError(f"weight of {weighted[0]!r} needs data.mixing; write mixing: {{}} for its defaults")
+        return
+    if not parts:
+        raise ValueError("mixing is for sources or stores with weights")
+    names = [part.name for part in parts]
+    if doubled := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"mixing: two parts are called {doubled[0]!r}; give each a name of its own")
+    if missing := [part.name for part in parts if part.weight is None]:
+        raise ValueError(f"mixing needs a weight for every part; {missing[0]!r} has none")
+    if repeated := [source.name for source in data.sources if source.repeat != 1]:
+        raise ValueError(f"source {repeated[0]!r}: repeat and weight exclude each other; with mixing give weight alone")
 
 
 class TrainSpec(Spec):
@@ -255,6 +340,8 @@ class StageSpec(Spec):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         train, length = self.train, self.data.sequence_length
+        if self.data.shards and self.objective != "next_token":
+            raise ValueError(f"data.shards hold documents; objective {self.objective} cannot train on them")
         if self.objective == "dpo":
             if train.batch_pairs is None or train.batch_tokens is not None:
                 raise ValueError("objective dpo needs train.batch_pairs and no train.batch_tokens")

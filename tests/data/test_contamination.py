@@ -1,4 +1,4 @@
-"""Evaluation items are found wherever they were planted and however they are spaced; other text is not; what was found is listed."""
+"""Evaluation items are found wherever they stand and however they are spaced; other text is not; what was found is listed."""
 
 import json
 import pickle

@@ -168,7 +168,7 @@ def test_a_pair_is_never_divided_and_its_sides_stand_side_by_side(tmp_path: Path
 
 def test_the_plan_of_packed_rows_is_kept_beside_the_store_and_made_again_when_damaged(tmp_path: Path) -> None:
     first = make_stream(tmp_path / "store", "sft", [9, 12, 5, 16, 7, 7, 3, 15] * 3).batch(0)
-    (plan,) = tmp_path.glob("store.rows-*.npy")
+    (plan,) = tmp_path.glob("store.rows-*.plan")
     opened = TokenStore.open(tmp_path / "store")
     assert same(Stream(opened, "sft", T, batch_rows=3, seed=5).batch(0), first)
     plan.write_bytes(plan.read_bytes()[:100])

@@ -22,9 +22,11 @@ from typing import Any
 
 from keural.data.adapters.aihub import OTHER_PART
 from keural.data.adapters.base import WRONG_SCHEMA
+from keural.data.corpus import Corpus
 from keural.data.decontaminate import REASON, Decontaminator, check_evaluation
 from keural.data.encode import Encoded, Encoder
 from keural.data.gates import Gatekeeper
+from keural.data.mixture import Mixture, mix
 from keural.data.parts import Parts
 from keural.data.records import Drop, PreferencePair, Record
 from keural.data.sources import (
@@ -39,6 +41,7 @@ from keural.data.sources import (
 )
 from keural.data.split import Side, Splitter
 from keural.data.spool import Spool
+from keural.data.store import TokenStore
 from keural.data.stream import STORE_KIND
 from keural.data.texts import iter_texts
 from keural.errors import UserError
@@ -62,15 +65,24 @@ class Prepared:
     not use the source), `split, rows, kept, heldout` (of the kept ones), `tokens` (in the stores, repeats included), `repeat`,
     `shortened` (conversations that lost trailing turns), `drops` (count by reason), `first_drop` (place by reason), `noted` (kept
     records that a gate only counts, by reason), `length_ratio` (of pairs: characters of chosen answers against rejected ones, else
-    None) and `warning` (None, or what differs from the expected count).
+    None) and `warning` (None, or what differs from the expected count). Where sources are mixed by weight `tokens` counts each
+    record once, and `mixture` has the source's `Share` of an epoch.
     """
 
     train: Path
     heldout: Path | None
     table: list[dict[str, Any]]
     fingerprint: str
+    mixture: Mixture | None = None
+    ready: Corpus | None = None
+    """Where the data is that was tokenised before; None: in `train`."""
     contamination: dict[str, dict[str, Any]] | None = None
     """By evaluation set (`Decontaminator.report`); the records that were found are listed in `contamination.jsonl`."""
+
+    @property
+    def corpus(self) -> Corpus:
+        """What the stage trains on."""
+        return self.ready or Corpus((self.train,), mixture=self.mixture)
 
 
 def prepare(
@@ -96,15 +108,40 @@ def prepare(
                 checker.write(temporary)
                 made["contamination"] = checker.report()
             write_json(temporary / "prepared.json", made)
+    return _prepared(directory, spec, wanted)
+
+
+def find_prepared(
+    spec: DataSpec, objective: Objective, data_dir: Path | None, tokenizer: KeuralTokenizer, out_root: Path, seed: int
+) -> Prepared | None:
+    """What `prepare` would give, if it is there already. Raises `UserError` for sources that cannot be read."""
+    check_sources(used_sources(spec), data_dir)
+    wanted = _fingerprint(spec, objective, data_dir, tokenizer, out_root, seed)
+    directory = out_root / wanted[:16]
+    return _prepared(directory, spec, wanted) if _is_there(directory, wanted) else None
+
+
+def _prepared(directory: Path, spec: DataSpec, data_fingerprint: str) -> Prepared:
+    """What is in a finished directory; the mixture is worked out anew, for it takes no time and other weights need no other
+    store.
+    """
     made = read_json(directory / "prepared.json")
+    train, heldout = directory / "train", directory / "heldout" if made["heldout"] else None
+    contamination = made.get("contamination")
+    if spec.mixing is None:
+        return Prepared(train, heldout, made["table"], data_fingerprint, contamination=contamination)
+    weights = {source.name: source.weight or 0.0 for source in spec.sources if not left_out(spec, source)}
+    mixture = mix(TokenStore.open(train, verify="size"), weights, spec.mixing)
+    shares = mixture.rows()
+    table = [row | {"mixture": shares.get(row["source"]) if row["split"] == "train" else None} for row in made["table"]]
     return Prepared(
-        directory / "train", directory / "heldout" if made["heldout"] else None, made["table"], wanted, made.get("contamination")
+        train, heldout, table, fingerprint([data_fingerprint, mixture.fingerprint]), mixture, contamination=contamination
     )
 
 
 def used_sources(spec: DataSpec) -> list[SourceSpec]:
     """The sources that the recipe does not leave out. Raises `UserError` when none is left to train on."""
-    if all(left_out(spec, source) for source in spec.sources):
+    if spec.sources and all(left_out(spec, source) for source in spec.sources):
         reasons = ", ".join(f"{source.name} ({left_out(spec, source)})" for source in spec.sources)
         raise UserError(f"no source is left to train on: data.licenses and data.benchmarks leave out {reasons}")
     return [source for source in (*spec.sources, *spec.heldout_sources) if not left_out(spec, source)]
@@ -143,10 +180,14 @@ def _fingerprint(
     """Of settings, contents and tokenizer. Documents are cut only by the stream, so their stores do not depend on the length."""
     cache = out_root / "file-hashes.json"
     hashes = FileHashes(read_json(cache) if cache.is_file() else None)
-    settings = spec.model_dump()
+    settings = spec.model_dump(exclude={"store", "stores", "shards", "mixing"})
+    for source in settings["sources"] + settings["heldout_sources"]:
+        del source["weight"]  # weights choose what is read from a store, not what is in it
     evaluation = spec.decontaminate.sources if spec.decontaminate else []
     if not evaluation:
         del settings["decontaminate"]
+    if spec.mixing is not None:
+        settings["sections"] = True
     if objective == "next_token":
         del settings["sequence_length"]
     contents = [content_of(source, data_dir, hashes) for source in (*used_sources(spec), *evaluation)]
@@ -197,7 +238,9 @@ def _make(
     """Read all sources and write the stores into `directory`. Returns the table, and whether anything is held out."""
     kind = STORE_KIND[objective]
     encoder = Encoder(tokenizer, spec, threads=len(os.sched_getaffinity(0)), parts=parts)
-    with Spool(directory / ".train", kind) as train, Spool(directory / ".heldout", kind, keep_texts=True) as heldout:
+    sections = spec.mixing is not None
+    held = Spool(directory / ".heldout", kind, keep_texts=True)
+    with Spool(directory / ".train", kind, sections=sections) as train, held as heldout:
         table = _read_all(spec, encoder, data_dir, {"train": train, "heldout": heldout}, seed, checker)
         _check_sides(spec, train.units, heldout.units)
         for spool, name in ((train, "train"), (heldout, "heldout")):

@@ -168,7 +168,20 @@ def read_documents(
 def _block(
     rows: NDArray[np.uint32], where: str, first: int, vocab_size: int, counts: Counts
 ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-    """The documents of some sequences ``[rows, length]``; what else there is is counted."""
+    """The documents of some sequences ``[rows, length]``, as their tokens and lengths; what else there is is counted."""
+    inside, starts = layout(rows, where, first, vocab_size, counts)
+    tokens = rows[inside]
+    return tokens, np.diff(np.flatnonzero(starts[inside]), append=tokens.size)
+
+
+def layout(
+    rows: NDArray[np.uint32], where: str, first: int, vocab_size: int, counts: Counts
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Where the documents of some sequences ``[rows, length]`` are, and where each starts; what else there is is counted.
+
+    Raises `UserError`, with `where` and the sequence's number counted from `first`, for ids outside the vocabulary and for
+    sequences that are not packed by the published rule.
+    """
     length = rows.shape[1]
     _refuse(rows >= vocab_size, where, first, f"has a token id outside the tokenizer's {vocab_size}; give the right tokenizer")
     _refuse(rows[:, :1] != BOS_ID, where, first, "does not start with BOS; it is not packed by the published rule")
@@ -193,11 +206,9 @@ def _block(
     many = starts.sum(axis=1) > 1
     counts.cut_long += int((full & ~many & (used == length)).sum())
     counts.cut_last += int((full & (many | (used < length))).sum())
-    tokens = rows[inside]
-    lengths = np.diff(np.flatnonzero(starts[inside]), append=tokens.size)
-    counts.documents += lengths.size
-    counts.tokens += tokens.size
-    return tokens, lengths
+    counts.documents += int(starts.sum())
+    counts.tokens += int(inside.sum())
+    return inside, starts
 
 
 def _refuse(wrong: NDArray[np.bool_], where: str, first: int, what: str) -> None:

@@ -1,12 +1,17 @@
 """The records of a store that is being made: on disk in reading order, then written shuffled.
 
-In: encoded records, one by one. Out: a token store. Memory holds where each record ends and the order of the records, some 30
-bytes each; tokens, masks and texts wait in files, so a corpus may be larger than memory.
+In: encoded records, one by one, source by source. Out: a token store. Memory holds where each record ends and the order of the
+records, some 30 bytes each; tokens, masks and texts wait in files, so a corpus may be larger than memory.
+
+For mixing by weight the store keeps its sources apart, as sections that the manifest names; within one the records stand in the
+order of a hash of their tokens and the seed, so that its beginning is a random choice that depends on nothing else.
 """
 
 import contextlib
 import json
 from array import array
+from hashlib import blake2b
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -15,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keural.data.encode import Encoded
-from keural.data.permutation import Permutation
+from keural.data.permutation import Permutation, mixed
 from keural.data.records import Document
 from keural.data.store import TOKEN, Kind, StoreWriter
 
@@ -25,16 +30,18 @@ BLOCK_UNITS = 1024
 
 class Spool:
     """Collects records in files `stem.*`, which vanish when the block ends; with `keep_texts` the store gets documents' texts,
-    too.
+    too, with `sections` its sources stay apart.
     """
 
-    def __init__(self, stem: Path, kind: Kind, keep_texts: bool = False) -> None:
+    def __init__(self, stem: Path, kind: Kind, keep_texts: bool = False, sections: bool = False) -> None:
         self._stem, self._kind, self._keep_texts = stem, kind, keep_texts
         self._sides = 2 if kind == "pairs" else 1
         self._files: dict[str, BinaryIO] = {}
         self._ends = array("Q", [0])
         self._text_ends = array("Q", [0])
         self._order = array("Q")
+        self._sections: dict[str, int] | None = {} if sections else None  # where each source begins
+        self._digests = array("Q")
 
     def __enter__(self) -> Self:
         return self
@@ -53,6 +60,10 @@ class Spool:
     def add(self, encoded: Encoded, repeat: int, source: str) -> None:
         """Append a record, which the store will have `repeat` times."""
         self._order.extend([self.units] * repeat)
+        if self._sections is not None:
+            assert repeat == 1, "sections are repeated by the stream"
+            self._sections.setdefault(source, self.units)
+            self._digests.append(_digest(encoded))
         for ids, mask in encoded.sequences:
             self._append("tokens", np.asarray(ids, dtype=TOKEN).tobytes())
             if mask is not None:
@@ -79,7 +90,10 @@ class Spool:
         for file in self._files.values():
             file.flush()
         order = np.array(self._order, dtype=np.int64)
-        if self._kind == "documents":
+        if self._sections is not None:
+            order = self._by_section(seed)
+            meta = meta | {"sections": self._section_table()}
+        elif self._kind == "documents":
             order = order[Permutation(len(order), seed, len(order)).take(np.arange(len(order)))]
         tokens = np.memmap(self._path("tokens"), dtype=TOKEN, mode="r")
         loss = None if self._kind == "documents" else np.memmap(self._path("loss"), dtype=np.uint8, mode="r")
@@ -92,6 +106,26 @@ class Spool:
                 writer.add_many(np.concatenate([tokens[span] for span in spans]), lengths, mask)
             writer.close(extra=self._write_texts(directory / "texts.jsonl", order))
 
+    def _bounds(self) -> list[int]:
+        """Where sections begin and end, in records."""
+        return [*(self._sections or {}).values(), self.units]
+
+    def _by_section(self, seed: int) -> NDArray[np.int64]:
+        """The records, section by section, in the order of their digests turned by the seed."""
+        keys = mixed(np.array(self._digests, dtype=np.uint64) ^ np.uint64(seed & 0xFFFFFFFFFFFFFFFF))
+        return np.concatenate([first + np.argsort(keys[first:stop], kind="stable") for first, stop in pairwise(self._bounds())])
+
+    def _section_table(self) -> list[dict[str, Any]]:
+        bounds = pairwise(self._bounds())
+        return [
+            {
+                "source": source,
+                "sequences": self._sides * (stop - first),
+                "tokens": self._ends[self._sides * stop] - self._ends[self._sides * first],
+            }
+            for source, (first, stop) in zip(self._sections or {}, bounds, strict=True)
+        ]
+
     def _write_texts(self, path: Path, order: NDArray[np.int64]) -> list[str]:
         """Write the documents' texts in the order of the store; the name of the file, if there are any."""
         if "texts" not in self._files:
@@ -101,3 +135,11 @@ class Spool:
                 texts.seek(self._text_ends[unit])
                 file.write(texts.read(self._text_ends[unit + 1] - self._text_ends[unit]))
         return [path.name]
+
+
+def _digest(encoded: Encoded) -> int:
+    """Eight bytes of a record's content, as a number."""
+    digest = blake2b(digest_size=8, person=b"keural-mix")
+    for ids, _ in encoded.sequences:
+        digest.update(np.asarray(ids, dtype=TOKEN).tobytes())
+    return int.from_bytes(digest.digest(), "little")

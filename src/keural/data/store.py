@@ -10,6 +10,7 @@ In a store of kind "pairs" sequence 2k is the chosen and 2k+1 the rejected side 
 """
 
 import contextlib
+import copy
 import hashlib
 import mmap
 from collections.abc import Iterator, Sequence
@@ -202,8 +203,7 @@ class TokenStore:
         self._loss = [
             np.memmap(directory / f"{name}.ds.loss", dtype=np.uint8, mode="r") for name in names if self.kind != "documents"
         ]
-        self._first_token = np.cumsum([0, *(len(tokens) for tokens in self._tokens)])
-        self._first_sequence = np.cumsum([0, *(len(ends) for ends in self._ends)])
+        self._count()
 
     @classmethod
     def open(cls, directory: Path, tokenizer_sha: str | None = None, verify: Verify = "auto") -> "TokenStore":
@@ -227,6 +227,26 @@ class TokenStore:
             store._check_ids()
         store._advise(mmap.MADV_RANDOM)  # a window is 16 kB; the system would read eight times as much ahead of every page
         return store
+
+    @classmethod
+    def join(cls, stores: "dict[str, TokenStore]") -> "TokenStore":
+        """Stores of one kind and tokenizer as one, without touching their files: each is a section with the name it is given."""
+        parts = list(stores.values())
+        joined = copy.copy(parts[0])
+        assert all((part.kind, part.tokenizer_sha) == (joined.kind, joined.tokenizer_sha) for part in parts)
+        joined.num_sequences, joined.num_tokens = sum(p.num_sequences for p in parts), sum(p.num_tokens for p in parts)
+        joined.longest, joined.vocab_size = max(p.longest for p in parts), max(p.vocab_size for p in parts)
+        joined.fingerprint = fingerprint([part.fingerprint for part in parts])
+        joined.manifest = {"sections": [{"source": name, "sequences": part.num_sequences} for name, part in stores.items()]}
+        joined._tokens, joined._ends, joined._loss = (
+            [array for part in parts for array in getattr(part, name)] for name in ("_tokens", "_ends", "_loss")
+        )
+        joined._count()
+        return joined
+
+    def _count(self) -> None:
+        self._first_token = np.cumsum([0, *(len(tokens) for tokens in self._tokens)])
+        self._first_sequence = np.cumsum([0, *(len(ends) for ends in self._ends)])
 
     @classmethod
     def _of(cls, directory: Path, manifest: dict[str, Any]) -> "TokenStore":
@@ -261,6 +281,25 @@ class TokenStore:
         """Per token of sequence `index`, 1 where it is trained; all ones for documents."""
         shard, start, stop = self._place(index)
         return self._loss[shard][start:stop] if self._loss else np.ones(stop - start, dtype=np.uint8)
+
+    @property
+    def sections(self) -> dict[str, tuple[int, int]]:
+        """The sequences ``first..stop-1`` of each source, where the store keeps sources apart (`Spool`); of joined stores, of
+        each store.
+        """
+        counts = {section["source"]: section["sequences"] for section in self.manifest.get("sections", ())}
+        stops = np.cumsum(list(counts.values()), dtype=np.int64).tolist()
+        return {name: (stop - count, stop) for (name, count), stop in zip(counts.items(), stops, strict=True) if count}
+
+    def extent(self, index: int) -> tuple[int, int]:
+        """Flat positions at which sequence `index` starts and ends."""
+        shard, start, stop = self._place(index)
+        base = int(self._first_token[shard])
+        return base + start, base + stop
+
+    def sequence_at(self, position: int) -> int:
+        """The sequence that the token at a flat position belongs to."""
+        return self.spans(position, position + 1)[0]
 
     def _place(self, index: int) -> tuple[int, int, int]:
         """Shard of a sequence, and its start and end there."""

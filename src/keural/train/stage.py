@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from keural.data.store import TokenStore
+from keural.data.corpus import Corpus
 from keural.data.stream import Stream
 from keural.errors import UserError
 from keural.files import fingerprint as fingerprint_of
@@ -52,7 +52,7 @@ class StageJob:
     model_config: KeuralConfig
     init: Path | None
     """Model directory to start from; None draws random weights from `seed`."""
-    train_store: Path
+    train_store: Path | Corpus
     heldout_store: Path | None
     tokenizer_sha: str
     run_dir: Path
@@ -239,12 +239,13 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def _stream(job: StageJob, store: Path, batch_pairs: int | None) -> Stream:
+def _stream(job: StageJob, store: Path | Corpus, batch_pairs: int | None) -> Stream:
     """The stream over a store of this job; refuses one made with another tokenizer."""
     stage = job.stage
     rows = None if stage.train.batch_tokens is None else stage.train.batch_tokens // stage.data.sequence_length
-    opened = TokenStore.open(store, job.tokenizer_sha)
-    return Stream(opened, stage.objective, stage.data.sequence_length, batch_rows=rows, batch_pairs=batch_pairs, seed=job.seed)
+    corpus = store if isinstance(store, Corpus) else Corpus((store,))
+    settings = (stage.objective, stage.data.sequence_length, rows, batch_pairs, job.seed)
+    return corpus.stream(*settings, job.tokenizer_sha, job.model_config.vocab_size)
 
 
 def _trainer(job: StageJob, stream: Stream, ranks: Ranks) -> Trainer:

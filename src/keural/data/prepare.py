@@ -22,6 +22,7 @@ from typing import Any
 
 from keural.data.adapters.aihub import OTHER_PART
 from keural.data.adapters.base import WRONG_SCHEMA
+from keural.data.adapters.corpora import OTHER_LANGUAGE, OTHER_LICENSE
 from keural.data.encode import Encoded, Encoder
 from keural.data.gates import Gatekeeper
 from keural.data.parts import Parts
@@ -49,7 +50,7 @@ __all__ = ["Prepared", "check_sources", "iter_texts", "prepare", "read_heldout_t
 
 VERSION = 2
 """Raised when the same sources give other bytes than before."""
-NOT_DEFECTS = {"duplicate", "duplicate_id", "duplicate_prompt", "held_out", OTHER_PART}
+NOT_DEFECTS = {"duplicate", "duplicate_id", "duplicate_prompt", "held_out", OTHER_PART, OTHER_LANGUAGE, OTHER_LICENSE}
 """Drops that say nothing about a source's quality; they do not count against `max_drop`."""
 
 

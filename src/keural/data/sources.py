@@ -85,7 +85,8 @@ def _rows(source: SourceSpec, adapter: Adapter, data_dir: Path | None, seed: int
 
 
 def _file_rows(file: DataFile, format_name: str, source: SourceSpec) -> Iterator[Row | Drop]:
-    options = {name: value for name, value in source.options.items() if name in FORMATS[format_name].options}
+    wanted = adapter_of(source).reading | source.options
+    options = {name: value for name, value in wanted.items() if name in FORMATS[format_name].options}
     yield from read_rows(file, format_name, options)
 
 
@@ -258,7 +259,7 @@ def _check_type(source: SourceSpec, name: str, value: Any, known: OptionTypes) -
     if isinstance(value, list):
         fits = fits and bool(value) and all(isinstance(item, str | int) and not isinstance(item, bool) for item in value)
     if not fits:
-        names = {bool: "true or false", str: "a text", int: "a column number", list: "a list of field names"}
+        names = {bool: "true or false", str: "a text", int: "a column number", list: "a list of names", float: "a number"}
         raise _error(source, f"option {name!r} must be {' or '.join(names[kind] for kind in known[name])}, got {value!r}")
 
 

@@ -109,8 +109,9 @@ _SPACED = [
 
 
 def _without_paper_marks(text: str, row: Any, source: SourceSpec) -> str:
-    """Papers come as tokens between spaces, with marks for formulas and citations. Citations and labels are taken out; a sentence
-    with a formula's mark says nothing without it, and goes; the spaces that the tokeniser put in go. Option `abstract`: the abstract first.
+    """Papers come as tokens between spaces, with marks for formulas and citations. Citations and labels are taken out;
+    a sentence with a formula's mark says nothing without it, and goes; the spaces that the tokeniser put in go. Option `abstract`:
+    the abstract first.
     """
     marked = _LABEL.sub("", _CITATION.sub("", text))
     kept = "".join(_joined(part) for part in _SENTENCE.split(marked) if not _FORMULA.search(part))
@@ -136,7 +137,8 @@ def _abstract(row: Any) -> str:
 
 
 _BOOK_LICENSE = re.compile(
-    r"^.*(?:licensed for your personal (?:enjoyment|use)|all rights reserved|smashwords (?:edition|license)|may not be re-?sold).*\n?",
+    r"^.*(?:licensed for your personal (?:enjoyment|use)|all rights reserved|smashwords (?:edition|license)"
+    r"|may not be re-?sold).*\n?",
     re.IGNORECASE | re.MULTILINE,
 )
 

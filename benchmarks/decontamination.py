@@ -4,8 +4,8 @@
 
 DATA_DIR holds the eval_*, ko_* and en_* sets. Every item (passage, question, choices, first answer, line by line) is put between
 two clean paragraphs, as it is and changed: case swapped, punctuation removed, words broken over lines, and half the spaces after
-Hangul gone. Clean documents are the paragraphs of at least 200 characters of the ko_* and en_* sets. Beside it, datatrove's n-gram filter on
-the same texts, with 13-grams of words split at white space, of questions and answers together.
+Hangul gone. Clean documents are the paragraphs of at least 200 characters of the ko_* and en_* sets. Beside it, datatrove's
+n-gram filter on the same texts, with 13-grams of words split at white space, of questions and answers together.
 """
 
 import argparse

@@ -76,7 +76,13 @@ class SourceSpec(Spec):
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the adapter and reader, e.g. names of fields."""
     hub: str | None = None
-    """Where the files come from (a dataset hub id); named when they are missing."""
+    """Where the files come from (a dataset hub id): read from there when there is no `path`, and named when files are missing."""
+    revision: str | None = None
+    """Commit of `hub`, 40 digits."""
+    config: str | None = None
+    """Configuration (subset) of `hub`."""
+    split: str | None = None
+    """Split of `hub`, `train` where none is given."""
     language: str | None = None
     license: str | None = None
     limit: int | None = Field(None, gt=0)

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import yaml
 
-from keural.data.adapters import ADAPTERS, aihub, published
-from keural.data.records import Conversation, Drop, PreferencePair
+from keural.data.adapters import ADAPTERS, aihub, corpora, published
+from keural.data.records import Conversation, Document, Drop, PreferencePair
 from keural.data.sources import flags_of, license_of, read_source
 from keural.recipe import SourceSpec
 
 ROWS = Path(__file__).with_name("rows")
-NAMES = sorted({*published.ADAPTERS, *aihub.ADAPTERS, "hh_rlhf"})
+NAMES = sorted({*published.ADAPTERS, *aihub.ADAPTERS, *corpora.ADAPTERS, "hh_rlhf"})
 CASES = [(name, number) for name in NAMES for number in range(len(yaml.safe_load((ROWS / f"{name}.yaml").read_text())))]
 
 
@@ -22,6 +22,8 @@ def plain(record: Any) -> Any:
     """A record as the fixtures write it."""
     if isinstance(record, Drop):
         return record.reason
+    if isinstance(record, Document):
+        return record.text
     if isinstance(record, Conversation):
         return [list(message) for message in record.messages]
     assert isinstance(record, PreferencePair)

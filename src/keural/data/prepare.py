@@ -22,6 +22,7 @@ from typing import Any
 
 from keural.data.adapters.aihub import OTHER_PART
 from keural.data.adapters.base import WRONG_SCHEMA
+from keural.data.adapters.corpora import OTHER_LANGUAGE, OTHER_LICENSE
 from keural.data.corpus import Corpus
 from keural.data.decontaminate import REASON, Decontaminator, check_evaluation
 from keural.data.encode import Encoded, Encoder
@@ -53,7 +54,9 @@ __all__ = ["Prepared", "check_sources", "iter_texts", "prepare", "read_heldout_t
 
 VERSION = 2
 """Raised when the same sources give other bytes than before."""
-NOT_DEFECTS = {"duplicate", "duplicate_id", "duplicate_prompt", "held_out", OTHER_PART, REASON}
+NOT_DEFECTS = {
+    "duplicate", "duplicate_id", "duplicate_prompt", "held_out", OTHER_PART, OTHER_LANGUAGE, OTHER_LICENSE, REASON
+}  # fmt: skip
 """Drops that say nothing about a source's quality; they do not count against `max_drop`."""
 
 

@@ -1,4 +1,5 @@
-"""Rows from files: text, Markdown, JSON lines, JSON, YAML, Parquet, CSV, TSV and gettext catalogues, all also as `.gz`.
+"""Rows from files: text, Markdown, JSON lines, JSON, YAML, Parquet, CSV, TSV and gettext catalogues, all also as `.gz`, `.xz` and
+`.zst`.
 
 In: a `DataFile` and the options of its format. Out: `Row`s, each with the place it came from, or a `Drop` where a row or file
 cannot be read. Text is decoded as UTF-8 (with or without byte order mark), UTF-16 (with one) or CP949, whatever fits; bytes
@@ -10,10 +11,11 @@ import csv
 import gzip
 import io
 import json
+import lzma
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -34,6 +36,8 @@ GUTENBERG_END = re.compile(
 )
 GUTENBERG_CREDITS = re.compile(r"\A\s*Produced by .*?\n\s*\n", re.DOTALL)
 
+PACKED = {".gz": "gzip", ".xz": "xz", ".zst": "Zstandard"}
+"""Suffixes of packed files."""
 _UNDECODED = re.compile("[\udc80-\udcff]")
 
 csv.field_size_limit(1 << 30)
@@ -78,16 +82,16 @@ def read_rows(file: DataFile, format_name: str, options: Options) -> Iterator[Ro
     """The rows of one file. Raises `UserError` when it cannot be opened or unpacked."""
     try:
         yield from FORMATS[format_name].read(file, options)
-    except (gzip.BadGzipFile, zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError) as error:
-        what = "gzip file" if file.open is None else f"member {file.name}"
+    except (gzip.BadGzipFile, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, NotImplementedError) as error:
+        what = f"{PACKED.get(file.path.suffix, 'packed')} file" if file.open is None else f"member {file.name}"
         raise UserError(f"{file.path}: damaged {what} ({error}); fetch it again") from error
     except OSError as error:
         raise UserError(f"{file.path}: cannot be read ({error.strerror or error})") from error
 
 
 def format_of(path: PurePath) -> str | None:
-    """The format that a file's suffix stands for, `.gz` left aside."""
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    """The format that a file's suffix stands for, `.gz`, `.xz` and `.zst` left aside."""
+    suffix = Path(path.stem).suffix if path.suffix in PACKED else path.suffix
     return next((name for name, known in FORMATS.items() if suffix.lower() in known.suffixes), None)
 
 
@@ -103,7 +107,58 @@ def open_text(file: DataFile) -> Iterator[IO[str]]:
 def _open_bytes(file: DataFile) -> IO[bytes]:
     if file.open is not None:
         return file.open()
-    return gzip.open(file.path) if file.path.suffix == ".gz" else file.path.open("rb")  # type: ignore[return-value]
+    if file.path.suffix == ".gz":
+        return gzip.open(file.path)  # type: ignore[return-value]
+    if file.path.suffix == ".xz":
+        return lzma.open(file.path)
+    return _open_zstandard(file.path) if file.path.suffix == ".zst" else file.path.open("rb")
+
+
+def _open_zstandard(path: Path) -> IO[bytes]:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise UserError(f"{path}: reading Zstandard files needs zstandard; install keural[data]") from error
+    return io.BufferedReader(_Zstandard(path, zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError))
+
+
+class _Zstandard(io.RawIOBase):
+    """A Zstandard file of one or several frames, unpacked while it is read; one cut off does not pass for a shorter one."""
+
+    def __init__(self, path: Path, new_frame: Callable[[], Any], damage: type[Exception]) -> None:
+        self._file = path.open("rb")
+        self._new_frame, self._damage = new_frame, damage
+        self._frame: Any = None
+        self._packed = self._ready = b""
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Fill a buffer. Raises `EOFError` where the file is damaged or ends in the middle of a frame."""
+        while not self._ready and (self._packed or self._more()):
+            self._frame = self._frame or self._new_frame()
+            try:
+                self._ready = self._frame.decompress(self._packed)
+            except self._damage as error:
+                raise EOFError(str(error)) from error
+            self._packed = self._frame.unused_data if self._frame.eof else b""
+            self._frame = None if self._frame.eof else self._frame
+        if not self._ready and self._frame is not None:
+            raise EOFError("it ends in the middle of a frame")
+        piece, self._ready = self._ready[: len(buffer)], self._ready[len(buffer) :]
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def _more(self) -> bool:
+        self._packed = self._file.read(1 << 16)
+        return bool(self._packed)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        super().close()
 
 
 def sniff_encoding(start: bytes) -> str:
@@ -128,6 +183,11 @@ def _whole_text(file: DataFile) -> str:
 
 
 def _read_text(file: DataFile, options: Options) -> Iterator[Row | Drop]:
+    split = options.get("split", "file")
+    if split != "file" and not options.get("gutenberg"):  # such files can be larger than memory
+        with open_text(file) as lines:
+            yield from _pieces(file, lines, split, options.get("prefix", ""))
+        return
     text = _whole_text(file)
     if options.get("gutenberg"):
         start, end = GUTENBERG_START.search(text), GUTENBERG_END.search(text)
@@ -137,16 +197,29 @@ def _read_text(file: DataFile, options: Options) -> Iterator[Row | Drop]:
         text = GUTENBERG_CREDITS.sub("", text[start.end() : end.start()]).strip("\n") + "\n"
     if prefix := options.get("prefix"):
         text = "".join(line.removeprefix(prefix) + "\n" for line in text.split("\n") if line.startswith(prefix))
-    split = options.get("split", "file")
     if split == "file":
         yield Row(file.name, {"text": text})
-        return
-    pattern = r"\n" if split == "line" else r"\n[ \t]*(?:\n[ \t]*)+"
-    line = 1
-    for part in re.split(f"({pattern})", text):
-        if part.strip():
-            yield Row(f"{file.name}:{line}", {"text": part})
-        line += part.count("\n")
+    else:
+        yield from _pieces(file, text.splitlines(keepends=True), split, "")
+
+
+def _pieces(file: DataFile, lines: Iterable[str], split: str, prefix: str) -> Iterator[Row]:
+    """Lines that hold something, or runs of them between empty ones, each with the number of its (first) line."""
+    piece: list[str] = []
+    start = 0
+    for number, raw in enumerate(lines, start=1):
+        line = raw.removesuffix("\n").removesuffix("\r")
+        if not line.startswith(prefix):
+            continue
+        line = line.removeprefix(prefix)
+        if piece and (split == "line" or not line.strip()):
+            yield Row(f"{file.name}:{start}", {"text": "\n".join(piece)})
+            piece = []
+        if line.strip():
+            start = start if piece else number
+            piece.append(line)
+    if piece:
+        yield Row(f"{file.name}:{start}", {"text": "\n".join(piece)})
 
 
 def _read_markdown(file: DataFile, options: Options) -> Iterator[Row | Drop]:

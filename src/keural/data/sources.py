@@ -17,6 +17,7 @@ from keural.data.adapters import ADAPTERS, Adapter, evaluation
 from keural.data.adapters.base import lookup, scalar
 from keural.data.archives import ARCHIVE, archive_of, members
 from keural.data.gates import GATES
+from keural.data.hub import check_hub, hub_content, hub_rows, is_hub
 from keural.data.readers import FORMATS, DataFile, OptionTypes, Row, format_of, read_rows
 from keural.data.records import AnyRecord, Document, Drop, EvaluationItem, Record
 from keural.errors import UserError, nearest
@@ -36,12 +37,24 @@ def check_sources(sources: Iterable[SourceSpec], data_dir: Path | None) -> None:
     """
     for source in sources:
         adapter = adapter_of(source)
-        if adapter.formats:
+        if not is_hub(source):
+            _check_hub_keys(source)
+        if is_hub(source):
+            _check_options(source, adapter, ())
+            check_hub(source, data_dir)
+        elif adapter.formats:
             formats = {format_name for _, format_name in files_of(source, data_dir)}
             _check_options(source, adapter, formats)
         else:
             _own_rows(source, seed=0)
         _check_gates(source, adapter)
+
+
+def _check_hub_keys(source: SourceSpec) -> None:
+    if given := [name for name in ("config", "split") if getattr(source, name) is not None]:
+        raise _error(
+            source, f"{given[0]} is for sources that are read from a hub, and this one has a path; leave it or the path out"
+        )
 
 
 def adapter_of(source: SourceSpec) -> Adapter:
@@ -80,6 +93,9 @@ def _identified(record: AnyRecord | Drop, value: Any, source: SourceSpec, number
 
 
 def _rows(source: SourceSpec, adapter: Adapter, data_dir: Path | None, seed: int) -> Iterator[Row | Drop]:
+    if is_hub(source):
+        yield from hub_rows(source, data_dir)
+        return
     if not adapter.formats:
         rows = enumerate(_own_rows(source, seed), start=1)
         yield from (Row(f"{source.adapter}#{number}", value) for number, value in rows)
@@ -93,7 +109,8 @@ def _rows(source: SourceSpec, adapter: Adapter, data_dir: Path | None, seed: int
 
 
 def _file_rows(file: DataFile, format_name: str, source: SourceSpec) -> Iterator[Row | Drop]:
-    options = {name: value for name, value in source.options.items() if name in FORMATS[format_name].options}
+    wanted = adapter_of(source).reading | source.options
+    options = {name: value for name, value in wanted.items() if name in FORMATS[format_name].options}
     yield from read_rows(file, format_name, options)
 
 
@@ -266,7 +283,7 @@ def _check_type(source: SourceSpec, name: str, value: Any, known: OptionTypes) -
     if isinstance(value, list):
         fits = fits and bool(value) and all(isinstance(item, str | int) and not isinstance(item, bool) for item in value)
     if not fits:
-        names = {bool: "true or false", str: "a text", int: "a column number", list: "a list of field names"}
+        names = {bool: "true or false", str: "a text", int: "a column number", list: "a list of names", float: "a number"}
         raise _error(source, f"option {name!r} must be {' or '.join(names[kind] for kind in known[name])}, got {value!r}")
 
 
@@ -274,14 +291,18 @@ def content_of(source: SourceSpec, data_dir: Path | None, hashes: "FileHashes") 
     """What determines a source's rows beside its settings: name, size and SHA-256 of every file (of the generator's, for own
     rows).
     """
-    if adapter_of(source).formats:
+    fixed: list[list[Any]] = []
+    if is_hub(source):
+        fixed, found = hub_content(source, data_dir)
+        paths = [(path.as_posix(), path) for path in found]
+    elif adapter_of(source).formats:
         paths = [(file.name, path) for file, _ in files_of(source, data_dir) for path in file.paths]
     else:
         from keural.data import microworld
 
         folder = Path(str(microworld.__file__)).parent
         paths = [(path.name, path) for path in sorted(folder.glob("*.py"))]
-    return [[name, path.stat().st_size, hashes.of(path)] for name, path in paths]
+    return fixed + [[name, path.stat().st_size, hashes.of(path)] for name, path in paths]
 
 
 class FileHashes:

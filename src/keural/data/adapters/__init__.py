@@ -5,11 +5,12 @@ says which kind of record it gives, which formats it reads and which options it 
 against that.
 """
 
-from keural.data.adapters import aihub, conversations, documents, microworld, preferences, published
+from keural.data.adapters import aihub, conversations, corpora, documents, microworld, preferences, published
 from keural.data.adapters.base import Adapter
 
 ADAPTERS: dict[str, Adapter] = {
     **documents.ADAPTERS,
+    **corpora.ADAPTERS,
     **conversations.ADAPTERS,
     **preferences.ADAPTERS,
     **published.ADAPTERS,

@@ -56,6 +56,8 @@ class Adapter:
     """The source is a benchmark: scores of its family mean nothing after training on it."""
     gates: dict[str, GateAction] = field(default_factory=dict)
     """What the gates do by default for this adapter, where that differs from the gates' own default."""
+    reading: dict[str, Any] = field(default_factory=dict)
+    """Options of the reader, where the recipe does not give them."""
 
     def __call__(self, value: Any, source: SourceSpec, where: str) -> AnyRecord | Drop:
         """The record that a row holds, or why it holds none."""

@@ -1,0 +1,120 @@
+"""Where cleaning runs: processes of this machine, a Slurm cluster, or Ray; datatrove's executors behind one function.
+
+A step is a pipeline, a number of tasks and a directory for its logs and completion marks. What is complete is not run again, whatever
+the executor. On Slurm steps are submitted as a chain of jobs, and `Submitted` says so.
+"""
+
+import importlib.util
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+from keural.errors import UserError
+from keural.recipe import ExecutorSpec
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass over the data: the blocks, made when it is started; how many tasks; where it keeps its marks."""
+
+    name: str
+    blocks: Callable[[], Sequence[Any]]
+    tasks: int
+    logs: Path
+
+
+class Submitted(UserError):
+    """The work was handed to a cluster and goes on there."""
+
+
+def check_executor(spec: ExecutorSpec) -> None:
+    """Raise `UserError` when the executor cannot run here."""
+    if spec.kind == "slurm" and shutil.which("sbatch") is None:
+        raise UserError("data.cleaning.executor: kind slurm needs sbatch on the PATH; run on a login node, or use kind: local")
+    if spec.kind == "ray" and importlib.util.find_spec("ray") is None:
+        raise UserError("data.cleaning.executor: kind ray needs Ray: pip install ray, or use kind: local")
+
+
+def run_steps(steps: Sequence[Step], spec: ExecutorSpec) -> None:
+    """Run steps one after the other, leaving out what is complete. Raises `Submitted` when Slurm has taken them."""
+    logger.disable("datatrove")  # its reports go on with the run's own output otherwise
+    try:
+        if all(_is_complete(step) for step in steps):
+            return
+        RUNNERS[spec.kind](steps, spec)
+    finally:
+        logger.enable("datatrove")
+
+
+def _is_complete(step: Step) -> bool:
+    return all((step.logs / "completions" / f"{task:05d}").is_file() for task in range(step.tasks))
+
+
+def _run_here(steps: Sequence[Step], spec: ExecutorSpec) -> None:
+    from datatrove.executor import LocalPipelineExecutor
+
+    for step in steps:
+        workers = min(spec.workers or _cores(), step.tasks)
+        # Forked workers need no importable main module; nothing that computes in threads has been started in this one.
+        LocalPipelineExecutor(
+            list(step.blocks()), tasks=step.tasks, workers=workers, logging_dir=str(step.logs), start_method="fork"
+        ).run()
+
+
+def _run_with_ray(steps: Sequence[Step], spec: ExecutorSpec) -> None:
+    from datatrove.executor.ray import RayPipelineExecutor
+
+    for step in steps:
+        RayPipelineExecutor(
+            list(step.blocks()),
+            tasks=step.tasks,
+            workers=spec.workers or -1,
+            logging_dir=str(step.logs),
+            cpus_per_task=spec.cpus_per_task,
+            mem_per_cpu_gb=spec.mem_per_cpu_gb,
+        ).run()
+
+
+def _submit(steps: Sequence[Step], spec: ExecutorSpec) -> None:
+    from datatrove.executor import SlurmPipelineExecutor
+
+    assert spec.partition is not None  # the recipe's own check
+    last, waiting = None, [step for step in steps if not _is_complete(step)]
+    for step in waiting:
+        last = SlurmPipelineExecutor(
+            list(step.blocks()),
+            tasks=step.tasks,
+            time=spec.time,
+            partition=spec.partition,
+            cpus_per_task=spec.cpus_per_task,
+            mem_per_cpu_gb=spec.mem_per_cpu_gb,
+            workers=spec.workers or -1,
+            job_name=f"keural-{step.name}",
+            qos=spec.qos or "",
+            venv_path=str(Path(sys.prefix) / "bin" / "activate"),
+            sbatch_args=dict(spec.sbatch),
+            depends=last,
+            logging_dir=str(step.logs.absolute()),
+        )
+    assert last is not None
+    last.run()
+    names = ", ".join(step.name for step in waiting)
+    raise Submitted(f"cleaning was submitted to Slurm ({names}; last job {last.job_id}); run this command again when it is done")
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0))
+
+
+RUNNERS: dict[str, Callable[[Sequence[Step], ExecutorSpec], None]] = {
+    "local": _run_here,
+    "slurm": _submit,
+    "ray": _run_with_ray,
+}

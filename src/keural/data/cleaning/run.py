@@ -1,0 +1,239 @@
+"""Cleaning of a stage's documents: the order of the steps, the directories, the account at the end.
+
+In: sources, the data directory, a `CleaningSpec`. Out: `Cleaned`: `out_root/cleaned-<fingerprint>/` with the documents of each source
+(`documents/000/00000.jsonl.zst`, in datatrove's form) and `cleaning.json`, written last. The order is FineWeb-2's: language, then
+near-duplicates across all sources, then quality, so that what is boilerplate everywhere is seen while it is still there.
+
+    read ──► language ──► signatures ──► buckets ──► clusters ──► one of each ──► quality ──► formatters ──► documents
+"""
+
+import io
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from keural.data.cleaning.blocks import Account, SourceReader, Unit
+from keural.data.cleaning.executors import Step, check_executor, run_steps
+from keural.data.cleaning.filters import FILTER_SETS, QualityFilter
+from keural.data.cleaning.formatters import Formatter
+from keural.data.cleaning.language import FastTextFilter, ScriptFilter
+from keural.data.cleaning.words import EOJEOL
+from keural.data.records import Document
+from keural.data.sources import FileHashes, content_of, count_units
+from keural.errors import UserError, nearest
+from keural.files import fingerprint, read_json, write_json
+from keural.recipe import CleaningSpec, SourceSpec
+
+VERSION = 1
+"""Raised when the same sources give other documents than before."""
+SUMMARY = "cleaning.json"
+BUCKETS, HASHES, NGRAM = 14, 8, 5
+"""MinHash as in FineWeb: a pair of similarity 0.8 is found with probability 0.92, one of 0.72 with 0.5; 5-grams of words."""
+
+
+class SourceCount(NamedTuple):
+    """What became of one source's rows: drops by reason and the place of the first of each, and what is left."""
+
+    drops: Counter[str]
+    first: dict[str, str]
+    kept: int
+
+
+class Cleaned:
+    """A finished cleaning: its documents and counts, by the names of the sources."""
+
+    def __init__(self, directory: Path, sources: Sequence[SourceSpec]) -> None:
+        self.directory = directory
+        self.summary = read_json(directory / SUMMARY)
+        self._places = {source.name: place for place, source in enumerate(sources)}
+
+    def documents(self, name: str) -> Iterator[Document]:
+        """The cleaned documents of a source, in the order of its tasks."""
+        for file in sorted((self.directory / "documents" / f"{self._places[name]:03d}").glob("*.jsonl.zst")):
+            for row in _rows(file):
+                yield Document(row["text"], row["metadata"]["where"], row["metadata"].get("language"))
+
+    def count(self, name: str) -> SourceCount:
+        """The account of a source."""
+        row = self.summary["sources"][name]
+        return SourceCount(Counter(row["drops"]), row["first"], row["kept"])
+
+
+def check_cleaning(spec: CleaningSpec, sources: Sequence[SourceSpec], data_dir: Path | None) -> None:
+    """Refuse what cannot work: a source of which nobody says what kind of text it is, a missing model, an executor that is not there."""
+    for source in sources:
+        _kind(source)
+    if spec.language_id == "fasttext":
+        _model(spec, data_dir)
+    check_executor(spec.executor)
+
+
+def clean(
+    spec: CleaningSpec, sources: Sequence[SourceSpec], data_dir: Path | None, out_root: Path, seed: int, hashes: FileHashes
+) -> Cleaned:
+    """Clean the documents of `sources`, or find them cleaned; an interrupted cleaning goes on with the tasks that are missing.
+
+    Raises `UserError` as `check_cleaning` does, and `Submitted` where a cluster does the work.
+    """
+    check_cleaning(spec, sources, data_dir)
+    directory = out_root / f"cleaned-{_fingerprint(spec, sources, data_dir, seed, hashes)[:16]}"
+    if not (directory / SUMMARY).is_file():
+        directory.mkdir(parents=True, exist_ok=True)
+        units = [
+            Unit(source, place, _kind(source), file)
+            for place, source in enumerate(sources)
+            for file in range(count_units(source, data_dir))
+        ]
+        run_steps(_steps(spec, units, data_dir, directory.absolute(), seed), spec.executor)
+        write_json(directory / SUMMARY, _summary(directory, sources))
+        shutil.rmtree(directory / "work")
+    return Cleaned(directory, sources)
+
+
+def _kind(source: SourceSpec) -> str:
+    kind = source.text_kind or source.language
+    if kind in (*FILTER_SETS, "any"):
+        return str(kind)
+    raise UserError(
+        f"source {source.name!r}: cleaning needs to know what its text is; give text_kind: {', '.join(FILTER_SETS)} or any"
+        f"{nearest(str(kind), FILTER_SETS)}"
+    )
+
+
+def _model(spec: CleaningSpec, data_dir: Path | None) -> Path:
+    path = (data_dir or Path()) / str(spec.model)
+    if not path.is_file():
+        raise UserError(
+            f"data.cleaning.model: {path}: no such file; fetch GlotLID (hf download cis-lmu/glotlid model.bin) or lid.176.bin and give "
+            "its path relative to the data directory, or set language_id: script"
+        )
+    return path.absolute()
+
+
+def _fingerprint(
+    spec: CleaningSpec, sources: Sequence[SourceSpec], data_dir: Path | None, seed: int, hashes: FileHashes
+) -> str:
+    """Of everything that determines the documents; who computes them does not."""
+    later = {"weight", "repeat", "limit", "expect", "max_drop"}
+    return fingerprint(
+        {
+            "version": [VERSION, version("datatrove"), version("ftfy")],
+            "spec": spec.model_dump(exclude={"executor"}),
+            "sources": [source.model_dump(exclude=later) for source in sources],
+            "contents": [content_of(source, data_dir, hashes) for source in sources],
+            "model": hashes.of(_model(spec, data_dir)) if spec.language_id == "fasttext" else None,
+            "seed": seed,
+        }
+    )
+
+
+def _steps(spec: CleaningSpec, units: Sequence[Unit], data_dir: Path | None, directory: Path, seed: int) -> list[Step]:
+    """The passes over the data in their order."""
+    from datatrove.pipeline.readers import JsonlReader
+    from datatrove.pipeline.writers import JsonlWriter
+
+    work = directory / "work"
+
+    def account(step: str, reason: str = "") -> Account:
+        return Account(work / "drops", step, spec.examples, reason)
+
+    def read() -> list[Any]:
+        dropped = account("language")
+        chosen = FastTextFilter(_model(spec, data_dir), dropped) if spec.language_id == "fasttext" else ScriptFilter(dropped)
+        base = None if data_dir is None else data_dir.absolute()
+        writer = JsonlWriter(str(work / "read"), "${rank}.jsonl", compression="zstd")
+        return [SourceReader(units, base, seed, account("read")), chosen, writer]
+
+    def keep() -> list[Any]:
+        documents = JsonlReader(str(work / "read"), glob_pattern="*.jsonl.zst", add_file_path=False)
+        unique = [_unique(work, account("duplicates", "near_duplicate"))] if spec.deduplicate else []
+        quality = [QualityFilter(account("quality"))] if spec.filters else []
+        writer = JsonlWriter(str(directory / "documents"), "${folder}/${rank}.jsonl", compression="zstd")
+        return [documents, *unique, *quality, Formatter(spec.personal_data), _Foldered(writer)]
+
+    tasks = min(spec.tasks, len(units))
+    middle = _deduplication(work, tasks) if spec.deduplicate else []
+    return [Step("read", read, tasks, work / "logs" / "read"), *middle, Step("keep", keep, tasks, work / "logs" / "keep")]
+
+
+def _deduplication(work: Path, tasks: int) -> list[Step]:
+    """Signatures of every document, equal ones bucket by bucket, clusters."""
+    from datatrove.pipeline.dedup import MinhashDedupSignature
+    from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets, MinhashDedupCluster
+    from datatrove.pipeline.readers import JsonlReader
+    from datatrove.utils.hashing import HashConfig
+
+    config = MinhashConfig(n_grams=NGRAM, num_buckets=BUCKETS, hashes_per_bucket=HASHES, hash_config=HashConfig(precision=64))
+    signatures, pairs, remove = (str(work / name) for name in ("signatures", "pairs", "remove"))
+
+    def sign() -> list[Any]:
+        documents = JsonlReader(str(work / "read"), glob_pattern="*.jsonl.zst", add_file_path=False)
+        return [documents, MinhashDedupSignature(signatures, config=config, language=EOJEOL)]
+
+    passes: list[tuple[str, Callable[[], list[Any]], int]] = [
+        ("signatures", sign, tasks),
+        ("buckets", lambda: [MinhashDedupBuckets(signatures, pairs, config=config)], BUCKETS),
+        ("clusters", lambda: [MinhashDedupCluster(pairs, remove, config=config)], 1),
+    ]
+    return [Step(name, blocks, count, work / "logs" / name) for name, blocks, count in passes]
+
+
+def _unique(work: Path, account: Account) -> Any:
+    from datatrove.pipeline.dedup.minhash import MinhashDedupFilter
+
+    return MinhashDedupFilter(str(work / "remove"), exclusion_writer=account)
+
+
+class _Foldered:
+    """Writes each document into its source's folder, and counts it."""
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+
+    def __call__(self, data: Iterator[Any], rank: int, world_size: int) -> Iterator[Any]:
+        kept: Counter[int] = Counter()
+
+        def placed() -> Iterator[Any]:
+            for document in data:
+                place = document.metadata["place"]
+                kept[place] += 1
+                document.metadata = {key: document.metadata[key] for key in ("where", "language")} | {"folder": f"{place:03d}"}
+                yield document
+
+        yield from self._writer(placed(), rank, world_size)
+        path = Path(self._writer.output_folder.path).with_name("work") / "kept" / f"{rank:05d}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(kept), encoding="utf-8")
+
+
+def _summary(directory: Path, sources: Sequence[SourceSpec]) -> dict[str, Any]:
+    """The account: rows, kept and dropped by source, examples by reason."""
+    rows: list[dict[str, Any]] = [{"kept": 0, "drops": Counter(), "first": {}} for _ in sources]
+    examples: dict[str, list[dict[str, Any]]] = {}
+    for file in sorted((directory / "work" / "kept").glob("*.json")):
+        for place, count in read_json(file).items():
+            rows[int(place)]["kept"] += count
+    for file in sorted((directory / "work" / "drops").glob("*.json")):
+        made = read_json(file)
+        for place, reason, count, where in made["drops"]:
+            rows[place]["drops"][reason] += count
+            rows[place]["first"].setdefault(reason, where)
+        for reason, shown in made["examples"].items():
+            named = [example | {"source": sources[example["source"]].name} for example in shown]
+            examples[reason] = (examples.get(reason, []) + named)[: max(len(shown), len(examples.get(reason, [])))]
+    for row in rows:
+        row["rows"] = row["kept"] + row["drops"].total()
+        row["drops"] = dict(row["drops"].most_common())
+    return {"sources": {source.name: row for source, row in zip(sources, rows, strict=True)}, "examples": dict(sorted(examples.items()))}
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    import zstandard
+
+    with file.open("rb") as opened, zstandard.ZstdDecompressor().stream_reader(opened) as stream:
+        for line in io.TextIOWrapper(stream, encoding="utf-8", newline="\n"):
+            yield json.loads(line)

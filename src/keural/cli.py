@@ -271,12 +271,12 @@ def data_export(
 
 @data_app.command("stats")
 def data_stats(
-    path: Annotated[Path, typer.Argument(help="token store, published shards, prepared data, or a recipe")],
+    path: Annotated[Path, typer.Argument(help="token store, published shards, prepared or cleaned data, or a recipe")],
     overrides: Overrides = None,
     out: Out = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Counts and checksums of a token store; what published shards hold; the mixture of prepared data or of a recipe."""
+    """Counts of a token store or of shards; what cleaning dropped, with examples; the mixture of prepared data or of a recipe."""
     from keural import data_stats
 
     print(data_stats.describe(path, overrides or [], out, as_json), end="")

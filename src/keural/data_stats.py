@@ -16,6 +16,8 @@ from keural.errors import UserError
 from keural.files import read_object
 from keural.recipe import Recipe, StageSpec, load_recipe
 
+CLEANING = "cleaning.json"
+"""What cleaning kept and dropped, with examples."""
 ANY_ID = 1 << 32
 """A vocabulary that refuses no id: which tokenizer shards were made with is not in their files."""
 
@@ -27,8 +29,12 @@ def describe(path: Path, overrides: list[str], out: Path | None, as_json: bool) 
     if overrides or out:
         raise UserError(f"{path}: is no recipe; key=value and --out are for recipes")
     if (path / "prepared.json").is_file():
-        report = mixture_report.prepared(read_object(path / "prepared.json")["table"])
-        return _text({path.name: report}, {}, as_json)
+        made = read_object(path / "prepared.json")
+        text = _text({path.name: mixture_report.prepared(made["table"])}, {}, as_json)
+        cleaned = made.get("cleaned")
+        return f"{text}\ncleaned: {path.parent / cleaned} (ask for its stats, too)\n" if cleaned and not as_json else text
+    if (path / CLEANING).is_file():
+        return _dump(read_object(path / CLEANING), as_json)
     if any(path.glob("keural_*.bin")):
         return _dump({"shards": _shards(path)}, as_json)
     return _dump(TokenStore.open(path).manifest, as_json)

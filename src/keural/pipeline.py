@@ -22,7 +22,7 @@ from torch import Tensor
 from keural.convert.hf import save_model_directory
 from keural.convert.lineage import check_sums
 from keural.data.decontaminate import check_evaluation
-from keural.data.prepare import Prepared, check_sources, find_prepared, iter_texts, prepare, used_sources
+from keural.data.prepare import Prepared, check_cleaning, check_sources, find_prepared, iter_texts, prepare, used_sources
 from keural.data.ready import check_ready, ready
 from keural.data.sources import FileHashes, content_of
 from keural.data.stream import Stream
@@ -164,6 +164,7 @@ def check_inputs(recipe: Recipe, stages: Iterable[StageSpec], out: Path) -> None
     check_sources([*recipe.spec.tokenizer.sources, *sources], data_directory(recipe))
     for stage in stages:
         check_evaluation(stage.data.decontaminate, data_directory(recipe))
+        check_cleaning(stage.data, data_directory(recipe))
         check_ready(stage.data, data_directory(recipe))
         if stage.starts_from_directory and not (init_directory(out, stage) / "config.json").is_file():
             raise UserError(f"{stage.name}: init_from {stage.init_from!r} is not a model directory (no config.json there)")

@@ -89,6 +89,8 @@ class SourceSpec(Spec):
     """Use at most this many kept records, in file order."""
     repeat: int = Field(1, gt=0)
     """How often each record of the source is put into one epoch."""
+    text_kind: Literal["ko", "en", "code", "any"] | None = None
+    """Which filters clean its documents (`data.cleaning`); by default those of its language, and `any` has none."""
     weight: float | None = Field(None, gt=0)
     """The source's part of an epoch, relative to the other sources' weights; with `data.mixing`, and then without `repeat`."""
     expect: int | None = Field(None, ge=0)
@@ -185,6 +187,59 @@ class DecontaminateSpec(Spec):
     """Look for the passages that questions are about, too; false keeps the articles that they were taken from."""
 
 
+class ExecutorSpec(Spec):
+    """Where cleaning runs: processes here, jobs on a Slurm cluster, or Ray."""
+
+    kind: Literal["local", "slurm", "ray"] = "local"
+    workers: int | None = Field(None, gt=0)
+    """Tasks at a time; the default is one per core here, all at once on a cluster."""
+    cpus_per_task: int = Field(1, gt=0)
+    mem_per_cpu_gb: int = Field(2, gt=0)
+    partition: str | None = None
+    time: str = "24:00:00"
+    """Limit of a Slurm job."""
+    qos: str | None = None
+    sbatch: dict[str, str] = Field(default_factory=dict)
+    """Further options of `sbatch`, without dashes."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        slurm = {"partition", "time", "qos", "sbatch"} & self.model_fields_set
+        if self.kind == "slurm" and self.partition is None:
+            raise ValueError("executor kind slurm needs a partition")
+        if self.kind != "slurm" and slurm:
+            raise ValueError(f"executor kind {self.kind} does not take {', '.join(sorted(slurm))}")
+        if self.kind == "local" and (unused := {"cpus_per_task", "mem_per_cpu_gb"} & self.model_fields_set):
+            raise ValueError(f"executor kind local does not take {', '.join(sorted(unused))}")
+        return self
+
+
+class CleaningSpec(Spec):
+    """Cleaning of documents before they are tokenised (next_token), as in FineWeb-2."""
+
+    tasks: int = Field(16, gt=0)
+    """Into so many parts the files are divided; an interruption costs the parts that were at work."""
+    language_id: Literal["script", "fasttext"] = "script"
+    """By the letters, or by a fastText model."""
+    model: str | None = None
+    """File of a fastText model (GlotLID, lid.176), relative to the data directory."""
+    deduplicate: bool = True
+    """Keep one of each group of near-duplicates, across all sources (MinHash)."""
+    filters: bool = True
+    """Filter by quality, by the kind of each source's text."""
+    personal_data: bool = True
+    """Replace e-mail and IP addresses, Korean resident, phone and account numbers."""
+    examples: int = Field(3, ge=0)
+    """Dropped documents to show of each reason and task."""
+    executor: ExecutorSpec = Field(default_factory=ExecutorSpec)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if (self.language_id == "fasttext") != (self.model is not None):
+            raise ValueError("language_id fasttext needs model, the file, and nothing else takes one")
+        return self
+
+
 class DataSpec(Spec):
     """A stage's data: sources or data that is ready, length of a packed row, and what is held out."""
 
@@ -207,6 +262,8 @@ class DataSpec(Spec):
     """Drop documents shorter than this (next_token)."""
     licenses: LicensesSpec = Field(default_factory=LicensesSpec)
     """Sources are left out by licence, and shown as left out in the table."""
+    cleaning: CleaningSpec | None = None
+    """Clean the documents of all sources first (next_token)."""
     benchmarks: bool = True
     """Train on sources that are benchmarks; false leaves them out."""
     decontaminate: DecontaminateSpec | None = None
@@ -351,6 +408,8 @@ class StageSpec(Spec):
         if self.objective == "dpo":
             if train.batch_pairs is None or train.batch_tokens is not None:
                 raise ValueError("objective dpo needs train.batch_pairs and no train.batch_tokens")
+            if self.data.cleaning is not None:
+                raise ValueError("data.cleaning is for documents; objective dpo has gates per source")
             if self.init_from == "random":
                 raise ValueError("objective dpo needs init_from: an earlier stage or a model directory")
         else:
@@ -358,6 +417,8 @@ class StageSpec(Spec):
                 raise ValueError(f"objective {self.objective} needs train.batch_tokens and no train.batch_pairs")
             if train.batch_tokens % length:
                 raise ValueError(f"train.batch_tokens {train.batch_tokens} is not a multiple of data.sequence_length {length}")
+            if self.objective != "next_token" and self.data.cleaning is not None:
+                raise ValueError(f"data.cleaning is for documents; objective {self.objective} has gates per source")
             if "dpo" in self.model_fields_set:
                 raise ValueError(f"dpo settings have no effect with objective {self.objective}")
         row = 2 * length if self.objective == "dpo" else length

@@ -11,53 +11,49 @@ fraction of the time, but tokenises only what it had not.
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from keural.data.adapters.aihub import OTHER_PART
-from keural.data.adapters.base import WRONG_SCHEMA
-from keural.data.adapters.corpora import OTHER_LANGUAGE, OTHER_LICENSE
 from keural.data.corpus import Corpus
 from keural.data.decontaminate import REASON, Decontaminator, check_evaluation
 from keural.data.encode import Encoded, Encoder
 from keural.data.gates import Gatekeeper
 from keural.data.mixture import Mixture, mix
 from keural.data.parts import Parts
-from keural.data.records import Drop, PreferencePair, Record
+from keural.data.records import Drop, Record
 from keural.data.sources import (
     FileHashes,
     adapter_of,
     check_sources,
     content_of,
-    flags_of,
     left_out,
-    license_of,
     read_source,
 )
 from keural.data.split import Side, Splitter
 from keural.data.spool import Spool
 from keural.data.store import TokenStore
 from keural.data.stream import STORE_KIND
+from keural.data.tally import Tally
 from keural.data.texts import iter_texts
 from keural.errors import UserError
 from keural.files import atomic_directory, fingerprint, read_json, write_json
 from keural.recipe import DataSpec, Objective, SourceSpec
 from keural.tokenizer.load import KeuralTokenizer
 
+if TYPE_CHECKING:
+    from keural.data.cleaning.run import Cleaned
+
 __all__ = ["Prepared", "check_sources", "iter_texts", "prepare", "read_heldout_texts"]
 
+HASHES = "file-hashes.json"
 VERSION = 2
 """Raised when the same sources give other bytes than before."""
-NOT_DEFECTS = {
-    "duplicate", "duplicate_id", "duplicate_prompt", "held_out", OTHER_PART, OTHER_LANGUAGE, OTHER_LICENSE, REASON
-}  # fmt: skip
-"""Drops that say nothing about a source's quality; they do not count against `max_drop`."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +98,12 @@ def prepare(
     wanted = _fingerprint(spec, objective, data_dir, tokenizer, out_root, seed)
     directory = out_root / wanted[:16]
     if not _is_there(directory, wanted):
+        cleaned = _clean(spec, data_dir, out_root, seed)
         with atomic_directory(directory) as temporary:
             with _parts(out_root / f".{wanted[:16]}.parts", tokenizer) as parts:
                 checker = Decontaminator(spec.decontaminate, data_dir) if spec.decontaminate else None
-                table, heldout = _make(spec, objective, data_dir, tokenizer, parts, temporary, seed, checker)
-            made = {"fingerprint": wanted, "heldout": heldout, "table": table}
+                table, heldout = _make(spec, objective, data_dir, tokenizer, parts, temporary, seed, checker, cleaned)
+            made = {"fingerprint": wanted, "heldout": heldout, "table": table, "cleaned": cleaned and cleaned.directory.name}
             if checker is not None:
                 checker.write(temporary)
                 made["contamination"] = checker.report()
@@ -181,9 +178,10 @@ def _fingerprint(
     spec: DataSpec, objective: Objective, data_dir: Path | None, tokenizer: KeuralTokenizer, out_root: Path, seed: int
 ) -> str:
     """Of settings, contents and tokenizer. Documents are cut only by the stream, so their stores do not depend on the length."""
-    cache = out_root / "file-hashes.json"
-    hashes = FileHashes(read_json(cache) if cache.is_file() else None)
-    settings = spec.model_dump(exclude={"store", "stores", "shards", "mixing"})
+    hashes = _hashes(out_root)
+    settings = spec.model_dump(exclude={"store": True, "stores": True, "shards": True, "mixing": True, "cleaning": {"executor"}})
+    if spec.cleaning is None:
+        del settings["cleaning"]
     for source in settings["sources"] + settings["heldout_sources"]:
         del source["weight"]  # weights choose what is read from a store, not what is in it
     evaluation = spec.decontaminate.sources if spec.decontaminate else []
@@ -195,7 +193,7 @@ def _fingerprint(
         del settings["sequence_length"]
     contents = [content_of(source, data_dir, hashes) for source in (*used_sources(spec), *evaluation)]
     if hashes.changed:
-        write_json(cache, hashes.known)
+        write_json(out_root / HASHES, hashes.known)
     return fingerprint(
         {
             "version": VERSION,
@@ -206,6 +204,34 @@ def _fingerprint(
             "seed": seed,
         }
     )
+
+
+def check_cleaning(spec: DataSpec, data_dir: Path | None) -> None:
+    """Refuse cleaning that cannot work. Raises `UserError`."""
+    if spec.cleaning is None:
+        return
+    if importlib.util.find_spec("datatrove") is None:
+        raise UserError("data.cleaning needs datatrove: pip install 'keural[data]'")
+    from keural.data.cleaning import run
+
+    run.check_cleaning(spec.cleaning, used_sources(spec), data_dir)
+
+
+def _clean(spec: DataSpec, data_dir: Path | None, out_root: Path, seed: int) -> "Cleaned | None":
+    """The cleaned documents of all sources, where the recipe wants them cleaned."""
+    if spec.cleaning is None:
+        return None
+    from keural.data.cleaning.run import clean
+
+    held = [source for source in spec.heldout_sources if not left_out(spec, source)]
+    others = [source for source in used_sources(spec) if source not in held]
+    return clean(spec.cleaning, [*held, *others], data_dir, out_root, seed, _hashes(out_root))  # what is held out is kept
+
+
+def _hashes(out_root: Path) -> FileHashes:
+    """Of files that were hashed before."""
+    cache = out_root / HASHES
+    return FileHashes(read_json(cache) if cache.is_file() else None)
 
 
 def _is_there(directory: Path, wanted: str) -> bool:
@@ -237,6 +263,7 @@ def _make(
     directory: Path,
     seed: int,
     checker: Decontaminator | None,
+    cleaned: "Cleaned | None",
 ) -> tuple[list[dict[str, Any]], bool]:
     """Read all sources and write the stores into `directory`. Returns the table, and whether anything is held out."""
     kind = STORE_KIND[objective]
@@ -244,7 +271,7 @@ def _make(
     sections = spec.mixing is not None
     held = Spool(directory / ".heldout", kind, keep_texts=True)
     with Spool(directory / ".train", kind, sections=sections) as train, held as heldout:
-        table = _read_all(spec, encoder, data_dir, {"train": train, "heldout": heldout}, seed, checker)
+        table = _read_all(spec, encoder, data_dir, {"train": train, "heldout": heldout}, seed, checker, cleaned)
         _check_sides(spec, train.units, heldout.units)
         for spool, name in ((train, "train"), (heldout, "heldout")):
             if spool.units:
@@ -259,16 +286,17 @@ def _read_all(
     spools: dict[Side, Spool],
     seed: int,
     checker: Decontaminator | None,
+    cleaned: "Cleaned | None",
 ) -> list[dict[str, Any]]:
     """Put every used record into its side's spool. Returns the table, in the order of the recipe."""
     splitter = Splitter(spec.heldout_per_mille)
     # sources that are held out whole come first, so that no other one can train on what they ask
-    tallies = [_Tally(source, "heldout", left_out(spec, source)) for source in spec.heldout_sources]
-    tallies += [_Tally(source, "train", left_out(spec, source)) for source in spec.sources]
+    tallies = [Tally(source, "heldout", left_out(spec, source)) for source in spec.heldout_sources]
+    tallies += [Tally(source, "train", left_out(spec, source)) for source in spec.sources]
     for tally in tallies:
         if tally.left_out is not None:
             continue
-        for side, encoded in _kept(tally, encoder, splitter, data_dir, seed, checker):
+        for side, encoded in _kept(tally, encoder, splitter, data_dir, seed, checker, cleaned):
             spools[side].add(encoded, repeat=tally.source.repeat if side == "train" else 1, source=tally.source.name)
     return [tally.row() for tally in sorted(tallies, key=lambda tally: tally.split != "train")]
 
@@ -283,18 +311,22 @@ def _check_sides(spec: DataSpec, train: int, heldout: int) -> None:
 
 
 def _kept(
-    tally: "_Tally",
+    tally: Tally,
     encoder: Encoder,
     splitter: Splitter,
     data_dir: Path | None,
     seed: int,
     checker: Decontaminator | None,
+    cleaned: "Cleaned | None",
 ) -> Iterator[tuple[Side, Encoded]]:
     """The records of one source that are used, each with its side; everything else is counted in the tally."""
     source = tally.source
     keeper = Gatekeeper(source, adapter_of(source).gates)
     prompts = keeper.actions["duplicate_prompts"]
-    for encoded in encoder.encode(_gated(read_source(source, data_dir, seed), keeper, checker)):
+    records: Iterable[Record | Drop] = cleaned.documents(source.name) if cleaned else read_source(source, data_dir, seed)
+    if cleaned:
+        tally.clean(cleaned.count(source.name))
+    for encoded in encoder.encode(_gated(records, keeper, checker)):
         side = (
             encoded
             if isinstance(encoded, Drop)
@@ -321,92 +353,3 @@ def _gated(records: Iterable[Record | Drop], keeper: Gatekeeper, checker: Decont
         if reason is None and dropped and not isinstance(record, Drop) and dropped.holds(record, keeper.source):
             reason = REASON
         yield record if reason is None else Drop(reason, record.where)
-
-
-@dataclass
-class _Tally:
-    """What became of the rows of one source."""
-
-    source: SourceSpec
-    split: Side
-    left_out: str | None = None
-    rows: int = 0
-    kept: int = 0
-    heldout: int = 0
-    tokens: int = 0
-    shortened: int = 0
-    drops: Counter[str] = field(default_factory=Counter)
-    first_drop: dict[str, str] = field(default_factory=dict)
-    noted: Counter[str] = field(default_factory=Counter)
-    chosen_characters: int = 0
-    rejected_characters: int = 0
-
-    def keep(self, side: Side, encoded: Encoded) -> None:
-        """Count a record that is used."""
-        self.rows += 1
-        self.kept += 1
-        self.heldout += side == "heldout"
-        repeat = self.source.repeat if side == "train" else 1
-        self.tokens += repeat * sum(len(ids) for ids, _ in encoded.sequences)
-        self.shortened += encoded.cut_turns > 0
-        if isinstance(encoded.record, PreferencePair):
-            self.chosen_characters += len(encoded.record.chosen)
-            self.rejected_characters += len(encoded.record.rejected)
-
-    def drop(self, drop: Drop) -> None:
-        """Count a row that is not used. Raises `UserError` at the first bad one when the source allows none, or begins with a row
-        that its adapter is not for.
-        """
-        self.rows += 1
-        if drop.reason == WRONG_SCHEMA and self.kept == 0:
-            raise UserError(f"source {self.source.name!r}: {drop.where}: adapter {self.source.adapter}: {drop.detail}")
-        self.drops[drop.reason] += 1
-        self.first_drop.setdefault(drop.reason, drop.where)
-        if self.source.max_drop == 0 and drop.reason not in NOT_DEFECTS:
-            raise UserError(f"source {self.source.name!r}: {drop.where} is dropped ({drop.reason}), and max_drop 0 allows none")
-
-    def check(self) -> None:
-        """Refuse a source that gives nothing, or too little of what it holds."""
-        defects = Counter({reason: count for reason, count in self.drops.items() if reason not in NOT_DEFECTS})
-        if self.rows == 0:
-            raise UserError(f"source {self.source.name!r}: {self.source.path or self.source.adapter} holds no rows")
-        if defects.total() > self.source.max_drop * self.rows:
-            raise UserError(
-                f"source {self.source.name!r}: {defects.total() / self.rows:.1%} of {self.rows:,} rows are dropped, more than "
-                f"max_drop {self.source.max_drop:g}; most often {self._worst(defects)}; "
-                f"mend the data or the options of adapter {self.source.adapter}, or raise max_drop"
-            )
-        if self.kept == 0:
-            raise UserError(
-                f"source {self.source.name!r}: none of its {self.rows:,} rows is used; "
-                f"most often {self._worst(self.drops)}; leave it out"
-            )
-
-    def _worst(self, drops: Counter[str]) -> str:
-        ((reason, count),) = drops.most_common(1)
-        return f"{reason} ({count:,} rows, first {self.first_drop[reason]})"
-
-    def row(self) -> dict[str, Any]:
-        """The source's row of the table."""
-        source = self.source
-        unexpected = self.left_out is None and source.expect is not None and source.expect != self.kept
-        return {
-            "source": source.name,
-            "adapter": source.adapter,
-            "language": source.language,
-            "license": license_of(source),
-            "flags": flags_of(source),
-            "left_out": self.left_out,
-            "split": self.split,
-            "rows": self.rows,
-            "kept": self.kept,
-            "heldout": self.heldout,
-            "tokens": self.tokens,
-            "repeat": source.repeat,
-            "shortened": self.shortened,
-            "drops": dict(self.drops.most_common()),
-            "first_drop": {reason: self.first_drop[reason] for reason, _ in self.drops.most_common()},
-            "noted": dict(self.noted.most_common()),
-            "length_ratio": self.chosen_characters / self.rejected_characters if self.rejected_characters else None,
-            "warning": f"source {source.name!r}: {self.kept:,} records kept, {source.expect:,} expected" if unexpected else None,
-        }

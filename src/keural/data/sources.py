@@ -65,17 +65,25 @@ def adapter_of(source: SourceSpec) -> Adapter:
     return known[source.adapter]
 
 
-def read_source(source: SourceSpec, data_dir: Path | None, seed: int) -> Iterator[Record | Drop]:
-    """Every row of a source as a record or a drop, in file order. `seed` is for sources that make their own rows."""
-    for record in read_any(source, data_dir, seed):
+def read_source(source: SourceSpec, data_dir: Path | None, seed: int, unit: int | None = None) -> Iterator[Record | Drop]:
+    """Every row of a source as a record or a drop, in file order; with `unit` only those of this part (`count_units`).
+
+    `seed` is for sources that make their own rows.
+    """
+    for record in read_any(source, data_dir, seed, unit):
         assert not isinstance(record, EvaluationItem), "kinds are checked at start-up"
         yield record
 
 
-def read_any(source: SourceSpec, data_dir: Path | None, seed: int) -> Iterator[AnyRecord | Drop]:
+def count_units(source: SourceSpec, data_dir: Path | None) -> int:
+    """Into how many parts a source can be read apart from each other: its files."""
+    return 1 if is_hub(source) or not adapter_of(source).formats else len(files_of(source, data_dir))
+
+
+def read_any(source: SourceSpec, data_dir: Path | None, seed: int, unit: int | None = None) -> Iterator[AnyRecord | Drop]:
     """As `read_source`, for evaluation sets too."""
     adapter = adapter_of(source)
-    for number, row in enumerate(_rows(source, adapter, data_dir, seed), start=1):
+    for number, row in enumerate(_rows(source, adapter, data_dir, seed, unit), start=1):
         if isinstance(row, Drop):
             yield row
         elif adapter.split is None:
@@ -92,7 +100,7 @@ def _identified(record: AnyRecord | Drop, value: Any, source: SourceSpec, number
     return replace(record, id=str(number) if source.id_field == ROW_NUMBER else scalar(lookup(value, source.id_field)))
 
 
-def _rows(source: SourceSpec, adapter: Adapter, data_dir: Path | None, seed: int) -> Iterator[Row | Drop]:
+def _rows(source: SourceSpec, adapter: Adapter, data_dir: Path | None, seed: int, unit: int | None) -> Iterator[Row | Drop]:
     if is_hub(source):
         yield from hub_rows(source, data_dir)
         return
@@ -100,7 +108,8 @@ def _rows(source: SourceSpec, adapter: Adapter, data_dir: Path | None, seed: int
         rows = enumerate(_own_rows(source, seed), start=1)
         yield from (Row(f"{source.adapter}#{number}", value) for number, value in rows)
         return
-    for file, format_name in files_of(source, data_dir):
+    part = slice(None) if unit is None else slice(unit, unit + 1)
+    for file, format_name in files_of(source, data_dir)[part]:
         if format_name == ARCHIVE:
             for member in members(file, lambda name, file=file: _reads(adapter, source, f"{file.name}/{name}")):  # type: ignore[misc]
                 yield from _file_rows(member, str(format_of(PurePosixPath(member.name))), source)

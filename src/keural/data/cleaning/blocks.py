@@ -1,6 +1,7 @@
 """datatrove blocks around the filters: reading a recipe's sources, and keeping account of what was dropped.
 
-A unit is one file of one source (or a source that makes its own rows); tasks take units in turn. Every drop, an adapter's or a
+A unit is one file of one source (or a source that makes its own rows); each task reads units that follow each other, so that the
+order of tasks is that of the recipe. Every drop, an adapter's or a
 filter's, is counted by source and reason, with a few shortened examples per reason.
 """
 
@@ -14,10 +15,12 @@ from typing import Any, NamedTuple, Self
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
+from keural.data.adapters.base import WRONG_SCHEMA
 from keural.data.cleaning.measures import normalise
 from keural.data.records import Document as Text
 from keural.data.records import Drop
-from keural.data.sources import read_unit
+from keural.data.sources import read_source
+from keural.errors import UserError
 from keural.recipe import SourceSpec
 
 EXAMPLE_LENGTH = 200
@@ -86,9 +89,12 @@ class SourceReader(PipelineStep):
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """See `PipelineStep.run`."""
         with self._account as account:
-            for unit in self._units[rank::world_size]:
-                for record in read_unit(unit.source, self._data_dir, self._seed, unit.file):
+            first, stop = (place * len(self._units) // world_size for place in (rank, rank + 1))
+            for unit in self._units[first:stop]:
+                for record in read_source(unit.source, self._data_dir, self._seed, unit.file):
                     if isinstance(record, Drop):
+                        if record.reason == WRONG_SCHEMA:
+                            raise UserError(f"source {unit.source.name!r}: {record.where}: {record.detail}")
                         account.add(unit.place, record.reason, record.where, "", rank)
                     else:
                         assert isinstance(record, Text)

@@ -1,7 +1,7 @@
 """Where cleaning runs: processes of this machine, a Slurm cluster, or Ray; datatrove's executors behind one function.
 
-A step is a pipeline, a number of tasks and a directory for its logs and completion marks. What is complete is not run again, whatever
-the executor. On Slurm steps are submitted as a chain of jobs, and `Submitted` says so.
+A step is a pipeline, a number of tasks and a directory for its logs and completion marks. What is complete is not run again,
+whatever the executor. On Slurm steps are submitted as a chain of jobs, and `Submitted` says so.
 """
 
 import importlib.util

@@ -15,7 +15,29 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 from keural.data.cleaning import measures
 from keural.data.cleaning.words import EOJEOL, PLAIN
 
-STOP_WORDS_KO = ["의", "다", "이", "는", "에", "을", "한", "년", "하", "은", "를", "했", "고", "에서", "가", "있", "으로", "인", "월", "로", "되"]
+STOP_WORDS_KO = [
+    "의",
+    "다",
+    "이",
+    "는",
+    "에",
+    "을",
+    "한",
+    "년",
+    "하",
+    "은",
+    "를",
+    "했",
+    "고",
+    "에서",
+    "가",
+    "있",
+    "으로",
+    "인",
+    "월",
+    "로",
+    "되",
+]
 BROKEN_SHARE = 0.05
 """Korean: a larger share of letters that it does not have means a broken encoding; hanja in brackets stay far below."""
 FUNCTION_WORD_SHARE = 0.3

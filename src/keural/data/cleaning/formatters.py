@@ -15,7 +15,8 @@ _PHONE = re.compile(r"(?<![\d-])(?:\+82[-\s.]?(?:\(0\))?|0)(?:1[016789]|2|[3-6]\
 _MOBILE = re.compile(r"(?<!\d)01[016789]\d{7,8}(?!\d)")
 _ACCOUNT = re.compile(r"((?:계좌|은행|농협|신협|우체국|새마을금고)[^\n\d]{0,20})\d{2,6}-\d{2,6}-\d{2,7}(?:-\d{1,5})?(?!\d)")
 _COPYRIGHT = re.compile(
-    r"무단\s*(?:전재|복제|배포|도용)|재배포\s*(?:를\s*)?금지|저작권자\s*[ⓒ©(:]|[ⓒ©]\s*\S.{0,60}(?:무단|all rights reserved)", re.IGNORECASE
+    r"무단\s*(?:전재|복제|배포|도용)|재배포\s*(?:를\s*)?금지|저작권자\s*[ⓒ©(:]|[ⓒ©]\s*\S.{0,60}(?:무단|all rights reserved)",
+    re.IGNORECASE,
 )
 _REPORTER = re.compile(r"^[\s(\[=/]*[가-힣]{2,4}\s*(?:선임|전문|수습|인턴)?\s*(?:기자|특파원|앵커|리포터)[\s)\]=/:]*\S+@\S+\s*$")
 BOILERPLATE_LENGTH = 120

@@ -60,7 +60,7 @@ class FastTextFilter(BaseFilter):
     def probability(self, text: str, language: str) -> float:
         """How probable the model finds `language`."""
         if self._model is None:
-            import fasttext
+            import fasttext  # type: ignore[import-untyped]
 
             self._model = fasttext.load_model(str(self._path))
         labels, values = self._model.predict(text.replace("\n", " "), k=5)

@@ -25,8 +25,8 @@ PARTICLES = (
 )  # fmt: skip
 """Endings that are cut off an eojeol, longest first: particles, and the endings among FineWeb-2's Korean stop words."""
 _ENDINGS = (
-    *PARTICLES, "요", "며", "면", "서", "지", "게", "기", "할", "된", "될", "인", "적", "들", "여", "해", "어", "아", "니", "까", "나",
-    "던", "야", "든", "록", "음", "함", "랑", "러", "려", "자", "네", "죠", "데",
+    *PARTICLES, "요", "며", "면", "서", "지", "게", "기", "할", "된", "될", "인", "적", "들", "여", "해", "어", "아", "니", "까",
+    "나", "던", "야", "든", "록", "음", "함", "랑", "러", "려", "자", "네", "죠", "데",
 )  # fmt: skip
 """What most eojeol of running text end in: particles, verb endings, the commonest derivations."""
 
@@ -61,8 +61,8 @@ def script_share(text: str, script: re.Pattern[str]) -> float:
 def eojeol_words(text: str) -> list[str]:
     """Words between white space without punctuation around them; a particle or ending counts as a word of its own.
 
-    A stand-in for morphemes that is a thousand times faster than an analyser: stop words are found, and word lengths come near those
-    that published thresholds were made on.
+    A stand-in for morphemes that is a thousand times faster than an analyser: stop words are found, and word lengths come near
+    those that published thresholds were made on.
     """
     words = []
     for eojeol in text.split():
@@ -83,7 +83,7 @@ def plain_words(text: str) -> list[str]:
 
 
 def function_word_share(text: str) -> float:
-    """Share of eojeol with Hangul that end in a particle or ending; lists of names and keywords have few. 1 where there are none."""
+    """Share of eojeol with Hangul that end in a particle or ending; lists of keywords have few. 1 where there are no eojeol."""
     eojeol = [core for word in text.split() if HANGUL.search(core := word.strip(_EDGES))]
     return sum(core.endswith(_ENDINGS) for core in eojeol) / len(eojeol) if eojeol else 1.0
 
@@ -97,8 +97,8 @@ def sentence_line_share(text: str) -> float:
 def broken_share(text: str) -> float:
     """Share of letters that Korean text does not have, but text decoded with a wrong encoding does.
 
-    Counted are replacement characters, ideographs and syllables outside KS X 1001, whose 2,350 are all that almost every Korean text
-    is written with (UTF-8 read as CP949 is full of the other 8,822), Latin letters with accents (either read as Latin-1), and
+    Counted are replacement characters, ideographs and syllables outside KS X 1001, whose 2,350 are all that almost every Korean
+    text is written with (UTF-8 read as CP949 is full of the other 8,822), Latin letters with accents (either read as Latin-1), and
     private-use characters.
     """
     letters = len(_LETTER.findall(text)) + len(_NO_LETTER.findall(text))

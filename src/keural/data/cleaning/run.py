@@ -1,8 +1,8 @@
 """Cleaning of a stage's documents: the order of the steps, the directories, the account at the end.
 
-In: sources, the data directory, a `CleaningSpec`. Out: `Cleaned`: `out_root/cleaned-<fingerprint>/` with the documents of each source
-(`documents/000/00000.jsonl.zst`, in datatrove's form) and `cleaning.json`, written last. The order is FineWeb-2's: language, then
-near-duplicates across all sources, then quality, so that what is boilerplate everywhere is seen while it is still there.
+In: sources, the data directory, a `CleaningSpec`. Out: `Cleaned`: `out_root/cleaned-<fingerprint>/` with the documents of each
+source (`documents/000/00000.jsonl.zst`, in datatrove's form) and `cleaning.json`, written last. The order is FineWeb-2's: language,
+then near-duplicates across all sources, then quality, so that what is boilerplate everywhere is seen while it is still there.
 
     read ──► language ──► signatures ──► buckets ──► clusters ──► one of each ──► quality ──► formatters ──► documents
 """
@@ -14,9 +14,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from keural.data.cleaning.blocks import Account, SourceReader, Unit
+from keural.data.cleaning.duplicates import CONFIG, Signatures, clusters
 from keural.data.cleaning.executors import Step, check_executor, run_steps
 from keural.data.cleaning.filters import FILTER_SETS, QualityFilter
 from keural.data.cleaning.formatters import Formatter
@@ -24,6 +25,7 @@ from keural.data.cleaning.language import FastTextFilter, ScriptFilter
 from keural.data.cleaning.words import EOJEOL
 from keural.data.records import Document
 from keural.data.sources import FileHashes, content_of, count_units
+from keural.data.tally import SourceCount
 from keural.errors import UserError, nearest
 from keural.files import fingerprint, read_json, write_json
 from keural.recipe import CleaningSpec, SourceSpec
@@ -31,16 +33,6 @@ from keural.recipe import CleaningSpec, SourceSpec
 VERSION = 1
 """Raised when the same sources give other documents than before."""
 SUMMARY = "cleaning.json"
-BUCKETS, HASHES, NGRAM = 14, 8, 5
-"""MinHash as in FineWeb: a pair of similarity 0.8 is found with probability 0.92, one of 0.72 with 0.5; 5-grams of words."""
-
-
-class SourceCount(NamedTuple):
-    """What became of one source's rows: drops by reason and the place of the first of each, and what is left."""
-
-    drops: Counter[str]
-    first: dict[str, str]
-    kept: int
 
 
 class Cleaned:
@@ -60,13 +52,16 @@ class Cleaned:
     def count(self, name: str) -> SourceCount:
         """The account of a source."""
         row = self.summary["sources"][name]
-        return SourceCount(Counter(row["drops"]), row["first"], row["kept"])
+        return SourceCount(Counter(row["drops"]), Counter(row["unreadable"]), row["first"])
 
 
 def check_cleaning(spec: CleaningSpec, sources: Sequence[SourceSpec], data_dir: Path | None) -> None:
-    """Refuse what cannot work: a source of which nobody says what kind of text it is, a missing model, an executor that is not there."""
+    """Raise `UserError` for a source whose kind of text nobody says, a missing model, an executor that is not there."""
+    names = [source.name for source in sources]
     for source in sources:
         _kind(source)
+        if names.count(source.name) > 1:
+            raise UserError(f"data.cleaning: two sources are called {source.name!r}; give each a name of its own")
     if spec.language_id == "fasttext":
         _model(spec, data_dir)
     check_executor(spec.executor)
@@ -108,15 +103,13 @@ def _model(spec: CleaningSpec, data_dir: Path | None) -> Path:
     path = (data_dir or Path()) / str(spec.model)
     if not path.is_file():
         raise UserError(
-            f"data.cleaning.model: {path}: no such file; fetch GlotLID (hf download cis-lmu/glotlid model.bin) or lid.176.bin and give "
-            "its path relative to the data directory, or set language_id: script"
+            f"data.cleaning.model: {path}: no such file; fetch GlotLID (hf download cis-lmu/glotlid model.bin) or lid.176.bin and "
+            "give its path relative to the data directory, or set language_id: script"
         )
     return path.absolute()
 
 
-def _fingerprint(
-    spec: CleaningSpec, sources: Sequence[SourceSpec], data_dir: Path | None, seed: int, hashes: FileHashes
-) -> str:
+def _fingerprint(spec: CleaningSpec, sources: Sequence[SourceSpec], data_dir: Path | None, seed: int, hashes: FileHashes) -> str:
     """Of everything that determines the documents; who computes them does not."""
     later = {"weight", "repeat", "limit", "expect", "max_drop"}
     return fingerprint(
@@ -162,22 +155,19 @@ def _steps(spec: CleaningSpec, units: Sequence[Unit], data_dir: Path | None, dir
 
 def _deduplication(work: Path, tasks: int) -> list[Step]:
     """Signatures of every document, equal ones bucket by bucket, clusters."""
-    from datatrove.pipeline.dedup import MinhashDedupSignature
-    from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets, MinhashDedupCluster
+    from datatrove.pipeline.dedup import MinhashDedupBuckets
     from datatrove.pipeline.readers import JsonlReader
-    from datatrove.utils.hashing import HashConfig
 
-    config = MinhashConfig(n_grams=NGRAM, num_buckets=BUCKETS, hashes_per_bucket=HASHES, hash_config=HashConfig(precision=64))
-    signatures, pairs, remove = (str(work / name) for name in ("signatures", "pairs", "remove"))
+    signatures, pairs = str(work / "signatures"), str(work / "pairs")
 
     def sign() -> list[Any]:
         documents = JsonlReader(str(work / "read"), glob_pattern="*.jsonl.zst", add_file_path=False)
-        return [documents, MinhashDedupSignature(signatures, config=config, language=EOJEOL)]
+        return [documents, Signatures(signatures, config=CONFIG, language=EOJEOL)]
 
     passes: list[tuple[str, Callable[[], list[Any]], int]] = [
         ("signatures", sign, tasks),
-        ("buckets", lambda: [MinhashDedupBuckets(signatures, pairs, config=config)], BUCKETS),
-        ("clusters", lambda: [MinhashDedupCluster(pairs, remove, config=config)], 1),
+        ("buckets", lambda: [MinhashDedupBuckets(signatures, pairs, config=CONFIG)], CONFIG.num_buckets),
+        ("clusters", lambda: clusters(work / "pairs", work / "remove"), 1),
     ]
     return [Step(name, blocks, count, work / "logs" / name) for name, blocks, count in passes]
 
@@ -212,7 +202,7 @@ class _Foldered:
 
 def _summary(directory: Path, sources: Sequence[SourceSpec]) -> dict[str, Any]:
     """The account: rows, kept and dropped by source, examples by reason."""
-    rows: list[dict[str, Any]] = [{"kept": 0, "drops": Counter(), "first": {}} for _ in sources]
+    rows: list[dict[str, Any]] = [{"kept": 0, "drops": Counter(), "unreadable": Counter(), "first": {}} for _ in sources]
     examples: dict[str, list[dict[str, Any]]] = {}
     for file in sorted((directory / "work" / "kept").glob("*.json")):
         for place, count in read_json(file).items():
@@ -221,6 +211,7 @@ def _summary(directory: Path, sources: Sequence[SourceSpec]) -> dict[str, Any]:
         made = read_json(file)
         for place, reason, count, where in made["drops"]:
             rows[place]["drops"][reason] += count
+            rows[place]["unreadable"][reason] += count if file.name.startswith("read-") else 0
             rows[place]["first"].setdefault(reason, where)
         for reason, shown in made["examples"].items():
             named = [example | {"source": sources[example["source"]].name} for example in shown]
@@ -228,7 +219,10 @@ def _summary(directory: Path, sources: Sequence[SourceSpec]) -> dict[str, Any]:
     for row in rows:
         row["rows"] = row["kept"] + row["drops"].total()
         row["drops"] = dict(row["drops"].most_common())
-    return {"sources": {source.name: row for source, row in zip(sources, rows, strict=True)}, "examples": dict(sorted(examples.items()))}
+    return {
+        "sources": {source.name: row for source, row in zip(sources, rows, strict=True)},
+        "examples": dict(sorted(examples.items())),
+    }
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:

@@ -67,12 +67,13 @@ def hub_rows(source: SourceSpec, data_dir: Path | None) -> Iterator[Row]:
         ) from error
 
 
-def hub_content(source: SourceSpec, data_dir: Path | None) -> tuple[list[list[Any]], list[Path]]:
+def hub_content(source: SourceSpec, data_dir: Path | None) -> tuple[list[list[Any]], list[tuple[str, Path]]]:
     """What determines the rows beside the settings: the commit, or the files of a directory that is read in its place."""
     directory = directory_of(source, data_dir)
     if directory is None or (source.revision and directory.name == source.revision):
         return [[source.hub, source.revision]], []
-    return [], sorted(path for path in directory.rglob("*") if path.is_file() and ".cache" not in path.parts)
+    named = sorted((path.relative_to(directory).as_posix(), path) for path in directory.rglob("*") if path.is_file())
+    return [], [(name, path) for name, path in named if not name.startswith(".cache/")]
 
 
 def _check_whole(source: SourceSpec, directory: Path, data_dir: Path | None) -> None:

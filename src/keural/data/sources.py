@@ -302,8 +302,7 @@ def content_of(source: SourceSpec, data_dir: Path | None, hashes: "FileHashes") 
     """
     fixed: list[list[Any]] = []
     if is_hub(source):
-        fixed, found = hub_content(source, data_dir)
-        paths = [(path.as_posix(), path) for path in found]
+        fixed, paths = hub_content(source, data_dir)
     elif adapter_of(source).formats:
         paths = [(file.name, path) for file, _ in files_of(source, data_dir) for path in file.paths]
     else:

@@ -1,8 +1,8 @@
 """Cleaning: what it keeps and drops, that every row is accounted for, that interruptions change nothing, that nothing raises."""
 
 import json
+import os
 import random
-import stat
 import subprocess
 import sys
 
@@ -173,6 +173,11 @@ class TestFormatters:
         essay = "무단 전재라는 말은 법에서 허락 없이 남의 글을 옮기는 일을 가리키는데, " * 4
         assert Formatter(personal_data=False).format(essay, "ko") == essay
 
+    @pytest.mark.timeout(20)
+    @pytest.mark.parametrize("text", ["a-" * 1_000_000, "1." * 1_000_000, "0" * 2_000_000, "계좌 " * 500_000, "가나다" * 500_000])
+    def test_long_lines_take_no_longer_than_their_length(self, text):
+        assert Formatter(personal_data=True).format(text, "code") == text
+
     def test_code_keeps_every_character(self):
         code = "if x:\n\tprint('“a”  b')\n\n    # 무단 전재 금지\n"
         assert Formatter(personal_data=True).format(code, "code") == code
@@ -307,27 +312,46 @@ class TestRefusals:
             ExecutorSpec(**settings)
 
 
+@pytest.mark.slow
 def test_slurm_gets_a_chain_of_jobs_and_their_work_is_taken_up(sources, tmp_path, monkeypatch):
-    """A stand-in for sbatch runs each submitted job at once, task by task, as the cluster would."""
-    log = tmp_path / "sbatch.log"
-    sbatch = tmp_path / "bin" / "sbatch"
-    sbatch.parent.mkdir()
-    sbatch.write_text(
-        f'#!/bin/sh\necho "$@" >> {log}\ncat "$(eval echo \\${{$#}})" >> {log}\necho Submitted batch job $(wc -l < {log})\n'
-    )
-    sbatch.chmod(sbatch.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{sbatch.parent}:/usr/bin:/bin")
+    """A stand-in for sbatch keeps the scripts; what the jobs would do is then done by what they would load."""
+    log, tools = tmp_path / "sbatch.log", tmp_path / "tools"
+    tools.mkdir()
+    count = 'n=$(($(grep -c ^ARGS "$LOG" 2>/dev/null) + 1))'
+    keep = '{ echo "ARGS $*"; for s; do :; done; cat "$s"; } >> "$LOG"'
+    (tools / "sbatch").write_text(f'#!/bin/sh\n{count}\n{keep}\necho "Submitted batch job $n"\n')
+    (tools / "squeue").write_text('#!/bin/sh\n[ -e "$LOG.busy" ] && echo 3\nexit 0\n')
+    (tools / "scontrol").write_text("#!/bin/sh\necho localhost\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    monkeypatch.setenv("LOG", str(log))
     specs = sources({"a": [korean(seed) for seed in range(4)]})
-    executor = ExecutorSpec(kind="slurm", partition="cpu", time="01:00:00", sbatch={"account": "lab"})
+    slurm = ExecutorSpec(kind="slurm", partition="cpu", time="01:00:00", mem_per_cpu_gb=3, sbatch={"account": "lab"})
     with pytest.raises(UserError, match=r"submitted to Slurm .*run this command again"):
-        run(specs, tmp_path, tasks=2, executor=executor)
-    jobs = log.read_text()
-    for name in ("read", "signatures", "buckets", "clusters", "keep"):
-        assert f"#SBATCH --job-name=keural-{name}" in jobs
-    assert "#SBATCH --account=lab" in jobs
-    assert "--dependency=afterok:" in jobs
-    run(specs, tmp_path, tasks=2)  # what a cluster would have done
-    assert len(list(run(specs, tmp_path, tasks=2, executor=executor).documents("a"))) == 4
+        run(specs, tmp_path, tasks=2, executor=slurm)
+    scripts = log.read_text()
+    for directive in (
+        "--partition=cpu",
+        "--time=01:00:00",
+        "--mem-per-cpu=3G",
+        "--array=0-1",
+        "--account=lab",
+        "--job-name=keural-keep",
+    ):
+        assert f"#SBATCH {directive}" in scripts
+    assert scripts.count("--dependency=afterok:") >= 4
+    log.with_name("sbatch.log.busy").touch()
+    with pytest.raises(UserError, match="at work on Slurm"):
+        run(specs, tmp_path, tasks=2, executor=slurm)
+    log.with_name("sbatch.log.busy").unlink()
+    (logs,) = (tmp_path / "out").glob("*/work/logs")
+    for step, tasks in (("read", 2), ("signatures", 2), ("buckets", 14), ("clusters", 1), ("keep", 2)):
+        for task in range(tasks):
+            environment = {**os.environ, "SLURM_ARRAY_TASK_ID": str(task), "SLURM_NODELIST": "localhost"}
+            command = [sys.executable, "-m", "datatrove.tools.launch_pickled_pipeline", logs / step / "executor.pik"]
+            subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert len(list(run(specs, tmp_path, tasks=2, executor=slurm).documents("a"))) == 4
 
 
 def test_a_fasttext_model_decides_where_one_is_given(sources, tmp_path):

@@ -5,7 +5,9 @@ whatever the executor. On Slurm steps are submitted as a chain of jobs, and `Sub
 """
 
 import importlib.util
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from typing import Any
 from loguru import logger
 
 from keural.errors import UserError
+from keural.files import read_json, write_json
 from keural.recipe import ExecutorSpec
 
 
@@ -78,6 +81,8 @@ def _run_with_ray(steps: Sequence[Step], spec: ExecutorSpec) -> None:
             cpus_per_task=spec.cpus_per_task,
             mem_per_cpu_gb=spec.mem_per_cpu_gb,
         ).run()
+        if not _is_complete(step):
+            raise UserError(f"{step.logs}: not every task succeeded; see the logs there, and run the command again")
 
 
 def _submit(steps: Sequence[Step], spec: ExecutorSpec) -> None:
@@ -85,6 +90,10 @@ def _submit(steps: Sequence[Step], spec: ExecutorSpec) -> None:
 
     assert spec.partition is not None  # the recipe's own check
     last, waiting = None, [step for step in steps if not _is_complete(step)]
+    submitted = steps[0].logs.parent / "submitted.json"
+    if submitted.is_file() and (running := _running(read_json(submitted)["jobs"])):
+        raise Submitted(f"cleaning is at work on Slurm (jobs {', '.join(running)}); run this command again when it is done")
+    chain = []
     for step in waiting:
         last = SlurmPipelineExecutor(
             list(step.blocks()),
@@ -101,15 +110,27 @@ def _submit(steps: Sequence[Step], spec: ExecutorSpec) -> None:
             depends=last,
             logging_dir=str(step.logs.absolute()),
         )
-    assert last is not None
-    last.run()
-    names = ", ".join(step.name for step in waiting)
-    raise Submitted(f"cleaning was submitted to Slurm ({names}; last job {last.job_id}); run this command again when it is done")
+        chain.append(last)
+    try:
+        chain[-1].run()
+    except subprocess.CalledProcessError as error:
+        raise UserError(
+            f"sbatch refuses the job (exit {error.returncode}); see {steps[0].logs.parent}/*/launch_script.slurm"
+        ) from error
+    jobs = [str(each.job_id) for each in chain]
+    write_json(submitted, {"jobs": jobs})
+    raise Submitted(f"cleaning was submitted to Slurm (jobs {', '.join(jobs)}); run this command again when it is done")
+
+
+def _running(jobs: Sequence[str]) -> list[str]:
+    """Those jobs that the queue still has."""
+    if shutil.which("squeue") is None:
+        return []
+    found = subprocess.run(["squeue", "-h", "-o", "%A", "-j", ",".join(jobs)], capture_output=True, text=True, check=False)
+    return sorted(set(found.stdout.split()) & set(jobs))
 
 
 def _cores() -> int:
-    import os
-
     return len(os.sched_getaffinity(0))
 
 

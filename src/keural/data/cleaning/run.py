@@ -146,7 +146,7 @@ def _steps(spec: CleaningSpec, units: Sequence[Unit], data_dir: Path | None, dir
         unique = [_unique(work, account("duplicates", "near_duplicate"))] if spec.deduplicate else []
         quality = [QualityFilter(account("quality"))] if spec.filters else []
         writer = JsonlWriter(str(directory / "documents"), "${folder}/${rank}.jsonl", compression="zstd")
-        return [documents, *unique, *quality, Formatter(spec.personal_data), _Foldered(writer)]
+        return [documents, *unique, *quality, Formatter(spec.personal_data, account("formatters")), _Foldered(writer)]
 
     tasks = min(spec.tasks, len(units))
     middle = _deduplication(work, tasks) if spec.deduplicate else []

@@ -17,10 +17,11 @@ from pathlib import Path
 from datatrove.data import Document
 from datatrove.pipeline.filters import FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter
 
+from keural.data.cleaning.duplicates import CONFIG, Signatures
 from keural.data.cleaning.filters import QualityFilter
 from keural.data.cleaning.language import ScriptFilter
 from keural.data.cleaning.measures import HANGUL, normalise, script_share, without_markup
-from keural.data.cleaning.words import PLAIN
+from keural.data.cleaning.words import EOJEOL, PLAIN
 from keural.data.records import Document as Text
 from keural.data.sources import read_source
 from keural.recipe import SourceSpec
@@ -147,8 +148,31 @@ def first_reason(document: Document, filters: list) -> str:
     return "kept"
 
 
+def near_duplicates(pairs: int = 600) -> None:
+    """Print how often MinHash joins pairs of texts, by the exact Jaccard similarity of their 5-grams, and what is expected."""
+    step = Signatures("signatures", config=CONFIG, language=EOJEOL)
+    generator = random.Random(7)
+    found: list[tuple[float, bool]] = []
+    for _ in range(pairs):
+        words = sentences(generator, 40).split(" ")
+        changed = list(words)
+        for _ in range(generator.choice([0, 1, 2, 3, 4, 6, 8, 12, 16])):
+            changed[generator.randrange(len(changed))] = f"낱말{generator.randrange(10**6)}"
+        shingles = [step.get_shingles(" ".join(each)) for each in (words, changed)]
+        one, other = (set(each.ravel().tolist()) for each in shingles)
+        buckets = zip(*map(step.get_signature, shingles), strict=True)
+        found.append((len(one & other) / len(one | other), any(first == second for first, second in buckets)))
+    print("\n| similarity | pairs | joined | expected |\n|---|---|---|---|")
+    for low, high in ((0.0, 0.3), (0.3, 0.5), (0.5, 0.65), (0.65, 0.8), (0.8, 0.9), (0.9, 1.01)):
+        inside = [(similarity, joined) for similarity, joined in found if low <= similarity < high]
+        if inside:
+            joined = sum(joined for _, joined in inside) / len(inside)
+            expected = sum(1 - (1 - similarity**8) ** 14 for similarity, _ in inside) / len(inside)
+            print(f"| {low:.2f}-{min(high, 1):.2f} | {len(inside)} | {joined:.3f} | {expected:.3f} |")
+
+
 def main() -> None:
-    """Print two Markdown tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sets", type=Path)
     parser.add_argument("--rubbish", type=int, default=800)
@@ -177,6 +201,7 @@ def main() -> None:
             those = [verdict for other, verdict in judged if kind in (other, "all")]
             why = ", ".join(f"{reason} {count}" for reason, count in Counter(those).most_common(4) if reason != "kept")
             print(f"| {kind} | {len(those)} | {sum(verdict != 'kept' for verdict in those) / len(those):.1%} | {why} |")
+    near_duplicates()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The adapters on real sets, against the counts that their publishers and our own count of defects give."""
 
+import importlib.util
+import random
 import re
 from collections import Counter
 from pathlib import Path
@@ -7,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from keural.data.contamination import ContaminationIndex
 from keural.data.readers import Row, read_rows
 from keural.data.records import Conversation, Document, Drop
 from keural.data.sources import files_of, read_source
@@ -130,3 +133,44 @@ def test_books_without_their_licence(real_data: Path) -> None:
     assert (len(books), drops) == (6, {})
     assert not any(re.search("[*]{3} ?(START|END) OF|\r|gutenberg.org", book.text) for book in books)
     assert sum(len(book.text) for book in books) > 4_700_000
+
+
+@pytest.mark.slow
+def test_korean_prose_passes_the_korean_filters_and_rubbish_does_not(real_data: Path) -> None:
+    pytest.importorskip("datatrove")
+    benchmark = load_benchmark("corpus_filters")
+    judge = benchmark.Ours()
+    verdicts = [judge(text) for _, text in benchmark.real_documents(real_data)]
+    assert len(verdicts) > 1_500
+    assert verdicts.count("kept") / len(verdicts) >= 0.95
+    generator = random.Random(1)
+    for make in benchmark.RUBBISH.values():
+        assert sum(judge(make(generator)) != "kept" for _ in range(100)) >= 95
+
+
+@pytest.mark.slow
+def test_planted_evaluation_items_are_found_and_clean_prose_is_not_flagged(real_data: Path) -> None:
+    benchmark = load_benchmark("decontamination")
+    items = list(benchmark.evaluation_items(benchmark.sources(), real_data))
+    index = ContaminationIndex(items)
+    documents = benchmark.clean_documents(real_data)
+    generator = random.Random(0)
+    sample = items[::7]
+    texts = [benchmark.changed(benchmark.as_text(item), generator) for _, item in sample]
+    found = sum(
+        index.find(f"{documents[place][1]}\n\n{text}\n\n{documents[-1 - place][1]}") is not None for place, text in enumerate(texts)
+    )
+    recognised = len(items) - index.too_short.total()
+    assert found / len(texts) >= 0.99 * recognised / len(items)
+    assert sum(index.find(text) is not None for _, text in documents) <= 0.001 * len(documents)
+
+
+def load_benchmark(name: str) -> Any:
+    """A script of `benchmarks/` as a module."""
+    path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

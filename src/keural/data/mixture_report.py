@@ -21,7 +21,7 @@ def planned(spec: DataSpec) -> Report:
     rows = [
         {
             "source": source.name,
-            "language": source.language or UNSTATED,
+            "language": source.language or source.text_kind or UNSTATED,
             "license": license_of(source),
             "records": source.expect,
             "tokens": None,
@@ -46,7 +46,7 @@ def prepared(table: list[dict[str, Any]], objective: str | None = None) -> Repor
         rows.append(
             {
                 "source": entry["source"],
-                "language": entry["language"] or UNSTATED,
+                "language": entry["language"] or entry.get("text_kind") or UNSTATED,
                 "license": entry["license"],
                 "records": records,
                 "tokens": tokens,

@@ -113,6 +113,7 @@ class Tally:
             "source": source.name,
             "adapter": source.adapter,
             "language": source.language,
+            "text_kind": source.text_kind,
             "license": license_of(source),
             "flags": flags_of(source),
             "left_out": self.left_out,

@@ -5,17 +5,19 @@
 than five words counts as one shingle, so that copies of it are found, too.
 """
 
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.dedup import MinhashDedupCluster, MinhashDedupSignature
+from datatrove.pipeline.dedup import MinhashDedupCluster, MinhashDedupSignature, minhash
 from datatrove.pipeline.dedup.minhash import MinhashConfig
 from datatrove.utils.hashing import HashConfig
 from datatrove.utils.text import simplify_text
 
+minhash.tqdm = partial(minhash.tqdm, disable=True)  # a progress bar in the middle of a command's own output
 CONFIG = MinhashConfig(n_grams=5, num_buckets=14, hashes_per_bucket=8, hash_config=HashConfig(precision=64))
 _BLOCK = 8192
 """Shingles that are hashed at a time: 112 hashes of each shingle of a book would not fit into memory."""

@@ -211,7 +211,8 @@ def _summary(directory: Path, sources: Sequence[SourceSpec]) -> dict[str, Any]:
         made = read_json(file)
         for place, reason, count, where in made["drops"]:
             rows[place]["drops"][reason] += count
-            rows[place]["unreadable"][reason] += count if file.name.startswith("read-") else 0
+            if file.name.startswith("read-"):
+                rows[place]["unreadable"][reason] += count
             rows[place]["first"].setdefault(reason, where)
         for reason, shown in made["examples"].items():
             named = [example | {"source": sources[example["source"]].name} for example in shown]

@@ -279,6 +279,11 @@ class TestRun:
         assert row["drops"] == {"near_duplicate": 1, "quality_line_punct_ratio": 1}
         assert TokenStore.open(prepared.train).num_sequences == 8
 
+    def test_nothing_left_is_counted(self, sources, tmp_path):
+        cleaned = run(sources({"a": ["English only, every word of it. " * 9] * 3}), tmp_path)
+        assert cleaned.summary["sources"]["a"]["drops"] == {"language": 3}
+        assert list(cleaned.documents("a")) == []
+
 
 class TestRefusals:
     def test_a_source_of_unknown_kind(self, sources, tmp_path):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Self
 
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.readers import JsonlReader
 
 from keural.data.adapters.base import WRONG_SCHEMA
 from keural.data.cleaning.measures import normalise
@@ -104,3 +105,17 @@ class SourceReader(PipelineStep):
     def _document(record: Text, unit: Unit) -> Document:
         metadata = {"place": unit.place, "kind": unit.kind, "where": record.where, "language": record.language}
         return Document(text=normalise(record.text), id=record.where, metadata=metadata)
+
+
+class _ReadBack(JsonlReader):
+    """datatrove's reader, which takes it for an error when there is nothing: here every document may have been dropped."""
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """See `PipelineStep.run`."""
+        if self.data_folder.list_files(glob_pattern=self.glob_pattern):
+            yield from super().run(data, rank, world_size)
+
+
+def read_back(folder: Path) -> JsonlReader:
+    """Reads what an earlier step wrote into a folder, each task the same files in every step."""
+    return _ReadBack(str(folder), glob_pattern="*.jsonl.zst", add_file_path=False)

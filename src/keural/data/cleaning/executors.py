@@ -4,12 +4,15 @@ A step is a pipeline, a number of tasks and a directory for its logs and complet
 whatever the executor. On Slurm steps are submitted as a chain of jobs, and `Submitted` says so.
 """
 
+import contextlib
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,9 +67,30 @@ def _run_here(steps: Sequence[Step], spec: ExecutorSpec) -> None:
     for step in steps:
         workers = min(spec.workers or _cores(), step.tasks)
         # Forked workers need no importable main module; nothing that computes in threads has been started in this one.
-        LocalPipelineExecutor(
+        executor = LocalPipelineExecutor(
             list(step.blocks()), tasks=step.tasks, workers=workers, logging_dir=str(step.logs), start_method="fork"
-        ).run()
+        )
+        with _workers_not_interrupted():
+            executor.run()
+
+
+@contextlib.contextmanager
+def _workers_not_interrupted() -> Iterator[None]:
+    """Ctrl-C reaches every process of the terminal. Here it ends this one, which ends its workers; they would print traces."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner, before = os.getpid(), signal.getsignal(signal.SIGINT)
+
+    def interrupt(number: int, frame: object) -> None:
+        if os.getpid() == owner:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _run_with_ray(steps: Sequence[Step], spec: ExecutorSpec) -> None:

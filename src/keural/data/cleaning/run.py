@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from keural.data.cleaning.blocks import Account, SourceReader, Unit
+from keural.data.cleaning.blocks import Account, SourceReader, Unit, read_back
 from keural.data.cleaning.duplicates import CONFIG, Signatures, clusters
 from keural.data.cleaning.executors import Step, check_executor, run_steps
 from keural.data.cleaning.filters import FILTER_SETS, QualityFilter
@@ -126,7 +126,6 @@ def _fingerprint(spec: CleaningSpec, sources: Sequence[SourceSpec], data_dir: Pa
 
 def _steps(spec: CleaningSpec, units: Sequence[Unit], data_dir: Path | None, directory: Path, seed: int) -> list[Step]:
     """The passes over the data in their order."""
-    from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.writers import JsonlWriter
 
     work = directory / "work"
@@ -142,7 +141,7 @@ def _steps(spec: CleaningSpec, units: Sequence[Unit], data_dir: Path | None, dir
         return [SourceReader(units, base, seed, account("read")), chosen, writer]
 
     def keep() -> list[Any]:
-        documents = JsonlReader(str(work / "read"), glob_pattern="*.jsonl.zst", add_file_path=False)
+        documents = read_back(work / "read")
         unique = [_unique(work, account("duplicates", "near_duplicate"))] if spec.deduplicate else []
         quality = [QualityFilter(account("quality"))] if spec.filters else []
         writer = JsonlWriter(str(directory / "documents"), "${folder}/${rank}.jsonl", compression="zstd")
@@ -156,13 +155,11 @@ def _steps(spec: CleaningSpec, units: Sequence[Unit], data_dir: Path | None, dir
 def _deduplication(work: Path, tasks: int) -> list[Step]:
     """Signatures of every document, equal ones bucket by bucket, clusters."""
     from datatrove.pipeline.dedup import MinhashDedupBuckets
-    from datatrove.pipeline.readers import JsonlReader
 
     signatures, pairs = str(work / "signatures"), str(work / "pairs")
 
     def sign() -> list[Any]:
-        documents = JsonlReader(str(work / "read"), glob_pattern="*.jsonl.zst", add_file_path=False)
-        return [documents, Signatures(signatures, config=CONFIG, language=EOJEOL)]
+        return [read_back(work / "read"), Signatures(signatures, config=CONFIG, language=EOJEOL)]
 
     passes: list[tuple[str, Callable[[], list[Any]], int]] = [
         ("signatures", sign, tasks),

@@ -2,12 +2,16 @@
 
 import fcntl
 import json
+import os
 import random
 import re
 import shutil
+import signal
+import struct
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ import yaml
 
 from keural.cli import main
 from keural.convert.hf import load_model
+from keural.data.stream import Stream
 from keural.files import read_json
 
 WORDS = ["하늘", "바다", "나무", "구름", "바람", "sea", "sky", "tree", "cloud", "오늘", "내일", "going", "봅니다", "읽어요", "sees"]
@@ -415,3 +420,67 @@ def test_a_store_whose_counts_are_changed_is_refused(workplace: Path, keural: Ke
     code, _, err = keural("run", workplace / "recipe", "--out", workplace / "run")
     assert code == 2
     assert "manifest.json" in one_line(err)
+
+
+def shards_of(directory: Path, workplace: Path) -> dict[str, Any]:
+    """Published shards with words of the recipe's own vocabulary."""
+    length = 64
+    for number in range(2):
+        stem = directory / f"keural_{number:03d}"
+        directory.mkdir(exist_ok=True)
+        rows = [[1, *random.Random(9 * number + row).choices(range(260, 360), k=length - 2), 2] for row in range(20)]
+        body = b"".join(struct.pack(f"<{length}I", *row) for row in rows)
+        header = struct.pack("<8sIQQQ", b"KEURAL\0\0", 1, len(rows), length, 0)
+        stem.with_suffix(".bin").write_bytes(header + body[len(header) - 32 :])  # the header reaches into the first token
+        index = struct.pack("<II", len(rows), length)
+        index += b"".join(struct.pack("<QI", 32 + 4 * length * row, length) for row in range(len(rows)))
+        stem.with_suffix(".idx").write_bytes(index)
+        meta = {"num_sequences": len(rows), "seq_length": length, "dtype": "uint32", "file_size_bytes": 32 + len(body)}
+        stem.with_suffix(".meta").write_text(json.dumps(meta))
+    return {"shards": str(directory), "sequence_length": length}
+
+
+def store_of(directory: Path, workplace: Path) -> dict[str, Any]:
+    """The prepared data of the recipe's own first stage."""
+    for prepared in sorted((workplace / "run" / "data").glob("*/prepared.json")):
+        if read_json(prepared)["table"][0]["source"] == "prose":
+            return {"store": str(prepared.parent), "sequence_length": 32}
+    raise AssertionError
+
+
+def mixture_of(directory: Path, workplace: Path) -> dict[str, Any]:
+    """Two sources by weight, one of them repeated."""
+    rows = [json.dumps({"text": " ".join(sentences(4, seed))}) for seed in range(900, 950)]
+    directory.mkdir()
+    (directory / "few.jsonl").write_text("\n".join(rows))
+    prose = {"name": "prose", "adapter": "text", "path": "prose.jsonl", "language": "ko", "weight": 1.0}
+    few = {"name": "few", "adapter": "text", "path": str(directory / "few.jsonl"), "language": "en", "weight": 1.0}
+    return {"sources": [prose, few], "mixing": {"max_repeat": 3.0}, "sequence_length": 32}
+
+
+@pytest.mark.parametrize("data", [shards_of, store_of, mixture_of])
+def test_a_stage_on_ready_or_mixed_data_resumes_to_the_same_weights(
+    data: Callable[[Path, Path], dict[str, Any]], workplace: Path, keural: Keural, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = data(workplace / "ready", workplace)
+    stage = workplace / "recipe" / "base.yaml"
+    spec = yaml.safe_load(stage.read_text()) | {"data": settings}
+    spec["train"]["batch_tokens"] = 4 * settings["sequence_length"]
+    stage.write_text(yaml.safe_dump(spec))
+    recipe = yaml.safe_load((workplace / "recipe" / "recipe.yaml").read_text()) | {"evaluation": {}, "stages": ["base"]}
+    (workplace / "recipe" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    code, _, err = keural("run", workplace / "recipe", "--out", workplace / "whole")
+    assert code == 0, err
+    batch = Stream.batch
+
+    def interrupted(self: Stream, step: int, *share: int) -> Any:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch(self, step, *share)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stream, "batch", interrupted)
+        assert keural("run", workplace / "recipe", "--out", workplace / "twice")[0] == 128 + signal.SIGINT
+    assert keural("run", workplace / "recipe", "--out", workplace / "twice")[0] == 0
+    first, second = (load_model(workplace / name / "base" / "model").state_dict() for name in ("whole", "twice"))
+    assert all(torch.equal(first[name], second[name]) for name in first)

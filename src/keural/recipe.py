@@ -171,6 +171,8 @@ class TokenizerSpec(Spec):
             raise ValueError("give either path (load a tokenizer) or sources (train one)")
         if any(source.weight for source in self.sources):
             raise ValueError("sources: weight is for a stage's sources; a tokenizer's have repeat and limit")
+        if any(source.text_kind for source in self.sources):
+            raise ValueError("sources: text_kind is for data.cleaning; a tokenizer's sources are read as they are")
         return self
 
 
@@ -280,8 +282,18 @@ class DataSpec(Spec):
         if len(given) != 1:
             found = f", not {' and '.join(given)}" if given else ""
             raise ValueError(f"give exactly one of sources, store, stores, shards{found}")
+        if self.cleaning is None and (kinds := [source.name for source in self.sources if source.text_kind]):
+            raise ValueError(f"text_kind of {kinds[0]!r} needs data.cleaning; write cleaning: {{}} for its defaults")
         if self.ready:
-            for name in ("heldout_per_mille", "heldout_sources", "min_characters", "licenses", "benchmarks"):
+            for name in (
+                "heldout_per_mille",
+                "heldout_sources",
+                "min_characters",
+                "licenses",
+                "benchmarks",
+                "cleaning",
+                "decontaminate",
+            ):
                 if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
                     raise ValueError(f"{name} is for sources; data in {given[0]} is used as it is")
         names = [store.name for store in self.stores]

@@ -240,3 +240,6 @@ def test_what_cannot_be_is_refused(work: Workplace) -> None:
     refused("exactly one of", [two], store="x")
     refused("mixing is for sources or stores", [], store="x", mixing={})
     refused("heldout_per_mille is for sources", [], store="x", heldout_per_mille=3.0)
+    refused("cleaning is for sources", [], store="x", cleaning={})
+    refused("decontaminate is for sources", [], shards="x", decontaminate={"sources": [two]})
+    refused("text_kind of 'b' needs data.cleaning", [two | {"text_kind": "ko"}])

@@ -359,6 +359,16 @@ def test_slurm_gets_a_chain_of_jobs_and_their_work_is_taken_up(sources, tmp_path
     assert len(list(run(specs, tmp_path, tasks=2, executor=slurm).documents("a"))) == 4
 
 
+@pytest.mark.slow
+def test_ray_gives_the_same_bytes(sources, tmp_path):
+    pytest.importorskip("ray")
+    specs = sources({"a": [korean(seed) for seed in range(8)] + [korean(0)]})
+    here = run(specs, tmp_path, tasks=3).directory
+    spec = CleaningSpec(tasks=3, executor=ExecutorSpec(kind="ray", workers=2, mem_per_cpu_gb=1))
+    there = clean(spec, specs, tmp_path, tmp_path / "ray", 0, FileHashes()).directory
+    assert files_of(here) == files_of(there)
+
+
 def test_a_fasttext_model_decides_where_one_is_given(sources, tmp_path):
     lines = [f"__label__kor_Hang {korean(seed, 4)}".replace("\n", " ") for seed in range(60)]
     lines += [f"__label__eng_Latn the {word} of the house and the garden {seed}" for seed in range(60) for word in ("door", "tree")]

@@ -440,12 +440,27 @@ def shards_of(directory: Path, workplace: Path) -> dict[str, Any]:
     return {"shards": str(directory), "sequence_length": length}
 
 
+def prepared_of(workplace: Path, source: str) -> Path:
+    """The prepared data of a stage of the recipe."""
+    found = (workplace / "run" / "data").glob("*/prepared.json")
+    return next(path.parent for path in found if read_json(path)["table"][0]["source"] == source)
+
+
 def store_of(directory: Path, workplace: Path) -> dict[str, Any]:
-    """The prepared data of the recipe's own first stage."""
-    for prepared in sorted((workplace / "run" / "data").glob("*/prepared.json")):
-        if read_json(prepared)["table"][0]["source"] == "prose":
-            return {"store": str(prepared.parent), "sequence_length": 32}
-    raise AssertionError
+    """The prepared documents."""
+    return {"store": str(prepared_of(workplace, "prose")), "sequence_length": 32}
+
+
+def chats_of(directory: Path, workplace: Path) -> dict[str, Any]:
+    """The prepared conversations."""
+    return {"store": str(prepared_of(workplace, "chats")), "sequence_length": 64}
+
+
+def mixed_stores_of(directory: Path, workplace: Path) -> dict[str, Any]:
+    """Two stores of conversations by weight, the small one repeated."""
+    prepared = prepared_of(workplace, "chats")
+    stores = [{"name": name, "path": str(prepared / name), "weight": 1.0} for name in ("train", "heldout")]
+    return {"stores": stores, "mixing": {"max_repeat": 3.0}, "sequence_length": 64}
 
 
 def mixture_of(directory: Path, workplace: Path) -> dict[str, Any]:
@@ -458,13 +473,26 @@ def mixture_of(directory: Path, workplace: Path) -> dict[str, Any]:
     return {"sources": [prose, few], "mixing": {"max_repeat": 3.0}, "sequence_length": 32}
 
 
-@pytest.mark.parametrize("data", [shards_of, store_of, mixture_of])
+@pytest.mark.parametrize(
+    ("objective", "data"),
+    [
+        ("next_token", shards_of),
+        ("next_token", store_of),
+        ("next_token", mixture_of),
+        ("sft", chats_of),
+        ("sft", mixed_stores_of),
+    ],
+)
 def test_a_stage_on_ready_or_mixed_data_resumes_to_the_same_weights(
-    data: Callable[[Path, Path], dict[str, Any]], workplace: Path, keural: Keural, monkeypatch: pytest.MonkeyPatch
+    objective: str,
+    data: Callable[[Path, Path], dict[str, Any]],
+    workplace: Path,
+    keural: Keural,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = data(workplace / "ready", workplace)
     stage = workplace / "recipe" / "base.yaml"
-    spec = yaml.safe_load(stage.read_text()) | {"data": settings}
+    spec = yaml.safe_load(stage.read_text()) | {"objective": objective, "data": settings}
     spec["train"]["batch_tokens"] = 4 * settings["sequence_length"]
     stage.write_text(yaml.safe_dump(spec))
     recipe = yaml.safe_load((workplace / "recipe" / "recipe.yaml").read_text()) | {"evaluation": {}, "stages": ["base"]}

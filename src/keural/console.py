@@ -85,7 +85,7 @@ def _figures(evaluation: dict[str, Any]) -> list[str]:
 
 
 def print_data(workspace: Workspace) -> None:
-    """Per stage and source: rows, kept, tokens, and every reason of a drop with its count and first place."""
+    """Per stage and source: rows, kept, tokens, every reason of a drop with its count and first place, and what an epoch holds."""
     console = Console(highlight=False)
     for name, prepared in workspace.data.items():
         table = Table(title=name)
@@ -98,6 +98,8 @@ def print_data(workspace: Workspace) -> None:
             source, drops = escape(row["source"]), escape(drops)  # names of files may hold brackets
             table.add_row(source, f"{row['rows']:,}", f"{row['kept']:,}", f"{row['tokens']:,}", drops)
         console.print(table)
+        if any(row.get("mixture") for row in prepared.table):
+            console.print(_mixture_table(name, prepared.table))
         for evaluation_set, found in (prepared.contamination or {}).items():
             short = f", {found['too_short']:,} too short to be looked for" if found["too_short"] else ""
             line = f"contamination: {found['records']:,} records hold items of {evaluation_set} ({found['items']:,} items{short})"
@@ -113,6 +115,18 @@ def print_data(workspace: Workspace) -> None:
                     "(data.benchmarks=false leaves it out)",
                     markup=False,
                 )
+
+
+def _mixture_table(name: str, rows: list[dict[str, Any]]) -> Table:
+    """What an epoch of mixed data holds: each part's share as it should be and as it is (of tokens; dpo: pairs), and how much."""
+    table = Table(title=f"{name}: an epoch")
+    for column in ("source", "target", "share", "repeats", "records", "tokens"):
+        table.add_column(column, justify="left" if column == "source" else "right", overflow="fold")
+    for row in rows:
+        if share := row.get("mixture"):
+            shares = [f"{share['target']:.1%}", f"{share['share']:.1%}", f"{share['repeats']:.2f}"]
+            table.add_row(escape(row["source"]), *shares, f"{share['records']:,}", f"{share['tokens']:,}")
+    return table
 
 
 def print_counts(title: str, counts: Mapping[str, int]) -> None:

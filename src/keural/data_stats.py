@@ -30,7 +30,8 @@ def describe(path: Path, overrides: list[str], out: Path | None, as_json: bool) 
         raise UserError(f"{path}: is no recipe; key=value and --out are for recipes")
     if (path / "prepared.json").is_file():
         made = read_object(path / "prepared.json")
-        text = _text({path.name: mixture_report.prepared(made["table"])}, {}, as_json)
+        pairs = read_object(path / "train" / "manifest.json").get("kind") == "pairs"
+        text = _text({path.name: mixture_report.prepared(made["table"], "dpo" if pairs else None)}, {}, as_json)
         cleaned = made.get("cleaned")
         return f"{text}\ncleaned: {path.parent / cleaned} (ask for its stats, too)\n" if cleaned and not as_json else text
     if (path / CLEANING).is_file():

@@ -9,7 +9,7 @@ import pytest
 
 from keural.data.adapters import ADAPTERS, corpora
 from keural.data.records import Document, Drop
-from keural.data.sources import check_sources, flags_of, license_of, read_source
+from keural.data.sources import check_sources, flags_of, language_of, license_of, read_source
 from keural.errors import UserError
 from keural.recipe import SourceSpec
 
@@ -28,6 +28,8 @@ def test_what_is_known_of_each_corpus() -> None:
     for name, (language, license_id) in known.items():
         source = SourceSpec(name="s", adapter=name)
         assert (license_of(source), flags_of(source)) == (license_id, [])
+        assert language_of(source) == language
+        assert language_of(SourceSpec(name="s", adapter=name, language="xx")) == "xx", "the recipe's word comes first"
         row: Any = dict.fromkeys(corpora.CORPORA[name].keys, "글" * 200) | {"licenses": ["MIT"]}
         record = ADAPTERS[name](row, source, "w")
         assert isinstance(record, Document)

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keural.console import print_data
 from keural.data.mixture import Mixture, amounts, mix
 from keural.data.prepare import Prepared, prepare
 from keural.data.store import Kind, StoreWriter, TokenStore
@@ -191,6 +193,27 @@ def test_the_table_shows_target_share_repeats_and_what_was_left_out(work: Workpl
     assert 0 < big["unused_records"] < 200
     assert big["records"] + big["unused_records"] == 200
     assert big["tokens"] + big["unused_tokens"] == rows["big"]["tokens"]
+
+
+def test_the_printed_table_shows_what_an_epoch_holds(work: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    prepared = work({"big": 1, "small": 1})
+    print_data(SimpleNamespace(data={"base": prepared}))  # type: ignore[arg-type]
+    printed = capsys.readouterr().out
+    assert "base: an epoch" in printed
+    lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in printed.splitlines() if "%" in line]
+    shares = {row["source"]: row["mixture"] for row in prepared.table}
+    assert lines == [
+        [name, "50.0%", f"{share['share']:.1%}", f"{share['repeats']:.2f}", f"{share['records']:,}", f"{share['tokens']:,}"]
+        for name, share in shares.items()
+    ]
+
+
+def test_data_that_is_not_mixed_has_no_such_table(work: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = [SourceSpec(name="big", adapter="text", path="big.jsonl")]
+    spec = DataSpec(sources=sources, sequence_length=64)
+    prepared = prepare(spec, "next_token", work.data_dir, work.tokenizer, work.out, 1)
+    print_data(SimpleNamespace(data={"base": prepared}))  # type: ignore[arg-type]
+    assert "an epoch" not in capsys.readouterr().out
 
 
 def test_other_weights_need_no_other_store(work: Workplace) -> None:

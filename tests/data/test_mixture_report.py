@@ -3,8 +3,13 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from keural.data.prepare import prepare
+from keural.recipe import DataSpec, SourceSpec
+from keural.tokenizer import KeuralTokenizer
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "keural-14b-published"
 Keural = Callable[..., tuple[int, str, str]]
@@ -27,3 +32,28 @@ def test_the_table_is_markdown_and_notes_stand_where_no_amount_is_stated(keural:
     assert code == 0
     assert "2,351,212 records: en 1,897,687 (80.7%), ko 453,525 (19.3%)" in printed
     assert "the shard card 69.5B" in printed
+
+
+def test_shares_of_prepared_pairs_are_of_pairs(keural: Keural, write: Any, data_dir: Path, tokenizer: KeuralTokenizer) -> None:
+    """Three long pairs and one short one: three quarters, however many tokens they have."""
+    rows = [{"prompt": f"q{n}", "chosen": f"a long answer {n} " * 9, "rejected": f"no {n}"} for n in range(3)]
+    long = write("long.jsonl", "".join(json.dumps(row) + "\n" for row in rows), "preference", name="long", language="en")
+    short = write("short.jsonl", json.dumps({"prompt": "q", "chosen": "네", "rejected": "아"}), "preference", name="short")
+    spec = DataSpec(sources=[long, short], sequence_length=256)
+    prepared = prepare(spec, "dpo", data_dir, tokenizer, data_dir.with_name("out"), 1)
+    code, printed, complaint = keural("data", "stats", prepared.train.parent, "--json")
+    assert code == 0, complaint
+    (report,) = json.loads(printed).values()
+    assert (report["basis"], report["total"]) == ("records", 4)
+    assert [row["share"] for row in report["rows"]] == [0.75, 0.25]
+
+
+def test_the_language_of_a_set_known_by_name_is_counted(
+    keural: Keural, write: Any, data_dir: Path, tokenizer: KeuralTokenizer
+) -> None:
+    source: SourceSpec = write("a.txt", "CHAPTER I\n\nIt rained.\n", "pg19")
+    prepared = prepare(DataSpec(sources=[source], sequence_length=64), "next_token", data_dir, tokenizer, data_dir / "out", 1)
+    assert prepared.table[0]["language"] == "en"
+    _, printed, _ = keural("data", "stats", prepared.train.parent, "--json")
+    (report,) = json.loads(printed).values()
+    assert (report["basis"], set(report["languages"])) == ("tokens", {"en"})

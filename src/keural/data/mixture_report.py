@@ -7,7 +7,7 @@ shares are of: tokens where the data is prepared, else the records that the reci
 from typing import Any
 
 from keural.data.prepare import left_out
-from keural.data.sources import license_of
+from keural.data.sources import language_of, license_of
 from keural.recipe import DataSpec
 
 UNSTATED = "unstated"
@@ -21,7 +21,7 @@ def planned(spec: DataSpec) -> Report:
     rows = [
         {
             "source": source.name,
-            "language": source.language or source.text_kind or UNSTATED,
+            "language": language_of(source) or source.text_kind or UNSTATED,
             "license": license_of(source),
             "records": source.expect,
             "tokens": None,

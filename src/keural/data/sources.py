@@ -266,6 +266,11 @@ def license_of(source: SourceSpec) -> str | None:
     return source.license or adapter_of(source).license
 
 
+def language_of(source: SourceSpec) -> str | None:
+    """The language that the recipe states, or else the one that a set known by its adapter's name is in."""
+    return source.language or adapter_of(source).language
+
+
 def flags_of(source: SourceSpec) -> list[str]:
     """What is to be known of a source before it is trained on: `benchmark`, `non-commercial`."""
     license_id = license_of(source)

@@ -13,7 +13,7 @@ from keural.data.adapters.corpora import OTHER_LANGUAGE, OTHER_LICENSE
 from keural.data.decontaminate import REASON
 from keural.data.encode import Encoded
 from keural.data.records import Drop, PreferencePair
-from keural.data.sources import flags_of, license_of
+from keural.data.sources import flags_of, language_of, license_of
 from keural.data.split import Side
 from keural.errors import UserError
 from keural.recipe import SourceSpec
@@ -112,7 +112,7 @@ class Tally:
         return {
             "source": source.name,
             "adapter": source.adapter,
-            "language": source.language,
+            "language": language_of(source),
             "text_kind": source.text_kind,
             "license": license_of(source),
             "flags": flags_of(source),

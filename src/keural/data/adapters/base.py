@@ -52,6 +52,8 @@ class Adapter:
     """Whether a file, or a member of an archive, is read when the source is a directory; none: all are."""
     license: str | None = None
     """Licence of a published source, where the recipe states none."""
+    language: str | None = None
+    """Language of a published source, where the recipe states none."""
     benchmark: bool = False
     """The source is a benchmark: scores of its family mean nothing after training on it."""
     gates: dict[str, GateAction] = field(default_factory=dict)

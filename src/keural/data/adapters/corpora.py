@@ -198,7 +198,8 @@ def _adapter(corpus: Corpus) -> Adapter:
         return document(text, where, source.language or corpus.language)
 
     formats = ("text", *TABLES) if corpus.plain else TABLES
-    return Adapter("documents", guarded(convert), formats, corpus.options, license=corpus.license, reading=corpus.reading)
+    known: dict[str, Any] = {"license": corpus.license, "language": corpus.language, "reading": corpus.reading}
+    return Adapter("documents", guarded(convert), formats, corpus.options, **known)
 
 
 def _text(value: Any, corpus: Corpus) -> str:

@@ -177,7 +177,7 @@ class TokenizerSpec(Spec):
 
 
 class DecontaminateSpec(Spec):
-    """Evaluation sets that training data must not hold; every kind of record is looked through."""
+    """Evaluation sets that training data must not hold; every kind of record is looked through, what is held out is not."""
 
     sources: list[SourceSpec] = Field(min_length=1)
     """The sets, each by its own adapter (`kobest_boolq`, `gsm8k`, ..) or by `evaluation` with the fields' names as options."""
@@ -187,6 +187,16 @@ class DecontaminateSpec(Spec):
     """Share of an item's n-grams that must be found; 0: one is enough. Items that are found whole always count."""
     passages: bool = True
     """Look for the passages that questions are about, too; false keeps the articles that they were taken from."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        unused = {"limit", "repeat", "weight", "expect", "text_kind", "gates", "min_characters", "max_characters", "id_field"}
+        for source in self.sources:
+            if given := sorted(unused & source.model_fields_set):
+                raise ValueError(
+                    f"sources: {given[0]} of {source.name!r} has no effect; every item of an evaluation set is looked for"
+                )
+        return self
 
 
 class ExecutorSpec(Spec):
@@ -282,7 +292,12 @@ class DataSpec(Spec):
         if len(given) != 1:
             found = f", not {' and '.join(given)}" if given else ""
             raise ValueError(f"give exactly one of sources, store, stores, shards{found}")
-        if self.cleaning is None and (kinds := [source.name for source in self.sources if source.text_kind]):
+        everything = (*self.sources, *self.heldout_sources)
+        if repeated := [source.name for source in self.heldout_sources if source.repeat != 1]:
+            raise ValueError(f"heldout_sources: repeat of {repeated[0]!r} is for training; what is held out is never repeated")
+        if self.decontaminate is None and (gated := [source.name for source in everything if "contaminated" in source.gates]):
+            raise ValueError(f"gate contaminated of {gated[0]!r} needs data.decontaminate")
+        if self.cleaning is None and (kinds := [source.name for source in everything if source.text_kind]):
             raise ValueError(f"text_kind of {kinds[0]!r} needs data.cleaning; write cleaning: {{}} for its defaults")
         if self.ready:
             for name in (

@@ -284,6 +284,35 @@ class TestRun:
         assert cleaned.summary["sources"]["a"]["drops"] == {"language": 3}
         assert list(cleaned.documents("a")) == []
 
+    def test_rows_beyond_a_limit_and_unreadable_ones_add_up(self, sources, tmp_path, tokenizer):
+        (spec,) = sources({"a": [korean(seed) for seed in range(40)] + [""] * 10}, files=1)
+        spec = spec.model_copy(update={"limit": 5, "max_drop": 0.3})
+        data = DataSpec(sources=[spec], sequence_length=64, cleaning=CleaningSpec(tasks=2, filters=False))
+        (row,) = prepare(data, "next_token", tmp_path, tokenizer, tmp_path / "out", 0).table
+        assert (row["rows"], row["kept"], row["drops"]) == (50, 5, {"over_limit": 35, "empty": 10})
+
+    def test_another_language_model_is_noticed(self, sources, tmp_path, tokenizer, monkeypatch):
+        monkeypatch.setattr(FastTextFilter, "probability", lambda self, text, language: float(self._path.read_text()))
+        specs = sources({"a": [korean(seed) for seed in range(4)]})
+        data = DataSpec(sources=specs, sequence_length=64, cleaning=CleaningSpec(tasks=1, language_id="fasttext", model="lid.bin"))
+        (tmp_path / "lid.bin").write_text("1.0")
+        assert prepare(data, "next_token", tmp_path, tokenizer, tmp_path / "out", 0).table[0]["kept"] == 4
+        (tmp_path / "lid.bin").write_text("0.0")
+        with pytest.raises(UserError, match="none of its 4 rows is used; most often language"):
+            prepare(data, "next_token", tmp_path, tokenizer, tmp_path / "out", 0)
+
+    def test_neither_seed_nor_licence_change_documents_that_are_read(self, sources, tmp_path):
+        specs = sources({"a": [korean(0)]})
+        first = run(specs, tmp_path, tasks=1).directory
+        others = [specs[0].model_copy(update={"license": "MIT"})]
+        assert clean(CleaningSpec(tasks=1), others, tmp_path, tmp_path / "out", 7, FileHashes()).directory == first
+
+    def test_a_late_row_of_another_schema_is_counted(self, tmp_path):
+        rows = [{"title": "글", "text": korean(seed)} for seed in range(4)] + [{"text": korean(9)}]
+        (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+        spec = SourceSpec(name="a", adapter="wikipedia_ko", path="a.jsonl")
+        assert run([spec], tmp_path).summary["sources"]["a"]["drops"] == {"wrong_schema": 1}
+
 
 class TestRefusals:
     def test_a_source_of_unknown_kind(self, sources, tmp_path):

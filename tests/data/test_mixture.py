@@ -266,3 +266,7 @@ def test_what_cannot_be_is_refused(work: Workplace) -> None:
     refused("cleaning is for sources", [], store="x", cleaning={})
     refused("decontaminate is for sources", [], shards="x", decontaminate={"sources": [two]})
     refused("text_kind of 'b' needs data.cleaning", [two | {"text_kind": "ko"}])
+    refused("text_kind of 'h' needs data.cleaning", [two], heldout_sources=[two | {"name": "h", "text_kind": "ko"}])
+    refused("held out is never repeated", [two], heldout_sources=[two | {"name": "h", "repeat": 3}])
+    refused(r"needs data\.decontaminate", [two | {"gates": {"contaminated": "count"}}])
+    refused("limit of 'b' has no effect", [two], decontaminate={"sources": [two | {"limit": 5}]})

@@ -6,6 +6,7 @@ In: `DecontaminateSpec` and records. Out: for a record whether it holds an evalu
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,13 @@ def texts_to_check(record: Record) -> list[str]:
     return ["\n".join([*asked, record.chosen]), f"{asked[-1]}\n{record.rejected}"]
 
 
+@dataclass(frozen=True, slots=True)
+class Contaminated(Drop):
+    """The drop of a record that holds an evaluation item."""
+
+    hit: Hit | None = None
+
+
 class Decontaminator:
     """Looks for evaluation items in records and remembers what it found. Can be pickled and used in any process."""
 
@@ -81,16 +89,16 @@ class Decontaminator:
         """The evaluation item of which a text holds the most, or None."""
         return self.index.find(text, self._min_share)
 
-    def holds(self, record: Record, source: str) -> bool:
-        """Whether a record holds an evaluation item; then it is counted and listed."""
+    def hit_in(self, record: Record) -> Hit | None:
+        """The evaluation item of which a record holds the most, or None."""
         hits = filter(None, map(self.find, texts_to_check(record)))
-        hit = max(hits, key=lambda found: found.ngrams, default=None)
-        if hit is None:
-            return False
+        return max(hits, key=lambda found: found.ngrams, default=None)
+
+    def count(self, source: str, where: str, hit: Hit) -> None:
+        """Count and list a record that holds an item."""
         self.hits[hit.set] += 1
         if len(self.listed) < MAX_LISTED:
-            self.listed.append({"source": source, "where": record.where, **hit._asdict()})
-        return True
+            self.listed.append({"source": source, "where": where, **hit._asdict()})
 
     def report(self) -> dict[str, dict[str, Any]]:
         """By set: items, how many of them are too short to be looked for and the first of those, and records that hold one."""

@@ -22,6 +22,7 @@ from keural.tokenizer.load import KeuralTokenizer
 
 BATCH_CHARACTERS = 1 << 20
 """Records are tokenised together up to this size: SentencePiece is many times faster on batches, and Python goes on meanwhile."""
+BATCH_RECORDS = 10_000
 Waiting = list[tuple[Record | Drop, list[str]]]
 
 
@@ -109,14 +110,14 @@ _CHAT_TEXTS = ("\n", *(f"{role}\n" for role in ROLES))
 
 
 def _batches(records: Iterable[Record | Drop]) -> Iterator[Waiting]:
-    """Records with what each says, in batches of about `BATCH_CHARACTERS`."""
+    """Records with what each says, in batches of about `BATCH_CHARACTERS`, and of `BATCH_RECORDS` where rows are dropped."""
     waiting: Waiting = []
     characters = 0
     for record in records:
         texts = [] if isinstance(record, Drop) else texts_of(record)
         waiting.append((record, texts))
         characters += sum(map(len, texts))
-        if characters >= BATCH_CHARACTERS:
+        if characters >= BATCH_CHARACTERS or len(waiting) == BATCH_RECORDS:
             yield waiting
             waiting, characters = [], 0
     yield waiting

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keural.data.corpus import Corpus
-from keural.data.decontaminate import REASON, Decontaminator, check_evaluation
+from keural.data.decontaminate import REASON, Contaminated, Decontaminator, check_evaluation
 from keural.data.encode import Encoded, Encoder
 from keural.data.gates import Gatekeeper
 from keural.data.mixture import Mixture, mix
@@ -39,10 +39,10 @@ from keural.data.split import Side, Splitter
 from keural.data.spool import Spool
 from keural.data.store import TokenStore
 from keural.data.stream import STORE_KIND
-from keural.data.tally import Tally
+from keural.data.tally import Tally, warning_of
 from keural.data.texts import iter_texts
 from keural.errors import UserError
-from keural.files import atomic_directory, fingerprint, read_json, write_json
+from keural.files import atomic_directory, fingerprint, read_json, read_object, write_json
 from keural.recipe import DataSpec, Objective, SourceSpec
 from keural.tokenizer.load import KeuralTokenizer
 
@@ -125,9 +125,14 @@ def _prepared(directory: Path, spec: DataSpec, data_fingerprint: str) -> Prepare
     """What is in a finished directory; the mixture is worked out anew, for it takes no time and other weights need no other
     store.
     """
-    made = read_json(directory / "prepared.json")
+    made = read_object(directory / "prepared.json")
     train, heldout = directory / "train", directory / "heldout" if made["heldout"] else None
     contamination = made.get("contamination")
+    for store in filter(None, (train, heldout)):
+        TokenStore.open(store, verify="size")
+    expected = {(source.name, "train"): source for source in spec.sources}
+    expected |= {(source.name, "heldout"): source for source in spec.heldout_sources}
+    made["table"] = [row | {"warning": warning_of(expected[row["source"], row["split"]], row)} for row in made["table"]]
     if spec.mixing is None:
         return Prepared(train, heldout, made["table"], data_fingerprint, contamination=contamination)
     weights = {source.name: source.weight or 0.0 for source in spec.sources if not left_out(spec, source)}
@@ -179,11 +184,14 @@ def _fingerprint(
 ) -> str:
     """Of settings, contents and tokenizer. Documents are cut only by the stream, so their stores do not depend on the length."""
     hashes = _hashes(out_root)
-    settings = spec.model_dump(exclude={"store": True, "stores": True, "shards": True, "mixing": True, "cleaning": {"executor"}})
-    if spec.cleaning is None:
-        del settings["cleaning"]
+    settings = spec.model_dump(exclude={"store", "stores", "shards", "mixing", "cleaning"})
+    if spec.cleaning is not None:
+        from keural.data.cleaning.run import cleaning_fingerprint
+
+        settings["cleaning"] = cleaning_fingerprint(spec.cleaning, _to_clean(spec), data_dir, seed, hashes)
     for source in settings["sources"] + settings["heldout_sources"]:
         del source["weight"]  # weights choose what is read from a store, not what is in it
+        del source["expect"]  # a warning
     evaluation = spec.decontaminate.sources if spec.decontaminate else []
     if not evaluation:
         del settings["decontaminate"]
@@ -223,9 +231,13 @@ def _clean(spec: DataSpec, data_dir: Path | None, out_root: Path, seed: int) -> 
         return None
     from keural.data.cleaning.run import clean
 
+    return clean(spec.cleaning, _to_clean(spec), data_dir, out_root, seed, _hashes(out_root))
+
+
+def _to_clean(spec: DataSpec) -> list[SourceSpec]:
+    """The used sources, those that are held out first, so that it is they that keep their documents."""
     held = [source for source in spec.heldout_sources if not left_out(spec, source)]
-    others = [source for source in used_sources(spec) if source not in held]
-    return clean(spec.cleaning, [*held, *others], data_dir, out_root, seed, _hashes(out_root))  # what is held out is kept
+    return [*held, *(source for source in used_sources(spec) if source not in held)]
 
 
 def _hashes(out_root: Path) -> FileHashes:
@@ -238,9 +250,9 @@ def _is_there(directory: Path, wanted: str) -> bool:
     marker = directory / "prepared.json"
     if not marker.is_file():
         return False
-    made = read_json(marker)
-    stores = ("train", "heldout") if made["heldout"] else ("train",)
-    return made["fingerprint"] == wanted and all((directory / store / "manifest.json").is_file() for store in stores)
+    made = read_object(marker)
+    stores = ("train", "heldout") if made.get("heldout") else ("train",)
+    return made.get("fingerprint") == wanted and all((directory / store / "manifest.json").is_file() for store in stores)
 
 
 @contextlib.contextmanager
@@ -296,7 +308,8 @@ def _read_all(
     for tally in tallies:
         if tally.left_out is not None:
             continue
-        for side, encoded in _kept(tally, encoder, splitter, data_dir, seed, checker, cleaned):
+        looking = checker if tally.split == "train" else None  # what is held out may be an evaluation set itself
+        for side, encoded in _kept(tally, encoder, splitter, data_dir, seed, looking, cleaned):
             spools[side].add(encoded, repeat=tally.source.repeat if side == "train" else 1, source=tally.source.name)
     return [tally.row() for tally in sorted(tallies, key=lambda tally: tally.split != "train")]
 
@@ -334,14 +347,18 @@ def _kept(
         )
         if isinstance(side, Drop):
             tally.drop(side)
+            if checker and isinstance(side, Contaminated) and side.hit:
+                checker.count(source.name, side.where, side.hit)
             continue
         assert isinstance(encoded, Encoded)
         tally.keep(side, encoded)
         tally.noted.update(keeper.reasons(encoded.record, "count"))
-        if checker and keeper.actions[REASON] == "count" and checker.holds(encoded.record, source.name):
+        if checker and keeper.actions[REASON] == "count" and (hit := checker.hit_in(encoded.record)):
+            checker.count(source.name, encoded.record.where, hit)
             tally.noted[REASON] += 1
         yield side, encoded
         if tally.kept == source.limit:
+            tally.stop()
             break
     tally.check()
 
@@ -349,7 +366,11 @@ def _kept(
 def _gated(records: Iterable[Record | Drop], keeper: Gatekeeper, checker: Decontaminator | None) -> Iterator[Record | Drop]:
     dropped = checker if keeper.actions[REASON] == "drop" else None
     for record in records:
-        reason = None if isinstance(record, Drop) else next(keeper.reasons(record, "drop"), None)
-        if reason is None and dropped and not isinstance(record, Drop) and dropped.holds(record, keeper.source):
-            reason = REASON
-        yield record if reason is None else Drop(reason, record.where)
+        if isinstance(record, Drop):
+            yield record
+        elif reason := next(keeper.reasons(record, "drop"), None):
+            yield Drop(reason, record.where)
+        elif dropped and (hit := dropped.hit_in(record)):
+            yield Contaminated(REASON, record.where, hit=hit)  # counted when it is used: reading runs ahead
+        else:
+            yield record

@@ -40,6 +40,8 @@ def check_sources(sources: Iterable[SourceSpec], data_dir: Path | None) -> None:
         if not is_hub(source):
             _check_hub_keys(source)
         if is_hub(source):
+            if source.format is not None:
+                raise _error(source, "format is for files; datasets knows those of a hub")
             _check_options(source, adapter, ())
             check_hub(source, data_dir)
         elif adapter.formats:
@@ -55,6 +57,8 @@ def _check_hub_keys(source: SourceSpec) -> None:
         raise _error(
             source, f"{given[0]} is for sources that are read from a hub, and this one has a path; leave it or the path out"
         )
+    if source.revision is not None and source.hub is None:
+        raise _error(source, "revision is of a hub's data set; give hub, too")
 
 
 def adapter_of(source: SourceSpec) -> Adapter:
@@ -330,7 +334,7 @@ class FileHashes:
         status = path.stat()
         state = [status.st_size, status.st_mtime_ns]
         entry = self.known.get(str(path))
-        if entry is None or entry[:2] != state:
+        if not isinstance(entry, list) or len(entry) != 3 or entry[:2] != state:
             with path.open("rb") as file:
                 entry = [*state, hashlib.file_digest(file, "sha256").hexdigest()]
             self.known[str(path)] = entry

@@ -18,7 +18,10 @@ from keural.data.split import Side
 from keural.errors import UserError
 from keural.recipe import SourceSpec
 
+OVER_LIMIT = "over_limit"
+"""Reason of cleaned documents beyond a source's limit."""
 NOT_DEFECTS = {
+    OVER_LIMIT,
     "duplicate", "duplicate_id", "duplicate_prompt", "held_out", OTHER_PART, OTHER_LANGUAGE, OTHER_LICENSE, REASON
 }  # fmt: skip
 """Drops that say nothing about a source's quality; they do not count against `max_drop`."""
@@ -27,6 +30,7 @@ NOT_DEFECTS = {
 class SourceCount(NamedTuple):
     """What became of one source's rows before: drops by reason, those of rows that could not be read, places of the first."""
 
+    rows: int
     drops: Counter[str]
     unreadable: Counter[str]
     first: dict[str, str]
@@ -49,15 +53,22 @@ class Tally:
     noted: Counter[str] = field(default_factory=Counter)
     chosen_characters: int = 0
     rejected_characters: int = 0
-    filtered: Counter[str] = field(default_factory=Counter)
+    cleaned: SourceCount | None = None
 
     def clean(self, count: SourceCount) -> None:
         """Count what cleaning dropped before the documents came here. What its filters drop is no defect of the source."""
+        self.cleaned = count
         self.rows += count.drops.total()
         self.drops += count.drops
-        self.filtered = count.drops - count.unreadable
         for reason, where in count.first.items():
             self.first_drop.setdefault(reason, where)
+
+    def stop(self) -> None:
+        """Count what the limit leaves of cleaned documents, so that the rows add up."""
+        if self.cleaned is not None and (over := self.cleaned.rows - self.rows) > 0:
+            self.rows += over
+            self.drops[OVER_LIMIT] += over
+            self.first_drop.setdefault(OVER_LIMIT, f"after {self.kept:,} records")
 
     def keep(self, side: Side, encoded: Encoded) -> None:
         """Count a record that is used."""
@@ -85,7 +96,7 @@ class Tally:
 
     def check(self) -> None:
         """Refuse a source that gives nothing, or too little of what it holds."""
-        drops = self.drops - self.filtered
+        drops = self.drops - (self.cleaned.drops - self.cleaned.unreadable if self.cleaned else Counter())
         defects = Counter({reason: count for reason, count in drops.items() if reason not in NOT_DEFECTS})
         if self.rows == 0:
             raise UserError(f"source {self.source.name!r}: {self.source.path or self.source.adapter} holds no rows")
@@ -108,8 +119,7 @@ class Tally:
     def row(self) -> dict[str, Any]:
         """The source's row of the table."""
         source = self.source
-        unexpected = self.left_out is None and source.expect is not None and source.expect != self.kept
-        return {
+        row = {
             "source": source.name,
             "adapter": source.adapter,
             "language": language_of(source),
@@ -128,5 +138,12 @@ class Tally:
             "first_drop": {reason: self.first_drop[reason] for reason, _ in self.drops.most_common()},
             "noted": dict(self.noted.most_common()),
             "length_ratio": self.chosen_characters / self.rejected_characters if self.rejected_characters else None,
-            "warning": f"source {source.name!r}: {self.kept:,} records kept, {source.expect:,} expected" if unexpected else None,
         }
+        return row | {"warning": warning_of(source, row)}
+
+
+def warning_of(source: SourceSpec, row: dict[str, Any]) -> str | None:
+    """What differs from the count that the recipe expects of a source that it uses."""
+    if row["left_out"] is not None or source.expect in (None, row["kept"]):
+        return None
+    return f"source {source.name!r}: {row['kept']:,} records kept, {source.expect:,} expected"

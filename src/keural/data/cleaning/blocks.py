@@ -92,13 +92,17 @@ class SourceReader(PipelineStep):
         with self._account as account:
             first, stop = (place * len(self._units) // world_size for place in (rank, rank + 1))
             for unit in self._units[first:stop]:
+                begun = False
                 for record in read_source(unit.source, self._data_dir, self._seed, unit.file):
                     if isinstance(record, Drop):
-                        if record.reason == WRONG_SCHEMA:
-                            raise UserError(f"source {unit.source.name!r}: {record.where}: {record.detail}")
+                        if record.reason == WRONG_SCHEMA and not begun:
+                            raise UserError(
+                                f"source {unit.source.name!r}: {record.where}: adapter {unit.source.adapter}: {record.detail}"
+                            )
                         account.add(unit.place, record.reason, record.where, "", rank)
                     else:
                         assert isinstance(record, Text)
+                        begun = True
                         yield self._document(record, unit)
 
     @staticmethod

@@ -24,7 +24,7 @@ from keural.data.cleaning.formatters import Formatter
 from keural.data.cleaning.language import FastTextFilter, ScriptFilter
 from keural.data.cleaning.words import EOJEOL
 from keural.data.records import Document
-from keural.data.sources import FileHashes, content_of, count_units
+from keural.data.sources import FileHashes, adapter_of, content_of, count_units, language_of
 from keural.data.tally import SourceCount
 from keural.errors import UserError, nearest
 from keural.files import fingerprint, read_json, write_json
@@ -52,7 +52,7 @@ class Cleaned:
     def count(self, name: str) -> SourceCount:
         """The account of a source."""
         row = self.summary["sources"][name]
-        return SourceCount(Counter(row["drops"]), Counter(row["unreadable"]), row["first"])
+        return SourceCount(row["rows"], Counter(row["drops"]), Counter(row["unreadable"]), row["first"])
 
 
 def check_cleaning(spec: CleaningSpec, sources: Sequence[SourceSpec], data_dir: Path | None) -> None:
@@ -75,7 +75,7 @@ def clean(
     Raises `UserError` as `check_cleaning` does, and `Submitted` where a cluster does the work.
     """
     check_cleaning(spec, sources, data_dir)
-    directory = out_root / f"cleaned-{_fingerprint(spec, sources, data_dir, seed, hashes)[:16]}"
+    directory = out_root / f"cleaned-{cleaning_fingerprint(spec, sources, data_dir, seed, hashes)[:16]}"
     if not (directory / SUMMARY).is_file():
         directory.mkdir(parents=True, exist_ok=True)
         units = [
@@ -90,12 +90,12 @@ def clean(
 
 
 def _kind(source: SourceSpec) -> str:
-    kind = source.text_kind or source.language
+    kind = source.text_kind or language_of(source)
     if kind in (*FILTER_SETS, "any"):
         return str(kind)
     raise UserError(
         f"source {source.name!r}: cleaning needs to know what its text is; give text_kind: {', '.join(FILTER_SETS)} or any"
-        f"{nearest(str(kind), FILTER_SETS)}"
+        f"{nearest(kind, FILTER_SETS) if kind else ''}"
     )
 
 
@@ -109,9 +109,11 @@ def _model(spec: CleaningSpec, data_dir: Path | None) -> Path:
     return path.absolute()
 
 
-def _fingerprint(spec: CleaningSpec, sources: Sequence[SourceSpec], data_dir: Path | None, seed: int, hashes: FileHashes) -> str:
+def cleaning_fingerprint(
+    spec: CleaningSpec, sources: Sequence[SourceSpec], data_dir: Path | None, seed: int, hashes: FileHashes
+) -> str:
     """Of everything that determines the documents; who computes them does not."""
-    later = {"weight", "repeat", "limit", "expect", "max_drop"}
+    later = {"weight", "repeat", "limit", "expect", "max_drop", "license", "gates", "hub"}
     return fingerprint(
         {
             "version": [VERSION, version("datatrove"), version("ftfy")],
@@ -119,7 +121,7 @@ def _fingerprint(spec: CleaningSpec, sources: Sequence[SourceSpec], data_dir: Pa
             "sources": [source.model_dump(exclude=later) for source in sources],
             "contents": [content_of(source, data_dir, hashes) for source in sources],
             "model": hashes.of(_model(spec, data_dir)) if spec.language_id == "fasttext" else None,
-            "seed": seed,
+            "seed": seed if any(not adapter_of(source).formats for source in sources) else None,  # for rows that are made
         }
     )
 

@@ -155,6 +155,30 @@ def test_other_contents_of_an_evaluation_set_are_other_data(tmp_path: Path, toke
     assert made[0] != made[1]
 
 
+def test_records_beyond_a_limit_are_not_counted(tmp_path: Path, tokenizer: KeuralTokenizer) -> None:
+    spec = sets(tmp_path, [{"question": QUESTION}])
+    rows = [{"text": f"{number} {PROSE}"} for number in range(9)] + [{"text": f"{number} {QUESTION}"} for number in range(30)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = SourceSpec(name="train", adapter="text", path="train.jsonl", limit=5)
+    made = prepare(
+        DataSpec(sources=[source], sequence_length=64, decontaminate=spec), "next_token", tmp_path, tokenizer, tmp_path / "out", 1
+    )
+    assert (made.table[0]["rows"], made.table[0]["kept"]) == (5, 5)
+    assert made.contamination is not None
+    assert made.contamination["gsm"]["records"] == 0
+    assert (made.train.parent / "contamination.jsonl").read_text() == ""
+
+
+def test_what_is_held_out_may_hold_evaluation_items(tmp_path: Path, tokenizer: KeuralTokenizer) -> None:
+    spec = sets(tmp_path, [{"question": QUESTION}])
+    for name, text in (("train", PROSE), ("held", QUESTION)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": text}))
+    train, held = (SourceSpec(name=name, adapter="text", path=f"{name}.jsonl") for name in ("train", "held"))
+    data = DataSpec(sources=[train], heldout_sources=[held], sequence_length=64, decontaminate=spec)
+    made = prepare(data, "next_token", tmp_path, tokenizer, tmp_path / "out", 1)
+    assert [(row["source"], row["kept"]) for row in made.table] == [("train", 1), ("held", 1)]
+
+
 @pytest.mark.parametrize(
     ("content", "adapter", "word"),
     [

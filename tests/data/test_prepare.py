@@ -392,3 +392,14 @@ def test_conversations_pairs_limits_and_repeats_give_texts(work: Workplace, writ
     assert list(iter_texts([chats, pairs], work.data_dir, 1000, 1)) == ["q", "q", "a", "a", "p", "c", "d"]
     with pytest.raises(UserError, match="source 'source': gives no text"):
         list(iter_texts([write("c.jsonl", jsonl([{"x": 1}]))], work.data_dir, 1000, 1))
+
+
+def test_a_damaged_memory_of_what_is_there_is_made_again_or_named(work: Workplace, write: Any) -> None:
+    source = write("a.jsonl", "".join(json.dumps({"text": f"a tree {number}"}) + "\n" for number in range(9)))
+    data = DataSpec(sources=[source], sequence_length=16)
+    first = work(data)
+    (work.out / "out" / "file-hashes.json").write_text(json.dumps(dict.fromkeys(map(str, work.data_dir.iterdir()), 5)))
+    assert work(data).fingerprint == first.fingerprint
+    next(first.train.glob("*.ds")).unlink()
+    with pytest.raises(UserError, match=r"\.ds"):
+        work(data)

@@ -17,6 +17,7 @@ from keural.tokenizer import KeuralTokenizer
 from keural.tokenizer.train import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "data"))  # the writer of published shards, for the pipeline, too
 WORDS = """the cat sees a small red house and two blue birds in the garden on Monday morning with eleven
 고양이는 작은 빨간 집과 파란 새 두 마리를 정원에서 봅니다 안녕하세요 감사합니다 월요일 아침 열하나"""
 TEXTS = [" ".join(WORDS.split()[(start * step) % 34] for step in range(1, 14)) for start in range(1, 200)]

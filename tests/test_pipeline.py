@@ -7,7 +7,6 @@ import random
 import re
 import shutil
 import signal
-import struct
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from published_writer import pack_documents, write_shard
 
 from keural.cli import main
 from keural.convert.hf import load_model
@@ -426,17 +426,8 @@ def shards_of(directory: Path, workplace: Path) -> dict[str, Any]:
     """Published shards with words of the recipe's own vocabulary."""
     length = 64
     for number in range(2):
-        stem = directory / f"keural_{number:03d}"
-        directory.mkdir(exist_ok=True)
-        rows = [[1, *random.Random(9 * number + row).choices(range(260, 360), k=length - 2), 2] for row in range(20)]
-        body = b"".join(struct.pack(f"<{length}I", *row) for row in rows)
-        header = struct.pack("<8sIQQQ", b"KEURAL\0\0", 1, len(rows), length, 0)
-        stem.with_suffix(".bin").write_bytes(header + body[len(header) - 32 :])  # the header reaches into the first token
-        index = struct.pack("<II", len(rows), length)
-        index += b"".join(struct.pack("<QI", 32 + 4 * length * row, length) for row in range(len(rows)))
-        stem.with_suffix(".idx").write_bytes(index)
-        meta = {"num_sequences": len(rows), "seq_length": length, "dtype": "uint32", "file_size_bytes": 32 + len(body)}
-        stem.with_suffix(".meta").write_text(json.dumps(meta))
+        words = [random.Random(9 * number + row).choices(range(260, 360), k=length - 2) for row in range(20)]
+        write_shard(directory, number, pack_documents(words, length), length)
     return {"shards": str(directory), "sequence_length": length}
 
 

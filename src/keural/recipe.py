@@ -242,7 +242,7 @@ class CleaningSpec(Spec):
     personal_data: bool = True
     """Replace e-mail and IP addresses, Korean resident, phone and account numbers."""
     examples: int = Field(3, ge=0)
-    """Dropped documents to show of each reason and task."""
+    """Dropped documents to show of each reason."""
     executor: ExecutorSpec = Field(default_factory=ExecutorSpec)
 
     @model_validator(mode="after")

@@ -1,6 +1,5 @@
 """A small tokenizer, and sources written as files."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,6 @@ from keural.data.sources import read_source
 from keural.recipe import SourceSpec, TokenizerSpec
 from keural.tokenizer import KeuralTokenizer
 from keural.tokenizer.train import train_tokenizer
-
-sys.path.insert(0, str(Path(__file__).parent))  # the tests' own helper modules
 
 Write = Callable[..., SourceSpec]
 

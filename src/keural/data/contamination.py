@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from keural.data.permutation import mixed
 from keural.data.records import EvaluationItem
 
 UInt64s = NDArray[np.uint64]
@@ -74,14 +75,7 @@ def normalised_stream(text: str) -> Stream:
 def _values() -> UInt64s:
     """A random number for every letter and digit of Unicode, 0 for all else: 9 MB, once per process."""
     counted = np.fromiter(map(str.isalnum, map(chr, range(0x110000))), dtype=bool, count=0x110000)
-    return np.where(counted, _mixed(np.arange(1, 0x110001, dtype=np.uint64)) | np.uint64(1), np.uint64(0))
-
-
-def _mixed(values: UInt64s) -> UInt64s:
-    """The finaliser of SplitMix64: every bit of a number changes half of the result's."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    return np.where(counted, mixed(np.arange(1, 0x110001, dtype=np.uint64)) | np.uint64(1), np.uint64(0))
 
 
 @lru_cache(maxsize=1)
@@ -231,7 +225,7 @@ class _Table:
         bits = max(10, (16 * len(prefixes)).bit_length())
         shift = np.uint64(64 - bits)
         marked = np.zeros(1 << bits, dtype=bool)
-        marked[_mixed(prefixes) >> shift] = True
+        marked[mixed(prefixes) >> shift] = True
         return cls(
             width,
             marked,
@@ -255,7 +249,7 @@ class _Table:
         if count <= 0 or not len(self.prefixes):
             return np.empty(0, np.int64), np.empty(0, np.int64)
         windows = (sums[self.width :] - sums[: -self.width]) * _powers()[1][:count]
-        starts = np.flatnonzero(self.filter[_mixed(windows) >> self.shift])
+        starts = np.flatnonzero(self.filter[mixed(windows) >> self.shift])
         wanted = windows[starts]
         found = np.minimum(np.searchsorted(self.prefixes, wanted), len(self.prefixes) - 1)
         same = self.prefixes[found] == wanted

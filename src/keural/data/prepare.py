@@ -102,7 +102,8 @@ def prepare(
         with atomic_directory(directory) as temporary:
             with _parts(out_root / f".{wanted[:16]}.parts", tokenizer) as parts:
                 checker = Decontaminator(spec.decontaminate, data_dir) if spec.decontaminate else None
-                table, heldout = _make(spec, objective, data_dir, tokenizer, parts, temporary, seed, checker, cleaned)
+                reading = _Reading(data_dir, seed, cleaned, checker)
+                table, heldout = _make(spec, objective, tokenizer, parts, temporary, reading)
             made = {"fingerprint": wanted, "heldout": heldout, "table": table, "cleaned": cleaned and cleaned.directory.name}
             if checker is not None:
                 checker.write(temporary)
@@ -128,15 +129,16 @@ def _prepared(directory: Path, spec: DataSpec, data_fingerprint: str) -> Prepare
     made = read_object(directory / "prepared.json")
     train, heldout = directory / "train", directory / "heldout" if made["heldout"] else None
     contamination = made.get("contamination")
-    for store in filter(None, (train, heldout)):
-        TokenStore.open(store, verify="size")
+    store = TokenStore.open(train, verify="size")
+    if heldout is not None:
+        TokenStore.open(heldout, verify="size")
     expected = {(source.name, "train"): source for source in spec.sources}
     expected |= {(source.name, "heldout"): source for source in spec.heldout_sources}
     made["table"] = [row | {"warning": warning_of(expected[row["source"], row["split"]], row)} for row in made["table"]]
     if spec.mixing is None:
         return Prepared(train, heldout, made["table"], data_fingerprint, contamination=contamination)
     weights = {source.name: source.weight or 0.0 for source in spec.sources if not left_out(spec, source)}
-    mixture = mix(TokenStore.open(train, verify="size"), weights, spec.mixing)
+    mixture = mix(store, weights, spec.mixing)
     shares = mixture.rows()
     table = [row | {"mixture": shares.get(row["source"]) if row["split"] == "train" else None} for row in made["table"]]
     return Prepared(
@@ -266,16 +268,26 @@ def _parts(directory: Path, tokenizer: KeuralTokenizer) -> Iterator[Parts]:
     shutil.rmtree(directory, ignore_errors=True)
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """Where records come from, and what is looked for in them."""
+
+    data_dir: Path | None
+    seed: int
+    cleaned: "Cleaned | None"
+    checker: Decontaminator | None
+
+    def records(self, tally: Tally) -> Iterable[Record | Drop]:
+        """The records of a tally's source, cleaned where they are; what cleaning dropped is counted in the tally."""
+        source = tally.source
+        if self.cleaned is None:
+            return read_source(source, self.data_dir, self.seed)
+        tally.clean(self.cleaned.count(source.name))
+        return self.cleaned.documents(source.name)
+
+
 def _make(
-    spec: DataSpec,
-    objective: Objective,
-    data_dir: Path | None,
-    tokenizer: KeuralTokenizer,
-    parts: Parts,
-    directory: Path,
-    seed: int,
-    checker: Decontaminator | None,
-    cleaned: "Cleaned | None",
+    spec: DataSpec, objective: Objective, tokenizer: KeuralTokenizer, parts: Parts, directory: Path, reading: _Reading
 ) -> tuple[list[dict[str, Any]], bool]:
     """Read all sources and write the stores into `directory`. Returns the table, and whether anything is held out."""
     kind = STORE_KIND[objective]
@@ -283,23 +295,15 @@ def _make(
     sections = spec.mixing is not None
     held = Spool(directory / ".heldout", kind, keep_texts=True)
     with Spool(directory / ".train", kind, sections=sections) as train, held as heldout:
-        table = _read_all(spec, encoder, data_dir, {"train": train, "heldout": heldout}, seed, checker, cleaned)
+        table = _read_all(spec, encoder, {"train": train, "heldout": heldout}, reading)
         _check_sides(spec, train.units, heldout.units)
         for spool, name in ((train, "train"), (heldout, "heldout")):
             if spool.units:
-                spool.write_store(directory / name, tokenizer.sha256, tokenizer.vocab_size, {"sources": table}, seed)
+                spool.write_store(directory / name, tokenizer.sha256, tokenizer.vocab_size, {"sources": table}, reading.seed)
         return table, heldout.units > 0
 
 
-def _read_all(
-    spec: DataSpec,
-    encoder: Encoder,
-    data_dir: Path | None,
-    spools: dict[Side, Spool],
-    seed: int,
-    checker: Decontaminator | None,
-    cleaned: "Cleaned | None",
-) -> list[dict[str, Any]]:
+def _read_all(spec: DataSpec, encoder: Encoder, spools: dict[Side, Spool], reading: _Reading) -> list[dict[str, Any]]:
     """Put every used record into its side's spool. Returns the table, in the order of the recipe."""
     splitter = Splitter(spec.heldout_per_mille)
     # sources that are held out whole come first, so that no other one can train on what they ask
@@ -308,8 +312,7 @@ def _read_all(
     for tally in tallies:
         if tally.left_out is not None:
             continue
-        looking = checker if tally.split == "train" else None  # what is held out may be an evaluation set itself
-        for side, encoded in _kept(tally, encoder, splitter, data_dir, seed, looking, cleaned):
+        for side, encoded in _kept(tally, encoder, splitter, reading):
             spools[side].add(encoded, repeat=tally.source.repeat if side == "train" else 1, source=tally.source.name)
     return [tally.row() for tally in sorted(tallies, key=lambda tally: tally.split != "train")]
 
@@ -323,23 +326,13 @@ def _check_sides(spec: DataSpec, train: int, heldout: int) -> None:
         )
 
 
-def _kept(
-    tally: Tally,
-    encoder: Encoder,
-    splitter: Splitter,
-    data_dir: Path | None,
-    seed: int,
-    checker: Decontaminator | None,
-    cleaned: "Cleaned | None",
-) -> Iterator[tuple[Side, Encoded]]:
+def _kept(tally: Tally, encoder: Encoder, splitter: Splitter, reading: _Reading) -> Iterator[tuple[Side, Encoded]]:
     """The records of one source that are used, each with its side; everything else is counted in the tally."""
     source = tally.source
     keeper = Gatekeeper(source, adapter_of(source).gates)
     prompts = keeper.actions["duplicate_prompts"]
-    records: Iterable[Record | Drop] = cleaned.documents(source.name) if cleaned else read_source(source, data_dir, seed)
-    if cleaned:
-        tally.clean(cleaned.count(source.name))
-    for encoded in encoder.encode(_gated(records, keeper, checker)):
+    checker = reading.checker if tally.split == "train" else None  # what is held out may be an evaluation set itself
+    for encoded in encoder.encode(_gated(reading.records(tally), keeper, checker)):
         side = (
             encoded
             if isinstance(encoded, Drop)

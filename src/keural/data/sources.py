@@ -23,6 +23,8 @@ from keural.data.records import AnyRecord, Document, Drop, EvaluationItem, Recor
 from keural.errors import UserError, nearest
 from keural.recipe import DataSpec, SourceSpec
 
+Part = tuple[DataFile, str] | None
+"""A file of a source and its format, or the whole source."""
 ROW_NUMBER = "row_number"
 """The `id_field` of rows that have no id but stand in the same order as the set they translate."""
 NON_COMMERCIAL = re.compile(r"(?<![A-Z])NC(?![A-Z])|non-?commercial", re.IGNORECASE)
@@ -69,25 +71,25 @@ def adapter_of(source: SourceSpec) -> Adapter:
     return known[source.adapter]
 
 
-def read_source(source: SourceSpec, data_dir: Path | None, seed: int, unit: int | None = None) -> Iterator[Record | Drop]:
-    """Every row of a source as a record or a drop, in file order; with `unit` only those of this part (`count_units`).
+def read_source(source: SourceSpec, data_dir: Path | None, seed: int, part: Part = None) -> Iterator[Record | Drop]:
+    """Every row of a source as a record or a drop, in file order; with `part` only those of one of `parts_of`.
 
     `seed` is for sources that make their own rows.
     """
-    for record in read_any(source, data_dir, seed, unit):
+    for record in read_any(source, data_dir, seed, part):
         assert not isinstance(record, EvaluationItem), "kinds are checked at start-up"
         yield record
 
 
-def count_units(source: SourceSpec, data_dir: Path | None) -> int:
-    """Into how many parts a source can be read apart from each other: its files."""
-    return 1 if is_hub(source) or not adapter_of(source).formats else len(files_of(source, data_dir))
+def parts_of(source: SourceSpec, data_dir: Path | None) -> list[Part]:
+    """What a source can be read in apart from each other: its files with their formats; None for one that is read whole."""
+    return [None] if is_hub(source) or not adapter_of(source).formats else list(files_of(source, data_dir))
 
 
-def read_any(source: SourceSpec, data_dir: Path | None, seed: int, unit: int | None = None) -> Iterator[AnyRecord | Drop]:
+def read_any(source: SourceSpec, data_dir: Path | None, seed: int, part: Part = None) -> Iterator[AnyRecord | Drop]:
     """As `read_source`, for evaluation sets too."""
     adapter = adapter_of(source)
-    for number, row in enumerate(_rows(source, adapter, data_dir, seed, unit), start=1):
+    for number, row in enumerate(_rows(source, adapter, data_dir, seed, part), start=1):
         if isinstance(row, Drop):
             yield row
         elif adapter.split is None:
@@ -104,7 +106,7 @@ def _identified(record: AnyRecord | Drop, value: Any, source: SourceSpec, number
     return replace(record, id=str(number) if source.id_field == ROW_NUMBER else scalar(lookup(value, source.id_field)))
 
 
-def _rows(source: SourceSpec, adapter: Adapter, data_dir: Path | None, seed: int, unit: int | None) -> Iterator[Row | Drop]:
+def _rows(source: SourceSpec, adapter: Adapter, data_dir: Path | None, seed: int, part: Part) -> Iterator[Row | Drop]:
     if is_hub(source):
         yield from hub_rows(source, data_dir)
         return
@@ -112,8 +114,7 @@ def _rows(source: SourceSpec, adapter: Adapter, data_dir: Path | None, seed: int
         rows = enumerate(_own_rows(source, seed), start=1)
         yield from (Row(f"{source.adapter}#{number}", value) for number, value in rows)
         return
-    part = slice(None) if unit is None else slice(unit, unit + 1)
-    for file, format_name in files_of(source, data_dir)[part]:
+    for file, format_name in files_of(source, data_dir) if part is None else [part]:
         if format_name == ARCHIVE:
             for member in members(file, lambda name, file=file: _reads(adapter, source, f"{file.name}/{name}")):  # type: ignore[misc]
                 yield from _file_rows(member, str(format_of(PurePosixPath(member.name))), source)

@@ -88,7 +88,7 @@ class Tally:
         """
         self.rows += 1
         if drop.reason == WRONG_SCHEMA and self.kept == 0:
-            raise UserError(f"source {self.source.name!r}: {drop.where}: adapter {self.source.adapter}: {drop.detail}")
+            raise schema_error(self.source, drop)
         self.drops[drop.reason] += 1
         self.first_drop.setdefault(drop.reason, drop.where)
         if self.source.max_drop == 0 and drop.reason not in NOT_DEFECTS:
@@ -140,6 +140,11 @@ class Tally:
             "length_ratio": self.chosen_characters / self.rejected_characters if self.rejected_characters else None,
         }
         return row | {"warning": warning_of(source, row)}
+
+
+def schema_error(source: SourceSpec, drop: Drop) -> UserError:
+    """The refusal of a source that begins with a row its adapter is not for."""
+    return UserError(f"source {source.name!r}: {drop.where}: adapter {source.adapter}: {drop.detail}")
 
 
 def warning_of(source: SourceSpec, row: dict[str, Any]) -> str | None:

@@ -1,8 +1,8 @@
 """datatrove blocks around the filters: reading a recipe's sources, and keeping account of what was dropped.
 
 A unit is one file of one source (or a source that makes its own rows); each task reads units that follow each other, so that the
-order of tasks is that of the recipe. Every drop, an adapter's or a
-filter's, is counted by source and reason, with a few shortened examples per reason.
+order of tasks is that of the recipe. Every drop, an adapter's or a filter's, is counted by source and reason, with a few shortened
+examples per reason.
 """
 
 import json
@@ -20,20 +20,20 @@ from keural.data.adapters.base import WRONG_SCHEMA
 from keural.data.cleaning.measures import normalise
 from keural.data.records import Document as Text
 from keural.data.records import Drop
-from keural.data.sources import read_source
-from keural.errors import UserError
+from keural.data.sources import Part, read_source
+from keural.data.tally import schema_error
 from keural.recipe import SourceSpec
 
 EXAMPLE_LENGTH = 200
 
 
 class Unit(NamedTuple):
-    """What a task reads: a source, its place in the recipe, the kind of its text and the number of the file."""
+    """What a task reads: a part of a source, the source's place in the recipe, and the kind of its text."""
 
     source: SourceSpec
     place: int
     kind: str
-    file: int
+    part: Part
 
 
 class Account:
@@ -93,12 +93,10 @@ class SourceReader(PipelineStep):
             first, stop = (place * len(self._units) // world_size for place in (rank, rank + 1))
             for unit in self._units[first:stop]:
                 begun = False
-                for record in read_source(unit.source, self._data_dir, self._seed, unit.file):
+                for record in read_source(unit.source, self._data_dir, self._seed, unit.part):
                     if isinstance(record, Drop):
                         if record.reason == WRONG_SCHEMA and not begun:
-                            raise UserError(
-                                f"source {unit.source.name!r}: {record.where}: adapter {unit.source.adapter}: {record.detail}"
-                            )
+                            raise schema_error(unit.source, record)
                         account.add(unit.place, record.reason, record.where, "", rank)
                     else:
                         assert isinstance(record, Text)

@@ -65,7 +65,7 @@ def _run_here(steps: Sequence[Step], spec: ExecutorSpec) -> None:
     from datatrove.executor import LocalPipelineExecutor
 
     for step in steps:
-        workers = min(spec.workers or _cores(), step.tasks)
+        workers = min(spec.workers or len(os.sched_getaffinity(0)), step.tasks)
         # Forked workers need no importable main module; nothing that computes in threads has been started in this one.
         executor = LocalPipelineExecutor(
             list(step.blocks()), tasks=step.tasks, workers=workers, logging_dir=str(step.logs), start_method="fork"
@@ -113,13 +113,13 @@ def _submit(steps: Sequence[Step], spec: ExecutorSpec) -> None:
     from datatrove.executor import SlurmPipelineExecutor
 
     assert spec.partition is not None  # the recipe's own check
-    last, waiting = None, [step for step in steps if not _is_complete(step)]
+    waiting = [step for step in steps if not _is_complete(step)]
     submitted = steps[0].logs.parent / "submitted.json"
     if submitted.is_file() and (running := _running(read_json(submitted)["jobs"])):
         raise Submitted(f"cleaning is at work on Slurm (jobs {', '.join(running)}); run this command again when it is done")
-    chain = []
+    chain: list[Any] = []
     for step in waiting:
-        last = SlurmPipelineExecutor(
+        executor = SlurmPipelineExecutor(
             list(step.blocks()),
             tasks=step.tasks,
             time=spec.time,
@@ -131,10 +131,10 @@ def _submit(steps: Sequence[Step], spec: ExecutorSpec) -> None:
             qos=spec.qos or "",
             venv_path=str(Path(sys.prefix) / "bin" / "activate"),
             sbatch_args=dict(spec.sbatch),
-            depends=last,
+            depends=chain[-1] if chain else None,
             logging_dir=str(step.logs.absolute()),
         )
-        chain.append(last)
+        chain.append(executor)
     try:
         chain[-1].run()
     except subprocess.CalledProcessError as error:
@@ -152,10 +152,6 @@ def _running(jobs: Sequence[str]) -> list[str]:
         return []
     found = subprocess.run(["squeue", "-h", "-o", "%A", "-j", ",".join(jobs)], capture_output=True, text=True, check=False)
     return sorted(set(found.stdout.split()) & set(jobs))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 RUNNERS: dict[str, Callable[[Sequence[Step], ExecutorSpec], None]] = {

@@ -12,32 +12,14 @@ from datatrove.data import Document
 from datatrove.pipeline.filters import FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
+from keural.data.adapters.corpora import LEAST_ALPHANUMERIC, LONGEST_LINE, LONGEST_MEAN_LINE
 from keural.data.cleaning import measures
 from keural.data.cleaning.words import EOJEOL, PLAIN
 
 STOP_WORDS_KO = [
-    "의",
-    "다",
-    "이",
-    "는",
-    "에",
-    "을",
-    "한",
-    "년",
-    "하",
-    "은",
-    "를",
-    "했",
-    "고",
-    "에서",
-    "가",
-    "있",
-    "으로",
-    "인",
-    "월",
-    "로",
-    "되",
-]
+    "의", "다", "이", "는", "에", "을", "한", "년", "하", "은", "를", "했", "고", "에서",
+    "가", "있", "으로", "인", "월", "로", "되",
+]  # fmt: skip
 BROKEN_SHARE = 0.05
 """Korean: a larger share of letters that it does not have means a broken encoding; hanja in brackets stay far below."""
 FUNCTION_WORD_SHARE = 0.3
@@ -45,8 +27,6 @@ FUNCTION_WORD_SHARE = 0.3
 JAMO_LINE_SHARE = 0.3
 LINE_PUNCT = 0.062
 """Of FineWeb-2's `kor_Hang`: least share of lines that end as sentences do."""
-LINE_LENGTH, MEAN_LINE_LENGTH, ALPHANUMERIC_SHARE = 1000, 100, 0.25
-"""Code: longest line, mean line, and the least share of letters and digits (Li et al. 2023)."""
 
 Check = Callable[[str], str | None]
 """The reason to drop a text, or None."""
@@ -79,11 +59,11 @@ def jamo_lines(text: str) -> str | None:
 def code_lines(text: str) -> str | None:
     """Minified or generated code, data in the form of code."""
     lines = text.splitlines()
-    if max(map(len, lines), default=0) > LINE_LENGTH:
+    if max(map(len, lines), default=0) > LONGEST_LINE:
         return "code_long_line"
-    if len(text) > MEAN_LINE_LENGTH * max(len(lines), 1):
+    if len(text) > LONGEST_MEAN_LINE * max(len(lines), 1):
         return "code_mean_line"
-    if sum(map(str.isalnum, text)) < ALPHANUMERIC_SHARE * len(text):
+    if sum(map(str.isalnum, text)) < LEAST_ALPHANUMERIC * len(text):
         return "code_few_letters"
     return None
 

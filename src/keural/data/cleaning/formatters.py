@@ -4,8 +4,6 @@ Line ends and indentation stay. Replacements are fixed, so that the same documen
 """
 
 import contextlib
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from datatrove.data import DocumentsPipeline
@@ -17,10 +15,7 @@ from keural.data.cleaning.private import mask, without_boilerplate
 
 
 class Formatter(PipelineStep):
-    """Changes documents by the kind of their source: prose is mended and freed of boilerplate, personal data goes everywhere.
-
-    `stats` count the documents that each change touched.
-    """
+    """Changes documents by the kind of their source: prose is mended and freed of boilerplate, personal data goes everywhere."""
 
     type = "FORMAT"
     name = "formatter"
@@ -43,14 +38,6 @@ class Formatter(PipelineStep):
     def format(self, text: str, kind: str) -> str:
         """The text as it is kept."""
         prose = kind != "code"  # in code, four numbers with dots are a version as often as an address
-        changes: list[tuple[str, Callable[[str], str]]] = (
-            [("mended", self._mend.format), ("boilerplate", without_boilerplate)] if prose else []
-        )
-        if self._personal_data:
-            changes.append(("personal_data", partial(mask, addresses=prose)))
-        for name, change in changes:
-            changed = change(text)
-            if changed != text:
-                self.stat_update(name)
-            text = changed
-        return text
+        if prose:
+            text = without_boilerplate(self._mend.format(text))
+        return mask(text, addresses=prose) if self._personal_data else text

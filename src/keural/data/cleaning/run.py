@@ -7,7 +7,6 @@ then near-duplicates across all sources, then quality, so that what is boilerpla
     read ──► language ──► signatures ──► buckets ──► clusters ──► one of each ──► quality ──► formatters ──► documents
 """
 
-import io
 import json
 import shutil
 from collections import Counter
@@ -23,8 +22,9 @@ from keural.data.cleaning.filters import FILTER_SETS, QualityFilter
 from keural.data.cleaning.formatters import Formatter
 from keural.data.cleaning.language import FastTextFilter, ScriptFilter
 from keural.data.cleaning.words import EOJEOL
+from keural.data.readers import DataFile, open_text
 from keural.data.records import Document
-from keural.data.sources import FileHashes, adapter_of, content_of, count_units, language_of
+from keural.data.sources import FileHashes, adapter_of, content_of, language_of, parts_of
 from keural.data.tally import SourceCount
 from keural.errors import UserError, nearest
 from keural.files import fingerprint, read_json, write_json
@@ -79,12 +79,10 @@ def clean(
     if not (directory / SUMMARY).is_file():
         directory.mkdir(parents=True, exist_ok=True)
         units = [
-            Unit(source, place, _kind(source), file)
-            for place, source in enumerate(sources)
-            for file in range(count_units(source, data_dir))
+            Unit(source, place, _kind(source), part) for place, source in enumerate(sources) for part in parts_of(source, data_dir)
         ]
         run_steps(_steps(spec, units, data_dir, directory.absolute(), seed), spec.executor)
-        write_json(directory / SUMMARY, _summary(directory, sources))
+        write_json(directory / SUMMARY, _summary(directory, sources, spec.examples))
         shutil.rmtree(directory / "work")
     return Cleaned(directory, sources)
 
@@ -199,8 +197,8 @@ class _Foldered:
         path.write_text(json.dumps(kept), encoding="utf-8")
 
 
-def _summary(directory: Path, sources: Sequence[SourceSpec]) -> dict[str, Any]:
-    """The account: rows, kept and dropped by source, examples by reason."""
+def _summary(directory: Path, sources: Sequence[SourceSpec], limit: int) -> dict[str, Any]:
+    """The account: rows, kept and dropped by source, and by reason the first `limit` examples."""
     rows: list[dict[str, Any]] = [{"kept": 0, "drops": Counter(), "unreadable": Counter(), "first": {}} for _ in sources]
     examples: dict[str, list[dict[str, Any]]] = {}
     for file in sorted((directory / "work" / "kept").glob("*.json")):
@@ -215,7 +213,7 @@ def _summary(directory: Path, sources: Sequence[SourceSpec]) -> dict[str, Any]:
             rows[place]["first"].setdefault(reason, where)
         for reason, shown in made["examples"].items():
             named = [example | {"source": sources[example["source"]].name} for example in shown]
-            examples[reason] = (examples.get(reason, []) + named)[: max(len(shown), len(examples.get(reason, [])))]
+            examples[reason] = (examples.get(reason, []) + named)[:limit]
     for row in rows:
         row["rows"] = row["kept"] + row["drops"].total()
         row["drops"] = dict(row["drops"].most_common())
@@ -226,8 +224,5 @@ def _summary(directory: Path, sources: Sequence[SourceSpec]) -> dict[str, Any]:
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    import zstandard
-
-    with file.open("rb") as opened, zstandard.ZstdDecompressor().stream_reader(opened) as stream:
-        for line in io.TextIOWrapper(stream, encoding="utf-8", newline="\n"):
-            yield json.loads(line)
+    with open_text(DataFile(file, file.name)) as lines:
+        yield from map(json.loads, lines)

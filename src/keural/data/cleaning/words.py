@@ -8,7 +8,7 @@ from keural.data.cleaning.measures import eojeol_words, plain_words
 
 
 class Words(WordTokenizer):
-    """A function from text to words; sentences are lines. Equal by the function, so that datatrove keeps one of each."""
+    """A function from text to words; sentences, which no filter here asks for, are lines."""
 
     def __init__(self, cut: Callable[[str], list[str]]) -> None:
         super().__init__()

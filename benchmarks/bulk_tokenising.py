@@ -27,7 +27,7 @@ import sentencepiece
 from tokenizers import Tokenizer
 
 from keural.data.prepare import prepare
-from keural.data.texts import pieces
+from keural.data.tokenizer_texts import pieces
 from keural.recipe import DataSpec, SourceSpec
 from keural.tokenizer import KeuralTokenizer
 

@@ -17,8 +17,8 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-from keural.data.contamination import ContaminationIndex
-from keural.data.decontaminate import evaluation_items
+from keural.data.filtering.decontamination import evaluation_items
+from keural.data.filtering.ngram_index import ContaminationIndex
 from keural.data.records import EvaluationItem
 from keural.recipe import SourceSpec
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from keural.data import archives
+from keural.data.readers import archives
 from keural.data.records import Conversation, Drop
 from keural.data.sources import FileHashes, check_sources, content_of, read_source
 from keural.errors import UserError

@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("datatrove")
 
+from keural.cli.data_stats import describe
 from keural.data.cleaning import measures
 from keural.data.cleaning.filters import QualityFilter, few_sentence_lines, no_sentences
 from keural.data.cleaning.formatters import Formatter
@@ -17,8 +18,7 @@ from keural.data.cleaning.language import FastTextFilter, ScriptFilter
 from keural.data.cleaning.run import clean
 from keural.data.prepare import prepare
 from keural.data.sources import FileHashes
-from keural.data.store import TokenStore
-from keural.data_stats import describe
+from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
 from keural.recipe import CleaningSpec, DataSpec, ExecutorSpec, SourceSpec
 

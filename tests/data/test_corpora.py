@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from keural.data.adapters import ADAPTERS, corpora
+from keural.data.licenses import flags_of, language_of, license_of
 from keural.data.records import Document, Drop
-from keural.data.sources import check_sources, flags_of, language_of, license_of, read_source
+from keural.data.sources import check_sources, read_source
 from keural.errors import UserError
 from keural.recipe import SourceSpec
 

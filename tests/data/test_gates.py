@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from keural.data.adapters import ADAPTERS
-from keural.data.gates import GATES, Gatekeeper, hangul_share
+from keural.data.filtering.gates import GATES, Gatekeeper, hangul_share
+from keural.data.filtering.holdout import Splitter
 from keural.data.records import Conversation, Document, PreferencePair, Record
 from keural.data.sources import check_sources
-from keural.data.split import Splitter
 from keural.errors import UserError
 from keural.recipe import GateAction, SourceSpec
 from keural.tokenizer.chatml import Message

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keural.console import print_data
-from keural.data.mixture import Mixture, amounts, mix
-from keural.data.prepare import Prepared, prepare
-from keural.data.store import Kind, StoreWriter, TokenStore
-from keural.data.stream import Stream
+from keural.cli.printing import print_data
+from keural.data.loading.mixture import Mixture, amounts, mix
+from keural.data.loading.stream import Stream
+from keural.data.prepare import prepare
+from keural.data.prepared import Prepared
+from keural.data.tokens.store import Kind, StoreWriter, TokenStore
 from keural.errors import UserError
 from keural.recipe import DataSpec, MixingSpec, SourceSpec
 from keural.tokenizer import KeuralTokenizer

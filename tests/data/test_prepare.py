@@ -14,12 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keural.console import print_data
-from keural.data.prepare import Prepared, iter_texts, prepare, read_heldout_texts
+from keural.cli.printing import print_data
+from keural.data.filtering.holdout import Splitter
+from keural.data.prepare import iter_texts, prepare
+from keural.data.prepared import Prepared, read_heldout_texts
 from keural.data.records import Conversation, Document
-from keural.data.split import Splitter
-from keural.data.store import TokenStore
-from keural.data.texts import pieces
+from keural.data.tokenizer_texts import pieces
+from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
 from keural.recipe import DataSpec, SourceSpec
 from keural.tokenizer import KeuralTokenizer

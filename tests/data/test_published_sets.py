@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from keural.data.adapters import ADAPTERS, aihub, corpora, published
+from keural.data.licenses import flags_of, license_of
 from keural.data.records import Conversation, Document, Drop, PreferencePair
-from keural.data.sources import flags_of, license_of, read_source
+from keural.data.sources import read_source
 from keural.recipe import SourceSpec
 
 ROWS = Path(__file__).with_name("rows")

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from keural.data.contamination import ContaminationIndex
-from keural.data.readers import Row, read_rows
+from keural.data.filtering.ngram_index import ContaminationIndex
+from keural.data.readers.formats import Row, read_rows
 from keural.data.records import Conversation, Document, Drop
 from keural.data.sources import files_of, read_source
 from keural.recipe import SourceSpec

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from keural.data.adapters import ADAPTERS
-from keural.data.archives import ARCHIVE
-from keural.data.readers import FORMATS
+from keural.data.readers.archives import ARCHIVE
+from keural.data.readers.formats import FORMATS
 from keural.data.records import Conversation, Document, Drop, PreferencePair
 from keural.data.sources import FileHashes, check_sources, content_of, files_of, read_source
 from keural.errors import UserError

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from keural.convert.hf import DEFAULT_SHARD_BYTES, write_model_directory
-from keural.convert.model import StoredModel, open_model
 from keural.convert.model_card import model_card
 from keural.errors import UserError, nearest
 from keural.files import check_new
+from keural.pretrained.directory import DEFAULT_SHARD_BYTES, write_model_directory
+from keural.pretrained.stored_model import StoredModel, open_model
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _write_gguf(model: StoredModel, out: Path, options: ExportOptions, advance: 
 
 
 def _write_pt(model: StoredModel, out: Path, options: ExportOptions, advance: Advance) -> Path:
-    from keural.convert.published import export_pt
+    from keural.convert.published_pt import export_pt
 
     return export_pt(model, out, advance)
 

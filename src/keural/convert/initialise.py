@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from keural.convert.hf import write_model_directory
-from keural.convert.weights import TensorInfo, Weights, stored_tensors
 from keural.files import check_new
 from keural.model import KeuralConfig
+from keural.pretrained.directory import write_model_directory
+from keural.pretrained.weights import TensorInfo, Weights, stored_tensors
 from keural.recipe import ChatSpec
 from keural.tokenizer import KeuralTokenizer
 

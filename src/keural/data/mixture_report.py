@@ -6,8 +6,8 @@ shares are of: tokens where the data is prepared, else the records that the reci
 
 from typing import Any
 
+from keural.data.licenses import language_of, license_of
 from keural.data.prepare import left_out
-from keural.data.sources import language_of, license_of
 from keural.recipe import DataSpec
 
 UNSTATED = "unstated"

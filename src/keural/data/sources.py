@@ -8,26 +8,24 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from keural.data.adapters import ADAPTERS, Adapter, evaluation
 from keural.data.adapters.base import lookup, scalar
-from keural.data.archives import ARCHIVE, archive_of, members
-from keural.data.gates import GATES
-from keural.data.hub import check_hub, hub_content, hub_rows, is_hub
-from keural.data.readers import FORMATS, DataFile, OptionTypes, Row, format_of, read_rows
+from keural.data.filtering.gates import GATES
+from keural.data.readers.archives import ARCHIVE, archive_of, members
+from keural.data.readers.formats import FORMATS, DataFile, OptionTypes, Row, format_of, read_rows
+from keural.data.readers.hub import check_hub, hub_content, hub_rows, is_hub
 from keural.data.records import AnyRecord, Document, Drop, EvaluationItem, Record
 from keural.errors import UserError, nearest
-from keural.recipe import DataSpec, SourceSpec
+from keural.recipe import SourceSpec
 
 Part = tuple[DataFile, str] | None
 """A file of a source and its format, or the whole source."""
 ROW_NUMBER = "row_number"
 """The `id_field` of rows that have no id but stand in the same order as the set they translate."""
-NON_COMMERCIAL = re.compile(r"(?<![A-Z])NC(?![A-Z])|non-?commercial", re.IGNORECASE)
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -135,7 +133,7 @@ def _reads(adapter: Adapter, source: SourceSpec, name: str) -> bool:
 
 
 def _own_rows(source: SourceSpec, seed: int) -> Iterator[dict[str, Any]]:
-    from keural.data import microworld
+    from keural import microworld
 
     if source.path or source.format:
         raise _error(source, f"adapter {source.adapter} makes its own rows; leave path and format out")
@@ -266,37 +264,6 @@ def _check_gates(source: SourceSpec, adapter: Adapter) -> None:
         raise _error(source, f"max_length_ratio is for pairs; adapter {source.adapter} gives conversations")
 
 
-def license_of(source: SourceSpec) -> str | None:
-    """The licence that the recipe states, or else the publisher of a set that is known by its adapter's name."""
-    return source.license or adapter_of(source).license
-
-
-def language_of(source: SourceSpec) -> str | None:
-    """The language that the recipe states, or else the one that a set known by its adapter's name is in."""
-    return source.language or adapter_of(source).language
-
-
-def flags_of(source: SourceSpec) -> list[str]:
-    """What is to be known of a source before it is trained on: `benchmark`, `non-commercial`."""
-    license_id = license_of(source)
-    flags = ["benchmark"] if adapter_of(source).benchmark else []
-    return [*flags, "non-commercial"] if license_id and NON_COMMERCIAL.search(license_id) else flags
-
-
-def left_out(spec: DataSpec, source: SourceSpec) -> str | None:
-    """Why the recipe leaves a source out, by its licence or because it is a benchmark; None where it does not."""
-    license_id, flags = license_of(source), flags_of(source)
-    if not spec.benchmarks and "benchmark" in flags:
-        return "benchmark"
-    names = {license_id or "unknown", *(flag for flag in flags if flag == "non-commercial")}
-    if any(fnmatchcase(name.lower(), pattern.lower()) for name in names for pattern in spec.licenses.exclude):
-        return f"licence {license_id or 'unknown'}"
-    allowed = spec.licenses.allow
-    if allowed and not any(fnmatchcase((license_id or "").lower(), pattern.lower()) for pattern in allowed):
-        return f"licence {license_id or 'unknown'}"
-    return None
-
-
 def _check_type(source: SourceSpec, name: str, value: Any, known: OptionTypes) -> None:
     fits = isinstance(value, known[name]) and isinstance(value, bool) == (known[name] == (bool,))
     if isinstance(value, list):
@@ -316,7 +283,7 @@ def content_of(source: SourceSpec, data_dir: Path | None, hashes: "FileHashes") 
     elif adapter_of(source).formats:
         paths = [(file.name, path) for file, _ in files_of(source, data_dir) for path in file.paths]
     else:
-        from keural.data import microworld
+        from keural import microworld
 
         folder = Path(str(microworld.__file__)).parent
         paths = [(path.name, path) for path in sorted(folder.glob("*.py"))]

@@ -24,7 +24,7 @@ from keural.files import fingerprint as fingerprint_of
 from keural.files import read_json, sha256_file, write_json
 from keural.recipe import StageSpec
 from keural.train.optimizer import MOMENTS, set_step
-from keural.train.parallel import Ranks
+from keural.train.ranks import Ranks
 
 MANIFEST = "manifest.json"
 FORMAT = 1

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from keural.data.readers import OptionTypes
+from keural.data.readers.formats import OptionTypes
 from keural.data.records import AnyRecord, Conversation, Document, Drop, Kind, PreferencePair
 from keural.recipe import GateAction, SourceSpec
 from keural.tokenizer.chatml import Message

@@ -1,4 +1,4 @@
-"""`microworld`: rows of the package's own toy world, made by `keural.data.microworld`. It takes no path."""
+"""`microworld`: rows of the package's own toy world, made by `keural.microworld`. It takes no path."""
 
 from typing import Any
 

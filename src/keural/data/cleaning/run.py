@@ -22,10 +22,10 @@ from keural.data.cleaning.filters import FILTER_SETS, QualityFilter
 from keural.data.cleaning.formatters import Formatter
 from keural.data.cleaning.language import FastTextFilter, ScriptFilter
 from keural.data.cleaning.words import EOJEOL
-from keural.data.readers import DataFile, open_text
-from keural.data.records import Document
-from keural.data.sources import FileHashes, adapter_of, content_of, language_of, parts_of
-from keural.data.tally import SourceCount
+from keural.data.licenses import language_of
+from keural.data.readers.formats import DataFile, open_text
+from keural.data.records import Document, SourceCount
+from keural.data.sources import FileHashes, adapter_of, content_of, parts_of
 from keural.errors import UserError, nearest
 from keural.files import fingerprint, read_json, write_json
 from keural.recipe import CleaningSpec, SourceSpec

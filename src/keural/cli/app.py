@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 from transformers.utils import logging as transformers_logging
 
 from keural.cli import checkpoints, data, tokenizer
+from keural.cli.endings import one_line_endings
 from keural.cli.options import (
     EngineName,
     JamoStyle,
@@ -32,7 +32,7 @@ from keural.cli.options import (
     TopP,
     open_recipe,
 )
-from keural.errors import UserError
+from keural.terminal import show, show_text, yaml_text
 
 if TYPE_CHECKING:
     from keural.pipeline.run import Outcome
@@ -46,23 +46,9 @@ app.add_typer(checkpoints.app)
 
 def main() -> None:
     """Run the command line; the process's exit code says how it went."""
-    transformers_logging.disable_progress_bar()
-    try:
-        app()
-    except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0 or "LOCAL_RANK" not in os.environ:
-            print(f"keural: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as error:  # a file that may not be read, a path that cannot be: the user's, wherever it came up
-        if error.filename is None or error.strerror is None:
-            raise
-        print(f"keural: error: {UserError(f'{str(error.filename)[:300]}: {error.strerror}')}", file=sys.stderr)
-        sys.exit(2)
+    with one_line_endings():
+        transformers_logging.disable_progress_bar()
+        sys.exit(app(prog_name="keural", standalone_mode=False))
 
 
 @app.command()
@@ -115,8 +101,8 @@ def show_recipe(recipe: RecipeDir, overrides: Overrides = None) -> None:
     loaded, _ = open_recipe(recipe, overrides, None)
     shape = loaded.spec.model.model_dump(exclude={"rope_theta"})
     total, active = count_parameters(KeuralConfig(**shape, vocab_size=loaded.spec.tokenizer.vocab_size + 2))
-    print(yaml.safe_dump(loaded.resolved(), allow_unicode=True, sort_keys=False), end="")
-    print(f"# parameters: {total:,} in all, {active:,} active per token")
+    show_text(yaml_text(loaded.resolved()))
+    show(f"# parameters: {total:,} in all, {active:,} active per token")
 
 
 @app.command()

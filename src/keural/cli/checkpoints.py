@@ -1,6 +1,5 @@
 """The commands around checkpoints: `import`, `export`, `inspect`, `init`. Part of the `keural` command, see `cli.py`."""
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +7,8 @@ from typing import Annotated
 import typer
 
 from keural.errors import UserError, nearest
+from keural.recipe.base import LARGEST
+from keural.terminal import byte_progress, show, show_json
 
 MAX_SHARD_GB = 1_000_000
 
@@ -27,11 +28,12 @@ def import_(
     grow_vocabulary: Annotated[
         bool, typer.Option("--grow-vocabulary", help="add the two ChatML ids, at the mean of the other rows")
     ] = False,
-    sliding_window: Annotated[int | None, typer.Option(min=1, help="keys a token of a sliding layer sees, itself included")] = None,
+    sliding_window: Annotated[
+        int | None, typer.Option(min=1, max=LARGEST, help="keys a token of a sliding layer sees, itself included")
+    ] = None,
     verify: Annotated[bool, typer.Option(help="compare the checksums inside a .pt first")] = True,
 ) -> None:
     """Turn a published or foreign checkpoint into a model directory."""
-    from keural.cli.printing import byte_progress
     from keural.convert.import_checkpoint import import_checkpoint
 
     with byte_progress(f"import {source}") as advance:
@@ -59,7 +61,6 @@ def export(
     ] = None,
 ) -> None:
     """Write a model as transformers, vLLM, SGLang, llama.cpp or the published scripts read it."""
-    from keural.cli.printing import byte_progress
     from keural.convert.export import ExportOptions
     from keural.convert.export import export as write
 
@@ -68,7 +69,7 @@ def export(
     options = ExportOptions(quantize, license, None if shard_gb is None else int(shard_gb * 1e9))
     with byte_progress(f"export {directory}") as advance:
         written = write(directory, out, format, options, advance)
-    print(f"{written}: written as {format}")
+    show(f"{written}: written as {format}")
 
 
 @app.command()
@@ -83,7 +84,7 @@ def inspect(
 
     values = inspect_path(path, verify)
     if as_json:
-        print(json.dumps(values, ensure_ascii=False, indent=1))
+        show_json(values)
     else:
         printing.print_inspection(values)
 
@@ -97,7 +98,6 @@ def init(
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "bfloat16",
 ) -> None:
     """Write a randomly initialised model of a recipe's shape, of any size."""
-    from keural.cli.printing import byte_progress
     from keural.convert.initialise import DTYPES, initialise
     from keural.files import check_new
     from keural.pipeline import workspace
@@ -117,4 +117,4 @@ def init(
     spec = loaded.spec
     with byte_progress(f"init {spec.name}") as advance:
         initialise(out, config, used, recipe=spec.name, chat=spec.chat, seed=spec.seed, dtype=DTYPES[dtype], advance=advance)
-    print(f"{out}: {spec.name}, {dtype}, seed {spec.seed}")
+    show(f"{out}: {spec.name}, {dtype}, seed {spec.seed}")

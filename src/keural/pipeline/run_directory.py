@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from keural.errors import UserError
-from keural.files import read_object, write_atomic, write_json
+from keural.files import clear_leftovers, read_object, write_atomic, write_json
 from keural.recipe import StageSpec
 
 
@@ -28,6 +28,7 @@ def only_run_in(out: Path) -> Iterator[None]:
             raise UserError(f"{out}: another run is at work there; wait for it, or give another --out") from error
         except OSError:  # a file system without locks
             pass
+        clear_leftovers(out)
         yield
 
 

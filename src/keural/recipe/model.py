@@ -10,18 +10,18 @@ from keural.recipe.base import Spec
 class ModelSpec(Spec):
     """Shape of the network; the defaults are the published 14.83B model."""
 
-    hidden_size: int = Field(4096, gt=0)
-    intermediate_size: int = Field(5632, gt=0)
+    hidden_size: int = Field(4096, gt=0, le=1_000_000)
+    intermediate_size: int = Field(5632, gt=0, le=1_000_000)
     """Width of one expert."""
-    num_hidden_layers: int = Field(24, gt=0)
-    num_attention_heads: int = Field(32, gt=0)
-    num_key_value_heads: int = Field(8, gt=0)
-    head_dim: int = Field(128, gt=0)
-    num_local_experts: int = Field(8, gt=0)
+    num_hidden_layers: int = Field(24, gt=0, le=10_000)
+    num_attention_heads: int = Field(32, gt=0, le=10_000)
+    num_key_value_heads: int = Field(8, gt=0, le=10_000)
+    head_dim: int = Field(128, gt=0, le=10_000)
+    num_local_experts: int = Field(8, gt=0, le=10_000)
     num_experts_per_tok: int = Field(2, gt=0)
     sliding_window: int = Field(513, gt=0)
     """Keys a token of a sliding (even) layer sees, itself included."""
-    max_position_embeddings: int = Field(4096, gt=0)
+    max_position_embeddings: int = Field(4096, gt=0, le=100_000_000)
     rope_theta: float = Field(500_000.0, gt=0)
     rms_norm_eps: float = Field(1e-5, gt=0)
     initializer_range: float = Field(0.02, gt=0)

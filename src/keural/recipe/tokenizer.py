@@ -14,11 +14,11 @@ class TokenizerSpec(Spec):
     kind: Literal["lossless", "published"] = "lossless"
     path: str | None = None
     """A SentencePiece model file or tokenizer directory to load instead of training; relative to the data directory."""
-    vocab_size: int = Field(131_072, gt=260)
+    vocab_size: int = Field(131_072, gt=260, le=10_000_000)
     """SentencePiece pieces; the two ChatML markers come after them."""
     character_coverage: float = Field(0.9995, gt=0, le=1)
     split_digits: bool = True
-    max_bytes: int = Field(100_000_000, gt=0)
+    max_bytes: int = Field(100_000_000, gt=0, le=10**15)
     """Train on at most this many bytes of text, spread evenly over the sources' documents."""
     sources: list[SourceSpec] = Field(default_factory=list)
 

@@ -35,7 +35,8 @@ class TrainSpec(Spec):
     gradient_checkpointing: bool = False
     compile: bool = False
     save_every: int | None = Field(None, gt=0)
-    """Steps between checkpoints; the last step is always saved."""
+    """Steps between checkpoints; none: every ten minutes, and saving takes at most a twentieth of the time. The last step is
+    always saved."""
     keep_checkpoints: int = Field(1, gt=0)
     evaluate_every: int | None = Field(None, gt=0)
     """Steps between evaluations on held-out data; it is always evaluated at the end."""

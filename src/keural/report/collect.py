@@ -4,18 +4,16 @@ In: `runs/<recipe>/`. Out: a `Run` of plain values. Nothing is computed here bey
 values, and the half-written last line of a killed run's metrics is left out.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from keural.errors import UserError
-from keural.files import read_json
+from keural.files import read_json, read_text, read_yaml
 from keural.model import KeuralConfig, count_parameters
+from keural.parsing import Malformed, parse_json
 
 
 @dataclass(frozen=True)
@@ -83,8 +81,8 @@ def read_run(directory: Path) -> Run:
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; give a run directory such as runs/toy")
     recipe_file, summary_file = directory / "recipe.yaml", directory / "summary.json"
-    recipe_text = recipe_file.read_text(encoding="utf-8") if recipe_file.is_file() else ""
-    resolved = _mapping(yaml.safe_load(recipe_text)) if recipe_text else {}
+    recipe_text = read_text(recipe_file) if recipe_file.is_file() else ""
+    resolved = _mapping(read_yaml(recipe_file)) if recipe_text else {}
     summary = _mapping(read_json(summary_file)) if summary_file.is_file() else {}
     stages = [_read_stage(directory / name, settings) for name, settings in _stage_names(directory, resolved, summary)]
     stages = [stage for stage in stages if stage.finished or stage.steps]
@@ -134,8 +132,8 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
         return
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            value = json.loads(line)
-        except json.JSONDecodeError:
+            value = parse_json(line)
+        except Malformed:
             continue
         if isinstance(value, dict) and isinstance(value.get("step"), int):
             yield value
@@ -158,7 +156,7 @@ def _ended(directory: Path, stages: list[Stage]) -> datetime | None:
 
 
 def _yaml(file: Path) -> dict[str, Any]:
-    return _mapping(yaml.safe_load(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    return _mapping(read_yaml(file)) if file.is_file() else {}
 
 
 def _mapping(value: Any) -> dict[str, Any]:

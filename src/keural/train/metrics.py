@@ -13,11 +13,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from keural.errors import UserError
+from keural.errors import UserError, visible
 from keural.files import write_atomic
+from keural.terminal import is_terminal, note, progress
 from keural.train.loop import StepReport
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -29,7 +29,7 @@ def keep_until(path: Path, step: int) -> None:
         return
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
+        with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):
             if json.loads(line)["step"] < step:
                 kept.append(line)
     write_atomic(path, "".join(f"{line}\n" for line in kept))
@@ -62,7 +62,7 @@ class Metrics:
         if self.active:
             keep_until(self.path, self.first_step)
             self._file = self.path.open("a", encoding="utf-8")
-            kind = _Bar if sys.stderr.isatty() else _Lines
+            kind = _Bar if is_terminal(sys.stderr) else _Lines
             self._display = kind(self.name, self.first_step, self.steps)
         return self
 
@@ -123,13 +123,13 @@ class _Bar:
 
     def __init__(self, name: str, first_step: int, steps: int) -> None:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        self._progress = Progress(*columns, TextColumn("{task.fields[figures]}"), console=Console(stderr=True))
+        self._progress = progress(*columns, TextColumn("{task.fields[figures]}", markup=False))
         self._task = self._progress.add_task(name, total=steps, completed=first_step, figures="")
         self._progress.start()
 
@@ -137,7 +137,7 @@ class _Bar:
         self._progress.update(self._task, completed=done, figures=figures)
 
     def say(self, text: str) -> None:
-        self._progress.console.print(text, highlight=False)
+        self._progress.console.print(visible(text), highlight=False, markup=False)
 
     def close(self) -> None:
         self._progress.stop()
@@ -159,7 +159,7 @@ class _Lines:
         self.say(f"{self._name}: step {done}/{self._steps} {figures} {_clock(left)} left")
 
     def say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        note(text)
 
     def close(self) -> None:
         pass

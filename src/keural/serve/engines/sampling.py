@@ -6,11 +6,13 @@ logits and seed give the same text everywhere. Order and definitions are those o
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from keural.errors import UserError
+from keural.errors import UserError, quoted
+from keural.recipe.evaluation import MAX_NEW_TOKENS, MAX_PENALTY, MAX_SEED, MAX_TEMPERATURE, MIN_PENALTY
 
 GREEDY_BELOW = 1e-5
 """A temperature this small is taken as 0: logits divided by it would overflow."""
@@ -36,13 +38,23 @@ class SamplingParams:
     """Makes sampling repeatable; None draws a new seed for every answer."""
 
     def __post_init__(self) -> None:
-        finite = math.isfinite(self.temperature) and math.isfinite(self.repetition_penalty)
-        possible = self.temperature >= 0 and 0 <= self.top_p <= 1 and self.repetition_penalty > 0 and self.max_new_tokens >= 1
-        if not (finite and possible and 0 <= (self.seed or 0) < 2**63):
-            raise UserError(
-                f"impossible sampling settings {self}: use temperature >= 0, 0 <= top_p <= 1, repetition_penalty > 0, "
-                "max_new_tokens >= 1, 0 <= seed < 2**63"
-            )
+        for name, (kinds, low, high) in _RANGES.items():
+            value: Any = getattr(self, name)
+            if name == "seed" and value is None:
+                continue
+            possible = isinstance(value, kinds) and not isinstance(value, bool) and bool(low <= value <= high)
+            if not possible:
+                raise UserError(f"impossible sampling settings: {name} {quoted(value)}; use a number from {low} to {high:,}")
+
+
+_NUMBER = (int, float)
+_RANGES: dict[str, tuple[Any, float, float]] = {
+    "temperature": (_NUMBER, 0, MAX_TEMPERATURE),
+    "top_p": (_NUMBER, 0, 1),
+    "repetition_penalty": (_NUMBER, MIN_PENALTY, MAX_PENALTY),
+    "max_new_tokens": ((int,), 1, MAX_NEW_TOKENS),
+    "seed": ((int,), 0, MAX_SEED),
+}
 
 
 def choose(logits: Tensor, seen: Tensor, sampling: SamplingParams, generator: torch.Generator | None = None) -> int:

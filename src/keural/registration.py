@@ -39,7 +39,7 @@ def register() -> None:
 
 
 class _Watch:
-    """A meta path finder: finds watched modules as they are found without it, and registers when the outermost of them has been read.
+    """A meta path finder: finds watched modules as they are found without it, registers when the outermost of them has been read.
 
     Not sooner: transformers' base classes import the Auto classes in the middle of their own files, where our network, which is
     built on them, cannot be imported yet.

@@ -13,6 +13,7 @@ from keural.data.sources import FileHashes, check_sources, content_of
 from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
 from keural.files import fingerprint, read_json, read_object, write_json
+from keural.recipe import VERSION as RECIPE_VERSION
 from keural.recipe import DataSpec, Objective, SourceSpec
 from keural.tokenizer.load import KeuralTokenizer
 
@@ -119,29 +120,23 @@ def data_fingerprint(
 ) -> str:
     """Of settings, contents and tokenizer. Documents are cut only by the stream, so their stores do not depend on the length."""
     hashes = file_hashes(out_root)
-    settings = spec.model_dump(exclude={"store", "stores", "shards", "mixing", "cleaning"})
+    cleaning = None
     if spec.cleaning is not None:
         from keural.data.cleaning.run import cleaning_fingerprint
 
-        settings["cleaning"] = cleaning_fingerprint(spec.cleaning, sources_to_clean(spec), data_dir, seed, hashes)
-    for source in settings["sources"] + settings["heldout_sources"]:
-        del source["weight"]  # weights choose what is read from a store, not what is in it
-        del source["expect"]  # a warning
+        cleaning = cleaning_fingerprint(spec.cleaning, sources_to_clean(spec), data_dir, seed, hashes)
     evaluation = spec.decontaminate.sources if spec.decontaminate else []
-    if not evaluation:
-        del settings["decontaminate"]
-    if spec.mixing is not None:
-        settings["sections"] = True
-    if objective == "next_token":
-        del settings["sequence_length"]
     contents = [content_of(source, data_dir, hashes) for source in (*used_sources(spec), *evaluation)]
     if hashes.changed:
         write_json(out_root / HASHES, hashes.known)
     return fingerprint(
         {
-            "version": VERSION,
+            "version": [VERSION, RECIPE_VERSION],
             "objective": objective,
-            "spec": settings,
+            "spec": spec.determining("data"),
+            "cleaning": cleaning,
+            "sections": spec.mixing is not None,
+            "sequence_length": None if objective == "next_token" else spec.sequence_length,
             "contents": contents,
             "tokenizer": tokenizer.sha256,
             "seed": seed,

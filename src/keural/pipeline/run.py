@@ -29,7 +29,7 @@ from keural.pipeline.run_directory import (
 from keural.pipeline.workspace import Workspace, check_inputs, init_directory, prepare_all, select_stages, with_ancestors
 from keural.pretrained.directory import save_model_directory
 from keural.pretrained.lineage import check_sums
-from keural.recipe import Recipe, StageSpec, parse_duration
+from keural.recipe import VERSION, Recipe, StageSpec, parse_duration
 from keural.report.html import write_report
 from keural.train.parallel import full_state_dict
 from keural.train.ranks import Ranks, session
@@ -186,8 +186,9 @@ def _evaluated(workspace: Workspace) -> dict[str, Any]:
     cache = workspace.out / "evaluation.json"
     wanted = fingerprint(
         {
-            "evaluation": workspace.recipe.spec.evaluation.model_dump(),
-            "chat": workspace.recipe.spec.chat.model_dump(),
+            "version": VERSION,
+            "evaluation": workspace.recipe.spec.evaluation.determining("evaluation"),
+            "chat": workspace.recipe.spec.chat.determining("evaluation"),
             "stages": [workspace.stage_fingerprint(stage) for stage in workspace.recipe.stages],
         }
     )

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from keural.data.filtering.decontamination import check_evaluation
 from keural.data.loading.stream import Stream
@@ -14,14 +14,12 @@ from keural.data.sources import FileHashes, content_of
 from keural.errors import UserError
 from keural.files import fingerprint, read_object, write_json
 from keural.pipeline.run_directory import is_done, set_aside
-from keural.recipe import Recipe, StageSpec
+from keural.recipe import VERSION, Recipe, StageSpec
 from keural.tokenizer import KeuralTokenizer
 from keural.tokenizer.train import train_tokenizer
 
 if TYPE_CHECKING:
     from keural.model import KeuralConfig
-
-NOT_IN_FINGERPRINT: Any = {"notes": True, "train": {"save_every", "keep_checkpoints", "evaluate_every"}}
 
 
 @dataclass(frozen=True)
@@ -42,10 +40,11 @@ class Workspace:
         """Of everything that determines the stage's weights: its settings, its data, and the model it starts from."""
         return fingerprint(
             {
-                "stage": stage.model_dump(exclude=NOT_IN_FINGERPRINT),
-                "model": self.recipe.spec.model.model_dump(),
+                "version": VERSION,
+                "stage": stage.determining("weights"),
+                "model": self.recipe.spec.model.determining("weights"),
                 "seed": self.recipe.spec.seed,
-                "budget": self.recipe.spec.budget if stage.train.budget_share else None,
+                "budget": self.recipe.spec.budget if stage.train.budget_share is not None else None,
                 "tokenizer": self.tokenizer.sha256,
                 "data": self.data[stage.name].fingerprint,
                 "init": self.init_fingerprint(stage),
@@ -181,7 +180,7 @@ def _tokenizer_fingerprint(recipe: Recipe, out: Path) -> str:
     contents = [content_of(source, data_directory(recipe), hashes) for source in spec.sources]
     if hashes.changed:
         write_json(cache, hashes.known)
-    return fingerprint({"spec": spec.model_dump(), "seed": recipe.spec.seed, "contents": contents})
+    return fingerprint({"version": VERSION, "spec": spec.determining("tokenizer"), "seed": recipe.spec.seed, "contents": contents})
 
 
 def open_stream(workspace: Workspace, stage: StageSpec) -> Stream:

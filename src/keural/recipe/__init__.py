@@ -1,6 +1,6 @@
 """Recipes: what a run is made of, as strict typed objects read from YAML. Import specs from here."""
 
-from keural.recipe.base import Spec, validate
+from keural.recipe.base import VERSION, Part, Spec, mark_of, neutral, not_for, validate
 from keural.recipe.data import (
     CleaningSpec,
     DataSpec,
@@ -19,6 +19,7 @@ from keural.recipe.tokenizer import TokenizerSpec
 from keural.recipe.training import DpoSpec, Objective, RouterSpec, StageSpec, TrainSpec
 
 __all__ = [
+    "VERSION",
     "BitsPerByteSpec",
     "ChatSpec",
     "CleaningSpec",
@@ -33,6 +34,7 @@ __all__ = [
     "MixingSpec",
     "ModelSpec",
     "Objective",
+    "Part",
     "Recipe",
     "RecipeSpec",
     "RouterSpec",
@@ -43,6 +45,9 @@ __all__ = [
     "TokenizerSpec",
     "TrainSpec",
     "load_recipe",
+    "mark_of",
+    "neutral",
+    "not_for",
     "parse_duration",
     "validate",
 ]

@@ -4,7 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from keural.recipe.base import Spec
+from keural.recipe.base import Spec, neutral, not_for
 
 GateAction = Literal["drop", "count", "skip"]
 """What becomes of a record that a gate finds: it is dropped, or kept and counted, or the gate does not look at all."""
@@ -22,7 +22,7 @@ class SourceSpec(Spec):
     """Reader of the file; the default follows from the suffix."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the adapter and reader, e.g. names of fields."""
-    hub: str | None = None
+    hub: str | None = not_for(("cleaning",), None)
     """Where the files come from (a dataset hub id): read from there when there is no `path`, and named when files are missing."""
     revision: str | None = None
     """Commit of `hub`, 40 digits."""
@@ -31,20 +31,20 @@ class SourceSpec(Spec):
     split: str | None = None
     """Split of `hub`, `train` where none is given."""
     language: str | None = None
-    license: str | None = None
-    limit: int | None = Field(None, gt=0)
+    license: str | None = not_for(("cleaning",), None)
+    limit: int | None = not_for(("cleaning",), None, gt=0)
     """Use at most this many kept records, in file order."""
-    repeat: int = Field(1, gt=0)
+    repeat: int = not_for(("cleaning",), 1, gt=0)
     """How often each record of the source is put into one epoch."""
     text_kind: Literal["ko", "en", "code", "any"] | None = None
     """Which filters clean its documents (`data.cleaning`); by default those of its language, and `any` has none."""
-    weight: float | None = Field(None, gt=0)
+    weight: float | None = not_for(("cleaning", "data"), None, gt=0)
     """The source's part of an epoch, relative to the other sources' weights; with `data.mixing`, and then without `repeat`."""
-    expect: int | None = Field(None, ge=0)
+    expect: int | None = neutral("check", None, ge=0)
     """Number of records that should be kept (a published count); another number is warned about."""
-    max_drop: float = Field(0.5, ge=0, le=1)
+    max_drop: float = neutral("check", 0.5, ge=0, le=1)
     """Refuse the source when a larger share of its rows is dropped; 0 refuses at the first bad row."""
-    gates: dict[str, GateAction] = Field(default_factory=dict)
+    gates: dict[str, GateAction] = not_for(("cleaning",), default_factory=dict)
     """What the gates do (`keural.data.filtering.gates`), where that differs from the adapter's default: `{refusals: skip}`."""
     min_characters: int = Field(0, ge=0)
     """Drop conversations and pairs with an answer shorter than this."""
@@ -163,9 +163,10 @@ class CleaningSpec(Spec):
     """Filter by quality, by the kind of each source's text."""
     personal_data: bool = True
     """Replace e-mail and IP addresses, Korean resident, phone and account numbers."""
-    examples: int = Field(3, ge=0)
-    """Dropped documents to show of each reason."""
-    executor: ExecutorSpec = Field(default_factory=ExecutorSpec)
+    examples: int = neutral("report", 3, ge=0)
+    """Dropped documents to show of each reason; a cleaning that is finished shows as many as it was asked for."""
+    executor: ExecutorSpec = neutral("work", default_factory=ExecutorSpec)
+    """Where cleaning runs."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -178,15 +179,15 @@ class DataSpec(Spec):
     """A stage's data: sources or data that is ready, length of a packed row, and what is held out."""
 
     sources: list[SourceSpec] = Field(default_factory=list)
-    store: str | None = None
+    store: str | None = not_for(("data",), None)
     """Instead of sources: a token store, or a directory with `train/` and perhaps `heldout/`, as data was prepared before."""
-    stores: list[StoreSpec] = Field(default_factory=list)
+    stores: list[StoreSpec] = not_for(("data",), default_factory=list)
     """Instead of sources: several token stores."""
-    shards: str | None = None
+    shards: str | None = not_for(("data",), None)
     """Instead of sources (next_token): a directory of published shards, `keural_NNN.bin`, `.idx` and `.meta`, as they are."""
-    mixing: MixingSpec | None = None
-    """Mix sources or stores by weight."""
-    sequence_length: int = Field(gt=1)
+    mixing: MixingSpec | None = not_for(("data",), None)
+    """Mix sources or stores by weight. Stores that are mixed keep their sources apart; other weights need no other stores."""
+    sequence_length: int = not_for(("data",), gt=1)
     """Tokens of a packed row (next_token, sft) or of one side of a pair with its prompt (dpo)."""
     heldout_per_mille: float = Field(0.0, ge=0, lt=1000)
     """Share of records held out, chosen by a hash of their content."""
@@ -196,7 +197,7 @@ class DataSpec(Spec):
     """Drop documents shorter than this (next_token)."""
     licenses: LicensesSpec = Field(default_factory=LicensesSpec)
     """Sources are left out by licence, and shown as left out in the table."""
-    cleaning: CleaningSpec | None = None
+    cleaning: CleaningSpec | None = not_for(("data",), None)
     """Clean the documents of all sources first (next_token)."""
     benchmarks: bool = True
     """Train on sources that are benchmarks; false leaves them out."""

@@ -16,7 +16,7 @@ import yaml
 from pydantic import Field, field_validator
 
 from keural.errors import UserError, nearest
-from keural.recipe.base import Spec, validate
+from keural.recipe.base import Spec, neutral, validate
 from keural.recipe.evaluation import ChatSpec, EvaluationSpec
 from keural.recipe.model import ModelSpec
 from keural.recipe.tokenizer import TokenizerSpec
@@ -30,9 +30,9 @@ class RecipeSpec(Spec):
     """`recipe.yaml`: everything that is not one stage's own."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
-    description: str = ""
+    description: str = neutral("report", "")
     seed: int = Field(42, ge=0)
-    data: str | None = None
+    data: str | None = neutral("place", None)
     """Directory that sources' paths are relative to; needed where a source has a path."""
     budget: str | None = None
     """Time for all stages with a budget_share, e.g. 20m, 90s, 2h."""
@@ -41,7 +41,7 @@ class RecipeSpec(Spec):
     stages: list[str] = Field(min_length=1)
     evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
     chat: ChatSpec = Field(default_factory=ChatSpec)
-    notes: list[str] = Field(default_factory=list)
+    notes: list[str] = neutral("report", default_factory=list)
 
     @field_validator("budget")
     @classmethod

@@ -1,10 +1,10 @@
 """One training stage: objective, optimisation, router losses."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from keural.recipe.base import Spec
+from keural.recipe.base import Part, Spec, length, neutral, not_for
 from keural.recipe.data import DataSpec
 
 Objective = Literal["next_token", "sft", "dpo"]
@@ -13,16 +13,17 @@ Objective = Literal["next_token", "sft", "dpo"]
 class TrainSpec(Spec):
     """Optimisation of one stage: one of `steps`, `epochs`, `budget_share`; batches are per optimizer step, not per device."""
 
-    steps: int | None = Field(None, gt=0)
-    epochs: float | None = Field(None, gt=0)
-    budget_share: float | None = Field(None, gt=0, le=1)
+    steps: int | None = length(None, gt=0)
+    epochs: float | None = length(None, gt=0)
+    budget_share: float | None = length(None, gt=0, le=1)
     """Share of the recipe's time budget; the number of steps is measured and fixed before step 0."""
     batch_tokens: int | None = Field(None, gt=0)
     """Tokens per optimizer step (next_token, sft): a multiple of data.sequence_length."""
     batch_pairs: int | None = Field(None, gt=0)
     """Preference pairs per optimizer step (dpo)."""
-    micro_batch_tokens: int | None = Field(None, gt=0)
-    """Upper bound of tokens in one forward pass on one rank; default: the rank's whole share at once."""
+    micro_batch_tokens: int | None = neutral("work", None, gt=0)
+    """Upper bound of tokens in one forward pass on one rank; default: the rank's whole share at once. Gradients are the same sums,
+    cut elsewhere, so weights differ by rounding at most; with router.scope micro_batch the cut is part of the loss, and counts."""
     lr: float = Field(gt=0)
     min_lr: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0)
@@ -32,12 +33,14 @@ class TrainSpec(Spec):
     """Applied to matrices only, never to norms."""
     clip_norm: float = Field(1.0, gt=0)
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    save_every: int | None = Field(None, gt=0)
+    gradient_checkpointing: bool = neutral("work", False)
+    """Compute activations again in the backward pass instead of keeping them; on a CPU the same bits, otherwise up to rounding."""
+    compile: bool = neutral("work", False)
+    """Compile the layers; the same numbers up to rounding."""
+    save_every: int | None = neutral("keeping", None, gt=0)
     """Steps between checkpoints; the last step is always saved."""
-    keep_checkpoints: int = Field(1, gt=0)
-    evaluate_every: int | None = Field(None, gt=0)
+    keep_checkpoints: int = neutral("keeping", 1, gt=0)
+    evaluate_every: int | None = neutral("keeping", None, gt=0)
     """Steps between evaluations on held-out data; it is always evaluated at the end."""
 
     @field_validator("betas")
@@ -79,14 +82,21 @@ class StageSpec(Spec):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     objective: Objective
-    init_from: str = "random"
-    """`random`, the name of an earlier stage, or a model directory."""
+    init_from: str = not_for(("weights",), "random")
+    """`random`, the name of an earlier stage, or a model directory; what determines the weights there is in the fingerprint."""
     data: DataSpec
     train: TrainSpec
     router: RouterSpec = Field(default_factory=RouterSpec)
     dpo: DpoSpec = Field(default_factory=DpoSpec)
-    notes: list[str] = Field(default_factory=list)
+    notes: list[str] = neutral("report", default_factory=list)
     """Where the numbers come from, contradictions included."""
+
+    def determining(self, part: Part) -> dict[str, Any]:
+        """As for every spec; where router losses are balanced within each forward pass its size is part of the loss."""
+        found = super().determining(part)
+        if self.router.scope == "micro_batch" and self.train.micro_batch_tokens is not None:
+            found["micro_batch_tokens"] = self.train.micro_batch_tokens
+        return found
 
     @property
     def starts_from_directory(self) -> bool:

@@ -28,6 +28,7 @@ from keural.data.records import Document, SourceCount
 from keural.data.sources import FileHashes, adapter_of, content_of, parts_of
 from keural.errors import UserError, nearest
 from keural.files import fingerprint, read_json, write_json
+from keural.recipe import VERSION as RECIPE_VERSION
 from keural.recipe import CleaningSpec, SourceSpec
 
 VERSION = 1
@@ -111,12 +112,11 @@ def cleaning_fingerprint(
     spec: CleaningSpec, sources: Sequence[SourceSpec], data_dir: Path | None, seed: int, hashes: FileHashes
 ) -> str:
     """Of everything that determines the documents; who computes them does not."""
-    later = {"weight", "repeat", "limit", "expect", "max_drop", "license", "gates", "hub"}
     return fingerprint(
         {
-            "version": [VERSION, version("datatrove"), version("ftfy")],
-            "spec": spec.model_dump(exclude={"executor"}),
-            "sources": [source.model_dump(exclude=later) for source in sources],
+            "version": [VERSION, RECIPE_VERSION, version("datatrove"), version("ftfy")],
+            "spec": spec.determining("cleaning"),
+            "sources": [source.determining("cleaning") for source in sources],
             "contents": [content_of(source, data_dir, hashes) for source in sources],
             "model": hashes.of(_model(spec, data_dir)) if spec.language_id == "fasttext" else None,
             "seed": seed if any(not adapter_of(source).formats for source in sources) else None,  # for rows that are made

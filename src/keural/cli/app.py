@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import keural
 from keural.cli import checkpoints, data, tokenizer
 from keural.cli.options import (
+    RECIPE,
     EngineName,
     JamoStyle,
     MaxNewTokens,
@@ -39,10 +41,24 @@ if TYPE_CHECKING:
     from keural.recipe import Recipe
     from keural.serve.engines.sampling_params import SamplingParams
 
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"keural {keural.__version__}")
+        raise typer.Exit
+
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__.split("\n")[0], pretty_exceptions_enable=False)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoints.app)
+
+
+@app.callback()
+def _common(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version, help="print the version")] = False,
+) -> None:
+    """Options of the command itself."""
 
 
 def main() -> None:
@@ -115,8 +131,24 @@ def _end(outcome: "Outcome") -> None:
 
 
 @app.command(name="recipe")
-def show_recipe(recipe: RecipeDir, overrides: Overrides = None) -> None:
-    """Print a recipe with every setting resolved, and the size of its model."""
+def show_recipe(
+    recipe: Annotated[Path | None, RECIPE] = None,
+    overrides: Overrides = None,
+    explain: Annotated[str | None, typer.Option(metavar="KEY", help="say what a key or section means, and nothing else")] = None,
+) -> None:
+    """Print a recipe with every setting resolved, and the size of its model; or what a key means."""
+    if (recipe is None) == (explain is None):
+        raise UserError("give either a recipe, to see its settings, or --explain KEY, to see what a key means")
+    if explain is not None:
+        from keural.recipe.reference import explain as explained
+
+        print(explained(explain), end="")
+    else:
+        assert recipe is not None
+        _print_recipe(recipe, overrides)
+
+
+def _print_recipe(recipe: Path, overrides: list[str] | None) -> None:
     import yaml
 
     from keural.model.parameters import CHATML_IDS, count_weights
@@ -125,6 +157,25 @@ def show_recipe(recipe: RecipeDir, overrides: Overrides = None) -> None:
     total, active = count_weights(loaded.spec.model, loaded.spec.tokenizer.vocab_size + CHATML_IDS)
     print(yaml.safe_dump(loaded.resolved(), allow_unicode=True, sort_keys=False), end="")
     print(f"# parameters: {total:,} in all, {active:,} active per token")
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="one of them")] = None,
+    copy: Annotated[Path | None, typer.Option(metavar="DIR", help="write a copy of it here, to be changed")] = None,
+) -> None:
+    """List the recipes that come with the package, or copy one out."""
+    from keural.recipe import shipped
+
+    if copy is not None:
+        if name is None:
+            raise UserError("--copy needs the name of a recipe: keural recipes toy --copy my-toy")
+        print(f"{shipped.copy(name, copy)}: a copy of {name}; run it with `keural run {copy}`")
+        return
+    chosen = shipped.names() if name is None else [shipped.shipped(name).name]
+    for known, description in shipped.descriptions():
+        if known in chosen:
+            print(f"{known:<{max(map(len, chosen))}}  {description}")
 
 
 @app.command()

@@ -274,9 +274,9 @@ class TestRun:
         spec = DataSpec(sources=specs, sequence_length=64, cleaning=CleaningSpec(tasks=2))
         prepared = prepare(spec, "next_token", tmp_path, tokenizer, tmp_path / "out", 0)
         (row,) = prepared.table
-        assert row["rows"] == 10
-        assert row["kept"] == 8
-        assert row["drops"] == {"near_duplicate": 1, "quality_line_punct_ratio": 1}
+        assert row.rows == 10
+        assert row.kept == 8
+        assert row.drops == {"near_duplicate": 1, "quality_line_punct_ratio": 1}
         assert TokenStore.open(prepared.train).num_sequences == 8
 
     def test_nothing_left_is_counted(self, sources, tmp_path):
@@ -289,14 +289,14 @@ class TestRun:
         spec = spec.model_copy(update={"limit": 5, "max_drop": 0.3})
         data = DataSpec(sources=[spec], sequence_length=64, cleaning=CleaningSpec(tasks=2, filters=False))
         (row,) = prepare(data, "next_token", tmp_path, tokenizer, tmp_path / "out", 0).table
-        assert (row["rows"], row["kept"], row["drops"]) == (50, 5, {"over_limit": 35, "empty": 10})
+        assert (row.rows, row.kept, row.drops) == (50, 5, {"over_limit": 35, "empty": 10})
 
     def test_another_language_model_is_noticed(self, sources, tmp_path, tokenizer, monkeypatch):
         monkeypatch.setattr(FastTextFilter, "probability", lambda self, text, language: float(self._path.read_text()))
         specs = sources({"a": [korean(seed) for seed in range(4)]})
         data = DataSpec(sources=specs, sequence_length=64, cleaning=CleaningSpec(tasks=1, language_id="fasttext", model="lid.bin"))
         (tmp_path / "lid.bin").write_text("1.0")
-        assert prepare(data, "next_token", tmp_path, tokenizer, tmp_path / "out", 0).table[0]["kept"] == 4
+        assert prepare(data, "next_token", tmp_path, tokenizer, tmp_path / "out", 0).table[0].kept == 4
         (tmp_path / "lid.bin").write_text("0.0")
         with pytest.raises(UserError, match="none of its 4 rows is used; most often language"):
             prepare(data, "next_token", tmp_path, tokenizer, tmp_path / "out", 0)

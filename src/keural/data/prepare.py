@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from keural.data.filtering.decontamination import REASON, Contaminated, Decontaminator, check_evaluation
 from keural.data.filtering.gates import Gatekeeper
@@ -35,7 +35,7 @@ from keural.data.prepared import (
     used_sources,
 )
 from keural.data.records import Drop, Record
-from keural.data.source_counts import SourceCounter
+from keural.data.source_counts import SourceCounter, SourceRow
 from keural.data.sources import adapter_of, check_sources, read_source
 from keural.data.tokenizer_texts import iter_texts
 from keural.data.tokens.encode import Encoded, Encoder
@@ -72,7 +72,8 @@ def prepare(
                 checker = Decontaminator(spec.decontaminate, data_dir) if spec.decontaminate else None
                 reading = _Reading(data_dir, seed, cleaned, checker)
                 table, heldout = _make(spec, objective, tokenizer, parts, temporary, reading)
-            made = {"fingerprint": wanted, "heldout": heldout, "table": table, "cleaned": cleaned and cleaned.directory.name}
+            rows, folder = [row.to_json() for row in table], cleaned and cleaned.directory.name
+            made = {"fingerprint": wanted, "heldout": heldout, "table": rows, "cleaned": folder}
             if checker is not None:
                 checker.write(temporary)
                 made["contamination"] = checker.report()
@@ -141,7 +142,7 @@ class _Reading:
 
 def _make(
     spec: DataSpec, objective: Objective, tokenizer: KeuralTokenizer, parts: EncodingCache, directory: Path, reading: _Reading
-) -> tuple[list[dict[str, Any]], bool]:
+) -> tuple[list[SourceRow], bool]:
     """Read all sources and write the stores into `directory`. Returns the table, and whether anything is held out."""
     kind = STORE_KIND[objective]
     encoder = Encoder(tokenizer, spec, threads=len(os.sched_getaffinity(0)), parts=parts)
@@ -150,13 +151,14 @@ def _make(
     with StoreBuilder(directory / ".train", kind, sections=sections) as train, held as heldout:
         table = _read_all(spec, encoder, {"train": train, "heldout": heldout}, reading)
         _check_sides(spec, train.units, heldout.units)
+        meta = {"sources": [row.to_json() for row in table]}
         for spool, name in ((train, "train"), (heldout, "heldout")):
             if spool.units:
-                spool.write_store(directory / name, tokenizer.sha256, tokenizer.vocab_size, {"sources": table}, reading.seed)
+                spool.write_store(directory / name, tokenizer.sha256, tokenizer.vocab_size, meta, reading.seed)
         return table, heldout.units > 0
 
 
-def _read_all(spec: DataSpec, encoder: Encoder, spools: dict[Side, StoreBuilder], reading: _Reading) -> list[dict[str, Any]]:
+def _read_all(spec: DataSpec, encoder: Encoder, spools: dict[Side, StoreBuilder], reading: _Reading) -> list[SourceRow]:
     """Put every used record into its side's spool. Returns the table, in the order of the recipe."""
     splitter = Splitter(spec.heldout_per_mille)
     # sources that are held out whole come first, so that no other one can train on what they ask

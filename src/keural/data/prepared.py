@@ -1,14 +1,14 @@
 """What was prepared: the stores of a stage, the table of its sources, and the fingerprint by which it is found again."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keural.data.licenses import left_out
 from keural.data.loading.corpus import Corpus
 from keural.data.loading.mixture import Mixture, mix
-from keural.data.source_counts import warning_of
+from keural.data.source_counts import SourceRow, rows_from_json, warning_of
 from keural.data.sources import FileHashes, check_sources, content_of
 from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
@@ -29,19 +29,11 @@ VERSION = 2
 
 @dataclass(frozen=True)
 class Prepared:
-    """A stage's data on disk: the stores, the fingerprint of what they were made from, and one table row per source.
-
-    A row has `source, adapter, language, license, flags` (`benchmark`, `non-commercial`), `left_out` (None, or why the recipe does
-    not use the source), `split, rows, kept, heldout` (of the kept ones), `tokens` (in the stores, repeats included), `repeat`,
-    `shortened` (conversations that lost trailing turns), `drops` (count by reason), `first_drop` (place by reason), `noted` (kept
-    records that a gate only counts, by reason), `length_ratio` (of pairs: characters of chosen answers against rejected ones, else
-    None) and `warning` (None, or what differs from the expected count). Where sources are mixed by weight `tokens` counts each
-    record once, and `mixture` has the source's `Share` of an epoch.
-    """
+    """A stage's data on disk: the stores, the fingerprint of what they were made from, and one table row per source."""
 
     train: Path
     heldout: Path | None
-    table: list[dict[str, Any]]
+    table: list[SourceRow]
     fingerprint: str
     mixture: Mixture | None = None
     ready: Corpus | None = None
@@ -77,13 +69,15 @@ def open_prepared(directory: Path, spec: DataSpec, data_fingerprint: str) -> Pre
         TokenStore.open(heldout, verify="size")
     expected = {(source.name, "train"): source for source in spec.sources}
     expected |= {(source.name, "heldout"): source for source in spec.heldout_sources}
-    made["table"] = [row | {"warning": warning_of(expected[row["source"], row["split"]], row)} for row in made["table"]]
+    rows = rows_from_json(made.get("table"), directory / "prepared.json")
+    if unknown := [row.source for row in rows if (row.source, row.split) not in expected]:
+        raise UserError(f"{directory}: damaged (the recipe has no source {unknown[0]!r}); delete it and prepare the data again")
+    table = [replace(row, warning=warning_of(expected[row.source, row.split], row)) for row in rows]
     if spec.mixing is None:
-        return Prepared(train, heldout, made["table"], data_fingerprint, contamination=contamination)
+        return Prepared(train, heldout, table, data_fingerprint, contamination=contamination)
     weights = {source.name: source.weight or 0.0 for source in spec.sources if not left_out(spec, source)}
     mixture = mix(store, weights, spec.mixing)
-    shares = mixture.rows()
-    table = [row | {"mixture": shares.get(row["source"]) if row["split"] == "train" else None} for row in made["table"]]
+    table = [replace(row, mixture=mixture.shares.get(row.source)) if row.split == "train" else row for row in table]
     return Prepared(
         train, heldout, table, fingerprint([data_fingerprint, mixture.fingerprint]), mixture, contamination=contamination
     )

@@ -325,3 +325,8 @@ def _natural(path: Path) -> list[tuple[int, int, str]]:
 
 def _error(source: SourceSpec, message: str) -> UserError:
     return UserError(f"source {source.name!r}: {message}")
+
+
+def schema_error(source: SourceSpec, drop: Drop) -> UserError:
+    """The refusal of a source that begins with a row its adapter is not for."""
+    return _error(source, f"{drop.where}: adapter {source.adapter}: {drop.detail}")

@@ -9,7 +9,7 @@ from keural.data.filtering.decontamination import check_evaluation
 from keural.data.loading.stream import Stream
 from keural.data.prepare import check_cleaning, check_sources, iter_texts, prepare
 from keural.data.prepared import Prepared, find_prepared, used_sources
-from keural.data.pretokenized import check_ready, ready
+from keural.data.pretokenized import check_pretokenized, open_pretokenized
 from keural.data.sources import FileHashes, content_of
 from keural.errors import UserError
 from keural.files import fingerprint, read_object, write_json
@@ -84,7 +84,7 @@ def check_inputs(recipe: Recipe, stages: Iterable[StageSpec], out: Path) -> None
     for stage in stages:
         check_evaluation(stage.data.decontaminate, data_directory(recipe))
         check_cleaning(stage.data, data_directory(recipe))
-        check_ready(stage.data, data_directory(recipe))
+        check_pretokenized(stage.data, data_directory(recipe))
         if stage.starts_from_directory and not (init_directory(out, stage) / "config.json").is_file():
             raise UserError(f"{stage.name}: init_from {stage.init_from!r} is not a model directory (no config.json there)")
 
@@ -124,7 +124,7 @@ def with_ancestors(recipe: Recipe, stage: StageSpec) -> dict[str, StageSpec]:
 def _prepare_stage(recipe: Recipe, stage: StageSpec, tokenizer: KeuralTokenizer, out: Path) -> Prepared:
     directory = data_directory(recipe)
     if stage.data.ready:
-        return ready(stage.data, stage.objective, directory, tokenizer, out / "data")
+        return open_pretokenized(stage.data, stage.objective, directory, tokenizer, out / "data")
     return prepare(stage.data, stage.objective, directory, tokenizer, out / "data", recipe.spec.seed)
 
 

@@ -20,8 +20,7 @@ from keural.data.adapters.base import WRONG_SCHEMA
 from keural.data.cleaning.measures import normalise
 from keural.data.records import Document as Text
 from keural.data.records import Drop
-from keural.data.source_counts import schema_error
-from keural.data.sources import Part, read_source
+from keural.data.sources import Part, read_source, schema_error
 from keural.recipe import SourceSpec
 
 EXAMPLE_LENGTH = 200

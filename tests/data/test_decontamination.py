@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from keural.data.adapters import evaluation
-from keural.data.filtering.decontamination import check_evaluation
+from keural.data.filtering.decontamination import check_evaluation, open_evaluation
 from keural.data.filtering.ngram_index import MIN_WEIGHT, ContaminationIndex, weight_of
 from keural.data.prepare import prepare
 from keural.data.records import EvaluationItem
@@ -193,6 +193,7 @@ def test_what_is_held_out_may_hold_evaluation_items(tmp_path: Path, tokenizer: K
 def test_bad_evaluation_sets_are_refused(tmp_path: Path, content: str | None, adapter: str, word: str) -> None:
     if content is not None:
         (tmp_path / "test.jsonl").write_text(content)
+    spec = DecontaminateSpec(sources=[SourceSpec(name="e", adapter=adapter, path="test.jsonl")])
     with pytest.raises(UserError, match=word) as caught:
-        check_evaluation(DecontaminateSpec(sources=[SourceSpec(name="e", adapter=adapter, path="test.jsonl")]), tmp_path)
+        check_evaluation(open_evaluation(spec, tmp_path))
     assert "\n" not in str(caught.value)

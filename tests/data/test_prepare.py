@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from keural.cli.printing import print_data
 from keural.data.filtering.holdout import Splitter
-from keural.data.prepare import iter_texts, prepare
+from keural.data.prepare import prepare
 from keural.data.prepared import Prepared, read_heldout_texts
 from keural.data.records import Conversation, Document
-from keural.data.tokenizer_texts import pieces
+from keural.data.sources import open_sources
+from keural.data.tokenizer_texts import iter_texts, pieces
 from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
 from keural.recipe import DataSpec, SourceSpec
@@ -376,11 +377,11 @@ def test_pieces_are_the_text(text: str, size: int) -> None:
 def test_texts_for_the_tokenizer_are_thinned_evenly(work: Workplace, write: Any) -> None:
     big = "".join(f"긴 줄 {number} with some words\n" for number in range(9000))
     sources = [write("big.txt", big, name="big"), write("b.jsonl", jsonl([{"text": f"b{n} " * 500} for n in range(40)]), name="b")]
-    everything = list(iter_texts(sources, work.data_dir, 10**9, 1))
+    everything = list(iter_texts(open_sources(sources, work.data_dir), 10**9, 1))
     assert len(everything) == 41
     total = sum(len(text.encode()) for text in everything)
-    thinned = list(iter_texts(sources, work.data_dir, total // 4, 1))
-    assert thinned == list(iter_texts(sources, work.data_dir, total // 4, 1))
+    thinned = list(iter_texts(open_sources(sources, work.data_dir), total // 4, 1))
+    assert thinned == list(iter_texts(open_sources(sources, work.data_dir), total // 4, 1))
     assert total / 4 * 0.9 < sum(len(text.encode()) for text in thinned) <= total / 4
     assert all(text in big or text.startswith("b") for text in thinned)
     share = sum(len(text.encode()) for text in thinned if text.startswith("b")) / sum(len(f"b{n} " * 500) for n in range(40))
@@ -390,9 +391,9 @@ def test_texts_for_the_tokenizer_are_thinned_evenly(work: Workplace, write: Any)
 def test_conversations_pairs_limits_and_repeats_give_texts(work: Workplace, write: Any) -> None:
     chats = write("a.jsonl", jsonl([conversation("q", "a"), conversation("r", "b")]), "messages", name="a", limit=1, repeat=2)
     pairs = write("b.jsonl", jsonl([{"prompt": "p", "chosen": "c", "rejected": "d"}]), "preference", name="b")
-    assert list(iter_texts([chats, pairs], work.data_dir, 1000, 1)) == ["q", "q", "a", "a", "p", "c", "d"]
+    assert list(iter_texts(open_sources([chats, pairs], work.data_dir), 1000, 1)) == ["q", "q", "a", "a", "p", "c", "d"]
     with pytest.raises(UserError, match="source 'source': gives no text"):
-        list(iter_texts([write("c.jsonl", jsonl([{"x": 1}]))], work.data_dir, 1000, 1))
+        list(iter_texts(open_sources([write("c.jsonl", jsonl([{"x": 1}]))], work.data_dir), 1000, 1))
 
 
 def test_a_damaged_memory_of_what_is_there_is_made_again_or_named(work: Workplace, write: Any) -> None:

@@ -3,26 +3,21 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from keural.data.licenses import left_out
 from keural.data.loading.corpus import Corpus
 from keural.data.loading.mixture import Mixture, mix
 from keural.data.source_counts import SourceRow, rows_from_json, warning_of
-from keural.data.sources import FileHashes, check_sources, content_of
+from keural.data.sources import FileHashes
+from keural.data.stage_sources import StageSources, open_stage_sources
 from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
 from keural.files import fingerprint, read_json, read_object, write_json
-from keural.recipe import DataSpec, Objective, SourceSpec
+from keural.recipe import DataSpec, Objective
 from keural.tokenizer.load import KeuralTokenizer
 
-if TYPE_CHECKING:
-    pass
-
-
 HASHES = "file-hashes.json"
-
-
 VERSION = 2
 """Raised when the same sources give other bytes than before."""
 
@@ -36,7 +31,7 @@ class Prepared:
     table: list[SourceRow]
     fingerprint: str
     mixture: Mixture | None = None
-    ready: Corpus | None = None
+    pretokenized: Corpus | None = None
     """Where the data is that was tokenised before; None: in `train`."""
     contamination: dict[str, dict[str, Any]] | None = None
     """By evaluation set (`Decontaminator.report`); the records that were found are listed in `contamination.jsonl`."""
@@ -44,15 +39,14 @@ class Prepared:
     @property
     def corpus(self) -> Corpus:
         """What the stage trains on."""
-        return self.ready or Corpus((self.train,), mixture=self.mixture)
+        return self.pretokenized or Corpus((self.train,), mixture=self.mixture)
 
 
 def find_prepared(
     spec: DataSpec, objective: Objective, data_dir: Path | None, tokenizer: KeuralTokenizer, out_root: Path, seed: int
 ) -> Prepared | None:
     """What `prepare` would give, if it is there already. Raises `UserError` for sources that cannot be read."""
-    check_sources(used_sources(spec), data_dir)
-    wanted = data_fingerprint(spec, objective, data_dir, tokenizer, out_root, seed)
+    wanted = data_fingerprint(open_stage_sources(spec, data_dir), objective, tokenizer, out_root, seed)
     directory = out_root / wanted[:16]
     return open_prepared(directory, spec, wanted) if is_prepared(directory, wanted) else None
 
@@ -83,14 +77,6 @@ def open_prepared(directory: Path, spec: DataSpec, data_fingerprint: str) -> Pre
     )
 
 
-def used_sources(spec: DataSpec) -> list[SourceSpec]:
-    """The sources that the recipe does not leave out. Raises `UserError` when none is left to train on."""
-    if spec.sources and all(left_out(spec, source) for source in spec.sources):
-        reasons = ", ".join(f"{source.name} ({left_out(spec, source)})" for source in spec.sources)
-        raise UserError(f"no source is left to train on: data.licenses and data.benchmarks leave out {reasons}")
-    return [source for source in (*spec.sources, *spec.heldout_sources) if not left_out(spec, source)]
-
-
 def read_heldout_texts(prepared: Prepared, language: str | None = None) -> list[str]:
     """The held-out documents' texts, shuffled; with `language` only those of that language.
 
@@ -108,27 +94,24 @@ def read_heldout_texts(prepared: Prepared, language: str | None = None) -> list[
     return texts
 
 
-def data_fingerprint(
-    spec: DataSpec, objective: Objective, data_dir: Path | None, tokenizer: KeuralTokenizer, out_root: Path, seed: int
-) -> str:
+def data_fingerprint(sources: StageSources, objective: Objective, tokenizer: KeuralTokenizer, out_root: Path, seed: int) -> str:
     """Of settings, contents and tokenizer. Documents are cut only by the stream, so their stores do not depend on the length."""
-    hashes = file_hashes(out_root)
+    spec, hashes = sources.spec, file_hashes(out_root)
     settings = spec.model_dump(exclude={"store", "stores", "shards", "mixing", "cleaning"})
     if spec.cleaning is not None:
         from keural.data.cleaning.run import cleaning_fingerprint
 
-        settings["cleaning"] = cleaning_fingerprint(spec.cleaning, sources_to_clean(spec), data_dir, seed, hashes)
+        settings["cleaning"] = cleaning_fingerprint(spec.cleaning, sources.heldout_first, sources.data_dir, seed, hashes)
     for source in settings["sources"] + settings["heldout_sources"]:
         del source["weight"]  # weights choose what is read from a store, not what is in it
         del source["expect"]  # a warning
-    evaluation = spec.decontaminate.sources if spec.decontaminate else []
-    if not evaluation:
+    if spec.decontaminate is None:
         del settings["decontaminate"]
     if spec.mixing is not None:
         settings["sections"] = True
     if objective == "next_token":
         del settings["sequence_length"]
-    contents = [content_of(source, data_dir, hashes) for source in (*used_sources(spec), *evaluation)]
+    contents = [source.content(hashes) for source in (*sources.used, *sources.evaluation)]
     if hashes.changed:
         write_json(out_root / HASHES, hashes.known)
     return fingerprint(
@@ -141,12 +124,6 @@ def data_fingerprint(
             "seed": seed,
         }
     )
-
-
-def sources_to_clean(spec: DataSpec) -> list[SourceSpec]:
-    """The used sources, those that are held out first, so that it is they that keep their documents."""
-    held = [source for source in spec.heldout_sources if not left_out(spec, source)]
-    return [*held, *(source for source in used_sources(spec) if source not in held)]
 
 
 def file_hashes(out_root: Path) -> FileHashes:

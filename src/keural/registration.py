@@ -8,7 +8,6 @@ the Auto classes are there already, the architecture is registered at once, else
 import sys
 import threading
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
@@ -39,8 +38,8 @@ def register() -> None:
     AutoModelForCausalLM.register(KeuralConfig, KeuralMoECausalLM, exist_ok=True)
 
 
-class _Watch(MetaPathFinder):
-    """Finds watched modules as they are found without it, and registers when the outermost of them has been read.
+class _Watch:
+    """A meta path finder: finds watched modules as they are found without it, registers when the outermost of them has been read.
 
     Not sooner: transformers' base classes import the Auto classes in the middle of their own files, where our network, which is
     built on them, cannot be imported yet.

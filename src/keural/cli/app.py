@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
-from transformers.utils import logging as transformers_logging
 
 from keural.cli import checkpoints, data, tokenizer
 from keural.cli.options import (
@@ -26,17 +24,20 @@ from keural.cli.options import (
     RecipeDir,
     RepetitionPenalty,
     Seed,
+    StageFile,
     System,
     Temperature,
     Threads,
     TopP,
     open_recipe,
+    open_stage,
 )
 from keural.errors import UserError
 
 if TYPE_CHECKING:
     from keural.pipeline.run import Outcome
-    from keural.serve.engines.sampling import SamplingParams
+    from keural.recipe import Recipe
+    from keural.serve.engines.sampling_params import SamplingParams
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__.split("\n")[0], pretty_exceptions_enable=False)
 app.add_typer(tokenizer.app, name="tokenizer")
@@ -46,7 +47,6 @@ app.add_typer(checkpoints.app)
 
 def main() -> None:
     """Run the command line; the process's exit code says how it went."""
-    transformers_logging.disable_progress_bar()
     try:
         app()
     except UserError as error:
@@ -74,27 +74,34 @@ def run(
     tensorboard: Annotated[bool, typer.Option(help="also write TensorBoard files")] = False,
 ) -> None:
     """Run a recipe's whole pipeline; finished stages are skipped, an interrupted one is resumed."""
+    loaded, directory = open_recipe(recipe, overrides, out)
+    _check(loaded, directory, until=until)
     from keural.pipeline.run import run as run_recipe
 
-    loaded, directory = open_recipe(recipe, overrides, out)
-    outcome = run_recipe(loaded, directory, until=until, tensorboard=tensorboard)
-    _end(outcome)
+    _end(run_recipe(loaded, directory, until=until, tensorboard=tensorboard))
 
 
 @app.command()
 def train(
-    stage: Annotated[Path, typer.Argument(help="a stage's YAML file, with recipe.yaml beside it")],
+    stage: StageFile,
     overrides: Overrides = None,
     out: Out = None,
     tensorboard: Annotated[bool, typer.Option(help="also write TensorBoard files")] = False,
 ) -> None:
     """Run one stage (with torchrun: on many processes); the stage it starts from must be finished."""
-    from keural.cli import printing
+    loaded, name, directory = open_stage(stage, overrides, out)
+    _check(loaded, directory, only=name)
     from keural.pipeline.run import run as run_recipe
 
-    loaded, directory = open_recipe(printing.stage_file(stage).parent, overrides, out)
-    outcome = run_recipe(loaded, directory, only=stage.stem, tensorboard=tensorboard)
-    _end(outcome)
+    _end(run_recipe(loaded, directory, only=name, tensorboard=tensorboard))
+
+
+def _check(recipe: "Recipe", directory: Path, *, until: str | None = None, only: str | None = None) -> None:
+    """Refuse what cannot work before torch is imported, which takes seconds; under torchrun rank 0 looks for all, later."""
+    from keural.pipeline import workspace
+
+    if "LOCAL_RANK" not in os.environ:
+        workspace.check_inputs(recipe, workspace.select_stages(recipe, until=until, only=only), directory)
 
 
 def _end(outcome: "Outcome") -> None:
@@ -110,11 +117,12 @@ def _end(outcome: "Outcome") -> None:
 @app.command(name="recipe")
 def show_recipe(recipe: RecipeDir, overrides: Overrides = None) -> None:
     """Print a recipe with every setting resolved, and the size of its model."""
-    from keural.model import KeuralConfig, count_parameters
+    import yaml
+
+    from keural.model.parameters import CHATML_IDS, count_weights
 
     loaded, _ = open_recipe(recipe, overrides, None)
-    shape = loaded.spec.model.model_dump(exclude={"rope_theta"})
-    total, active = count_parameters(KeuralConfig(**shape, vocab_size=loaded.spec.tokenizer.vocab_size + 2))
+    total, active = count_weights(loaded.spec.model, loaded.spec.tokenizer.vocab_size + CHATML_IDS)
     print(yaml.safe_dump(loaded.resolved(), allow_unicode=True, sort_keys=False), end="")
     print(f"# parameters: {total:,} in all, {active:,} active per token")
 
@@ -133,9 +141,9 @@ def chat(
     jamo: JamoStyle = "compatibility",
 ) -> None:
     """Talk to a model in the terminal (/system TEXT, /reset, /help, /exit)."""
+    sampling = _sampling(path, engine, temperature, top_p, repetition_penalty, max_new_tokens, seed)
     from keural.serve.chat import run_chat
 
-    sampling = _sampling(path, engine, temperature, top_p, repetition_penalty, max_new_tokens, seed)
     raise SystemExit(run_chat(path, sampling, system, jamo, engine, threads))
 
 

@@ -17,6 +17,7 @@ from keural.errors import UserError
 from keural.files import read_object
 from keural.pipeline.workspace import find_stage_data
 from keural.recipe import Recipe, StageSpec, load_recipe
+from keural.recipe.shipped import RECIPE_FILE, names, recipe_directory
 
 CLEANING = "cleaning.json"
 """What cleaning kept and dropped, with examples."""
@@ -26,7 +27,9 @@ ANY_ID = 1 << 32
 
 def describe(path: Path, overrides: list[str], out: Path | None, as_json: bool) -> str:
     """What `path` holds, as text. Raises `UserError` when it is nothing that is known, or damaged."""
-    if (path / "recipe.yaml").is_file():
+    if not path.exists() and str(path) in names():
+        path = recipe_directory(path)
+    if (path / RECIPE_FILE).is_file():
         return _mixture(load_recipe(path, overrides), out, as_json)
     if overrides or out:
         raise UserError(f"{path}: is no recipe; key=value and --out are for recipes")

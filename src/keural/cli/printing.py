@@ -4,7 +4,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,15 +14,16 @@ from rich.text import Text
 
 from keural.data.loading.batch import Batch
 from keural.data.source_counts import SourceRow
-from keural.errors import UserError
 from keural.files import read_json
-from keural.pipeline.run import Outcome
 from keural.pipeline.workspace import Workspace, open_stream
 from keural.recipe import StageSpec
 from keural.serve.text import printable
 
+if TYPE_CHECKING:
+    from keural.pipeline.run import Outcome
 
-def print_ending(outcome: Outcome, arguments: str) -> None:
+
+def print_ending(outcome: "Outcome", arguments: str) -> None:
     """Stages, figures, sample exchanges and the line that opens a chat; or how to go on after an interruption.
 
     `arguments` are those that the command was given, every option included.
@@ -154,7 +155,7 @@ def show_batch(workspace: Workspace, stage: StageSpec, step: int, rows: int) -> 
             console.print(_segment(workspace, batch, row, segment), soft_wrap=True)
 
 
-def _segment(workspace: Workspace, batch: Batch, row: int, segment: int) -> Text:
+def _segment(workspace: Workspace, batch: "Batch", row: int, segment: int) -> Text:
     """One document of a row: its place in the store, then its text; a token is underlined when predicting it is trained."""
     inside = (batch.segment_ids[row] == segment).nonzero()[0]
     ids = batch.input_ids[row, inside].tolist()
@@ -167,13 +168,6 @@ def _segment(workspace: Workspace, batch: Batch, row: int, segment: int) -> Text
             text.append(piece, style="not dim underline" if trained[start] else "not dim")
             start = end
     return text
-
-
-def stage_file(path: Path) -> Path:
-    """`path` if it is a stage's file. Raises `UserError`."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a stage's YAML file, e.g. recipes/toy/sft-1.yaml")
-    return path
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .configuration_keural import KeuralConfig
     from .modeling_keural import KeuralMoECausalLM, KeuralMoEModel, KeuralPreTrainedModel, router_losses
-    from .parameters import ParameterCount, count_parameters
-    from .vocabulary import CHATML_IDS, grow_vocabulary, mean_row
+    from .parameters import CHATML_IDS, ParameterCount, count_parameters
+    from .vocabulary import grow_vocabulary, mean_row
 
 __all__ = [
     "CHATML_IDS",
@@ -34,7 +34,7 @@ _HOME = {
     "router_losses": "modeling_keural",
     "ParameterCount": "parameters",
     "count_parameters": "parameters",
-    "CHATML_IDS": "vocabulary",
+    "CHATML_IDS": "parameters",
     "grow_vocabulary": "vocabulary",
     "mean_row": "vocabulary",
 }

@@ -5,6 +5,9 @@ In: its shape, from a configuration or a recipe. Out: two numbers. Nothing is bu
 
 from typing import NamedTuple, Protocol
 
+CHATML_IDS = 2
+"""Ids that every tokenizer of Keural has after its pieces, and that a base model may lack."""
+
 
 class ParameterCount(NamedTuple):
     """Numbers of weights of a model."""

@@ -26,7 +26,7 @@ from keural.pipeline.run_directory import (
     only_run_in,
     open_stage_directory,
 )
-from keural.pipeline.workspace import Workspace, check_inputs, init_directory, prepare_all, with_ancestors
+from keural.pipeline.workspace import Workspace, check_inputs, init_directory, prepare_all, select_stages, with_ancestors
 from keural.pretrained.directory import save_model_directory
 from keural.pretrained.lineage import check_sums
 from keural.recipe import VERSION, Recipe, StageSpec, parse_duration
@@ -51,7 +51,7 @@ def run(recipe: Recipe, out: Path, *, until: str | None = None, only: str | None
     every rank calls this; rank 0 prepares and exports. Raises `UserError` for anything the user can mend, before the first
     step where possible.
     """
-    stages = _selected(recipe, until, only)
+    stages = select_stages(recipe, until=until, only=only)
     with session() as ranks, contextlib.ExitStack() as stack:
         started = time.monotonic()
         ranks.on_main(lambda: check_inputs(recipe, stages, out))
@@ -72,13 +72,6 @@ def _open_run(recipe: Recipe, stages: list[StageSpec], out: Path) -> None:
     for measure in recipe.spec.evaluation.bits_per_byte:
         if measure.stage in workspace.data:
             measured_texts(measure, workspace.data[measure.stage])
-
-
-def _selected(recipe: Recipe, until: str | None, only: str | None) -> list[StageSpec]:
-    if only is not None:
-        return [recipe.stage(only)]
-    last = recipe.stages.index(recipe.stage(until)) if until is not None else len(recipe.stages) - 1
-    return list(recipe.stages[: last + 1])
 
 
 def _train(workspace: Workspace, stage: StageSpec, ranks: Ranks, tensorboard: bool) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from keural.data.filtering.decontamination import check_evaluation
 from keural.data.loading.stream import Stream
@@ -14,11 +15,13 @@ from keural.data.stage_sources import open_stage_sources
 from keural.data.tokenizer_texts import iter_texts
 from keural.errors import UserError
 from keural.files import fingerprint, read_object, write_json
-from keural.model import KeuralConfig
 from keural.pipeline.run_directory import is_done, set_aside
 from keural.recipe import VERSION, Recipe, StageSpec
 from keural.tokenizer import KeuralTokenizer
 from keural.tokenizer.train import train_tokenizer
+
+if TYPE_CHECKING:
+    from keural.model import KeuralConfig
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Workspace:
     data: dict[str, Prepared]
 
     @property
-    def model_config(self) -> KeuralConfig:
+    def model_config(self) -> "KeuralConfig":
         """The network of the recipe, with the tokenizer's vocabulary."""
         return build_config(self.recipe, self.tokenizer)
 
@@ -63,8 +66,10 @@ class Workspace:
         return self.stage_fingerprint(self.recipe.stage(stage.init_from))
 
 
-def build_config(recipe: Recipe, tokenizer: KeuralTokenizer) -> KeuralConfig:
+def build_config(recipe: Recipe, tokenizer: KeuralTokenizer) -> "KeuralConfig":
     """The model configuration of a recipe with this tokenizer's ids."""
+    from keural.model import KeuralConfig
+
     shape = recipe.spec.model.model_dump()
     theta = shape.pop("rope_theta")
     return KeuralConfig(
@@ -75,6 +80,14 @@ def build_config(recipe: Recipe, tokenizer: KeuralTokenizer) -> KeuralConfig:
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.im_end_id,
     )
+
+
+def select_stages(recipe: Recipe, *, until: str | None = None, only: str | None = None) -> list[StageSpec]:
+    """The stages up to and with `until`, or `only` that one, or all. Raises `UserError` for a name that no stage has."""
+    if only is not None:
+        return [recipe.stage(only)]
+    last = recipe.stages.index(recipe.stage(until)) if until is not None else len(recipe.stages) - 1
+    return list(recipe.stages[: last + 1])
 
 
 def check_inputs(recipe: Recipe, stages: Sequence[StageSpec], out: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from keural.data import mixture_report
+from keural.data.source_counts import rows_from_json
 from keural.data.tokens import published_format
 from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
@@ -35,7 +36,15 @@ def describe(path: Path, overrides: list[str], out: Path | None, as_json: bool) 
     if (path / "prepared.json").is_file():
         made = read_object(path / "prepared.json")
         pairs = read_object(path / "train" / "manifest.json").get("kind") == "pairs"
-        text = _text({path.name: mixture_report.prepared(made["table"], "dpo" if pairs else None)}, {}, as_json)
+        text = _text(
+            {
+                path.name: mixture_report.prepared(
+                    rows_from_json(made.get("table"), path / "prepared.json"), "dpo" if pairs else None
+                )
+            },
+            {},
+            as_json,
+        )
         cleaned = made.get("cleaned")
         return f"{text}\ncleaned: {path.parent / cleaned} (ask for its stats, too)\n" if cleaned and not as_json else text
     if (path / CLEANING).is_file():

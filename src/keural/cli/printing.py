@@ -12,13 +12,14 @@ from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from keural.data.loading.batch import Batch
+from keural.data.source_counts import SourceRow
 from keural.files import read_json
 from keural.pipeline.workspace import Workspace, open_stream
 from keural.recipe import StageSpec
 from keural.serve.text import printable
 
 if TYPE_CHECKING:
-    from keural.data.loading.stream import Batch
     from keural.pipeline.run import Outcome
 
 
@@ -94,40 +95,40 @@ def print_data(workspace: Workspace) -> None:
         for column in ("source", "rows", "kept", "tokens", "dropped"):
             table.add_column(column, justify="left" if column in {"source", "dropped"} else "right", overflow="fold")
         for row in prepared.table:
-            drops = "\n".join(f"{reason} {count:,} (first: {row['first_drop'][reason]})" for reason, count in row["drops"].items())
-            drops += "".join(f"\n{reason} {count:,} (kept)" for reason, count in row["noted"].items())
-            drops = f"left out: {row['left_out']}" if row["left_out"] else drops.strip()
-            source, drops = escape(row["source"]), escape(drops)  # names of files may hold brackets
-            table.add_row(source, f"{row['rows']:,}", f"{row['kept']:,}", f"{row['tokens']:,}", drops)
+            drops = "\n".join(f"{reason} {count:,} (first: {row.first_drop[reason]})" for reason, count in row.drops.items())
+            drops += "".join(f"\n{reason} {count:,} (kept)" for reason, count in row.noted.items())
+            drops = f"left out: {row.left_out}" if row.left_out else drops.strip()
+            source, drops = escape(row.source), escape(drops)  # names of files may hold brackets
+            table.add_row(source, f"{row.rows:,}", f"{row.kept:,}", f"{row.tokens:,}", drops)
         console.print(table)
-        if any(row.get("mixture") for row in prepared.table):
+        if any(row.mixture for row in prepared.table):
             console.print(_mixture_table(name, prepared.table))
         for evaluation_set, found in (prepared.contamination or {}).items():
             short = f", {found['too_short']:,} too short to be looked for" if found["too_short"] else ""
             line = f"contamination: {found['records']:,} records hold items of {evaluation_set} ({found['items']:,} items{short})"
             console.print(line, markup=False)
         for row in prepared.table:
-            if row.get("survey"):
-                console.print(row["survey"], markup=False, soft_wrap=True)
-            if row.get("warning"):
-                console.print(f"warning: {row['warning']}", markup=False)
-            if "benchmark" in row["flags"] and not row["left_out"]:
+            if row.survey:
+                console.print(row.survey, markup=False, soft_wrap=True)
+            if row.warning:
+                console.print(f"warning: {row.warning}", markup=False)
+            if "benchmark" in row.flags and not row.left_out:
                 console.print(
-                    f"warning: source {row['source']!r} is a benchmark; after training on it scores of its family mean nothing "
+                    f"warning: source {row.source!r} is a benchmark; after training on it scores of its family mean nothing "
                     "(data.benchmarks=false leaves it out)",
                     markup=False,
                 )
 
 
-def _mixture_table(name: str, rows: list[dict[str, Any]]) -> Table:
+def _mixture_table(name: str, rows: list[SourceRow]) -> Table:
     """What an epoch of mixed data holds: each part's share as it should be and as it is (of tokens; dpo: pairs), and how much."""
     table = Table(title=f"{name}: an epoch")
     for column in ("source", "target", "share", "repeats", "records", "tokens"):
         table.add_column(column, justify="left" if column == "source" else "right", overflow="fold")
     for row in rows:
-        if share := row.get("mixture"):
-            shares = [f"{share['target']:.1%}", f"{share['share']:.1%}", f"{share['repeats']:.2f}"]
-            table.add_row(escape(row["source"]), *shares, f"{share['records']:,}", f"{share['tokens']:,}")
+        if share := row.mixture:
+            shares = [f"{share.target:.1%}", f"{share.share:.1%}", f"{share.repeats:.2f}"]
+            table.add_row(escape(row.source), *shares, f"{share.records:,}", f"{share.tokens:,}")
     return table
 
 

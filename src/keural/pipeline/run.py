@@ -81,8 +81,8 @@ def _train(workspace: Workspace, stage: StageSpec, ranks: Ranks, tensorboard: bo
         ranks.say(f"{stage.name}: finished already, skipped")
         return False
     for row in workspace.data[stage.name].table:
-        if "survey" in row:
-            ranks.say(f"{stage.name}: {row['survey']}")
+        if row.survey:
+            ranks.say(f"{stage.name}: {row.survey}")
     ranks.on_main(lambda: _check_ready(workspace, stage))
     ranks.on_main(lambda: open_stage_directory(directory, stage, wanted))
     result = train_stage(_job(workspace, stage, wanted, tensorboard), ranks)
@@ -155,7 +155,7 @@ def _finish(workspace: Workspace, started: float) -> None:
         "recipe": recipe.spec.name,
         "seconds": 0.0,
         "stages": [read_json(out / stage.name / "done.json") for stage in stages],
-        "data": {stage.name: workspace.data[stage.name].table for stage in stages if stage.name in workspace.data},
+        "data": {stage.name: _table(workspace, stage) for stage in stages if stage.name in workspace.data},
         "evaluation": {},
         "samples": [],
     }
@@ -164,6 +164,11 @@ def _finish(workspace: Workspace, started: float) -> None:
     summary["seconds"] = round(time.monotonic() - started, 3)
     write_json(out / "summary.json", summary)
     write_report(out)
+
+
+def _table(workspace: Workspace, stage: StageSpec) -> list[dict[str, Any]]:
+    """The table of a stage's sources as plain data."""
+    return [row.to_json() for row in workspace.data[stage.name].table]
 
 
 def _is_current(workspace: Workspace, stage: StageSpec) -> bool:

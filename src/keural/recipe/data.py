@@ -62,6 +62,10 @@ class SourceSpec(Spec):
     """Name that sources share whose ids mean the same, e.g. a set and its translation; the default is the source's own."""
 
 
+GATE_SETTINGS = ("gates", "min_characters", "max_characters", "max_length_ratio", "id_field", "id_space")
+"""Settings of a source that say which of its records are used, by their content."""
+
+
 class LicensesSpec(Spec):
     """Which licences a stage's data may have; patterns such as `*-NC-*`, case aside."""
 
@@ -118,7 +122,7 @@ class DecontaminateSpec(Spec):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        unused = {"limit", "repeat", "weight", "expect", "text_kind", "gates", "min_characters", "max_characters", "id_field"}
+        unused = {"limit", "repeat", "weight", "expect", "text_kind", *GATE_SETTINGS}
         for source in self.sources:
             if given := sorted(unused & source.model_fields_set):
                 raise ValueError(

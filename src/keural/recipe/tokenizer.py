@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from keural.recipe.base import Spec
-from keural.recipe.data import SourceSpec
+from keural.recipe.data import GATE_SETTINGS, SourceSpec
 
 
 class TokenizerSpec(Spec):
@@ -34,4 +34,9 @@ class TokenizerSpec(Spec):
             raise ValueError("sources: weight is for a stage's sources; a tokenizer's have repeat and limit")
         if any(source.text_kind for source in self.sources):
             raise ValueError("sources: text_kind is for data.cleaning; a tokenizer's sources are read as they are")
+        for source in self.sources:
+            if given := [name for name in GATE_SETTINGS if name in source.model_fields_set]:
+                raise ValueError(
+                    f"sources: {given[0]} of {source.name!r} is for a stage's sources; a tokenizer's are read as they are"
+                )
         return self

@@ -10,7 +10,7 @@ What is weighed is what batches are made of: tokens, of preference pairs the pai
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from keural.data.tokens.store import TokenStore
@@ -55,10 +55,6 @@ class Mixture:
     def fingerprint(self) -> str:
         """Of the parts alone: other weights that come to the same epoch are the same mixture."""
         return fingerprint([list(part) for part in self.parts])
-
-    def rows(self) -> dict[str, dict[str, float]]:
-        """The shares by section as plain data."""
-        return {name: asdict(share) for name, share in self.shares.items()}
 
 
 def amounts(sizes: Mapping[str, int], weights: Mapping[str, float], spec: MixingSpec, unit: str = "tokens") -> dict[str, float]:

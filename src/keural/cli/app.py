@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from keural.recipe import Recipe
     from keural.serve.engines.sampling_params import SamplingParams
 
+RECIPES, DATA, USE = "Recipes and runs", "Data and tokenizers", "Talking to a model"
+"""Groups of commands in the help; those around checkpoints have theirs."""
+
 
 def _show_version(wanted: bool) -> None:
     if wanted:
@@ -49,8 +52,8 @@ def _show_version(wanted: bool) -> None:
 
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__.split("\n")[0], pretty_exceptions_enable=False)
-app.add_typer(tokenizer.app, name="tokenizer")
-app.add_typer(data.app, name="data")
+app.add_typer(tokenizer.app, name="tokenizer", rich_help_panel=DATA)
+app.add_typer(data.app, name="data", rich_help_panel=DATA)
 app.add_typer(checkpoints.app)
 
 
@@ -81,7 +84,7 @@ def main() -> None:
         sys.exit(2)
 
 
-@app.command()
+@app.command(rich_help_panel=RECIPES)
 def run(
     recipe: RecipeDir,
     overrides: Overrides = None,
@@ -97,7 +100,7 @@ def run(
     _end(run_recipe(loaded, directory, until=until, tensorboard=tensorboard))
 
 
-@app.command()
+@app.command(rich_help_panel=RECIPES)
 def train(
     stage: StageFile,
     overrides: Overrides = None,
@@ -130,7 +133,7 @@ def _end(outcome: "Outcome") -> None:
         raise SystemExit(128 + signal.SIGINT)
 
 
-@app.command(name="recipe")
+@app.command(name="recipe", rich_help_panel=RECIPES)
 def show_recipe(
     recipe: Annotated[Path | None, RECIPE] = None,
     overrides: Overrides = None,
@@ -159,7 +162,7 @@ def _print_recipe(recipe: Path, overrides: list[str] | None) -> None:
     print(f"# parameters: {total:,} in all, {active:,} active per token")
 
 
-@app.command()
+@app.command(rich_help_panel=RECIPES)
 def recipes(
     name: Annotated[str | None, typer.Argument(help="one of them")] = None,
     copy: Annotated[Path | None, typer.Option(metavar="DIR", help="write a copy of it here, to be changed")] = None,
@@ -178,7 +181,7 @@ def recipes(
             print(f"{known:<{max(map(len, chosen))}}  {description}")
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def chat(
     path: ModelPath,
     engine: EngineName = None,
@@ -207,7 +210,7 @@ def _sampling(path: Path, engine: str | None, *given: float | int | None) -> "Sa
     return replace(chat_defaults(path, engine)[0], **changes)
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def generate(
     path: ModelPath,
     prompt: Annotated[str, typer.Option(help="the user's message, or the text to continue with --raw")],

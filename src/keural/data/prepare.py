@@ -23,7 +23,6 @@ from keural.data.filtering.decontamination import REASON, Contaminated, Decontam
 from keural.data.filtering.gates import Gatekeeper
 from keural.data.filtering.holdout import Side, Splitter
 from keural.data.licenses import left_out
-from keural.data.loading.stream import STORE_KIND
 from keural.data.prepared import (
     Prepared,
     data_fingerprint,
@@ -43,7 +42,7 @@ from keural.data.tokens.encoding_cache import EncodingCache
 from keural.data.tokens.store_builder import StoreBuilder
 from keural.errors import UserError
 from keural.files import atomic_directory, write_json
-from keural.recipe import DataSpec, Objective
+from keural.recipe import OBJECTIVES, DataSpec, Objective
 from keural.tokenizer.load import KeuralTokenizer
 
 if TYPE_CHECKING:
@@ -83,10 +82,10 @@ def prepare(
 def _check_kinds(spec: DataSpec, objective: Objective) -> None:
     for source in used_sources(spec):
         kind = adapter_of(source).kind_of(source)
-        if kind != STORE_KIND[objective]:
+        if kind != OBJECTIVES[objective].store:
             raise UserError(
                 f"source {source.name!r}: adapter {source.adapter} gives {kind}; "
-                f"objective {objective} needs {STORE_KIND[objective]}"
+                f"objective {objective} needs {OBJECTIVES[objective].store}"
             )
 
 
@@ -143,7 +142,7 @@ def _make(
     spec: DataSpec, objective: Objective, tokenizer: KeuralTokenizer, parts: EncodingCache, directory: Path, reading: _Reading
 ) -> tuple[list[dict[str, Any]], bool]:
     """Read all sources and write the stores into `directory`. Returns the table, and whether anything is held out."""
-    kind = STORE_KIND[objective]
+    kind = OBJECTIVES[objective].store
     encoder = Encoder(tokenizer, spec, threads=len(os.sched_getaffinity(0)), parts=parts)
     sections = spec.mixing is not None
     held = StoreBuilder(directory / ".heldout", kind, keep_texts=True)

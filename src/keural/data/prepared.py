@@ -13,7 +13,7 @@ from keural.data.sources import FileHashes, check_sources, content_of
 from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
 from keural.files import fingerprint, read_json, read_object, write_json
-from keural.recipe import DataSpec, Objective, SourceSpec
+from keural.recipe import OBJECTIVES, DataSpec, Objective, SourceSpec
 from keural.tokenizer.load import KeuralTokenizer
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def data_fingerprint(
         del settings["decontaminate"]
     if spec.mixing is not None:
         settings["sections"] = True
-    if objective == "next_token":
+    if OBJECTIVES[objective].store == "documents":
         del settings["sequence_length"]
     contents = [content_of(source, data_dir, hashes) for source in (*used_sources(spec), *evaluation)]
     if hashes.changed:

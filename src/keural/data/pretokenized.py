@@ -85,11 +85,10 @@ def _table(
     shares = mixture.rows() if mixture else {}
     if not spec.stores:
         return _sources(opened, paths[0])
-    sides = 2 if opened.kind == "pairs" else 1
     rows = []
     for given, (first, stop) in zip(spec.stores, opened.sections.values(), strict=True):
         tokens = opened.extent(stop - 1)[1] - opened.extent(first)[0]
-        row = _row(given.name, "store", (stop - first) // sides, tokens) | {"language": given.language}
+        row = _row(given.name, "store", (stop - first) // opened.sequences_per_record, tokens) | {"language": given.language}
         rows.append(row | ({"mixture": shares[given.name]} if mixture else {}))
     return rows
 
@@ -99,8 +98,8 @@ def _sources(store: TokenStore, path: Path) -> list[dict[str, Any]]:
     rows = store.manifest.get("sources") or [{}]
     if all("kept" in row for row in rows):
         return [dict(row) for row in rows]
-    records = store.num_sequences // (2 if store.kind == "pairs" else 1)
-    return [_row(rows[0].get("source", path.name), "store", records, store.num_tokens) | {"license": rows[0].get("license")}]
+    row = _row(rows[0].get("source", path.name), "store", store.num_records, store.num_tokens)
+    return [row | {"license": rows[0].get("license")}]
 
 
 def _row(name: str, adapter: str, records: int, tokens: int) -> dict[str, Any]:

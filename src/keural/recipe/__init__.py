@@ -15,10 +15,13 @@ from keural.recipe.data import (
 from keural.recipe.evaluation import BitsPerByteSpec, ChatSpec, EvaluationSpec, ExactMatchSpec
 from keural.recipe.load import Recipe, RecipeSpec, load_recipe, parse_duration
 from keural.recipe.model import ModelSpec
+from keural.recipe.objectives import OBJECTIVES, STORES, Objective, ObjectiveKind, StoreKind, StoreShape, Unit
 from keural.recipe.tokenizer import TokenizerSpec
-from keural.recipe.training import DpoSpec, Objective, RouterSpec, StageSpec, TrainSpec
+from keural.recipe.training import DpoSpec, RouterSpec, StageSpec, TrainSpec
 
 __all__ = [
+    "OBJECTIVES",
+    "STORES",
     "BitsPerByteSpec",
     "ChatSpec",
     "CleaningSpec",
@@ -33,15 +36,19 @@ __all__ = [
     "MixingSpec",
     "ModelSpec",
     "Objective",
+    "ObjectiveKind",
     "Recipe",
     "RecipeSpec",
     "RouterSpec",
     "SourceSpec",
     "Spec",
     "StageSpec",
+    "StoreKind",
+    "StoreShape",
     "StoreSpec",
     "TokenizerSpec",
     "TrainSpec",
+    "Unit",
     "load_recipe",
     "parse_duration",
     "validate",

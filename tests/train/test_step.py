@@ -12,18 +12,11 @@ from train_small import LENGTH, SHA, VOCAB, metrics_of, open_run, small_job, ste
 from keural.data.loading.stream import Stream
 from keural.data.tokens.store import StoreWriter, TokenStore
 from keural.errors import UserError
-from keural.train.gradients import StepLosses
 from keural.train.loop import train_step
 from keural.train.optimizer import clip_gradients, gradient_norm
 from keural.train.stage import train_stage
 
 OBJECTIVES = ("next_token", "sft", "dpo")
-
-
-def figures(losses: StepLosses) -> list[torch.Tensor]:
-    """Everything that a step's losses are made of."""
-    router = losses.router
-    return [torch.tensor([losses.loss, *losses.metrics.values()]), router.counts, router.probabilities, router.squares]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -34,7 +27,7 @@ def test_more_micro_batches_give_the_same_gradients_router_losses_included(tmp_p
     for step in range(2):
         losses, gradients = step_gradients(whole, step)
         split_losses, split_gradients = step_gradients(parts, step)
-        torch.testing.assert_close(figures(split_losses), figures(losses), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(split_losses, losses, atol=1e-5, rtol=1e-5)
         for name in gradients:
             torch.testing.assert_close(split_gradients[name], gradients[name], atol=1e-5, rtol=1e-5)
     assert gradients["model.layers.0.mlp.gate.weight"].abs().max() > 1e-3
@@ -62,10 +55,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, objective: str) 
     plain = open_run(small_job(tmp_path, objective, run="plain")).trainer
     saving = open_run(small_job(tmp_path, objective, run="saving", train={"gradient_checkpointing": True})).trainer
     assert saving.policy.model.is_gradient_checkpointing
-    losses, gradients = step_gradients(plain)
-    saving_losses, saving_gradients = step_gradients(saving)
-    torch.testing.assert_close(figures(saving_losses), figures(losses), atol=1e-7, rtol=1e-6)
-    torch.testing.assert_close(saving_gradients, gradients, atol=1e-7, rtol=1e-6)
+    torch.testing.assert_close(step_gradients(saving), step_gradients(plain), atol=1e-7, rtol=1e-6)
 
 
 def test_gradients_of_packed_neighbours_are_those_of_each_document_alone(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_sft_loss_and_gradients_equal_trls(tmp_path: Path) -> None:
     real = padded([torch.ones_like(row) for row in tokens])
     loss = theirs.compute_loss(model, {"input_ids": padded(tokens), "attention_mask": real, "labels": labels})
     loss.backward()
-    assert losses.loss == pytest.approx(loss.item(), abs=1e-5)
+    assert losses["loss"].item() == pytest.approx(loss.item(), abs=1e-5)
     for name, gradient in gradients_of(model).items():
         torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-4)
 
@@ -88,7 +88,7 @@ def test_dpo_loss_and_gradients_equal_trls_sigmoid_loss(tmp_path: Path) -> None:
         },
     )
     loss.backward()
-    assert losses.loss == pytest.approx(loss.item(), abs=1e-5)
+    assert losses["loss"].item() == pytest.approx(loss.item(), abs=1e-5)
     assert loss.item() != pytest.approx(0.693, abs=0.01)
     for name, gradient in gradients_of(model).items():
         torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-4)

@@ -24,7 +24,7 @@ from keural.errors import UserError
 from keural.files import atomic_directory
 from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.recipe import StageSpec
-from keural.train.gradients import StepLosses, accumulate_gradients
+from keural.train.gradients import accumulate_gradients
 from keural.train.parallel import full_state_dict
 from keural.train.ranks import Ranks, session
 from keural.train.stage import StageJob, StageResult, StageRun, StopSignals, open_stage, train_stage
@@ -131,9 +131,11 @@ def open_run(job: StageJob) -> StageRun:
     return open_stage(job, Ranks(0, 1, torch.device("cpu")), StopSignals(), time.monotonic())
 
 
-def step_gradients(trainer: Trainer, step: int = 0) -> tuple[StepLosses, dict[str, torch.Tensor]]:
-    """The losses and the gradients of one optimizer step, without the step."""
-    losses = accumulate_gradients(trainer, step)
+def step_gradients(trainer: Trainer, step: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Everything that the losses of one optimizer step are made of, and its gradients, without the step."""
+    found = accumulate_gradients(trainer, step)
+    router = {name: getattr(found.router, name) for name in ("counts", "probabilities", "squares")}
+    losses = {name: torch.tensor(value) for name, value in {"loss": found.loss, **found.metrics}.items()} | router
     gradients = {name: parameter.grad.clone() for name, parameter in trainer.policy.model.named_parameters()}  # type: ignore[union-attr]
     return losses, gradients
 

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from keural.data.store import StoreWriter
+from keural.data.tokens.store import StoreWriter
 from keural.model import KeuralConfig
 from keural.recipe import StageSpec
 from keural.train.loop import train_step
-from keural.train.parallel import session
+from keural.train.ranks import session
 from keural.train.stage import StageJob, StageRun, StopSignals
 
 SHAPES = {

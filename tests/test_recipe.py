@@ -7,7 +7,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keural.data.sources import adapter_of, left_out
+from keural.data.adapters import adapter_of
+from keural.data.licenses import left_out
 from keural.errors import UserError
 from keural.recipe import Recipe, load_recipe, parse_duration
 

@@ -7,8 +7,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from keural.data.store import TokenStore
-from keural.data.stream import Stream
+from keural.data.loading.stream import Stream
+from keural.data.tokens.store import TokenStore
 
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "large_store.py"
 LENGTH, ROWS = 1024, 16

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from keural.data.adapters import ADAPTERS
-from keural.data.sources import left_out, license_of
-from keural.data.stream import STORE_KIND
+from keural.data.licenses import left_out, license_of
+from keural.data.loading.stream import STORE_KIND
 from keural.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"

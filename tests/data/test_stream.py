@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keural.data.store import Kind, StoreWriter, TokenStore
-from keural.data.stream import Batch, Stream
+from keural.data.loading.stream import Batch, Stream
+from keural.data.tokens.store import Kind, StoreWriter, TokenStore
 from keural.errors import UserError
 
 SHA = "a" * 64

@@ -10,8 +10,8 @@ import torch
 from train_small import LENGTH, losses_of, open_run, small_job
 
 from keural.errors import UserError
-from keural.train.batches import micro_batches
-from keural.train.objectives import sequence_logprobs, sides
+from keural.train.micro_batches import micro_batches
+from keural.train.objectives.preference import sequence_logprobs, sides
 from keural.train.reference import VALUES, ReferenceCache
 from keural.train.stage import train_stage
 

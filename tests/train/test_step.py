@@ -9,8 +9,8 @@ import pytest
 import torch
 from train_small import LENGTH, SHA, VOCAB, metrics_of, open_run, small_job, step_gradients, weights_of
 
-from keural.data.store import StoreWriter, TokenStore
-from keural.data.stream import Stream
+from keural.data.loading.stream import Stream
+from keural.data.tokens.store import StoreWriter, TokenStore
 from keural.errors import UserError
 from keural.train.loop import train_step
 from keural.train.optimizer import clip_gradients, gradient_norm

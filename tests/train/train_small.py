@@ -18,15 +18,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from keural.data.store import StoreWriter
-from keural.data.stream import Batch, Stream
+from keural.data.loading.stream import Batch, Stream
+from keural.data.tokens.store import StoreWriter
 from keural.errors import UserError
 from keural.files import atomic_directory
 from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.recipe import StageSpec
-from keural.train import parallel
-from keural.train.batches import micro_batches
 from keural.train.loop import Trainer, count_step, forward_backward, step_loads
+from keural.train.micro_batches import micro_batches
+from keural.train.parallel import full_state_dict
+from keural.train.ranks import Ranks, session
 from keural.train.stage import StageJob, StageResult, StageRun, StopSignals, train_stage
 
 VOCAB = 96
@@ -127,7 +128,7 @@ def small_job(
 
 def open_run(job: StageJob) -> StageRun:
     """The stage with its model, plan and references, before the first step."""
-    run = StageRun(job, parallel.Ranks(0, 1, torch.device("cpu")), time.monotonic())
+    run = StageRun(job, Ranks(0, 1, torch.device("cpu")), time.monotonic())
     run.prepare(StopSignals())
     return run
 
@@ -152,7 +153,7 @@ def losses_of(job: StageJob) -> list[float]:
 
 
 def weights_of(result: StageResult) -> dict[str, torch.Tensor]:
-    weights = parallel.full_state_dict(result.model)
+    weights = full_state_dict(result.model)
     assert weights is not None
     return weights
 
@@ -190,9 +191,9 @@ def train_and_save(
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
     try:
-        with parallel.session() as ranks, calling_before_each_step(before_step):
+        with session() as ranks, calling_before_each_step(before_step):
             result = train_stage(small_job(Path(directory), objective, **changes), ranks)
-            weights = parallel.full_state_dict(result.model)
+            weights = full_state_dict(result.model)
             if ranks.is_main:
                 torch.save({"weights": weights, "interrupted": result.interrupted, "steps": result.steps}, f"{out}.pt")
     except UserError as error:

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from keural.data.stream import Batch, Stream
+from keural.data.loading.stream import Batch, Stream
 from keural.errors import UserError
 from keural.recipe import StageSpec
-from keural.train.batches import MicroBatch, micro_batches
 from keural.train.losses import RouterStatistics, balance_loss, router_statistics, z_loss
-from keural.train.objectives import Objective, References
+from keural.train.micro_batches import MicroBatch, micro_batches
+from keural.train.objectives.base import Objective, References
 from keural.train.optimizer import clip_gradients, gradient_norm, set_learning_rate
-from keural.train.parallel import Ranks
 from keural.train.policy import Policy
+from keural.train.ranks import Ranks
 
 
 @dataclass

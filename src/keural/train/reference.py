@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keural.data.stream import Batch
+from keural.data.loading.stream import Batch
 from keural.errors import UserError
 from keural.files import atomic_directory, read_json, sha256_file, write_json
-from keural.train.batches import micro_batches
-from keural.train.objectives import sequence_logprobs, sides
-from keural.train.parallel import Ranks, reshard
+from keural.train.micro_batches import micro_batches
+from keural.train.objectives.preference import sequence_logprobs, sides
+from keural.train.parallel import reshard
 from keural.train.policy import Policy
+from keural.train.ranks import Ranks
 
 MANIFEST, VALUES = "manifest.json", "logprobs.npy"
 

@@ -18,23 +18,25 @@ from typing import Any
 
 import torch
 
-from keural.data.corpus import Corpus
-from keural.data.stream import Stream
+from keural.data.loading.corpus import Corpus
+from keural.data.loading.stream import Stream
 from keural.errors import UserError
 from keural.files import fingerprint as fingerprint_of
 from keural.files import sha256_file
 from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.recipe import StageSpec
-from keural.train import plan
+from keural.train import step_plan
 from keural.train.checkpoint import Checkpoints, Progress
-from keural.train.evaluation import evaluate, heldout_batches
-from keural.train.initial import initial_model
+from keural.train.heldout import evaluate, heldout_batches
+from keural.train.initial_weights import initial_model
 from keural.train.loop import StepReport, Trainer, train_step
 from keural.train.metrics import Metrics
-from keural.train.objectives import OBJECTIVES, References
+from keural.train.objectives.base import References
+from keural.train.objectives.registry import OBJECTIVES
 from keural.train.optimizer import build_optimizer
-from keural.train.parallel import Ranks, full_state_dict, prepare_layers, reshard, session, shard
+from keural.train.parallel import full_state_dict, prepare_layers, reshard, shard
 from keural.train.policy import Policy
+from keural.train.ranks import Ranks, session
 from keural.train.reference import ReferenceCache
 from keural.train.schedule import learning_rate
 
@@ -84,7 +86,7 @@ class StageResult:
 def train_stage(job: StageJob, ranks: Ranks | None = None) -> StageResult:
     """Train a stage to its end, or until SIGINT or SIGTERM: then the step is finished and saved, and `interrupted` is True.
 
-    Under torchrun every rank calls it, inside a `parallel.session` whose ranks are given if the model is used afterwards.
+    Under torchrun every rank calls it, inside a `ranks.session` whose ranks are given if the model is used afterwards.
 
     Raises `UserError` for everything the user can mend: a store that does not fit, a damaged checkpoint, a full disk, a loss
     that is not finite.
@@ -112,7 +114,7 @@ class StageRun:
 
     def prepare(self, stop: "StopSignals") -> None:
         """Fix the plan, compute references, and take up the newest checkpoint."""
-        self.plan = plan.load_or_make(self.job.run_dir / "plan.json", self.job.fingerprint, self.ranks, self._make_plan)
+        self.plan = step_plan.load_or_make(self.job.run_dir / "plan.json", self.job.fingerprint, self.ranks, self._make_plan)
         spec = self.job.stage.train
         self.trainer.learning_rate = lambda step: learning_rate(step, peak=spec.lr, minimum=spec.min_lr, **asdict(self.plan))
         if self.job.stage.objective == "dpo":
@@ -196,13 +198,13 @@ class StageRun:
             tensorboard=self.job.tensorboard,
         )
 
-    def _make_plan(self) -> plan.StepPlan:
+    def _make_plan(self) -> step_plan.StepPlan:
         if self.job.stage.train.budget_share is None:
-            return plan.fixed_plan(self.job.stage, self.stream)
+            return step_plan.fixed_plan(self.job.stage, self.stream)
         assert self.job.budget_seconds is not None, "a stage with a budget_share needs budget_seconds"
-        costs = plan.measure(self.trainer, plan.evaluation_rows(self.heldout), self.job.budget_seconds)
+        costs = step_plan.measure(self.trainer, step_plan.evaluation_rows(self.heldout), self.job.budget_seconds)
         left = self.job.budget_seconds - (time.monotonic() - self.started)
-        made = plan.budget_plan(self.job.stage, left, costs, self.stream.steps_per_epoch)
+        made = step_plan.budget_plan(self.job.stage, left, costs, self.stream.steps_per_epoch)
         self.ranks.say(
             f"{self.job.stage.name}: {costs.step:.2f} s per step, {made.steps} steps ({made.warmup_steps} of warm-up) "
             f"in {self.job.budget_seconds:.0f} s"

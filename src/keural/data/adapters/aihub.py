@@ -31,7 +31,7 @@ from keural.data.adapters.base import (
     text_of,
     with_system,
 )
-from keural.data.readers import OptionTypes
+from keural.data.readers.formats import OptionTypes
 from keural.data.records import Conversation, Drop, PreferencePair
 from keural.recipe import SourceSpec
 from keural.tokenizer.chatml import Message

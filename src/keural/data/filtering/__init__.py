@@ -1,0 +1,1 @@
+"""Records to kept records: gates, decontamination, what is held out."""

@@ -1,0 +1,156 @@
+"""How often each part of a store is seen in an epoch, so that the parts' weights are met.
+
+In: a store whose sections are the sources (or several stores, each a section) and their weights. Out: a `Mixture`, the epoch as a
+short list of ranges of the store. A section that is needed 2.4 times is named twice whole and once up to the document at which
+0.4 of it is reached; one that is needed 0.3 times is named up to there. So nothing is written twice, other weights need no other
+store, and any batch is found in constant time. The sequences of a section stand in the order of a hash of their content, so its
+first documents are a fixed random choice.
+
+What is weighed is what batches are made of: tokens, of preference pairs the pairs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from keural.data.tokens.store import TokenStore
+from keural.errors import UserError
+from keural.files import fingerprint
+from keural.recipe import MixingSpec
+
+
+class Part(NamedTuple):
+    """Sequences ``first..stop-1`` of a store, which are its tokens ``start..end-1``."""
+
+    first: int
+    stop: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """What became of one section's weight, for the table; shares are of the epoch, in tokens or pairs.
+
+    `records` and `tokens` count what the epoch holds, repeats included; `unused_records` and `unused_tokens` what it never shows.
+    """
+
+    target: float
+    share: float
+    repeats: float
+    records: int
+    tokens: int
+    unused_records: int
+    unused_tokens: int
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """An epoch: its parts one after another (the stream's order shuffles them), and each section's share."""
+
+    parts: tuple[Part, ...]
+    shares: dict[str, Share]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the parts alone: other weights that come to the same epoch are the same mixture."""
+        return fingerprint([list(part) for part in self.parts])
+
+
+def amounts(sizes: Mapping[str, int], weights: Mapping[str, float], spec: MixingSpec, unit: str = "tokens") -> dict[str, float]:
+    """How much of each section an epoch holds, in `unit`s; `sizes` is how much of it there is.
+
+    Raises `UserError` when a section is empty, or has less than `max_repeat` times its size allows and `scarce` is refuse, or all
+    sections together have too little.
+    """
+    if empty := [name for name in weights if not sizes[name]]:
+        raise UserError(f"data.mixing: {empty[0]!r} has nothing to train on (all of it is held out); leave it out")
+    limits = {name: spec.max_repeat * size for name, size in sizes.items()}
+    total = sum(weights.values())
+    possible = {name: limits[name] * total / weight for name, weight in weights.items()}
+    scarcest = min(possible, key=lambda name: possible[name])
+    epoch = possible[scarcest] if spec.epoch == "scarcest" else float(spec.epoch)
+    wanted = {name: epoch * weight / total for name, weight in weights.items()}
+    if epoch <= possible[scarcest]:
+        return wanted
+    if spec.scarce == "refuse":
+        raise UserError(
+            f"data.mixing: {scarcest!r} should give {wanted[scarcest]:,.0f} {unit} of an epoch of {epoch:,.0f}, but has "
+            f"{sizes[scarcest]:,}, at most {spec.max_repeat:g} times; lower epoch to {int(possible[scarcest])}, change its weight, "
+            "raise max_repeat, or set scarce: renormalise"
+        )
+    if epoch > sum(limits.values()):
+        raise UserError(
+            f"data.mixing: an epoch of {epoch:,.0f} {unit} is more than all sources give at {spec.max_repeat:g} times "
+            f"({int(sum(limits.values())):,}); lower epoch or raise max_repeat"
+        )
+    return _renormalised(limits, weights, epoch)
+
+
+def _renormalised(limits: Mapping[str, float], weights: Mapping[str, float], epoch: float) -> dict[str, float]:
+    """The epoch by weights, where no section gives more than its limit: what is missing is shared among the others."""
+    found: dict[str, float] = {}
+    while len(found) < len(weights):
+        rest = epoch - sum(found.values())
+        total = sum(weight for name, weight in weights.items() if name not in found)
+        wanted = {name: rest * weight / total for name, weight in weights.items() if name not in found}
+        full = {name: limits[name] for name, amount in wanted.items() if amount >= limits[name]}
+        found |= full or wanted
+    return found
+
+
+def mix(store: TokenStore, weights: Mapping[str, float], spec: MixingSpec) -> Mixture:
+    """The epoch that shows each section of `store` by its weight. Raises `UserError` as `amounts` does."""
+    unit = "pairs" if store.kind == "pairs" else "tokens"
+    sections = {name: _part(store, first, stop) for name, (first, stop) in store.sections.items() if name in weights}
+    sizes = {name: _amount(section, store) for name, section in sections.items()}
+    wanted = amounts({name: sizes.get(name, 0) for name in weights}, weights, spec, unit)
+    parts = {name: _parts(store, section, wanted[name], spec.max_repeat) for name, section in sections.items()}
+    epoch = sum(_amount(part, store) for listed in parts.values() for part in listed)
+    total = sum(weights.values())
+    shares = {name: _share(store, sections[name], parts[name], weights[name] / total, epoch) for name in sections}
+    return Mixture(tuple(part for listed in parts.values() for part in listed), shares)
+
+
+def _part(store: TokenStore, first: int, stop: int) -> Part:
+    return Part(first, stop, store.extent(first)[0], store.extent(stop - 1)[1])
+
+
+def _amount(part: Part, store: TokenStore) -> int:
+    """How much a part weighs."""
+    return (part.stop - part.first) // 2 if store.kind == "pairs" else part.end - part.start
+
+
+def _parts(store: TokenStore, section: Part, wanted: float, max_repeat: float) -> list[Part]:
+    """The section whole as often as it fits into `wanted`, then its beginning."""
+    size = _amount(section, store)
+    whole = min(int(wanted // size), int(max_repeat))
+    stop = _cut(store, section, wanted - whole * size, limit=max_repeat * size - whole * size)
+    if not whole and stop == section.first:
+        stop += 2 if store.kind == "pairs" else 1  # whatever has a weight is there
+    return [section] * whole + ([_part(store, section.first, stop)] if stop > section.first else [])
+
+
+def _cut(store: TokenStore, section: Part, amount: float, limit: float) -> int:
+    """The sequence before which the beginning of the section ends that is nearest to `amount`, and not above `limit`."""
+    if store.kind == "pairs":
+        return min(section.first + 2 * min(round(amount), int(limit)), section.stop)
+    position = min(section.start + int(amount), section.end - 1)
+    sequence = store.sequence_at(position)
+    before, after = (end - section.start for end in store.extent(sequence))
+    return sequence + 1 if after <= limit and after - amount < amount - before else sequence
+
+
+def _share(store: TokenStore, section: Part, parts: list[Part], target: float, epoch: int) -> Share:
+    sides = 2 if store.kind == "pairs" else 1
+    shown = max(parts, key=lambda part: part.stop)
+    amount = sum(_amount(part, store) for part in parts)
+    return Share(
+        target=target,
+        share=amount / epoch,
+        repeats=amount / _amount(section, store),
+        records=sum(part.stop - part.first for part in parts) // sides,
+        tokens=sum(part.end - part.start for part in parts),
+        unused_records=(section.stop - shown.stop) // sides,
+        unused_tokens=section.end - shown.end,
+    )

@@ -1,22 +1,24 @@
 """What the commands print: the end of a run, the data table, the batch of a step, what a model is, how far a conversion is."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from keural.data.loading.stream import Batch
-from keural.errors import UserError
+from keural.data.loading.batch import Batch
+from keural.data.source_counts import SourceRow
 from keural.files import read_json
-from keural.pipeline.run import Outcome
 from keural.pipeline.workspace import Workspace, open_stream
 from keural.recipe import StageSpec
 from keural.terminal import Piece, say, show, show_pieces, show_table
 
 Side = Literal["left", "right"]
 
+if TYPE_CHECKING:
+    from keural.pipeline.run import Outcome
 
-def print_ending(outcome: Outcome, arguments: str) -> None:
+
+def print_ending(outcome: "Outcome", arguments: str) -> None:
     """Stages, figures, sample exchanges and the line that opens a chat; or how to go on after an interruption.
 
     `arguments` are those that the command was given, every option included.
@@ -81,37 +83,37 @@ def print_data(workspace: Workspace) -> None:
     for name, prepared in workspace.data.items():
         names = ("source", "rows", "kept", "tokens", "dropped")
         show_table(name, _columns(names, ("source", "dropped")), [_data_row(row) for row in prepared.table])
-        if any(row.get("mixture") for row in prepared.table):
+        if any(row.mixture for row in prepared.table):
             _show_mixture(name, prepared.table)
         for evaluation_set, found in (prepared.contamination or {}).items():
             short = f", {found['too_short']:,} too short to be looked for" if found["too_short"] else ""
             show(f"contamination: {found['records']:,} records hold items of {evaluation_set} ({found['items']:,} items{short})")
         for row in prepared.table:
-            if row.get("survey"):
-                show(row["survey"])
-            if row.get("warning"):
-                show(f"warning: {row['warning']}")
-            if "benchmark" in row["flags"] and not row["left_out"]:
+            if row.survey:
+                show(row.survey)
+            if row.warning:
+                show(f"warning: {row.warning}")
+            if "benchmark" in row.flags and not row.left_out:
                 show(
-                    f"warning: source {row['source']!r} is a benchmark; after training on it scores of its family mean nothing "
+                    f"warning: source {row.source!r} is a benchmark; after training on it scores of its family mean nothing "
                     "(data.benchmarks=false leaves it out)"
                 )
 
 
-def _data_row(row: dict[str, Any]) -> tuple[str, ...]:
-    drops = "\n".join(f"{reason} {count:,} (first: {row['first_drop'][reason]})" for reason, count in row["drops"].items())
-    drops += "".join(f"\n{reason} {count:,} (kept)" for reason, count in row["noted"].items())
-    drops = f"left out: {row['left_out']}" if row["left_out"] else drops.strip()
-    return row["source"], f"{row['rows']:,}", f"{row['kept']:,}", f"{row['tokens']:,}", drops
+def _data_row(row: SourceRow) -> tuple[str, ...]:
+    drops = "\n".join(f"{reason} {count:,} (first: {row.first_drop[reason]})" for reason, count in row.drops.items())
+    drops += "".join(f"\n{reason} {count:,} (kept)" for reason, count in row.noted.items())
+    drops = f"left out: {row.left_out}" if row.left_out else drops.strip()
+    return row.source, f"{row.rows:,}", f"{row.kept:,}", f"{row.tokens:,}", drops
 
 
-def _show_mixture(name: str, table: list[dict[str, Any]]) -> None:
+def _show_mixture(name: str, table: Sequence[SourceRow]) -> None:
     """What an epoch of mixed data holds: each part's share as it should be and as it is (of tokens; dpo: pairs), and how much."""
     rows = []
     for row in table:
-        if share := row.get("mixture"):
-            shares = (f"{share['target']:.1%}", f"{share['share']:.1%}", f"{share['repeats']:.2f}")
-            rows.append((row["source"], *shares, f"{share['records']:,}", f"{share['tokens']:,}"))
+        if share := row.mixture:
+            shares = (f"{share.target:.1%}", f"{share.share:.1%}", f"{share.repeats:.2f}")
+            rows.append((row.source, *shares, f"{share.records:,}", f"{share.tokens:,}"))
     names = ("source", "target", "share", "repeats", "records", "tokens")
     show_table(f"{name}: an epoch", _columns(names, ("source",)), rows)
 
@@ -148,13 +150,6 @@ def _segment(workspace: Workspace, batch: Batch, row: int, segment: int) -> list
             pieces.append((piece, "underline" if trained[start] else ""))
             start = end
     return pieces
-
-
-def stage_file(path: Path) -> Path:
-    """`path` if it is a stage's file. Raises `UserError`."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a stage's YAML file, e.g. recipes/toy/sft-1.yaml")
-    return path
 
 
 def print_inspection(values: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from keural.errors import UserError
 from keural.serve.engines.base import Engine
 from keural.serve.engines.registry import chat_defaults, open_engine
-from keural.serve.engines.sampling import SamplingParams
+from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.jamo import Jamo
 from keural.serve.text import Answer, stream_answer
 from keural.terminal import is_terminal, note, say, show_answer, status

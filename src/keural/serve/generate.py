@@ -7,7 +7,7 @@ import contextlib
 from pathlib import Path
 
 from keural.serve.engines.registry import chat_defaults, open_engine
-from keural.serve.engines.sampling import SamplingParams
+from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.jamo import Jamo
 from keural.serve.text import stream_answer
 from keural.terminal import note, show_answer

@@ -8,13 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from keural.errors import UserError, nearest, quoted
+from keural.limits import EVERY_MACHINES_THREADS
 from keural.pretrained.lineage import read_record
 from keural.serve.engines.base import Engine, EngineKind
 from keural.serve.engines.paths import gguf_file, is_model_directory, looks_like_gguf, transformers_directory
-from keural.serve.engines.sampling import SamplingParams
-
-MIN_THREADS_ALLOWED = 64
-"""So many threads may be asked for on the smallest machine; a hundred thousand crash the libraries below."""
+from keural.serve.engines.sampling_params import SamplingParams
 
 
 def open_engine(path: Path, name: str | None = None, threads: int | None = None) -> Engine:
@@ -28,7 +26,7 @@ def open_engine(path: Path, name: str | None = None, threads: int | None = None)
     Raises:
         UserError: when the engine is unknown, not installed or does not run what is there, or the files are damaged.
     """
-    most = max(MIN_THREADS_ALLOWED, 2 * (os.cpu_count() or 1))
+    most = max(EVERY_MACHINES_THREADS, 2 * (os.cpu_count() or 1))
     if threads is not None and not 1 <= threads <= most:
         raise UserError(f"{quoted(threads)} threads: this machine has {os.cpu_count()} processors; give a number from 1 to {most}")
     kind, found = _find(path, name)

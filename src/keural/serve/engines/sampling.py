@@ -5,14 +5,11 @@ logits and seed give the same text everywhere. Order and definitions are those o
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from keural.errors import UserError, quoted
-from keural.recipe.evaluation import MAX_NEW_TOKENS, MAX_PENALTY, MAX_SEED, MAX_TEMPERATURE, MIN_PENALTY
+from keural.serve.engines.sampling_params import SamplingParams
 
 GREEDY_BELOW = 1e-5
 """A temperature this small is taken as 0: logits divided by it would overflow."""
@@ -21,40 +18,6 @@ SORTABLE = 2048
 """So many candidates of the nucleus are sorted without narrowing them further."""
 NARROWINGS = 20
 """Bisections tried at most: tokens of equal probability cannot be told apart."""
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the next token is chosen; the defaults are the model card's."""
-
-    temperature: float = 0.7
-    """Logits are divided by it; 0 takes the most probable token."""
-    top_p: float = 0.9
-    """Sample from the smallest set of tokens with at least this probability."""
-    repetition_penalty: float = 1.1
-    """Tokens of the prompt and the answer so far: positive logits are divided by it, negative ones multiplied."""
-    max_new_tokens: int = 256
-    seed: int | None = None
-    """Makes sampling repeatable; None draws a new seed for every answer."""
-
-    def __post_init__(self) -> None:
-        for name, (kinds, low, high) in _RANGES.items():
-            value: Any = getattr(self, name)
-            if name == "seed" and value is None:
-                continue
-            possible = isinstance(value, kinds) and not isinstance(value, bool) and bool(low <= value <= high)
-            if not possible:
-                raise UserError(f"impossible sampling settings: {name} {quoted(value)}; use a number from {low} to {high:,}")
-
-
-_NUMBER = (int, float)
-_RANGES: dict[str, tuple[Any, float, float]] = {
-    "temperature": (_NUMBER, 0, MAX_TEMPERATURE),
-    "top_p": (_NUMBER, 0, 1),
-    "repetition_penalty": (_NUMBER, MIN_PENALTY, MAX_PENALTY),
-    "max_new_tokens": ((int,), 1, MAX_NEW_TOKENS),
-    "seed": ((int,), 0, MAX_SEED),
-}
 
 
 def choose(logits: Tensor, seen: Tensor, sampling: SamplingParams, generator: torch.Generator | None = None) -> int:

@@ -69,7 +69,7 @@ class _Stream:
 
     def isatty(self) -> bool:
         """Whether it is a terminal."""
-        return is_terminal(self._stream)
+        return _is_terminal(self._stream)
 
     def fileno(self) -> int:
         """Its number."""
@@ -95,8 +95,12 @@ def _let_go(stream: TextIO) -> None:
         os.close(nowhere)
 
 
-def is_terminal(stream: TextIO | None) -> bool:
-    """Whether a stream is a terminal; a closed one is none."""
+def is_terminal(name: Literal["stdin", "stdout", "stderr"]) -> bool:
+    """Whether a standard stream is a terminal; a closed one is none."""
+    return _is_terminal(getattr(sys, name))
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
     try:
         return stream is not None and stream.isatty()
     except ValueError:
@@ -225,6 +229,11 @@ def progress(*columns: "ProgressColumn", transient: bool = False) -> "Progress":
 
     console = _console(_error())
     return Progress(*columns, console=console, transient=transient, disable=not console.is_terminal)
+
+
+def note_above(bar: "Progress", text: str) -> None:
+    """A line about the work above a bar that is shown."""
+    bar.console.print(visible(text), highlight=False, markup=False)
 
 
 @contextlib.contextmanager

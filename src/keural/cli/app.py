@@ -49,7 +49,7 @@ RECIPES, DATA, USE = "Recipes and runs", "Data and tokenizers", "Talking to a mo
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"keural {keural.__version__}")
+        show(f"keural {keural.__version__}")
         raise typer.Exit
 
 

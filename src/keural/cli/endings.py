@@ -1,7 +1,7 @@
 """How a command ends: every failure that is the user's, a file's or the machine's is one line and exit code 2.
 
-In: what a command raises. Out: the line on standard error and the exit code. Under torchrun rank 0 speaks for all; what another
-rank alone knows goes into torchrun's summary.
+In: what a command raises. Out: the line on standard error and the exit code. Under torchrun rank 0 speaks for all; what each
+rank has to say is left for torchrun's summary too, where what another rank alone knows is found.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,17 +40,23 @@ def one_line_endings() -> Iterator[None]:
         raise SystemExit(READER_LEFT) from None
     except Exception as error:
         refusal = _peer_failure(error) or refusal_of(error)
-        if refusal is None:
+        if refusal is not None:
+            raise SystemExit(_refuse(refusal)) from None
+        if _rank() == 0:
             raise
-        raise SystemExit(_refuse(refusal)) from None
+        _tell_torchrun(traceback.format_exc())
+        raise SystemExit(1) from None
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0")) if "LOCAL_RANK" in os.environ else 0
 
 
 def _refuse(error: UserError) -> int:
-    rank = int(os.environ.get("RANK", "0")) if "LOCAL_RANK" in os.environ else 0
-    if rank == 0:
+    if _rank() == 0:
         note(f"keural: error: {error}")
-    elif not error.told:
-        _tell_torchrun(f"keural: error: rank {rank}: {error}")
+    if "LOCAL_RANK" in os.environ and not error.told:
+        _tell_torchrun(f"keural: error: {error}")
     return USER_ERROR
 
 
@@ -75,10 +82,8 @@ def _peer_failure(error: Exception) -> UserError | None:
 
 
 def _tell_torchrun(message: str) -> None:
-    """Leave a message where torchrun's summary finds it."""
+    """Leave a message where torchrun, or `keural.launch`, finds it."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
         with contextlib.suppress(OSError):
             Path(file).write_text(json.dumps(content), encoding="utf-8")
-    else:
-        note(message)

@@ -97,7 +97,7 @@ class Terminal:
     def __init__(self) -> None:
         if sys.stdin is None:
             raise UserError("standard input is closed; a chat reads its lines there (`keural generate` answers one prompt)")
-        self.interactive = is_terminal(sys.stdin) and is_terminal(sys.stdout)
+        self.interactive = is_terminal("stdin") and is_terminal("stdout")
         if self.interactive:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  (line editing and history for input())

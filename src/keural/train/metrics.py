@@ -7,7 +7,6 @@ it.
 
 import contextlib
 import json
-import sys
 import time
 from pathlib import Path
 from types import TracebackType
@@ -15,9 +14,9 @@ from typing import Any, Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from keural.errors import UserError, visible
+from keural.errors import UserError
 from keural.files import write_atomic
-from keural.terminal import is_terminal, note, progress
+from keural.terminal import is_terminal, note, note_above, progress
 from keural.train.loop import StepReport
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -62,7 +61,7 @@ class Metrics:
         if self.active:
             keep_until(self.path, self.first_step)
             self._file = self.path.open("a", encoding="utf-8")
-            kind = _Bar if is_terminal(sys.stderr) else _Lines
+            kind = _Bar if is_terminal("stderr") else _Lines
             self._display = kind(self.name, self.first_step, self.steps)
         return self
 
@@ -137,7 +136,7 @@ class _Bar:
         self._progress.update(self._task, completed=done, figures=figures)
 
     def log(self, text: str) -> None:
-        self._progress.console.print(visible(text), highlight=False, markup=False)
+        note_above(self._progress, text)
 
     def close(self) -> None:
         self._progress.stop()

@@ -83,7 +83,7 @@ def _parts(value: Any) -> Any:
 
 
 def _check_depth(value: Any) -> None:
-    if any(depth > MAX_DEPTH for _, depth in _parts(value)):
+    if any(depth >= MAX_DEPTH and isinstance(part, dict | list) for part, depth in _parts(value)):
         raise Malformed(f"nested deeper than {MAX_DEPTH} levels")
 
 

@@ -138,5 +138,5 @@ class _Zstandard(io.RawIOBase):
         return len(piece)
 
     def _more(self) -> bool:
-        self._packed = self._file.read(1 << 12)  # a block may become a hundred megabytes, and is there at once
+        self._packed = self._file.read(1 << 10)  # may become 32 megabytes, which are there at once
         return bool(self._packed)

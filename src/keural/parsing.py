@@ -56,13 +56,13 @@ def parse_json(text: str | bytes) -> Any:
 
 def parse_yaml(text: str) -> Any:
     """The value of a YAML 1.1 document, in which `1e-4` is a number and a key given twice is an error. Raises `Malformed`."""
-    return _load(text, _StrictLoader)
+    return _load(text, _StrictLoader)[0]
 
 
 def parse_yaml_rows(text: str) -> tuple[Any, bool]:
     """The value of a YAML document with data, and whether parts of it are `UNREADABLE`. Raises `Malformed`."""
-    loader = _RowLoader(text)
-    return _value(loader), loader.failed
+    value, loader = _load(text, _RowLoader)
+    return value, isinstance(loader, _RowLoader) and loader.failed
 
 
 def holds_unreadable(value: Any) -> bool:
@@ -189,13 +189,10 @@ class _RowLoader(_Loader):
             return UNREADABLE
 
 
-def _load(text: str, kind: type[_Loader]) -> Any:
-    return _value(kind(text)) if text else None
-
-
-def _value(loader: _Loader) -> Any:
+def _load(text: str, kind: type[_Loader]) -> tuple[Any, _Loader]:
     try:
-        return loader.get_single_data()
+        loader = kind(text)
+        return loader.get_single_data(), loader
     except yaml.MarkedYAMLError as error:
         mark: Any = error.problem_mark or error.context_mark
         raise Malformed(

@@ -13,7 +13,7 @@ was done before, makes no finished work stale. Hence: **whoever changes the defa
 
 import re
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from annotated_types import Le, Lt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -72,15 +72,16 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
-    @model_validator(mode="after")
-    def _bounded(self) -> Self:
-        for name, field in type(self).model_fields.items():
-            value = getattr(self, name)
+    @model_validator(mode="before")
+    @classmethod
+    def _bounded(cls, data: Any) -> Any:
+        for name, field in cls.model_fields.items() if isinstance(data, dict) else ():
+            value = data.get(name)
             stated = any(limit == BOUNDED or isinstance(limit, Le | Lt) for limit in field.metadata)
-            most = LARGEST if isinstance(value, int) else LARGEST_FLOAT
+            most = LARGEST_FLOAT if float in (field.annotation, *get_args(field.annotation)) else LARGEST
             if isinstance(value, int | float) and not stated and abs(value) > most:
                 raise ValueError(f"{name} must be at most {most:,}, got {quoted(value)}")
-        return self
+        return data
 
     def determining(self, part: Part) -> dict[str, Any]:
         """The settings that determine the result of `part`, as plain data: marked keys and values that are defaults left out."""

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from keural.errors import UserError
+from keural.errors import UserError, refusal_of
 from keural.parsing import Malformed, parse_json, parse_yaml
 
 MAX_TEXT_BYTES = 1 << 30
@@ -103,11 +103,17 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free some space or choose another directory") from error
+        raise _cannot_write(path, error) from error
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        return refusal_of(error) or UserError(str(error))
+    return UserError(f"{path}: cannot be written ({error.strerror or error}); free some space or choose another directory")
 
 
 def clear_leftovers(directory: Path) -> None:
@@ -180,8 +186,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         flush(path.parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = error.strerror or str(error)
-        raise UserError(f"{path}: cannot be written ({reason}); free some space or choose another directory") from error
+        raise _cannot_write(path, error) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

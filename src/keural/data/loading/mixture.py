@@ -84,10 +84,10 @@ def amounts(sizes: Mapping[str, int], weights: Mapping[str, float], spec: Mixing
             f"data.mixing: an epoch of {epoch:,.0f} {unit} is more than all sources give at {spec.max_repeat:g} times "
             f"({int(sum(limits.values())):,}); lower epoch or raise max_repeat"
         )
-    return _renormalised(limits, weights, epoch)
+    return _renormalized(limits, weights, epoch)
 
 
-def _renormalised(limits: Mapping[str, float], weights: Mapping[str, float], epoch: float) -> dict[str, float]:
+def _renormalized(limits: Mapping[str, float], weights: Mapping[str, float], epoch: float) -> dict[str, float]:
     """The epoch by weights, where no section gives more than its limit: what is missing is shared among the others."""
     found: dict[str, float] = {}
     while len(found) < len(weights):

@@ -23,7 +23,6 @@ from keural.data.filtering.decontamination import REASON, Contaminated, Decontam
 from keural.data.filtering.gates import Gatekeeper
 from keural.data.filtering.holdout import Split, Splitter
 from keural.data.licenses import left_out
-from keural.data.loading.stream import STORE_KIND
 from keural.data.prepared import Prepared, data_fingerprint, file_hashes, is_prepared, open_prepared
 from keural.data.records import Drop, Record
 from keural.data.source_counts import SourceCounter, SourceRow
@@ -34,7 +33,7 @@ from keural.data.tokens.encoding_cache import EncodingCache
 from keural.data.tokens.store_builder import StoreBuilder
 from keural.errors import UserError
 from keural.files import atomic_directory, write_json
-from keural.recipe import DataSpec, Objective
+from keural.recipe import OBJECTIVES, DataSpec, Objective
 from keural.tokenizer.load import KeuralTokenizer
 
 if TYPE_CHECKING:
@@ -72,10 +71,10 @@ def prepare(
 
 def _check_kinds(sources: StageSources, objective: Objective) -> None:
     for source in sources.used:
-        if source.kind != STORE_KIND[objective]:
+        if source.kind != OBJECTIVES[objective].store:
             raise UserError(
                 f"source {source.name!r}: adapter {source.spec.adapter} gives {source.kind}; "
-                f"objective {objective} needs {STORE_KIND[objective]}"
+                f"objective {objective} needs {OBJECTIVES[objective].store}"
             )
 
 
@@ -131,7 +130,7 @@ def _make(
     reading: _Reading, objective: Objective, tokenizer: KeuralTokenizer, cache: EncodingCache, directory: Path
 ) -> tuple[list[SourceRow], bool]:
     """Read all sources and write the stores into `directory`. Returns the table, and whether anything is held out."""
-    spec, kind = reading.sources.spec, STORE_KIND[objective]
+    spec, kind = reading.sources.spec, OBJECTIVES[objective].store
     encoder = Encoder(tokenizer, spec, threads=len(os.sched_getaffinity(0)), cache=cache)
     sections = spec.mixing is not None
     held = StoreBuilder(directory / ".heldout", kind, keep_texts=True)

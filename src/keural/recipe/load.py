@@ -19,6 +19,7 @@ from keural.errors import UserError, nearest
 from keural.recipe.base import Spec, neutral, validate
 from keural.recipe.evaluation import ChatSpec, EvaluationSpec
 from keural.recipe.model import ModelSpec
+from keural.recipe.objectives import OBJECTIVES
 from keural.recipe.tokenizer import TokenizerSpec
 from keural.recipe.training import StageSpec
 
@@ -181,10 +182,10 @@ def _apply_override(override: str, recipe: dict[str, Any], stages: dict[str, dic
             value = text
         _set(recipe, key, value, override)
     elif head in StageSpec.model_fields:
-        only_dpo = bool(rest) and head == "dpo"
-        meant = [stage for stage in stages.values() if not only_dpo or stage.get("objective") == "dpo"]
+        owners = [name for name, kind in OBJECTIVES.items() if rest and kind.settings == head]
+        meant = [stage for stage in stages.values() if not owners or stage.get("objective") in owners]
         if not meant:
-            raise UserError(f"override {override!r}: no stage has objective dpo")
+            raise UserError(f"override {override!r}: no stage has objective {' or '.join(owners)}")
         for stage in meant:
             _set(stage, key, value, override)
     else:

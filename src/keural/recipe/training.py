@@ -6,8 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from keural.recipe.base import Part, Spec, length, neutral, not_for
 from keural.recipe.data import DataSpec
-
-Objective = Literal["next_token", "sft", "dpo"]
+from keural.recipe.objectives import OBJECTIVES, Objective
 
 
 class TrainSpec(Spec):
@@ -110,26 +109,23 @@ class StageSpec(Spec):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        train, length = self.train, self.data.sequence_length
-        if self.data.shards and self.objective != "next_token":
-            raise ValueError(f"data.shards hold documents; objective {self.objective} cannot train on them")
-        if self.objective == "dpo":
-            if train.batch_pairs is None or train.batch_tokens is not None:
-                raise ValueError("objective dpo needs train.batch_pairs and no train.batch_tokens")
-            if self.data.cleaning is not None:
-                raise ValueError("data.cleaning is for documents; objective dpo has gates per source")
-            if self.init_from == "random":
-                raise ValueError("objective dpo needs init_from: an earlier stage or a model directory")
-        else:
-            if train.batch_tokens is None or train.batch_pairs is not None:
-                raise ValueError(f"objective {self.objective} needs train.batch_tokens and no train.batch_pairs")
-            if train.batch_tokens % length:
-                raise ValueError(f"train.batch_tokens {train.batch_tokens} is not a multiple of data.sequence_length {length}")
-            if self.objective != "next_token" and self.data.cleaning is not None:
-                raise ValueError(f"data.cleaning is for documents; objective {self.objective} has gates per source")
-            if "dpo" in self.model_fields_set:
-                raise ValueError(f"dpo settings have no effect with objective {self.objective}")
-        row = 2 * length if self.objective == "dpo" else length
+        train, length, name, kind = self.train, self.data.sequence_length, self.objective, OBJECTIVES[self.objective]
+        if self.data.shards and kind.store != "documents":
+            raise ValueError(f"data.shards hold documents; objective {name} cannot train on them")
+        sizes = {"tokens": train.batch_tokens, "pairs": train.batch_pairs}
+        if [unit for unit, size in sizes.items() if size is not None] != [kind.unit]:
+            others = " or ".join(f"train.batch_{unit}" for unit in sizes if unit != kind.unit)
+            raise ValueError(f"objective {name} needs train.batch_{kind.unit} and no {others}")
+        if train.batch_tokens is not None and train.batch_tokens % length:
+            raise ValueError(f"train.batch_tokens {train.batch_tokens} is not a multiple of data.sequence_length {length}")
+        if kind.store != "documents" and self.data.cleaning is not None:
+            raise ValueError(f"data.cleaning is for documents; objective {name} has gates per source")
+        if kind.needs_reference and self.init_from == "random":
+            raise ValueError(f"objective {name} needs init_from: an earlier stage or a model directory")
+        settings = {other.settings for other in OBJECTIVES.values() if other.settings} - {kind.settings}
+        if unused := sorted(settings & self.model_fields_set):
+            raise ValueError(f"{unused[0]} settings have no effect with objective {name}")
+        row = kind.sequences_per_record * length
         if train.micro_batch_tokens is not None and train.micro_batch_tokens < row:
             raise ValueError(f"train.micro_batch_tokens {train.micro_batch_tokens} is smaller than one packed row ({row} tokens)")
         return self

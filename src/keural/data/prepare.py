@@ -136,12 +136,12 @@ def _make(
     held = StoreBuilder(directory / ".heldout", kind, keep_texts=True)
     with StoreBuilder(directory / ".train", kind, sections=sections) as train, held as heldout:
         table = _read_all(reading, encoder, {"train": train, "heldout": heldout})
-        _check_splits(spec, train.units, heldout.units)
+        _check_splits(spec, train.num_records, heldout.num_records)
         meta = {"sources": [row.to_json() for row in table]}
         for builder, name in ((train, "train"), (heldout, "heldout")):
-            if builder.units:
+            if builder.num_records:
                 builder.write_store(directory / name, tokenizer.sha256, tokenizer.vocab_size, meta, reading.seed)
-        return table, heldout.units > 0
+        return table, heldout.num_records > 0
 
 
 def _read_all(reading: _Reading, encoder: Encoder, stores: dict[Split, StoreBuilder]) -> list[SourceRow]:

@@ -35,8 +35,8 @@ def describe(path: Path, overrides: list[str], out: Path | None, as_json: bool) 
         raise UserError(f"{path}: is no recipe; key=value and --out are for recipes")
     if (path / "prepared.json").is_file():
         made = read_object(path / "prepared.json")
-        unit = STORES[TokenStore.open(path / "train", verify="size").kind].unit
         table = rows_from_json(made.get("table"), path / "prepared.json")
+        unit = STORES[TokenStore.open(path / "train", verify="size").kind].unit
         text = _text({path.name: mixture_report.prepared(table, unit)}, {}, as_json)
         cleaned = made.get("cleaned")
         return f"{text}\ncleaned: {path.parent / cleaned} (ask for its stats, too)\n" if cleaned and not as_json else text

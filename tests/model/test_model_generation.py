@@ -124,9 +124,7 @@ def test_beam_search_finds_with_a_cache_what_it_finds_without(
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_continuous_batching_is_greedy_decoding(
-    tiny_model: Make, long: torch.Tensor, short: torch.Tensor, attention: str
-) -> None:
+def test_continuous_batching_is_greedy_decoding(tiny_model: Make, long: torch.Tensor, short: torch.Tensor, attention: str) -> None:
     model = tiny_model(eos_token_id=None, attn_implementation=attention)
     expected = [greedy_by_recomputing(model, prompt, NEW)[0, prompt.shape[1] :].tolist() for prompt in (long, short)]
     assert batched_continuously(model, [long, short]) == expected
@@ -237,7 +235,9 @@ def test_packed_documents_without_positions_are_refused(model: KeuralMoECausalLM
             model(long, **{name: value})
     positions = torch.cat((torch.arange(5), torch.arange(7)))[None]
     alone = torch.cat([model(part).logits for part in long.split([5, 7], dim=1)], dim=1)
-    packed = model(long, position_ids=positions, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=7, max_length_k=7, use_cache=False)
+    packed = model(
+        long, position_ids=positions, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=7, max_length_k=7, use_cache=False
+    )
     torch.testing.assert_close(packed.logits, alone, atol=1e-5, rtol=1e-5)
 
 

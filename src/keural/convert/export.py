@@ -43,8 +43,17 @@ class Format:
     write: Writer
 
 
-def export(path: Path, out: Path, format_name: str, options: ExportOptions, advance: Advance = lambda count: None) -> Path:
+def export(
+    path: Path,
+    out: Path,
+    format_name: str,
+    options: ExportOptions,
+    advance: Advance = lambda count: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Path:
     """Write the model in `path` to the new directory `out`; returns the directory, or the file that is the model.
+
+    `say` is told when not all that is read could be verified.
 
     Raises `UserError` for an unknown format, an option that the format does not have, a model that cannot be written in it, damaged
     files, too little disk, and an `out` that is not empty.
@@ -56,7 +65,10 @@ def export(path: Path, out: Path, format_name: str, options: ExportOptions, adva
         if value is not None and name not in chosen.options:
             raise UserError(f"{_FLAGS[name]} means nothing for --format {format_name}; leave it out")
     check_new(out)
-    return chosen.write(open_model(path), out, options, advance)
+    model = open_model(path)
+    if model.notice:
+        say(model.notice)
+    return chosen.write(model, out, options, advance)
 
 
 def _write_hf(model: StoredModel, out: Path, options: ExportOptions, advance: Advance) -> Path:

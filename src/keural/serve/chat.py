@@ -46,6 +46,8 @@ def run_chat(
     with terminal.loading(path):
         engine = open_engine(path, engine_name, threads)
         system = chat_defaults(path, engine_name)[1] if system is None else system
+    if engine.unverified:
+        terminal.notify(engine.unverified)
     with reader_may_leave():
         converse(Conversation(engine, sampling, system or None, jamo), terminal)
     return 0

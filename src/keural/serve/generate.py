@@ -42,6 +42,8 @@ def run_generate(
         UserError: when the model cannot be loaded or the prompt does not fit.
     """
     engine = open_engine(path, engine_name, threads)
+    if engine.unverified:
+        print(printable(engine.unverified), file=sys.stderr)
     if not raw and system is None:
         system = chat_defaults(path, engine_name)[1]
     prompt_ids = _prompt_ids(engine.tokenizer, prompt, system, raw)

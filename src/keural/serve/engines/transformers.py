@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from keural.pretrained.directory import load_model, load_tokenizer
+from keural.pretrained.stored_model import build, open_model
 from keural.serve.engines.decoding import Finish, check_prompt, common_prefix, decode
 from keural.serve.engines.sampling import SamplingParams
 
@@ -21,14 +21,15 @@ class TransformersEngine:
     """The transformers model behind a decoding loop of our own. Not for concurrent use."""
 
     def __init__(self, path: Path, dtype: torch.dtype | None = None, device: str | None = None, threads: int | None = None) -> None:
-        """Load `path` (see `keural.pretrained.directory.load_model`) in `dtype`, by default the stored one.
+        """Load `path` (see `keural.pretrained.stored_model.open_model`) in `dtype`, by default the stored one.
 
         `threads` sets how many threads torch uses in this process; None leaves that as it is. Raises `UserError`.
         """
         if threads is not None:
             torch.set_num_threads(threads)
-        self.tokenizer = load_tokenizer(path)
-        self.model = load_model(path, dtype).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        stored = open_model(path)
+        self.tokenizer, self.unverified = stored.tokenizer, stored.notice
+        self.model = build(stored, dtype).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if self.model.device.type == "cpu":
             self.model.set_experts_implementation("eager")  # the model's own loop, which reads the chosen experts only
         self.context_length: int = self.model.config.max_position_embeddings

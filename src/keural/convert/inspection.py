@@ -85,9 +85,12 @@ def _model_directory(path: Path) -> Path | None:
 
 def _is_ours(directory: Path) -> bool:
     """Whether a directory with a `config.json` has this package's layout: a Keural model in safetensors under our names."""
-    if read_object(directory / CONFIG).get("model_type") != KeuralConfig.model_type:
-        return False
-    names = open_checkpoint(directory, verify=False).weights.infos
+    try:
+        if read_object(directory / CONFIG).get("model_type") != KeuralConfig.model_type:
+            return False
+        names = open_checkpoint(directory, verify=False).weights.infos
+    except UserError:  # whoever opens it says why, once it is verified
+        return True
     return any(directory.glob("*.safetensors")) and all(stored_name(name) == name for name in names)
 
 

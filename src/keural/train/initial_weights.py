@@ -1,6 +1,7 @@
 """The weights a stage starts from: drawn from the seed, or read from a model directory; float32 in either case."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,12 +29,18 @@ SHAPE = (
 
 
 def initial_model(
-    config: KeuralConfig, directory: Path | None, seed: int, device: torch.device, compiled: bool
+    config: KeuralConfig,
+    directory: Path | None,
+    seed: int,
+    device: torch.device,
+    compiled: bool,
+    say: Callable[[str], None] = lambda line: None,
 ) -> KeuralMoECausalLM:
     """A float32 model on the CPU, ready to train on `device`.
 
     Random weights depend on `seed` alone, not on the number of ranks. A model from before the two ChatML ids gets rows for them, at
-    the mean of the others. Raises `UserError` when `directory` holds a model of another shape, or as `open_network` does.
+    the mean of the others. `say` is told when not all of `directory` could be verified. Raises `UserError` when it holds a model of
+    another shape, or as `open_network` does.
     """
     config = copy.deepcopy(config)
     config._experts_implementation = experts_implementation(device, compiled)
@@ -42,6 +49,8 @@ def initial_model(
             torch.manual_seed(seed)
             return KeuralMoECausalLM(config)
     stored, wanted = open_network(directory), config.vocab_size
+    if stored.notice:
+        say(stored.notice)
     if stored.config.vocab_size == wanted - CHATML_IDS:
         config.vocab_size = stored.config.vocab_size
     _check_shape(directory, config, stored.config)

@@ -254,7 +254,8 @@ def _trainer(job: StageJob, stream: Stream, ranks: Ranks) -> Trainer:
     """Model, optimizer and objective with their initial values, sharded over the ranks."""
     spec = job.stage.train
     policy = Policy(
-        initial_model(job.model_config, job.init, job.seed, ranks.device, spec.compile), getattr(torch, spec.compute_dtype)
+        initial_model(job.model_config, job.init, job.seed, ranks.device, spec.compile, ranks.say),
+        getattr(torch, spec.compute_dtype),
     )
     policy.train().to(ranks.device)
     prepare_layers(policy.model, spec)

@@ -377,7 +377,7 @@ class TestRefusals:
 
     def test_corrupted_checkpoint(self, workplace: Path, keural: Keural) -> None:
         (workplace / "run" / "align" / "done.json").unlink()
-        victim = max((workplace / "run" / "align" / "checkpoints").rglob("*.distcp"), key=lambda path: path.stat().st_size)
+        victim = max((workplace / "run" / "align" / "checkpoints").rglob("*.safetensors"), key=lambda path: path.stat().st_size)
         data = bytearray(victim.read_bytes())
         data[len(data) // 2] ^= 1
         victim.write_bytes(data)

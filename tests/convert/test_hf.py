@@ -17,7 +17,8 @@ import keural
 from keural.errors import UserError
 from keural.files import sha256_file
 from keural.model import KeuralConfig, KeuralMoECausalLM
-from keural.pretrained.directory import model_directory, save_model_directory, stored_tensors
+from keural.pretrained.directory import save_model_directory, stored_tensors
+from keural.pretrained.location import model_directory
 from keural.pretrained.stored_model import load_model, load_tokenizer, read_lineage
 from keural.recipe import ChatSpec
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt

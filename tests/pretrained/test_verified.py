@@ -14,8 +14,9 @@ from keural.convert.export import ExportOptions, export
 from keural.errors import UserError
 from keural.files import fingerprint, sha256_file
 from keural.model import KeuralConfig, KeuralMoECausalLM
-from keural.pretrained import load_model, open_model, read_lineage, save_model_directory
+from keural.pretrained.directory import save_model_directory
 from keural.pretrained.lineage import check_sums
+from keural.pretrained.stored_model import load_model, open_model, read_lineage
 from keural.tokenizer import KeuralTokenizer
 
 Keural = Callable[..., tuple[int, str, str]]
@@ -273,6 +274,17 @@ class TestWhatIsNotVerifiedIsSaid:
         assert code == 0
         assert "not verified: .gitattributes, LICENSE, README.md" in shown
         assert keural("generate", out, "--prompt", "hi", "--max-new-tokens", "1")[2].count("verified") == 0
+
+
+def test_renewed_code_is_listed_anew(copy: Path, keural: Keural) -> None:
+    (copy / "modeling_keural.py").write_text("# of an earlier version")
+    seal(copy)
+
+    assert keural("refresh-code", copy)[0] == 0
+    assert check_sums(copy).notice is None
+    (copy / "modeling_keural.py").write_text("# changed since")
+    assert keural("refresh-code", copy)[0] == 0
+    assert check_sums(copy).notice is None
 
 
 @pytest.mark.parametrize("format_name", ["hf", "granite", "gguf", "pt"])

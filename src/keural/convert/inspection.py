@@ -19,9 +19,9 @@ from keural.convert.published_pt import published_config
 from keural.errors import UserError
 from keural.files import read_object
 from keural.model import KeuralConfig, count_parameters
-from keural.pretrained.directory import model_directory
 from keural.pretrained.lineage import Coverage, check_sums, read_record
-from keural.pretrained.safetensors import CONFIG
+from keural.pretrained.location import CONFIG, check_there, model_directory
+from keural.pretrained.network_code import NETWORK_CODE, other_code_line
 from keural.pretrained.stored_model import load_tokenizer, open_network
 from keural.pretrained.tensor_names import is_published, stored_name
 from keural.pretrained.weights import Weights
@@ -66,8 +66,7 @@ def inspect_path(path: Path, verify: bool = False) -> dict[str, Any]:
 
     Raises `UserError` for anything else.
     """
-    if not path.exists():
-        raise UserError(f"{path}: no such file or directory; give a model directory or a checkpoint")
+    check_there(path, "a model directory or a checkpoint")
     if (directory := _model_directory(path)) is not None:
         return inspect_model(directory, verify) if _is_ours(directory) else inspect_checkpoint(directory, verify)
     files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
@@ -112,6 +111,7 @@ def inspect_model(path: Path, verify: bool = False) -> dict[str, Any]:
         **_tokenizer(directory),
         **_generation(directory),
         "cache": _cache(config, weights),
+        "code": _code(directory),
         "lineage": dict(stored.lineage),
         "exports": exports(config),
     }
@@ -213,6 +213,13 @@ def _window(config: KeuralConfig) -> dict[str, Any]:
         "earlier_tokens_in_window": config.sliding_window - 1 if config.sliding_window else None,
         "sliding_layers": next((name for name, layers in named.items() if layers == sliding), str(sliding)),
     }
+
+
+def _code(directory: Path) -> str:
+    """Whose network code the directory carries for programs that run it."""
+    if (line := other_code_line(directory)) is not None:
+        return line.removeprefix(f"{directory}: ")
+    return "this package's" if any((directory / name).is_file() for name in NETWORK_CODE) else "none"
 
 
 def _tokenizer(directory: Path) -> dict[str, Any]:

@@ -12,13 +12,13 @@ nothing in it is ever run (`docs/trust.md`).
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-import transformers
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+import keural
 from keural.errors import UserError
 from keural.files import fingerprint, read_object, sha256_file, write_json
 from keural.recipe import ChatSpec, validate
@@ -153,22 +153,31 @@ def write_record(directory: Path, lineage: Mapping[str, Any], chat: ChatSpec, su
 
     `sums` are those that are known already.
     """
-    try:
-        package = version("keural")
-    except PackageNotFoundError:  # run from a source tree
-        package = "unknown"
     known = sums or {}
     files = {file.name: known.get(file.name) or sha256_file(file) for file in sorted(directory.iterdir())}
     record = {
-        **{key: value for key, value in lineage.items() if key != "checksum"},
+        **lineage,
         "record": RECORD,
-        "keural": package,
-        "transformers": transformers.__version__,
+        "keural": keural.__version__,
+        "transformers": version("transformers"),
         "tokenizer_sha256": files.get("tokenizer.model", files.get("keural_tokenizer.model")),
         "chat": chat.model_dump(exclude={"samples"}),
         "files": files,
     }
-    write_json(directory / LINEAGE, {**record, "checksum": fingerprint(record)})
+    _write(directory, record)
+
+
+def list_again(directory: Path, names: Iterable[str]) -> None:
+    """Let the record list files as they are now, where it lists them; nothing else is looked at. Raises `UserError`."""
+    record = read_record(directory)
+    sums = {name: sha256_file(directory / name) for name in names if name in record.get("files", {})}
+    if any(record["files"][name] != checksum for name, checksum in sums.items()):
+        _write(directory, {**record, "files": {**record["files"], **sums}})
+
+
+def _write(directory: Path, record: Mapping[str, Any]) -> None:
+    content = {key: value for key, value in record.items() if key != "checksum"}
+    write_json(directory / LINEAGE, {**content, "checksum": fingerprint(content)})
 
 
 def check_sums(directory: Path, names: Collection[str] = ()) -> Coverage:

@@ -19,8 +19,9 @@ from keural.errors import UserError
 from keural.files import read_object
 from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.model.modeling_keural import KeuralRotaryEmbedding
-from keural.pretrained.directory import GENERATION, model_directory, quiet_transformers, read_config
+from keural.pretrained.directory import GENERATION, quiet_transformers, read_config
 from keural.pretrained.lineage import Coverage, check_sums, file_name, read_record
+from keural.pretrained.location import model_directory
 from keural.pretrained.safetensors import open_safetensors, weight_files
 from keural.pretrained.tensor_names import HEAD
 from keural.pretrained.weights import Weights, expected_tensors, finite, state_dict_weights

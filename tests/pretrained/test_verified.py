@@ -1,6 +1,7 @@
 """What is verified is what is loaded: every file is in the record, the record has a checksum, and nothing is read beside them."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -320,3 +321,20 @@ def test_the_network_is_the_one_that_transformers_loads(
     ids = torch.arange(5, 60)[None]
     with torch.no_grad():
         assert torch.equal(ours(ids).logits, theirs(ids).logits)
+
+
+def test_a_directory_is_on_the_disk_before_it_has_its_name(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut right after the name appears must not leave empty files behind it."""
+    out, flushed, fsync = tmp_path / "out", set[str](), os.fsync
+
+    def noted(descriptor: int) -> None:
+        if not out.exists():
+            flushed.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    export(model_dir, out, "granite", ExportOptions())
+
+    assert {file.name for file in out.iterdir()} <= flushed

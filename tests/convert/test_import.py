@@ -18,7 +18,7 @@ from keural.convert.foreign_checkpoint import open_checkpoint
 from keural.convert.import_checkpoint import import_checkpoint
 from keural.errors import UserError
 from keural.files import check_new
-from keural.pretrained.directory import load_model, load_tokenizer, read_lineage
+from keural.pretrained.stored_model import load_model, load_tokenizer, read_lineage
 from keural.tokenizer import KeuralTokenizer
 
 IDS = torch.randint(4, SHAPE["vocab_size"], (130,), generator=torch.Generator().manual_seed(5))

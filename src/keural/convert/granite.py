@@ -81,8 +81,8 @@ def export_granite(
         config.save_pretrained(directory)
         generation_config(model.config, model.chat, exported=True).save_pretrained(directory)
         model.tokenizer.save(directory)
-        write_record(directory, {**model.lineage, "format": "granite"}, sums, model.tokenizer, model.chat)
         write_atomic(directory / "README.md", model_card(model, "granite", license_id))
+        write_record(directory, {**model.lineage, "format": "granite"}, model.chat, sums)
     return out
 
 

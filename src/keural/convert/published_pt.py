@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from keural.errors import UserError
-from keural.files import atomic_directory, check_new, sha256_file
+from keural.files import atomic_directory, check_new, write_atomic
 from keural.model import KeuralConfig
 from keural.pretrained.lineage import write_record
 from keural.pretrained.stored_model import StoredModel
@@ -61,9 +61,8 @@ def export_pt(model: StoredModel, out: Path, advance: Callable[[int], None] = la
         file = directory / f"checkpoint_{checkpoint['step']}.pt"
         checkpoint |= {"model_config": model_config, "train_config": {}}
         _save(file, checkpoint, model.watched(advance).weights)
-        tokenizer = model.directory / "tokenizer.model"
-        (directory / "keural_tokenizer.model").write_bytes(tokenizer.read_bytes())
-        write_record(directory, {**model.lineage, "format": "pt"}, {file.name: sha256_file(file)}, None, model.chat)
+        write_atomic(directory / "keural_tokenizer.model", model.tokenizer.model_bytes)
+        write_record(directory, {**model.lineage, "format": "pt"}, model.chat)
     return out / file.name
 
 

@@ -17,7 +17,7 @@ from keural.evaluate.generation import greedy
 from keural.evaluate.tasks import bits_per_byte, exact_match, polite_rate, preference_accuracy, xz_bits_per_byte
 from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.pretrained.cached_step import check_cached_step
-from keural.pretrained.directory import load_model
+from keural.pretrained.stored_model import load_model
 from keural.recipe import BitsPerByteSpec, ExactMatchSpec, Recipe, StageSpec
 from keural.tokenizer import KeuralTokenizer, Message
 

@@ -227,7 +227,8 @@ def _policy(job: StageJob, ranks: Ranks) -> tuple[Policy, torch.optim.Optimizer]
     """Model and optimizer with their initial values, sharded over the ranks."""
     spec = job.stage.train
     policy = Policy(
-        initial_model(job.model_config, job.init, job.seed, ranks.device, spec.compile), getattr(torch, spec.compute_dtype)
+        initial_model(job.model_config, job.init, job.seed, ranks.device, spec.compile, ranks.log_once),
+        getattr(torch, spec.compute_dtype),
     )
     policy.train().to(ranks.device)
     prepare_layers(policy.model, spec)

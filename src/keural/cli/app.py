@@ -33,6 +33,7 @@ from keural.cli.options import (
     open_recipe,
 )
 from keural.errors import UserError
+from keural.recipe import SamplingDefaults
 
 if TYPE_CHECKING:
     from keural.pipeline.run import Outcome
@@ -143,7 +144,7 @@ def _sampling(path: Path, engine: str | None, *given: float | int | None) -> "Sa
     """The settings given on the command line, and for the others those the model was saved with."""
     from keural.serve.engines.registry import chat_defaults
 
-    names = ("temperature", "top_p", "repetition_penalty", "max_new_tokens", "seed")
+    names = (*SamplingDefaults._fields, "seed")
     changes: dict[str, Any] = {name: value for name, value in zip(names, given, strict=True) if value is not None}
     return replace(chat_defaults(path, engine)[0], **changes)
 

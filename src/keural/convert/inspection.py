@@ -18,29 +18,16 @@ from keural.convert.granite import check_granite_swa, granite_config
 from keural.convert.published_pt import published_config
 from keural.errors import UserError
 from keural.files import read_object
-from keural.model import KeuralConfig, count_parameters
+from keural.model import SHAPE, KeuralConfig, count_parameters
 from keural.pretrained.directory import directory_weights, load_tokenizer, model_directory, read_config, read_lineage
 from keural.pretrained.lineage import check_sums, read_record
 from keural.pretrained.safetensors import CONFIG
 from keural.pretrained.tensor_names import is_published, stored_name
 from keural.pretrained.weights import Weights
+from keural.recipe import SamplingDefaults
 
 CARD = files("keural.convert").joinpath("card.yaml")
-_CONFIG_FIELDS = (
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "num_local_experts",
-    "num_experts_per_tok",
-    "intermediate_size",
-    "max_position_embeddings",
-    "vocab_size",
-    "rms_norm_eps",
-    "sliding_window",
-)
-_SAMPLING_FIELDS = ("temperature", "top_p", "repetition_penalty", "max_new_tokens")
+_CONFIG_FIELDS = (*SHAPE, "max_position_embeddings", "rms_norm_eps", "sliding_window")
 
 
 class Entry(NamedTuple):
@@ -219,7 +206,7 @@ def _generation(directory: Path) -> dict[str, Any]:
     end = stored.get("eos_token_id")
     return {
         "generation_end": end[0] if isinstance(end, list) and end else end,
-        **{name: stored.get(name) for name in _SAMPLING_FIELDS},
+        **{name: stored.get(name) for name in SamplingDefaults._fields},
     }
 
 

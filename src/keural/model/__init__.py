@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_keural import KeuralConfig, ParameterCount, count_parameters
 from .modeling_keural import KeuralMoECausalLM, KeuralMoEModel, KeuralPreTrainedModel, router_losses
+from .shape import SHAPE
 from .vocabulary import CHATML_IDS, grow_vocabulary, mean_row
 
 AutoConfig.register(KeuralConfig.model_type, KeuralConfig, exist_ok=True)
@@ -15,6 +16,7 @@ AutoModelForCausalLM.register(KeuralConfig, KeuralMoECausalLM, exist_ok=True)
 
 __all__ = [
     "CHATML_IDS",
+    "SHAPE",
     "KeuralConfig",
     "KeuralMoECausalLM",
     "KeuralMoEModel",

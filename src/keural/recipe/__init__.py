@@ -16,10 +16,12 @@ from keural.recipe.evaluation import BitsPerByteSpec, ChatSpec, EvaluationSpec, 
 from keural.recipe.load import Recipe, RecipeSpec, load_recipe, parse_duration
 from keural.recipe.model import ModelSpec
 from keural.recipe.objectives import OBJECTIVES, STORES, Objective, ObjectiveKind, StoreKind, StoreShape, Unit
+from keural.recipe.sampling import CARD, SamplingDefaults
 from keural.recipe.tokenizer import TokenizerSpec
 from keural.recipe.training import DpoSpec, RouterSpec, StageSpec, TrainSpec
 
 __all__ = [
+    "CARD",
     "OBJECTIVES",
     "STORES",
     "BitsPerByteSpec",
@@ -40,6 +42,7 @@ __all__ = [
     "Recipe",
     "RecipeSpec",
     "RouterSpec",
+    "SamplingDefaults",
     "SourceSpec",
     "Spec",
     "StageSpec",

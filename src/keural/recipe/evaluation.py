@@ -3,6 +3,7 @@
 from pydantic import Field
 
 from keural.recipe.base import Spec
+from keural.recipe.sampling import CARD
 
 
 class ExactMatchSpec(Spec):
@@ -35,8 +36,8 @@ class ChatSpec(Spec):
     """Defaults of a chat with the final model, and the prompts whose answers the report shows."""
 
     system: str | None = None
-    temperature: float = Field(0.7, ge=0)
-    top_p: float = Field(0.9, gt=0, le=1)
-    repetition_penalty: float = Field(1.1, gt=0)
-    max_new_tokens: int = Field(256, gt=0)
+    temperature: float = Field(CARD.temperature, ge=0)
+    top_p: float = Field(CARD.top_p, gt=0, le=1)
+    repetition_penalty: float = Field(CARD.repetition_penalty, gt=0)
+    max_new_tokens: int = Field(CARD.max_new_tokens, gt=0)
     samples: list[str] = Field(default_factory=list)

@@ -76,10 +76,10 @@ def test_greedy_stops_at_im_end(model: KeuralMoECausalLM, tokenizer: KeuralToken
 
 
 def test_greedy_ignores_the_sampling_defaults_of_the_model(model: KeuralMoECausalLM, tokenizer: KeuralTokenizer) -> None:
-    penalised = copy.deepcopy(model)
-    penalised.generation_config = GenerationConfig(do_sample=True, repetition_penalty=5.0, eos_token_id=7)
+    penalized = copy.deepcopy(model)
+    penalized.generation_config = GenerationConfig(do_sample=True, repetition_penalty=5.0, eos_token_id=7)
 
-    assert greedy(penalised, tokenizer, CHATS, 24) == greedy(model, tokenizer, CHATS, 24)
+    assert greedy(penalized, tokenizer, CHATS, 24) == greedy(model, tokenizer, CHATS, 24)
 
 
 def test_greedy_of_nothing_is_nothing(model: KeuralMoECausalLM, tokenizer: KeuralTokenizer) -> None:

@@ -10,12 +10,14 @@ from typing import Any
 import yaml
 
 from keural.data import mixture_report
+from keural.data.source_counts import rows_from_json
 from keural.data.tokens import published_format
 from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
 from keural.files import read_object
 from keural.pipeline.workspace import find_stage_data
 from keural.recipe import OBJECTIVES, STORES, Recipe, StageSpec, load_recipe
+from keural.recipe.shipped import RECIPE_FILE, names, recipe_directory
 
 CLEANING = "cleaning.json"
 """What cleaning kept and dropped, with examples."""
@@ -25,14 +27,17 @@ ANY_ID = 1 << 32
 
 def describe(path: Path, overrides: list[str], out: Path | None, as_json: bool) -> str:
     """What `path` holds, as text. Raises `UserError` when it is nothing that is known, or damaged."""
-    if (path / "recipe.yaml").is_file():
+    if not path.exists() and str(path) in names():
+        path = recipe_directory(path)
+    if (path / RECIPE_FILE).is_file():
         return _mixture(load_recipe(path, overrides), out, as_json)
     if overrides or out:
         raise UserError(f"{path}: is no recipe; key=value and --out are for recipes")
     if (path / "prepared.json").is_file():
         made = read_object(path / "prepared.json")
+        table = rows_from_json(made.get("table"), path / "prepared.json")
         unit = STORES[TokenStore.open(path / "train", verify="size").kind].unit
-        text = _text({path.name: mixture_report.prepared(made["table"], unit)}, {}, as_json)
+        text = _text({path.name: mixture_report.prepared(table, unit)}, {}, as_json)
         cleaned = made.get("cleaned")
         return f"{text}\ncleaned: {path.parent / cleaned} (ask for its stats, too)\n" if cleaned and not as_json else text
     if (path / CLEANING).is_file():

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from keural.card import SamplingDefaults
 from keural.convert.foreign_checkpoint import Checkpoint, open_checkpoint
 from keural.convert.gguf_header import check_header
 from keural.convert.granite import check_granite_swa, granite_config
@@ -19,12 +20,12 @@ from keural.convert.published_pt import published_config
 from keural.errors import UserError
 from keural.files import read_object
 from keural.model import SHAPE, KeuralConfig, count_parameters
-from keural.pretrained.directory import directory_weights, load_tokenizer, model_directory, read_config, read_lineage
+from keural.pretrained.directory import directory_weights, load_tokenizer, read_config, read_lineage
 from keural.pretrained.lineage import check_sums, read_record
-from keural.pretrained.safetensors import CONFIG
+from keural.pretrained.location import CONFIG, check_there, model_directory
+from keural.pretrained.network_code import NETWORK_CODE, other_code_line
 from keural.pretrained.tensor_names import is_published, stored_name
 from keural.pretrained.weights import Weights
-from keural.recipe import SamplingDefaults
 
 CARD = files("keural.convert").joinpath("card.yaml")
 _CONFIG_FIELDS = (*SHAPE, "max_position_embeddings", "rms_norm_eps", "sliding_window")
@@ -48,8 +49,7 @@ def inspect_path(path: Path, verify: bool = False) -> dict[str, Any]:
 
     Raises `UserError` for anything else.
     """
-    if not path.exists():
-        raise UserError(f"{path}: no such file or directory; give a model directory or a checkpoint")
+    check_there(path, "a model directory or a checkpoint")
     if (directory := _model_directory(path)) is not None:
         return inspect_model(directory, verify) if _is_ours(directory) else inspect_checkpoint(directory)
     files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
@@ -93,6 +93,7 @@ def inspect_model(path: Path, verify: bool = False) -> dict[str, Any]:
         **_tokenizer(directory),
         **_generation(directory),
         "cache": _cache(config, weights),
+        "code": _code(directory),
         "lineage": read_lineage(directory),
         "exports": exports(config),
     }
@@ -189,6 +190,13 @@ def _window(config: KeuralConfig) -> dict[str, Any]:
         "earlier_tokens_in_window": config.sliding_window - 1 if config.sliding_window else None,
         "sliding_layers": next((name for name, layers in named.items() if layers == sliding), str(sliding)),
     }
+
+
+def _code(directory: Path) -> str:
+    """Whose network code the directory carries for programs that run it."""
+    if (line := other_code_line(directory)) is not None:
+        return line.removeprefix(f"{directory}: ")
+    return "this package's" if any((directory / name).is_file() for name in NETWORK_CODE) else "none"
 
 
 def _tokenizer(directory: Path) -> dict[str, Any]:

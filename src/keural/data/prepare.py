@@ -1,4 +1,4 @@
-"""From a stage's sources to its token stores: read, count drops, split, tokenise, shuffle, write.
+"""Makes the token stores of a stage from its sources: read, gate, decontaminate, encode, split, count, shuffle, write.
 
 In: a `DataSpec`, the data directory and a tokenizer. Out: `out_root/<fingerprint>/` with the stores `train/` and, where
 something is held out, `heldout/`, and `prepared.json` with the table of sources. The fingerprint is of everything that
@@ -17,26 +17,17 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from keural.data.filtering.decontamination import REASON, Contaminated, Decontaminator, check_evaluation
 from keural.data.filtering.gates import Gatekeeper
-from keural.data.filtering.holdout import Side, Splitter
+from keural.data.filtering.holdout import Split, Splitter
 from keural.data.licenses import left_out
-from keural.data.prepared import (
-    Prepared,
-    data_fingerprint,
-    file_hashes,
-    is_prepared,
-    open_prepared,
-    read_heldout_texts,
-    sources_to_clean,
-    used_sources,
-)
+from keural.data.prepared import Prepared, data_fingerprint, file_hashes, is_prepared, open_prepared
 from keural.data.records import Drop, Record
-from keural.data.source_counts import SourceCounter
-from keural.data.sources import adapter_of, check_sources, read_source
-from keural.data.tokenizer_texts import iter_texts
+from keural.data.source_counts import SourceCounter, SourceRow
+from keural.data.sources import Source
+from keural.data.stage_sources import StageSources, open_stage_sources
 from keural.data.tokens.encode import Encoded, Encoder
 from keural.data.tokens.encoding_cache import EncodingCache
 from keural.data.tokens.store_builder import StoreBuilder
@@ -48,69 +39,67 @@ from keural.tokenizer.load import KeuralTokenizer
 if TYPE_CHECKING:
     from keural.data.cleaning.run import Cleaned
 
-__all__ = ["Prepared", "check_sources", "iter_texts", "prepare", "read_heldout_texts"]
-
 
 def prepare(
     spec: DataSpec, objective: Objective, data_dir: Path | None, tokenizer: KeuralTokenizer, out_root: Path, seed: int
 ) -> Prepared:
     """Prepare a stage's data under `out_root`, or find it there.
 
-    Raises `UserError` for anything wrong with a source: what `check_sources` finds, records of a kind the objective does not
+    Raises `UserError` for anything wrong with a source: what `open_stage_sources` finds, records of a kind the objective does not
     train on, a larger share of bad rows than `max_drop`, nothing left to train on or to hold out.
     """
-    check_sources(used_sources(spec), data_dir)
-    check_evaluation(spec.decontaminate, data_dir)
-    _check_kinds(spec, objective)
-    wanted = data_fingerprint(spec, objective, data_dir, tokenizer, out_root, seed)
+    sources = open_stage_sources(spec, data_dir)
+    check_evaluation(sources.evaluation)
+    _check_kinds(sources, objective)
+    wanted = data_fingerprint(sources, objective, tokenizer, out_root, seed)
     directory = out_root / wanted[:16]
     if not is_prepared(directory, wanted):
-        cleaned = _clean(spec, data_dir, out_root, seed)
+        cleaned = _clean(sources, out_root, seed)
         with atomic_directory(directory) as temporary:
-            with _parts(out_root / f".{wanted[:16]}.parts", tokenizer) as parts:
-                checker = Decontaminator(spec.decontaminate, data_dir) if spec.decontaminate else None
-                reading = _Reading(data_dir, seed, cleaned, checker)
-                table, heldout = _make(spec, objective, tokenizer, parts, temporary, reading)
-            made = {"fingerprint": wanted, "heldout": heldout, "table": table, "cleaned": cleaned and cleaned.directory.name}
-            if checker is not None:
-                checker.write(temporary)
-                made["contamination"] = checker.report()
+            with _encoding_cache(out_root / f".{wanted[:16]}.parts", tokenizer) as cache:
+                decontaminator = Decontaminator(spec.decontaminate, sources.evaluation) if spec.decontaminate else None
+                reading = _Reading(sources, seed, cleaned, decontaminator)
+                table, heldout = _make(reading, objective, tokenizer, cache, temporary)
+            rows, folder = [row.to_json() for row in table], cleaned and cleaned.directory.name
+            made = {"fingerprint": wanted, "heldout": heldout, "table": rows, "cleaned": folder}
+            if decontaminator is not None:
+                decontaminator.write(temporary)
+                made["contamination"] = decontaminator.report()
             write_json(temporary / "prepared.json", made)
     return open_prepared(directory, spec, wanted)
 
 
-def _check_kinds(spec: DataSpec, objective: Objective) -> None:
-    for source in used_sources(spec):
-        kind = adapter_of(source).kind_of(source)
-        if kind != OBJECTIVES[objective].store:
+def _check_kinds(sources: StageSources, objective: Objective) -> None:
+    for source in sources.used:
+        if source.kind != OBJECTIVES[objective].store:
             raise UserError(
-                f"source {source.name!r}: adapter {source.adapter} gives {kind}; "
+                f"source {source.name!r}: adapter {source.spec.adapter} gives {source.kind}; "
                 f"objective {objective} needs {OBJECTIVES[objective].store}"
             )
 
 
-def check_cleaning(spec: DataSpec, data_dir: Path | None) -> None:
+def check_cleaning(sources: StageSources) -> None:
     """Refuse cleaning that cannot work. Raises `UserError`."""
-    if spec.cleaning is None:
+    if sources.spec.cleaning is None:
         return
     if importlib.util.find_spec("datatrove") is None:
         raise UserError("data.cleaning needs datatrove: pip install 'keural[data]'")
     from keural.data.cleaning import run
 
-    run.check_cleaning(spec.cleaning, used_sources(spec), data_dir)
+    run.check_cleaning(sources.spec.cleaning, sources.used, sources.data_dir)
 
 
-def _clean(spec: DataSpec, data_dir: Path | None, out_root: Path, seed: int) -> "Cleaned | None":
+def _clean(sources: StageSources, out_root: Path, seed: int) -> "Cleaned | None":
     """The cleaned documents of all sources, where the recipe wants them cleaned."""
-    if spec.cleaning is None:
+    if sources.spec.cleaning is None:
         return None
     from keural.data.cleaning.run import clean
 
-    return clean(spec.cleaning, sources_to_clean(spec), data_dir, out_root, seed, file_hashes(out_root))
+    return clean(sources.spec.cleaning, sources.heldout_first, sources.data_dir, out_root, seed, file_hashes(out_root))
 
 
 @contextlib.contextmanager
-def _parts(directory: Path, tokenizer: KeuralTokenizer) -> Iterator[EncodingCache]:
+def _encoding_cache(directory: Path, tokenizer: KeuralTokenizer) -> Iterator[EncodingCache]:
     """A place for batches of ids that outlives an interruption, but neither success nor an error."""
     try:
         yield EncodingCache(directory, tokenizer.sha256)
@@ -124,52 +113,51 @@ def _parts(directory: Path, tokenizer: KeuralTokenizer) -> Iterator[EncodingCach
 class _Reading:
     """Where records come from, and what is looked for in them."""
 
-    data_dir: Path | None
+    sources: StageSources
     seed: int
     cleaned: "Cleaned | None"
-    checker: Decontaminator | None
+    decontaminator: Decontaminator | None
 
-    def records(self, tally: SourceCounter) -> Iterable[Record | Drop]:
-        """The records of a tally's source, cleaned where they are; what cleaning dropped is counted in the tally."""
-        source = tally.source
+    def records(self, source: Source, counter: SourceCounter) -> Iterable[Record | Drop]:
+        """The records of a source, cleaned where the recipe says so; what cleaning dropped is counted."""
         if self.cleaned is None:
-            return read_source(source, self.data_dir, self.seed)
-        tally.clean(self.cleaned.count(source.name))
+            return source.read(self.seed)
+        counter.clean(self.cleaned.count(source.name))
         return self.cleaned.documents(source.name)
 
 
 def _make(
-    spec: DataSpec, objective: Objective, tokenizer: KeuralTokenizer, parts: EncodingCache, directory: Path, reading: _Reading
-) -> tuple[list[dict[str, Any]], bool]:
+    reading: _Reading, objective: Objective, tokenizer: KeuralTokenizer, cache: EncodingCache, directory: Path
+) -> tuple[list[SourceRow], bool]:
     """Read all sources and write the stores into `directory`. Returns the table, and whether anything is held out."""
-    kind = OBJECTIVES[objective].store
-    encoder = Encoder(tokenizer, spec, threads=len(os.sched_getaffinity(0)), parts=parts)
+    spec, kind = reading.sources.spec, OBJECTIVES[objective].store
+    encoder = Encoder(tokenizer, spec, threads=len(os.sched_getaffinity(0)), cache=cache)
     sections = spec.mixing is not None
     held = StoreBuilder(directory / ".heldout", kind, keep_texts=True)
     with StoreBuilder(directory / ".train", kind, sections=sections) as train, held as heldout:
-        table = _read_all(spec, encoder, {"train": train, "heldout": heldout}, reading)
-        _check_sides(spec, train.units, heldout.units)
-        for spool, name in ((train, "train"), (heldout, "heldout")):
-            if spool.units:
-                spool.write_store(directory / name, tokenizer.sha256, tokenizer.vocab_size, {"sources": table}, reading.seed)
-        return table, heldout.units > 0
+        table = _read_all(reading, encoder, {"train": train, "heldout": heldout})
+        _check_splits(spec, train.num_records, heldout.num_records)
+        meta = {"sources": [row.to_json() for row in table]}
+        for builder, name in ((train, "train"), (heldout, "heldout")):
+            if builder.num_records:
+                builder.write_store(directory / name, tokenizer.sha256, tokenizer.vocab_size, meta, reading.seed)
+        return table, heldout.num_records > 0
 
 
-def _read_all(spec: DataSpec, encoder: Encoder, spools: dict[Side, StoreBuilder], reading: _Reading) -> list[dict[str, Any]]:
-    """Put every used record into its side's spool. Returns the table, in the order of the recipe."""
+def _read_all(reading: _Reading, encoder: Encoder, stores: dict[Split, StoreBuilder]) -> list[SourceRow]:
+    """Put every used record into the store of its split. Returns the table, in the order of the recipe."""
+    sources, spec = reading.sources, reading.sources.spec
     splitter = Splitter(spec.heldout_per_mille)
-    # sources that are held out whole come first, so that no other one can train on what they ask
-    tallies = [SourceCounter(source, "heldout", left_out(spec, source)) for source in spec.heldout_sources]
-    tallies += [SourceCounter(source, "train", left_out(spec, source)) for source in spec.sources]
-    for tally in tallies:
-        if tally.left_out is not None:
-            continue
-        for side, encoded in _kept(tally, encoder, splitter, reading):
-            spools[side].add(encoded, repeat=tally.source.repeat if side == "train" else 1, source=tally.source.name)
-    return [tally.row() for tally in sorted(tallies, key=lambda tally: tally.split != "train")]
+    train = [SourceCounter(source, "train", left_out(spec, source)) for source in spec.sources]
+    heldout = [SourceCounter(source, "heldout", left_out(spec, source)) for source in spec.heldout_sources]
+    used = [counter for counter in (*heldout, *train) if counter.left_out is None]
+    for source, counter in zip(sources.heldout_first, used, strict=True):
+        for split, encoded in _kept(source, counter, encoder, splitter, reading):
+            stores[split].add(encoded, repeat=source.spec.repeat if split == "train" else 1, source=source.name)
+    return [counter.row() for counter in (*train, *heldout)]
 
 
-def _check_sides(spec: DataSpec, train: int, heldout: int) -> None:
+def _check_splits(spec: DataSpec, train: int, heldout: int) -> None:
     if not train:
         raise UserError(f"nothing is left to train on: all records of {', '.join(s.name for s in spec.sources)} are held out")
     if spec.heldout_per_mille and not heldout:
@@ -178,38 +166,41 @@ def _check_sides(spec: DataSpec, train: int, heldout: int) -> None:
         )
 
 
-def _kept(tally: SourceCounter, encoder: Encoder, splitter: Splitter, reading: _Reading) -> Iterator[tuple[Side, Encoded]]:
-    """The records of one source that are used, each with its side; everything else is counted in the tally."""
-    source = tally.source
-    keeper = Gatekeeper(source, adapter_of(source).gates)
+def _kept(
+    source: Source, counter: SourceCounter, encoder: Encoder, splitter: Splitter, reading: _Reading
+) -> Iterator[tuple[Split, Encoded]]:
+    """The records of one source that are used, each with its split; everything else is counted."""
+    spec = source.spec
+    keeper = Gatekeeper(spec, source.adapter.gates)
     prompts = keeper.actions["duplicate_prompts"]
-    checker = reading.checker if tally.split == "train" else None  # what is held out may be an evaluation set itself
-    for encoded in encoder.encode(_gated(reading.records(tally), keeper, checker)):
-        side = (
+    # what is held out may be an evaluation set itself
+    decontaminator = reading.decontaminator if counter.split == "train" else None
+    for encoded in encoder.encode(_gated(reading.records(source, counter), keeper, decontaminator)):
+        split = (
             encoded
             if isinstance(encoded, Drop)
-            else splitter.side(encoded.record, tally.split == "heldout", source.id_space or source.name, prompts)
+            else splitter.assign(encoded.record, counter.split == "heldout", spec.id_space or spec.name, prompts)
         )
-        if isinstance(side, Drop):
-            tally.drop(side)
-            if checker and isinstance(side, Contaminated) and side.hit:
-                checker.count(source.name, side.where, side.hit)
+        if isinstance(split, Drop):
+            counter.drop(split)
+            if decontaminator and isinstance(split, Contaminated) and split.hit:
+                decontaminator.count(spec.name, split.where, split.hit)
             continue
         assert isinstance(encoded, Encoded)
-        tally.keep(side, encoded)
-        tally.noted.update(keeper.reasons(encoded.record, "count"))
-        if checker and keeper.actions[REASON] == "count" and (hit := checker.hit_in(encoded.record)):
-            checker.count(source.name, encoded.record.where, hit)
-            tally.noted[REASON] += 1
-        yield side, encoded
-        if tally.kept == source.limit:
-            tally.stop()
+        counter.keep(split, encoded)
+        counter.noted.update(keeper.reasons(encoded.record, "count"))
+        if decontaminator and keeper.actions[REASON] == "count" and (hit := decontaminator.hit_in(encoded.record)):
+            decontaminator.count(spec.name, encoded.record.where, hit)
+            counter.noted[REASON] += 1
+        yield split, encoded
+        if counter.kept == spec.limit:
+            counter.stop()
             break
-    tally.check()
+    counter.check()
 
 
-def _gated(records: Iterable[Record | Drop], keeper: Gatekeeper, checker: Decontaminator | None) -> Iterator[Record | Drop]:
-    dropped = checker if keeper.actions[REASON] == "drop" else None
+def _gated(records: Iterable[Record | Drop], keeper: Gatekeeper, decontaminator: Decontaminator | None) -> Iterator[Record | Drop]:
+    dropped = decontaminator if keeper.actions[REASON] == "drop" else None
     for record in records:
         if isinstance(record, Drop):
             yield record

@@ -1,50 +1,38 @@
 """What was prepared: the stores of a stage, the table of its sources, and the fingerprint by which it is found again."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from keural.data.licenses import left_out
 from keural.data.loading.corpus import Corpus
 from keural.data.loading.mixture import Mixture, mix
-from keural.data.source_counts import warning_of
-from keural.data.sources import FileHashes, check_sources, content_of
+from keural.data.source_counts import SourceRow, rows_from_json, warning_of
+from keural.data.sources import FileHashes
+from keural.data.stage_sources import StageSources, open_stage_sources
 from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
 from keural.files import fingerprint, read_json, read_object, write_json
-from keural.recipe import OBJECTIVES, DataSpec, Objective, SourceSpec
+from keural.recipe import OBJECTIVES, DataSpec, Objective
+from keural.recipe import VERSION as RECIPE_VERSION
 from keural.tokenizer.load import KeuralTokenizer
 
-if TYPE_CHECKING:
-    pass
-
-
 HASHES = "file-hashes.json"
-
-
 VERSION = 2
 """Raised when the same sources give other bytes than before."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A stage's data on disk: the stores, the fingerprint of what they were made from, and one table row per source.
-
-    A row has `source, adapter, language, license, flags` (`benchmark`, `non-commercial`), `left_out` (None, or why the recipe does
-    not use the source), `split, rows, kept, heldout` (of the kept ones), `tokens` (in the stores, repeats included), `repeat`,
-    `shortened` (conversations that lost trailing turns), `drops` (count by reason), `first_drop` (place by reason), `noted` (kept
-    records that a gate only counts, by reason), `length_ratio` (of pairs: characters of chosen answers against rejected ones, else
-    None) and `warning` (None, or what differs from the expected count). Where sources are mixed by weight `tokens` counts each
-    record once, and `mixture` has the source's `Share` of an epoch.
-    """
+    """A stage's data on disk: the stores, the fingerprint of what they were made from, and one table row per source."""
 
     train: Path
     heldout: Path | None
-    table: list[dict[str, Any]]
+    table: list[SourceRow]
     fingerprint: str
     mixture: Mixture | None = None
-    ready: Corpus | None = None
+    pretokenized: Corpus | None = None
     """Where the data is that was tokenised before; None: in `train`."""
     contamination: dict[str, dict[str, Any]] | None = None
     """By evaluation set (`Decontaminator.report`); the records that were found are listed in `contamination.jsonl`."""
@@ -52,15 +40,14 @@ class Prepared:
     @property
     def corpus(self) -> Corpus:
         """What the stage trains on."""
-        return self.ready or Corpus((self.train,), mixture=self.mixture)
+        return self.pretokenized or Corpus((self.train,), mixture=self.mixture)
 
 
 def find_prepared(
     spec: DataSpec, objective: Objective, data_dir: Path | None, tokenizer: KeuralTokenizer, out_root: Path, seed: int
 ) -> Prepared | None:
     """What `prepare` would give, if it is there already. Raises `UserError` for sources that cannot be read."""
-    check_sources(used_sources(spec), data_dir)
-    wanted = data_fingerprint(spec, objective, data_dir, tokenizer, out_root, seed)
+    wanted = data_fingerprint(open_stage_sources(spec, data_dir), objective, tokenizer, out_root, seed)
     directory = out_root / wanted[:16]
     return open_prepared(directory, spec, wanted) if is_prepared(directory, wanted) else None
 
@@ -77,24 +64,18 @@ def open_prepared(directory: Path, spec: DataSpec, data_fingerprint: str) -> Pre
         TokenStore.open(heldout, verify="size")
     expected = {(source.name, "train"): source for source in spec.sources}
     expected |= {(source.name, "heldout"): source for source in spec.heldout_sources}
-    made["table"] = [row | {"warning": warning_of(expected[row["source"], row["split"]], row)} for row in made["table"]]
+    rows = rows_from_json(made.get("table"), directory / "prepared.json")
+    if unknown := [row.source for row in rows if (row.source, row.split) not in expected]:
+        raise UserError(f"{directory}: damaged (the recipe has no source {unknown[0]!r}); delete it and prepare the data again")
+    table = [replace(row, warning=warning_of(expected[row.source, row.split], row)) for row in rows]
     if spec.mixing is None:
-        return Prepared(train, heldout, made["table"], data_fingerprint, contamination=contamination)
+        return Prepared(train, heldout, table, data_fingerprint, contamination=contamination)
     weights = {source.name: source.weight or 0.0 for source in spec.sources if not left_out(spec, source)}
     mixture = mix(store, weights, spec.mixing)
-    shares = mixture.rows()
-    table = [row | {"mixture": shares.get(row["source"]) if row["split"] == "train" else None} for row in made["table"]]
+    table = [replace(row, mixture=mixture.shares.get(row.source)) if row.split == "train" else row for row in table]
     return Prepared(
         train, heldout, table, fingerprint([data_fingerprint, mixture.fingerprint]), mixture, contamination=contamination
     )
-
-
-def used_sources(spec: DataSpec) -> list[SourceSpec]:
-    """The sources that the recipe does not leave out. Raises `UserError` when none is left to train on."""
-    if spec.sources and all(left_out(spec, source) for source in spec.sources):
-        reasons = ", ".join(f"{source.name} ({left_out(spec, source)})" for source in spec.sources)
-        raise UserError(f"no source is left to train on: data.licenses and data.benchmarks leave out {reasons}")
-    return [source for source in (*spec.sources, *spec.heldout_sources) if not left_out(spec, source)]
 
 
 def read_heldout_texts(prepared: Prepared, language: str | None = None) -> list[str]:
@@ -114,45 +95,29 @@ def read_heldout_texts(prepared: Prepared, language: str | None = None) -> list[
     return texts
 
 
-def data_fingerprint(
-    spec: DataSpec, objective: Objective, data_dir: Path | None, tokenizer: KeuralTokenizer, out_root: Path, seed: int
-) -> str:
+def data_fingerprint(sources: StageSources, objective: Objective, tokenizer: KeuralTokenizer, out_root: Path, seed: int) -> str:
     """Of settings, contents and tokenizer. Documents are cut only by the stream, so their stores do not depend on the length."""
-    hashes = file_hashes(out_root)
-    settings = spec.model_dump(exclude={"store", "stores", "shards", "mixing", "cleaning"})
+    spec, hashes, cleaning = sources.spec, file_hashes(out_root), None
     if spec.cleaning is not None:
         from keural.data.cleaning.run import cleaning_fingerprint
 
-        settings["cleaning"] = cleaning_fingerprint(spec.cleaning, sources_to_clean(spec), data_dir, seed, hashes)
-    for source in settings["sources"] + settings["heldout_sources"]:
-        del source["weight"]  # weights choose what is read from a store, not what is in it
-        del source["expect"]  # a warning
-    evaluation = spec.decontaminate.sources if spec.decontaminate else []
-    if not evaluation:
-        del settings["decontaminate"]
-    if spec.mixing is not None:
-        settings["sections"] = True
-    if OBJECTIVES[objective].store == "documents":
-        del settings["sequence_length"]
-    contents = [content_of(source, data_dir, hashes) for source in (*used_sources(spec), *evaluation)]
+        cleaning = cleaning_fingerprint(spec.cleaning, sources.heldout_first, sources.data_dir, seed, hashes)
+    contents = [source.content(hashes) for source in (*sources.used, *sources.evaluation)]
     if hashes.changed:
         write_json(out_root / HASHES, hashes.known)
     return fingerprint(
         {
-            "version": VERSION,
+            "version": [VERSION, RECIPE_VERSION],
             "objective": objective,
-            "spec": settings,
+            "spec": spec.determining("data"),
+            "cleaning": cleaning,
+            "sections": spec.mixing is not None,
+            "sequence_length": None if OBJECTIVES[objective].store == "documents" else spec.sequence_length,
             "contents": contents,
             "tokenizer": tokenizer.sha256,
             "seed": seed,
         }
     )
-
-
-def sources_to_clean(spec: DataSpec) -> list[SourceSpec]:
-    """The used sources, those that are held out first, so that it is they that keep their documents."""
-    held = [source for source in spec.heldout_sources if not left_out(spec, source)]
-    return [*held, *(source for source in used_sources(spec) if source not in held)]
 
 
 def file_hashes(out_root: Path) -> FileHashes:

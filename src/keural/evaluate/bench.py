@@ -9,6 +9,7 @@ import torch
 
 from keural.data.prepared import Prepared
 from keural.model import KeuralConfig, KeuralMoECausalLM
+from keural.pretrained.cached_step import check_cached_step
 from keural.pretrained.directory import load_model
 from keural.recipe import OBJECTIVES, Recipe
 from keural.tokenizer import KeuralTokenizer
@@ -32,7 +33,7 @@ class Bench:
     def model(self, name: str) -> KeuralMoECausalLM:
         """The model of a stage, or `UNTRAINED`, in evaluation mode."""
         if name not in self._models:
-            self._models[name] = self._untrained() if name == UNTRAINED else load_model(self.out / name / "model")
+            self._models[name] = self._untrained() if name == UNTRAINED else _trained(self.out / name / "model")
         return self._models[name]
 
     def _untrained(self) -> KeuralMoECausalLM:
@@ -49,6 +50,12 @@ class Bench:
         """The stage that the last one starts from, when the last one trains preferences: its figures show what that changed."""
         last = self.recipe.stages[-1]
         return last.predecessor if OBJECTIVES[last.objective].store == "pairs" else None
+
+
+def _trained(directory: Path) -> KeuralMoECausalLM:
+    model = load_model(directory)
+    check_cached_step(model, directory)
+    return model
 
 
 def before_and_after(bench: Bench, measure: Callable[[KeuralMoECausalLM], Figures]) -> tuple[Figures | None, Figures]:

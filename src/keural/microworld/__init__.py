@@ -57,7 +57,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A held-out preference pair: a question, the right and polite answer, and a wrong or a blunt one."""
+    """A held-out preference: the turns of a prompt, the answer to prefer and the one not to."""
 
     prompt: tuple[Message, ...]
     chosen: str

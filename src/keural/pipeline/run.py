@@ -26,10 +26,10 @@ from keural.pipeline.run_directory import (
     only_run_in,
     open_stage_directory,
 )
-from keural.pipeline.workspace import Workspace, check_inputs, init_directory, prepare_all, with_ancestors
+from keural.pipeline.workspace import Workspace, check_inputs, init_directory, prepare_all, select_stages, with_ancestors
 from keural.pretrained.directory import save_model_directory
 from keural.pretrained.lineage import check_sums
-from keural.recipe import Recipe, StageSpec, parse_duration
+from keural.recipe import VERSION, Recipe, StageSpec, parse_duration
 from keural.report.html import write_report
 from keural.train.parallel import full_state_dict
 from keural.train.ranks import Ranks, session
@@ -51,7 +51,7 @@ def run(recipe: Recipe, out: Path, *, until: str | None = None, only: str | None
     every rank calls this; rank 0 prepares and exports. Raises `UserError` for anything the user can mend, before the first
     step where possible.
     """
-    stages = _selected(recipe, until, only)
+    stages = select_stages(recipe, until=until, only=only)
     with session() as ranks, contextlib.ExitStack() as stack:
         started = time.monotonic()
         ranks.on_main(lambda: check_inputs(recipe, stages, out))
@@ -72,13 +72,6 @@ def _open_run(recipe: Recipe, stages: list[StageSpec], out: Path) -> None:
     check_measurable(recipe, workspace.data)
 
 
-def _selected(recipe: Recipe, until: str | None, only: str | None) -> list[StageSpec]:
-    if only is not None:
-        return [recipe.stage(only)]
-    last = recipe.stages.index(recipe.stage(until)) if until is not None else len(recipe.stages) - 1
-    return list(recipe.stages[: last + 1])
-
-
 def _train(workspace: Workspace, stage: StageSpec, ranks: Ranks, tensorboard: bool) -> bool:
     """Bring one stage to its end unless it is there already; True when a signal stopped it."""
     directory, wanted = workspace.out / stage.name, workspace.stage_fingerprint(stage)
@@ -86,8 +79,8 @@ def _train(workspace: Workspace, stage: StageSpec, ranks: Ranks, tensorboard: bo
         ranks.log_once(f"{stage.name}: finished already, skipped")
         return False
     for row in workspace.data[stage.name].table:
-        if "survey" in row:
-            ranks.log_once(f"{stage.name}: {row['survey']}")
+        if row.survey:
+            ranks.log_once(f"{stage.name}: {row.survey}")
     ranks.on_main(lambda: _check_ready(workspace, stage))
     ranks.on_main(lambda: open_stage_directory(directory, stage, wanted))
     result = train_stage(_job(workspace, stage, wanted, tensorboard), ranks)
@@ -160,7 +153,7 @@ def _finish(workspace: Workspace, started: float) -> None:
         "recipe": recipe.spec.name,
         "seconds": 0.0,
         "stages": [read_json(out / stage.name / "done.json") for stage in stages],
-        "data": {stage.name: workspace.data[stage.name].table for stage in stages if stage.name in workspace.data},
+        "data": {stage.name: _table(workspace, stage) for stage in stages if stage.name in workspace.data},
         "evaluation": {},
         "samples": [],
     }
@@ -169,6 +162,11 @@ def _finish(workspace: Workspace, started: float) -> None:
     summary["seconds"] = round(time.monotonic() - started, 3)
     write_json(out / "summary.json", summary)
     write_report(out)
+
+
+def _table(workspace: Workspace, stage: StageSpec) -> list[dict[str, Any]]:
+    """The table of a stage's sources as plain data."""
+    return [row.to_json() for row in workspace.data[stage.name].table]
 
 
 def _is_current(workspace: Workspace, stage: StageSpec) -> bool:
@@ -191,8 +189,9 @@ def _evaluated(workspace: Workspace) -> dict[str, Any]:
     cache = workspace.out / "evaluation.json"
     wanted = fingerprint(
         {
-            "evaluation": workspace.recipe.spec.evaluation.model_dump(),
-            "chat": workspace.recipe.spec.chat.model_dump(),
+            "version": VERSION,
+            "evaluation": workspace.recipe.spec.evaluation.determining("evaluation"),
+            "chat": workspace.recipe.spec.chat.determining("evaluation"),
             "stages": [workspace.stage_fingerprint(stage) for stage in workspace.recipe.stages],
         }
     )

@@ -1,25 +1,27 @@
 """What a recipe's stages work on: tokenizer, data, and the models they start from."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from keural.data.filtering.decontamination import check_evaluation
 from keural.data.loading.stream import Stream
-from keural.data.prepare import check_cleaning, check_sources, iter_texts, prepare
-from keural.data.prepared import Prepared, find_prepared, used_sources
-from keural.data.pretokenized import check_ready, ready
-from keural.data.sources import FileHashes, content_of
+from keural.data.prepare import check_cleaning, prepare
+from keural.data.prepared import Prepared, find_prepared
+from keural.data.pretokenized import check_pretokenized, open_pretokenized
+from keural.data.sources import FileHashes, Source, open_sources
+from keural.data.stage_sources import open_stage_sources
+from keural.data.tokenizer_texts import iter_texts
 from keural.errors import UserError
 from keural.files import fingerprint, read_object, write_json
-from keural.model import KeuralConfig
 from keural.pipeline.run_directory import is_done, set_aside
-from keural.recipe import Recipe, StageSpec
+from keural.recipe import VERSION, Recipe, StageSpec
 from keural.tokenizer import KeuralTokenizer
 from keural.tokenizer.train import train_tokenizer
 
-NOT_IN_FINGERPRINT: Any = {"notes": True, "train": {"save_every", "keep_checkpoints", "evaluate_every"}}
+if TYPE_CHECKING:
+    from keural.model import KeuralConfig
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Workspace:
     data: dict[str, Prepared]
 
     @property
-    def model_config(self) -> KeuralConfig:
+    def model_config(self) -> "KeuralConfig":
         """The network of the recipe, with the tokenizer's vocabulary."""
         return build_config(self.recipe, self.tokenizer)
 
@@ -40,10 +42,11 @@ class Workspace:
         """Of everything that determines the stage's weights: its settings, its data, and the model it starts from."""
         return fingerprint(
             {
-                "stage": stage.model_dump(exclude=NOT_IN_FINGERPRINT),
-                "model": self.recipe.spec.model.model_dump(),
+                "version": VERSION,
+                "stage": stage.determining("weights"),
+                "model": self.recipe.spec.model.determining("weights"),
                 "seed": self.recipe.spec.seed,
-                "budget": self.recipe.spec.budget if stage.train.budget_share else None,
+                "budget": self.recipe.spec.budget if stage.train.budget_share is not None else None,
                 "tokenizer": self.tokenizer.sha256,
                 "data": self.data[stage.name].fingerprint,
                 "init": self.init_fingerprint(stage),
@@ -63,8 +66,10 @@ class Workspace:
         return self.stage_fingerprint(self.recipe.stage(stage.init_from))
 
 
-def build_config(recipe: Recipe, tokenizer: KeuralTokenizer) -> KeuralConfig:
+def build_config(recipe: Recipe, tokenizer: KeuralTokenizer) -> "KeuralConfig":
     """The model configuration of a recipe with this tokenizer's ids."""
+    from keural.model import KeuralConfig
+
     shape = recipe.spec.model.model_dump()
     theta = shape.pop("rope_theta")
     return KeuralConfig(
@@ -77,14 +82,22 @@ def build_config(recipe: Recipe, tokenizer: KeuralTokenizer) -> KeuralConfig:
     )
 
 
-def check_inputs(recipe: Recipe, stages: Iterable[StageSpec], out: Path) -> None:
+def select_stages(recipe: Recipe, *, until: str | None = None, only: str | None = None) -> list[StageSpec]:
+    """The stages up to and with `until`, or `only` that one, or all. Raises `UserError` for a name that no stage has."""
+    if only is not None:
+        return [recipe.stage(only)]
+    last = recipe.stages.index(recipe.stage(until)) if until is not None else len(recipe.stages) - 1
+    return list(recipe.stages[: last + 1])
+
+
+def check_inputs(recipe: Recipe, stages: Sequence[StageSpec], out: Path) -> None:
     """Refuse what cannot work before anything is written: unknown adapters, missing paths, a model directory that is none."""
-    sources = [source for stage in stages for source in used_sources(stage.data)]
-    check_sources([*recipe.spec.tokenizer.sources, *sources], data_directory(recipe))
-    for stage in stages:
-        check_evaluation(stage.data.decontaminate, data_directory(recipe))
-        check_cleaning(stage.data, data_directory(recipe))
-        check_ready(stage.data, data_directory(recipe))
+    open_sources(recipe.spec.tokenizer.sources, data_directory(recipe))
+    opened = [open_stage_sources(stage.data, data_directory(recipe)) for stage in stages]
+    for stage, sources in zip(stages, opened, strict=True):
+        check_evaluation(sources.evaluation)
+        check_cleaning(sources)
+        check_pretokenized(stage.data, data_directory(recipe))
         if stage.starts_from_directory and not (init_directory(out, stage) / "config.json").is_file():
             raise UserError(f"{stage.name}: init_from {stage.init_from!r} is not a model directory (no config.json there)")
 
@@ -123,21 +136,21 @@ def with_ancestors(recipe: Recipe, stage: StageSpec) -> dict[str, StageSpec]:
 
 def _prepare_stage(recipe: Recipe, stage: StageSpec, tokenizer: KeuralTokenizer, out: Path) -> Prepared:
     directory = data_directory(recipe)
-    if stage.data.ready:
-        return ready(stage.data, stage.objective, directory, tokenizer, out / "data")
+    if stage.data.pretokenized:
+        return open_pretokenized(stage.data, stage.objective, directory, tokenizer, out / "data")
     return prepare(stage.data, stage.objective, directory, tokenizer, out / "data", recipe.spec.seed)
 
 
 def find_stage_data(recipe: Recipe, stage: StageSpec, out: Path) -> Prepared | None:
-    """A stage's data if it is there in `out` (or ready), made from the sources as they are now; nothing is written but hashes."""
-    if not stage.data.ready and not (out / "data").is_dir():
+    """A stage's data if it is there in `out` (or tokenised already), made from the sources as they are now; nothing is written but hashes."""
+    if not stage.data.pretokenized and not (out / "data").is_dir():
         return None
     path = recipe.spec.tokenizer.path
     directory = out / "tokenizer" if path is None else (data_directory(recipe) or Path()) / path
     if not directory.exists():
         return None
     tokenizer = KeuralTokenizer.load(directory)
-    if stage.data.ready:
+    if stage.data.pretokenized:
         return _prepare_stage(recipe, stage, tokenizer, out)
     arguments = (stage.data, stage.objective, data_directory(recipe), tokenizer, out / "data", recipe.spec.seed)
     return find_prepared(*arguments)
@@ -148,7 +161,8 @@ def prepare_tokenizer(recipe: Recipe, out: Path) -> KeuralTokenizer:
     spec, directory = recipe.spec.tokenizer, out / "tokenizer"
     if spec.path:
         return KeuralTokenizer.load((data_directory(recipe) or Path()) / spec.path)
-    wanted = _tokenizer_fingerprint(recipe, out)
+    sources = open_sources(spec.sources, data_directory(recipe))
+    wanted = _tokenizer_fingerprint(recipe, sources, out)
     marker = directory / "done.json"
     if is_done(directory, wanted):
         tokenizer = KeuralTokenizer.load(directory)
@@ -156,20 +170,20 @@ def prepare_tokenizer(recipe: Recipe, out: Path) -> KeuralTokenizer:
             raise UserError(f"{directory / 'tokenizer.model'}: damaged (its checksum differs); delete {directory} and run again")
         return tokenizer
     set_aside(directory)
-    texts = iter_texts(spec.sources, data_directory(recipe), spec.max_bytes, recipe.spec.seed)
+    texts = iter_texts(sources, spec.max_bytes, recipe.spec.seed)
     tokenizer = train_tokenizer(texts, spec, directory, recipe.spec.seed)
     write_json(marker, {"fingerprint": wanted, "sha256": tokenizer.sha256})
     return tokenizer
 
 
-def _tokenizer_fingerprint(recipe: Recipe, out: Path) -> str:
+def _tokenizer_fingerprint(recipe: Recipe, sources: list[Source], out: Path) -> str:
     """Of everything that determines a trained tokenizer: its settings and the contents of its sources."""
     spec, cache = recipe.spec.tokenizer, out / "data" / "file-hashes.json"
     hashes = FileHashes(read_object(cache) if cache.is_file() else None)
-    contents = [content_of(source, data_directory(recipe), hashes) for source in spec.sources]
+    contents = [source.content(hashes) for source in sources]
     if hashes.changed:
         write_json(cache, hashes.known)
-    return fingerprint({"spec": spec.model_dump(), "seed": recipe.spec.seed, "contents": contents})
+    return fingerprint({"version": VERSION, "spec": spec.determining("tokenizer"), "seed": recipe.spec.seed, "contents": contents})
 
 
 def open_stream(workspace: Workspace, stage: StageSpec) -> Stream:

@@ -1,6 +1,6 @@
 """Recipes: what a run is made of, as strict typed objects read from YAML. Import specs from here."""
 
-from keural.recipe.base import Spec, validate
+from keural.recipe.base import VERSION, Part, Spec, mark_of, neutral, not_for, validate
 from keural.recipe.data import (
     CleaningSpec,
     DataSpec,
@@ -16,14 +16,13 @@ from keural.recipe.evaluation import BitsPerByteSpec, ChatSpec, EvaluationSpec, 
 from keural.recipe.load import Recipe, RecipeSpec, load_recipe, parse_duration
 from keural.recipe.model import ModelSpec
 from keural.recipe.objectives import OBJECTIVES, STORES, Objective, ObjectiveKind, StoreKind, StoreShape, Unit
-from keural.recipe.sampling import CARD, SamplingDefaults
 from keural.recipe.tokenizer import TokenizerSpec
 from keural.recipe.training import DpoSpec, RouterSpec, StageSpec, TrainSpec
 
 __all__ = [
-    "CARD",
     "OBJECTIVES",
     "STORES",
+    "VERSION",
     "BitsPerByteSpec",
     "ChatSpec",
     "CleaningSpec",
@@ -39,10 +38,10 @@ __all__ = [
     "ModelSpec",
     "Objective",
     "ObjectiveKind",
+    "Part",
     "Recipe",
     "RecipeSpec",
     "RouterSpec",
-    "SamplingDefaults",
     "SourceSpec",
     "Spec",
     "StageSpec",
@@ -53,6 +52,9 @@ __all__ = [
     "TrainSpec",
     "Unit",
     "load_recipe",
+    "mark_of",
+    "neutral",
+    "not_for",
     "parse_duration",
     "validate",
 ]

@@ -4,7 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from keural.recipe.base import Spec
+from keural.recipe.base import Spec, neutral, not_for
 
 GateAction = Literal["drop", "count", "skip"]
 """What becomes of a record that a gate finds: it is dropped, or kept and counted, or the gate does not look at all."""
@@ -14,6 +14,7 @@ class SourceSpec(Spec):
     """One source of rows: where they are, how a row is read, and what is known of it."""
 
     name: str = Field(min_length=1)
+    """What tables, reports and messages call the source; where data is mixed, each part needs a name of its own."""
     adapter: str = Field(min_length=1)
     """Name in the adapter registry: how a row becomes a document, a conversation or a pair."""
     path: str = ""
@@ -22,7 +23,7 @@ class SourceSpec(Spec):
     """Reader of the file; the default follows from the suffix."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the adapter and reader, e.g. names of fields."""
-    hub: str | None = None
+    hub: str | None = not_for(("cleaning",), None)
     """Where the files come from (a dataset hub id): read from there when there is no `path`, and named when files are missing."""
     revision: str | None = None
     """Commit of `hub`, 40 digits."""
@@ -31,20 +32,23 @@ class SourceSpec(Spec):
     split: str | None = None
     """Split of `hub`, `train` where none is given."""
     language: str | None = None
-    license: str | None = None
-    limit: int | None = Field(None, gt=0)
+    """Language of its texts, e.g. `ko` or `en`, for the language gate, the filters and the report; by default the adapter's, where
+    it has one."""
+    license: str | None = not_for(("cleaning",), None)
+    """Licence of its rows, as model hubs write it, e.g. `CC-BY-4.0`; by default the adapter's, where it has one."""
+    limit: int | None = not_for(("cleaning",), None, gt=0)
     """Use at most this many kept records, in file order."""
-    repeat: int = Field(1, gt=0)
+    repeat: int = not_for(("cleaning",), 1, gt=0)
     """How often each record of the source is put into one epoch."""
     text_kind: Literal["ko", "en", "code", "any"] | None = None
     """Which filters clean its documents (`data.cleaning`); by default those of its language, and `any` has none."""
-    weight: float | None = Field(None, gt=0)
+    weight: float | None = not_for(("cleaning", "data"), None, gt=0)
     """The source's part of an epoch, relative to the other sources' weights; with `data.mixing`, and then without `repeat`."""
-    expect: int | None = Field(None, ge=0)
+    expect: int | None = neutral("check", None, ge=0)
     """Number of records that should be kept (a published count); another number is warned about."""
-    max_drop: float = Field(0.5, ge=0, le=1)
+    max_drop: float = neutral("check", 0.5, ge=0, le=1)
     """Refuse the source when a larger share of its rows is dropped; 0 refuses at the first bad row."""
-    gates: dict[str, GateAction] = Field(default_factory=dict)
+    gates: dict[str, GateAction] = not_for(("cleaning",), default_factory=dict)
     """What the gates do (`keural.data.filtering.gates`), where that differs from the adapter's default: `{refusals: skip}`."""
     min_characters: int = Field(0, ge=0)
     """Drop conversations and pairs with an answer shorter than this."""
@@ -56,6 +60,10 @@ class SourceSpec(Spec):
     """Field with the id of a row, or `row_number`: a record whose id was there before in the same `id_space` is a duplicate."""
     id_space: str | None = None
     """Name that sources share whose ids mean the same, e.g. a set and its translation; the default is the source's own."""
+
+
+GATE_SETTINGS = ("gates", "min_characters", "max_characters", "max_length_ratio", "id_field", "id_space")
+"""Settings of a source that say which of its records are used, by their content."""
 
 
 class LicensesSpec(Spec):
@@ -88,14 +96,16 @@ class MixingSpec(Spec):
 
 
 class StoreSpec(Spec):
-    """One of several ready token stores."""
+    """One of several token stores."""
 
     name: str = Field(min_length=1)
+    """What tables and reports call the store."""
     path: str = Field(min_length=1)
     """Directory, relative to the recipe's data directory."""
     weight: float | None = Field(None, gt=0)
     """Its part of an epoch, relative to the other stores' weights; with `data.mixing`. Without, each is used once."""
     language: str | None = None
+    """Language of its texts, for the report."""
 
 
 class DecontaminateSpec(Spec):
@@ -112,7 +122,7 @@ class DecontaminateSpec(Spec):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        unused = {"limit", "repeat", "weight", "expect", "text_kind", "gates", "min_characters", "max_characters", "id_field"}
+        unused = {"limit", "repeat", "weight", "expect", "text_kind", *GATE_SETTINGS}
         for source in self.sources:
             if given := sorted(unused & source.model_fields_set):
                 raise ValueError(
@@ -125,14 +135,19 @@ class ExecutorSpec(Spec):
     """Where cleaning runs: processes here, jobs on a Slurm cluster, or Ray."""
 
     kind: Literal["local", "slurm", "ray"] = "local"
+    """Processes of this machine, jobs of a Slurm cluster, or Ray."""
     workers: int | None = Field(None, gt=0)
     """Tasks at a time; the default is one per core here, all at once on a cluster."""
     cpus_per_task: int = Field(1, gt=0)
+    """CPU cores of one task (slurm, ray)."""
     mem_per_cpu_gb: int = Field(2, gt=0)
+    """Memory of one task in GB for each of its cores (slurm, ray)."""
     partition: str | None = None
+    """Partition of the Slurm cluster; slurm needs one."""
     time: str = "24:00:00"
     """Limit of a Slurm job."""
     qos: str | None = None
+    """Quality of service of Slurm jobs; the default is the cluster's."""
     sbatch: dict[str, str] = Field(default_factory=dict)
     """Further options of `sbatch`, without dashes."""
 
@@ -163,9 +178,10 @@ class CleaningSpec(Spec):
     """Filter by quality, by the kind of each source's text."""
     personal_data: bool = True
     """Replace e-mail and IP addresses, Korean resident, phone and account numbers."""
-    examples: int = Field(3, ge=0)
-    """Dropped documents to show of each reason."""
-    executor: ExecutorSpec = Field(default_factory=ExecutorSpec)
+    examples: int = neutral("report", 3, ge=0)
+    """Dropped documents to show of each reason; a cleaning that is finished shows as many as it was asked for."""
+    executor: ExecutorSpec = neutral("work", default_factory=ExecutorSpec)
+    """Where cleaning runs."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -175,18 +191,19 @@ class CleaningSpec(Spec):
 
 
 class DataSpec(Spec):
-    """A stage's data: sources or data that is ready, length of a packed row, and what is held out."""
+    """A stage's data: sources or data that is tokenised already, length of a packed row, and what is held out."""
 
     sources: list[SourceSpec] = Field(default_factory=list)
-    store: str | None = None
+    """Where rows are read from; they are checked, held out in part, tokenised and kept in a token store."""
+    store: str | None = not_for(("data",), None)
     """Instead of sources: a token store, or a directory with `train/` and perhaps `heldout/`, as data was prepared before."""
-    stores: list[StoreSpec] = Field(default_factory=list)
+    stores: list[StoreSpec] = not_for(("data",), default_factory=list)
     """Instead of sources: several token stores."""
-    shards: str | None = None
+    shards: str | None = not_for(("data",), None)
     """Instead of sources (next_token): a directory of published shards, `keural_NNN.bin`, `.idx` and `.meta`, as they are."""
-    mixing: MixingSpec | None = None
-    """Mix sources or stores by weight."""
-    sequence_length: int = Field(gt=1)
+    mixing: MixingSpec | None = not_for(("data",), None)
+    """Mix sources or stores by weight. Stores that are mixed keep their sources apart; other weights need no other stores."""
+    sequence_length: int = not_for(("data",), gt=1)
     """Tokens of a packed row (next_token, sft) or of one side of a pair with its prompt (dpo)."""
     heldout_per_mille: float = Field(0.0, ge=0, lt=1000)
     """Share of records held out, chosen by a hash of their content."""
@@ -196,7 +213,7 @@ class DataSpec(Spec):
     """Drop documents shorter than this (next_token)."""
     licenses: LicensesSpec = Field(default_factory=LicensesSpec)
     """Sources are left out by licence, and shown as left out in the table."""
-    cleaning: CleaningSpec | None = None
+    cleaning: CleaningSpec | None = not_for(("data",), None)
     """Clean the documents of all sources first (next_token)."""
     benchmarks: bool = True
     """Train on sources that are benchmarks; false leaves them out."""
@@ -204,7 +221,7 @@ class DataSpec(Spec):
     """Drop records that hold items of these evaluation sets (gate `contaminated`)."""
 
     @property
-    def ready(self) -> bool:
+    def pretokenized(self) -> bool:
         """Whether the data is tokenised already."""
         return not self.sources
 
@@ -221,7 +238,7 @@ class DataSpec(Spec):
             raise ValueError(f"gate contaminated of {gated[0]!r} needs data.decontaminate")
         if self.cleaning is None and (kinds := [source.name for source in everything if source.text_kind]):
             raise ValueError(f"text_kind of {kinds[0]!r} needs data.cleaning; write cleaning: {{}} for its defaults")
-        if self.ready:
+        if self.pretokenized:
             for name in (
                 "heldout_per_mille",
                 "heldout_sources",

@@ -9,7 +9,9 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from keural.data.records import Conversation, Document, PreferencePair, Record
+from keural.data.records import Conversation, Document, Kind, PreferencePair, Record
+from keural.data.sources import Source
+from keural.errors import UserError, nearest
 from keural.recipe import GateAction, SourceSpec
 
 Chat = Conversation | PreferencePair
@@ -60,9 +62,12 @@ _LETTER = re.compile(r"[^\W\d_]")
 
 @dataclass(frozen=True)
 class Gate:
-    """One gate: `check` says why a record should be dropped, `action` what is done where neither recipe nor adapter say."""
+    """One gate: `check` says why a record should be dropped, `action` what is done where neither recipe nor adapter say.
 
-    check: Callable[[Chat], str | None]
+    Without `check` it is carried out elsewhere, by what has seen more than the record.
+    """
+
+    check: Callable[[Chat], str | None] | None
     action: GateAction = "drop"
 
 
@@ -109,13 +114,6 @@ def hangul_share(text: str) -> float | None:
     return len(_HANGUL.findall(prose)) / letters if letters >= MIN_LETTERS else None
 
 
-def _never(record: Chat) -> str | None:
-    """What duplicate prompts are, `keural.data.filtering.holdout` knows: it has seen the other records; what is contaminated,
-    `keural.data.filtering.decontamination` does, for documents too.
-    """
-    return None
-
-
 GATES: dict[str, Gate] = {
     "placeholders": Gate(_placeholders),
     "self_identification": Gate(_self_identification),
@@ -123,9 +121,36 @@ GATES: dict[str, Gate] = {
     "control_strings": Gate(_control_strings, "count"),
     "personal_data": Gate(_personal_data, "count"),
     "language": Gate(_language),
-    "duplicate_prompts": Gate(_never, "skip"),
-    "contaminated": Gate(_never),
+    "duplicate_prompts": Gate(None, "skip"),  # keural.data.filtering.holdout
+    "contaminated": Gate(None),  # keural.data.filtering.decontamination; documents, too
 }
+
+
+def check_gates(source: Source) -> None:
+    """Refuse gates that are not known, and settings that have no effect on records of the source's kind. Raises `UserError`."""
+    if problem := _wrong_gates(source.spec, source.kind):
+        raise UserError(f"source {source.name!r}: {problem}")
+
+
+def _wrong_gates(spec: SourceSpec, kind: Kind) -> str | None:
+    if unknown := next((name for name in spec.gates if name not in GATES), None):
+        return f"unknown gate {unknown!r}{nearest(unknown, GATES)}; there are {', '.join(sorted(GATES))}"
+    if spec.gates.get("duplicate_prompts") == "count":
+        return "gate duplicate_prompts can drop or skip, but not count"
+    if spec.id_space is not None and spec.id_field is None:
+        return "id_space needs id_field, the field that holds the id"
+    settings = {
+        "gates": spec.gates.keys() - {"contaminated"},
+        "min_characters": spec.min_characters,
+        "max_characters": spec.max_characters,
+        "max_length_ratio": spec.max_length_ratio,
+        "id_field": spec.id_field,
+    }
+    if kind == "documents" and (given := [name for name, value in settings.items() if value]):
+        return f"{given[0]} is for conversations and pairs; adapter {spec.adapter} gives documents"
+    if kind == "conversations" and spec.max_length_ratio is not None:
+        return f"max_length_ratio is for pairs; adapter {spec.adapter} gives conversations"
+    return None
 
 
 class Gatekeeper:
@@ -142,7 +167,7 @@ class Gatekeeper:
         if action == "drop" and (reason := self._length(record)):
             yield reason
         for name, gate in GATES.items():
-            if self.actions[name] == action and (reason := gate.check(record)):
+            if gate.check and self.actions[name] == action and (reason := gate.check(record)):
                 yield reason
 
     def _length(self, record: Chat) -> str | None:

@@ -6,12 +6,12 @@ In: a path, perhaps the name of an engine. Out: an `Engine`. An engine's librari
 from dataclasses import replace
 from pathlib import Path
 
+from keural.card import SamplingDefaults
 from keural.errors import UserError, nearest
 from keural.pretrained.lineage import read_record
-from keural.recipe import SamplingDefaults
 from keural.serve.engines.base import Engine, EngineKind
 from keural.serve.engines.paths import gguf_file, is_model_directory, looks_like_gguf, transformers_directory
-from keural.serve.engines.sampling import SamplingParams
+from keural.serve.engines.sampling_params import SamplingParams
 
 
 def open_engine(path: Path, name: str | None = None, threads: int | None = None) -> Engine:

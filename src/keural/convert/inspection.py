@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from keural.card import SamplingDefaults
 from keural.convert.foreign_checkpoint import Checkpoint, open_checkpoint
 from keural.convert.gguf_header import check_header
 from keural.convert.granite import check_granite_swa, granite_config
 from keural.convert.published_pt import published_config
 from keural.errors import UserError
 from keural.files import read_object
-from keural.model import KeuralConfig, count_parameters
+from keural.model import SHAPE, KeuralConfig, count_parameters
 from keural.pretrained.lineage import Coverage, check_sums, read_record
 from keural.pretrained.location import CONFIG, check_there, model_directory
 from keural.pretrained.network_code import NETWORK_CODE, other_code_line
@@ -27,21 +28,7 @@ from keural.pretrained.tensor_names import is_published, stored_name
 from keural.pretrained.weights import Weights
 
 CARD = files("keural.convert").joinpath("card.yaml")
-_CONFIG_FIELDS = (
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "num_local_experts",
-    "num_experts_per_tok",
-    "intermediate_size",
-    "max_position_embeddings",
-    "vocab_size",
-    "rms_norm_eps",
-    "sliding_window",
-)
-_SAMPLING_FIELDS = ("temperature", "top_p", "repetition_penalty", "max_new_tokens")
+_CONFIG_FIELDS = (*SHAPE, "max_position_embeddings", "rms_norm_eps", "sliding_window")
 
 
 NOTHING = "no record: nothing was verified"
@@ -237,7 +224,7 @@ def _generation(directory: Path) -> dict[str, Any]:
     end = stored.get("eos_token_id")
     return {
         "generation_end": end[0] if isinstance(end, list) and end else end,
-        **{name: stored.get(name) for name in _SAMPLING_FIELDS},
+        **{name: stored.get(name) for name in SamplingDefaults._fields},
     }
 
 

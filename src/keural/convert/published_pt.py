@@ -15,26 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from keural.errors import UserError
 from keural.files import atomic_directory, check_new, write_atomic
-from keural.model import KeuralConfig
+from keural.model import SHAPE, KeuralConfig
 from keural.pretrained.lineage import write_record
 from keural.pretrained.stored_model import StoredModel
 from keural.pretrained.tensor_names import published_name
 from keural.pretrained.weights import Weights, data_bytes
 
-_CONFIG = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "num_local_experts",
-    "num_experts_per_tok",
-    "router_aux_loss_coef",
-    "router_z_loss_coef",
-    "max_position_embeddings",
-)
+_CONFIG = (*SHAPE, "router_aux_loss_coef", "router_z_loss_coef", "max_position_embeddings")
 """Fields of the published `ModelConfig` that mean the same here; the window and theta are written apart."""
 _FIXED = {"rms_norm_eps": 1e-5, "hidden_act": "silu"}
 """What the published code has as constants."""

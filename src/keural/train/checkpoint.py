@@ -43,8 +43,8 @@ DIRECTORY = re.compile(r"step-(\d+)")
 
 @dataclass
 class Progress:
-    """How far a stage is: optimizer steps done, real tokens seen, wall-clock seconds spent, task losses of its first and latest
-    steps, and the latest held-out figures.
+    """How far a stage is: optimizer steps done, non-padding tokens seen, wall-clock seconds spent, task losses of its first and
+    latest steps, and the latest held-out figures.
     """
 
     step: int = 0

@@ -7,24 +7,11 @@ from pathlib import Path
 import torch
 
 from keural.errors import UserError
-from keural.model import CHATML_IDS, KeuralConfig, KeuralMoECausalLM, grow_vocabulary
+from keural.model import CHATML_IDS, SHAPE, KeuralConfig, KeuralMoECausalLM, grow_vocabulary
 from keural.pretrained.stored_model import build, open_network
 from keural.train.parallel import experts_implementation
 
-SHAPE = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "num_local_experts",
-    "num_experts_per_tok",
-    "sliding_window",
-    "rope_parameters",
-    "rms_norm_eps",
-)
+MUST_AGREE = (*SHAPE, "sliding_window", "rope_parameters", "rms_norm_eps")
 """What must be the same in the recipe and in the model directory."""
 
 
@@ -60,7 +47,7 @@ def initial_model(
 
 
 def _check_shape(directory: Path, wanted: KeuralConfig, stored: KeuralConfig) -> None:
-    for name in SHAPE:
+    for name in MUST_AGREE:
         if getattr(wanted, name) != getattr(stored, name):
             raise UserError(
                 f"{directory}: {name} is {getattr(stored, name)}, the recipe's model has {getattr(wanted, name)}; start from a "

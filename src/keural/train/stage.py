@@ -70,7 +70,7 @@ class StageJob:
 
 @dataclass(frozen=True)
 class StageResult:
-    """What came out. `seconds`, `tokens` (real tokens seen) and `steps` include earlier runs of an interrupted stage;
+    """What came out. `seconds`, `tokens` (non-padding tokens seen) and `steps` include earlier runs of an interrupted stage;
     `loss_first` and `loss_last` are the mean task loss of the first and last tenth of the steps, at most ten of each; `model`
     is sharded under torchrun.
     """

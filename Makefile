@@ -14,7 +14,7 @@ RELEASE := .venv-transformers-
 EDGE_TESTS := tests/model tests/serve tests/convert tests/evaluate tests/tokenizer tests/test_recipe.py tests/data/test_cleaning.py \
 	tests/data/test_hub.py tests/train/test_trl.py
 
-.PHONY: setup setup-llama demo test test-llama test-slow test-transformers test-newest test-oldest lint clean
+.PHONY: setup setup-llama demo test test-llama test-slow test-transformers test-newest test-oldest test-wheel docs lint clean
 
 setup: $(READY)
 
@@ -33,7 +33,7 @@ $(VENV)/.ready-llama: $(READY)
 	touch $@
 
 demo: $(READY)
-	$(BIN)/keural run recipes/toy
+	$(BIN)/keural run toy
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
@@ -71,6 +71,15 @@ $(RELEASE)%/.ready: $(READY) constraints.txt
 	$(@D)/bin/python -m pip install -c constraints.txt torch
 	$(@D)/bin/python -m pip install transformers==$* accelerate
 	touch $@
+
+# What somebody gets who installs the package: its wheel, in a fresh environment outside this directory.
+test-wheel:
+	PYTHON="$(PYTHON)" .ci/wheel
+
+# The pages that are made from the code; a test says when they are out of date.
+docs: $(READY)
+	$(BIN)/python -m keural.recipe.reference > docs/recipes.md.new
+	mv docs/recipes.md.new docs/recipes.md
 
 lint: $(READY)
 	$(BIN)/ruff check .

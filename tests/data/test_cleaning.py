@@ -140,17 +140,17 @@ class TestFilters:
     )
     @pytest.mark.parametrize("kind", ["ko", "en", "code", "any"])
     def test_nothing_raises(self, text, kind):
-        verdict(measures.normalise(text), kind)
+        verdict(measures.normalize(text), kind)
 
 
 class TestMeasures:
     def test_normalising_keeps_lines_and_indentation(self):
-        assert measures.normalise("def f():\r\n\treturn 1\r\n    # 가\x00나  다\n") == "def f():\n\treturn 1\n    # 가나  다\n"
+        assert measures.normalize("def f():\r\n\treturn 1\r\n    # 가\x00나  다\n") == "def f():\n\treturn 1\n    # 가나  다\n"
 
     def test_decomposed_hangul_is_composed(self):
         import unicodedata
 
-        assert measures.normalise(unicodedata.normalize("NFD", "한국어")) == "한국어"
+        assert measures.normalize(unicodedata.normalize("NFD", "한국어")) == "한국어"
 
     def test_particles_are_words_of_their_own(self):
         assert measures.eojeol_words("학교에서 친구를 만났다.") == ["학교", "에서", "친구", "를", "만났", "다"]

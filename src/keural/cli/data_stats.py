@@ -16,7 +16,7 @@ from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
 from keural.files import read_object
 from keural.pipeline.workspace import find_stage_data
-from keural.recipe import Recipe, StageSpec, load_recipe
+from keural.recipe import OBJECTIVES, STORES, Recipe, StageSpec, load_recipe
 from keural.recipe.shipped import RECIPE_FILE, names, recipe_directory
 
 CLEANING = "cleaning.json"
@@ -35,16 +35,9 @@ def describe(path: Path, overrides: list[str], out: Path | None, as_json: bool) 
         raise UserError(f"{path}: is no recipe; key=value and --out are for recipes")
     if (path / "prepared.json").is_file():
         made = read_object(path / "prepared.json")
-        pairs = read_object(path / "train" / "manifest.json").get("kind") == "pairs"
-        text = _text(
-            {
-                path.name: mixture_report.prepared(
-                    rows_from_json(made.get("table"), path / "prepared.json"), "dpo" if pairs else None
-                )
-            },
-            {},
-            as_json,
-        )
+        table = rows_from_json(made.get("table"), path / "prepared.json")
+        unit = STORES[TokenStore.open(path / "train", verify="size").kind].unit
+        text = _text({path.name: mixture_report.prepared(table, unit)}, {}, as_json)
         cleaned = made.get("cleaned")
         return f"{text}\ncleaned: {path.parent / cleaned} (ask for its stats, too)\n" if cleaned and not as_json else text
     if (path / CLEANING).is_file():
@@ -76,7 +69,9 @@ def _mixture(recipe: Recipe, out: Path | None, as_json: bool) -> str:
 def _stage(recipe: Recipe, stage: StageSpec, out: Path) -> mixture_report.Report:
     """As prepared where the run directory has the data of these settings; else as planned."""
     found = find_stage_data(recipe, stage, out)
-    return mixture_report.planned(stage.data) if found is None else mixture_report.prepared(found.table, stage.objective)
+    if found is None:
+        return mixture_report.planned(stage.data)
+    return mixture_report.prepared(found.table, OBJECTIVES[stage.objective].unit)
 
 
 def _text(reports: dict[str, mixture_report.Report], notes: dict[str, list[str]], as_json: bool) -> str:

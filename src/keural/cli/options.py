@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.lr=1e-5, data=DIR, sft-1.train.steps=100")]
 Out = Annotated[Path | None, typer.Option(help="run directory (default: runs/<recipe>)")]
-RecipeDir = Annotated[Path, typer.Argument(help="a recipe: directory with recipe.yaml, or a name of `keural recipes`")]
+RECIPE = typer.Argument(help="a recipe: directory with recipe.yaml, or a name of `keural recipes`")
+RecipeDir = Annotated[Path, RECIPE]
 StageFile = Annotated[Path, typer.Argument(help="a stage's YAML file, with recipe.yaml beside it, e.g. toy/sft-1.yaml")]
 ModelDir = Annotated[Path, typer.Argument(help="model directory, e.g. runs/toy/final")]
 ModelPath = Annotated[Path, typer.Argument(help="model directory, e.g. runs/toy/final, or a GGUF file or the directory with one")]

@@ -8,7 +8,7 @@ from typing import Any
 
 from keural.data.licenses import language_of, left_out, license_of
 from keural.data.source_counts import SourceRow
-from keural.recipe import DataSpec
+from keural.recipe import DataSpec, Unit
 
 UNSTATED = "unstated"
 Report = dict[str, Any]
@@ -34,8 +34,8 @@ def planned(spec: DataSpec) -> Report:
     return _report("planned", "weights" if weighted else "records", rows)
 
 
-def prepared(table: list[SourceRow], objective: str | None = None) -> Report:
-    """What prepared data holds for training; with a mixture what an epoch does. Shares of dpo are of pairs, else of tokens."""
+def prepared(table: list[SourceRow], unit: Unit = "tokens") -> Report:
+    """What prepared data holds for training; with a mixture what an epoch does. `unit` is what shares are of."""
     rows = []
     for entry in table:
         if entry.split != "train" or entry.left_out:
@@ -52,10 +52,10 @@ def prepared(table: list[SourceRow], objective: str | None = None) -> Report:
                 "tokens": tokens,
                 "repeats": mixture.repeats if mixture else entry.repeat,
                 "target": mixture.target if mixture else None,
-                "amount": records if objective == "dpo" else tokens,
+                "amount": tokens if unit == "tokens" else records,
             }
         )
-    return _report("prepared", "records" if objective == "dpo" else "tokens", rows)
+    return _report("prepared", "tokens" if unit == "tokens" else "records", rows)
 
 
 def _report(state: str, basis: str, rows: list[dict[str, Any]]) -> Report:

@@ -14,8 +14,8 @@ from keural.data.stage_sources import StageSources, open_stage_sources
 from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
 from keural.files import fingerprint, read_json, read_object, write_json
+from keural.recipe import OBJECTIVES, DataSpec, Objective
 from keural.recipe import VERSION as RECIPE_VERSION
-from keural.recipe import DataSpec, Objective
 from keural.tokenizer.load import KeuralTokenizer
 
 HASHES = "file-hashes.json"
@@ -112,7 +112,7 @@ def data_fingerprint(sources: StageSources, objective: Objective, tokenizer: Keu
             "spec": spec.determining("data"),
             "cleaning": cleaning,
             "sections": spec.mixing is not None,
-            "sequence_length": None if objective == "next_token" else spec.sequence_length,
+            "sequence_length": None if OBJECTIVES[objective].store == "documents" else spec.sequence_length,
             "contents": contents,
             "tokenizer": tokenizer.sha256,
             "seed": seed,

@@ -96,11 +96,10 @@ def _table(
         return [replace(_row(paths[0].name, "published", survey.sequences, tokens), survey=survey.line())]
     if not spec.stores:
         return _sources(opened, paths[0])
-    sides = 2 if opened.kind == "pairs" else 1
     rows = []
     for given, (first, stop) in zip(spec.stores, opened.sections.values(), strict=True):
         tokens = opened.extent(stop - 1)[1] - opened.extent(first)[0]
-        row = _row(given.name, "store", (stop - first) // sides, tokens)
+        row = _row(given.name, "store", (stop - first) // opened.sequences_per_record, tokens)
         rows.append(replace(row, language=given.language, mixture=mixture.shares[given.name] if mixture else None))
     return rows
 
@@ -110,8 +109,7 @@ def _sources(store: TokenStore, path: Path) -> list[SourceRow]:
     manifest = path / "manifest.json"
     if "imported" not in store.manifest and "sources" in store.manifest:
         return rows_from_json(store.manifest["sources"], manifest)
-    records = store.num_sequences // (2 if store.kind == "pairs" else 1)
-    row = _row(path.name, "store", records, store.num_tokens).to_json()
+    row = _row(path.name, "store", store.num_records, store.num_tokens).to_json()
     match store.manifest.get("sources"):
         case [{"source": name, "license": license_id}]:
             row |= {"source": name, "license": license_id}

@@ -78,11 +78,11 @@ def _train(workspace: Workspace, stage: StageSpec, ranks: Ranks, tensorboard: bo
     """Bring one stage to its end unless it is there already; True when a signal stopped it."""
     directory, wanted = workspace.out / stage.name, workspace.stage_fingerprint(stage)
     if is_done(directory, wanted):
-        ranks.say(f"{stage.name}: finished already, skipped")
+        ranks.log_once(f"{stage.name}: finished already, skipped")
         return False
     for row in workspace.data[stage.name].table:
         if row.survey:
-            ranks.say(f"{stage.name}: {row.survey}")
+            ranks.log_once(f"{stage.name}: {row.survey}")
     ranks.on_main(lambda: _check_ready(workspace, stage))
     ranks.on_main(lambda: open_stage_directory(directory, stage, wanted))
     result = train_stage(_job(workspace, stage, wanted, tensorboard), ranks)

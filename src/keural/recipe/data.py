@@ -14,6 +14,7 @@ class SourceSpec(Spec):
     """One source of rows: where they are, how a row is read, and what is known of it."""
 
     name: str = Field(min_length=1)
+    """What tables, reports and messages call the source; where data is mixed, each part needs a name of its own."""
     adapter: str = Field(min_length=1)
     """Name in the adapter registry: how a row becomes a document, a conversation or a pair."""
     path: str = ""
@@ -31,7 +32,10 @@ class SourceSpec(Spec):
     split: str | None = None
     """Split of `hub`, `train` where none is given."""
     language: str | None = None
+    """Language of its texts, e.g. `ko` or `en`, for the language gate, the filters and the report; by default the adapter's, where
+    it has one."""
     license: str | None = not_for(("cleaning",), None)
+    """Licence of its rows, as model hubs write it, e.g. `CC-BY-4.0`; by default the adapter's, where it has one."""
     limit: int | None = not_for(("cleaning",), None, gt=0)
     """Use at most this many kept records, in file order."""
     repeat: int = not_for(("cleaning",), 1, gt=0)
@@ -92,14 +96,16 @@ class MixingSpec(Spec):
 
 
 class StoreSpec(Spec):
-    """One of several ready token stores."""
+    """One of several token stores."""
 
     name: str = Field(min_length=1)
+    """What tables and reports call the store."""
     path: str = Field(min_length=1)
     """Directory, relative to the recipe's data directory."""
     weight: float | None = Field(None, gt=0)
     """Its part of an epoch, relative to the other stores' weights; with `data.mixing`. Without, each is used once."""
     language: str | None = None
+    """Language of its texts, for the report."""
 
 
 class DecontaminateSpec(Spec):
@@ -129,14 +135,19 @@ class ExecutorSpec(Spec):
     """Where cleaning runs: processes here, jobs on a Slurm cluster, or Ray."""
 
     kind: Literal["local", "slurm", "ray"] = "local"
+    """Processes of this machine, jobs of a Slurm cluster, or Ray."""
     workers: int | None = Field(None, gt=0)
     """Tasks at a time; the default is one per core here, all at once on a cluster."""
     cpus_per_task: int = Field(1, gt=0)
+    """CPU cores of one task (slurm, ray)."""
     mem_per_cpu_gb: int = Field(2, gt=0)
+    """Memory of one task in GB for each of its cores (slurm, ray)."""
     partition: str | None = None
+    """Partition of the Slurm cluster; slurm needs one."""
     time: str = "24:00:00"
     """Limit of a Slurm job."""
     qos: str | None = None
+    """Quality of service of Slurm jobs; the default is the cluster's."""
     sbatch: dict[str, str] = Field(default_factory=dict)
     """Further options of `sbatch`, without dashes."""
 
@@ -180,9 +191,10 @@ class CleaningSpec(Spec):
 
 
 class DataSpec(Spec):
-    """A stage's data: sources or data that is ready, length of a packed row, and what is held out."""
+    """A stage's data: sources or data that is tokenised already, length of a packed row, and what is held out."""
 
     sources: list[SourceSpec] = Field(default_factory=list)
+    """Where rows are read from; they are checked, held out in part, tokenised and kept in a token store."""
     store: str | None = not_for(("data",), None)
     """Instead of sources: a token store, or a directory with `train/` and perhaps `heldout/`, as data was prepared before."""
     stores: list[StoreSpec] = not_for(("data",), default_factory=list)
@@ -209,7 +221,7 @@ class DataSpec(Spec):
     """Drop records that hold items of these evaluation sets (gate `contaminated`)."""
 
     @property
-    def ready(self) -> bool:
+    def pretokenized(self) -> bool:
         """Whether the data is tokenised already."""
         return not self.sources
 
@@ -226,7 +238,7 @@ class DataSpec(Spec):
             raise ValueError(f"gate contaminated of {gated[0]!r} needs data.decontaminate")
         if self.cleaning is None and (kinds := [source.name for source in everything if source.text_kind]):
             raise ValueError(f"text_kind of {kinds[0]!r} needs data.cleaning; write cleaning: {{}} for its defaults")
-        if self.ready:
+        if self.pretokenized:
             for name in (
                 "heldout_per_mille",
                 "heldout_sources",

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from keural.errors import UserError
 from keural.files import fingerprint, read_json, sha256_file, write_json
+from keural.recipe import STORES
+from keural.recipe import StoreKind as Kind
 
-Kind = Literal["documents", "conversations", "pairs"]
 Verify = Literal["auto", "size", "full"]
 FORMAT = "keural-token-store"
 VERSION = 1
@@ -300,6 +301,16 @@ class TokenStore:
     def sequence_at(self, position: int) -> int:
         """The sequence that the token at a flat position belongs to."""
         return self.spans(position, position + 1)[0]
+
+    @property
+    def sequences_per_record(self) -> int:
+        """Sequences that belong together: of pairs the two sides."""
+        return STORES[self.kind].sequences_per_record
+
+    @property
+    def num_records(self) -> int:
+        """Documents, conversations or pairs."""
+        return self.num_sequences // self.sequences_per_record
 
     def _place(self, index: int) -> tuple[int, int, int]:
         """Shard of a sequence, and its start and end there."""

@@ -1,4 +1,4 @@
-"""The commands around checkpoints: `import`, `export`, `refresh-code`, `inspect`, `init`. Part of the `keural` command, see `cli.py`."""
+"""The commands around checkpoints: `import`, `export`, `refresh-code`, `inspect`, `init`; part of the `keural` command."""
 
 import json
 import sys

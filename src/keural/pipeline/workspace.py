@@ -142,7 +142,10 @@ def _prepare_stage(recipe: Recipe, stage: StageSpec, tokenizer: KeuralTokenizer,
 
 
 def find_stage_data(recipe: Recipe, stage: StageSpec, out: Path) -> Prepared | None:
-    """A stage's data if it is there in `out` (or tokenised already), made from the sources as they are now; nothing is written but hashes."""
+    """A stage's data if it is there in `out` (or tokenised already), made from the sources as they are now.
+
+    Nothing is written but hashes.
+    """
     if not stage.data.pretokenized and not (out / "data").is_dir():
         return None
     path = recipe.spec.tokenizer.path

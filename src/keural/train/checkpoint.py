@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from keural.errors import UserError
 from keural.files import fingerprint as fingerprint_of
@@ -117,7 +119,7 @@ class Checkpoints:
         state = tensors(model, optimizer)
         progress = self.ranks.on_main(lambda: self._verified(path, state))
         with warnings.catch_warnings(action="ignore"):  # it says that there is no process group
-            dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=self.ranks.world == 1)
+            load(state, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=self.ranks.world == 1)
         set_step(optimizer, progress.step)
         return progress
 
@@ -134,8 +136,8 @@ class Checkpoints:
 
     def _write_tensors(self, temporary: Path, state: dict[str, Tensor]) -> None:
         with warnings.catch_warnings(action="ignore"):  # it says that there is no process group
-            writer = dcp.HuggingFaceStorageWriter(str(temporary), _file_numbers(state), save_distributed=True)
-            dcp.save(state, storage_writer=writer, no_dist=self.ranks.world == 1)
+            writer = HuggingFaceStorageWriter(str(temporary), _file_numbers(state), save_distributed=True)
+            save(state, storage_writer=writer, no_dist=self.ranks.world == 1)
 
     def _finish(self, temporary: Path, final: Path, progress: Progress) -> None:
         files = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
@@ -218,7 +220,7 @@ def _manifest(path: Path) -> Manifest:
 def _check_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
     """Raise `UserError` unless the files hold exactly the tensors of `state`, in name, shape and type."""
     try:
-        stored = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+        stored = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     except (SafetensorError, OSError, ValueError, TypeError, LookupError) as error:
         raise UserError(f"{path}: damaged checkpoint: {' '.join(str(error).split())[:200]}; {_REMEDY}") from error
     for name in sorted(state.keys() ^ stored.keys()):

@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 
 from keural.errors import UserError
 from keural.files import fingerprint, read_json, sha256_file, write_json
-from keural.recipe import STORES
-from keural.recipe import StoreKind as Kind
+from keural.recipe import STORES, StoreKind
 
 Verify = Literal["auto", "size", "full"]
 FORMAT = "keural-token-store"
@@ -67,7 +66,7 @@ class StoreWriter:
         directory: Path,
         tokenizer_sha: str,
         vocab_size: int,
-        kind: Kind,
+        kind: StoreKind,
         meta: dict[str, Any] | None = None,
         shard_tokens: int = SHARD_TOKENS,
     ) -> None:
@@ -191,7 +190,7 @@ class TokenStore:
 
     def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
         self.directory, self.manifest = directory, manifest
-        self.kind: Kind = manifest["kind"]
+        self.kind: StoreKind = manifest["kind"]
         self.num_sequences: int = manifest["num_sequences"]
         self.num_tokens: int = manifest["num_tokens"]
         self.longest: int = manifest["longest"]
@@ -375,7 +374,8 @@ class TokenStore:
 
 
 def _mapping(array: np.memmap[Any, Any]) -> mmap.mmap:
-    return array._mmap  # type: ignore[attr-defined]
+    found: mmap.mmap = array._mmap  # type: ignore[attr-defined]
+    return found
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:

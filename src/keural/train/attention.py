@@ -46,7 +46,9 @@ def packing(position_ids: Tensor, device: torch.device) -> Packing:
     starts = begins.nonzero().squeeze(-1)
     offsets = torch.cat([starts, torch.tensor([rows * length])]).to(torch.int32)
     documents = begins.cumsum(0).sub(1).to(torch.int32)
-    return Packing(*(to_device(tensor, device) for tensor in (offsets, documents, position_ids.flatten())), rows, length)
+    packed = Packing(*(to_device(tensor, device) for tensor in (offsets, documents, position_ids.flatten())), rows, length)
+    torch._dynamo.maybe_mark_dynamic(packed.offsets, 0)  # the number of documents changes with every micro-batch
+    return packed
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -181,7 +183,7 @@ def attention_distance(name: str, device: torch.device, dtype: torch.dtype, head
         for backend in (ATTENTION[name], ATTENTION["masked"]):
             leaves = [tensor.clone().requires_grad_() for tensor in inputs]
             output = backend.attend(*leaves, backend.prepare(packed, window))
-            results.append([output, *torch.autograd.grad(output, leaves, upstream)])
+            results.append([output.detach(), *torch.autograd.grad(output, leaves, upstream)])
         for ours, twin in zip(*results, strict=True):
             worst = max(worst, float((ours.float() - twin.float()).norm() / twin.float().norm()))
     return worst

@@ -84,7 +84,8 @@ class _Logprobs(torch.autograd.Function):
         upstream = gradients[0]
         hidden_gradient = (hidden_slope * upstream[:, None]).to(hidden.dtype)
         if ctx.uniform:
-            weight_gradient = weight_slope * upstream[:1].sum()
+            weight_gradient = torch.empty_like(weight)
+            torch.mul(weight_slope[: weight.shape[0]], upstream[:1].sum(), out=weight_gradient)  # no second one in float32
         else:
             aligned = _aligned(weight, hidden.dtype)
             weight_gradient = torch.zeros(aligned.shape, dtype=upstream.dtype, device=hidden.device)

@@ -15,6 +15,7 @@ def _softmax_slope(logits, labels, logprobs, stride, VOCABULARY: tl.constexpr, C
     row = tl.program_id(0)
     label = tl.load(labels + row)
     start = logits + row.to(tl.int64) * stride
+    chosen = tl.load(start + tl.maximum(label, 0)).to(tl.float32)  # here: further down another warp may have replaced it
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, VOCABULARY, BLOCK):
@@ -27,7 +28,6 @@ def _softmax_slope(logits, labels, logprobs, stride, VOCABULARY: tl.constexpr, C
     top = tl.max(highest, 0)
     normalizer = top + tl.log(tl.sum(tl.where(highest == float("-inf"), 0.0, total * tl.exp(highest - top)), 0))
     counted = label >= 0
-    chosen = tl.load(start + tl.maximum(label, 0)).to(tl.float32)
     tl.store(logprobs + row, tl.where(counted, chosen - normalizer, 0.0))
     if WITH_SLOPE:
         for first in range(0, COLUMNS, BLOCK):

@@ -181,7 +181,10 @@ def flops_per_token(size: Size, square: bool = False) -> float:
 def rates(size: Size, ms: float, tokens: int) -> dict[str, float]:
     """Tokens per second and MFU by both conventions."""
     per_second = tokens / ms * 1e3
-    mfu = {name: round(100 * per_second * flops_per_token(size, square) / PEAK, 2) for name, square in (("causal", False), ("square", True))}
+    mfu = {
+        name: round(100 * per_second * flops_per_token(size, square) / PEAK, 2)
+        for name, square in (("causal", False), ("square", True))
+    }
     return {"ms": round(ms, 2), "tokens_per_s": round(per_second), "mfu_causal": mfu["causal"], "mfu_square": mfu["square"]}
 
 
@@ -298,7 +301,9 @@ def check(bench: Bench) -> None:
 
 def check_attention(bench: Bench) -> None:
     """Every backend against the twin; which one is chosen."""
-    for name in ("varlen", "varlen-spread", "masked") if bench.cuda else ("masked",):  # FlexAttention takes long to compile: in `parts`
+    for name in (
+        ("varlen", "varlen-spread", "masked") if bench.cuda else ("masked",)
+    ):  # FlexAttention takes long to compile: in `parts`
         with bench.guarded(f"attention_{name}"):
             bench.record(f"attention_{name}", distance_bf16=attention_distance(name, bench.device, BF16))
     with bench.guarded("attention_chosen"):
@@ -501,7 +506,10 @@ def stack(bench: Bench) -> None:
                 first = time.monotonic() - begun
                 found[layers] = bench.ms(step, 4)
                 values = rates(sizes[layers], found[layers], count)
-                bench.record(name, **{f"layers_{layers}": values | {"peak_gib": bench.peak(), "first_s": round(first, 1), "loss": round(loss, 4)}})
+                bench.record(
+                    name,
+                    **{f"layers_{layers}": values | {"peak_gib": bench.peak(), "first_s": round(first, 1), "loss": round(loss, 4)}},
+                )
             extrapolate(bench, name, found, count)
     clear(network)
 
@@ -538,7 +546,9 @@ def whole(bench: Bench) -> None:
         bench.free()
         ms = bench.ms(step, repeats, 0)
         free = round(torch.cuda.mem_get_info()[0] / GIB, 2) if bench.cuda else None
-        bench.record(name, **rates(size, ms, count), peak_gib=bench.peak(), first_s=round(first, 1), free_gib=free, loss=round(loss, 4))
+        bench.record(
+            name, **rates(size, ms, count), peak_gib=bench.peak(), first_s=round(first, 1), free_gib=free, loss=round(loss, 4)
+        )
         nonlocal best
         if best is None or ms / count < best[0]:
             best = (ms / count, count, recompute)
@@ -572,7 +582,9 @@ def whole_step(bench: Bench, engine: Engine, best: tuple[float, int, list[str]],
     """Optimizer steps after two micro-batches each, and tokens per second of a step of 262,144 tokens."""
     per_token, count, recompute = best
     if host and bench.cuda:
-        available = int(next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable")).split()[1])
+        available = int(
+            next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable")).split()[1]
+        )
         needed = sum(parameter.numel() for parameter in parameters(engine.network)) * 4.03 / GIB * 1.12
         if available / 2**20 < needed + 4:
             raise MemoryError(f"{available / 2**20:.0f} GiB of host memory are free, {needed + 4:.0f} are needed")
@@ -585,7 +597,12 @@ def whole_step(bench: Bench, engine: Engine, best: tuple[float, int, list[str]],
         clear(engine.network)
         losses = [step(), step()]
         times.append(bench.ms(lambda: optimizer.step(1e-5, 1.0), 1, 0))
-        bench.record("optimizer", step_ms=[round(t, 1) for t in times], losses=[round(float(loss), 4) for loss in losses], peak_gib=bench.peak())
+        bench.record(
+            "optimizer",
+            step_ms=[round(t, 1) for t in times],
+            losses=[round(float(loss), 4) for loss in losses],
+            peak_gib=bench.peak(),
+        )
     batch_tokens = 262_144 if not bench.small else 4 * count
     ms = per_token * batch_tokens + min(times)
     bench.record("optimizer", step_of_262144=rates(engine.size, ms, batch_tokens), share=round(min(times) / ms, 4))
@@ -655,14 +672,18 @@ def baselines(bench: Bench) -> None:
     positions = torch.arange(bench.size.length, device=bench.device).expand(rows, -1)
 
     def published(model: Any) -> Callable[[], Any]:
-        return lambda: model(input_ids=ids.view(rows, -1), labels=labels.view(rows, -1), use_cache=False, output_router_logits=True).loss.backward()
+        return lambda: model(
+            input_ids=ids.view(rows, -1), labels=labels.view(rows, -1), use_cache=False, output_router_logits=True
+        ).loss.backward()
 
     def today(model: Any) -> Callable[[], Any]:
         policy = Policy(model, BF16)
 
         def step() -> None:
             output = policy(ids.view(rows, -1), positions, labels.view(rows, -1))
-            (-output.logprobs.sum() / count + 0.001 * torch.stack(output.router_logits).float().logsumexp(-1).square().mean()).backward()
+            (
+                -output.logprobs.sum() / count + 0.001 * torch.stack(output.router_logits).float().logsumexp(-1).square().mean()
+            ).backward()
 
         return step
 
@@ -679,7 +700,10 @@ def baselines(bench: Bench) -> None:
                 bench.free()
                 model = hf_model(bench.size.layers(layers), dtype, bench.device, experts)
                 found[layers] = bench.ms(make(model), 2)
-                bench.record(name, **{f"layers_{layers}": rates(bench.size.layers(layers), found[layers], count) | {"peak_gib": bench.peak()}})
+                bench.record(
+                    name,
+                    **{f"layers_{layers}": rates(bench.size.layers(layers), found[layers], count) | {"peak_gib": bench.peak()}},
+                )
                 del model
             extrapolate(bench, name, found, count)
         torch.use_deterministic_algorithms(False)
@@ -706,7 +730,9 @@ def parts(bench: Bench) -> None:
     def random(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, device=bench.device, dtype=BF16) * scale).requires_grad_()
 
-    query, key, value = (random(tokens, n, c.head_dim) for n in (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads))
+    query, key, value = (
+        random(tokens, n, c.head_dim) for n in (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
+    )
     for document in (None, length // 4):
         packed = batch(bench.size, tokens, bench.device, document)[2]
         for window in (None, c.sliding_window):
@@ -719,7 +745,9 @@ def parts(bench: Bench) -> None:
                     run = both(lambda: backend.attend(query, key, value, prepared), query, key, value)  # noqa: B023
                     with torch.no_grad():
                         forward_ms = bench.ms(lambda: backend.attend(query, key, value, prepared), 3)  # noqa: B023
-                    bench.record(label, ms=round(bench.ms(run, 3), 3), forward_ms=round(forward_ms, 3), prepare_ms=round(prepare, 3))
+                    bench.record(
+                        label, ms=round(bench.ms(run, 3), 3), forward_ms=round(forward_ms, 3), prepare_ms=round(prepare, 3)
+                    )
     with bench.guarded("attention_cudnn_causal_rows", 3):
         groups = c.num_attention_heads // c.num_key_value_heads
 
@@ -729,6 +757,7 @@ def parts(bench: Bench) -> None:
             return F.scaled_dot_product_attention(*wide, is_causal=True).transpose(1, 2).reshape(tokens, -1)
 
         bench.record("attention_cudnn_causal_rows", ms=round(bench.ms(both(causal, query, key, value), 3), 3))
+
     def flex() -> None:
         packed = batch(bench.size, tokens, bench.device)[2]
         for window in (None, c.sliding_window):
@@ -746,7 +775,9 @@ def parts(bench: Bench) -> None:
         with bench.guarded(f"head_{piece or 'chosen'}", 3):
             ms = bench.ms(both(lambda: label_logprobs(hidden, weight, labels, uniform=True, piece=piece), hidden, weight), 3)  # noqa: B023
             chosen = piece or heads.piece_size(c.vocab_size, BF16, bench.device)
-            bench.record(f"head_{piece or 'chosen'}", piece=chosen, ms=round(ms, 2), tflops=round(flops / ms / 1e9, 1), peak_gib=bench.peak())
+            bench.record(
+                f"head_{piece or 'chosen'}", piece=chosen, ms=round(ms, 2), tflops=round(flops / ms / 1e9, 1), peak_gib=bench.peak()
+            )
     with bench.guarded("head_softmax", 3):
         rows_ = min(tokens, 4096)
         logits = torch.randn(rows_, heads.padded(c.vocab_size), device=bench.device, dtype=BF16)
@@ -763,7 +794,9 @@ def parts(bench: Bench) -> None:
         weights = torch.full((tokens, c.num_experts_per_tok), 0.5, device=bench.device, requires_grad=True)
         for name in ("grouped_mm", "compiled", "loop"):
             with bench.guarded(f"experts_{name}_{kind}", 5):
-                function: Any = torch.compile(mixture, backend="inductor" if bench.cuda else "aot_eager") if name == "compiled" else mixture
+                function: Any = (
+                    torch.compile(mixture, backend="inductor" if bench.cuda else "aot_eager") if name == "compiled" else mixture
+                )
                 backend_ = "loop" if name == "loop" else "grouped_mm"
                 run = both(lambda: function(hidden, weights, experts, gate_up, down, backend_), hidden, weights, gate_up, down)  # noqa: B023
                 ms = bench.ms(run, 4, 2)
@@ -776,7 +809,12 @@ def parts(bench: Bench) -> None:
         optimizer = SplitAdamW([weight_])
         ms = bench.ms(lambda: optimizer.step(1e-5, 1.0), 4, 2)
         moved = weight_.numel() * 14.06
-        bench.record("optimizer_kernel", ms=round(ms, 3), gb_per_s=round(moved / ms / 1e6, 1), whole_model_ms=round(ms / weight_.numel() * 14.83e9, 1))
+        bench.record(
+            "optimizer_kernel",
+            ms=round(ms, 3),
+            gb_per_s=round(moved / ms / 1e6, 1),
+            whole_model_ms=round(ms / weight_.numel() * 14.83e9, 1),
+        )
     if bench.cuda:  # no backward pass on a CPU
         flex()
 
@@ -834,7 +872,9 @@ def main() -> None:
             print(f"{name}: no time left", flush=True)
             continue
         deadline = time.monotonic() + limit
-        child = context.Process(target=run_part, args=(name, options.out, SMALL if options.small else REAL, deadline, options.small))
+        child = context.Process(
+            target=run_part, args=(name, options.out, SMALL if options.small else REAL, deadline, options.small)
+        )
         child.start()
         child.join(limit)
         if child.is_alive():

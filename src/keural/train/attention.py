@@ -82,7 +82,9 @@ def _mask(packing: Packing, window: int | None) -> Tensor:
 def _attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     rows, _, length, _ = mask.shape
     groups = query.shape[1] // key.shape[1]
-    query, key, value = (heads.unflatten(0, (rows, length)).transpose(1, 2) for heads in (query, spread(key, groups), spread(value, groups)))
+    query, key, value = (
+        heads.unflatten(0, (rows, length)).transpose(1, 2) for heads in (query, spread(key, groups), spread(value, groups))
+    )
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(0, 1)
 
 

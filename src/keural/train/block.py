@@ -122,7 +122,8 @@ def block(
     """
     normed = rms_norm(hidden, weights.input_layernorm, settings.eps)
     query, key, value = (
-        F.linear(normed, matrix).unflatten(-1, (-1, settings.head_dim)) for matrix in (weights.q_proj, weights.k_proj, weights.v_proj)
+        F.linear(normed, matrix).unflatten(-1, (-1, settings.head_dim))
+        for matrix in (weights.q_proj, weights.k_proj, weights.v_proj)
     )
     query, key = rotate(query, cosines, sines), rotate(key, cosines, sines)
     attended = ATTENTION[settings.attention].attend(query, key, value, mask)

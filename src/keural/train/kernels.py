@@ -44,7 +44,15 @@ def softmax_slope(logits: Tensor, labels: Tensor, vocabulary: int, with_slope: b
     if len(labels):
         block = min(4096, triton.next_power_of_2(logits.shape[1]))
         _softmax_slope[(len(labels),)](
-            logits, labels, logprobs, logits.stride(0), VOCABULARY=vocabulary, COLUMNS=logits.shape[1], WITH_SLOPE=with_slope, BLOCK=block, num_warps=8
+            logits,
+            labels,
+            logprobs,
+            logits.stride(0),
+            VOCABULARY=vocabulary,
+            COLUMNS=logits.shape[1],
+            WITH_SLOPE=with_slope,
+            BLOCK=block,
+            num_warps=8,
         )
     return logprobs
 

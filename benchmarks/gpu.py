@@ -829,8 +829,8 @@ def toy(bench: Bench) -> None:
         command = [sys.executable, "-m", "keural", "run", str(root / "recipes/toy"), "--out", directory + "/toy"]
         command += ["pretrain-1.train.steps=25", "--until", "pretrain-1"] if bench.small else ["--until", "sft-1"]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=directory)
-        lines = [line for line in done.stdout.splitlines() if "tok/s" in line or "held-out" in line]
-        bench.record("run", exit_code=done.returncode, lines=lines, errors=done.stderr.strip().splitlines()[-3:])
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if "tok/s" in line or "held-out" in line]
+        bench.record("run", exit_code=done.returncode, lines=lines, errors=done.stderr.strip().splitlines()[-3:] if done.returncode else [])
 
 
 PARTS: dict[str, tuple[Callable[[Bench], None], float]] = {

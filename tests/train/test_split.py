@@ -147,7 +147,7 @@ for exact in (True, False):
             split_adamw(weights[1], s.remainder, gradient, s.moment, s.square, s.moment_scale, s.square_scale, factor, skipped, BLOCK,
                         rates.decay, rates.step_size, rates.root_correction, rates.beta1, rates.beta2, rates.eps)
     a, b = (join(w, s.remainder) if exact else w for w, s in zip(weights, states))
-    torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-6)
+    assert (a - b).norm() < 1e-4 * (a - start).norm()  # a code that rounds the other way moves one weight a little
     assert (states[0].moment != states[1].moment).sum() < 5 and (states[0].square != states[1].square).sum() < 5
 """
 

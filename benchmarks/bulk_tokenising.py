@@ -3,7 +3,7 @@
     python benchmarks/bulk_tokenising.py TEXT_DIR TOKENIZER [--rounds 5] [--megabytes 40]
 
 TEXT_DIR holds any .txt, .md and .po files; they are cut into documents of about 4 kB and written to one JSONL file. Ours is all of
-`prepare`: reading, adapters, duplicate and held-out digests, SentencePiece, the spool, the shuffle, checksums. Peers:
+`prepare`: reading, adapters, duplicate and held-out digests, SentencePiece, the store builder, the shuffle, checksums. Peers:
 
 - the plain loop: one process, `json.loads`, `SentencePieceProcessor.encode` document by document, ids written to a file;
 - `tokenizers`: the same model as tokenizer.json, `encode_batch_fast` on lists of 1,000 documents, which uses all cores.
@@ -27,7 +27,7 @@ import sentencepiece
 from tokenizers import Tokenizer
 
 from keural.data.prepare import prepare
-from keural.data.texts import pieces
+from keural.data.tokenizer_texts import pieces
 from keural.recipe import DataSpec, SourceSpec
 from keural.tokenizer import KeuralTokenizer
 
@@ -81,7 +81,7 @@ def ours(corpus: Path, tokenizer: KeuralTokenizer, out: Path) -> int:
     spec = DataSpec(sequence_length=4096, sources=[source], heldout_per_mille=0)
     with tempfile.TemporaryDirectory(dir=out) as directory:
         (row,) = prepare(spec, "next_token", None, tokenizer, Path(directory), seed=0).table
-    return int(row["tokens"]) - 2 * int(row["kept"])
+    return row.tokens - 2 * row.kept
 
 
 def timed(function: Callable[[], int]) -> tuple[float, int, float]:

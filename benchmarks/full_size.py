@@ -64,20 +64,20 @@ def time_file(directory: Path, tokens: int, rounds: int) -> str:
     import llama_cpp
     import torch
 
-    from keural.serve.llama_engine import LlamaCppEngine
-    from keural.serve.sampling import Sampling
+    from keural.serve.engines.llama_cpp import LlamaCppEngine
+    from keural.serve.engines.sampling_params import SamplingParams
 
     engine = LlamaCppEngine(directory, verify=False)
     context = engine._context
-    greedy = Sampling(temperature=0.0, repetition_penalty=1.0, max_new_tokens=tokens + 1)
-    card = Sampling(max_new_tokens=tokens + 1, seed=1)
+    greedy = SamplingParams(temperature=0.0, repetition_penalty=1.0, max_new_tokens=tokens + 1)
+    card = SamplingParams(max_new_tokens=tokens + 1, seed=1)
     sampler = llama_cpp.llama_sampler_init_greedy()
     generator = torch.Generator().manual_seed(0)
 
     def prompt(length: int) -> list[int]:
         return torch.randint(260, engine.tokenizer.vocab_size - 2, (length,), generator=generator).tolist()
 
-    def ours(sampling: Sampling, ids: list[int], more: int) -> tuple[float, float]:
+    def ours(sampling: SamplingParams, ids: list[int], more: int) -> tuple[float, float]:
         """Seconds until the first token, and for `more` others."""
         engine._forget()
         started = time.perf_counter()

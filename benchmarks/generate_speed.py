@@ -23,11 +23,11 @@ import torch
 import transformers
 from transformers import DynamicCache, GenerationConfig, MixtralConfig, MixtralForCausalLM
 
-from keural.convert.hf import save_model_directory
 from keural.model import KeuralConfig, KeuralMoECausalLM
+from keural.pretrained.directory import save_model_directory
 from keural.recipe import TokenizerSpec
-from keural.serve.sampling import Sampling
-from keural.serve.transformers_engine import TransformersEngine
+from keural.serve.engines.sampling_params import SamplingParams
+from keural.serve.engines.transformers import TransformersEngine
 from keural.tokenizer import KeuralTokenizer
 from keural.tokenizer.train import train_tokenizer
 
@@ -77,7 +77,7 @@ def sides(name: str, dtype: torch.dtype, directory: Path, tokenizer: KeuralToken
 def our_times(engine: TransformersEngine, prompt: list[int]) -> Times:
     """Our engine with a cold cache."""
     engine._forget()
-    stream = engine.stream(prompt, Sampling(temperature=0.0, repetition_penalty=1.0, max_new_tokens=ANSWER), set())
+    stream = engine.stream(prompt, SamplingParams(temperature=0.0, repetition_penalty=1.0, max_new_tokens=ANSWER), set())
     return clocked(stream)
 
 

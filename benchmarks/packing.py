@@ -15,7 +15,7 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
-from keural.data.packing import pack
+from keural.data.loading.packing import pack
 
 MEAN, LONGEST = 621, 8192
 WINDOWS = (2048, 4096)

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from keural.convert.export import ExportOptions, export
-from keural.convert.hf import load_model
-from keural.data.store import TokenStore
+from keural.data.tokens.store import TokenStore
+from keural.pretrained.directory import load_model
 
 QUANTIZATIONS = ("f32", "f16", "q8_0", "q4_k_m")
 

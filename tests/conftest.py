@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from keural.cli import main
-from keural.convert.hf import save_model_directory
+from keural.cli.app import main
 from keural.model import KeuralConfig, KeuralMoECausalLM
+from keural.pretrained.directory import save_model_directory
 from keural.recipe import ChatSpec, TokenizerSpec
 from keural.tokenizer import KeuralTokenizer
 from keural.tokenizer.train import train_tokenizer

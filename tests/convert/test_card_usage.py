@@ -18,8 +18,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from keural.convert.hf import save_model_directory
 from keural.model import KeuralConfig, KeuralMoECausalLM
+from keural.pretrained.directory import save_model_directory
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt
 from keural.tokenizer.chatml import Rendered, render
 

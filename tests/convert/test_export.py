@@ -13,10 +13,10 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GraniteMoeSWAForCausalLM
 
 from keural.convert.export import FORMATS, ExportOptions, export
-from keural.convert.hf import load_model, read_lineage, save_model_directory
 from keural.errors import UserError
 from keural.files import sha256_file
 from keural.model import KeuralConfig, KeuralMoECausalLM
+from keural.pretrained.directory import load_model, read_lineage, save_model_directory
 from keural.recipe import ChatSpec
 from keural.tokenizer import KeuralTokenizer
 

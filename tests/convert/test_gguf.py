@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from keural.convert.export import ExportOptions, export
-from keural.convert.hf import load_model, save_model_directory
 from keural.model import KeuralConfig, KeuralMoECausalLM
+from keural.pretrained.directory import load_model, save_model_directory
 from keural.tokenizer import KeuralTokenizer
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed (extra gguf)")

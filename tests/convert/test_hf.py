@@ -14,7 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import keural
-from keural.convert.hf import (
+from keural.errors import UserError
+from keural.files import sha256_file
+from keural.model import KeuralConfig, KeuralMoECausalLM
+from keural.pretrained.directory import (
     load_model,
     load_tokenizer,
     model_directory,
@@ -22,9 +25,6 @@ from keural.convert.hf import (
     save_model_directory,
     stored_tensors,
 )
-from keural.errors import UserError
-from keural.files import sha256_file
-from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.recipe import ChatSpec
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt
 

@@ -13,12 +13,12 @@ import torch
 from published_model import SHAPE, PublishedModel, Tensors, as_safetensors, our_names, training_checkpoint
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from keural.convert.checkpoint import open_checkpoint
 from keural.convert.export import ExportOptions, export
-from keural.convert.hf import load_model, load_tokenizer, read_lineage
-from keural.convert.importing import import_checkpoint
+from keural.convert.foreign_checkpoint import open_checkpoint
+from keural.convert.import_checkpoint import import_checkpoint
 from keural.errors import UserError
 from keural.files import check_new
+from keural.pretrained.directory import load_model, load_tokenizer, read_lineage
 from keural.tokenizer import KeuralTokenizer
 
 IDS = torch.randint(4, SHAPE["vocab_size"], (130,), generator=torch.Generator().manual_seed(5))
@@ -384,7 +384,7 @@ def test_one_line_and_exit_code_2(tmp_path: Path, keural: Callable[..., tuple[in
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from keural.convert.importing import import_checkpoint
+from keural.convert.import_checkpoint import import_checkpoint
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 import_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

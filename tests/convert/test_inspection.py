@@ -9,12 +9,12 @@ import torch
 from published_model import Tensors
 
 from keural.convert.export import ExportOptions, export
-from keural.convert.hf import load_model
 from keural.convert.initialise import random_weights
 from keural.convert.inspection import exports, inspect_checkpoint, inspect_gguf, inspect_model, ledger
-from keural.convert.weights import stored_tensors
 from keural.errors import UserError
 from keural.model import KeuralConfig
+from keural.pretrained.directory import load_model
+from keural.pretrained.weights import stored_tensors
 from keural.tokenizer import KeuralTokenizer
 
 Keural = Callable[..., tuple[int, str, str]]

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from keural.convert.export import ExportOptions, export
-from keural.convert.hf import save_model_directory
-from keural.convert.lineage import check_sums, file_name
 from keural.errors import UserError
 from keural.files import atomic_directory
 from keural.model import KeuralMoECausalLM
+from keural.pretrained.directory import save_model_directory
+from keural.pretrained.lineage import check_sums, file_name
 from keural.tokenizer import KeuralTokenizer
 
 Keural = Callable[..., tuple[int, str, str]]

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from keural.data.adapters import ADAPTERS, aihub
-from keural.data.encode import Encoded, Encoder
-from keural.data.gates import Gatekeeper
+from keural.data.filtering.gates import Gatekeeper
 from keural.data.records import Conversation, Document, Drop, PreferencePair
+from keural.data.tokens.encode import Encoded, Encoder
 from keural.recipe import DataSpec, SourceSpec
 from keural.tokenizer import KeuralTokenizer
 from keural.tokenizer.chatml import Message, render

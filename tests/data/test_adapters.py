@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keural.data.adapters import ADAPTERS
-from keural.data.po import parse_po
+from keural.data.readers.po import parse_po
 from keural.data.records import Conversation, Document, Drop, PreferencePair, Record
 from keural.recipe import SourceSpec
 

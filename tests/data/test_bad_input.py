@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from keural.cli import main
+from keural.cli.app import main
 
 GOOD = "".join(
     json.dumps({"text": f"문서 {number}번입니다. It rained {number**3} times."}, ensure_ascii=False) + "\n" for number in range(300)

@@ -10,15 +10,15 @@ import pytest
 
 pytest.importorskip("datatrove")
 
+from keural.cli.data_stats import describe
 from keural.data.cleaning import measures
 from keural.data.cleaning.filters import QualityFilter, few_sentence_lines, no_sentences
 from keural.data.cleaning.formatters import Formatter
 from keural.data.cleaning.language import FastTextFilter, ScriptFilter
 from keural.data.cleaning.run import clean
 from keural.data.prepare import prepare
-from keural.data.sources import FileHashes
-from keural.data.store import TokenStore
-from keural.data_stats import describe
+from keural.data.sources import FileHashes, open_sources
+from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
 from keural.recipe import CleaningSpec, DataSpec, ExecutorSpec, SourceSpec
 
@@ -87,7 +87,7 @@ def sources(tmp_path):
 
 
 def run(specs, tmp_path, **settings):
-    return clean(CleaningSpec(**settings), specs, tmp_path, tmp_path / "out", 0, FileHashes())
+    return clean(CleaningSpec(**settings), open_sources(specs, tmp_path), tmp_path, tmp_path / "out", 0, FileHashes())
 
 
 class TestFilters:
@@ -140,17 +140,17 @@ class TestFilters:
     )
     @pytest.mark.parametrize("kind", ["ko", "en", "code", "any"])
     def test_nothing_raises(self, text, kind):
-        verdict(measures.normalise(text), kind)
+        verdict(measures.normalize(text), kind)
 
 
 class TestMeasures:
     def test_normalising_keeps_lines_and_indentation(self):
-        assert measures.normalise("def f():\r\n\treturn 1\r\n    # 가\x00나  다\n") == "def f():\n\treturn 1\n    # 가나  다\n"
+        assert measures.normalize("def f():\r\n\treturn 1\r\n    # 가\x00나  다\n") == "def f():\n\treturn 1\n    # 가나  다\n"
 
     def test_decomposed_hangul_is_composed(self):
         import unicodedata
 
-        assert measures.normalise(unicodedata.normalize("NFD", "한국어")) == "한국어"
+        assert measures.normalize(unicodedata.normalize("NFD", "한국어")) == "한국어"
 
     def test_particles_are_words_of_their_own(self):
         assert measures.eojeol_words("학교에서 친구를 만났다.") == ["학교", "에서", "친구", "를", "만났", "다"]
@@ -257,9 +257,9 @@ class TestRun:
         monkeypatch.setattr(QualityFilter, "filter", killed)
         settings = CleaningSpec(tasks=4, executor=ExecutorSpec(workers=1))
         with pytest.raises(KeyboardInterrupt):
-            clean(settings, specs, tmp_path, directory, 0, FileHashes())
+            clean(settings, open_sources(specs, tmp_path), tmp_path, directory, 0, FileHashes())
         monkeypatch.undo()
-        again = clean(settings, specs, tmp_path, directory, 0, FileHashes())
+        again = clean(settings, open_sources(specs, tmp_path), tmp_path, directory, 0, FileHashes())
         assert files_of(again.directory / "documents") == expected
         assert (again.directory / "cleaning.json").read_bytes() == summary
 
@@ -274,9 +274,9 @@ class TestRun:
         spec = DataSpec(sources=specs, sequence_length=64, cleaning=CleaningSpec(tasks=2))
         prepared = prepare(spec, "next_token", tmp_path, tokenizer, tmp_path / "out", 0)
         (row,) = prepared.table
-        assert row["rows"] == 10
-        assert row["kept"] == 8
-        assert row["drops"] == {"near_duplicate": 1, "quality_line_punct_ratio": 1}
+        assert row.rows == 10
+        assert row.kept == 8
+        assert row.drops == {"near_duplicate": 1, "quality_line_punct_ratio": 1}
         assert TokenStore.open(prepared.train).num_sequences == 8
 
     def test_nothing_left_is_counted(self, sources, tmp_path):
@@ -289,14 +289,14 @@ class TestRun:
         spec = spec.model_copy(update={"limit": 5, "max_drop": 0.3})
         data = DataSpec(sources=[spec], sequence_length=64, cleaning=CleaningSpec(tasks=2, filters=False))
         (row,) = prepare(data, "next_token", tmp_path, tokenizer, tmp_path / "out", 0).table
-        assert (row["rows"], row["kept"], row["drops"]) == (50, 5, {"over_limit": 35, "empty": 10})
+        assert (row.rows, row.kept, row.drops) == (50, 5, {"over_limit": 35, "empty": 10})
 
     def test_another_language_model_is_noticed(self, sources, tmp_path, tokenizer, monkeypatch):
         monkeypatch.setattr(FastTextFilter, "probability", lambda self, text, language: float(self._path.read_text()))
         specs = sources({"a": [korean(seed) for seed in range(4)]})
         data = DataSpec(sources=specs, sequence_length=64, cleaning=CleaningSpec(tasks=1, language_id="fasttext", model="lid.bin"))
         (tmp_path / "lid.bin").write_text("1.0")
-        assert prepare(data, "next_token", tmp_path, tokenizer, tmp_path / "out", 0).table[0]["kept"] == 4
+        assert prepare(data, "next_token", tmp_path, tokenizer, tmp_path / "out", 0).table[0].kept == 4
         (tmp_path / "lid.bin").write_text("0.0")
         with pytest.raises(UserError, match="none of its 4 rows is used; most often language"):
             prepare(data, "next_token", tmp_path, tokenizer, tmp_path / "out", 0)
@@ -305,7 +305,10 @@ class TestRun:
         specs = sources({"a": [korean(0)]})
         first = run(specs, tmp_path, tasks=1).directory
         others = [specs[0].model_copy(update={"license": "MIT"})]
-        assert clean(CleaningSpec(tasks=1), others, tmp_path, tmp_path / "out", 7, FileHashes()).directory == first
+        assert (
+            clean(CleaningSpec(tasks=1), open_sources(others, tmp_path), tmp_path, tmp_path / "out", 7, FileHashes()).directory
+            == first
+        )
 
     def test_a_late_row_of_another_schema_is_counted(self, tmp_path):
         rows = [{"title": "글", "text": korean(seed)} for seed in range(4)] + [{"text": korean(9)}]
@@ -394,7 +397,7 @@ def test_ray_gives_the_same_bytes(sources, tmp_path):
     specs = sources({"a": [korean(seed) for seed in range(8)] + [korean(0)]})
     here = run(specs, tmp_path, tasks=3).directory
     spec = CleaningSpec(tasks=3, executor=ExecutorSpec(kind="ray", workers=2, mem_per_cpu_gb=1))
-    there = clean(spec, specs, tmp_path, tmp_path / "ray", 0, FileHashes()).directory
+    there = clean(spec, open_sources(specs, tmp_path), tmp_path, tmp_path / "ray", 0, FileHashes()).directory
     assert files_of(here) == files_of(there)
 
 

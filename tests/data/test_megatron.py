@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keural.data.importing import export_tokens, import_tokens
-from keural.data.store import StoreWriter, TokenStore
+from keural.data.tokens.import_export import export_tokens, import_tokens
+from keural.data.tokens.store import StoreWriter, TokenStore
 from keural.errors import UserError
 from keural.tokenizer import KeuralTokenizer
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from keural.data import microworld
-from keural.data.microworld import english, korean
-from keural.data.microworld.content import PEOPLE, PLACES, THINGS, Verb, clauses, profiles, sums
+from keural import microworld
 from keural.errors import UserError
+from keural.microworld import english, korean
+from keural.microworld.content import PEOPLE, PLACES, THINGS, Verb, clauses, profiles, sums
 from keural.recipe import Recipe, load_recipe
 
 TOY = Path(__file__).resolve().parents[2] / "recipes" / "toy"

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keural.console import print_data
-from keural.data.mixture import Mixture, amounts, mix
-from keural.data.prepare import Prepared, prepare
-from keural.data.store import Kind, StoreWriter, TokenStore
-from keural.data.stream import Stream
+from keural.cli.printing import print_data
+from keural.data.loading.mixture import Mixture, allocate, mix
+from keural.data.loading.stream import Stream
+from keural.data.prepare import prepare
+from keural.data.prepared import Prepared
+from keural.data.tokens.store import Kind, StoreWriter, TokenStore
 from keural.errors import UserError
 from keural.recipe import DataSpec, MixingSpec, SourceSpec
 from keural.tokenizer import KeuralTokenizer
@@ -45,7 +46,7 @@ def stream_of(store: TokenStore, objective: str, mixture: Mixture, size: int = 1
 def seen(stream: Stream) -> Counter[int]:
     """How often each token is in an epoch."""
     found: Counter[int] = Counter()
-    for step in range(stream.units_per_epoch):
+    for step in range(stream.instances_per_epoch):
         batch = stream.batch(step)
         found.update(batch.input_ids[batch.segment_ids > 0].tolist())
     return found
@@ -102,9 +103,9 @@ def test_what_is_missing_is_shared_among_the_others_only_when_asked(parts: dict[
     spec = MixingSpec(epoch=epoch, max_repeat=3, scarce="renormalise")
     if epoch > 3 * sum(sizes.values()):
         with pytest.raises(UserError, match="more than all sources give"):
-            amounts(sizes, weights, spec)
+            allocate(sizes, weights, spec)
         return
-    found = amounts(sizes, weights, spec)
+    found = allocate(sizes, weights, spec)
     assert sum(found.values()) == pytest.approx(epoch)
     assert all(found[name] <= 3 * sizes[name] + 1e-6 for name in parts)
     free = [found[name] / weights[name] for name in parts if found[name] < 3 * sizes[name] - 1e-6]
@@ -181,18 +182,18 @@ def work(data_dir: Path, write: Any, tokenizer: KeuralTokenizer) -> Workplace:
 def test_the_table_shows_target_share_repeats_and_what_was_left_out(work: Workplace) -> None:
     prepared = work({"big": 1, "small": 1})
     store = TokenStore.open(prepared.train)
-    rows = {row["source"]: row for row in prepared.table}
+    rows = {row.source: row for row in prepared.table}
     assert store.num_sequences == 250, "each document is there once"
-    assert sum(row["tokens"] for row in prepared.table) == store.num_tokens
+    assert sum(row.tokens for row in prepared.table) == store.num_tokens
     for row in rows.values():
-        assert row["mixture"]["target"] == 0.5
-        assert row["mixture"]["share"] == pytest.approx(0.5, abs=0.01)
-    assert rows["small"]["mixture"]["repeats"] == 4
-    big = rows["big"]["mixture"]
-    assert big["repeats"] < 1
-    assert 0 < big["unused_records"] < 200
-    assert big["records"] + big["unused_records"] == 200
-    assert big["tokens"] + big["unused_tokens"] == rows["big"]["tokens"]
+        assert row.mixture.target == 0.5
+        assert row.mixture.share == pytest.approx(0.5, abs=0.01)
+    assert rows["small"].mixture.repeats == 4
+    big = rows["big"].mixture
+    assert big.repeats < 1
+    assert 0 < big.unused_records < 200
+    assert big.records + big.unused_records == 200
+    assert big.tokens + big.unused_tokens == rows["big"].tokens
 
 
 def test_the_printed_table_shows_what_an_epoch_holds(work: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,9 +202,9 @@ def test_the_printed_table_shows_what_an_epoch_holds(work: Workplace, capsys: py
     printed = capsys.readouterr().out
     assert "base: an epoch" in printed
     lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in printed.splitlines() if "%" in line]
-    shares = {row["source"]: row["mixture"] for row in prepared.table}
+    shares = {row.source: row.mixture for row in prepared.table}
     assert lines == [
-        [name, "50.0%", f"{share['share']:.1%}", f"{share['repeats']:.2f}", f"{share['records']:,}", f"{share['tokens']:,}"]
+        [name, "50.0%", f"{share.share:.1%}", f"{share.repeats:.2f}", f"{share.records:,}", f"{share.tokens:,}"]
         for name, share in shares.items()
     ]
 

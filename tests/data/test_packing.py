@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keural.data.packing import pack
+from keural.data.loading.packing import pack
 
 LENGTHS = st.lists(st.integers(1, 50), max_size=120)
 

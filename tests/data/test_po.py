@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keural.data.po import PoError, parse_po
+from keural.data.readers.po import PoError, parse_po
 
 HEADER = 'msgid ""\nmsgstr ""\n"Language: ko\\n"\n"Content-Type: text/plain; charset=UTF-8\\n"\n\n'
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keural.data.readers import DataFile, Row, format_of, read_rows, sniff_encoding
+from keural.data.readers.formats import DataFile, Row, format_of, read_rows, sniff_encoding
 from keural.data.records import Drop
 from keural.errors import UserError
 

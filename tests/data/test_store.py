@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keural.data.store import StoreWriter, TokenStore
+from keural.data.tokens.store import StoreWriter, TokenStore
 from keural.errors import UserError
 
 SEQUENCES = [[1, 260, 300, 2], [1, 511, 2], [1, 2], [1, 400, 401, 402, 403, 2]]

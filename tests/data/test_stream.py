@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keural.data.store import Kind, StoreWriter, TokenStore
-from keural.data.stream import Batch, Stream
+from keural.data.loading.batch import Batch
+from keural.data.loading.stream import Stream
+from keural.data.tokens.store import Kind, StoreWriter, TokenStore
 from keural.errors import UserError
 
 SHA = "a" * 64
@@ -85,9 +86,11 @@ def test_an_epoch_holds_every_token_and_every_label_exactly_once(
 @OBJECTIVES
 def test_every_epoch_has_every_unit_once_and_another_order(tmp_path: Path, objective: str) -> None:
     stream = make_stream(tmp_path / "store", objective, [9, 12, 5, 16, 7, 7, 3, 15, 11, 8] * 3, size=4)
-    units = np.concatenate([stream._units(step) for step in range(2 * stream.units_per_epoch)])
-    epochs = units[: len(units) // stream.units_per_epoch * stream.units_per_epoch].reshape(-1, stream.units_per_epoch)
-    assert all(sorted(epoch.tolist()) == list(range(stream.units_per_epoch)) for epoch in epochs)
+    instances = np.concatenate([stream._step_instances(step) for step in range(2 * stream.instances_per_epoch)])
+    epochs = instances[: len(instances) // stream.instances_per_epoch * stream.instances_per_epoch].reshape(
+        -1, stream.instances_per_epoch
+    )
+    assert all(sorted(epoch.tolist()) == list(range(stream.instances_per_epoch)) for epoch in epochs)
     assert not np.array_equal(epochs[0], epochs[1])
 
 
@@ -115,8 +118,8 @@ def test_the_ranks_rows_together_are_the_step(tmp_path: Path, objective: str, wo
         assert len({len(share.input_ids) for share in shares}) == 1
         for row in range(len(whole.input_ids)):
             assert same(shares[row % world].select([row // world]), whole.select([row]))
-        assert sum(share.counted_tokens for share in shares) == whole.counted_tokens
-        assert sum(share.real_tokens for share in shares) == whole.real_tokens
+        assert sum(share.num_labels for share in shares) == whole.num_labels
+        assert sum(share.num_tokens for share in shares) == whole.num_tokens
 
 
 @OBJECTIVES

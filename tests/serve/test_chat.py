@@ -16,14 +16,15 @@ import pytest
 
 from keural.errors import UserError
 from keural.serve.chat import Conversation, run_chat
-from keural.serve.complete import run_generate
-from keural.serve.decoding import Finish, check_prompt
-from keural.serve.sampling import Sampling
+from keural.serve.engines.base import Finish
+from keural.serve.engines.decoding import check_prompt
+from keural.serve.engines.sampling_params import SamplingParams
+from keural.serve.engines.transformers import TransformersEngine
+from keural.serve.generate import run_generate
 from keural.serve.text import printable
-from keural.serve.transformers_engine import TransformersEngine
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt
 
-GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
+GREEDY = SamplingParams(temperature=0.0, max_new_tokens=12)
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Script:
     prompts: list[list[int]] = field(default_factory=list)
     closed: int = 0
 
-    def stream(self, prompt_ids: Sequence[int], sampling: Sampling, stop: Collection[int]) -> Generator[int, None, Finish]:
+    def stream(self, prompt_ids: Sequence[int], sampling: SamplingParams, stop: Collection[int]) -> Generator[int, None, Finish]:
         check_prompt(prompt_ids, self.context_length)
         self.prompts.append(list(prompt_ids))
         try:
@@ -103,7 +104,7 @@ def test_ctrl_c_keeps_what_was_said_and_goes_on(tokenizer: KeuralTokenizer, scre
 
 def test_oldest_exchanges_leave_with_a_notice(tokenizer: KeuralTokenizer, screen: Screen) -> None:
     engine = Script(tokenizer, [tokenizer.encode("red house") for _ in range(9)])
-    conversation = Conversation(engine, Sampling(max_new_tokens=40), "Be brief.")
+    conversation = Conversation(engine, SamplingParams(max_new_tokens=40), "Be brief.")
 
     for number in range(9):
         ask(conversation, f"the cat sees {number}", screen)
@@ -134,7 +135,7 @@ def test_message_beyond_the_context_is_refused_and_forgotten(tokenizer: KeuralTo
 def piped(monkeypatch: pytest.MonkeyPatch, model_dir: Path, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
     """Run a whole chat on given input; returns exit code, output and remarks."""
 
-    def run(text: str, system: str | None = None, sampling: Sampling = GREEDY) -> tuple[int, str, str]:
+    def run(text: str, system: str | None = None, sampling: SamplingParams = GREEDY) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(text))
         code = run_chat(model_dir, sampling, system)
         captured = capsys.readouterr()
@@ -219,14 +220,14 @@ TERMINAL = """
 import sys, time
 from pathlib import Path
 from keural.serve.chat import run_chat
-from keural.serve.sampling import Sampling
-from keural.serve.transformers_engine import TransformersEngine
+from keural.serve.engines.sampling_params import SamplingParams
+from keural.serve.engines.transformers import TransformersEngine
 read = TransformersEngine._read
 def slowly(*arguments):
     time.sleep(0.2)
     return read(*arguments)
 TransformersEngine._read = slowly  # 120 tokens take 24 s: the answer is still going on when the interrupt comes
-sys.exit(run_chat(Path(sys.argv[1]), Sampling(temperature=0.0, max_new_tokens=120), ""))
+sys.exit(run_chat(Path(sys.argv[1]), SamplingParams(temperature=0.0, max_new_tokens=120), ""))
 """
 
 

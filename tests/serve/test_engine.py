@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from keural.errors import UserError
-from keural.serve.engine import chat_defaults, gguf_file, open_engine
-from keural.serve.sampling import Sampling
-from keural.serve.transformers_engine import TransformersEngine
+from keural.serve.engines.paths import gguf_file
+from keural.serve.engines.registry import chat_defaults, open_engine
+from keural.serve.engines.sampling_params import SamplingParams
+from keural.serve.engines.transformers import TransformersEngine
 
-HEAVY = "import sys, keural.serve.engine; print([name for name in ('llama_cpp', 'gguf') if name in sys.modules])"
+HEAVY = "import sys, keural.serve.engines.registry; print([name for name in ('llama_cpp', 'gguf') if name in sys.modules])"
 
 
 @pytest.fixture
@@ -34,17 +35,17 @@ def test_a_gguf_file_and_its_directory_are_the_same_model(gguf_dir: Path) -> Non
     file = gguf_dir / "tiny-Q8_0.gguf"
 
     assert gguf_file(gguf_dir) == gguf_file(file) == file
-    assert chat_defaults(gguf_dir) == chat_defaults(file) == (Sampling(), "Be brief.")
+    assert chat_defaults(gguf_dir) == chat_defaults(file) == (SamplingParams(), "Be brief.")
 
 
 def test_defaults_come_from_the_directory(model_dir: Path) -> None:
-    assert chat_defaults(model_dir) == (Sampling(), "Be brief.")
+    assert chat_defaults(model_dir) == (SamplingParams(), "Be brief.")
 
 
 def test_defaults_are_the_cards_where_nothing_is_said(gguf_dir: Path) -> None:
     (gguf_dir / "keural.json").unlink()
 
-    assert chat_defaults(gguf_dir) == (Sampling(), None)
+    assert chat_defaults(gguf_dir) == (SamplingParams(), None)
 
 
 def refusal(path: Path, name: str | None = None) -> str:
@@ -77,7 +78,7 @@ def test_nothing_is_imported_for_engines_that_are_not_used() -> None:
 
 
 def test_the_command_says_how_to_install_an_engine(gguf_dir: Path, tmp_path: Path) -> None:
-    without = "import sys; sys.modules['llama_cpp'] = None; from keural.cli import main; main()"
+    without = "import sys; sys.modules['llama_cpp'] = None; from keural.cli.app import main; main()"
     command = [sys.executable, "-c", without, "generate", str(gguf_dir), "--prompt", "the cat"]
 
     ended = subprocess.run(command, capture_output=True, text=True)

@@ -13,15 +13,15 @@ pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (extr
 
 from keural.convert.export import ExportOptions, export
 from keural.errors import UserError
-from keural.serve.engine import open_engine
-from keural.serve.llama_engine import LlamaCppEngine, physical_cores
-from keural.serve.sampling import Sampling
-from keural.serve.transformers_engine import TransformersEngine
+from keural.serve.engines.llama_cpp import LlamaCppEngine, physical_cores
+from keural.serve.engines.registry import open_engine
+from keural.serve.engines.sampling_params import SamplingParams
+from keural.serve.engines.transformers import TransformersEngine
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt
 
 Keural = Callable[..., tuple[int, str, str]]
 
-GREEDY = Sampling(temperature=0.0, repetition_penalty=1.0, max_new_tokens=30)
+GREEDY = SamplingParams(temperature=0.0, repetition_penalty=1.0, max_new_tokens=30)
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +54,11 @@ def conversation(shared: int, tail: list[int]) -> list[int]:
     return [*range(260, 260 + shared), *tail]
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=1, max_new_tokens=30)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(seed=1, max_new_tokens=30)], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("length", [3, 40, 100, 140])
-def test_answers_equal_those_of_transformers(engine: LlamaCppEngine, model_dir: Path, sampling: Sampling, length: int) -> None:
+def test_answers_equal_those_of_transformers(
+    engine: LlamaCppEngine, model_dir: Path, sampling: SamplingParams, length: int
+) -> None:
     reference = TransformersEngine(model_dir, device="cpu")
 
     assert run(engine.stream(conversation(length, []), sampling, set())) == run(
@@ -117,13 +119,13 @@ def test_prompt_without_room_or_words_is_refused(engine: LlamaCppEngine) -> None
 )
 def test_a_warm_cache_answers_like_a_fresh_engine(gguf: Path, first: list[int], second: list[int]) -> None:
     warm, fresh = LlamaCppEngine(gguf, threads=1), LlamaCppEngine(gguf, threads=1)
-    run(warm.stream(first, Sampling(temperature=0.0, max_new_tokens=4), set()))
+    run(warm.stream(first, SamplingParams(temperature=0.0, max_new_tokens=4), set()))
 
     assert run(warm.stream(second, GREEDY, set())) == run(fresh.stream(second, GREEDY, set()))
 
 
 def test_next_turn_reads_only_what_is_new(engine: LlamaCppEngine, prompt: list[int]) -> None:
-    answer, _ = run(engine.stream(prompt, Sampling(temperature=0.0, max_new_tokens=6), set()))
+    answer, _ = run(engine.stream(prompt, SamplingParams(temperature=0.0, max_new_tokens=6), set()))
 
     assert engine._reuse([*prompt, *answer, 7, 8]) == [answer[-1], 7, 8]
 

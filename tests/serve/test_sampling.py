@@ -8,10 +8,11 @@ from torch import Tensor
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
 from keural.errors import UserError
-from keural.serve.sampling import Sampling, choose, next_token_distribution, penalise
+from keural.serve.engines.sampling import choose, next_token_distribution, penalise
+from keural.serve.engines.sampling_params import SamplingParams
 
 
-def of_transformers(ids: Tensor, logits: Tensor, sampling: Sampling) -> Tensor:
+def of_transformers(ids: Tensor, logits: Tensor, sampling: SamplingParams) -> Tensor:
     """Probabilities `[V]` after transformers' processors for the ids `[T]` so far."""
     processors = LogitsProcessorList(
         [
@@ -37,7 +38,7 @@ def random_case(seed: int, size: int, spread: float) -> tuple[Tensor, Tensor, Te
 @given(st.integers(0, 10_000), st.floats(0.1, 3.0), st.sampled_from([0.05, 0.5, 0.9, 0.99]), st.sampled_from([0.8, 1.0, 1.1, 2.0]))
 def test_distribution_equals_transformers_processors(seed: int, temperature: float, top_p: float, penalty: float) -> None:
     logits, ids, seen = random_case(seed, 50, 3.0)
-    sampling = Sampling(temperature, top_p, penalty)
+    sampling = SamplingParams(temperature, top_p, penalty)
 
     torch.testing.assert_close(next_token_distribution(logits, seen, sampling), of_transformers(ids, logits, sampling))
 
@@ -46,7 +47,7 @@ def test_distribution_equals_transformers_processors(seed: int, temperature: flo
 @pytest.mark.parametrize("top_p", [0.1, 0.9, 0.999, 1.0])
 def test_distribution_is_the_same_where_the_vocabulary_is_too_large_to_sort(spread: float, top_p: float) -> None:
     logits, ids, seen = random_case(1, 131_074, spread)
-    sampling = Sampling(0.7, top_p, 1.1)
+    sampling = SamplingParams(0.7, top_p, 1.1)
 
     ours, theirs = next_token_distribution(logits, seen, sampling), of_transformers(ids, logits, sampling)
 
@@ -55,7 +56,7 @@ def test_distribution_is_the_same_where_the_vocabulary_is_too_large_to_sort(spre
 
 
 def test_tokens_of_equal_probability_do_not_hang_it() -> None:
-    kept = next_token_distribution(torch.zeros(10_000), torch.zeros(10_000, dtype=torch.bool), Sampling(1.0, 0.5, 1.0))
+    kept = next_token_distribution(torch.zeros(10_000), torch.zeros(10_000, dtype=torch.bool), SamplingParams(1.0, 0.5, 1.0))
 
     assert int((kept > 0).sum()) == pytest.approx(5_000, abs=2)
     assert float(kept.sum()) == pytest.approx(1.0)
@@ -64,14 +65,14 @@ def test_tokens_of_equal_probability_do_not_hang_it() -> None:
 def test_top_p_zero_leaves_the_most_probable_token() -> None:
     logits = torch.tensor([0.0, 2.0, 1.0])
 
-    assert next_token_distribution(logits, torch.zeros(3, dtype=torch.bool), Sampling(top_p=0.0)).tolist() == [0, 1, 0]
+    assert next_token_distribution(logits, torch.zeros(3, dtype=torch.bool), SamplingParams(top_p=0.0)).tolist() == [0, 1, 0]
 
 
 def test_logits_stay_as_they_are() -> None:
     logits, _, seen = random_case(2, 50, 3.0)
     before = logits.clone()
 
-    choose(logits, seen, Sampling(), torch.Generator().manual_seed(0))
+    choose(logits, seen, SamplingParams(), torch.Generator().manual_seed(0))
     penalise(logits, seen, 2.0)
 
     assert torch.equal(logits, before)
@@ -82,4 +83,4 @@ def test_logits_stay_as_they_are() -> None:
 )
 def test_impossible_settings_are_refused(values: dict[str, float]) -> None:
     with pytest.raises(UserError, match="impossible sampling settings"):
-        Sampling(**values)  # type: ignore[arg-type]
+        SamplingParams(**values)  # type: ignore[arg-type]

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keural.convert.hf import save_model_directory
 from keural.model import KeuralConfig, KeuralMoECausalLM
-from keural.serve.decoding import Finish
+from keural.pretrained.directory import save_model_directory
+from keural.serve.engines.base import Finish
+from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.jamo import RESTORED, compatibility_jamo
-from keural.serve.sampling import Sampling
 from keural.serve.text import stream_answer
 from keural.tokenizer import KeuralTokenizer
 
@@ -35,7 +35,7 @@ class Recital:
     ends: type[BaseException] | None = None
     context_length: int = 10_000
 
-    def stream(self, prompt_ids: Sequence[int], sampling: Sampling, stop: Collection[int]) -> Generator[int, None, Finish]:
+    def stream(self, prompt_ids: Sequence[int], sampling: SamplingParams, stop: Collection[int]) -> Generator[int, None, Finish]:
         yield from self.ids
         if self.ends:
             raise self.ends
@@ -55,7 +55,7 @@ def either(request: pytest.FixtureRequest) -> KeuralTokenizer:
 def streamed(tokenizer: KeuralTokenizer, ids: list[int], jamo: str = "as-decoded", **how: object) -> tuple[list[str], str]:
     """The pieces that were written, and the answer's text."""
     pieces: list[str] = []
-    answer = stream_answer(Recital(tokenizer, ids, **how), [5], Sampling(), pieces.append, jamo)  # type: ignore[arg-type]
+    answer = stream_answer(Recital(tokenizer, ids, **how), [5], SamplingParams(), pieces.append, jamo)  # type: ignore[arg-type]
     return pieces, answer.text
 
 

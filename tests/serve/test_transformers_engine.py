@@ -10,11 +10,11 @@ from transformers import GenerationConfig
 
 from keural.errors import UserError
 from keural.model import KeuralMoECausalLM
-from keural.serve.sampling import Sampling
-from keural.serve.transformers_engine import TransformersEngine
+from keural.serve.engines.sampling_params import SamplingParams
+from keural.serve.engines.transformers import TransformersEngine
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt
 
-GREEDY = Sampling(temperature=0.0, repetition_penalty=1.0, max_new_tokens=30)
+GREEDY = SamplingParams(temperature=0.0, repetition_penalty=1.0, max_new_tokens=30)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def generated(model: KeuralMoECausalLM, prompt: list[int], **options: object) ->
 def test_sampling_equals_transformers_under_the_same_seed(
     engine: TransformersEngine, model: KeuralMoECausalLM, prompt: list[int], seed: int
 ) -> None:
-    ids, _ = run(engine.stream(prompt, Sampling(seed=seed, max_new_tokens=30), set()))
+    ids, _ = run(engine.stream(prompt, SamplingParams(seed=seed, max_new_tokens=30), set()))
 
     torch.manual_seed(seed)
     assert ids == generated(
@@ -60,14 +60,16 @@ def test_sampling_equals_transformers_under_the_same_seed(
 def test_greedy_equals_transformers(
     engine: TransformersEngine, model: KeuralMoECausalLM, prompt: list[int], penalty: float
 ) -> None:
-    ids, finish = run(engine.stream(prompt, Sampling(0.0, repetition_penalty=penalty, max_new_tokens=30), set()))
+    ids, finish = run(engine.stream(prompt, SamplingParams(0.0, repetition_penalty=penalty, max_new_tokens=30), set()))
 
     assert ids == generated(model, prompt, do_sample=False, repetition_penalty=penalty, max_new_tokens=30)
     assert finish == "length"
 
 
 def test_same_seed_same_answer_other_seed_another(engine: TransformersEngine, prompt: list[int]) -> None:
-    answers = [run(engine.stream(prompt, Sampling(temperature=1.5, seed=seed, max_new_tokens=12), set()))[0] for seed in (3, 3, 4)]
+    answers = [
+        run(engine.stream(prompt, SamplingParams(temperature=1.5, seed=seed, max_new_tokens=12), set()))[0] for seed in (3, 3, 4)
+    ]
 
     assert answers[0] == answers[1] != answers[2]
 
@@ -80,7 +82,7 @@ def test_stop_token_ends_the_answer_and_is_not_yielded(engine: TransformersEngin
 
 
 def test_answer_ends_where_the_context_is_full(engine: TransformersEngine, tokenizer: KeuralTokenizer) -> None:
-    ids, finish = run(engine.stream([5] * 155, Sampling(temperature=0.0, max_new_tokens=30), set()))
+    ids, finish = run(engine.stream([5] * 155, SamplingParams(temperature=0.0, max_new_tokens=30), set()))
 
     assert (len(ids), finish) == (5, "context")
 
@@ -110,13 +112,13 @@ def conversation(shared: int, tail: list[int]) -> list[int]:
 )
 def test_a_warm_cache_answers_like_a_fresh_engine(model_dir: Path, first: list[int], second: list[int]) -> None:
     warm, fresh = TransformersEngine(model_dir, device="cpu"), TransformersEngine(model_dir, device="cpu")
-    run(warm.stream(first, Sampling(temperature=0.0, max_new_tokens=4), set()))
+    run(warm.stream(first, SamplingParams(temperature=0.0, max_new_tokens=4), set()))
 
     assert run(warm.stream(second, GREEDY, set())) == run(fresh.stream(second, GREEDY, set()))
 
 
 def test_next_turn_reads_only_what_is_new(engine: TransformersEngine, prompt: list[int]) -> None:
-    answer, _ = run(engine.stream(prompt, Sampling(temperature=0.0, max_new_tokens=6), set()))
+    answer, _ = run(engine.stream(prompt, SamplingParams(temperature=0.0, max_new_tokens=6), set()))
 
     unread = engine._reuse([*prompt, *answer, 7, 8])
 

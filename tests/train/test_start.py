@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from train_small import losses_of, open_run, random_model, small_config, small_job, step_gradients, train_stage
 
 from keural.errors import UserError
-from keural.train.initial import initial_model
+from keural.train.initial_weights import initial_model
 from keural.train.metrics import keep_until
 
 CPU = torch.device("cpu")

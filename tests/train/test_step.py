@@ -9,8 +9,8 @@ import pytest
 import torch
 from train_small import LENGTH, SHA, VOCAB, metrics_of, open_run, small_job, step_gradients, weights_of
 
-from keural.data.store import StoreWriter, TokenStore
-from keural.data.stream import Stream
+from keural.data.loading.stream import Stream
+from keural.data.tokens.store import StoreWriter, TokenStore
 from keural.errors import UserError
 from keural.train.loop import train_step
 from keural.train.optimizer import clip_gradients, gradient_norm
@@ -25,9 +25,9 @@ def test_more_micro_batches_give_the_same_gradients_router_losses_included(tmp_p
     whole = open_run(small_job(tmp_path, objective, run="whole", router=router)).trainer
     parts = open_run(small_job(tmp_path, objective, run="parts", router=router, train={"micro_batch_tokens": 2 * LENGTH})).trainer
     for step in range(2):
-        sums, gradients = step_gradients(whole, step)
-        split_sums, split_gradients = step_gradients(parts, step)
-        torch.testing.assert_close(split_sums, sums, atol=1e-5, rtol=1e-5)
+        losses, gradients = step_gradients(whole, step)
+        split_losses, split_gradients = step_gradients(parts, step)
+        torch.testing.assert_close(split_losses, losses, atol=1e-5, rtol=1e-5)
         for name in gradients:
             torch.testing.assert_close(split_gradients[name], gradients[name], atol=1e-5, rtol=1e-5)
     assert gradients["model.layers.0.mlp.gate.weight"].abs().max() > 1e-3
@@ -71,7 +71,7 @@ def test_gradients_of_packed_neighbours_are_those_of_each_document_alone(tmp_pat
     job = small_job(tmp_path, "sft", router={"balance_coef": 0.0, "z_coef": 0.0})
     trainer = open_run(job).trainer
     stream = Stream(TokenStore.open(tmp_path / "packed"), "sft", LENGTH, batch_rows=2)
-    assert stream.units_per_epoch == 2
+    assert stream.instances_per_epoch == 2
     _, packed = step_gradients(dataclasses.replace(trainer, stream=stream))
     alone: dict[str, torch.Tensor] = {}
     for index in range(len(documents)):

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from transformers import GraniteMoeSWAConfig
 
-from keural.convert.hf import DEFAULT_SHARD_BYTES, generation_config, quiet_transformers
-from keural.convert.lineage import write_record
-from keural.convert.model import StoredModel
 from keural.convert.model_card import model_card
-from keural.convert.shards import write_shards
-from keural.convert.weights import TensorInfo, Weights
 from keural.errors import UserError
 from keural.files import atomic_directory, check_new, write_atomic
 from keural.model import KeuralConfig
+from keural.pretrained.directory import DEFAULT_SHARD_BYTES, generation_config, quiet_transformers
+from keural.pretrained.lineage import write_record
+from keural.pretrained.safetensors import write_shards
+from keural.pretrained.stored_model import StoredModel
+from keural.pretrained.weights import TensorInfo, Weights
 
 SILENT_SINK = -1e4
 """A sink's logit: e to its power is zero in every precision, so the softmax is that of a model without sinks."""

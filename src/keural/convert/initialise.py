@@ -11,14 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from keural.convert.hf import write_model_directory
-from keural.convert.weights import TensorInfo, Weights, stored_tensors
 from keural.files import check_new
 from keural.model import KeuralConfig
+from keural.pretrained.directory import write_model_directory
+from keural.pretrained.weights import TensorInfo, Weights, stored_tensors
 from keural.recipe import ChatSpec
 from keural.tokenizer import KeuralTokenizer
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _BLOCK = 1 << 24
 """Values drawn at a time."""
 

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from keural.convert.model import StoredModel
 from keural.model import count_parameters
+from keural.pretrained.stored_model import StoredModel
 
 _TEMPLATE = files("keural.convert").joinpath("model_card.md.jinja").read_text(encoding="utf-8")
 _TAGS = {"hf": ["keural", "mixture-of-experts", "custom_code"], "granite": ["keural", "mixture-of-experts", "granitemoe_swa"]}

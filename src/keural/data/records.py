@@ -1,7 +1,8 @@
 """What every source is turned into: a document, a conversation, a preference pair, or a counted drop."""
 
+from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from keural.tokenizer.chatml import Message
 
@@ -70,3 +71,12 @@ class EvaluationItem:
 
 Record = Document | Conversation | PreferencePair
 AnyRecord = Record | EvaluationItem
+
+
+class SourceCount(NamedTuple):
+    """What became of one source's rows before: drops by reason, those of rows that could not be read, places of the first."""
+
+    rows: int
+    drops: Counter[str]
+    unreadable: Counter[str]
+    first: dict[str, str]

@@ -12,9 +12,10 @@ from pathlib import Path
 from rich.console import Console
 
 from keural.errors import UserError
-from keural.serve.engine import Engine, chat_defaults, open_engine
+from keural.serve.engines.base import Engine
+from keural.serve.engines.registry import chat_defaults, open_engine
+from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.jamo import Jamo
-from keural.serve.sampling import Sampling
 from keural.serve.text import Answer, printable, reader_may_leave, stream_answer
 from keural.tokenizer import Message, render_prompt
 
@@ -30,7 +31,7 @@ Notify = Callable[[str], None]
 
 def run_chat(
     path: Path,
-    sampling: Sampling,
+    sampling: SamplingParams,
     system: str | None = None,
     jamo: Jamo = "compatibility",
     engine_name: str | None = None,
@@ -53,7 +54,7 @@ def run_chat(
 class Conversation:
     """The history of a chat, and the engine that answers. `turns` alternate between user and assistant."""
 
-    def __init__(self, engine: Engine, sampling: Sampling, system: str | None = None, jamo: Jamo = "compatibility") -> None:
+    def __init__(self, engine: Engine, sampling: SamplingParams, system: str | None = None, jamo: Jamo = "compatibility") -> None:
         self.engine = engine
         self.sampling = sampling
         self.system = system

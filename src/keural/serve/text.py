@@ -12,10 +12,9 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
-from keural.serve.decoding import Finish
-from keural.serve.engine import Engine
+from keural.serve.engines.base import Engine, Finish
+from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.jamo import Jamo, compatibility_jamo
-from keural.serve.sampling import Sampling
 from keural.tokenizer import KeuralTokenizer
 
 
@@ -27,7 +26,7 @@ class Answer(NamedTuple):
 
 
 def stream_answer(
-    engine: Engine, prompt_ids: Sequence[int], sampling: Sampling, write: Callable[[str], None], jamo: Jamo = "compatibility"
+    engine: Engine, prompt_ids: Sequence[int], sampling: SamplingParams, write: Callable[[str], None], jamo: Jamo = "compatibility"
 ) -> Answer:
     """Generate until `<|im_end|>` or `</s>`, handing every piece of text to `write`; Ctrl-C ends the answer, not the program.
 

@@ -2,11 +2,12 @@
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from keural.data.readers import OptionTypes
+from keural.data.readers.formats import OptionTypes
 from keural.data.records import AnyRecord, Conversation, Document, Drop, Kind, PreferencePair
 from keural.recipe import GateAction, SourceSpec
 from keural.tokenizer.chatml import Message
@@ -42,7 +43,7 @@ class Adapter:
     kind: Kind | Callable[[SourceSpec], Kind]
     convert: Callable[[Any, SourceSpec, str], AnyRecord | Drop]
     formats: tuple[str, ...]
-    """Formats it reads; none: it makes its rows itself and takes no path."""
+    """Formats it reads; none where it makes the rows."""
     options: OptionTypes = field(default_factory=dict)
     choices: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Options that must have one of some values."""
@@ -60,6 +61,11 @@ class Adapter:
     """What the gates do by default for this adapter, where that differs from the gates' own default."""
     reading: dict[str, Any] = field(default_factory=dict)
     """Options of the reader, where the recipe does not give them."""
+    rows: Callable[[Mapping[str, Any], int], Iterator[Any]] | None = None
+    """Makes the rows, from the source's options and a seed; such a source takes no path. Raises `UserError` for wrong options when
+    it is called, before the first row. None: rows are read."""
+    content: Callable[[], list[Path]] = list
+    """The files that determine rows which the adapter makes."""
 
     def __call__(self, value: Any, source: SourceSpec, where: str) -> AnyRecord | Drop:
         """The record that a row holds, or why it holds none."""
@@ -172,7 +178,7 @@ def with_system(system: str, messages: Sequence[Message]) -> list[Message]:
     return [Message("system", system), *messages]
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     """NFKC with white space runs as one space: what counts as the same content."""
     return " ".join(unicodedata.normalize("NFKC", text).split())
 
@@ -229,7 +235,7 @@ def preference_pair(
             raise BadRow("prompt_does_not_end_with_user")
         _check_alternation(turns)
         _clean_turns([Message("assistant", chosen), Message("assistant", rejected)])
-        if normalised(chosen) == normalised(rejected):
+        if normalized(chosen) == normalized(rejected):
             raise BadRow("chosen_equals_rejected")
     except BadRow as bad:
         return Drop(bad.reason, where)

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from keural.data.adapters.base import TABLES, Adapter, BadRow, document, guarded, lookup, missing, scalar, text_of
-from keural.data.readers import OptionTypes
+from keural.data.readers.formats import OptionTypes
 from keural.data.records import Document, Drop
 from keural.recipe import SourceSpec
 

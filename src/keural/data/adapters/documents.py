@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from keural.data.adapters.base import NAMES, TABLES, Adapter, document, guarded, text_of
-from keural.data.po import PoMessage
+from keural.data.readers.po import PoMessage
 from keural.data.records import Document, Drop
 from keural.recipe import SourceSpec
 

@@ -1,0 +1,1 @@
+"""The `keural` command: one module per group of subcommands, and what they print."""

@@ -1,0 +1,232 @@
+"""The `keural` command. Every subcommand is a thin layer over one function of the package.
+
+A `UserError` becomes one line on standard error and exit code 2; a run that a signal stopped, and that saved, exits with 130.
+"""
+
+import os
+import shlex
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import keural
+from keural.cli import checkpoints, data, tokenizer
+from keural.cli.options import (
+    RECIPE,
+    EngineName,
+    JamoStyle,
+    MaxNewTokens,
+    ModelPath,
+    Out,
+    Overrides,
+    RecipeDir,
+    RepetitionPenalty,
+    Seed,
+    StageFile,
+    System,
+    Temperature,
+    Threads,
+    TopP,
+    open_recipe,
+    open_stage,
+)
+from keural.errors import UserError
+
+if TYPE_CHECKING:
+    from keural.pipeline.run import Outcome
+    from keural.recipe import Recipe
+    from keural.serve.engines.sampling_params import SamplingParams
+
+RECIPES, DATA, USE = "Recipes and runs", "Data and tokenizers", "Talking to a model"
+"""Groups of commands in the help; those around checkpoints have theirs."""
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"keural {keural.__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__.split("\n")[0], pretty_exceptions_enable=False)
+app.add_typer(tokenizer.app, name="tokenizer", rich_help_panel=DATA)
+app.add_typer(data.app, name="data", rich_help_panel=DATA)
+app.add_typer(checkpoints.app)
+
+
+@app.callback()
+def _common(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version, help="print the version")] = False,
+) -> None:
+    """Options of the command itself."""
+
+
+def main() -> None:
+    """Run the command line; the process's exit code says how it went."""
+    try:
+        app()
+    except UserError as error:
+        if int(os.environ.get("RANK", "0")) == 0 or "LOCAL_RANK" not in os.environ:
+            print(f"keural: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:  # a file that may not be read, a path that cannot be: the user's, wherever it came up
+        if error.filename is None or error.strerror is None:
+            raise
+        print(f"keural: error: {UserError(f'{str(error.filename)[:300]}: {error.strerror}')}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command(rich_help_panel=RECIPES)
+def run(
+    recipe: RecipeDir,
+    overrides: Overrides = None,
+    out: Out = None,
+    until: Annotated[str | None, typer.Option(help="stop after this stage")] = None,
+    tensorboard: Annotated[bool, typer.Option(help="also write TensorBoard files")] = False,
+) -> None:
+    """Run a recipe's whole pipeline; finished stages are skipped, an interrupted one is resumed."""
+    loaded, directory = open_recipe(recipe, overrides, out)
+    _check(loaded, directory, until=until)
+    from keural.pipeline.run import run as run_recipe
+
+    _end(run_recipe(loaded, directory, until=until, tensorboard=tensorboard))
+
+
+@app.command(rich_help_panel=RECIPES)
+def train(
+    stage: StageFile,
+    overrides: Overrides = None,
+    out: Out = None,
+    tensorboard: Annotated[bool, typer.Option(help="also write TensorBoard files")] = False,
+) -> None:
+    """Run one stage (with torchrun: on many processes); the stage it starts from must be finished."""
+    loaded, name, directory = open_stage(stage, overrides, out)
+    _check(loaded, directory, only=name)
+    from keural.pipeline.run import run as run_recipe
+
+    _end(run_recipe(loaded, directory, only=name, tensorboard=tensorboard))
+
+
+def _check(recipe: "Recipe", directory: Path, *, until: str | None = None, only: str | None = None) -> None:
+    """Refuse what cannot work before torch is imported, which takes seconds; under torchrun rank 0 looks for all, later."""
+    from keural.pipeline import workspace
+
+    if "LOCAL_RANK" not in os.environ:
+        workspace.check_inputs(recipe, workspace.select_stages(recipe, until=until, only=only), directory)
+
+
+def _end(outcome: "Outcome") -> None:
+    """Say how the run ended; exit with the signal's code when one stopped it."""
+    from keural.cli import printing
+
+    if int(os.environ.get("RANK", "0")) == 0:
+        printing.print_ending(outcome, shlex.join(sys.argv[1:]))
+    if outcome.interrupted:
+        raise SystemExit(128 + signal.SIGINT)
+
+
+@app.command(name="recipe", rich_help_panel=RECIPES)
+def show_recipe(
+    recipe: Annotated[Path | None, RECIPE] = None,
+    overrides: Overrides = None,
+    explain: Annotated[str | None, typer.Option(metavar="KEY", help="say what a key or section means, and nothing else")] = None,
+) -> None:
+    """Print a recipe with every setting resolved, and the size of its model; or what a key means."""
+    if (recipe is None) == (explain is None):
+        raise UserError("give either a recipe, to see its settings, or --explain KEY, to see what a key means")
+    if explain is not None:
+        from keural.recipe.reference import explain as explained
+
+        print(explained(explain), end="")
+    else:
+        assert recipe is not None
+        _print_recipe(recipe, overrides)
+
+
+def _print_recipe(recipe: Path, overrides: list[str] | None) -> None:
+    import yaml
+
+    from keural.model.parameters import CHATML_IDS, count_weights
+
+    loaded, _ = open_recipe(recipe, overrides, None)
+    total, active = count_weights(loaded.spec.model, loaded.spec.tokenizer.vocab_size + CHATML_IDS)
+    print(yaml.safe_dump(loaded.resolved(), allow_unicode=True, sort_keys=False), end="")
+    print(f"# parameters: {total:,} in all, {active:,} active per token")
+
+
+@app.command(rich_help_panel=RECIPES)
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="one of them")] = None,
+    copy: Annotated[Path | None, typer.Option(metavar="DIR", help="write a copy of it here, to be changed")] = None,
+) -> None:
+    """List the recipes that come with the package, or copy one out."""
+    from keural.recipe import shipped
+
+    if copy is not None:
+        if name is None:
+            raise UserError("--copy needs the name of a recipe: keural recipes toy --copy my-toy")
+        print(f"{shipped.copy(name, copy)}: a copy of {name}; run it with `keural run {copy}`")
+        return
+    chosen = shipped.names() if name is None else [shipped.shipped(name).name]
+    for known, description in shipped.descriptions():
+        if known in chosen:
+            print(f"{known:<{max(map(len, chosen))}}  {description}")
+
+
+@app.command(rich_help_panel=USE)
+def chat(
+    path: ModelPath,
+    engine: EngineName = None,
+    system: System = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    max_new_tokens: MaxNewTokens = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    jamo: JamoStyle = "compatibility",
+) -> None:
+    """Talk to a model in the terminal (/system TEXT, /reset, /help, /exit)."""
+    sampling = _sampling(path, engine, temperature, top_p, repetition_penalty, max_new_tokens, seed)
+    from keural.serve.chat import run_chat
+
+    raise SystemExit(run_chat(path, sampling, system, jamo, engine, threads))
+
+
+def _sampling(path: Path, engine: str | None, *given: float | int | None) -> "SamplingParams":
+    """The settings given on the command line, and for the others those the model was saved with."""
+    from keural.serve.engines.registry import chat_defaults
+
+    names = ("temperature", "top_p", "repetition_penalty", "max_new_tokens", "seed")
+    changes: dict[str, Any] = {name: value for name, value in zip(names, given, strict=True) if value is not None}
+    return replace(chat_defaults(path, engine)[0], **changes)
+
+
+@app.command(rich_help_panel=USE)
+def generate(
+    path: ModelPath,
+    prompt: Annotated[str, typer.Option(help="the user's message, or the text to continue with --raw")],
+    engine: EngineName = None,
+    system: System = None,
+    raw: Annotated[bool, typer.Option(help="continue the text as it stands, without chat markers")] = False,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    max_new_tokens: MaxNewTokens = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    jamo: JamoStyle = "compatibility",
+) -> None:
+    """Answer one prompt on standard output."""
+    from keural.serve.generate import run_generate
+
+    sampling = _sampling(path, engine, temperature, top_p, repetition_penalty, max_new_tokens, seed)
+    raise SystemExit(run_generate(path, prompt, sampling, system, raw, jamo, engine, threads))

@@ -1,0 +1,91 @@
+"""`keural data`: prepare data and look at what a training step sees."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from keural.cli.options import Out, Overrides, RecipeDir, StageFile, open_recipe, open_stage
+
+app = typer.Typer(no_args_is_help=True, help="Prepare data and look at what a training step sees.")
+
+DataFormat = Annotated[str, typer.Option("--format", help="published (keural_NNN.bin, .idx, .meta; import only) or megatron")]
+
+
+@app.command("prepare")
+def data_prepare(recipe: RecipeDir, overrides: Overrides = None, out: Out = None) -> None:
+    """Read, check and tokenise the data of every stage; print what was kept and what was dropped, and why."""
+    from keural.cli import printing
+    from keural.pipeline import workspace
+
+    loaded, directory = open_recipe(recipe, overrides, out)
+    workspace.check_inputs(loaded, loaded.stages, directory)
+    printing.print_data(workspace.prepare_all(loaded, loaded.stages, directory))
+
+
+@app.command("import")
+def data_import(
+    source: Annotated[Path, typer.Argument(help="directory or file with tokenised data")],
+    store: Annotated[Path, typer.Argument(help="token store to write; must not exist, or be empty")],
+    format_name: DataFormat,
+    tokenizer: Annotated[Path, typer.Option(help="the tokenizer the data was made with: a .model file or a directory")],
+    restore_lost: Annotated[
+        bool, typer.Option(help="published: give the lost first token of each shard back as BOS (it was one by the packing rule)")
+    ] = True,
+    license: Annotated[str | None, typer.Option(help="licence of the data, for the manifest")] = None,
+) -> None:
+    """Turn tokenised data of another format into a token store; print what it held and what was lost."""
+    from keural.cli import printing
+    from keural.data.tokens.import_export import ImportOptions, import_tokens
+    from keural.tokenizer import KeuralTokenizer
+
+    with printing.byte_progress(f"import {source}") as advance:
+        options = ImportOptions(restore_lost, license)
+        counts = import_tokens(source, store, format_name, KeuralTokenizer.load(tokenizer), options, advance)
+    printing.print_counts(f"{store}: imported from {source} ({format_name})", counts)
+
+
+@app.command("export")
+def data_export(
+    store: Annotated[Path, typer.Argument(help="token store directory")],
+    out: Annotated[Path, typer.Argument(help="directory to write; must not exist, or be empty")],
+    format_name: DataFormat,
+) -> None:
+    """Write a token store of documents as other trainers read it."""
+    from keural.data.tokens.import_export import export_tokens
+    from keural.data.tokens.store import TokenStore
+
+    opened = TokenStore.open(store)
+    export_tokens(opened, out, format_name)
+    print(f"{out}: {opened.num_sequences:,} documents, {opened.num_tokens:,} tokens, written as {format_name}")
+
+
+@app.command("stats")
+def data_stats(
+    path: Annotated[Path, typer.Argument(help="token store, published shards, prepared or cleaned data, or a recipe")],
+    overrides: Overrides = None,
+    out: Out = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Counts of a token store or of shards; what cleaning dropped, with examples; the mixture of prepared data or of a recipe."""
+    from keural.cli import data_stats
+
+    print(data_stats.describe(path, overrides or [], out, as_json), end="")
+
+
+@app.command("show")
+def data_show(
+    stage: StageFile,
+    overrides: Overrides = None,
+    step: Annotated[int, typer.Option(min=0, help="optimizer step, counted from 0")] = 0,
+    rows: Annotated[int, typer.Option(min=1, help="rows to print")] = 4,
+    out: Out = None,
+) -> None:
+    """Print the batch of one optimizer step: each row's documents, with trained tokens marked."""
+    from keural.cli import printing
+    from keural.pipeline import workspace
+
+    loaded, name, directory = open_stage(stage, overrides, out)
+    shown = loaded.stage(name)
+    workspace.check_inputs(loaded, [shown], directory)
+    printing.show_batch(workspace.prepare_all(loaded, [shown], directory), shown, step, rows)

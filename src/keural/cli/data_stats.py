@@ -1,0 +1,80 @@
+"""`keural data stats`: what a directory with data, or a recipe, holds.
+
+In: a path. Out: the text to print. What the directory is shows from the file it has.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from keural.data import mixture_report
+from keural.data.source_counts import rows_from_json
+from keural.data.tokens import published_format
+from keural.data.tokens.store import TokenStore
+from keural.errors import UserError
+from keural.files import read_object
+from keural.pipeline.workspace import find_stage_data
+from keural.recipe import OBJECTIVES, STORES, Recipe, StageSpec, load_recipe
+from keural.recipe.shipped import RECIPE_FILE, names, recipe_directory
+
+CLEANING = "cleaning.json"
+"""What cleaning kept and dropped, with examples."""
+ANY_ID = 1 << 32
+"""A vocabulary that refuses no id: which tokenizer shards were made with is not in their files."""
+
+
+def describe(path: Path, overrides: list[str], out: Path | None, as_json: bool) -> str:
+    """What `path` holds, as text. Raises `UserError` when it is nothing that is known, or damaged."""
+    if not path.exists() and str(path) in names():
+        path = recipe_directory(path)
+    if (path / RECIPE_FILE).is_file():
+        return _mixture(load_recipe(path, overrides), out, as_json)
+    if overrides or out:
+        raise UserError(f"{path}: is no recipe; key=value and --out are for recipes")
+    if (path / "prepared.json").is_file():
+        made = read_object(path / "prepared.json")
+        table = rows_from_json(made.get("table"), path / "prepared.json")
+        unit = STORES[TokenStore.open(path / "train", verify="size").kind].unit
+        text = _text({path.name: mixture_report.prepared(table, unit)}, {}, as_json)
+        cleaned = made.get("cleaned")
+        return f"{text}\ncleaned: {path.parent / cleaned} (ask for its stats, too)\n" if cleaned and not as_json else text
+    if (path / CLEANING).is_file():
+        return _dump(read_object(path / CLEANING), as_json)
+    if any(path.glob("keural_*.bin")):
+        return _dump({"shards": _shards(path)}, as_json)
+    return _dump(TokenStore.open(path).manifest, as_json)
+
+
+def _dump(value: dict[str, Any], as_json: bool) -> str:
+    if as_json:
+        return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+    return str(yaml.safe_dump(value, allow_unicode=True, sort_keys=False))
+
+
+def _shards(path: Path) -> dict[str, int]:
+    found = published_format.Counts()
+    for _, _, so_far in published_format.read_documents(published_format.find_shards(path), ANY_ID):
+        found = so_far
+    return found.table()
+
+
+def _mixture(recipe: Recipe, out: Path | None, as_json: bool) -> str:
+    directory = out or Path("runs") / recipe.spec.name
+    reports = {stage.name: _stage(recipe, stage, directory) for stage in recipe.stages}
+    return _text(reports, {stage.name: stage.notes for stage in recipe.stages}, as_json)
+
+
+def _stage(recipe: Recipe, stage: StageSpec, out: Path) -> mixture_report.Report:
+    """As prepared where the run directory has the data of these settings; else as planned."""
+    found = find_stage_data(recipe, stage, out)
+    if found is None:
+        return mixture_report.planned(stage.data)
+    return mixture_report.prepared(found.table, OBJECTIVES[stage.objective].unit)
+
+
+def _text(reports: dict[str, mixture_report.Report], notes: dict[str, list[str]], as_json: bool) -> str:
+    if as_json:
+        return json.dumps(reports, ensure_ascii=False, indent=1) + "\n"
+    return "\n".join(mixture_report.markdown(name, report, notes.get(name, [])) for name, report in reports.items())

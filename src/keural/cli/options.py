@@ -1,0 +1,49 @@
+"""Arguments and options that several subcommands share."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from keural.serve.jamo import Jamo
+
+if TYPE_CHECKING:
+    from keural.recipe import Recipe
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.lr=1e-5, data=DIR, sft-1.train.steps=100")]
+Out = Annotated[Path | None, typer.Option(help="run directory (default: runs/<recipe>)")]
+RECIPE = typer.Argument(help="a recipe: directory with recipe.yaml, or a name of `keural recipes`")
+RecipeDir = Annotated[Path, RECIPE]
+StageFile = Annotated[Path, typer.Argument(help="a stage's YAML file, with recipe.yaml beside it, e.g. toy/sft-1.yaml")]
+ModelDir = Annotated[Path, typer.Argument(help="model directory, e.g. runs/toy/final")]
+ModelPath = Annotated[Path, typer.Argument(help="model directory, e.g. runs/toy/final, or a GGUF file or the directory with one")]
+DEFAULT = "default: as saved with the model, else the card's"
+System = Annotated[str | None, typer.Option(help="system message; an empty one is none (default: as saved with the model)")]
+Temperature = Annotated[float | None, typer.Option(min=0.0, help=f"0 is greedy ({DEFAULT}, 0.7)")]
+TopP = Annotated[float | None, typer.Option(min=0.0, max=1.0, help=f"({DEFAULT}, 0.9)")]
+RepetitionPenalty = Annotated[float | None, typer.Option(min=0.01, help=f"({DEFAULT}, 1.1)")]
+MaxNewTokens = Annotated[int | None, typer.Option(min=1, help=f"({DEFAULT}, 256)")]
+Seed = Annotated[int | None, typer.Option(help="repeatable sampling")]
+EngineName = Annotated[str | None, typer.Option("--engine", help="transformers or llama.cpp (default: what the path holds)")]
+Threads = Annotated[int | None, typer.Option(min=1, help="threads to compute with (default: the engine's choice)")]
+JamoStyle = Annotated[
+    Jamo, typer.Option(help="published tokenizer: letters that stand alone as typed (ㅋㅋㅋ), or as they are decoded (ᄏᄏᄏ)")
+]
+
+
+def open_recipe(given: Path, overrides: list[str] | None, out: Path | None) -> "tuple[Recipe, Path]":
+    """The recipe of a command, by directory or name, with its overrides, and the run directory."""
+    from keural.recipe import load_recipe
+    from keural.recipe.shipped import recipe_directory
+
+    recipe = load_recipe(recipe_directory(given), overrides or ())
+    return recipe, out or Path("runs") / recipe.spec.name
+
+
+def open_stage(given: Path, overrides: list[str] | None, out: Path | None) -> "tuple[Recipe, str, Path]":
+    """The recipe around a stage's file, with its overrides, the stage's name, and the run directory."""
+    from keural.recipe.shipped import stage_file
+
+    file = stage_file(given)
+    recipe, directory = open_recipe(file.parent, overrides, out)
+    return recipe, recipe.stage(file.stem).name, directory

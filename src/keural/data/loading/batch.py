@@ -1,0 +1,102 @@
+"""What an optimizer step sees: rows of packed documents as arrays, and how a document is put into one."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+EMPTY = {"input_ids": 0, "labels": -100, "position_ids": 0, "segment_ids": 0, "sequence_ids": -1}
+"""What stands where no token is (positions of padding run on from 0 by themselves)."""
+
+Array = NDArray[np.int64]
+
+
+def no_pairs() -> Array:
+    """The pairs of a batch that has none."""
+    return np.zeros((0, 4), dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of packed documents, all arrays int64 ``[rows, T]``.
+
+    `labels[r, t]` is the token that follows `input_ids[r, t]` in its document if that token is trained, else -100.
+    `position_ids` restart with every document and with padding; `segment_ids` number a row's documents from 1, 0 is padding;
+    `sequence_ids` name the store's sequence at each position, -1 is padding.
+
+    `pairs` ``[pairs, 4]`` says where preference pairs stand: the row, and the positions where the chosen side begins, where the
+    rejected one begins, and where that ends. They are ordered by row and number in the store; other data has none.
+    """
+
+    input_ids: Array
+    labels: Array
+    position_ids: Array
+    segment_ids: Array
+    sequence_ids: Array
+    pairs: Array = field(default_factory=no_pairs)
+
+    @property
+    def num_labels(self) -> int:
+        """Positions with a label."""
+        return int((self.labels >= 0).sum())
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions with a token, padding left out."""
+        return int((self.segment_ids > 0).sum())
+
+    @property
+    def pair_sequences(self) -> Array:
+        """The store's sequences ``[2, pairs]`` of all pairs: first the chosen, then the rejected ones."""
+        row, chosen, rejected, _ = self.pairs.T
+        return np.stack([self.sequence_ids[row, chosen], self.sequence_ids[row, rejected]])
+
+    def select(self, rows: slice | Array | list[int]) -> "Batch":
+        """Some rows of the batch."""
+        kept = np.arange(len(self.input_ids))[rows]
+        pairs = [self.pairs[self.pairs[:, 0] == row] for row in kept.tolist()]
+        for number, found in enumerate(pairs):
+            found[:, 0] = number
+        arrays = {name: getattr(self, name)[rows] for name in EMPTY}
+        return Batch(**arrays, pairs=np.concatenate([no_pairs(), *pairs]))
+
+    def share(self, rank: int, world: int) -> "Batch":
+        """Rows ``rank::world``, with an empty row added where others have one more, so that all ranks have equally many."""
+        whole, missing = self, -len(self.input_ids) % world
+        if missing:
+            empty = empty_batch(missing, self.input_ids.shape[1])
+            arrays = {name: np.concatenate([getattr(self, name), getattr(empty, name)]) for name in EMPTY}
+            whole = Batch(**arrays, pairs=self.pairs)
+        return whole.select(slice(rank, None, world))
+
+
+class Segment(NamedTuple):
+    """A piece of a row: `length` tokens of store sequence `sequence`, from position `start` of the row."""
+
+    sequence: int
+    start: int
+    length: int
+
+
+def empty_batch(rows: int, length: int) -> Batch:
+    """Rows of nothing but padding."""
+    arrays = {name: np.full((rows, length), fill, dtype=np.int64) for name, fill in EMPTY.items()}
+    arrays["position_ids"][:] = np.arange(length)
+    return Batch(**arrays)
+
+
+def fill(batch: Batch, row: int, begin: int, tokens: NDArray[np.uint32], labels: Array, segment: int, sequence: int) -> None:
+    """Put one document (or piece of one) into a row at `begin`."""
+    place = slice(begin, begin + len(tokens))
+    batch.input_ids[row, place] = tokens
+    batch.labels[row, place] = labels
+    batch.position_ids[row, place] = np.arange(len(tokens))
+    batch.segment_ids[row, place] = segment
+    batch.sequence_ids[row, place] = sequence
+
+
+def segments_of(segments: Array, sequences: Array) -> list[Segment]:
+    """The pieces of one row, from its segment and sequence ids."""
+    starts = [int(np.argmax(segments == number)) for number in range(1, int(segments.max()) + 1)]
+    return [Segment(int(sequences[start]), start, int((segments == number).sum())) for number, start in enumerate(starts, start=1)]

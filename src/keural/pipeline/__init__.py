@@ -1,0 +1,1 @@
+"""Stages in order: the workspace they read, the run directory they write."""

@@ -1,0 +1,1 @@
+"""Model directories: weights, configuration, tokenizer and lineage, in the form that transformers loads."""

@@ -1,0 +1,232 @@
+"""Model directories in the Hugging Face layout: what a stage leaves behind and every later command takes.
+
+In: a configuration, a state dict with fused experts, a tokenizer. Out: a directory that `AutoModelForCausalLM` and `AutoTokenizer`
+load without this package (`trust_remote_code=True`), and back, strictly: a tensor that is missing, left over, mis-shaped or damaged
+is refused with one line.
+
+    config.json  generation_config.json  model*.safetensors (one matrix per expert, no head)  configuration_keural.py
+    modeling_keural.py  tokenizer.model  tokenizer.json  tokenizer_config.json  chat_template.jinja  keural.json (lineage)
+"""
+
+import contextlib
+import copy
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+import keural.model
+from keural.errors import UserError
+from keural.files import atomic_directory, write_atomic
+from keural.model import KeuralConfig, KeuralMoECausalLM
+from keural.pretrained.lineage import check_sums, read_record, write_record
+from keural.pretrained.location import CONFIG, check_kind, model_directory
+from keural.pretrained.safetensors import open_safetensors, weight_files, write_shards
+from keural.pretrained.tensor_names import HEAD
+from keural.pretrained.weights import Weights, expected_tensors, state_dict_weights, stored_tensors
+from keural.recipe import ChatSpec
+from keural.tokenizer import KeuralTokenizer
+from keural.tokenizer.model_file import EOS_ID
+
+MODEL_CODE = ("configuration_keural.py", "modeling_keural.py")
+AUTO_MAP = {
+    "AutoConfig": "configuration_keural.KeuralConfig",
+    "AutoModel": "modeling_keural.KeuralMoEModel",
+    "AutoModelForCausalLM": "modeling_keural.KeuralMoECausalLM",
+}
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+
+def save_model_directory(
+    out: Path,
+    config: KeuralConfig,
+    state_dict: Mapping[str, Tensor],
+    tokenizer: KeuralTokenizer,
+    lineage: Mapping[str, Any],
+    chat: ChatSpec | None = None,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> Path:
+    """Write the model directory of a network in memory; see `write_model_directory`.
+
+    `state_dict` is that of a `KeuralMoECausalLM`, experts fused, on any device, stored in its dtype; the tied head may be left out.
+    """
+    kept = {name: tensor for name, tensor in state_dict.items() if name != HEAD or not config.tie_word_embeddings}
+    return write_model_directory(out, config, state_dict_weights(kept), tokenizer, lineage, chat, shard_bytes)
+
+
+def write_model_directory(
+    out: Path,
+    config: KeuralConfig,
+    weights: Weights,
+    tokenizer: KeuralTokenizer | None,
+    lineage: Mapping[str, Any],
+    chat: ChatSpec | None = None,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    card: str | None = None,
+) -> Path:
+    """Write a complete model directory, atomically: `out` appears whole or not at all, and replaces an earlier one.
+
+    Args:
+        out: the directory to write.
+        config: shape of the network; its `vocab_size` must be the tokenizer's.
+        weights: the tensors of a model directory (`stored_tensors`), read one at a time.
+        tokenizer: saved next to the weights; None leaves the directory without one.
+        lineage: where the weights come from (recipe, stage, fingerprints), kept in `keural.json` beside checksums and versions.
+        chat: sampling defaults and system message of the model's chats; None stands for the card's.
+        shard_bytes: upper bound of one weight file, unless a single tensor is larger.
+        card: README of a directory that is passed on, whose generation then ends at `<|im_end|>` alone.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: when the vocabularies differ or the disk refuses a write.
+    """
+    if tokenizer is not None and config.vocab_size != tokenizer.vocab_size:
+        raise UserError(
+            f"{out}: the model's vocabulary ({config.vocab_size}) is not the tokenizer's ({tokenizer.vocab_size}); use the "
+            "tokenizer the model was trained with, or grow the vocabulary first"
+        )
+    expected = stored_tensors(config)
+    assert {name: info.shape for name, info in weights.infos.items()} == expected, (
+        "not the tensors that the configuration describes"
+    )
+    chat = chat or ChatSpec()
+    described = copy.deepcopy(config)
+    described.auto_map = dict(AUTO_MAP)
+    described.architectures = [KeuralMoECausalLM.__name__]
+    described.dtype = next(iter(weights.infos.values())).dtype
+    with quiet_transformers(), atomic_directory(out) as directory:
+        sums = write_shards(directory, Weights({name: weights.infos[name] for name in expected}, weights.read), shard_bytes)
+        described.save_pretrained(directory)
+        generation_config(config, chat, exported=card is not None).save_pretrained(directory)
+        for name in MODEL_CODE:
+            shutil.copyfile(Path(keural.model.__path__[0]) / name, directory / name)
+        if tokenizer is not None:
+            tokenizer.save(directory)
+        if card is not None:
+            write_atomic(directory / "README.md", card)
+        write_record(directory, lineage, sums, tokenizer, chat)
+    return out
+
+
+def load_model(path: Path, dtype: torch.dtype | None = torch.float32, *, verify: bool = True) -> KeuralMoECausalLM:
+    """Load a model directory strictly, on the CPU and in evaluation mode.
+
+    Args:
+        path: a model directory, a stage directory or a run directory (see `model_directory`).
+        dtype: precision in memory; None keeps the stored one.
+        verify: compare the files with the checksums in `keural.json`, where there is one.
+
+    Raises:
+        UserError: for anything that is not exactly a Keural model whose tokenizer fits: another architecture, a tensor that is
+            missing, left over or mis-shaped, a damaged file, a tokenizer of another size.
+    """
+    directory = model_directory(path)
+    config = read_config(directory)
+    directory_weights(directory, config)
+    if verify:
+        check_sums(directory)
+    if (directory / "tokenizer.model").is_file():
+        load_tokenizer(directory)
+    try:
+        with quiet_transformers():
+            model, info = KeuralMoECausalLM.from_pretrained(
+                directory, config=config, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+            )
+    except Exception as error:  # a damaged file beside the weights makes transformers raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{directory}: transformers cannot load it ({reason[:300]}); copy or train the model again") from error
+    assert not any(info.values()), f"transformers did not take every tensor: {info}"
+    return model.eval()
+
+
+def load_tokenizer(path: Path) -> KeuralTokenizer:
+    """The tokenizer of a model directory. Raises `UserError` when it is missing or its vocabulary is not the model's."""
+    directory = model_directory(path)
+    tokenizer = KeuralTokenizer.load(directory)
+    vocab_size = read_config(directory).vocab_size
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} ids and the model {vocab_size}; "
+            "put the tokenizer there that the model was trained with"
+        )
+    return tokenizer
+
+
+def read_lineage(path: Path) -> dict[str, Any]:
+    """What `keural.json` says of a model, stage or run directory; empty where there is none. Raises `UserError`."""
+    return read_record(model_directory(path))
+
+
+def directory_weights(directory: Path, config: KeuralConfig) -> Weights:
+    """The tensors of a model directory, read one at a time. Raises `UserError` when they are not those that `config` describes."""
+    weights = open_safetensors(weight_files(directory))
+    expected = expected_tensors(directory, config, weights)
+    for name, shape in expected.items():
+        if name not in weights.infos:
+            raise UserError(f"{directory}: tensor {name} is missing; the weights do not belong to this config.json")
+        found = weights.infos[name].shape
+        if found != shape:
+            raise UserError(f"{directory}: tensor {name} has shape {list(found)}, config.json asks for {list(shape)}")
+    for name in weights.infos:
+        if name not in expected:
+            raise UserError(f"{directory}: tensor {name} is not part of the model that config.json describes")
+    if len({info.dtype for info in weights.infos.values()}) > 1:
+        raise UserError(f"{directory}: tensors of several types in one model; save it in one type")
+    return weights
+
+
+def generation_config(config: KeuralConfig, chat: ChatSpec, exported: bool = False) -> GenerationConfig:
+    """Sampling defaults. Generation ends at `<|im_end|>`, the only end that the model card allows in a chat.
+
+    A stage's own directory may hold a base model, which ends a document with `</s>`, so generation ends there, too, unless
+    `exported`.
+    """
+    ends = [config.eos_token_id] if exported else [config.eos_token_id, EOS_ID]
+    return GenerationConfig(
+        do_sample=chat.temperature > 0,
+        temperature=chat.temperature or None,
+        top_p=chat.top_p if chat.temperature > 0 else None,
+        top_k=0 if chat.temperature > 0 else None,  # transformers would otherwise cut at 50
+        repetition_penalty=chat.repetition_penalty,
+        max_new_tokens=chat.max_new_tokens,
+        eos_token_id=ends[0] if len(set(ends)) == 1 else ends,
+        pad_token_id=config.pad_token_id,
+        bos_token_id=config.bos_token_id,
+    )
+
+
+def read_config(directory: Path) -> KeuralConfig:
+    """The configuration of a model directory. Raises `UserError` when it is missing, of another architecture or impossible."""
+    return configuration(directory / CONFIG, check_kind(directory))
+
+
+def configuration(where: Path, values: Mapping[str, Any]) -> KeuralConfig:
+    """The configuration that `values` from a file describe. Raises `UserError`, naming `where`, when there is none such."""
+    try:
+        with quiet_transformers():
+            return KeuralConfig.from_dict(dict(values))
+    except Exception as error:  # transformers checks some values and stumbles over others
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{where}: impossible configuration ({reason[:300]})") from error
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no advice from transformers inside the block."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

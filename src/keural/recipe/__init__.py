@@ -1,0 +1,60 @@
+"""Recipes: what a run is made of, as strict typed objects read from YAML. Import specs from here."""
+
+from keural.recipe.base import VERSION, Part, Spec, mark_of, neutral, not_for, validate
+from keural.recipe.data import (
+    CleaningSpec,
+    DataSpec,
+    DecontaminateSpec,
+    ExecutorSpec,
+    GateAction,
+    LicensesSpec,
+    MixingSpec,
+    SourceSpec,
+    StoreSpec,
+)
+from keural.recipe.evaluation import BitsPerByteSpec, ChatSpec, EvaluationSpec, ExactMatchSpec
+from keural.recipe.load import Recipe, RecipeSpec, load_recipe, parse_duration
+from keural.recipe.model import ModelSpec
+from keural.recipe.objectives import OBJECTIVES, STORES, Objective, ObjectiveKind, StoreKind, StoreShape, Unit
+from keural.recipe.tokenizer import TokenizerSpec
+from keural.recipe.training import DpoSpec, RouterSpec, StageSpec, TrainSpec
+
+__all__ = [
+    "OBJECTIVES",
+    "STORES",
+    "VERSION",
+    "BitsPerByteSpec",
+    "ChatSpec",
+    "CleaningSpec",
+    "DataSpec",
+    "DecontaminateSpec",
+    "DpoSpec",
+    "EvaluationSpec",
+    "ExactMatchSpec",
+    "ExecutorSpec",
+    "GateAction",
+    "LicensesSpec",
+    "MixingSpec",
+    "ModelSpec",
+    "Objective",
+    "ObjectiveKind",
+    "Part",
+    "Recipe",
+    "RecipeSpec",
+    "RouterSpec",
+    "SourceSpec",
+    "Spec",
+    "StageSpec",
+    "StoreKind",
+    "StoreShape",
+    "StoreSpec",
+    "TokenizerSpec",
+    "TrainSpec",
+    "Unit",
+    "load_recipe",
+    "mark_of",
+    "neutral",
+    "not_for",
+    "parse_duration",
+    "validate",
+]

@@ -1,0 +1,76 @@
+"""The loop that every engine runs: read what is new, choose a token, until there is a reason to end.
+
+In: a function from ids to logits, what the engine's cache holds, the prompt. Out: an iterator of token ids that can be closed at
+any moment.
+"""
+
+from collections.abc import Callable, Collection, Generator, Sequence
+
+import torch
+from torch import Tensor
+
+from keural.errors import UserError
+from keural.serve.engines.base import Finish
+from keural.serve.engines.sampling import choose
+from keural.serve.engines.sampling_params import SamplingParams
+
+Choose = Callable[[Tensor, Tensor, SamplingParams, torch.Generator], int]
+"""See `keural.serve.engines.sampling.choose`."""
+
+Read = Callable[[list[int]], Tensor]
+"""Reads ids after those already cached; gives the logits `[V]` after the last one, float32, good until the next call."""
+
+
+def decode(
+    read: Read,
+    unread: list[int],
+    prompt_ids: Sequence[int],
+    sampling: SamplingParams,
+    stop: Collection[int],
+    context_length: int,
+    choose: Choose = choose,
+) -> Generator[int, None, Finish]:
+    """Yield the ids that follow the prompt without the stop token, then return why they end; closing the generator cancels.
+
+    `unread` is the end of the prompt that the cache does not hold, at least one id. A token is read only when the one after it is
+    asked for, so that what was yielded last need not be in the cache.
+    """
+    logits = read(unread)
+    generator = torch.Generator(logits.device)
+    _ = generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
+    seen = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    seen[list(prompt_ids)] = True
+    for count in range(1, sampling.max_new_tokens + 1):
+        if not torch.isfinite(logits.sum()):
+            raise UserError("the model's logits are not finite: its weights are damaged, or its precision is too small for them")
+        token = choose(logits, seen, sampling, generator)
+        if token in stop:
+            return "stop"
+        yield token
+        if len(prompt_ids) + count >= context_length:
+            return "context"
+        if count < sampling.max_new_tokens:
+            seen[token] = True
+            logits = read([token])
+    return "length"
+
+
+def common_prefix(cached: Sequence[int], prompt_ids: Sequence[int]) -> int:
+    """How many ids of the cache the prompt begins with, not counting its last.
+
+    The last prompt token is always read again: its logits are needed, and no cache holds them.
+    """
+    common = 0
+    for held, wanted in zip(cached, prompt_ids[:-1], strict=False):
+        if held != wanted:
+            break
+        common += 1
+    return common
+
+
+def check_prompt(prompt_ids: Sequence[int], context_length: int) -> None:
+    """Raise `UserError` when the prompt is empty or leaves no room for an answer."""
+    if not prompt_ids:
+        raise UserError("the prompt is empty; write something")
+    if len(prompt_ids) >= context_length:
+        raise UserError(f"the prompt has {len(prompt_ids)} tokens and the model's context is {context_length}; shorten it")

@@ -1,0 +1,77 @@
+"""A step's rows on the device, cut into micro-batches.
+
+In: the stream's numpy `Batch` of this rank. Out: `MicroBatch`es of at most so many tokens, the same number on every rank, whole
+rows each, so that a preference pair is never divided.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from keural.data.loading.batch import Array, Batch
+
+
+@dataclass(frozen=True)
+class PairIndices:
+    """Where the two sides of each preference pair stand in a forward pass; side k is the chosen one of pair k, side pairs + k the
+    rejected one. Empty where there are no pairs.
+    """
+
+    sequences: Array
+    """``[2, pairs]``: the store's sequences, the chosen ones first; on the CPU, where references are looked up."""
+    positions: Tensor
+    """``[n]``: indices into the flattened rows of every token of every side."""
+    sides: Tensor
+    """``[n]``: the side that each of these tokens belongs to."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of one forward pass; the tensors are ``[rows, T]``."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    token_mask: Tensor
+    """True where there is a token, False on padding."""
+    pairs: PairIndices
+
+
+def rows_per_pass(row_length: int, limit: int | None, total: int) -> int:
+    """Rows of one forward pass when `limit` tokens are allowed (None: all `total` rows at once); at least one."""
+    return total if limit is None else max(1, limit // row_length)
+
+
+def micro_batches(batch: Batch, limit: int | None, device: torch.device) -> list[MicroBatch]:
+    """Cut a batch into micro-batches of at most `limit` tokens (None: one), each of at least one row."""
+    total, length = batch.input_ids.shape
+    size = rows_per_pass(length, limit, total)
+    return [to_device(batch.select(slice(start, start + size)), device) for start in range(0, total, size)]
+
+
+def to_device(batch: Batch, device: torch.device) -> MicroBatch:
+    """The batch's arrays as tensors on `device`."""
+
+    def move(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+    positions, sides = _tokens_of_sides(batch)
+    return MicroBatch(
+        input_ids=move(batch.input_ids),
+        position_ids=move(batch.position_ids),
+        labels=move(batch.labels),
+        token_mask=move(batch.segment_ids > 0),
+        pairs=PairIndices(batch.pair_sequences, move(positions), move(sides)),
+    )
+
+
+def _tokens_of_sides(batch: Batch) -> tuple[Array, Array]:
+    """Each token of each side: its place in the flattened rows, and the number of its side."""
+    row, chosen, rejected, end = batch.pairs.T
+    begins, lengths = np.concatenate([chosen, rejected]), np.concatenate([rejected - chosen, end - rejected])
+    begins = begins + np.tile(row * batch.input_ids.shape[1], 2)
+    sides = np.repeat(np.arange(len(lengths)), lengths)
+    inside = np.arange(len(sides)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return begins[sides] + inside, sides

@@ -1,0 +1,33 @@
+"""What an objective is: arithmetic on the log-probabilities of labels."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from keural.data.loading.batch import Array, Batch
+from keural.train.micro_batches import MicroBatch
+
+References = Callable[[Array], Tensor]
+"""Reference log-probabilities, float32, of store sequences given by number, in the shape of the numbers."""
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """The task loss of one forward pass, summed over what the objective counts, with gradient; and detached sums of its metrics
+    (`ObjectiveKind.metrics`) by name.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class Objective(Protocol):
+    """What a stage trains for."""
+
+    def denominator(self, batch: Batch) -> int:
+        """How many labels or pairs the batch's loss is a sum over."""
+
+    def __call__(self, logprobs: Tensor, micro: MicroBatch, references: References | None) -> LossTerms:
+        """The loss of a forward pass whose labels have these log-probabilities ``[rows, T]``."""

@@ -1,0 +1,50 @@
+"""Preference optimization: losses over the summed log-probabilities of pairs."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from keural.data.loading.batch import Batch
+from keural.train.micro_batches import MicroBatch, PairIndices
+from keural.train.objectives.base import LossTerms, References
+
+
+@dataclass(frozen=True)
+class Dpo:
+    """Direct preference optimization, summed over pairs; see `dpo_loss`."""
+
+    beta: float
+
+    def denominator(self, batch: Batch) -> int:
+        """Pairs."""
+        return len(batch.pairs)
+
+    def __call__(self, logprobs: Tensor, micro: MicroBatch, references: References | None) -> LossTerms:
+        """The loss of the pairs of a forward pass."""
+        assert references is not None
+        return dpo_loss(*pair_logprobs(logprobs, micro.pairs), *references(micro.pairs.sequences), beta=self.beta)
+
+
+def dpo_loss(chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, *, beta: float) -> LossTerms:
+    """Sum over pairs of -log sigmoid(beta * ((chosen - its reference) - (rejected - its reference))).
+
+    The sigmoid loss of Rafailov et al. 2023, eq. 7. All four are log-probabilities ``[pairs]`` of whole answers; those of the
+    reference model have no gradient.
+    """
+    chosen_rewards, rejected_rewards = beta * (chosen - reference_chosen), beta * (rejected - reference_rejected)
+    margins = (chosen_rewards - rejected_rewards).detach()
+    metrics = {
+        "reward_margin": margins.sum(),
+        "reward_accuracy": (margins > 0).float().sum(),
+        "reward_chosen": chosen_rewards.detach().sum(),
+        "reward_rejected": rejected_rewards.detach().sum(),
+    }
+    return LossTerms(-F.logsigmoid(chosen_rewards - rejected_rewards).sum(), metrics)
+
+
+def pair_logprobs(logprobs: Tensor, pairs: PairIndices) -> Tensor:
+    """Sums of the labels' log-probabilities ``[rows, T]`` over the sides of each pair; ``[2, pairs]``, the chosen ones first."""
+    sums = torch.zeros(pairs.sequences.size, dtype=logprobs.dtype, device=logprobs.device)
+    return sums.index_add(0, pairs.sides, logprobs.flatten().index_select(0, pairs.positions)).view(2, -1)

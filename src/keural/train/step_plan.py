@@ -1,0 +1,165 @@
+"""How many steps a stage has: given, from epochs, or measured to fit a time budget; fixed before step 0.
+
+The plan is written to `plan.json` before the first step and read by every later start, so the schedule of a stage never changes.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+from keural.data.loading.stream import Stream
+from keural.errors import UserError
+from keural.files import read_json, write_json
+from keural.recipe import OBJECTIVES, StageSpec
+from keural.train.loop import train_step
+from keural.train.micro_batches import micro_batches
+from keural.train.objectives.base import References
+from keural.train.optimizer import MOMENTS, set_step
+from keural.train.parallel import reshard
+from keural.train.ranks import Ranks
+from keural.train.trainer import Trainer
+
+MEASURED_STEPS = 3
+MEASURED_SHARE = 0.03
+"""Measure at least so many steps, and at least for this share of the budget."""
+RESERVE = 0.97
+"""Share of the budget that is planned; the rest is for checkpoints and variation."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Optimizer steps of the stage, and how many of them warm up."""
+
+    steps: int
+    warmup_steps: int
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Measured seconds: of one optimizer step, of one step's forward passes alone, of one evaluation of the held-out store."""
+
+    step: float
+    forward: float
+    evaluation: float
+
+
+def fixed_plan(stage: StageSpec, stream: Stream) -> StepPlan:
+    """The plan of a stage with `steps` or `epochs`. Raises `UserError` when the epochs are shorter than the warm-up."""
+    spec = stage.train
+    if spec.steps is not None:
+        return StepPlan(spec.steps, spec.warmup_steps)
+    assert spec.epochs is not None
+    steps = stream.steps_for(spec.epochs)
+    if spec.warmup_steps >= steps:
+        raise UserError(
+            f"{stage.name}: {spec.epochs} epochs are {steps} steps, not more than train.warmup_steps {spec.warmup_steps}; "
+            "lower warmup_steps or train longer"
+        )
+    return StepPlan(steps, spec.warmup_steps)
+
+
+def budget_plan(stage: StageSpec, seconds: float, costs: Costs, epoch: int) -> StepPlan:
+    """As many steps as fit into `seconds` with all evaluations and, where the objective needs one, the reference pass over the
+    first epoch.
+
+    Args:
+        stage: the stage.
+        seconds: what is left of the stage's budget.
+        costs: measured on this machine.
+        epoch: steps of one epoch.
+
+    Returns:
+        A plan of at least one step; its warm-up is at most half of it.
+    """
+    every = stage.train.evaluate_every
+    per_step = costs.step + (costs.evaluation / every if every else 0.0)
+    available = seconds * RESERVE - costs.evaluation
+    if OBJECTIVES[stage.objective].needs_reference:
+        available -= costs.evaluation  # the reference of the held-out pairs
+        steps = min(epoch, int(available / (per_step + costs.forward)))
+        if steps == epoch:
+            steps = int((available - epoch * costs.forward) / per_step)
+    else:
+        steps = int(available / per_step)
+    steps = max(1, steps)
+    return StepPlan(steps, min(stage.train.warmup_steps, steps // 2))
+
+
+def load_or_make(path: Path, fingerprint: str, ranks: Ranks, make: Callable[[], StepPlan]) -> StepPlan:
+    """The plan in `path` when it belongs to this stage, else a new one, written before it is used. All ranks must call it."""
+    known = ranks.on_main(lambda: read_json(path) if path.is_file() else None)
+    if known is not None and known.get("fingerprint") == fingerprint:
+        return StepPlan(known["steps"], known["warmup_steps"])
+    made = make()
+
+    def write() -> StepPlan:
+        write_json(path, {"fingerprint": fingerprint, **asdict(made)})
+        return made
+
+    return ranks.on_main(write)  # rank 0's: clocks differ
+
+
+def no_learning(step: int) -> float:
+    """The learning rate of steps that are only measured."""
+    return 0.0
+
+
+def no_references(device: torch.device) -> References:
+    """References for steps that are only measured."""
+    return lambda sequences: torch.zeros(sequences.shape, device=device)
+
+
+def measure(trainer: Trainer, evaluation_rows: int, budget_seconds: float) -> Costs:
+    """Time training steps with a learning rate of 0, so that no weight changes; moments are reset afterwards. All ranks get rank
+    0's figures.
+
+    `trainer` is one with `no_learning` and, where the objective needs references, `no_references`; `evaluation_rows` is the
+    number of rows of the held-out store, all ranks together.
+    """
+    train_step(trainer, 0)
+    seconds: list[float] = []
+    while trainer.ranks.any(len(seconds) < MEASURED_STEPS or sum(seconds) < MEASURED_SHARE * budget_seconds):
+        seconds.append(_timed(partial(train_step, trainer, len(seconds))))
+    forward_seconds, rows = _timed_forward(trainer)
+    trainer.optimizer.zero_grad(set_to_none=True)
+    for state in trainer.optimizer.state.values():
+        for moment in MOMENTS:
+            state[moment].zero_()
+    set_step(trainer.optimizer, 0)
+    share = evaluation_rows / (rows * trainer.ranks.world)
+    return trainer.ranks.on_main(lambda: Costs(mean(seconds), forward_seconds, forward_seconds * share))
+
+
+def _timed(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+@torch.no_grad()
+def _timed_forward(trainer: Trainer) -> tuple[float, int]:
+    """Seconds of one step's forward passes without gradients, and this rank's rows in them."""
+    ranks = trainer.ranks
+    batch = trainer.stream.batch(0, ranks.rank, ranks.world)
+    micros = micro_batches(batch, trainer.stage.train.micro_batch_tokens, ranks.device)
+
+    def forward() -> None:
+        for micro in micros:
+            trainer.policy(micro.input_ids, micro.position_ids, micro.labels)
+
+    seconds = _timed(forward)
+    reshard(trainer.policy)
+    return seconds, len(batch.input_ids)
+
+
+def evaluation_rows(stream: Stream | None) -> int:
+    """Rows of a held-out store; pairs are taken as two to a row, as most pack."""
+    return math.ceil(stream.instances_per_epoch / OBJECTIVES[stream.objective].sequences_per_record) if stream else 0

@@ -1,0 +1,97 @@
+"""The number of steps: given, from epochs, or from a time budget, and never changed afterwards."""
+
+import dataclasses
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from train_small import losses_of, metrics_of, small_job, small_stage, train_stage
+
+from keural.errors import UserError
+from keural.files import read_json
+from keural.train.step_plan import RESERVE, Costs, StepPlan, budget_plan
+
+BUDGET = {"steps": None, "budget_share": 0.5}
+
+
+def test_epochs_become_steps_rounded_up(tmp_path: Path) -> None:
+    job = small_job(tmp_path, "dpo", number=10, train={"steps": None, "epochs": 1.5})
+    assert train_stage(job).steps == 4  # 15 pairs, 4 in a step
+
+
+def test_epochs_shorter_than_the_warm_up_are_refused(tmp_path: Path) -> None:
+    job = small_job(tmp_path, "dpo", number=4, train={"steps": None, "epochs": 1})
+    with pytest.raises(UserError, match=r"1 steps, not more than train\.warmup_steps 2"):
+        train_stage(job)
+
+
+@given(
+    seconds=st.floats(0.1, 1e4),
+    step=st.floats(1e-3, 10),
+    evaluation=st.floats(0, 20),
+    every=st.none() | st.integers(1, 50),
+    epoch=st.integers(1, 1000),
+    dpo=st.booleans(),
+)
+def test_a_budget_plan_fits_and_one_step_more_would_not(
+    seconds: float, step: float, evaluation: float, every: int | None, epoch: int, dpo: bool
+) -> None:
+    stage = small_stage("dpo" if dpo else "sft", train=BUDGET | {"evaluate_every": every})
+    costs = Costs(step=step, forward=step / 3, evaluation=evaluation)
+    plan = budget_plan(stage, seconds, costs, epoch)
+
+    def needed(steps: int) -> float:
+        evaluations = 1 + (steps / every if every else 0) + dpo
+        return steps * step + evaluations * evaluation + dpo * min(steps, epoch) * costs.forward
+
+    assert plan.steps == 1 or needed(plan.steps) <= seconds * RESERVE * 1.001
+    assert needed(plan.steps + 1) > seconds * RESERVE * 0.999
+    assert plan.warmup_steps == min(2, plan.steps // 2)
+
+
+@pytest.mark.parametrize("objective", ["next_token", "sft", "dpo"])
+def test_a_stage_with_a_budget_ends_in_time(tmp_path: Path, objective: str) -> None:
+    started = time.monotonic()
+    job = small_job(tmp_path, objective, heldout=True, budget_seconds=2.0, train=BUDGET | {"evaluate_every": 20})
+    result = train_stage(job)
+    seconds = time.monotonic() - started
+    assert result.steps >= 2
+    assert 0.5 < seconds < 8.0  # generous: other processes may have taken the machine in between
+    assert read_json(job.run_dir / "plan.json")["steps"] == result.steps
+
+
+def test_measuring_changes_no_weight(tmp_path: Path) -> None:
+    measured = small_job(tmp_path, run="measured", budget_seconds=1.0, train=BUDGET)
+    steps = train_stage(measured).steps
+    warmup = read_json(measured.run_dir / "plan.json")["warmup_steps"]
+    plain = small_job(tmp_path, run="plain", train={"steps": steps, "warmup_steps": warmup})
+    train_stage(plain)
+    assert losses_of(measured) == losses_of(plain)
+
+
+def test_a_restart_keeps_the_plan_even_with_another_budget(tmp_path: Path) -> None:
+    job = small_job(tmp_path, budget_seconds=1.0, train=BUDGET)
+    first = train_stage(job)
+    for checkpoint in (job.run_dir / "checkpoints").iterdir():
+        checkpoint.rename(tmp_path / checkpoint.name)
+    again = train_stage(dataclasses.replace(job, budget_seconds=100.0))
+    assert again.steps == first.steps
+    assert len(metrics_of(job)) == first.steps
+
+
+def test_a_checkpoint_of_another_plan_is_refused(tmp_path: Path) -> None:
+    job = small_job(tmp_path)
+    train_stage(job)
+    plan = job.run_dir / "plan.json"
+    plan.write_text(plan.read_text().replace("12", "24"))
+    with pytest.raises(UserError, match=r"step-00000012: was made for .*12.*plan\.json says .*24"):
+        train_stage(job)
+
+
+def test_a_plan_of_another_stage_is_not_used(tmp_path: Path) -> None:
+    job = small_job(tmp_path)
+    (job.run_dir / "plan.json").write_text('{"fingerprint": "other", "steps": 3, "warmup_steps": 0}')
+    assert train_stage(job).steps == 12
+    assert StepPlan(12, 2) == StepPlan(**{k: v for k, v in read_json(job.run_dir / "plan.json").items() if k != "fingerprint"})

@@ -1,4 +1,4 @@
-"""The commands around checkpoints: `import`, `export`, `inspect`, `init`. Part of the `keural` command, see `cli.py`."""
+"""The commands around checkpoints: `import`, `export`, `refresh-code`, `inspect`, `init`. Part of the `keural` command, see `cli.py`."""
 
 import json
 import tempfile
@@ -80,6 +80,17 @@ def export(
     with byte_progress(f"export {directory}") as advance:
         written = write(directory, out, format, options, advance)
     print(f"{written}: written as {format}")
+
+
+@app.command(name="refresh-code", rich_help_panel=PANEL)
+def refresh_code(
+    directory: Annotated[Path, typer.Argument(help="model directory, e.g. one that an earlier version exported")],
+) -> None:
+    """Put this version's network code into a model directory; weights and everything else stay as they are."""
+    from keural.pretrained.network_code import refresh_code as refresh
+
+    changed = refresh(directory)
+    print(f"{directory}: {'now carries' if changed else 'already carried'} this package's network code")
 
 
 @app.command(rich_help_panel=PANEL)

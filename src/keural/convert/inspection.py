@@ -22,6 +22,7 @@ from keural.model import KeuralConfig, count_parameters
 from keural.pretrained.directory import directory_weights, load_tokenizer, read_config, read_lineage
 from keural.pretrained.lineage import check_sums, read_record
 from keural.pretrained.location import CONFIG, check_there, model_directory
+from keural.pretrained.network_code import NETWORK_CODE, other_code_line
 from keural.pretrained.tensor_names import is_published, stored_name
 from keural.pretrained.weights import Weights
 
@@ -105,6 +106,7 @@ def inspect_model(path: Path, verify: bool = False) -> dict[str, Any]:
         **_tokenizer(directory),
         **_generation(directory),
         "cache": _cache(config, weights),
+        "code": _code(directory),
         "lineage": read_lineage(directory),
         "exports": exports(config),
     }
@@ -201,6 +203,13 @@ def _window(config: KeuralConfig) -> dict[str, Any]:
         "earlier_tokens_in_window": config.sliding_window - 1 if config.sliding_window else None,
         "sliding_layers": next((name for name, layers in named.items() if layers == sliding), str(sliding)),
     }
+
+
+def _code(directory: Path) -> str:
+    """Whose network code the directory carries for programs that run it."""
+    if (line := other_code_line(directory)) is not None:
+        return line.removeprefix(f"{directory}: ")
+    return "this package's" if any((directory / name).is_file() for name in NETWORK_CODE) else "none"
 
 
 def _tokenizer(directory: Path) -> dict[str, Any]:

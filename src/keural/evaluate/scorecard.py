@@ -16,6 +16,7 @@ from keural.errors import UserError
 from keural.evaluate.generation import greedy
 from keural.evaluate.tasks import bits_per_byte, exact_match, polite_rate, preference_accuracy, xz_bits_per_byte
 from keural.model import KeuralConfig, KeuralMoECausalLM
+from keural.pretrained.cached_step import check_cached_step
 from keural.pretrained.directory import load_model
 from keural.recipe import BitsPerByteSpec, ExactMatchSpec, Recipe, StageSpec
 from keural.tokenizer import KeuralTokenizer, Message
@@ -31,7 +32,7 @@ def score(
 
     def load(name: str) -> KeuralMoECausalLM:
         if name not in loaded:
-            loaded[name] = _untrained(config, recipe.spec.seed) if name == "untrained" else load_model(out / name / "model")
+            loaded[name] = _untrained(config, recipe.spec.seed) if name == "untrained" else _trained(out / name / "model")
         return loaded[name]
 
     evaluation: dict[str, Any] = {}
@@ -42,6 +43,12 @@ def score(
             _bits_per_byte(recipe, spec, tokenizer, load, data) for spec in recipe.spec.evaluation.bits_per_byte
         ]
     return {"evaluation": evaluation, "samples": sample_answers(recipe, load(recipe.stages[-1].name), tokenizer)}
+
+
+def _trained(directory: Path) -> KeuralMoECausalLM:
+    model = load_model(directory)
+    check_cached_step(model, directory)
+    return model
 
 
 def _untrained(config: KeuralConfig, seed: int) -> KeuralMoECausalLM:

@@ -21,12 +21,12 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-import keural.model
 from keural.errors import UserError
 from keural.files import atomic_directory, write_atomic
 from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.pretrained.lineage import check_sums, read_record, write_record
 from keural.pretrained.location import CONFIG, check_kind, model_directory
+from keural.pretrained.network_code import NETWORK_CODE, PACKAGE
 from keural.pretrained.safetensors import open_safetensors, weight_files, write_shards
 from keural.pretrained.tensor_names import HEAD
 from keural.pretrained.weights import Weights, expected_tensors, state_dict_weights, stored_tensors
@@ -34,7 +34,6 @@ from keural.recipe import ChatSpec
 from keural.tokenizer import KeuralTokenizer
 from keural.tokenizer.model_file import EOS_ID
 
-MODEL_CODE = ("configuration_keural.py", "modeling_keural.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_keural.KeuralConfig",
     "AutoModel": "modeling_keural.KeuralMoEModel",
@@ -106,8 +105,8 @@ def write_model_directory(
         sums = write_shards(directory, Weights({name: weights.infos[name] for name in expected}, weights.read), shard_bytes)
         described.save_pretrained(directory)
         generation_config(config, chat, exported=card is not None).save_pretrained(directory)
-        for name in MODEL_CODE:
-            shutil.copyfile(Path(keural.model.__path__[0]) / name, directory / name)
+        for name in NETWORK_CODE:
+            shutil.copyfile(PACKAGE / name, directory / name)
         if tokenizer is not None:
             tokenizer.save(directory)
         if card is not None:

@@ -3,10 +3,11 @@
     python benchmarks/gpu.py [--small] [--seconds 470] [--parts check,stack,whole,...] [--out gpu.json]
 
 Parts run in the order of `PARTS`, each in a process of its own that is stopped at its limit, so that neither a crash nor a hang
-costs more than that part. Every figure is printed and written to the JSON as soon as it is known; what fails is written down with its
-reason. Needs torch with CUDA, triton and transformers, and keural's sources on PYTHONPATH; no network.
+costs more than that part. Every figure is printed and written to the JSON as soon as it is known; what fails is written down with
+its reason. Needs torch with CUDA, triton and transformers, and keural's sources on PYTHONPATH; no network.
 
-- `check`: roof and copy bandwidth; every CUDA path against its CPU twin, bfloat16 against float64, no synchronisation, same bits twice.
+- `check`: roof and copy bandwidth; every CUDA path against its CPU twin, bfloat16 against float64, nothing that waits, same bits
+  twice.
 - `stack`: four layers and the head at the real shapes, by what is kept for the backward pass; 24 layers by difference of 4 and 2.
 - `whole`: all 24 layers with the optimizer that fits the card, and a profile by part.
 - `baselines`: the same four layers by the trainer's present step and by a published-style one.
@@ -30,6 +31,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,20 +73,23 @@ class Size:
         """The same with so many layers."""
         values = self.config.to_dict() | {"num_hidden_layers": number, "layer_types": self.config.layer_types[:number]}
         names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_local_experts", "num_experts_per_tok",
-                 "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window", "max_position_embeddings", "layer_types")  # fmt: skip
+                 "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window", "max_position_embeddings",
+                 "layer_types")  # fmt: skip
         return replace(self, config=KeuralConfig(**{name: values[name] for name in names}))
 
 
 REAL = Size(
     KeuralConfig(
-        vocab_size=131_074, hidden_size=4096, intermediate_size=5632, num_hidden_layers=24, num_local_experts=8, num_experts_per_tok=2,
-        num_attention_heads=32, num_key_value_heads=8, head_dim=128, sliding_window=513, max_position_embeddings=4096,
+        vocab_size=131_074, hidden_size=4096, intermediate_size=5632, num_hidden_layers=24, num_local_experts=8,
+        num_experts_per_tok=2, num_attention_heads=32, num_key_value_heads=8, head_dim=128, sliding_window=513,
+        max_position_embeddings=4096,
     ), 4096, 16_384,
 )  # fmt: skip
 SMALL = Size(
     KeuralConfig(
-        vocab_size=514, hidden_size=128, intermediate_size=96, num_hidden_layers=6, num_local_experts=4, num_experts_per_tok=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, sliding_window=33, max_position_embeddings=128,
+        vocab_size=514, hidden_size=128, intermediate_size=96, num_hidden_layers=6, num_local_experts=4,
+        num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32, sliding_window=33,
+        max_position_embeddings=128,
     ), 128, 512,
 )  # fmt: skip
 
@@ -285,18 +290,22 @@ def check(bench: Bench) -> None:
             p = torch.cuda.get_device_properties(0)
             bench.record("device", name=p.name, gib=round(p.total_memory / GIB, 1), driver=torch.version.cuda)
     with bench.guarded("roof"):
-        n = 256 if bench.small else 8192
-        a, b = (torch.randn(n, n, device=bench.device, dtype=BF16) for _ in range(2))
-        ms = bench.ms(lambda: a @ b)
-        big = torch.randn(2**18 if bench.small else 2**30, device=bench.device, dtype=BF16)
-        copy = bench.ms(lambda: big.clone(), 3)
-        bench.record("roof", matmul_tflops=round(2 * n**3 / ms / 1e9, 1), copy_gb_per_s=round(2 * big.nbytes / copy / 1e6, 1))
-        del a, b, big
+        check_roof(bench)
     check_attention(bench)
     check_engine(bench)
     check_head(bench)
     check_split(bench)
     check_discipline(bench)
+
+
+def check_roof(bench: Bench) -> None:
+    """The largest rates of a matrix product and of a copy."""
+    n = 256 if bench.small else 8192
+    a, b = (torch.randn(n, n, device=bench.device, dtype=BF16) for _ in range(2))
+    ms = bench.ms(lambda: a @ b)
+    big = torch.randn(2**18 if bench.small else 2**30, device=bench.device, dtype=BF16)
+    copy = bench.ms(big.clone, 3)
+    bench.record("roof", matmul_tflops=round(2 * n**3 / ms / 1e9, 1), copy_gb_per_s=round(2 * big.nbytes / copy / 1e6, 1))
 
 
 def check_attention(bench: Bench) -> None:
@@ -372,9 +381,10 @@ def check_engine(bench: Bench) -> None:
                 ours = [tensor.clone() for tensor in gradients(engine, data[bench.device], mode)]
                 again = gradients(engine, data[bench.device], mode)
                 same = all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
-                to_exact = worst(ours, reference)
-                first = first or ours
-                bench.record(name, to_float64=to_exact, ratio_to_plain=to_exact / plain if plain else None, same_bits_twice=same, to_first=worst(ours, first))  # fmt: skip
+                to_exact, first = worst(ours, reference), first or ours
+                ratio = to_exact / plain if plain else None
+                distances = {"to_float64": to_exact, "ratio_to_plain": ratio, "to_first": worst(ours, first)}
+                bench.record(name, **distances, same_bits_twice=same)
     with bench.guarded("expert_without_tokens"):
         tokens = torch.randn(64, 128, device=bench.device, dtype=BF16)
         weights = torch.full((64, 2), 0.5, device=bench.device)
@@ -384,7 +394,8 @@ def check_engine(bench: Bench) -> None:
         junk = torch.full((4, 128, 128), math.nan, device=bench.device, dtype=BF16)
         del junk  # what is not written would show it
         mixture(tokens, weights, chosen_experts, gate_up, down).sum().backward()
-        assert gate_up.grad is not None and down.grad is not None
+        assert gate_up.grad is not None
+        assert down.grad is not None
         idle = float(gate_up.grad[[1, 3]].abs().sum() + down.grad[[1, 3]].abs().sum())
         bench.record("expert_without_tokens", gradient=idle, others_finite=bool(gate_up.grad.isfinite().all()))
 
@@ -407,9 +418,11 @@ def check_head(bench: Bench) -> None:
     with bench.guarded("head_bfloat16"):
         logits = torch.randn(tokens, heads.padded(vocabulary), generator=generator).to(bench.device, BF16) * 4
         twin, placed = logits.clone(), labels.to(bench.device)
-        ours = heads.logprobs_and_slope(logits, placed, vocabulary, True)
-        plain = heads.plain_logprobs_and_slope(twin, placed, vocabulary, True)
-        bench.record("head_bfloat16", logprobs=distance(ours, plain), slope=distance(logits, twin), padding=float(logits[:, vocabulary:].abs().max()), adds_wide=bench.cuda and heads._adds_wide(bench.device))  # fmt: skip
+        ours = heads.logprobs_and_gradient(logits, placed, vocabulary, True)
+        plain = heads.plain_logprobs_and_gradient(twin, placed, vocabulary, True)
+        distances = {"logprobs": distance(ours, plain), "gradient": distance(logits, twin)}
+        padding, adds_wide = float(logits[:, vocabulary:].abs().max()), bench.cuda and heads._adds_wide(bench.device)
+        bench.record("head_bfloat16", **distances, padding=padding, adds_wide=adds_wide)
 
 
 def check_split(bench: Bench) -> None:
@@ -489,9 +502,14 @@ def stack(bench: Bench) -> None:
     networks = {4: network, 2: network._replace(blocks=network.blocks[:2])}
     documents = bench.size.length // 6
     cases: list[tuple[str, bool, int, int | None]] = [
-        ("selective", True, tokens, None), ("full", True, tokens, None), ("none", True, tokens, None), ("selective", True, tokens // 2, None),
-        ("selective", True, tokens, documents), ("none", False, tokens, None), ("full", False, tokens, None),
-    ]  # fmt: skip
+        ("selective", True, tokens, None),
+        ("full", True, tokens, None),
+        ("none", True, tokens, None),
+        ("selective", True, tokens // 2, None),
+        ("selective", True, tokens, documents),
+        ("none", False, tokens, None),
+        ("full", False, tokens, None),
+    ]
     for mode, compiled, count, document in cases if bench.cuda else cases[-2:]:
         name = f"{mode}{'_compiled' if compiled else '_eager'}_{count}{'_documents' if document else ''}"
         with bench.guarded(name, 12):
@@ -518,7 +536,9 @@ def extrapolate(bench: Bench, name: str, found: dict[int, float], tokens: int) -
     """What 24 layers would take, by the difference of 4 and 2."""
     layer = (found[4] - found[2]) / 2
     whole = found[4] + layer * (REAL.config.num_hidden_layers - 4)
-    bench.record(name, layer_ms=round(layer, 2), rest_ms=round(found[2] - 2 * layer, 2), extrapolated_24=rates(replace(bench.size, config=REAL.config) if bench.small else bench.size, whole, tokens))  # fmt: skip
+    size = replace(bench.size, config=REAL.config)
+    rest = found[2] - 2 * layer
+    bench.record(name, layer_ms=round(layer, 2), rest_ms=round(rest, 2), extrapolated_24=rates(size, whole, tokens))
 
 
 # whole ------------------------------------------------------------------------------------------------------------------
@@ -609,9 +629,9 @@ def whole_step(bench: Bench, engine: Engine, best: tuple[float, int, list[str]],
 
 
 KINDS = {
-    "experts": ("grouped", "cutlass", "group_gemm"),
     "attention": ("flash", "fmha", "attn", "flex"),
-    "softmax": ("_softmax_slope",),
+    "experts": ("grouped", "cutlass", "group_gemm"),
+    "softmax": ("_logprobs_with_gradient",),
     "optimizer": ("_split_adamw",),
     "matmul": ("gemm", "nvjet", "cublas", "splitk", "xmma", "wgmma"),
     "fused": ("triton",),
@@ -643,7 +663,9 @@ def profile(bench: Bench, step: Callable[[], Tensor]) -> None:
         totals[kind] = totals.get(kind, 0.0) + spent
         kernels.append((round(spent, 2), event.count, event.key[:90]))
     kernels.sort(reverse=True)
-    bench.record("profile", wall_ms=round(wall, 1), device_ms=round(sum(totals.values()), 1), by_kind={k: round(v, 1) for k, v in sorted(totals.items(), key=lambda item: -item[1])}, longest=kernels[:25])  # fmt: skip
+    by_kind = {kind: round(ms, 1) for kind, ms in sorted(totals.items(), key=lambda item: -item[1])}
+    device = round(sum(totals.values()), 1)
+    bench.record("profile", wall_ms=round(wall, 1), device_ms=device, by_kind=by_kind, longest=kernels[:25])
 
 
 # baselines --------------------------------------------------------------------------------------------------------------
@@ -712,111 +734,141 @@ def baselines(bench: Bench) -> None:
 # parts ------------------------------------------------------------------------------------------------------------------
 
 
+def both_ways(function: Callable[..., Tensor], *leaves: Tensor) -> Callable[[], None]:
+    """A function that runs forward and backward."""
+
+    def run() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        output = function()
+        output.backward(torch.ones_like(output))
+
+    return run
+
+
+def random_leaf(bench: Bench, *shape: int, scale: float = 1.0) -> Tensor:
+    """Random numbers in bfloat16, with gradients."""
+    return (torch.randn(*shape, device=bench.device, dtype=BF16) * scale).requires_grad_()
+
+
 def parts(bench: Bench) -> None:
     """Single parts at the real shapes."""
+    attention_parts(bench)
+    head_parts(bench)
+    expert_parts(bench)
+    optimizer_part(bench)
+    if bench.cuda:  # FlexAttention has no backward pass on a CPU
+        flex_parts(bench)
+
+
+def attention_leaves(bench: Bench) -> list[Tensor]:
+    """Queries, keys and values of a layer."""
+    c = bench.size.config
+    assert c.head_dim is not None
+    heads_ = (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
+    return [random_leaf(bench, bench.size.tokens, number, c.head_dim) for number in heads_]
+
+
+def attention_parts(bench: Bench) -> None:
+    """Attention by backend, with and without window and documents, and by cuDNN on rows of one document."""
     c, tokens, length = bench.size.config, bench.size.tokens, bench.size.length
-    assert c.head_dim is not None and c.sliding_window is not None
-    rows = tokens // length
+    query, key, value = attention_leaves(bench)
 
-    def both(function: Callable[..., Tensor], *leaves: Tensor) -> Callable[[], None]:
-        def run() -> None:
-            for leaf in leaves:
-                leaf.grad = None
-            output = function()
-            output.backward(torch.ones_like(output))
+    def measure(name: str, packed: Packing, window: int | None, label: str) -> None:
+        with bench.guarded(label, 3):
+            backend = ATTENTION[name]
+            prepare = bench.ms(lambda: backend.prepare(packed, window), 1)
+            prepared = backend.prepare(packed, window)
 
-        return run
+            def attend() -> Tensor:
+                return backend.attend(query, key, value, prepared)
 
-    def random(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, device=bench.device, dtype=BF16) * scale).requires_grad_()
+            with torch.no_grad():
+                forward_ms = bench.ms(attend, 3)
+            ms = bench.ms(both_ways(attend, query, key, value), 3)
+            bench.record(label, ms=round(ms, 3), forward_ms=round(forward_ms, 3), prepare_ms=round(prepare, 3))
 
-    query, key, value = (
-        random(tokens, n, c.head_dim) for n in (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
-    )
     for document in (None, length // 4):
         packed = batch(bench.size, tokens, bench.device, document)[2]
         for window in (None, c.sliding_window):
             for name in ("varlen", "varlen-spread") if bench.cuda else ("masked",):
-                label = f"attention_{name}_{'window' if window else 'full'}_{'documents' if document else 'rows'}"
-                with bench.guarded(label, 3):
-                    backend = ATTENTION[name]
-                    prepare = bench.ms(lambda: backend.prepare(packed, window), 1)  # noqa: B023
-                    prepared = backend.prepare(packed, window)
-                    run = both(lambda: backend.attend(query, key, value, prepared), query, key, value)  # noqa: B023
-                    with torch.no_grad():
-                        forward_ms = bench.ms(lambda: backend.attend(query, key, value, prepared), 3)  # noqa: B023
-                    bench.record(
-                        label, ms=round(bench.ms(run, 3), 3), forward_ms=round(forward_ms, 3), prepare_ms=round(prepare, 3)
-                    )
+                kind = f"{'window' if window else 'full'}_{'documents' if document else 'rows'}"
+                measure(name, packed, window, f"attention_{name}_{kind}")
     with bench.guarded("attention_cudnn_causal_rows", 3):
         groups = c.num_attention_heads // c.num_key_value_heads
 
         def causal() -> Tensor:
-            shape = [tensor.view(rows, length, -1, c.head_dim).transpose(1, 2) for tensor in (query, key, value)]
-            wide = [shape[0], *(tensor.repeat_interleave(groups, 1) for tensor in shape[1:])]
+            rows = [tensor.unflatten(0, (-1, length)).transpose(1, 2) for tensor in (query, key, value)]
+            wide = [rows[0], *(tensor.repeat_interleave(groups, 1) for tensor in rows[1:])]
             return F.scaled_dot_product_attention(*wide, is_causal=True).transpose(1, 2).reshape(tokens, -1)
 
-        bench.record("attention_cudnn_causal_rows", ms=round(bench.ms(both(causal, query, key, value), 3), 3))
+        bench.record("attention_cudnn_causal_rows", ms=round(bench.ms(both_ways(causal, query, key, value), 3), 3))
 
-    def flex() -> None:
-        packed = batch(bench.size, tokens, bench.device)[2]
-        for window in (None, c.sliding_window):
-            with bench.guarded(f"attention_flex_{'window' if window else 'full'}_rows", 12):
-                prepared = ATTENTION["flex"].prepare(packed, window)
-                ms = bench.ms(both(lambda: ATTENTION["flex"].attend(query, key, value, prepared), query, key, value), 3)  # noqa: B023
-                bench.record(f"attention_flex_{'window' if window else 'full'}_rows", ms=round(ms, 3))
-        with bench.guarded("attention_flex", 12):
-            bench.record("attention_flex", distance_bf16=attention_distance("flex", bench.device, BF16))
 
-    hidden, weight = random(tokens, c.hidden_size), random(c.vocab_size, c.hidden_size, scale=0.02)
+def flex_parts(bench: Bench) -> None:
+    """FlexAttention, last, because its kernels take long to compile."""
+    query, key, value = attention_leaves(bench)
+    packed = batch(bench.size, bench.size.tokens, bench.device)[2]
+    for window in (None, bench.size.config.sliding_window):
+        name = f"attention_flex_{'window' if window else 'full'}_rows"
+        with bench.guarded(name, 12):
+            prepared = ATTENTION["flex"].prepare(packed, window)
+            run = both_ways(partial(ATTENTION["flex"].attend, query, key, value, prepared), query, key, value)
+            bench.record(name, ms=round(bench.ms(run, 3), 3))
+    with bench.guarded("attention_flex", 12):
+        bench.record("attention_flex", distance_bf16=attention_distance("flex", bench.device, BF16))
+
+
+def head_parts(bench: Bench) -> None:
+    """The head by size of its pieces, and its softmax alone."""
+    c, tokens = bench.size.config, bench.size.tokens
+    hidden, weight = random_leaf(bench, tokens, c.hidden_size), random_leaf(bench, c.vocab_size, c.hidden_size, scale=0.02)
     labels = torch.randint(0, c.vocab_size, (tokens,), device=bench.device)
     flops = 6 * tokens * c.vocab_size * c.hidden_size
     for piece in (None, 2048, 8192) if bench.cuda else (None,):
-        with bench.guarded(f"head_{piece or 'chosen'}", 3):
-            ms = bench.ms(both(lambda: label_logprobs(hidden, weight, labels, uniform=True, piece=piece), hidden, weight), 3)  # noqa: B023
-            chosen = piece or heads.piece_size(c.vocab_size, BF16, bench.device)
-            bench.record(
-                f"head_{piece or 'chosen'}", piece=chosen, ms=round(ms, 2), tflops=round(flops / ms / 1e9, 1), peak_gib=bench.peak()
-            )
+        name = f"head_{piece or 'chosen'}"
+        with bench.guarded(name, 3):
+            run = both_ways(partial(label_logprobs, hidden, weight, labels, uniform=True, piece=piece), hidden, weight)
+            ms = bench.ms(run, 3)
+            size = piece or heads.piece_size(c.vocab_size, BF16, bench.device)
+            bench.record(name, piece=size, ms=round(ms, 2), tflops=round(flops / ms / 1e9, 1), peak_gib=bench.peak())
     with bench.guarded("head_softmax", 3):
-        rows_ = min(tokens, 4096)
-        logits = torch.randn(rows_, heads.padded(c.vocab_size), device=bench.device, dtype=BF16)
-        ms = bench.ms(lambda: heads.logprobs_and_slope(logits, labels[:rows_], c.vocab_size, True), 3)
+        rows = min(tokens, 4096)
+        logits = torch.randn(rows, heads.padded(c.vocab_size), device=bench.device, dtype=BF16)
+        ms = bench.ms(partial(heads.logprobs_and_gradient, logits, labels[:rows], c.vocab_size, True), 3)
         bench.record("head_softmax", ms=round(ms, 3), gb_per_s=round(3 * logits.nbytes / ms / 1e6, 1))
-        del logits
-    del weight
 
-    gate_up, down = random(c.num_local_experts, 2 * c.intermediate_size, c.hidden_size, scale=0.02), random(c.num_local_experts, c.hidden_size, c.intermediate_size, scale=0.02)  # fmt: skip
+
+def expert_parts(bench: Bench) -> None:
+    """A layer's experts, evenly loaded and by Zipf's law."""
+    c, tokens = bench.size.config, bench.size.tokens
+    hidden = random_leaf(bench, tokens, c.hidden_size)
+    gate_up = random_leaf(bench, c.num_local_experts, 2 * c.intermediate_size, c.hidden_size, scale=0.02)
+    down = random_leaf(bench, c.num_local_experts, c.hidden_size, c.intermediate_size, scale=0.02)
     flops = 18 * tokens * c.num_experts_per_tok * c.hidden_size * c.intermediate_size
+    compiled: Any = torch.compile(mixture, backend="inductor" if bench.cuda else "aot_eager")
     odds = {"even": torch.ones(c.num_local_experts), "zipf": 1 / torch.arange(1, c.num_local_experts + 1).float()}
     for kind, chance in odds.items():
         experts = torch.multinomial(chance.to(bench.device).expand(tokens, -1), c.num_experts_per_tok)
         weights = torch.full((tokens, c.num_experts_per_tok), 0.5, device=bench.device, requires_grad=True)
         for name in ("grouped_mm", "compiled", "loop"):
             with bench.guarded(f"experts_{name}_{kind}", 5):
-                function: Any = (
-                    torch.compile(mixture, backend="inductor" if bench.cuda else "aot_eager") if name == "compiled" else mixture
-                )
-                backend_ = "loop" if name == "loop" else "grouped_mm"
-                run = both(lambda: function(hidden, weights, experts, gate_up, down, backend_), hidden, weights, gate_up, down)  # noqa: B023
+                function, backend = (compiled, "grouped_mm") if name == "compiled" else (mixture, name)
+                run = both_ways(partial(function, hidden, weights, experts, gate_up, down, backend), hidden, weights, gate_up, down)
                 ms = bench.ms(run, 4, 2)
                 bench.record(f"experts_{name}_{kind}", ms=round(ms, 2), tflops=round(flops / ms / 1e9, 1), peak_gib=bench.peak())
-    del gate_up, down, hidden
 
+
+def optimizer_part(bench: Bench) -> None:
+    """The optimizer's kernel over one large tensor."""
     with bench.guarded("optimizer_kernel", 3):
-        weight_ = nn.Parameter(torch.randn(2**16 if bench.small else 2**28, device=bench.device, dtype=BF16))
-        weight_.grad = torch.randn_like(weight_)
-        optimizer = SplitAdamW([weight_])
+        weight = nn.Parameter(torch.randn(2**16 if bench.small else 2**28, device=bench.device, dtype=BF16))
+        weight.grad = torch.randn_like(weight)
+        optimizer = SplitAdamW([weight])
         ms = bench.ms(lambda: optimizer.step(1e-5, 1.0), 4, 2)
-        moved = weight_.numel() * 14.06
-        bench.record(
-            "optimizer_kernel",
-            ms=round(ms, 3),
-            gb_per_s=round(moved / ms / 1e6, 1),
-            whole_model_ms=round(ms / weight_.numel() * 14.83e9, 1),
-        )
-    if bench.cuda:  # no backward pass on a CPU
-        flex()
+        rate = weight.numel() * 14.06 / ms / 1e6
+        whole_model = ms / weight.numel() * 14.83e9
+        bench.record("optimizer_kernel", ms=round(ms, 3), gb_per_s=round(rate, 1), whole_model_ms=round(whole_model, 1))
 
 
 # toy --------------------------------------------------------------------------------------------------------------------
@@ -830,7 +882,8 @@ def toy(bench: Bench) -> None:
         command += ["pretrain-1.train.steps=25", "--until", "pretrain-1"] if bench.small else ["--until", "sft-1"]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=directory)
         lines = [line for line in (done.stdout + done.stderr).splitlines() if "tok/s" in line or "held-out" in line]
-        bench.record("run", exit_code=done.returncode, lines=lines, errors=done.stderr.strip().splitlines()[-3:] if done.returncode else [])
+        errors = done.stderr.strip().splitlines()[-3:] if done.returncode else []
+        bench.record("run", exit_code=done.returncode, lines=lines, errors=errors)
 
 
 PARTS: dict[str, tuple[Callable[[Bench], None], float]] = {

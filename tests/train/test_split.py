@@ -51,8 +51,8 @@ def test_one_step_is_that_of_torch() -> None:
 
 
 def displacement(decades: float, steps: int = 1000) -> tuple[float, float]:
-    """Relative distance from float32 of what `steps` steps at 2e-7 move: by split, and by bfloat16 weights. Gradients' scales spread
-    over `decades` inside every block.
+    """Relative distance from float32 of what `steps` steps at 2e-7 move: by split, and by bfloat16 weights. Gradients' scales
+    spread over `decades` inside every block.
     """
     draw = torch.Generator().manual_seed(0)
     number = 1 << 13
@@ -125,13 +125,13 @@ def test_state_is_4_03_bytes_per_parameter() -> None:
 
 KERNELS = """
 import math, torch
-from keural.train.head import plain_logprobs_and_slope
-from keural.train.kernels import softmax_slope, split_adamw
+from keural.train.head import plain_logprobs_and_gradient
+from keural.train.kernels import logprobs_with_gradient, split_adamw
 from keural.train.split import BLOCK, Rates, join, new_state, plain_update
 draw = torch.Generator().manual_seed(0)
 logits = torch.randn(5, 192, generator=draw) * 3
 labels, twin = torch.tensor([3, -100, 129, 0, 7]), logits.clone()
-torch.testing.assert_close(softmax_slope(logits, labels, 130, True), plain_logprobs_and_slope(twin, labels, 130, True))
+torch.testing.assert_close(logprobs_with_gradient(logits, labels, 130, True), plain_logprobs_and_gradient(twin, labels, 130, True))
 torch.testing.assert_close(logits, twin)
 for exact in (True, False):
     start = torch.randn(3000, generator=draw) * 0.02
@@ -144,8 +144,8 @@ for exact in (True, False):
             factor, skipped = torch.tensor(0.5), torch.tensor(skip, dtype=torch.int32)
             plain_update(weights[0], gradient, states[0], rates, factor, skipped)
             s = states[1]
-            split_adamw(weights[1], s.remainder, gradient, s.moment, s.square, s.moment_scale, s.square_scale, factor, skipped, BLOCK,
-                        rates.decay, rates.step_size, rates.root_correction, rates.beta1, rates.beta2, rates.eps)
+            split_adamw(weights[1], s.remainder, gradient, s.moment, s.square, s.moment_scale, s.square_scale, factor, skipped,
+                        BLOCK, rates.decay, rates.step_size, rates.root_correction, rates.beta1, rates.beta2, rates.eps)
     a, b = (join(w, s.remainder) if exact else w for w, s in zip(weights, states))
     assert (a - b).norm() < 1e-4 * (a - start).norm()  # a code that rounds the other way moves one weight a little
     assert (states[0].moment != states[1].moment).sum() < 5 and (states[0].square != states[1].square).sum() < 5

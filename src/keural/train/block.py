@@ -62,22 +62,25 @@ def settings_of(config: KeuralConfig, attention: str = "masked", experts: str = 
 
 def network_of(model: KeuralMoECausalLM) -> Network:
     """The model's own parameters, no copies: gradients arrive where the model's would."""
-    blocks = []
-    for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        projections = (module.weight for module in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj))
-        blocks.append(
-            BlockWeights(
-                layer.input_layernorm.weight,
-                *projections,
-                layer.post_attention_layernorm.weight,
-                mlp.gate.weight,
-                mlp.experts.gate_up_proj,
-                mlp.experts.down_proj,
-            )
-        )
-    decoder = model.model
-    return Network(decoder.embed_tokens.weight, tuple(blocks), decoder.norm.weight, decoder.rotary_emb.inv_freq)
+    decoder: Any = model.model
+    blocks = tuple(weights_of(layer) for layer in decoder.layers)
+    return Network(decoder.embed_tokens.weight, blocks, decoder.norm.weight, decoder.rotary_emb.inv_freq)
+
+
+def weights_of(layer: Any) -> BlockWeights:
+    """The parameters of a `KeuralDecoderLayer`."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return BlockWeights(
+        input_layernorm=layer.input_layernorm.weight,
+        q_proj=attention.q_proj.weight,
+        k_proj=attention.k_proj.weight,
+        v_proj=attention.v_proj.weight,
+        o_proj=attention.o_proj.weight,
+        post_attention_layernorm=layer.post_attention_layernorm.weight,
+        gate=mlp.gate.weight,
+        gate_up_proj=mlp.experts.gate_up_proj,
+        down_proj=mlp.experts.down_proj,
+    )
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -139,15 +142,15 @@ Block = Callable[[Tensor, BlockWeights, Tensor, Tensor, Any, BlockSettings], tup
 
 
 def _selective_block(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return recomputed(block, "selective")(*arguments)  # type: ignore[no-any-return]
+    return recomputed(block, "selective")(*arguments)
 
 
 COMPILED: dict[str, Block] = {
     "none": torch.compile(block, fullgraph=True, dynamic=False),
     "selective": torch.compile(_selective_block, fullgraph=True, dynamic=False),
 }
-"""`block` as one graph, by what it keeps: all layers of a run share it, with one version per kind of mask. What is kept is decided when
-the graph is made, so the choice of `selective` is part of it; `full` wraps the graph of `none`.
+"""`block` as one graph, by what it keeps: all layers of a run share it, with one version per kind of mask. What is kept is decided
+when the graph is made, so the choice of `selective` is part of it; `full` wraps the graph of `none`.
 """
 
 

@@ -56,43 +56,43 @@ class _ChunkedLogprobs(torch.autograd.Function):
         reduce = torch.promote_types(hidden.dtype, torch.float32)
         normalizers = torch.empty(len(labels), dtype=reduce, device=hidden.device)
         logprobs = torch.empty_like(normalizers)
-        hidden_slope = torch.empty_like(hidden) if with_gradient else None
-        weight_slope = torch.zeros_like(weight, dtype=reduce) if with_gradient else None
+        hidden_gradient = torch.empty_like(hidden) if with_gradient else None
+        weight_gradient = torch.zeros_like(weight, dtype=reduce) if with_gradient else None
         for start in range(0, len(labels), chunk):
             piece = slice(start, start + chunk)
             logits = F.linear(hidden[piece], compute_weight).to(reduce)
             normalizers[piece] = logits.logsumexp(-1)
             logprobs[piece] = logits.gather(-1, labels[piece, None]).squeeze(-1) - normalizers[piece]
-            if hidden_slope is not None and weight_slope is not None:
-                slope = _slope(logits, normalizers[piece], labels[piece]).to(hidden.dtype)
-                hidden_slope[piece] = slope @ compute_weight
-                weight_slope += slope.T @ hidden[piece]
-        ctx.save_for_backward(hidden, weight, labels, normalizers, hidden_slope, weight_slope)
+            if hidden_gradient is not None and weight_gradient is not None:
+                gradient = _logit_gradient(logits, normalizers[piece], labels[piece]).to(hidden.dtype)
+                hidden_gradient[piece] = gradient @ compute_weight
+                weight_gradient += gradient.T @ hidden[piece]
+        ctx.save_for_backward(hidden, weight, labels, normalizers, hidden_gradient, weight_gradient)
         ctx.chunk = chunk
         return logprobs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        hidden, weight, labels, normalizers, hidden_slope, weight_slope = ctx.saved_tensors
+        hidden, weight, labels, normalizers, hidden_gradient, weight_gradient = ctx.saved_tensors
         upstream = gradients[0]
-        hidden_gradient = (hidden_slope * upstream[:, None]).to(hidden.dtype)
+        grad_hidden = (hidden_gradient * upstream[:, None]).to(hidden.dtype)
         if len(upstream) == 0 or bool((upstream == upstream[0]).all()):
-            weight_gradient = weight_slope * upstream[:1].sum()
+            grad_weight = weight_gradient * upstream[:1].sum()
         else:
-            weight_gradient = torch.zeros_like(weight_slope)
+            grad_weight = torch.zeros_like(weight_gradient)
             for start in range(0, len(labels), ctx.chunk):
                 piece = slice(start, start + ctx.chunk)
                 logits = F.linear(hidden[piece], weight.to(hidden.dtype)).to(normalizers.dtype)
-                slope = _slope(logits, normalizers[piece], labels[piece]).mul_(upstream[piece, None])
-                weight_gradient += slope.to(hidden.dtype).T @ hidden[piece]
-        return hidden_gradient, weight_gradient.to(weight.dtype), None, None, None
+                gradient = _logit_gradient(logits, normalizers[piece], labels[piece]).mul_(upstream[piece, None])
+                grad_weight += gradient.to(hidden.dtype).T @ hidden[piece]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
 
-def _slope(logits: Tensor, normalizers: Tensor, labels: Tensor) -> Tensor:
+def _logit_gradient(logits: Tensor, normalizers: Tensor, labels: Tensor) -> Tensor:
     """onehot(label) - softmax(logits), in the memory of `logits`."""
-    slope = logits.sub_(normalizers[:, None]).exp_().neg_()
-    slope[torch.arange(len(slope), device=slope.device), labels] += 1
-    return slope
+    gradient = logits.sub_(normalizers[:, None]).exp_().neg_()
+    gradient[torch.arange(len(gradient), device=gradient.device), labels] += 1
+    return gradient
 
 
 @dataclass(frozen=True)

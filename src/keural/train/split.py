@@ -1,9 +1,10 @@
 """AdamW over weights that are kept in two parts: bfloat16, which the network computes with, and a 16-bit remainder.
 
 In: parameters with gradients. Out: changed parameters. A bfloat16 weight and its int16 remainder together are a float32 master
-weight, bit for bit, so steps of any size count (at learning rate 2e-7 bfloat16 weights, and a 24-bit master too, lose most of them).
-Moments are 8-bit, with a scale for each block of 256. 8.03 bytes per parameter with a bfloat16 gradient, of which remainder, moments
-and scales (4.03) may lie in pinned host memory. Parameters in float32 (norms, routers) have the same moments and no remainder.
+weight, bit for bit, so steps of any size count (at learning rate 2e-7 bfloat16 weights, and a 24-bit master too, lose most of
+them). Moments are 8-bit, with a scale for each block of 256. 8.03 bytes per parameter with a bfloat16 gradient, of which
+remainder, moments and scales (4.03) may lie in pinned host memory. Parameters in float32
+(norms, routers) have the same moments and no remainder.
 
 An 8-bit moment is a power of a number between 0 and 1, times the block's largest value: m = sign(c) (c/127)^2 and v = (c/255)^4,
 so that small values beside a large one stay apart from zero; a second moment that is not zero is never stored as zero, which would

@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -285,10 +286,15 @@ def check(bench: Bench) -> None:
     """Correctness, and what the card can do."""
     with bench.guarded("device"):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-        bench.record("device", torch=torch.__version__, cores=os.cpu_count(), host_gib=round(memory, 1))
+        bench.record(
+            "device", torch=torch.__version__, transformers=version("transformers"), cores=os.cpu_count(), host_gib=round(memory, 1)
+        )
         if bench.cuda:
             p = torch.cuda.get_device_properties(0)
-            bench.record("device", name=p.name, gib=round(p.total_memory / GIB, 1), driver=torch.version.cuda)
+            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+            versions = {"cuda": torch.version.cuda, "driver": driver, "triton": version("triton")}
+            bench.record("device", name=p.name, gib=round(p.total_memory / GIB, 1), **versions)
     with bench.guarded("roof"):
         check_roof(bench)
     check_attention(bench)

@@ -12,7 +12,7 @@ its reason. Needs torch with CUDA, triton and transformers, and keural's sources
 - `whole`: all 24 layers with the optimizer that fits the card, and a profile by part.
 - `baselines`: the same four layers by the trainer's present step and by a published-style one.
 - `parts`: attention by backend, head by piece, experts, optimizer.
-- `toy`: `keural run recipes/toy --until sft-1`.
+- `toy`: `keural run recipes/toy --until sft-1`, and its first stage in each precision.
 
 FLOPs are those of the model, recomputation not counted: 3 x forward. `causal` counts the keys a query sees, `square` all T of them
 in every layer (as Megatron prints). MFU is against 989.5 TFLOP/s.
@@ -41,6 +41,7 @@ os.environ.setdefault(
     "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True,pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
 )
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,6 +55,7 @@ from keural.train.block import BlockWeights, Network, forward, settings_of, wind
 from keural.train.experts import mixture
 from keural.train.head import label_logprobs
 from keural.train.losses import token_logprobs
+from keural.train.micro_batches import MicroBatch, PairIndices
 from keural.train.policy import Policy
 from keural.train.split import SplitAdamW
 
@@ -705,10 +707,12 @@ def baselines(bench: Bench) -> None:
         ).loss.backward()
 
     def today(model: Any) -> Callable[[], Any]:
-        policy = Policy(model, BF16)
+        policy, mask = Policy(model, BF16), torch.ones_like(positions, dtype=torch.bool)
+        none = PairIndices(np.zeros((2, 0), int), *(torch.zeros(0, dtype=torch.long, device=bench.device) for _ in range(2)))
+        micro = MicroBatch(ids.view(rows, -1), positions, labels.view(rows, -1), mask, positions.cpu().numpy(), none)
 
         def step() -> None:
-            output = policy(ids.view(rows, -1), positions, labels.view(rows, -1))
+            output = policy(micro)
             (
                 -output.logprobs.sum() / count + 0.001 * torch.stack(output.router_logits).float().logsumexp(-1).square().mean()
             ).backward()
@@ -881,15 +885,24 @@ def optimizer_part(bench: Bench) -> None:
 
 
 def toy(bench: Bench) -> None:
-    """The toy pipeline by the command line; without an accelerator its first stage only."""
+    """The toy pipeline by the command line, on one set of data; without an accelerator its first stage only."""
     root = Path(__file__).resolve().parent.parent
-    with bench.guarded("run"), tempfile.TemporaryDirectory() as directory:
-        command = [sys.executable, "-m", "keural", "run", str(root / "recipes/toy"), "--out", directory + "/toy"]
-        command += ["pretrain-1.train.steps=25", "--until", "pretrain-1"] if bench.small else ["--until", "sft-1"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=directory)
-        lines = [line for line in (done.stdout + done.stderr).splitlines() if "tok/s" in line or "held-out" in line]
-        errors = done.stderr.strip().splitlines()[-3:] if done.returncode else []
-        bench.record("run", exit_code=done.returncode, lines=lines, errors=errors)
+    modes = {
+        "fp32": [],
+        "bfloat16": ["train.compute_dtype=bfloat16"],
+        "split": ["train.precision=split", "train.recompute=selective"],
+        "split_host": ["train.precision=split-host", "train.recompute=full"],
+    }
+    with tempfile.TemporaryDirectory() as directory:
+        for name, settings in modes.items():
+            with bench.guarded(name, 10):
+                command = [sys.executable, "-m", "keural", "run", str(root / "recipes/toy"), "--out", directory + "/toy", *settings]
+                command += ["pretrain-1.train.steps=25"] if bench.small else []
+                command += ["--until", "sft-1" if name == "fp32" and not bench.small else "pretrain-1"]
+                done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=directory)
+                lines = [line for line in (done.stdout + done.stderr).splitlines() if "tok/s" in line or "held-out" in line]
+                errors = done.stderr.strip().splitlines()[-3:] if done.returncode else []
+                bench.record(name, exit_code=done.returncode, lines=lines, errors=errors)
 
 
 PARTS: dict[str, tuple[Callable[[Bench], None], float]] = {

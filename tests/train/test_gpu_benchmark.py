@@ -28,4 +28,4 @@ def test_every_part_runs_small_and_finds_the_engine_right(tmp_path: Path) -> Non
     assert check["engine_bfloat16_selective_compiled"]["ratio_to_plain"] < 2
     assert check["split"]["same_bits_as_float32"] is True
     assert all(check[f"discipline_{mode}"]["waiting_operations"] == 0 for mode in ("none", "selective", "full"))
-    assert found["toy"]["run"]["exit_code"] == 0
+    assert [found["toy"][mode]["exit_code"] for mode in ("fp32", "bfloat16", "split", "split_host")] == [0] * 4

@@ -53,7 +53,7 @@ def test_one_micro_batch_is_the_same_in_both_scopes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path, objective: str) -> None:
     plain = open_run(small_job(tmp_path, objective, run="plain")).trainer
-    saving = open_run(small_job(tmp_path, objective, run="saving", train={"gradient_checkpointing": True})).trainer
+    saving = open_run(small_job(tmp_path, objective, run="saving", train={"recompute": "full"})).trainer
     assert saving.policy.model.is_gradient_checkpointing
     torch.testing.assert_close(step_gradients(saving), step_gradients(plain), atol=1e-7, rtol=1e-6)
 

@@ -34,6 +34,17 @@ class BlockWeights(NamedTuple):
     gate_up_proj: Tensor
     down_proj: Tensor
 
+    def computing_in(self, dtype: torch.dtype) -> "BlockWeights":
+        """The same with matrices in `dtype`; the norms' gains and the router are widened where they are used."""
+        return self._replace(
+            q_proj=self.q_proj.to(dtype),
+            k_proj=self.k_proj.to(dtype),
+            v_proj=self.v_proj.to(dtype),
+            o_proj=self.o_proj.to(dtype),
+            gate_up_proj=self.gate_up_proj.to(dtype),
+            down_proj=self.down_proj.to(dtype),
+        )
+
 
 class Network(NamedTuple):
     """The weights of a whole model; the head is the embedding."""
@@ -123,6 +134,7 @@ def block(
     Returns:
         The residual stream after the layer, and the router's logits ``[N, E]`` in float32.
     """
+    weights = weights.computing_in(hidden.dtype)
     normed = rms_norm(hidden, weights.input_layernorm, settings.eps)
     query, key, value = (
         F.linear(normed, matrix).unflatten(-1, (-1, settings.head_dim))
@@ -179,7 +191,7 @@ def forward(
         packed: where the documents lie.
         windows: of each layer; None is full attention.
         settings: of the run.
-        dtype: of the residual stream; matrices must have it.
+        dtype: of the residual stream and the matrix products; matrices of another one are converted in every layer.
         recompute: of each layer, see `keural.train.recompute`.
         compiled: run each layer as one compiled graph.
 

@@ -71,7 +71,7 @@ def step_tokens_per_expert(trainer: Trainer, micros: Sequence[MicroBatch]) -> Te
     with torch.no_grad():
         counts = [
             router_statistics(
-                trainer.policy(micro.input_ids, micro.position_ids, None).router_logits, micro.token_mask.flatten(), trainer.top_k
+                trainer.policy(micro, with_labels=False).router_logits, micro.token_mask.flatten(), trainer.top_k
             ).counts
             for micro in micros
         ]
@@ -80,7 +80,7 @@ def step_tokens_per_expert(trainer: Trainer, micros: Sequence[MicroBatch]) -> Te
 
 def forward_backward(trainer: Trainer, micro: MicroBatch, totals: Totals, tokens_per_expert: Tensor | None) -> Tensor:
     """Add one micro-batch's gradients; returns the sums that the step's losses are made of, see `unpack`."""
-    output = trainer.policy(micro.input_ids, micro.position_ids, micro.labels)
+    output = trainer.policy(micro)
     statistics = router_statistics(output.router_logits, micro.token_mask.flatten(), trainer.top_k)
     terms = trainer.objective(output.logprobs, micro, trainer.references)
     balance, z = router_losses(trainer, statistics, totals, tokens_per_expert)

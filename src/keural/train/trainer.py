@@ -3,11 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from keural.data.loading.stream import Stream
 from keural.recipe import OBJECTIVES, StageSpec
 from keural.train.objectives.base import Objective, References
+from keural.train.optimizer import Optimizer
 from keural.train.policy import Policy
 from keural.train.ranks import Ranks
 
@@ -18,7 +17,7 @@ class Trainer:
 
     stage: StageSpec
     policy: Policy
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     objective: Objective
     stream: Stream
     ranks: Ranks

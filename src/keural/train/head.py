@@ -65,37 +65,37 @@ class _Logprobs(torch.autograd.Function):
         aligned = _aligned(weight, hidden.dtype)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logprobs = torch.empty(len(labels), dtype=wide, device=hidden.device)
-        hidden_gradient = torch.empty_like(hidden) if with_gradient else None
-        weight_gradient = torch.zeros(aligned.shape, dtype=wide, device=hidden.device) if with_gradient and uniform else None
+        unit_hidden_gradient = torch.empty_like(hidden) if with_gradient else None
+        unit_weight_gradient = torch.zeros(aligned.shape, dtype=wide, device=hidden.device) if with_gradient and uniform else None
         for start in range(0, len(labels), piece):
             part = slice(start, start + piece)
             logits = hidden[part] @ aligned.T
             logprobs[part] = logprobs_and_gradient(logits, labels[part], weight.shape[0], with_gradient)
-            if hidden_gradient is not None:
-                torch.mm(logits, aligned, out=hidden_gradient[part])
-            if weight_gradient is not None:
-                add_product(weight_gradient, logits.T, hidden[part])
-        ctx.save_for_backward(hidden, weight, labels, hidden_gradient, weight_gradient)
+            if unit_hidden_gradient is not None:
+                torch.mm(logits, aligned, out=unit_hidden_gradient[part])
+            if unit_weight_gradient is not None:
+                add_product(unit_weight_gradient, logits.T, hidden[part])
+        ctx.save_for_backward(hidden, weight, labels, unit_hidden_gradient, unit_weight_gradient)
         ctx.piece, ctx.uniform = piece, uniform
         return logprobs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels, hidden_gradient, weight_gradient = ctx.saved_tensors
+        hidden, weight, labels, unit_hidden_gradient, unit_weight_gradient = ctx.saved_tensors
         upstream = gradients[0]
-        grad_hidden = (hidden_gradient * upstream[:, None]).to(hidden.dtype)
+        hidden_gradient = (unit_hidden_gradient * upstream[:, None]).to(hidden.dtype)
         if ctx.uniform:
-            grad_weight = torch.empty_like(weight)
-            torch.mul(weight_gradient[: weight.shape[0]], upstream[:1].sum(), out=grad_weight)  # no second one in float32
+            weight_gradient = torch.empty_like(weight)
+            torch.mul(unit_weight_gradient[: weight.shape[0]], upstream[:1].sum(), out=weight_gradient)  # no second one in float32
         else:
             aligned = _aligned(weight, hidden.dtype)
-            grad_weight = torch.zeros(aligned.shape, dtype=upstream.dtype, device=hidden.device)
+            weight_gradient = torch.zeros(aligned.shape, dtype=upstream.dtype, device=hidden.device)
             for start in range(0, len(labels), ctx.piece):
                 part = slice(start, start + ctx.piece)
                 logits = hidden[part] @ aligned.T
                 logprobs_and_gradient(logits, labels[part], weight.shape[0], True)
-                add_product(grad_weight, logits.T, (hidden[part] * upstream[part, None]).to(hidden.dtype))
-        return grad_hidden, grad_weight[: weight.shape[0]].to(weight.dtype), None, None, None, None
+                add_product(weight_gradient, logits.T, (hidden[part] * upstream[part, None]).to(hidden.dtype))
+        return hidden_gradient, weight_gradient[: weight.shape[0]].to(weight.dtype), None, None, None, None
 
 
 def _aligned(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -124,9 +124,9 @@ def plain_logprobs_and_gradient(logits: Tensor, labels: Tensor, vocabulary: int,
     index = labels.clamp(min=0)[:, None]
     logprobs = torch.where(counted, scores.gather(-1, index).squeeze(-1) - normalizers, 0.0)
     if with_gradient:
-        gradient = (scores - normalizers[:, None]).exp_().neg_()
-        gradient.scatter_add_(-1, index, torch.ones_like(index, dtype=gradient.dtype))
-        logits[:, :vocabulary] = gradient * counted[:, None]
+        logit_gradient = (scores - normalizers[:, None]).exp_().neg_()
+        logit_gradient.scatter_add_(-1, index, torch.ones_like(index, dtype=logit_gradient.dtype))
+        logits[:, :vocabulary] = logit_gradient * counted[:, None]
         logits[:, vocabulary:] = 0
     return logprobs
 

@@ -71,7 +71,7 @@ class StageJob:
 
 @dataclass(frozen=True)
 class StageResult:
-    """What came out. `seconds`, `tokens` (real tokens seen) and `steps` include earlier runs of an interrupted stage;
+    """What came out. `seconds`, `tokens` (non-padding tokens seen) and `steps` include earlier runs of an interrupted stage;
     `loss_first` and `loss_last` are the mean task loss of the first and last tenth of the steps, at most ten of each; `model`
     has float32 weights in every precision, and is sharded under torchrun.
     """
@@ -231,7 +231,7 @@ def _stream(job: StageJob, store: Path | Corpus) -> Stream:
 def _policy(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, Optimizer]:
     """Model and optimizer with their initial values, sharded over the ranks."""
     spec = job.stage.train
-    model = initial_model(job.model_config, job.init, job.seed, ranks.device, spec.compile)
+    model = initial_model(job.model_config, job.init, job.seed, ranks.device, spec.compile, ranks.log_once)
     policy = Policy(model, getattr(torch, spec.compute_dtype), _engine(job, uniform, ranks)).train()
     if spec.precision != "fp32":
         optimizer = build_split_optimizer(model, spec, ranks.device)

@@ -128,7 +128,11 @@ def test_the_result_has_the_float32_masters(tmp_path: Path) -> None:
     assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in weights.values())
 
 
-SETTINGS: dict[str, Any] = {"train": {"steps": 10, "save_every": 3, "recompute": "selective", **SPLIT}, "heldout": True}
+SETTINGS: dict[str, Any] = {
+    "train": {"steps": 10, "save_every": 3, "recompute": "selective", "micro_batch_tokens": 4 * LENGTH, **SPLIT},
+    "router": {"load": "lagged", "balance_coef": 0.5},
+    "heldout": True,
+}
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -233,6 +237,11 @@ def test_selective_recomputation_of_the_recipe_gives_the_same_bits(tmp_path: Pat
 def test_what_cannot_be_is_refused_with_the_recipe(train: dict[str, Any], why: str) -> None:
     with pytest.raises(ValidationError, match=re.escape(why)):
         small_stage(train=train)
+
+
+def test_a_lagged_load_without_effect_is_refused() -> None:
+    with pytest.raises(ValidationError, match="load lagged has no effect with scope micro_batch"):
+        small_stage(router={"load": "lagged", "scope": "micro_batch"})
 
 
 def test_a_resolved_recipe_is_read_again() -> None:

@@ -100,6 +100,16 @@ class RouterSpec(Spec):
     """Weight of the z-loss, the mean square of the log of the router's normaliser; 0 leaves it out."""
     scope: Literal["global_batch", "micro_batch"] = "global_batch"
     """Tokens over which the load is balanced: the whole optimizer step (exact), or each forward pass (as published)."""
+    load: Literal["exact", "lagged"] = "exact"
+    """With scope global_batch: the load that the balance loss goes by. `exact`: of the same step, for which a step of several
+    forward passes runs each of them twice. `lagged`: of the step before (even at the first one), without that; what is reported
+    is of the step itself."""
+
+    @model_validator(mode="after")
+    def _load_of_a_batch(self) -> Self:
+        if self.load == "lagged" and self.scope == "micro_batch":
+            raise ValueError("load lagged has no effect with scope micro_batch")
+        return self
 
 
 class DpoSpec(Spec):

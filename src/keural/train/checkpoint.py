@@ -54,6 +54,8 @@ class Progress:
     heldout: dict[str, float] = field(default_factory=dict)
     plan: dict[str, int] = field(default_factory=dict)
     """The step plan of the stage, which a resumed run must share."""
+    tokens_per_expert: list[list[float]] = field(default_factory=list)
+    """Assignments per layer and expert of the latest step, by which the next one balances with `router.load: lagged`."""
 
 
 class Manifest(BaseModel):

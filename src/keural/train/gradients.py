@@ -63,9 +63,12 @@ def step_tokens_per_expert(trainer: Trainer, micros: Sequence[MicroBatch]) -> Te
     """Assignments per layer and expert ``[L, E]`` of the whole step, from a forward pass ahead where they cannot be known
     otherwise.
 
-    None when the loss can take them from its own forward pass: one micro-batch per rank, the published scope, or no balance loss.
+    With `router.load: lagged` it is that of the step before, and even before the first. None when the loss can take them from its
+    own forward pass: one micro-batch per rank, the published scope, or no balance loss.
     """
     router = trainer.stage.router
+    if router.load == "lagged":
+        return trainer.previous_load()
     if len(micros) == 1 or router.scope == "micro_batch" or router.balance_coef == 0:
         return None
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Log-probabilities of labels in pieces sized for the device: `losses.token_logprobs` for an accelerator.
+"""Log-probabilities of labels in pieces sized for the device: `losses.token_logprobs` for the training engine.
 
 In: hidden states, the head's weight and labels, all on the device. Out: log-probabilities that can be differentiated. Three things
 differ from the function in `losses`, none of them in the result. Pieces are as large as memory allows, because each reads the

@@ -48,6 +48,7 @@ def train_step(trainer: Trainer, step: int) -> StepReport:
     norm = gradient_norm(parameters)
     check_finite(trainer.stage, step, loss=losses.loss, balance_loss=balance, z_loss=z, gradient_norm=float(norm))
     take_step(trainer.optimizer, parameters, trainer.learning_rate(step), norm, trainer.stage.train.clip_norm)
+    trainer.previous.counts = router.counts
     return StepReport(
         step=step,
         loss=losses.loss,

@@ -186,6 +186,8 @@ class StageRun:
         progress = self.progress
         progress.step += 1
         progress.tokens += report.tokens
+        if self.trainer.previous.counts is not None:
+            progress.tokens_per_expert = self.trainer.previous.counts.tolist()
         progress.seconds = time.monotonic() - self.began
         if len(progress.first_losses) < LOSSES_KEPT:
             progress.first_losses.append(report.loss)
@@ -309,6 +311,8 @@ def _resume(job: StageJob, plan: step_plan.StepPlan, checkpoints: Checkpoints, t
     if latest is None:
         return Progress(plan=asdict(plan))
     progress = checkpoints.load(latest, trainer.policy.model, trainer.optimizer)
+    if progress.tokens_per_expert:
+        trainer.previous.counts = torch.tensor(progress.tokens_per_expert, device=trainer.ranks.device)
     if progress.plan != asdict(plan):
         raise UserError(
             f"{latest}: was made for {progress.plan}, {job.run_dir / 'plan.json'} says {asdict(plan)}; "

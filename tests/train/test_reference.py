@@ -17,15 +17,15 @@ from keural.train.stage import train_stage
 
 
 @pytest.mark.parametrize("limit", [None, 2 * LENGTH])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_at_step_0_policy_and_reference_agree_to_the_last_bit_and_the_loss_is_ln_2(
-    tmp_path: Path, limit: int | None, checkpointing: bool
+    tmp_path: Path, limit: int | None, recompute: str
 ) -> None:
-    job = small_job(tmp_path, "dpo", train={"micro_batch_tokens": limit, "gradient_checkpointing": checkpointing, "steps": 3})
+    job = small_job(tmp_path, "dpo", train={"micro_batch_tokens": limit, "recompute": recompute, "steps": 3})
     trainer = open_run(job).trainer
     assert trainer.references is not None
     for micro in micro_batches(trainer.stream.batch(0), limit, torch.device("cpu")):
-        policy = pair_logprobs(trainer.policy(micro.input_ids, micro.position_ids, micro.labels).logprobs, micro.pairs)
+        policy = pair_logprobs(trainer.policy(micro).logprobs, micro.pairs)
         assert torch.equal(policy.detach(), trainer.references(micro.pairs.sequences))
     train_stage(job)
     assert losses_of(job)[0] == pytest.approx(math.log(2), abs=1e-7)

@@ -31,7 +31,7 @@ from keural.pretrained.directory import save_model_directory
 from keural.pretrained.lineage import check_sums
 from keural.recipe import VERSION, Recipe, StageSpec, parse_duration
 from keural.report.html import write_report
-from keural.train.parallel import full_state_dict
+from keural.train.parallel import check_ranks, full_state_dict
 from keural.train.ranks import Ranks, session
 from keural.train.stage import StageJob, StageResult, train_stage
 
@@ -54,6 +54,8 @@ def run(recipe: Recipe, out: Path, *, until: str | None = None, only: str | None
     stages = select_stages(recipe, until=until, only=only)
     with session() as ranks, contextlib.ExitStack() as stack:
         started = time.monotonic()
+        for stage in stages:
+            check_ranks(stage, ranks.world)
         ranks.on_main(lambda: check_inputs(recipe, stages, out))
         ranks.on_main(lambda: stack.enter_context(only_run_in(out)))
         ranks.on_main(lambda: _open_run(recipe, stages, out))

@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ from keural.errors import UserError
 from keural.files import fingerprint as fingerprint_of
 from keural.files import flush, flush_directory, read_object, sha256_file, write_json
 from keural.recipe import StageSpec
-from keural.train.optimizer import MOMENTS, set_step
+from keural.train.optimizer import Optimizer, set_step, state_tensors
 from keural.train.ranks import Ranks
 
 MANIFEST = "manifest.json"
@@ -57,6 +56,8 @@ class Progress:
     heldout: dict[str, float] = field(default_factory=dict)
     plan: dict[str, int] = field(default_factory=dict)
     """The step plan of the stage, which a resumed run must share."""
+    tokens_per_expert: list[list[float]] = field(default_factory=list)
+    """Assignments per layer and expert of the latest step, by which the next one balances with `router.load: lagged`."""
 
 
 class Manifest(BaseModel):
@@ -73,16 +74,10 @@ class Manifest(BaseModel):
     """SHA-256 of every other file in the directory."""
 
 
-def tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, sharing memory with model and optimizer: `model.<name>`, `exp_avg.<name>`,
-    `exp_avg_sq.<name>`.
-    """
-    state: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        state[f"model.{name}"] = parameter.detach()
-        for moment in MOMENTS:
-            state[f"{moment}.{name}"] = optimizer.state[parameter][moment]
-    return state
+def tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, sharing memory with model and optimizer: `model.<name>` and `optimizer.state_tensors`."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {f"model.{name}": parameter.detach() for parameter, name in names.items()} | state_tensors(optimizer, names)
 
 
 class Checkpoints:
@@ -98,7 +93,7 @@ class Checkpoints:
     def __init__(self, directory: Path, stage: StageSpec, fingerprint: str, ranks: Ranks) -> None:
         self.directory, self.stage, self.fingerprint, self.ranks = directory, stage, fingerprint, ranks
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
+    def save(self, model: nn.Module, optimizer: Optimizer, progress: Progress) -> Path:
         """Write a checkpoint, then delete older ones beyond `train.keep_checkpoints`.
 
         Raises `UserError` when the disk refuses a write; earlier checkpoints are then untouched and nothing half-written is left.
@@ -114,7 +109,7 @@ class Checkpoints:
         """The checkpoint with the highest step, by number, or None."""
         return self.ranks.on_main(lambda: max(self._all(), key=_step, default=None))
 
-    def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    def load(self, path: Path, model: nn.Module, optimizer: Optimizer) -> Progress:
         """Put a checkpoint's tensors into model and optimizer. Raises `UserError` when it is damaged or of other settings."""
         state = tensors(model, optimizer)
         progress = self.ranks.on_main(lambda: self._verified(path, state))

@@ -86,7 +86,7 @@ class ReferenceCache:
 
     def _logprobs(self, policy: Policy, batch: Batch, limit: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for micro in micro_batches(batch, limit, self.ranks.device):
-            logprobs = policy(micro.input_ids, micro.position_ids, micro.labels).logprobs
+            logprobs = policy(micro).logprobs
             yield micro.pairs.sequences.ravel(), pair_logprobs(logprobs.detach(), micro.pairs).flatten().cpu().numpy()
 
     def _store(self, found: list[tuple[np.ndarray, np.ndarray]]) -> None:

@@ -35,12 +35,13 @@ from keural.train.loop import StepReport, train_step
 from keural.train.metrics import Metrics
 from keural.train.objectives.base import References
 from keural.train.objectives.registry import LOSSES
-from keural.train.optimizer import build_optimizer
-from keural.train.parallel import full_state_dict, prepare_layers, reshard, shard
-from keural.train.policy import Policy
+from keural.train.optimizer import Optimizer, build_optimizer, build_split_optimizer
+from keural.train.parallel import check_ranks, full_state_dict, prepare_layers, reshard, shard
+from keural.train.policy import Compute, Policy, needs_engine
 from keural.train.ranks import Ranks, session
 from keural.train.reference import ReferenceCache
 from keural.train.schedule import learning_rate
+from keural.train.split import SplitAdamW
 from keural.train.trainer import Trainer
 
 __all__ = ["StageJob", "StageResult", "full_state_dict", "train_stage"]
@@ -72,7 +73,7 @@ class StageJob:
 class StageResult:
     """What came out. `seconds`, `tokens` (non-padding tokens seen) and `steps` include earlier runs of an interrupted stage;
     `loss_first` and `loss_last` are the mean task loss of the first and last tenth of the steps, at most ten of each; `model`
-    is sharded under torchrun.
+    has float32 weights in every precision, and is sharded under torchrun.
     """
 
     name: str
@@ -107,11 +108,13 @@ def open_stage(job: StageJob, ranks: Ranks, stop: "StopSignals", started: float)
     `started` is when this process began with it (`time.monotonic`). Raises `UserError` as `train_stage` does.
     """
     stage = job.stage
+    check_ranks(stage, ranks.world)
     stream = _stream(job, job.train_store)
     heldout = _stream(job, job.heldout_store) if job.heldout_store else None
     checkpoints = Checkpoints(job.run_dir / "checkpoints", stage, job.fingerprint, ranks)
-    policy, optimizer = _policy(job, ranks)
-    make_trainer = partial(Trainer, stage, policy, optimizer, LOSSES[stage.objective](stage), stream, ranks)
+    objective = LOSSES[stage.objective](stage)
+    policy, optimizer = _policy(job, objective.uniform, ranks)
+    make_trainer = partial(Trainer, stage, policy, optimizer, objective, stream, ranks)
 
     def make_plan() -> step_plan.StepPlan:
         measured = make_trainer(learning_rate=step_plan.no_learning, references=step_plan.no_references(ranks.device))
@@ -164,6 +167,8 @@ class StageRun:
         number = max(1, min(LOSSES_KEPT, progress.step // 10))
         first, latest = progress.first_losses[:number], progress.last_losses[-number:]
         self.trainer.optimizer.zero_grad(set_to_none=True)
+        if isinstance(self.trainer.optimizer, SplitAdamW):
+            self.trainer.optimizer.restore_masters()
         reshard(self.trainer.policy)
         return StageResult(
             name=self.job.stage.name,
@@ -181,6 +186,8 @@ class StageRun:
         progress = self.progress
         progress.step += 1
         progress.tokens += report.tokens
+        if self.trainer.previous.counts is not None:
+            progress.tokens_per_expert = self.trainer.previous.counts.tolist()
         progress.seconds = time.monotonic() - self.began
         if len(progress.first_losses) < LOSSES_KEPT:
             progress.first_losses.append(report.loss)
@@ -223,17 +230,29 @@ def _stream(job: StageJob, store: Path | Corpus) -> Stream:
     return corpus.stream(*settings, job.tokenizer_sha, job.model_config.vocab_size)
 
 
-def _policy(job: StageJob, ranks: Ranks) -> tuple[Policy, torch.optim.Optimizer]:
+def _policy(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, Optimizer]:
     """Model and optimizer with their initial values, sharded over the ranks."""
     spec = job.stage.train
-    policy = Policy(
-        initial_model(job.model_config, job.init, job.seed, ranks.device, spec.compile, ranks.log_once),
-        getattr(torch, spec.compute_dtype),
-    )
-    policy.train().to(ranks.device)
-    prepare_layers(policy.model, spec)
-    shard(policy, policy.model, spec, ranks)
-    return policy, build_optimizer(policy.model.named_parameters(), spec)
+    model = initial_model(job.model_config, job.init, job.seed, ranks.device, spec.compile, ranks.log_once)
+    policy = Policy(model, getattr(torch, spec.compute_dtype), _engine(job, uniform, ranks)).train()
+    if spec.precision != "fp32":
+        optimizer = build_split_optimizer(model, spec, ranks.device)
+        policy.to(ranks.device)  # what are no parameters
+        return policy, optimizer
+    policy.to(ranks.device)
+    if policy.engine is None:
+        prepare_layers(model, spec)
+    shard(policy, model, spec, ranks)
+    return policy, build_optimizer(model, spec)
+
+
+def _engine(job: StageJob, uniform: bool, ranks: Ranks) -> Compute | None:
+    """The training engine, where the stage needs it; importing it takes seconds."""
+    if not needs_engine(job.stage.train, ranks):
+        return None
+    from keural.train.engine import engine_for
+
+    return engine_for(job.stage.train, job.model_config, ranks.device, uniform)
 
 
 def _make_plan(job: StageJob, measured: Trainer, heldout: Stream | None, started: float) -> step_plan.StepPlan:
@@ -292,6 +311,8 @@ def _resume(job: StageJob, plan: step_plan.StepPlan, checkpoints: Checkpoints, t
     if latest is None:
         return Progress(plan=asdict(plan))
     progress = checkpoints.load(latest, trainer.policy.model, trainer.optimizer)
+    if progress.tokens_per_expert:
+        trainer.previous.counts = torch.tensor(progress.tokens_per_expert, device=trainer.ranks.device)
     if progress.plan != asdict(plan):
         raise UserError(
             f"{latest}: was made for {progress.plan}, {job.run_dir / 'plan.json'} says {asdict(plan)}; "

@@ -20,7 +20,7 @@ from keural.recipe import OBJECTIVES, StageSpec
 from keural.train.loop import train_step
 from keural.train.micro_batches import micro_batches
 from keural.train.objectives.base import References
-from keural.train.optimizer import MOMENTS, set_step
+from keural.train.optimizer import forget
 from keural.train.parallel import reshard
 from keural.train.ranks import Ranks
 from keural.train.trainer import Trainer
@@ -128,10 +128,7 @@ def measure(trainer: Trainer, evaluation_rows: int, budget_seconds: float) -> Co
         seconds.append(_timed(partial(train_step, trainer, len(seconds))))
     forward_seconds, rows = _timed_forward(trainer)
     trainer.optimizer.zero_grad(set_to_none=True)
-    for state in trainer.optimizer.state.values():
-        for moment in MOMENTS:
-            state[moment].zero_()
-    set_step(trainer.optimizer, 0)
+    forget(trainer.optimizer)
     share = evaluation_rows / (rows * trainer.ranks.world)
     return trainer.ranks.on_main(lambda: Costs(mean(seconds), forward_seconds, forward_seconds * share))
 
@@ -153,7 +150,7 @@ def _timed_forward(trainer: Trainer) -> tuple[float, int]:
 
     def forward() -> None:
         for micro in micros:
-            trainer.policy(micro.input_ids, micro.position_ids, micro.labels)
+            trainer.policy(micro)
 
     seconds = _timed(forward)
     reshard(trainer.policy)

@@ -11,7 +11,7 @@ RELEASES := 5.17.0 5.19.0 5.23.0 5.24.0
 RELEASE := .venv-transformers-
 
 # What a change of a library shows up in: network, card's code, engines, conversion, tokenizers, recipes, cleaning, TRL and PEFT.
-EDGE_TESTS := tests/model tests/serve tests/convert tests/evaluate tests/tokenizer tests/test_recipe.py tests/data/test_cleaning.py \
+EDGE_TESTS := tests/model tests/serve tests/convert tests/evaluate tests/tokenizer tests/recipe tests/data/test_cleaning.py \
 	tests/data/test_hub.py tests/train/test_trl.py
 
 .PHONY: setup setup-llama demo test test-llama test-slow test-transformers test-newest test-oldest test-wheel docs lint clean

@@ -14,7 +14,7 @@ RELEASE := .venv-transformers-
 EDGE_TESTS := tests/model tests/serve tests/convert tests/evaluate tests/tokenizer tests/recipe tests/data/test_cleaning.py \
 	tests/data/test_hub.py tests/train/test_trl.py
 
-.PHONY: setup setup-llama demo test test-llama test-slow test-transformers test-newest test-oldest test-wheel docs lint clean
+.PHONY: test-processors setup setup-llama demo test test-llama test-slow test-transformers test-newest test-oldest test-wheel docs lint clean
 
 setup: $(READY)
 
@@ -80,6 +80,13 @@ test-wheel:
 docs: $(READY)
 	$(BIN)/python -m keural.recipe.reference > docs/recipes.md.new
 	mv docs/recipes.md.new docs/recipes.md
+
+# What computes, as on processors without AVX-512 and without AVX2: sums are rounded elsewhere there, and no result may hang on it.
+NUMERIC := tests/model tests/serve tests/train tests/evaluate tests/convert
+test-processors: $(READY)
+	for capability in default $$(grep -qsw avx2 /proc/cpuinfo && echo avx2); do \
+		ATEN_CPU_CAPABILITY=$$capability $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" $(NUMERIC) || exit 1; \
+	done
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -154,7 +154,8 @@ Block = Callable[[Tensor, BlockWeights, Tensor, Tensor, Any, BlockSettings], tup
 
 
 def _selective_block(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return recomputed(block, "selective")(*arguments)
+    found: tuple[Tensor, Tensor] = recomputed(block, "selective")(*arguments)
+    return found
 
 
 COMPILED: dict[str, Block] = {

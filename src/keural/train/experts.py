@@ -92,7 +92,8 @@ def combine(sorted_rows: Tensor, routing: Routing, top_k: int) -> Tensor:
     `dispatch` and `combine` are each other's gradients.
     """
     rows = sorted_rows.index_select(0, routing.places).unflatten(0, (-1, top_k))
-    return rows.to(torch.promote_types(rows.dtype, torch.float32)).sum(1).to(rows.dtype)
+    found: Tensor = rows.to(torch.promote_types(rows.dtype, torch.float32)).sum(1).to(rows.dtype)
+    return found
 
 
 def _gated(gate_up: Tensor, weights: Tensor) -> Tensor:
@@ -174,4 +175,5 @@ def mixture(
         ``[N, H]``.
     """
     routing = sort_by_expert(experts, gate_up_proj.shape[0])
-    return _Mixture.apply(tokens, weights, gate_up_proj, down_proj, *routing, experts.shape[-1], backend)
+    found: Tensor = _Mixture.apply(tokens, weights, gate_up_proj, down_proj, *routing, experts.shape[-1], backend)
+    return found

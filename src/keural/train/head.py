@@ -52,7 +52,8 @@ def label_logprobs(hidden: Tensor, head_weight: Tensor, labels: Tensor, *, unifo
     """
     piece = piece or piece_size(head_weight.shape[0], hidden.dtype, hidden.device)
     with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad)
-    return _Logprobs.apply(hidden, head_weight, labels, piece, with_gradient, uniform)
+    found: Tensor = _Logprobs.apply(hidden, head_weight, labels, piece, with_gradient, uniform)
+    return found
 
 
 class _Logprobs(torch.autograd.Function):

@@ -46,7 +46,8 @@ def halve(parameter: nn.Parameter, device: torch.device, exact: bool) -> Tensor:
 def wide_norm(gradients: Iterable[Tensor]) -> Tensor:
     """L2 norm of all gradients together, a scalar on the device; summed in float32."""
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    found: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return found
 
 
 @dataclass(frozen=True)

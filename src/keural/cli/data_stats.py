@@ -10,15 +10,14 @@ from typing import Any
 import yaml
 
 from keural.data import mixture_report
+from keural.data.cleaning.summary import SUMMARY, CleaningFile
+from keural.data.prepared import PreparedFile
 from keural.data.tokens import published_format
 from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
-from keural.files import read_object
 from keural.pipeline.workspace import find_stage_data
 from keural.recipe import Recipe, StageSpec, load_recipe
 
-CLEANING = "cleaning.json"
-"""What cleaning kept and dropped, with examples."""
 ANY_ID = 1 << 32
 """A vocabulary that refuses no id: which tokenizer shards were made with is not in their files."""
 
@@ -30,13 +29,13 @@ def describe(path: Path, overrides: list[str], out: Path | None, as_json: bool) 
     if overrides or out:
         raise UserError(f"{path}: is no recipe; key=value and --out are for recipes")
     if (path / "prepared.json").is_file():
-        made = read_object(path / "prepared.json")
-        pairs = read_object(path / "train" / "manifest.json").get("kind") == "pairs"
-        text = _text({path.name: mixture_report.prepared(made["table"], "dpo" if pairs else None)}, {}, as_json)
-        cleaned = made.get("cleaned")
+        made = PreparedFile.read(path / "prepared.json")
+        pairs = TokenStore.open(path / "train", verify="size").kind == "pairs"
+        text = _text({path.name: mixture_report.prepared(made.table, "dpo" if pairs else None)}, {}, as_json)
+        cleaned = made.cleaned
         return f"{text}\ncleaned: {path.parent / cleaned} (ask for its stats, too)\n" if cleaned and not as_json else text
-    if (path / CLEANING).is_file():
-        return _dump(read_object(path / CLEANING), as_json)
+    if (path / SUMMARY).is_file():
+        return _dump(CleaningFile.read(path / SUMMARY).model_dump(exclude={"files"}), as_json)
     if any(path.glob("keural_*.bin")):
         return _dump({"shards": _shards(path)}, as_json)
     return _dump(TokenStore.open(path).manifest, as_json)

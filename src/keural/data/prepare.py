@@ -25,9 +25,11 @@ from keural.data.filtering.holdout import Side, Splitter
 from keural.data.licenses import left_out
 from keural.data.loading.stream import STORE_KIND
 from keural.data.prepared import (
+    HASHES,
+    PREPARED,
     Prepared,
+    PreparedFile,
     data_fingerprint,
-    file_hashes,
     is_prepared,
     open_prepared,
     read_heldout_texts,
@@ -42,7 +44,7 @@ from keural.data.tokens.encode import Encoded, Encoder
 from keural.data.tokens.encoding_cache import EncodingCache
 from keural.data.tokens.store_builder import StoreBuilder
 from keural.errors import UserError
-from keural.files import atomic_directory, write_json
+from keural.files import FileHashes, atomic_directory
 from keural.recipe import DataSpec, Objective
 from keural.tokenizer.load import KeuralTokenizer
 
@@ -72,11 +74,15 @@ def prepare(
                 checker = Decontaminator(spec.decontaminate, data_dir) if spec.decontaminate else None
                 reading = _Reading(data_dir, seed, cleaned, checker)
                 table, heldout = _make(spec, objective, tokenizer, parts, temporary, reading)
-            made = {"fingerprint": wanted, "heldout": heldout, "table": table, "cleaned": cleaned and cleaned.directory.name}
             if checker is not None:
                 checker.write(temporary)
-                made["contamination"] = checker.report()
-            write_json(temporary / "prepared.json", made)
+            PreparedFile(
+                fingerprint=wanted,
+                heldout=heldout,
+                table=table,
+                cleaned=cleaned.directory.name if cleaned else None,
+                contamination=checker.report() if checker else None,
+            ).write(temporary / PREPARED)
     return open_prepared(directory, spec, wanted)
 
 
@@ -107,7 +113,7 @@ def _clean(spec: DataSpec, data_dir: Path | None, out_root: Path, seed: int) -> 
         return None
     from keural.data.cleaning.run import clean
 
-    return clean(spec.cleaning, sources_to_clean(spec), data_dir, out_root, seed, file_hashes(out_root))
+    return clean(spec.cleaning, sources_to_clean(spec), data_dir, out_root, seed, FileHashes(out_root / HASHES))
 
 
 @contextlib.contextmanager

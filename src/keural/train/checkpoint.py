@@ -59,6 +59,25 @@ def tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Ten
     return state
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint by what its manifest says; its tensors were not looked at."""
+
+    path: Path
+    fingerprint: str
+    progress: Progress
+
+
+def newest_progress(directory: Path) -> Stored | None:
+    """What the newest checkpoint in `directory` says of itself; None where there is none. Raises `UserError` when it is damaged."""
+    found = [path for path in directory.iterdir() if DIRECTORY.fullmatch(path.name)] if directory.is_dir() else []
+    if not found:
+        return None
+    newest = max(found, key=_step)
+    manifest = _manifest(newest)
+    return Stored(newest, manifest["fingerprint"], Progress(**manifest["progress"]))
+
+
 class Checkpoints:
     """The checkpoints of one stage.
 
@@ -145,14 +164,7 @@ class Checkpoints:
 
     def _verified(self, path: Path) -> Progress:
         """Compare a checkpoint with its manifest."""
-        remedy = "delete this directory to resume from the checkpoint before it, or from the start where there is none"
-        try:
-            manifest = read_json(path / MANIFEST)
-        except UserError as error:
-            raise UserError(f"{path}: damaged checkpoint: {MANIFEST} is missing or unreadable; {remedy}") from error
-        checksum = manifest.pop("checksum", None) if isinstance(manifest, dict) else None
-        if checksum is None or checksum != fingerprint_of(manifest) or manifest["format"] != FORMAT:
-            raise UserError(f"{path}: damaged checkpoint: {MANIFEST} was changed; {remedy}")
+        manifest, remedy = _manifest(path), _REMEDY
         for name, expected in manifest["files"].items():
             if not (path / name).is_file():
                 raise UserError(f"{path}: damaged checkpoint: {name} is missing; {remedy}")
@@ -163,6 +175,21 @@ class Checkpoints:
                 f"{path}: made with other settings, data or initial weights; use another run directory or delete this one"
             )
         return Progress(**manifest["progress"])
+
+
+_REMEDY = "delete this directory to resume from the checkpoint before it, or from the start where there is none"
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, as it was written. Raises `UserError`."""
+    try:
+        manifest = read_json(path / MANIFEST)
+    except UserError as error:
+        raise UserError(f"{path}: damaged checkpoint: {MANIFEST} is missing or unreadable; {_REMEDY}") from error
+    checksum = manifest.pop("checksum", None) if isinstance(manifest, dict) else None
+    if checksum is None or checksum != fingerprint_of(manifest) or manifest["format"] != FORMAT:
+        raise UserError(f"{path}: damaged checkpoint: {MANIFEST} was changed; {_REMEDY}")
+    return dict(manifest)
 
 
 def _step(path: Path) -> int:

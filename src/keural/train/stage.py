@@ -24,9 +24,9 @@ from keural.errors import UserError
 from keural.files import fingerprint as fingerprint_of
 from keural.files import sha256_file
 from keural.model import KeuralConfig, KeuralMoECausalLM
-from keural.recipe import StageSpec
+from keural.recipe import StageSpec, length_of
 from keural.train import step_plan
-from keural.train.checkpoint import Checkpoints, Progress
+from keural.train.checkpoint import Checkpoints, Progress, Stored, newest_progress
 from keural.train.heldout import evaluate, heldout_batches
 from keural.train.initial_weights import initial_model
 from keural.train.loop import StepReport, Trainer, train_step
@@ -39,6 +39,7 @@ from keural.train.policy import Policy
 from keural.train.ranks import Ranks, session
 from keural.train.reference import ReferenceCache
 from keural.train.schedule import learning_rate
+from keural.train.step_plan import StepPlan
 
 __all__ = ["StageJob", "StageResult", "full_state_dict", "train_stage"]
 
@@ -59,7 +60,7 @@ class StageJob:
     tokenizer_sha: str
     run_dir: Path
     fingerprint: str
-    """Of everything that determines the stage's weights; checkpoints with another one are refused."""
+    """Of everything that determines a step of the stage, whatever their number; checkpoints with another one are refused."""
     budget_seconds: float | None = None
     """Time for the stage, where it has a `budget_share`."""
     tensorboard: bool = False
@@ -114,18 +115,19 @@ class StageRun:
 
     def prepare(self, stop: "StopSignals") -> None:
         """Fix the plan, compute references, and take up the newest checkpoint."""
-        self.plan = step_plan.load_or_make(self.job.run_dir / "plan.json", self.job.fingerprint, self.ranks, self._make_plan)
+        latest = self.ranks.on_main(lambda: newest_progress(self.checkpoints.directory))
+        self.plan = self._fixed_plan(latest)
         spec = self.job.stage.train
         self.trainer.learning_rate = lambda step: learning_rate(step, peak=spec.lr, minimum=spec.min_lr, **asdict(self.plan))
         if self.job.stage.objective == "dpo":
             self._compute_references(stop)
-        if (latest := self.checkpoints.latest()) is not None:
+        if latest is not None:
             model = self.trainer.policy.model
-            self.progress = self.checkpoints.load(latest, model, self.trainer.optimizer)
-            if self.progress.plan != asdict(self.plan):
+            self.progress = self.checkpoints.load(latest.path, model, self.trainer.optimizer)
+            if why_not := step_plan.why_not_continued(StepPlan(**self.progress.plan), self.plan, self.progress.step, spec):
                 raise UserError(
-                    f"{latest}: was made for {self.progress.plan}, {self.job.run_dir / 'plan.json'} says {asdict(self.plan)}; "
-                    "restore that file or delete the checkpoints"
+                    f"{latest.path}: was made for {self.progress.plan}, {self.job.run_dir / 'plan.json'} says {asdict(self.plan)}: "
+                    f"{why_not}; delete that file to go on with the checkpoint's plan, or delete the checkpoints"
                 )
             self.ranks.say(f"{self.job.stage.name}: resumed at step {self.progress.step} of {self.plan.steps}")
         self.progress.plan = asdict(self.plan)
@@ -198,7 +200,19 @@ class StageRun:
             tensorboard=self.job.tensorboard,
         )
 
-    def _make_plan(self) -> step_plan.StepPlan:
+    def _fixed_plan(self, latest: Stored | None) -> StepPlan:
+        """The plan as it was made before the first step.
+
+        Of a stage with a budget a checkpoint has it, too, for where the file is gone.
+        """
+        train = self.job.stage.train
+        wanted = fingerprint_of([self.job.fingerprint, length_of(train)])
+        measured = train.budget_share is not None and latest is not None
+        known = StepPlan(**latest.progress.plan) if measured and latest else None
+        make = (lambda: known) if known else self._make_plan
+        return step_plan.load_or_make(self.job.run_dir / "plan.json", wanted, self.ranks, make)
+
+    def _make_plan(self) -> StepPlan:
         if self.job.stage.train.budget_share is None:
             return step_plan.fixed_plan(self.job.stage, self.stream)
         assert self.job.budget_seconds is not None, "a stage with a budget_share needs budget_seconds"

@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 RELEASES := 5.17.0 5.19.0 5.23.0
 RELEASE := .venv-transformers-
 
-.PHONY: setup setup-llama demo test test-llama test-slow test-transformers lint clean
+.PHONY: setup setup-llama demo test test-llama test-slow test-transformers test-wheel docs lint clean
 
 setup: $(READY)
 
@@ -29,7 +29,7 @@ $(VENV)/.ready-llama: $(READY)
 	touch $@
 
 demo: $(READY)
-	$(BIN)/keural run recipes/toy
+	$(BIN)/keural run toy
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
@@ -54,6 +54,15 @@ $(RELEASE)%/.ready: $(READY) constraints.txt
 	$(@D)/bin/python -m pip install -c constraints.txt torch
 	$(@D)/bin/python -m pip install transformers==$* accelerate
 	touch $@
+
+# What somebody gets who installs the package: its wheel, in a fresh environment outside this directory.
+test-wheel:
+	PYTHON="$(PYTHON)" .ci/wheel
+
+# The pages that are made from the code; a test says when they are out of date.
+docs: $(READY)
+	$(BIN)/python -m keural.recipe.reference > docs/recipes.md.new
+	mv docs/recipes.md.new docs/recipes.md
 
 lint: $(READY)
 	$(BIN)/ruff check .

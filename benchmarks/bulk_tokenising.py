@@ -81,7 +81,7 @@ def ours(corpus: Path, tokenizer: KeuralTokenizer, out: Path) -> int:
     spec = DataSpec(sequence_length=4096, sources=[source], heldout_per_mille=0)
     with tempfile.TemporaryDirectory(dir=out) as directory:
         (row,) = prepare(spec, "next_token", None, tokenizer, Path(directory), seed=0).table
-    return int(row["tokens"]) - 2 * int(row["kept"])
+    return row.tokens - 2 * row.kept
 
 
 def timed(function: Callable[[], int]) -> tuple[float, int, float]:

@@ -23,7 +23,7 @@ from keural.data.cleaning.language import ScriptFilter
 from keural.data.cleaning.measures import HANGUL, normalise, script_share, without_markup
 from keural.data.cleaning.words import EOJEOL, PLAIN
 from keural.data.records import Document as Text
-from keural.data.sources import read_source
+from keural.data.sources import open_source
 from keural.recipe import SourceSpec
 
 ADAPTERS: dict[str, tuple[str, str | None, dict[str, str]]] = {
@@ -108,7 +108,7 @@ def real_documents(sets: Path) -> Iterator[tuple[str, str]]:
         adapter, form, options = ADAPTERS[kind]
         name = path.relative_to(sets).parts[0]
         spec = SourceSpec(name=name, adapter=adapter, path=str(path), format=form, options=options, language="ko")
-        for record in read_source(spec, None, 0):
+        for record in open_source(spec, None).read(seed=0):
             if isinstance(record, Text) and len(record.text) >= 200 and script_share(without_markup(record.text), HANGUL) >= 0.6:
                 yield name, record.text
 

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from keural.data.filtering.decontamination import evaluation_items
 from keural.data.filtering.ngram_index import ContaminationIndex
 from keural.data.records import EvaluationItem
+from keural.data.sources import open_sources
 from keural.recipe import SourceSpec
 
 SETS = {
@@ -116,7 +117,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--every", type=int, default=1, help="plant every n-th item")
     arguments = parser.parse_args()
-    items = list(evaluation_items(sources(), arguments.data))
+    items = list(evaluation_items(open_sources(sources(), arguments.data)))
     started = time.process_time()
     index = ContaminationIndex(items)
     print(

@@ -65,7 +65,7 @@ def time_file(directory: Path, tokens: int, rounds: int) -> str:
     import torch
 
     from keural.serve.engines.llama_cpp import LlamaCppEngine
-    from keural.serve.engines.sampling import SamplingParams
+    from keural.serve.engines.sampling_params import SamplingParams
 
     engine = LlamaCppEngine(directory, verify=False)
     context = engine._context

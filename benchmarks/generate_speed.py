@@ -26,7 +26,7 @@ from transformers import DynamicCache, GenerationConfig, MixtralConfig, MixtralF
 from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.pretrained.directory import save_model_directory
 from keural.recipe import TokenizerSpec
-from keural.serve.engines.sampling import SamplingParams
+from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.engines.transformers import TransformersEngine
 from keural.tokenizer import KeuralTokenizer
 from keural.tokenizer.train import train_tokenizer

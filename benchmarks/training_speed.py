@@ -24,7 +24,7 @@ from keural.model import KeuralConfig
 from keural.recipe import StageSpec
 from keural.train.loop import train_step
 from keural.train.ranks import session
-from keural.train.stage import StageJob, StageRun, StopSignals
+from keural.train.stage import StageJob, StopSignals, open_stage
 
 SHAPES = {
     "toy": {"vocab_size": 902, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 4, "num_local_experts": 4},
@@ -56,8 +56,7 @@ def our_step(name: str, directory: Path) -> Callable[[], None]:
     config = KeuralConfig(**shape(name), sliding_window=LENGTH, eos_token_id=2)
     job = StageJob(StageSpec.model_validate(spec), 0, config, None, directory / "store", None, "0" * 64, directory, "speed")
     with session() as ranks:
-        run = StageRun(job, ranks, time.monotonic())
-    run.prepare(StopSignals())
+        run = open_stage(job, ranks, StopSignals(), time.monotonic())
     steps = iter(range(10_000))
     return lambda: void(train_step(run.trainer, next(steps)))
 

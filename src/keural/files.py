@@ -8,6 +8,7 @@ A kind of JSON file is a subclass of `CheckedFile`, declared in the room that wr
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -100,17 +101,20 @@ def check_new(path: Path, needed: int = 0) -> None:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Give a temporary directory that becomes `path` when the block ends well, and vanishes when it does not.
 
-    The temporary name holds the number of the process; those that killed processes left behind are removed first. An existing
-    `path` is replaced at the end. Raises `UserError` when the disk refuses a write inside the block.
+    The temporary name holds the number of the process; those that killed processes left behind are removed first. What was written
+    is flushed to the disk before it gets its name, so that a power cut leaves no directory of empty files. An existing `path` is
+    replaced at the end. Raises `UserError` when the disk refuses a write inside the block.
     """
     _remove_abandoned(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        flush_directory(temporary)
         if path.exists():
             shutil.rmtree(path)
         temporary.replace(path)
+        flush(path.parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = error.strerror or str(error)
@@ -118,6 +122,28 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def flush_directory(directory: Path) -> None:
+    """Wait until every file below `directory`, and the names of the files, are on the disk. Raises OSError."""
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            flush(Path(parent) / name)
+        flush(Path(parent))
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk; links are left alone. Raises OSError."""
+    if path.is_symlink():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot flush this
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _remove_abandoned(path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from keural.data.records import Document
-from keural.data.sources import read_source
+from keural.data.sources import open_source
 from keural.recipe import SourceSpec, TokenizerSpec
 from keural.tokenizer import KeuralTokenizer
 from keural.tokenizer.train import train_tokenizer
@@ -18,7 +18,7 @@ Write = Callable[..., SourceSpec]
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> KeuralTokenizer:
     prose = SourceSpec(name="prose", adapter="microworld", options={"part": "prose", "count": 800})
-    texts = (record.text for record in read_source(prose, None, seed=1) if isinstance(record, Document))
+    texts = (record.text for record in open_source(prose, None).read(seed=1) if isinstance(record, Document))
     spec = TokenizerSpec(vocab_size=700, sources=[prose])
     return train_tokenizer(texts, spec, tmp_path_factory.mktemp("tokenizer") / "small", seed=1)
 

@@ -11,7 +11,7 @@ import pytest
 
 from keural.data.readers import archives
 from keural.data.records import Conversation, Drop
-from keural.data.sources import check_sources, content_of, read_source
+from keural.data.sources import open_source
 from keural.errors import UserError
 from keural.files import FileHashes
 from keural.recipe import SourceSpec
@@ -47,16 +47,14 @@ def put(data_dir: Path, name: str, content: bytes) -> None:
 
 
 def places(data_dir: Path, spec: SourceSpec) -> list[str]:
-    check_sources([spec], data_dir)
-    records = list(read_source(spec, data_dir, seed=0))
+    records = list(open_source(spec, data_dir).read(seed=0))
     assert all(isinstance(record, Conversation) for record in records), records
     return [record.where for record in records]
 
 
 def refused(data_dir: Path, spec: SourceSpec, *words: str) -> None:
     def everything() -> None:
-        check_sources([spec], data_dir)
-        list(read_source(spec, data_dir, seed=0))
+        list(open_source(spec, data_dir).read(seed=0))
 
     with pytest.raises(UserError) as caught:
         everything()
@@ -80,7 +78,7 @@ def test_names_in_cp949_or_utf8_and_nothing_said_about_it(data_dir: Path) -> Non
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp949"])
 def test_contents_in_any_of_the_encodings(data_dir: Path, encoding: str) -> None:
     put(data_dir, "set/TL1.zip", packed(("1.json", json.dumps(TALK, ensure_ascii=False).encode(encoding))))
-    (record,) = read_source(source(), data_dir, seed=0)
+    (record,) = open_source(source(), data_dir).read(seed=0)
     assert isinstance(record, Conversation)
     assert record.messages[0].content == "물은 왜 끓나요?"
 
@@ -92,7 +90,7 @@ def test_parts_are_joined_in_natural_order(data_dir: Path) -> None:
     expected = [f"set/TL1.zip/{number}.json#1" for number in range(40)]
     assert places(data_dir, source()) == expected
     assert places(data_dir, source("set/TL1.zip")) == expected
-    assert len(content_of(source(), data_dir, FileHashes())) == -(-len(content) // 999)
+    assert len(open_source(source(), data_dir).content(FileHashes())) == -(-len(content) // 999)
     (data_dir / "set/TL1.zip.part1998").unlink()
     refused(data_dir, source(), "TL1.zip.part0", "fetch")
 
@@ -187,7 +185,7 @@ def test_an_archive_is_neither_unpacked_nor_read_whole(data_dir: Path, monkeypat
 
 def test_a_member_that_is_no_json_is_a_drop(data_dir: Path) -> None:
     put(data_dir, "set/TL1.zip", packed(("1.json", b'{"utterances": ['), ("2.json", b"[" * 100_000)))
-    assert list(read_source(source(), data_dir, seed=0)) == [
+    assert list(open_source(source(), data_dir).read(seed=0)) == [
         Drop("malformed_file", "set/TL1.zip/1.json:1"),
         Drop("malformed_file", "set/TL1.zip/2.json"),
     ]

@@ -17,6 +17,7 @@ from keural.data.cleaning.formatters import Formatter
 from keural.data.cleaning.language import FastTextFilter, ScriptFilter
 from keural.data.cleaning.run import clean
 from keural.data.prepare import prepare
+from keural.data.sources import open_sources
 from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
 from keural.files import FileHashes
@@ -87,7 +88,7 @@ def sources(tmp_path):
 
 
 def run(specs, tmp_path, **settings):
-    return clean(CleaningSpec(**settings), specs, tmp_path, tmp_path / "out", 0, FileHashes())
+    return clean(CleaningSpec(**settings), open_sources(specs, tmp_path), tmp_path, tmp_path / "out", 0, FileHashes())
 
 
 class TestFilters:
@@ -257,9 +258,9 @@ class TestRun:
         monkeypatch.setattr(QualityFilter, "filter", killed)
         settings = CleaningSpec(tasks=4, executor=ExecutorSpec(workers=1))
         with pytest.raises(KeyboardInterrupt):
-            clean(settings, specs, tmp_path, directory, 0, FileHashes())
+            clean(settings, open_sources(specs, tmp_path), tmp_path, directory, 0, FileHashes())
         monkeypatch.undo()
-        again = clean(settings, specs, tmp_path, directory, 0, FileHashes())
+        again = clean(settings, open_sources(specs, tmp_path), tmp_path, directory, 0, FileHashes())
         assert files_of(again.directory / "documents") == expected
         assert (again.directory / "cleaning.json").read_bytes() == summary
 
@@ -274,9 +275,9 @@ class TestRun:
         spec = DataSpec(sources=specs, sequence_length=64, cleaning=CleaningSpec(tasks=2))
         prepared = prepare(spec, "next_token", tmp_path, tokenizer, tmp_path / "out", 0)
         (row,) = prepared.table
-        assert row["rows"] == 10
-        assert row["kept"] == 8
-        assert row["drops"] == {"near_duplicate": 1, "quality_line_punct_ratio": 1}
+        assert row.rows == 10
+        assert row.kept == 8
+        assert row.drops == {"near_duplicate": 1, "quality_line_punct_ratio": 1}
         assert TokenStore.open(prepared.train).num_sequences == 8
 
     def test_nothing_left_is_counted(self, sources, tmp_path):
@@ -289,14 +290,14 @@ class TestRun:
         spec = spec.model_copy(update={"limit": 5, "max_drop": 0.3})
         data = DataSpec(sources=[spec], sequence_length=64, cleaning=CleaningSpec(tasks=2, filters=False))
         (row,) = prepare(data, "next_token", tmp_path, tokenizer, tmp_path / "out", 0).table
-        assert (row["rows"], row["kept"], row["drops"]) == (50, 5, {"over_limit": 35, "empty": 10})
+        assert (row.rows, row.kept, row.drops) == (50, 5, {"over_limit": 35, "empty": 10})
 
     def test_another_language_model_is_noticed(self, sources, tmp_path, tokenizer, monkeypatch):
         monkeypatch.setattr(FastTextFilter, "probability", lambda self, text, language: float(self._path.read_text()))
         specs = sources({"a": [korean(seed) for seed in range(4)]})
         data = DataSpec(sources=specs, sequence_length=64, cleaning=CleaningSpec(tasks=1, language_id="fasttext", model="lid.bin"))
         (tmp_path / "lid.bin").write_text("1.0")
-        assert prepare(data, "next_token", tmp_path, tokenizer, tmp_path / "out", 0).table[0]["kept"] == 4
+        assert prepare(data, "next_token", tmp_path, tokenizer, tmp_path / "out", 0).table[0].kept == 4
         (tmp_path / "lid.bin").write_text("0.0")
         with pytest.raises(UserError, match="none of its 4 rows is used; most often language"):
             prepare(data, "next_token", tmp_path, tokenizer, tmp_path / "out", 0)
@@ -305,7 +306,10 @@ class TestRun:
         specs = sources({"a": [korean(0)]})
         first = run(specs, tmp_path, tasks=1).directory
         others = [specs[0].model_copy(update={"license": "MIT"})]
-        assert clean(CleaningSpec(tasks=1), others, tmp_path, tmp_path / "out", 7, FileHashes()).directory == first
+        assert (
+            clean(CleaningSpec(tasks=1), open_sources(others, tmp_path), tmp_path, tmp_path / "out", 7, FileHashes()).directory
+            == first
+        )
 
     def test_a_late_row_of_another_schema_is_counted(self, tmp_path):
         rows = [{"title": "글", "text": korean(seed)} for seed in range(4)] + [{"text": korean(9)}]
@@ -394,7 +398,7 @@ def test_ray_gives_the_same_bytes(sources, tmp_path):
     specs = sources({"a": [korean(seed) for seed in range(8)] + [korean(0)]})
     here = run(specs, tmp_path, tasks=3).directory
     spec = CleaningSpec(tasks=3, executor=ExecutorSpec(kind="ray", workers=2, mem_per_cpu_gb=1))
-    there = clean(spec, specs, tmp_path, tmp_path / "ray", 0, FileHashes()).directory
+    there = clean(spec, open_sources(specs, tmp_path), tmp_path, tmp_path / "ray", 0, FileHashes()).directory
     assert files_of(here) == files_of(there)
 
 

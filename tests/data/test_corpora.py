@@ -10,7 +10,7 @@ import pytest
 from keural.data.adapters import ADAPTERS, corpora
 from keural.data.licenses import flags_of, language_of, license_of
 from keural.data.records import Document, Drop
-from keural.data.sources import check_sources, read_source
+from keural.data.sources import open_source
 from keural.errors import UserError
 from keural.recipe import SourceSpec
 
@@ -40,8 +40,7 @@ def test_what_is_known_of_each_corpus() -> None:
 def test_cc100_as_it_was_released(write: Callable[..., SourceSpec], data_dir: Path) -> None:
     """A paragraph per line, documents between empty lines, packed with xz."""
     source = write("ko.txt.xz", lzma.compress(TWO_DOCUMENTS.encode()), "cc100_ko")
-    check_sources([source], data_dir)
-    assert list(read_source(source, data_dir, seed=0)) == [
+    assert list(open_source(source, data_dir).read(seed=0)) == [
         Document("첫 문단입니다.\n둘째 문단.", "ko.txt.xz:1", "ko"),
         Document("    들여 쓴 글.", "ko.txt.xz:4", "ko"),
     ]
@@ -49,14 +48,14 @@ def test_cc100_as_it_was_released(write: Callable[..., SourceSpec], data_dir: Pa
 
 def test_a_book_of_pg19_is_one_text_file(write: Callable[..., SourceSpec], data_dir: Path) -> None:
     source = write("train/1.txt", "CHAPTER I\n\nIt rained.\n", "pg19")
-    assert list(read_source(source, data_dir, seed=0)) == [Document("CHAPTER I\n\nIt rained.\n", "train/1.txt", "en")]
+    assert list(open_source(source, data_dir).read(seed=0)) == [Document("CHAPTER I\n\nIt rained.\n", "train/1.txt", "en")]
 
 
 def test_zstandard_of_several_frames(write: Callable[..., SourceSpec], data_dir: Path) -> None:
     zstandard = pytest.importorskip("zstandard")
     content = b"".join(zstandard.compress(f'{{"text": "{number}"}}\n'.encode()) for number in range(3))
     source = write("a.jsonl.zst", content)
-    assert [record.text for record in read_source(source, data_dir, seed=0) if isinstance(record, Document)] == ["0", "1", "2"]
+    assert [record.text for record in open_source(source, data_dir).read(seed=0) if isinstance(record, Document)] == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize("suffix", ["xz", "zst"])
@@ -68,15 +67,14 @@ def test_a_damaged_packed_file_is_one_line(write: Callable[..., SourceSpec], dat
         f"a.jsonl.{suffix}", packed[: len(packed) // 2] if damage == "cut" else packed[:40] + b"\xff" * 60 + packed[100:]
     )
     with pytest.raises(UserError, match=f"a.jsonl.{suffix}: damaged .* file .*; fetch it again") as caught:
-        list(read_source(source, data_dir, seed=0))
+        list(open_source(source, data_dir).read(seed=0))
     assert "\n" not in str(caught.value)
 
 
 def test_other_languages_and_licences_are_no_defects(write: Callable[..., SourceSpec], data_dir: Path) -> None:
     rows = '{"content": "a", "lang": "C", "licenses": ["MIT"]}\n{"content": "b", "lang": "C", "licenses": ["X"]}\n'
     source = write("a.jsonl", rows, "the_stack", options={"lang": ["C"], "licenses": ["MIT"]})
-    check_sources([source], data_dir)
-    assert list(read_source(source, data_dir, seed=0)) == [
+    assert list(open_source(source, data_dir).read(seed=0)) == [
         Document("a", "a.jsonl:1", None),
         Drop("other_license", "a.jsonl:2"),
     ]

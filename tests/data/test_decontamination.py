@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from keural.data.adapters import evaluation
-from keural.data.filtering.decontamination import check_evaluation
+from keural.data.filtering.decontamination import check_evaluation, open_evaluation
 from keural.data.filtering.ngram_index import MIN_WEIGHT, ContaminationIndex, weight_of
 from keural.data.prepare import prepare
 from keural.data.records import EvaluationItem
@@ -135,8 +135,8 @@ def test_records_of_every_kind(
         DataSpec(sources=[source], sequence_length=600, decontaminate=spec), objective, tmp_path, tokenizer, tmp_path / "out", 1
     )
     (row,) = made.table
-    assert row["drops"] == ({"contaminated": 1} if action == "drop" else {})
-    assert row["noted"] == ({"contaminated": 1} if action == "count" else {})
+    assert row.drops == ({"contaminated": 1} if action == "drop" else {})
+    assert row.noted == ({"contaminated": 1} if action == "count" else {})
     listed = [json.loads(line) for line in (made.train.parent / "contamination.jsonl").read_text().splitlines()]
     assert [(hit["source"], hit["where"], hit["set"], hit["item"]) for hit in listed] == (
         [] if action == "skip" else [("train", "train.jsonl:1", "gsm", "test.jsonl:1")]
@@ -163,7 +163,7 @@ def test_records_beyond_a_limit_are_not_counted(tmp_path: Path, tokenizer: Keura
     made = prepare(
         DataSpec(sources=[source], sequence_length=64, decontaminate=spec), "next_token", tmp_path, tokenizer, tmp_path / "out", 1
     )
-    assert (made.table[0]["rows"], made.table[0]["kept"]) == (5, 5)
+    assert (made.table[0].rows, made.table[0].kept) == (5, 5)
     assert made.contamination is not None
     assert made.contamination["gsm"]["records"] == 0
     assert (made.train.parent / "contamination.jsonl").read_text() == ""
@@ -176,7 +176,7 @@ def test_what_is_held_out_may_hold_evaluation_items(tmp_path: Path, tokenizer: K
     train, held = (SourceSpec(name=name, adapter="text", path=f"{name}.jsonl") for name in ("train", "held"))
     data = DataSpec(sources=[train], heldout_sources=[held], sequence_length=64, decontaminate=spec)
     made = prepare(data, "next_token", tmp_path, tokenizer, tmp_path / "out", 1)
-    assert [(row["source"], row["kept"]) for row in made.table] == [("train", 1), ("held", 1)]
+    assert [(row.source, row.kept) for row in made.table] == [("train", 1), ("held", 1)]
 
 
 @pytest.mark.parametrize(
@@ -193,6 +193,7 @@ def test_what_is_held_out_may_hold_evaluation_items(tmp_path: Path, tokenizer: K
 def test_bad_evaluation_sets_are_refused(tmp_path: Path, content: str | None, adapter: str, word: str) -> None:
     if content is not None:
         (tmp_path / "test.jsonl").write_text(content)
+    spec = DecontaminateSpec(sources=[SourceSpec(name="e", adapter=adapter, path="test.jsonl")])
     with pytest.raises(UserError, match=word) as caught:
-        check_evaluation(DecontaminateSpec(sources=[SourceSpec(name="e", adapter=adapter, path="test.jsonl")]), tmp_path)
+        check_evaluation(open_evaluation(spec, tmp_path))
     assert "\n" not in str(caught.value)

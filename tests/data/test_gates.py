@@ -3,14 +3,15 @@
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from keural.data.adapters import ADAPTERS
-from keural.data.filtering.gates import GATES, Gatekeeper, hangul_share
+from keural.data.filtering.gates import GATES, Gatekeeper, check_gates, hangul_share
 from keural.data.filtering.holdout import Splitter
 from keural.data.records import Conversation, Document, PreferencePair, Record
-from keural.data.sources import check_sources
+from keural.data.sources import open_source
 from keural.errors import UserError
-from keural.recipe import GateAction, SourceSpec
+from keural.recipe import DecontaminateSpec, GateAction, SourceSpec, TokenizerSpec
 from keural.tokenizer.chatml import Message
 
 ACTIONS: tuple[GateAction, ...] = ("drop", "count", "skip")
@@ -133,7 +134,7 @@ def test_settings_that_mean_nothing_are_refused(tmp_path: Any, settings: dict[st
     (tmp_path / "a.jsonl").write_text("{}\n")
     (tmp_path / "a.txt").write_text("a\n")
     with pytest.raises(UserError) as caught:
-        check_sources([source(**({"path": "a.jsonl"} | settings))], tmp_path)
+        check_gates(open_source(source(**({"path": "a.jsonl"} | settings)), tmp_path))
     assert all(word in str(caught.value) for word in words)
 
 
@@ -163,3 +164,23 @@ def test_duplicates_of_content_ids_and_prompts() -> None:
     asked_before = splitter.side(pair("third", "fourth"), prompts="drop")
     assert getattr(asked_before, "reason", None) == "duplicate_prompt", "whatever the other source does with its prompts"
     assert splitter.side(pair("third", "fourth", system="t"), prompts="drop") == "train", "the system turn is part of the prompt"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gates": {"refusals": "skip"}},
+        {"min_characters": 3},
+        {"max_characters": 3},
+        {"max_length_ratio": 2.0},
+        {"id_field": "id"},
+        {"id_space": "orca"},
+    ],
+)
+def test_gates_are_for_what_a_stage_trains_on(settings: dict[str, Any]) -> None:
+    """A tokenizer's sources are read as they are, and of an evaluation set every item is looked for."""
+    gated = source(path="a.jsonl", **settings)
+    with pytest.raises(ValidationError, match=next(iter(settings))):
+        TokenizerSpec(vocab_size=300, sources=[gated])
+    with pytest.raises(ValidationError, match=next(iter(settings))):
+        DecontaminateSpec(sources=[gated])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from keural.data.records import Document
-from keural.data.sources import check_sources, content_of, read_source
+from keural.data.sources import open_source
 from keural.errors import UserError
 from keural.files import FileHashes
 from keural.recipe import SourceSpec
@@ -28,8 +28,7 @@ def source(hub: str = "owner/set", **settings: Any) -> SourceSpec:
 
 
 def texts(spec: SourceSpec, data_dir: Path) -> list[str]:
-    check_sources([spec], data_dir)
-    records = list(read_source(spec, data_dir, seed=0))
+    records = list(open_source(spec, data_dir).read(seed=0))
     assert all(isinstance(record, Document) for record in records)
     return [record.text for record in records if isinstance(record, Document)]
 
@@ -55,10 +54,10 @@ def test_shards_of_a_split_in_order(data_dir: Path) -> None:
     parquet(data_dir / "owner/set/data/test-00000-of-00001.parquet", "d")
     assert texts(source(), data_dir) == ["a", "b", "c"]
     assert texts(source(split="test"), data_dir) == ["d"]
-    assert next(read_source(source(), data_dir, 0)).where == "owner/set#1"
-    first = content_of(source(), data_dir, FileHashes())
+    assert next(open_source(source(), data_dir).read(seed=0)).where == "owner/set#1"
+    first = open_source(source(), data_dir).content(FileHashes())
     parquet(data_dir / "owner/set/data/train-00001-of-00002.parquet", "e")
-    assert content_of(source(), data_dir, FileHashes()) != first
+    assert open_source(source(), data_dir).content(FileHashes()) != first
 
 
 def test_configurations_of_a_card(data_dir: Path) -> None:
@@ -81,7 +80,7 @@ def test_a_revision_that_can_move_is_refused(data_dir: Path) -> None:
 def test_offline_the_command_is_named(data_dir: Path) -> None:
     command = f"hf download --repo-type dataset owner/set --revision {COMMIT} --local-dir {data_dir}/owner/set"
     refused(source(revision=COMMIT), data_dir, "source 'web'", "cannot be read", command)
-    assert content_of(source(revision=COMMIT), data_dir, FileHashes()) == [["owner/set", COMMIT]]
+    assert open_source(source(revision=COMMIT), data_dir).content(FileHashes()) == [["owner/set", COMMIT]]
 
 
 def test_half_a_download_is_named(data_dir: Path) -> None:

@@ -182,18 +182,18 @@ def work(data_dir: Path, write: Any, tokenizer: KeuralTokenizer) -> Workplace:
 def test_the_table_shows_target_share_repeats_and_what_was_left_out(work: Workplace) -> None:
     prepared = work({"big": 1, "small": 1})
     store = TokenStore.open(prepared.train)
-    rows = {row["source"]: row for row in prepared.table}
+    rows = {row.source: row for row in prepared.table}
     assert store.num_sequences == 250, "each document is there once"
-    assert sum(row["tokens"] for row in prepared.table) == store.num_tokens
+    assert sum(row.tokens for row in prepared.table) == store.num_tokens
     for row in rows.values():
-        assert row["mixture"]["target"] == 0.5
-        assert row["mixture"]["share"] == pytest.approx(0.5, abs=0.01)
-    assert rows["small"]["mixture"]["repeats"] == 4
-    big = rows["big"]["mixture"]
-    assert big["repeats"] < 1
-    assert 0 < big["unused_records"] < 200
-    assert big["records"] + big["unused_records"] == 200
-    assert big["tokens"] + big["unused_tokens"] == rows["big"]["tokens"]
+        assert row.mixture.target == 0.5
+        assert row.mixture.share == pytest.approx(0.5, abs=0.01)
+    assert rows["small"].mixture.repeats == 4
+    big = rows["big"].mixture
+    assert big.repeats < 1
+    assert 0 < big.unused_records < 200
+    assert big.records + big.unused_records == 200
+    assert big.tokens + big.unused_tokens == rows["big"].tokens
 
 
 def test_the_printed_table_shows_what_an_epoch_holds(work: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,9 +202,9 @@ def test_the_printed_table_shows_what_an_epoch_holds(work: Workplace, capsys: py
     printed = capsys.readouterr().out
     assert "base: an epoch" in printed
     lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in printed.splitlines() if "%" in line]
-    shares = {row["source"]: row["mixture"] for row in prepared.table}
+    shares = {row.source: row.mixture for row in prepared.table}
     assert lines == [
-        [name, "50.0%", f"{share['share']:.1%}", f"{share['repeats']:.2f}", f"{share['records']:,}", f"{share['tokens']:,}"]
+        [name, "50.0%", f"{share.share:.1%}", f"{share.repeats:.2f}", f"{share.records:,}", f"{share.tokens:,}"]
         for name, share in shares.items()
     ]
 

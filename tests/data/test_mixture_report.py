@@ -53,7 +53,7 @@ def test_the_language_of_a_set_known_by_name_is_counted(
 ) -> None:
     source: SourceSpec = write("a.txt", "CHAPTER I\n\nIt rained.\n", "pg19")
     prepared = prepare(DataSpec(sources=[source], sequence_length=64), "next_token", data_dir, tokenizer, data_dir / "out", 1)
-    assert prepared.table[0]["language"] == "en"
+    assert prepared.table[0].language == "en"
     _, printed, _ = keural("data", "stats", prepared.train.parent, "--json")
     (report,) = json.loads(printed).values()
     assert (report["basis"], set(report["languages"])) == ("tokens", {"en"})

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from keural.cli.printing import print_data
 from keural.data.filtering.holdout import Splitter
-from keural.data.prepare import iter_texts, prepare
+from keural.data.prepare import prepare
 from keural.data.prepared import Prepared, read_heldout_texts
 from keural.data.records import Conversation, Document
-from keural.data.tokenizer_texts import pieces
+from keural.data.sources import open_sources
+from keural.data.tokenizer_texts import iter_texts, pieces
 from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
 from keural.recipe import DataSpec, SourceSpec
@@ -73,9 +74,9 @@ def test_documents_are_framed_shuffled_and_complete(work: Workplace, write: Any)
     assert sorted(texts) == sorted(DOCUMENTS)
     assert texts != DOCUMENTS
     (row,) = prepared.table
-    assert row["tokens"] == store.num_tokens
-    assert (row["rows"], row["kept"], row["heldout"], row["drops"], row["warning"]) == (60, 60, 0, {}, None)
-    assert store.manifest["sources"] == prepared.table
+    assert row.tokens == store.num_tokens
+    assert (row.rows, row.kept, row.heldout, row.drops, row.warning) == (60, 60, 0, {}, None)
+    assert store.manifest["sources"] == [row.to_json() for row in prepared.table]
     assert prepared.heldout is None
 
 
@@ -124,11 +125,11 @@ def test_held_out_content_is_never_trained_on(work: Workplace, write: Any) -> No
     squeezed = [{" ".join(text.split()) for text in work.texts(path)} for path in (prepared.train, prepared.heldout)]
     assert not squeezed[0] & squeezed[1]
     assert " ".join(DOCUMENTS[1].split()) in squeezed[1]
-    by_name = {row["source"]: row for row in prepared.table}
-    assert by_name["c"]["split"] == "heldout"
-    assert by_name["a"]["drops"]["held_out"] == 2
-    assert by_name["b"]["drops"]["duplicate"] + by_name["b"]["drops"].get("held_out", 0) == 5
-    assert sum(row["heldout"] for row in prepared.table) == len(work.texts(prepared.heldout))
+    by_name = {row.source: row for row in prepared.table}
+    assert by_name["c"].split == "heldout"
+    assert by_name["a"].drops["held_out"] == 2
+    assert by_name["b"].drops["duplicate"] + by_name["b"].drops.get("held_out", 0) == 5
+    assert sum(row.heldout for row in prepared.table) == len(work.texts(prepared.heldout))
     assert sorted(read_heldout_texts(prepared)) == sorted(work.texts(prepared.heldout))
 
 
@@ -151,7 +152,7 @@ def test_duplicates_are_dropped_within_and_across_sources(work: Workplace, write
     ]
     prepared = work(spec(*sources))
     assert sorted(work.texts(prepared.train)) == ["가", "나", "다"]
-    assert [(row["drops"], row["first_drop"]) for row in prepared.table] == [
+    assert [(row.drops, row.first_drop) for row in prepared.table] == [
         ({"duplicate": 1}, {"duplicate": "a.jsonl:3"}),
         ({"duplicate": 1}, {"duplicate": "b.jsonl:1"}),
     ]
@@ -163,9 +164,9 @@ def test_limit_repeat_expectation_and_minimum(work: Workplace, write: Any) -> No
     prepared = work(spec(source, min_characters=5))
     assert Counter(work.texts(prepared.train)) == dict.fromkeys(DOCUMENTS[:3], 2)
     (row,) = prepared.table
-    assert (row["rows"], row["kept"], row["repeat"], row["drops"]) == (4, 3, 2, {"too_short": 1})
-    assert row["tokens"] == TokenStore.open(prepared.train).num_tokens
-    assert row["warning"] == "source 'source': 3 records kept, 10 expected"
+    assert (row.rows, row.kept, row.repeat, row.drops) == (4, 3, 2, {"too_short": 1})
+    assert row.tokens == TokenStore.open(prepared.train).num_tokens
+    assert row.warning == "source 'source': 3 records kept, 10 expected"
 
 
 def conversation(*turns: str) -> dict[str, Any]:
@@ -183,7 +184,7 @@ def test_conversations_are_rendered_and_shortened_to_fit(work: Workplace, write:
         assert store.sequence(index).tolist() == ids
         assert store.loss_mask(index).tolist() == mask
     (row,) = prepared.table
-    assert (row["kept"], row["shortened"], row["drops"]) == (2, 1, {"too_long": 1})
+    assert (row.kept, row.shortened, row.drops) == (2, 1, {"too_long": 1})
     assert store.longest <= 60
 
 
@@ -203,7 +204,7 @@ def test_pairs_share_their_prompt_and_train_only_the_answer(work: Workplace, wri
         assert tokens[: len(prompt)] == prompt
         trained = [token for token, counted in zip(tokens, mask, strict=True) if counted]
         assert trained == [*work.tokenizer.encode(answer), work.tokenizer.im_end_id]
-    assert prepared.table[0]["drops"] == {"answer_too_long": 1, "prompt_too_long": 1}
+    assert prepared.table[0].drops == {"answer_too_long": 1, "prompt_too_long": 1}
 
 
 BAD = [
@@ -229,8 +230,10 @@ def test_a_source_over_its_share_of_drops_is_refused_with_the_most_frequent_reas
     source = write("a.jsonl", content, max_drop=0.7)
     work.refused(spec(source), "next_token", "80.0% of 5 rows", "max_drop 0.7", "missing_text (2 rows, first a.jsonl:2)")
     prepared = work(spec(write("a.jsonl", content, max_drop=0.8)))
-    assert prepared.table[0]["drops"] == {"missing_text": 2, "empty": 1, "malformed_row": 1}
-    assert prepared.table[0]["first_drop"]["malformed_row"] == "a.jsonl:5"
+    with pytest.raises(UserError, match=r"80\.0% of 5 rows .* max_drop 0\.7"):
+        work(spec(source))  # the same rows, prepared already
+    assert prepared.table[0].drops == {"missing_text": 2, "empty": 1, "malformed_row": 1}
+    assert prepared.table[0].first_drop["malformed_row"] == "a.jsonl:5"
 
 
 def test_sources_that_give_nothing_are_refused(work: Workplace, write: Any) -> None:
@@ -251,14 +254,14 @@ def test_gates_drop_or_count_and_the_table_shows_it(work: Workplace, write: Any)
     source = write("a.jsonl", jsonl(rows), "messages", gates={"placeholders": "skip"})
     prepared = work(spec(source), "sft")
     (row,) = prepared.table
-    assert (row["drops"], row["first_drop"]) == ({"self_identification": 1}, {"self_identification": "a.jsonl:1"})
-    assert row["noted"] == {"control_string": 1}
-    assert (row["kept"], row["length_ratio"]) == (3, None)
+    assert (row.drops, row.first_drop) == ({"self_identification": 1}, {"self_identification": "a.jsonl:1"})
+    assert row.noted == {"control_string": 1}
+    assert (row.kept, row.length_ratio) == (3, None)
     store = TokenStore.open(prepared.train)
     markers = [token for index in range(3) for token in store.sequence(index).tolist() if token == work.tokenizer.im_end_id]
     assert len(markers) == 6, "two turns each: what a user spells stays text"
     strict = write("a.jsonl", jsonl(rows), "messages", gates={"control_strings": "drop"}, max_drop=0.8)
-    assert work(spec(strict, length=401), "sft").table[0]["drops"]["control_string"] == 1
+    assert work(spec(strict, length=401), "sft").table[0].drops["control_string"] == 1
 
 
 def test_translations_are_duplicates_by_id(work: Workplace, write: Any) -> None:
@@ -269,8 +272,8 @@ def test_translations_are_duplicates_by_id(work: Workplace, write: Any) -> None:
         write("ko.jsonl", jsonl(korean), "orca_dpo_pairs_ko", name="ko", id_field="row_number", id_space="orca"),
     ]
     prepared = work(spec(*sources), "dpo")
-    assert [(row["kept"], row["drops"]) for row in prepared.table] == [(4, {}), (1, {"duplicate_id": 4})]
-    assert prepared.table[0]["length_ratio"] == 2.0
+    assert [(row.kept, row.drops) for row in prepared.table] == [(4, {}), (1, {"duplicate_id": 4})]
+    assert prepared.table[0].length_ratio == 2.0
 
 
 def test_sources_are_left_out_by_licence_or_as_benchmarks(work: Workplace, write: Any) -> None:
@@ -287,8 +290,8 @@ def test_sources_are_left_out_by_licence_or_as_benchmarks(work: Workplace, write
 
     def left_out(**settings: Any) -> dict[str, str]:
         prepared = work(spec(own, noncommercial, benchmark, **settings), "dpo")
-        assert all(row["rows"] == 0 for row in prepared.table if row["left_out"])
-        return {row["source"]: row["left_out"] for row in prepared.table if row["left_out"]}
+        assert all(row.rows == 0 for row in prepared.table if row.left_out)
+        return {row.source: row.left_out for row in prepared.table if row.left_out}
 
     assert left_out(benchmarks=False) == {"bench": "benchmark"}
     aihub = {"exclude": ["aihub", "*-NC-*"]}
@@ -320,7 +323,7 @@ def test_rows_of_another_schema_are_refused_with_row_key_and_adapter(work: Workp
     words = ("a.jsonl:1#1", "adapter aihub_71760", "no key 'chosen'", "Candidate_answer, Prompt, gold", "option label")
     work.refused(spec(source), "dpo", *words)
     named = write("a.jsonl", jsonl([row, {"odd": 1}]), "aihub_71760", options={"label": "gold"})
-    assert work(spec(named), "dpo").table[0]["drops"] == {"wrong_schema": 1}
+    assert work(spec(named), "dpo").table[0].drops == {"wrong_schema": 1}
 
 
 def test_holding_out_nothing_or_everything_is_refused(work: Workplace, write: Any) -> None:
@@ -343,7 +346,7 @@ def test_the_micro_world_is_prepared_without_a_data_directory(work: Workplace) -
     train = SourceSpec(name="train", adapter="microworld", options={"part": "instructions", "count": 200})
     held = SourceSpec(name="held", adapter="microworld", options={"part": "instructions", "count": 50, "split": "heldout"})
     prepared = prepare(spec(train, heldout_sources=[held]), "sft", None, work.tokenizer, work.out / "toy", 1)
-    assert {row["source"]: row["drops"].get("held_out", 0) for row in prepared.table} == {"train": 0, "held": 0}
+    assert {row.source: row.drops.get("held_out", 0) for row in prepared.table} == {"train": 0, "held": 0}
     assert prepared.heldout is not None
 
 
@@ -376,11 +379,11 @@ def test_pieces_are_the_text(text: str, size: int) -> None:
 def test_texts_for_the_tokenizer_are_thinned_evenly(work: Workplace, write: Any) -> None:
     big = "".join(f"긴 줄 {number} with some words\n" for number in range(9000))
     sources = [write("big.txt", big, name="big"), write("b.jsonl", jsonl([{"text": f"b{n} " * 500} for n in range(40)]), name="b")]
-    everything = list(iter_texts(sources, work.data_dir, 10**9, 1))
+    everything = list(iter_texts(open_sources(sources, work.data_dir), 10**9, 1))
     assert len(everything) == 41
     total = sum(len(text.encode()) for text in everything)
-    thinned = list(iter_texts(sources, work.data_dir, total // 4, 1))
-    assert thinned == list(iter_texts(sources, work.data_dir, total // 4, 1))
+    thinned = list(iter_texts(open_sources(sources, work.data_dir), total // 4, 1))
+    assert thinned == list(iter_texts(open_sources(sources, work.data_dir), total // 4, 1))
     assert total / 4 * 0.9 < sum(len(text.encode()) for text in thinned) <= total / 4
     assert all(text in big or text.startswith("b") for text in thinned)
     share = sum(len(text.encode()) for text in thinned if text.startswith("b")) / sum(len(f"b{n} " * 500) for n in range(40))
@@ -390,9 +393,9 @@ def test_texts_for_the_tokenizer_are_thinned_evenly(work: Workplace, write: Any)
 def test_conversations_pairs_limits_and_repeats_give_texts(work: Workplace, write: Any) -> None:
     chats = write("a.jsonl", jsonl([conversation("q", "a"), conversation("r", "b")]), "messages", name="a", limit=1, repeat=2)
     pairs = write("b.jsonl", jsonl([{"prompt": "p", "chosen": "c", "rejected": "d"}]), "preference", name="b")
-    assert list(iter_texts([chats, pairs], work.data_dir, 1000, 1)) == ["q", "q", "a", "a", "p", "c", "d"]
+    assert list(iter_texts(open_sources([chats, pairs], work.data_dir), 1000, 1)) == ["q", "q", "a", "a", "p", "c", "d"]
     with pytest.raises(UserError, match="source 'source': gives no text"):
-        list(iter_texts([write("c.jsonl", jsonl([{"x": 1}]))], work.data_dir, 1000, 1))
+        list(iter_texts(open_sources([write("c.jsonl", jsonl([{"x": 1}]))], work.data_dir), 1000, 1))
 
 
 def test_a_damaged_memory_of_what_is_there_is_made_again_or_named(work: Workplace, write: Any) -> None:

@@ -9,7 +9,7 @@ from published_writer import pack_documents, write_shard
 
 from keural.data.loading.batch import Batch
 from keural.data.loading.stream import Stream
-from keural.data.pretokenized import ready
+from keural.data.pretokenized import open_pretokenized
 from keural.data.tokens.import_export import import_tokens
 from keural.data.tokens.published_shards import PublishedShards
 from keural.data.tokens.store import StoreWriter, TokenStore
@@ -45,8 +45,8 @@ def test_shards_give_the_documents_of_the_converted_store(shards: Path, tokenize
     assert Counter(found) == Counter(tuple(store.sequence(index).tolist()) for index in range(store.num_sequences))
     in_order = [document for batch in stream.batches_once(3) for document in documents_in(batch)]
     assert in_order == [tuple(store.sequence(index).tolist()) for index in range(store.num_sequences)]
-    assert sum(batch.real_tokens for batch in batches) == counts["tokens"]
-    assert sum(batch.counted_tokens for batch in batches) == counts["tokens"] - counts["documents"]
+    assert sum(batch.num_tokens for batch in batches) == counts["tokens"]
+    assert sum(batch.num_labels for batch in batches) == counts["tokens"] - counts["documents"]
     assert PublishedShards(shards, tokenizer.vocab_size).survey().counts.table() == counts
 
 
@@ -76,25 +76,25 @@ def spec(**data: object) -> DataSpec:
 
 
 def test_shards_say_what_is_padding_cut_and_lost(shards: Path, tokenizer: KeuralTokenizer) -> None:
-    prepared = ready(spec(shards="shards"), "next_token", shards.parent, tokenizer, shards.parent)
+    prepared = open_pretokenized(spec(shards="shards"), "next_token", shards.parent, tokenizer, shards.parent)
     (row,) = prepared.table
-    assert all(word in row["survey"] for word in ("published shards", "padding", "cut", "lost first tokens"))
+    assert all(word in row.survey for word in ("published shards", "padding", "cut", "lost first tokens"))
     with pytest.raises(UserError, match="set it to 16"):
-        ready(spec(shards="shards", sequence_length=32), "next_token", shards.parent, tokenizer, shards.parent)
+        open_pretokenized(spec(shards="shards", sequence_length=32), "next_token", shards.parent, tokenizer, shards.parent)
 
 
 def test_a_store_is_refused_for_another_tokenizer_kind_or_when_it_is_none(shards: Path, tokenizer: KeuralTokenizer) -> None:
     work = shards.parent
     import_tokens(shards, work / "store", "published", tokenizer)
-    assert ready(spec(store="store"), "next_token", work, tokenizer, work).table[0]["adapter"] == "store"
+    assert open_pretokenized(spec(store="store"), "next_token", work, tokenizer, work).table[0].adapter == "store"
     with pytest.raises(UserError, match="objective sft needs conversations"):
-        ready(spec(store="store"), "sft", work, tokenizer, work)
+        open_pretokenized(spec(store="store"), "sft", work, tokenizer, work)
     with StoreWriter(work / "foreign", "b" * 64, 500, "documents") as writer:
         writer.add([1, 5, 2])
     with pytest.raises(UserError, match="another tokenizer"):
-        ready(spec(store="foreign"), "next_token", work, tokenizer, work)
+        open_pretokenized(spec(store="foreign"), "next_token", work, tokenizer, work)
     with pytest.raises(UserError, match="no finished token store"):
-        ready(spec(store="shards"), "next_token", work, tokenizer, work)
+        open_pretokenized(spec(store="shards"), "next_token", work, tokenizer, work)
 
 
 def test_several_stores_are_mixed_by_weight(shards: Path, tokenizer: KeuralTokenizer) -> None:
@@ -102,8 +102,8 @@ def test_several_stores_are_mixed_by_weight(shards: Path, tokenizer: KeuralToken
     import_tokens(shards, work / "one", "published", tokenizer)
     import_tokens(shards, work / "two", "published", tokenizer)
     stores = [{"name": "one", "path": "one", "weight": 3.0}, {"name": "two", "path": "two", "weight": 1.0}]
-    prepared = ready(spec(stores=stores, mixing={"max_repeat": 1.0}), "next_token", work, tokenizer, work)
-    shares = {row["source"]: row["mixture"]["share"] for row in prepared.table}
+    prepared = open_pretokenized(spec(stores=stores, mixing={"max_repeat": 1.0}), "next_token", work, tokenizer, work)
+    shares = {row.source: row.mixture.share for row in prepared.table}
     assert shares["one"] == pytest.approx(0.75, abs=0.03)
     stream = prepared.corpus.stream("next_token", LENGTH, 4, None, 1, tokenizer.sha256, tokenizer.vocab_size)
     assert stream.batch(3).input_ids.shape == (4, LENGTH)

@@ -11,7 +11,7 @@ import yaml
 from keural.data.adapters import ADAPTERS, aihub, corpora, published
 from keural.data.licenses import flags_of, license_of
 from keural.data.records import Conversation, Document, Drop, PreferencePair
-from keural.data.sources import read_source
+from keural.data.sources import open_source
 from keural.recipe import SourceSpec
 
 ROWS = Path(__file__).with_name("rows")
@@ -35,7 +35,7 @@ def plain(record: Any) -> Any:
 def read(directory: Path, name: str, *rows: Any, **options: Any) -> list[Any]:
     (directory / "rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     source = SourceSpec(name="set", adapter=name, path="rows.jsonl", options=options)
-    return list(read_source(source, directory, seed=0))
+    return list(open_source(source, directory).read(seed=0))
 
 
 @pytest.mark.parametrize(("name", "number"), CASES)

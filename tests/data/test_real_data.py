@@ -12,7 +12,7 @@ import pytest
 from keural.data.filtering.ngram_index import ContaminationIndex
 from keural.data.readers.formats import Row, read_rows
 from keural.data.records import Conversation, Document, Drop
-from keural.data.sources import files_of, read_source
+from keural.data.sources import open_source, open_sources
 from keural.recipe import SourceSpec
 
 HEADERLESS = {"header": False, "question": 0, "answer": 1}
@@ -20,7 +20,7 @@ HEADERLESS = {"header": False, "question": 0, "answer": 1}
 
 def read(real_data: Path, adapter: str, path: str, **settings: Any) -> tuple[list[Any], Counter[str]]:
     source = SourceSpec(name="real", adapter=adapter, path=path, **settings)
-    found = list(read_source(source, real_data, seed=0))
+    found = list(open_source(source, real_data).read(seed=0))
     kept = [record for record in found if not isinstance(record, Drop)]
     return kept, Counter(record.reason for record in found if isinstance(record, Drop))
 
@@ -38,7 +38,7 @@ def test_hh_rlhf_defects_counted_without_the_adapter(real_data: Path) -> None:
     rows.
     """
     source = SourceSpec(name="hh", adapter="hh_rlhf", path="pref_hh_rlhf/harmless-base/test.jsonl.gz")
-    ((file, format_name),) = files_of(source, real_data)
+    ((file, format_name),) = open_source(source, real_data).files
     chosen_only, either = 0, 0
     for row in read_rows(file, format_name, {}):
         assert isinstance(row, Row)
@@ -57,7 +57,7 @@ def test_hh_rlhf_defect_by_defect(real_data: Path) -> None:
     last turns, 5 differing histories, 2 repeated prompts, no identical pair.
     """
     source = SourceSpec(name="hh", adapter="hh_rlhf", path="pref_hh_rlhf/harmless-base/test.jsonl.gz")
-    ((file, format_name),) = files_of(source, real_data)
+    ((file, format_name),) = open_source(source, real_data).files
     found: Counter[str] = Counter()
     prompts: Counter[tuple[str, ...]] = Counter()
     for row in read_rows(file, format_name, {}):
@@ -151,7 +151,7 @@ def test_korean_prose_passes_the_korean_filters_and_rubbish_does_not(real_data: 
 @pytest.mark.slow
 def test_planted_evaluation_items_are_found_and_clean_prose_is_not_flagged(real_data: Path) -> None:
     benchmark = load_benchmark("decontamination")
-    items = list(benchmark.evaluation_items(benchmark.sources(), real_data))
+    items = list(benchmark.evaluation_items(open_sources(benchmark.sources(), real_data)))
     index = ContaminationIndex(items)
     documents = benchmark.clean_documents(real_data)
     generator = random.Random(0)

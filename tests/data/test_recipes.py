@@ -6,8 +6,7 @@ import pytest
 
 from keural.data.adapters import ADAPTERS
 from keural.data.licenses import left_out, license_of
-from keural.data.loading.stream import STORE_KIND
-from keural.recipe import load_recipe
+from keural.recipe import OBJECTIVES, load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -17,7 +16,7 @@ def test_every_source_has_an_adapter_of_its_stages_kind(name: str) -> None:
     recipe = load_recipe(RECIPES / name)
     for stage in recipe.stages:
         for source in stage.data.sources:
-            assert ADAPTERS[source.adapter].kind_of(source) == STORE_KIND[stage.objective], source.name
+            assert ADAPTERS[source.adapter].kind_of(source) == OBJECTIVES[stage.objective].store, source.name
             assert set(source.options) <= set(ADAPTERS[source.adapter].options), source.name
 
 

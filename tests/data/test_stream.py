@@ -115,8 +115,8 @@ def test_the_ranks_rows_together_are_the_step(tmp_path: Path, objective: str, wo
         assert len({len(share.input_ids) for share in shares}) == 1
         for row in range(len(whole.input_ids)):
             assert same(shares[row % world].select([row // world]), whole.select([row]))
-        assert sum(share.counted_tokens for share in shares) == whole.counted_tokens
-        assert sum(share.real_tokens for share in shares) == whole.real_tokens
+        assert sum(share.num_labels for share in shares) == whole.num_labels
+        assert sum(share.num_tokens for share in shares) == whole.num_tokens
 
 
 @OBJECTIVES

@@ -1,9 +1,11 @@
-"""Cached decoding, padding and generation."""
+"""Cached decoding, padding, and the logits that are asked for."""
 
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from keural.model.modeling_keural import CACHE_NAME
 
 
 def make_cache(kind, model):
@@ -53,7 +55,7 @@ def test_prepared_masks_are_taken_as_they_are(tiny_model, tokens):
         "config": model.config,
         "inputs_embeds": model.get_input_embeddings()(ids),
         "attention_mask": mask,
-        "past_key_values": None,
+        CACHE_NAME: None,
     }
     prepared = {
         "full_attention": create_causal_mask(**arguments),
@@ -93,38 +95,3 @@ def test_the_last_block_mixes_experts_only_for_the_logits_asked_for(tiny_model, 
     cache = model(tokens(2, 6), logits_to_keep=1, use_cache=True).past_key_values
     assert seen == [6] * (len(model.model.layers) - 1) + [1]
     assert cache.get_seq_length() == 6
-
-
-@torch.no_grad()
-def greedy_by_recomputing(model, ids, steps):
-    for _ in range(steps):
-        ids = torch.cat((ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)), dim=1)
-    return ids
-
-
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_greedy_generation_of_a_padded_batch_is_recomputing_each_prompt(tiny_model, tokens, cache):
-    model, long, short = tiny_model(eos_token_id=None), tokens(1, 12), tokens(1, 4, seed=2)
-    batch = torch.cat((long, torch.nn.functional.pad(short, (8, 0))))
-    mask = torch.ones_like(batch)
-    mask[1, :8] = 0
-    options = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
-    generated = model.generate(batch, attention_mask=mask, **options)
-    assert torch.equal(generated[:1], greedy_by_recomputing(model, long, 12))
-    assert torch.equal(generated[1:, 8:], greedy_by_recomputing(model, short, 12))
-
-
-def test_generation_ends_at_the_end_of_turn(tiny_model, tokens):
-    model, ids = tiny_model(eos_token_id=None), tokens(1, 6)
-    third = greedy_by_recomputing(model, ids, 3)[0, -1].item()
-    generated = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=third)
-    assert generated[0, -1] == third
-    assert generated.shape[1] <= 9
-
-
-def test_sampling_repeats_with_its_seed(tiny_model, tokens):
-    model, ids, runs = tiny_model(eos_token_id=None, initializer_range=0.02), tokens(1, 6), []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        runs.append(model.generate(ids, max_new_tokens=10, do_sample=True, temperature=0.7, top_p=0.9).tolist())
-    assert runs[0] == runs[1] != runs[2]

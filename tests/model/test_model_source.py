@@ -54,6 +54,7 @@ def test_the_files_need_only_torch_transformers_and_each_other(module):
             "collections",
             "dataclasses",
             "importlib",
+            "inspect",
             "typing",
         }
         assert root in allowed, ast.unparse(node)

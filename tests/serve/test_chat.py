@@ -16,8 +16,9 @@ import pytest
 
 from keural.errors import UserError
 from keural.serve.chat import Conversation, run_chat
-from keural.serve.engines.decoding import Finish, check_prompt
-from keural.serve.engines.sampling import SamplingParams
+from keural.serve.engines.base import Finish
+from keural.serve.engines.decoding import check_prompt
+from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.engines.transformers import TransformersEngine
 from keural.serve.generate import run_generate
 from keural.serve.text import printable

@@ -10,7 +10,7 @@ import pytest
 from keural.errors import UserError
 from keural.serve.engines.paths import gguf_file
 from keural.serve.engines.registry import chat_defaults, open_engine
-from keural.serve.engines.sampling import SamplingParams
+from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.engines.transformers import TransformersEngine
 
 HEAVY = "import sys, keural.serve.engines.registry; print([name for name in ('llama_cpp', 'gguf') if name in sys.modules])"

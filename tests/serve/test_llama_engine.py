@@ -15,7 +15,7 @@ from keural.convert.export import ExportOptions, export
 from keural.errors import UserError
 from keural.serve.engines.llama_cpp import LlamaCppEngine, physical_cores
 from keural.serve.engines.registry import open_engine
-from keural.serve.engines.sampling import SamplingParams
+from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.engines.transformers import TransformersEngine
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
 from keural.errors import UserError
-from keural.serve.engines.sampling import SamplingParams, choose, next_token_distribution, penalise
+from keural.serve.engines.sampling import choose, next_token_distribution, penalise
+from keural.serve.engines.sampling_params import SamplingParams
 
 
 def of_transformers(ids: Tensor, logits: Tensor, sampling: SamplingParams) -> Tensor:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.pretrained.directory import save_model_directory
-from keural.serve.engines.decoding import Finish
-from keural.serve.engines.sampling import SamplingParams
+from keural.serve.engines.base import Finish
+from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.jamo import RESTORED, compatibility_jamo
 from keural.serve.text import stream_answer
 from keural.tokenizer import KeuralTokenizer

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from keural.errors import UserError
 from keural.model import KeuralMoECausalLM
-from keural.serve.engines.sampling import SamplingParams
+from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.engines.transformers import TransformersEngine
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt
 

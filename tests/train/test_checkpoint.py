@@ -66,7 +66,7 @@ def test_resuming_restores_weights_moments_and_step(trained: StageJob) -> None:
         assert state["exp_avg_sq"].abs().max() > 0
 
 
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "manifest.json"])
+@pytest.mark.parametrize("name", ["shard-00001-model-00001-of-00001.safetensors", "manifest.json"])
 @pytest.mark.parametrize("damage", ["bit", "missing", "truncated"])
 def test_damage_is_refused_with_the_file_and_what_to_do(trained: StageJob, name: str, damage: str) -> None:
     path = newest(trained) / name
@@ -99,7 +99,7 @@ def test_every_single_flipped_bit_of_the_manifest_is_noticed(trained: StageJob) 
             same = False
         if not same:
             with pytest.raises(UserError, match="damaged"):
-                checkpoints._verified(newest(trained))
+                checkpoints._verified(newest(trained), {})
 
 
 def test_a_checkpoint_of_other_settings_is_refused(trained: StageJob) -> None:
@@ -112,7 +112,7 @@ def test_what_a_killed_process_left_is_ignored_and_removed(trained: StageJob) ->
     shutil.rmtree(newest(trained))
     leftover = trained.run_dir / "checkpoints" / ".step-00000012.tmp"
     leftover.mkdir()
-    (leftover / "__0_0.distcp").write_bytes(b"half")
+    (leftover / "shard.safetensors").write_bytes(b"half")
     assert train_stage(trained).steps == 12
     assert ".step-00000012.tmp" not in names(trained)
 

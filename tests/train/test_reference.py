@@ -11,8 +11,8 @@ from train_small import LENGTH, losses_of, open_run, small_job
 
 from keural.errors import UserError
 from keural.train.micro_batches import micro_batches
-from keural.train.objectives.preference import sequence_logprobs, sides
-from keural.train.reference import VALUES, ReferenceCache
+from keural.train.objectives.preference import pair_logprobs
+from keural.train.reference import CHECKSUMS, VALUES, ReferenceCache
 from keural.train.stage import train_stage
 
 
@@ -25,9 +25,8 @@ def test_at_step_0_policy_and_reference_agree_to_the_last_bit_and_the_loss_is_ln
     trainer = open_run(job).trainer
     assert trainer.references is not None
     for micro in micro_batches(trainer.stream.batch(0), limit, torch.device("cpu")):
-        found = sides(micro.rows)
-        policy = sequence_logprobs(trainer.policy(micro.input_ids, micro.position_ids, micro.labels).logprobs, found)
-        assert torch.equal(policy.detach(), trainer.references(found.sequences))
+        policy = pair_logprobs(trainer.policy(micro.input_ids, micro.position_ids, micro.labels).logprobs, micro.pairs)
+        assert torch.equal(policy.detach(), trainer.references(micro.pairs.sequences))
     train_stage(job)
     assert losses_of(job)[0] == pytest.approx(math.log(2), abs=1e-7)
 
@@ -53,7 +52,7 @@ def test_a_computation_stopped_halfway_goes_on_there(tmp_path: Path) -> None:
     job = small_job(tmp_path, "dpo", number=20)
     whole = open_run(job)
     assert isinstance(whole.trainer.references, ReferenceCache)
-    ranks, stream, policy = whole.ranks, whole.stream, whole.trainer.policy
+    ranks, stream, policy = whole.trainer.ranks, whole.trainer.stream, whole.trainer.policy
     batches = [stream.batch(step) for step in range(5)]
     cache = ReferenceCache(tmp_path / "cache", "a", 40, ranks)
     assert cache.fill(policy, batches[:2], None) == 2
@@ -63,23 +62,38 @@ def test_a_computation_stopped_halfway_goes_on_there(tmp_path: Path) -> None:
     assert ReferenceCache(tmp_path / "cache", "other weights", 40, ranks).fill(policy, batches, None) == 5
 
 
-def test_a_flipped_bit_in_the_cache_is_refused(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_noticed_and_the_value_computed_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     job = small_job(tmp_path, "dpo")
-    open_run(job)
+    first = open_run(job).trainer.references
+    assert isinstance(first, ReferenceCache)
     path = job.run_dir / "reference" / "train" / VALUES
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"logprobs\.npy: damaged.*delete"):
+    capfd.readouterr()
+    again = open_run(job).trainer.references
+    assert isinstance(again, ReferenceCache)
+    assert "1 values are damaged" in capfd.readouterr().out
+    assert np.array_equal(first.values, again.values, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", [VALUES, CHECKSUMS, "manifest.json"])
+def test_a_file_of_another_form_is_refused(tmp_path: Path, name: str) -> None:
+    job = small_job(tmp_path, "dpo")
+    open_run(job)
+    path = job.run_dir / "reference" / "train" / name
+    path.write_bytes(path.read_bytes().replace(b"<", b">").replace(b'"', b"'"))
+    with pytest.raises(UserError, match=rf"{name}: damaged.*delete"):
         open_run(job)
 
 
 def test_a_pair_that_occurs_twice_in_a_batch_counts_twice(tmp_path: Path) -> None:
     job = small_job(tmp_path, "dpo", number=3, train={"batch_pairs": 7, "steps": 1, "warmup_steps": 0})
     run = open_run(job)
-    found = sides(run.stream.batch(0))
-    assert len(found.sequences) == 14
-    assert sorted(np.bincount(found.sequences[:7])[::2].tolist()) == [2, 2, 3]
+    chosen, rejected = run.trainer.stream.batch(0).pair_sequences
+    assert len(chosen) == 7
+    assert (rejected == chosen + 1).all()
+    assert sorted(np.bincount(chosen)[::2].tolist()) == [2, 2, 3]
     assert train_stage(job).loss_first == pytest.approx(math.log(2), abs=1e-7)
 
 

@@ -25,9 +25,9 @@ def test_more_micro_batches_give_the_same_gradients_router_losses_included(tmp_p
     whole = open_run(small_job(tmp_path, objective, run="whole", router=router)).trainer
     parts = open_run(small_job(tmp_path, objective, run="parts", router=router, train={"micro_batch_tokens": 2 * LENGTH})).trainer
     for step in range(2):
-        sums, gradients = step_gradients(whole, step)
-        split_sums, split_gradients = step_gradients(parts, step)
-        torch.testing.assert_close(split_sums, sums, atol=1e-5, rtol=1e-5)
+        losses, gradients = step_gradients(whole, step)
+        split_losses, split_gradients = step_gradients(parts, step)
+        torch.testing.assert_close(split_losses, losses, atol=1e-5, rtol=1e-5)
         for name in gradients:
             torch.testing.assert_close(split_gradients[name], gradients[name], atol=1e-5, rtol=1e-5)
     assert gradients["model.layers.0.mlp.gate.weight"].abs().max() > 1e-3

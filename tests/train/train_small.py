@@ -24,11 +24,11 @@ from keural.errors import UserError
 from keural.files import atomic_directory
 from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.recipe import StageSpec
-from keural.train.loop import Trainer, count_step, forward_backward, step_loads
-from keural.train.micro_batches import micro_batches
+from keural.train.gradients import accumulate_gradients
 from keural.train.parallel import full_state_dict
 from keural.train.ranks import Ranks, session
-from keural.train.stage import StageJob, StageResult, StageRun, StopSignals, train_stage
+from keural.train.stage import StageJob, StageResult, StageRun, StopSignals, open_stage, train_stage
+from keural.train.trainer import Trainer
 
 VOCAB = 96
 LENGTH = 32
@@ -128,20 +128,16 @@ def small_job(
 
 def open_run(job: StageJob) -> StageRun:
     """The stage with its model, plan and references, before the first step."""
-    run = StageRun(job, Ranks(0, 1, torch.device("cpu")), time.monotonic())
-    run.prepare(StopSignals())
-    return run
+    return open_stage(job, Ranks(0, 1, torch.device("cpu")), StopSignals(), time.monotonic())
 
 
-def step_gradients(trainer: Trainer, step: int = 0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The sums and the gradients of one optimizer step, without the step."""
-    batch = trainer.stream.batch(step)
-    micros = micro_batches(batch, trainer.stage.train.micro_batch_tokens, trainer.ranks.device)
-    totals, loads = count_step(trainer, batch, micros), step_loads(trainer, micros)
-    trainer.optimizer.zero_grad()
-    sums = torch.stack([forward_backward(trainer, micro, totals, loads) for micro in micros]).sum(0)
+def step_gradients(trainer: Trainer, step: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Everything that the losses of one optimizer step are made of, and its gradients, without the step."""
+    found = accumulate_gradients(trainer, step)
+    router = {name: getattr(found.router, name) for name in ("counts", "probabilities", "squares")}
+    losses = {name: torch.tensor(value) for name, value in {"loss": found.loss, **found.metrics}.items()} | router
     gradients = {name: parameter.grad.clone() for name, parameter in trainer.policy.model.named_parameters()}  # type: ignore[union-attr]
-    return sums, gradients
+    return losses, gradients
 
 
 def metrics_of(job: StageJob) -> list[dict[str, Any]]:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
-from transformers.utils import logging as transformers_logging
 
+import keural
 from keural.cli import checkpoints, data, tokenizer
 from keural.cli.options import (
+    RECIPE,
     EngineName,
     JamoStyle,
     MaxNewTokens,
@@ -26,27 +26,46 @@ from keural.cli.options import (
     RecipeDir,
     RepetitionPenalty,
     Seed,
+    StageFile,
     System,
     Temperature,
     Threads,
     TopP,
     open_recipe,
+    open_stage,
 )
 from keural.errors import UserError
 
 if TYPE_CHECKING:
     from keural.pipeline.run import Outcome
-    from keural.serve.engines.sampling import SamplingParams
+    from keural.recipe import Recipe
+    from keural.serve.engines.sampling_params import SamplingParams
+
+RECIPES, DATA, USE = "Recipes and runs", "Data and tokenizers", "Talking to a model"
+"""Groups of commands in the help; those around checkpoints have theirs."""
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"keural {keural.__version__}")
+        raise typer.Exit
+
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__.split("\n")[0], pretty_exceptions_enable=False)
-app.add_typer(tokenizer.app, name="tokenizer")
-app.add_typer(data.app, name="data")
+app.add_typer(tokenizer.app, name="tokenizer", rich_help_panel=DATA)
+app.add_typer(data.app, name="data", rich_help_panel=DATA)
 app.add_typer(checkpoints.app)
+
+
+@app.callback()
+def _common(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version, help="print the version")] = False,
+) -> None:
+    """Options of the command itself."""
 
 
 def main() -> None:
     """Run the command line; the process's exit code says how it went."""
-    transformers_logging.disable_progress_bar()
     try:
         app()
     except UserError as error:
@@ -65,7 +84,7 @@ def main() -> None:
         sys.exit(2)
 
 
-@app.command()
+@app.command(rich_help_panel=RECIPES)
 def run(
     recipe: RecipeDir,
     overrides: Overrides = None,
@@ -74,27 +93,34 @@ def run(
     tensorboard: Annotated[bool, typer.Option(help="also write TensorBoard files")] = False,
 ) -> None:
     """Run a recipe's whole pipeline; finished stages are skipped, an interrupted one is resumed."""
+    loaded, directory = open_recipe(recipe, overrides, out)
+    _check(loaded, directory, until=until)
     from keural.pipeline.run import run as run_recipe
 
-    loaded, directory = open_recipe(recipe, overrides, out)
-    outcome = run_recipe(loaded, directory, until=until, tensorboard=tensorboard)
-    _end(outcome)
+    _end(run_recipe(loaded, directory, until=until, tensorboard=tensorboard))
 
 
-@app.command()
+@app.command(rich_help_panel=RECIPES)
 def train(
-    stage: Annotated[Path, typer.Argument(help="a stage's YAML file, with recipe.yaml beside it")],
+    stage: StageFile,
     overrides: Overrides = None,
     out: Out = None,
     tensorboard: Annotated[bool, typer.Option(help="also write TensorBoard files")] = False,
 ) -> None:
     """Run one stage (with torchrun: on many processes); the stage it starts from must be finished."""
-    from keural.cli import printing
+    loaded, name, directory = open_stage(stage, overrides, out)
+    _check(loaded, directory, only=name)
     from keural.pipeline.run import run as run_recipe
 
-    loaded, directory = open_recipe(printing.stage_file(stage).parent, overrides, out)
-    outcome = run_recipe(loaded, directory, only=stage.stem, tensorboard=tensorboard)
-    _end(outcome)
+    _end(run_recipe(loaded, directory, only=name, tensorboard=tensorboard))
+
+
+def _check(recipe: "Recipe", directory: Path, *, until: str | None = None, only: str | None = None) -> None:
+    """Refuse what cannot work before torch is imported, which takes seconds; under torchrun rank 0 looks for all, later."""
+    from keural.pipeline import workspace
+
+    if "LOCAL_RANK" not in os.environ:
+        workspace.check_inputs(recipe, workspace.select_stages(recipe, until=until, only=only), directory)
 
 
 def _end(outcome: "Outcome") -> None:
@@ -107,19 +133,55 @@ def _end(outcome: "Outcome") -> None:
         raise SystemExit(128 + signal.SIGINT)
 
 
-@app.command(name="recipe")
-def show_recipe(recipe: RecipeDir, overrides: Overrides = None) -> None:
-    """Print a recipe with every setting resolved, and the size of its model."""
-    from keural.model import KeuralConfig, count_parameters
+@app.command(name="recipe", rich_help_panel=RECIPES)
+def show_recipe(
+    recipe: Annotated[Path | None, RECIPE] = None,
+    overrides: Overrides = None,
+    explain: Annotated[str | None, typer.Option(metavar="KEY", help="say what a key or section means, and nothing else")] = None,
+) -> None:
+    """Print a recipe with every setting resolved, and the size of its model; or what a key means."""
+    if (recipe is None) == (explain is None):
+        raise UserError("give either a recipe, to see its settings, or --explain KEY, to see what a key means")
+    if explain is not None:
+        from keural.recipe.reference import explain as explained
+
+        print(explained(explain), end="")
+    else:
+        assert recipe is not None
+        _print_recipe(recipe, overrides)
+
+
+def _print_recipe(recipe: Path, overrides: list[str] | None) -> None:
+    import yaml
+
+    from keural.model.parameters import CHATML_IDS, count_weights
 
     loaded, _ = open_recipe(recipe, overrides, None)
-    shape = loaded.spec.model.model_dump(exclude={"rope_theta"})
-    total, active = count_parameters(KeuralConfig(**shape, vocab_size=loaded.spec.tokenizer.vocab_size + 2))
+    total, active = count_weights(loaded.spec.model, loaded.spec.tokenizer.vocab_size + CHATML_IDS)
     print(yaml.safe_dump(loaded.resolved(), allow_unicode=True, sort_keys=False), end="")
     print(f"# parameters: {total:,} in all, {active:,} active per token")
 
 
-@app.command()
+@app.command(rich_help_panel=RECIPES)
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="one of them")] = None,
+    copy: Annotated[Path | None, typer.Option(metavar="DIR", help="write a copy of it here, to be changed")] = None,
+) -> None:
+    """List the recipes that come with the package, or copy one out."""
+    from keural.recipe import shipped
+
+    if copy is not None:
+        if name is None:
+            raise UserError("--copy needs the name of a recipe: keural recipes toy --copy my-toy")
+        print(f"{shipped.copy(name, copy)}: a copy of {name}; run it with `keural run {copy}`")
+        return
+    chosen = shipped.names() if name is None else [shipped.shipped(name).name]
+    for known, description in shipped.descriptions():
+        if known in chosen:
+            print(f"{known:<{max(map(len, chosen))}}  {description}")
+
+
+@app.command(rich_help_panel=USE)
 def chat(
     path: ModelPath,
     engine: EngineName = None,
@@ -133,9 +195,9 @@ def chat(
     jamo: JamoStyle = "compatibility",
 ) -> None:
     """Talk to a model in the terminal (/system TEXT, /reset, /help, /exit)."""
+    sampling = _sampling(path, engine, temperature, top_p, repetition_penalty, max_new_tokens, seed)
     from keural.serve.chat import run_chat
 
-    sampling = _sampling(path, engine, temperature, top_p, repetition_penalty, max_new_tokens, seed)
     raise SystemExit(run_chat(path, sampling, system, jamo, engine, threads))
 
 
@@ -148,7 +210,7 @@ def _sampling(path: Path, engine: str | None, *given: float | int | None) -> "Sa
     return replace(chat_defaults(path, engine)[0], **changes)
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def generate(
     path: ModelPath,
     prompt: Annotated[str, typer.Option(help="the user's message, or the text to continue with --raw")],

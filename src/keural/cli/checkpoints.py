@@ -7,18 +7,20 @@ from typing import Annotated
 
 import typer
 
+from keural.cli.options import Overrides, RecipeDir, open_recipe
 from keural.errors import UserError, nearest
 
 MAX_SHARD_GB = 1_000_000
+DTYPES = ("float32", "float16", "bfloat16")
 
 app = typer.Typer(no_args_is_help=True)
+PANEL = "Checkpoints"
 
 NewDir = Annotated[Path, typer.Argument(help="directory to write; must not exist, or be empty")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. data=DIR, model.num_hidden_layers=2")]
 Tokenizer = Annotated[Path | None, typer.Option(help="SentencePiece model, or a directory with tokenizer.model")]
 
 
-@app.command(name="import")
+@app.command(name="import", rich_help_panel=PANEL)
 def import_(
     source: Annotated[Path, typer.Argument(help=".pt or .safetensors file, or a directory with one checkpoint")],
     out: NewDir,
@@ -32,6 +34,15 @@ def import_(
 ) -> None:
     """Turn a published or foreign checkpoint into a model directory."""
     from keural.cli.printing import byte_progress
+    from keural.files import check_new, read_object
+    from keural.pretrained.location import CHECKPOINTS, check_there
+
+    check_new(out)
+    check_there(source, CHECKPOINTS)
+    if config is not None:
+        read_object(config)
+    if tokenizer is not None:
+        check_there(tokenizer, "a SentencePiece model or a directory with tokenizer.model")
     from keural.convert.import_checkpoint import import_checkpoint
 
     with byte_progress(f"import {source}") as advance:
@@ -47,7 +58,7 @@ def import_(
         )
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def export(
     directory: Annotated[Path, typer.Argument(help="model directory, e.g. runs/toy/final")],
     out: NewDir,
@@ -71,13 +82,16 @@ def export(
     print(f"{written}: written as {format}")
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def inspect(
     path: Annotated[Path, typer.Argument(help="model directory, or a checkpoint that is not imported yet")],
     verify: Annotated[bool, typer.Option("--verify", help="compare the files with their checksums")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Say what a model is, computed from its files, beside what the model card says."""
+    from keural.pretrained.location import check_there
+
+    check_there(path, "a model directory or a checkpoint")
     from keural.cli import printing
     from keural.convert.inspection import inspect_path
 
@@ -88,33 +102,37 @@ def inspect(
         printing.print_inspection(values)
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def init(
-    recipe: Annotated[Path, typer.Argument(help="directory with recipe.yaml")],
+    recipe: RecipeDir,
     out: NewDir,
     overrides: Overrides = None,
     tokenizer: Tokenizer = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "bfloat16",
 ) -> None:
     """Write a randomly initialised model of a recipe's shape, of any size."""
-    from keural.cli.printing import byte_progress
-    from keural.convert.initialise import DTYPES, initialise
     from keural.files import check_new
-    from keural.pipeline import workspace
-    from keural.recipe import load_recipe
-    from keural.tokenizer import KeuralTokenizer
 
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: unknown{nearest(dtype, DTYPES)}; known are {', '.join(DTYPES)}")
     check_new(out)
-    loaded = load_recipe(recipe, overrides or ())
+    loaded, _ = open_recipe(recipe, overrides, None)
+    from keural.cli.printing import byte_progress
+    from keural.pipeline import workspace
+    from keural.tokenizer import KeuralTokenizer
+
     if tokenizer is not None:
         used = KeuralTokenizer.load(tokenizer)
     else:
         with tempfile.TemporaryDirectory() as scratch:
             used = workspace.prepare_tokenizer(loaded, Path(scratch))
+    import torch
+
+    from keural.convert.initialise import initialise
+
     config = workspace.build_config(loaded, used)
     spec = loaded.spec
     with byte_progress(f"init {spec.name}") as advance:
-        initialise(out, config, used, recipe=spec.name, chat=spec.chat, seed=spec.seed, dtype=DTYPES[dtype], advance=advance)
+        options = {"recipe": spec.name, "chat": spec.chat, "seed": spec.seed, "dtype": getattr(torch, dtype)}
+        initialise(out, config, used, **options, advance=advance)
     print(f"{out}: {spec.name}, {dtype}, seed {spec.seed}")

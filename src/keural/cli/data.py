@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from keural.cli.options import Out, Overrides, RecipeDir, open_recipe
+from keural.cli.options import Out, Overrides, RecipeDir, StageFile, open_recipe, open_stage
 
 app = typer.Typer(no_args_is_help=True, help="Prepare data and look at what a training step sees.")
 
@@ -75,7 +75,7 @@ def data_stats(
 
 @app.command("show")
 def data_show(
-    stage: Annotated[Path, typer.Argument(help="a stage's YAML file, with recipe.yaml beside it")],
+    stage: StageFile,
     overrides: Overrides = None,
     step: Annotated[int, typer.Option(min=0, help="optimizer step, counted from 0")] = 0,
     rows: Annotated[int, typer.Option(min=1, help="rows to print")] = 4,
@@ -85,7 +85,7 @@ def data_show(
     from keural.cli import printing
     from keural.pipeline import workspace
 
-    loaded, directory = open_recipe(printing.stage_file(stage).parent, overrides, out)
-    shown = loaded.stage(stage.stem)
+    loaded, name, directory = open_stage(stage, overrides, out)
+    shown = loaded.stage(name)
     workspace.check_inputs(loaded, [shown], directory)
     printing.show_batch(workspace.prepare_all(loaded, [shown], directory), shown, step, rows)

@@ -12,11 +12,13 @@ import yaml
 from keural.data import mixture_report
 from keural.data.cleaning.summary import SUMMARY, CleaningFile
 from keural.data.prepared import PreparedFile
+from keural.data.source_counts import rows_from_json
 from keural.data.tokens import published_format
 from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
 from keural.pipeline.workspace import find_stage_data
-from keural.recipe import Recipe, StageSpec, load_recipe
+from keural.recipe import OBJECTIVES, STORES, Recipe, StageSpec, load_recipe
+from keural.recipe.shipped import RECIPE_FILE, names, recipe_directory
 
 ANY_ID = 1 << 32
 """A vocabulary that refuses no id: which tokenizer shards were made with is not in their files."""
@@ -24,14 +26,17 @@ ANY_ID = 1 << 32
 
 def describe(path: Path, overrides: list[str], out: Path | None, as_json: bool) -> str:
     """What `path` holds, as text. Raises `UserError` when it is nothing that is known, or damaged."""
-    if (path / "recipe.yaml").is_file():
+    if not path.exists() and str(path) in names():
+        path = recipe_directory(path)
+    if (path / RECIPE_FILE).is_file():
         return _mixture(load_recipe(path, overrides), out, as_json)
     if overrides or out:
         raise UserError(f"{path}: is no recipe; key=value and --out are for recipes")
     if (path / "prepared.json").is_file():
         made = PreparedFile.read(path / "prepared.json")
-        pairs = TokenStore.open(path / "train", verify="size").kind == "pairs"
-        text = _text({path.name: mixture_report.prepared(made.table, "dpo" if pairs else None)}, {}, as_json)
+        unit = STORES[TokenStore.open(path / "train", verify="size").kind].unit
+        table = rows_from_json(made.table, path / "prepared.json")
+        text = _text({path.name: mixture_report.prepared(table, unit)}, {}, as_json)
         cleaned = made.cleaned
         return f"{text}\ncleaned: {path.parent / cleaned} (ask for its stats, too)\n" if cleaned and not as_json else text
     if (path / SUMMARY).is_file():
@@ -63,7 +68,9 @@ def _mixture(recipe: Recipe, out: Path | None, as_json: bool) -> str:
 def _stage(recipe: Recipe, stage: StageSpec, out: Path) -> mixture_report.Report:
     """As prepared where the run directory has the data of these settings; else as planned."""
     found = find_stage_data(recipe, stage, out)
-    return mixture_report.planned(stage.data) if found is None else mixture_report.prepared(found.table, stage.objective)
+    if found is None:
+        return mixture_report.planned(stage.data)
+    return mixture_report.prepared(found.table, OBJECTIVES[stage.objective].unit)
 
 
 def _text(reports: dict[str, mixture_report.Report], notes: dict[str, list[str]], as_json: bool) -> str:

@@ -1,16 +1,20 @@
 """Arguments and options that several subcommands share."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from keural.recipe import Recipe, load_recipe
 from keural.serve.jamo import Jamo
+
+if TYPE_CHECKING:
+    from keural.recipe import Recipe
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.lr=1e-5, data=DIR, sft-1.train.steps=100")]
 Out = Annotated[Path | None, typer.Option(help="run directory (default: runs/<recipe>)")]
-RecipeDir = Annotated[Path, typer.Argument(help="directory with recipe.yaml")]
+RECIPE = typer.Argument(help="a recipe: directory with recipe.yaml, or a name of `keural recipes`")
+RecipeDir = Annotated[Path, RECIPE]
+StageFile = Annotated[Path, typer.Argument(help="a stage's YAML file, with recipe.yaml beside it, e.g. toy/sft-1.yaml")]
 ModelDir = Annotated[Path, typer.Argument(help="model directory, e.g. runs/toy/final")]
 ModelPath = Annotated[Path, typer.Argument(help="model directory, e.g. runs/toy/final, or a GGUF file or the directory with one")]
 DEFAULT = "default: as saved with the model, else the card's"
@@ -27,7 +31,19 @@ JamoStyle = Annotated[
 ]
 
 
-def open_recipe(directory: Path, overrides: list[str] | None, out: Path | None) -> tuple[Recipe, Path]:
-    """The recipe of a command, with its overrides, and the run directory."""
-    recipe = load_recipe(directory, overrides or ())
+def open_recipe(given: Path, overrides: list[str] | None, out: Path | None) -> "tuple[Recipe, Path]":
+    """The recipe of a command, by directory or name, with its overrides, and the run directory."""
+    from keural.recipe import load_recipe
+    from keural.recipe.shipped import recipe_directory
+
+    recipe = load_recipe(recipe_directory(given), overrides or ())
     return recipe, out or Path("runs") / recipe.spec.name
+
+
+def open_stage(given: Path, overrides: list[str] | None, out: Path | None) -> "tuple[Recipe, str, Path]":
+    """The recipe around a stage's file, with its overrides, the stage's name, and the run directory."""
+    from keural.recipe.shipped import stage_file
+
+    file = stage_file(given)
+    recipe, directory = open_recipe(file.parent, overrides, out)
+    return recipe, recipe.stage(file.stem).name, directory

@@ -4,7 +4,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,16 +12,18 @@ from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from keural.data.loading.stream import Batch
-from keural.errors import UserError
-from keural.pipeline.run import Outcome
+from keural.data.loading.batch import Batch
+from keural.data.source_counts import SourceRow
 from keural.pipeline.run_directory import SUMMARY, Done, Summary
 from keural.pipeline.workspace import Workspace, open_stream
 from keural.recipe import StageSpec
 from keural.serve.text import printable
 
+if TYPE_CHECKING:
+    from keural.pipeline.run import Outcome
 
-def print_ending(outcome: Outcome, arguments: str) -> None:
+
+def print_ending(outcome: "Outcome", arguments: str) -> None:
     """Stages, figures, sample exchanges and the line that opens a chat; or how to go on after an interruption.
 
     `arguments` are those that the command was given, every option included.
@@ -93,40 +95,40 @@ def print_data(workspace: Workspace) -> None:
         for column in ("source", "rows", "kept", "tokens", "dropped"):
             table.add_column(column, justify="left" if column in {"source", "dropped"} else "right", overflow="fold")
         for row in prepared.table:
-            drops = "\n".join(f"{reason} {count:,} (first: {row['first_drop'][reason]})" for reason, count in row["drops"].items())
-            drops += "".join(f"\n{reason} {count:,} (kept)" for reason, count in row["noted"].items())
-            drops = f"left out: {row['left_out']}" if row["left_out"] else drops.strip()
-            source, drops = escape(row["source"]), escape(drops)  # names of files may hold brackets
-            table.add_row(source, f"{row['rows']:,}", f"{row['kept']:,}", f"{row['tokens']:,}", drops)
+            drops = "\n".join(f"{reason} {count:,} (first: {row.first_drop[reason]})" for reason, count in row.drops.items())
+            drops += "".join(f"\n{reason} {count:,} (kept)" for reason, count in row.noted.items())
+            drops = f"left out: {row.left_out}" if row.left_out else drops.strip()
+            source, drops = escape(row.source), escape(drops)  # names of files may hold brackets
+            table.add_row(source, f"{row.rows:,}", f"{row.kept:,}", f"{row.tokens:,}", drops)
         console.print(table)
-        if any(row.get("mixture") for row in prepared.table):
+        if any(row.mixture for row in prepared.table):
             console.print(_mixture_table(name, prepared.table))
         for evaluation_set, found in (prepared.contamination or {}).items():
             short = f", {found['too_short']:,} too short to be looked for" if found["too_short"] else ""
             line = f"contamination: {found['records']:,} records hold items of {evaluation_set} ({found['items']:,} items{short})"
             console.print(line, markup=False)
         for row in prepared.table:
-            if row.get("survey"):
-                console.print(row["survey"], markup=False, soft_wrap=True)
-            if row.get("warning"):
-                console.print(f"warning: {row['warning']}", markup=False)
-            if "benchmark" in row["flags"] and not row["left_out"]:
+            if row.survey:
+                console.print(row.survey, markup=False, soft_wrap=True)
+            if row.warning:
+                console.print(f"warning: {row.warning}", markup=False)
+            if "benchmark" in row.flags and not row.left_out:
                 console.print(
-                    f"warning: source {row['source']!r} is a benchmark; after training on it scores of its family mean nothing "
+                    f"warning: source {row.source!r} is a benchmark; after training on it scores of its family mean nothing "
                     "(data.benchmarks=false leaves it out)",
                     markup=False,
                 )
 
 
-def _mixture_table(name: str, rows: list[dict[str, Any]]) -> Table:
+def _mixture_table(name: str, rows: list[SourceRow]) -> Table:
     """What an epoch of mixed data holds: each part's share as it should be and as it is (of tokens; dpo: pairs), and how much."""
     table = Table(title=f"{name}: an epoch")
     for column in ("source", "target", "share", "repeats", "records", "tokens"):
         table.add_column(column, justify="left" if column == "source" else "right", overflow="fold")
     for row in rows:
-        if share := row.get("mixture"):
-            shares = [f"{share['target']:.1%}", f"{share['share']:.1%}", f"{share['repeats']:.2f}"]
-            table.add_row(escape(row["source"]), *shares, f"{share['records']:,}", f"{share['tokens']:,}")
+        if share := row.mixture:
+            shares = [f"{share.target:.1%}", f"{share.share:.1%}", f"{share.repeats:.2f}"]
+            table.add_row(escape(row.source), *shares, f"{share.records:,}", f"{share.tokens:,}")
     return table
 
 
@@ -153,7 +155,7 @@ def show_batch(workspace: Workspace, stage: StageSpec, step: int, rows: int) -> 
             console.print(_segment(workspace, batch, row, segment), soft_wrap=True)
 
 
-def _segment(workspace: Workspace, batch: Batch, row: int, segment: int) -> Text:
+def _segment(workspace: Workspace, batch: "Batch", row: int, segment: int) -> Text:
     """One document of a row: its place in the store, then its text; a token is underlined when predicting it is trained."""
     inside = (batch.segment_ids[row] == segment).nonzero()[0]
     ids = batch.input_ids[row, inside].tolist()
@@ -166,13 +168,6 @@ def _segment(workspace: Workspace, batch: Batch, row: int, segment: int) -> Text
             text.append(piece, style="not dim underline" if trained[start] else "not dim")
             start = end
     return text
-
-
-def stage_file(path: Path) -> Path:
-    """`path` if it is a stage's file. Raises `UserError`."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a stage's YAML file, e.g. recipes/toy/sft-1.yaml")
-    return path
 
 
 @contextlib.contextmanager

@@ -6,13 +6,16 @@ In: a model, stage or run directory. Out: a new directory in one of `FORMATS`, w
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from keural.convert.model_card import model_card
 from keural.errors import UserError, nearest
 from keural.files import check_new
-from keural.pretrained.directory import DEFAULT_SHARD_BYTES, write_model_directory
-from keural.pretrained.stored_model import StoredModel, open_model
+from keural.pretrained.location import check_kind, model_directory
+
+if TYPE_CHECKING:
+    from keural.pretrained.stored_model import StoredModel
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ _FLAGS = {"quantize": "--quantize", "license_id": "--license", "shard_bytes": "-
 """What the options are called on the command line."""
 
 Advance = Callable[[int], None]
-Writer = Callable[[StoredModel, Path, ExportOptions, Advance], Path]
+Writer = Callable[["StoredModel", Path, ExportOptions, Advance], Path]
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Format:
     readers: str
     options: frozenset[str]
     write: Writer
+    check: Callable[[ExportOptions], None] = lambda options: None
+    """Refuses options, or a missing package, before the model is opened."""
 
 
 def export(path: Path, out: Path, format_name: str, options: ExportOptions, advance: Advance = lambda count: None) -> Path:
@@ -55,34 +60,47 @@ def export(path: Path, out: Path, format_name: str, options: ExportOptions, adva
     for name, value in vars(options).items():
         if value is not None and name not in chosen.options:
             raise UserError(f"{_FLAGS[name]} means nothing for --format {format_name}; leave it out")
+    chosen.check(options)
     check_new(out)
+    check_kind(model_directory(path))
+    from keural.pretrained.stored_model import open_model
+
     return chosen.write(open_model(path), out, options, advance)
 
 
-def _write_hf(model: StoredModel, out: Path, options: ExportOptions, advance: Advance) -> Path:
+def _write_hf(model: "StoredModel", out: Path, options: ExportOptions, advance: Advance) -> Path:
+    from keural.convert.model_card import model_card
+    from keural.pretrained.directory import DEFAULT_SHARD_BYTES, write_model_directory
+
     check_new(out, model.weights.nbytes)
     card = model_card(model, "hf", options.license_id)
     write = partial(write_model_directory, shard_bytes=options.shard_bytes or DEFAULT_SHARD_BYTES, card=card)
     return write(out, model.config, model.watched(advance).weights, model.tokenizer, model.lineage, model.chat)
 
 
-def _write_granite(model: StoredModel, out: Path, options: ExportOptions, advance: Advance) -> Path:
+def _write_granite(model: "StoredModel", out: Path, options: ExportOptions, advance: Advance) -> Path:
     from keural.convert.granite import export_granite
+    from keural.pretrained.directory import DEFAULT_SHARD_BYTES
 
     return export_granite(model, out, options.shard_bytes or DEFAULT_SHARD_BYTES, options.license_id, advance)
 
 
-def _write_gguf(model: StoredModel, out: Path, options: ExportOptions, advance: Advance) -> Path:
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise UserError("--format gguf needs the gguf package: pip install 'keural[gguf]'") from error
+def _check_gguf(options: ExportOptions) -> None:
+    if find_spec("gguf") is None:
+        raise UserError("--format gguf needs the gguf package: pip install 'keural[gguf]'")
+    from keural.convert.ggml import check_known
+
+    if options.quantize is not None:
+        check_known(options.quantize)
+
+
+def _write_gguf(model: "StoredModel", out: Path, options: ExportOptions, advance: Advance) -> Path:
     from keural.convert.gguf import export_gguf
 
     return export_gguf(model, out, options.quantize, advance)
 
 
-def _write_pt(model: StoredModel, out: Path, options: ExportOptions, advance: Advance) -> Path:
+def _write_pt(model: "StoredModel", out: Path, options: ExportOptions, advance: Advance) -> Path:
     from keural.convert.published_pt import export_pt
 
     return export_pt(model, out, advance)
@@ -95,7 +113,7 @@ FORMATS: dict[str, Format] = {
     "granite": Format(
         "transformers, vLLM and SGLang without code of ours", frozenset({"license_id", "shard_bytes"}), _write_granite
     ),
-    "gguf": Format("llama.cpp", frozenset({"quantize"}), _write_gguf),
+    "gguf": Format("llama.cpp", frozenset({"quantize"}), _write_gguf, _check_gguf),
     "pt": Format("the published scripts", frozenset(), _write_pt),
 }
 """Names of `--format`."""

@@ -21,7 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from keural.errors import UserError
 from keural.files import read_object
 from keural.pretrained.lineage import read_record
-from keural.pretrained.safetensors import CONFIG, DTYPES, INDEX, open_safetensors, weight_files
+from keural.pretrained.location import CHECKPOINTS, CONFIG, check_there
+from keural.pretrained.safetensors import DTYPES, INDEX, open_safetensors, weight_files
 from keural.pretrained.weights import TensorInfo, Weights, read_tensor
 
 _PROGRESS = ("step", "epoch", "tokens_processed")
@@ -55,8 +56,7 @@ def open_checkpoint(path: Path, verify: bool = True) -> Checkpoint:
     when it is cut off or damaged, when reading it would run code from it, or when it holds something else than floating-point
     tensors.
     """
-    if not path.exists():
-        raise UserError(f"{path}: no such file or directory; give a .pt or .safetensors file, or a directory with one")
+    check_there(path, CHECKPOINTS)
     file = _only_checkpoint(path) if path.is_dir() else path
     suffix = file.suffix.lower() if file.is_file() else ".safetensors"
     if suffix not in _OPENERS:

@@ -12,7 +12,7 @@ from functools import cache
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
@@ -20,8 +20,10 @@ from gguf import LlamaFileType, quants
 from gguf.constants import GGML_QUANT_SIZES
 from numpy.typing import NDArray
 
-from keural.errors import UserError
-from keural.model import KeuralConfig
+from keural.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from keural.model import KeuralConfig
 
 _ROWS = 512
 """Rows that one thread converts at a time."""
@@ -32,7 +34,7 @@ _LARGEST_HALF = 65504.0
 _STAND_IN = {GgmlType.Q4_K: GgmlType.Q5_0, GgmlType.Q5_K: GgmlType.Q5_1, GgmlType.Q6_K: GgmlType.Q8_0}
 """What llama.cpp takes for rows that a K type's blocks of 256 do not divide."""
 
-TypeOf = Callable[[str, int, KeuralConfig], GgmlType]
+TypeOf = Callable[[str, int, "KeuralConfig"], GgmlType]
 
 
 def plain(ggml_type: GgmlType) -> TypeOf:
@@ -40,7 +42,7 @@ def plain(ggml_type: GgmlType) -> TypeOf:
     return lambda kind, layer, config: ggml_type
 
 
-def q4_k_m(kind: str, layer: int, config: KeuralConfig) -> GgmlType:
+def q4_k_m(kind: str, layer: int, config: "KeuralConfig") -> GgmlType:
     """llama.cpp's mixture Q4_K_M: the tensors that suffer most from four bits get more.
 
     These are the embedding (it is the head, too), the projections down in the layers that `_more_bits` names, values, and for
@@ -70,6 +72,12 @@ QUANTIZATIONS: dict[str, tuple[LlamaFileType, TypeOf]] = {
     "q4_k_m": (LlamaFileType.MOSTLY_Q4_K_M, q4_k_m),
 }
 """Names of `--quantize`: the file type that is noted, and the type of each kind of matrix."""
+
+
+def check_known(name: str) -> None:
+    """Raise `UserError` unless `name` is one of `QUANTIZATIONS`."""
+    if name not in QUANTIZATIONS:
+        raise UserError(f"--quantize {name}: unknown{nearest(name, QUANTIZATIONS)}; known are {', '.join(QUANTIZATIONS)}")
 
 
 def fitting(ggml_type: GgmlType, columns: int, kind: str) -> GgmlType:

@@ -26,7 +26,6 @@ from torch import Tensor
 from keural.convert import ggml
 from keural.convert.ggml import QUANTIZATIONS, GgmlType
 from keural.convert.granite import SILENT_SINK, check_granite_swa
-from keural.errors import UserError, nearest
 from keural.files import atomic_directory, check_new, sha256_file
 from keural.pretrained.lineage import write_record
 from keural.pretrained.stored_model import StoredModel
@@ -84,8 +83,7 @@ def export_gguf(
     """
     if quantize is None:
         quantize = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[_stored_type(model)]
-    if quantize not in QUANTIZATIONS:
-        raise UserError(f"--quantize {quantize}: unknown{nearest(quantize, QUANTIZATIONS)}; known are {', '.join(QUANTIZATIONS)}")
+    ggml.check_known(quantize)
     check_granite_swa(model.config)
     model = model.watched(advance)
     matrices = list(_matrices(model, quantize))

@@ -21,7 +21,7 @@ from keural.files import check_new, read_object
 from keural.model import CHATML_IDS, KeuralConfig, mean_row
 from keural.model.configuration_keural import PUBLISHED_BASE_VOCABULARY
 from keural.pretrained.directory import configuration, write_model_directory
-from keural.pretrained.safetensors import CONFIG
+from keural.pretrained.location import CONFIG
 from keural.pretrained.tensor_names import EMBEDDING, HEAD, is_published, stored_name
 from keural.pretrained.weights import TensorInfo, Weights, expected_tensors
 from keural.tokenizer import KeuralTokenizer

@@ -18,7 +18,6 @@ from keural.pretrained.weights import TensorInfo, Weights, stored_tensors
 from keural.recipe import ChatSpec
 from keural.tokenizer import KeuralTokenizer
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _BLOCK = 1 << 24
 """Values drawn at a time."""
 

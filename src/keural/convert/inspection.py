@@ -19,9 +19,9 @@ from keural.convert.published_pt import published_config
 from keural.errors import UserError
 from keural.files import read_object
 from keural.model import KeuralConfig, count_parameters
-from keural.pretrained.directory import directory_weights, load_tokenizer, model_directory, read_config, read_lineage
+from keural.pretrained.directory import directory_weights, load_tokenizer, read_config, read_lineage
 from keural.pretrained.lineage import check_sums, read_record
-from keural.pretrained.safetensors import CONFIG
+from keural.pretrained.location import CONFIG, check_there, model_directory
 from keural.pretrained.tensor_names import is_published, stored_name
 from keural.pretrained.weights import Weights
 
@@ -61,8 +61,7 @@ def inspect_path(path: Path, verify: bool = False) -> dict[str, Any]:
 
     Raises `UserError` for anything else.
     """
-    if not path.exists():
-        raise UserError(f"{path}: no such file or directory; give a model directory or a checkpoint")
+    check_there(path, "a model directory or a checkpoint")
     if (directory := _model_directory(path)) is not None:
         return inspect_model(directory, verify) if _is_ours(directory) else inspect_checkpoint(directory)
     files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))

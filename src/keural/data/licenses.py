@@ -3,7 +3,7 @@
 import re
 from fnmatch import fnmatchcase
 
-from keural.data.sources import adapter_of
+from keural.data.adapters import adapter_of
 from keural.recipe import DataSpec, SourceSpec
 
 NON_COMMERCIAL = re.compile(r"(?<![A-Z])NC(?![A-Z])|non-?commercial", re.IGNORECASE)

@@ -6,9 +6,9 @@ shares are of: tokens where the data is prepared, else the records that the reci
 
 from typing import Any
 
-from keural.data.licenses import language_of, license_of
-from keural.data.prepare import left_out
-from keural.recipe import DataSpec
+from keural.data.licenses import language_of, left_out, license_of
+from keural.data.source_counts import SourceRow
+from keural.recipe import DataSpec, Unit
 
 UNSTATED = "unstated"
 Report = dict[str, Any]
@@ -34,28 +34,28 @@ def planned(spec: DataSpec) -> Report:
     return _report("planned", "weights" if weighted else "records", rows)
 
 
-def prepared(table: list[dict[str, Any]], objective: str | None = None) -> Report:
-    """What prepared data holds for training; with a mixture what an epoch does. Shares of dpo are of pairs, else of tokens."""
+def prepared(table: list[SourceRow], unit: Unit = "tokens") -> Report:
+    """What prepared data holds for training; with a mixture what an epoch does. `unit` is what shares are of."""
     rows = []
     for entry in table:
-        if entry["split"] != "train" or entry["left_out"]:
+        if entry.split != "train" or entry.left_out:
             continue
-        mixture = entry.get("mixture")
-        records = mixture["records"] if mixture else entry["repeat"] * (entry["kept"] - entry["heldout"])
-        tokens = mixture["tokens"] if mixture else entry["tokens"]
+        mixture = entry.mixture
+        records = mixture.records if mixture else entry.repeat * (entry.kept - entry.heldout)
+        tokens = mixture.tokens if mixture else entry.tokens
         rows.append(
             {
-                "source": entry["source"],
-                "language": entry["language"] or entry.get("text_kind") or UNSTATED,
-                "license": entry["license"],
+                "source": entry.source,
+                "language": entry.language or entry.text_kind or UNSTATED,
+                "license": entry.license,
                 "records": records,
                 "tokens": tokens,
-                "repeats": mixture["repeats"] if mixture else entry["repeat"],
-                "target": mixture["target"] if mixture else None,
-                "amount": records if objective == "dpo" else tokens,
+                "repeats": mixture.repeats if mixture else entry.repeat,
+                "target": mixture.target if mixture else None,
+                "amount": tokens if unit == "tokens" else records,
             }
         )
-    return _report("prepared", "records" if objective == "dpo" else "tokens", rows)
+    return _report("prepared", "tokens" if unit == "tokens" else "records", rows)
 
 
 def _report(state: str, basis: str, rows: list[dict[str, Any]]) -> Report:

@@ -17,13 +17,12 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from keural.data.filtering.decontamination import REASON, Contaminated, Decontaminator, check_evaluation
 from keural.data.filtering.gates import Gatekeeper
 from keural.data.filtering.holdout import Side, Splitter
 from keural.data.licenses import left_out
-from keural.data.loading.stream import STORE_KIND
 from keural.data.prepared import (
     HASHES,
     PREPARED,
@@ -32,26 +31,21 @@ from keural.data.prepared import (
     data_fingerprint,
     is_prepared,
     open_prepared,
-    read_heldout_texts,
-    sources_to_clean,
-    used_sources,
 )
 from keural.data.records import Drop, Record
-from keural.data.source_counts import SourceCounter
-from keural.data.sources import adapter_of, check_sources, read_source
-from keural.data.tokenizer_texts import iter_texts
+from keural.data.source_counts import SourceCounter, SourceRow
+from keural.data.sources import Source
+from keural.data.stage_sources import StageSources, open_stage_sources
 from keural.data.tokens.encode import Encoded, Encoder
 from keural.data.tokens.encoding_cache import EncodingCache
 from keural.data.tokens.store_builder import StoreBuilder
 from keural.errors import UserError
 from keural.files import FileHashes, atomic_directory
-from keural.recipe import DataSpec, Objective
+from keural.recipe import OBJECTIVES, DataSpec, Objective
 from keural.tokenizer.load import KeuralTokenizer
 
 if TYPE_CHECKING:
     from keural.data.cleaning.run import Cleaned
-
-__all__ = ["Prepared", "check_sources", "iter_texts", "prepare", "read_heldout_texts"]
 
 
 def prepare(
@@ -59,61 +53,61 @@ def prepare(
 ) -> Prepared:
     """Prepare a stage's data under `out_root`, or find it there.
 
-    Raises `UserError` for anything wrong with a source: what `check_sources` finds, records of a kind the objective does not
+    Raises `UserError` for anything wrong with a source: what `open_stage_sources` finds, records of a kind the objective does not
     train on, a larger share of bad rows than `max_drop`, nothing left to train on or to hold out.
     """
-    check_sources(used_sources(spec), data_dir)
-    check_evaluation(spec.decontaminate, data_dir)
-    _check_kinds(spec, objective)
-    wanted = data_fingerprint(spec, objective, data_dir, tokenizer, out_root, seed)
+    sources = open_stage_sources(spec, data_dir)
+    check_evaluation(sources.evaluation)
+    _check_kinds(sources, objective)
+    wanted = data_fingerprint(sources, objective, tokenizer, out_root, seed)
     directory = out_root / wanted[:16]
     if not is_prepared(directory, wanted):
-        cleaned = _clean(spec, data_dir, out_root, seed)
+        cleaned = _clean(sources, out_root, seed)
         with atomic_directory(directory) as temporary:
             with _parts(out_root / f".{wanted[:16]}.parts", tokenizer) as parts:
-                checker = Decontaminator(spec.decontaminate, data_dir) if spec.decontaminate else None
-                reading = _Reading(data_dir, seed, cleaned, checker)
-                table, heldout = _make(spec, objective, tokenizer, parts, temporary, reading)
+                checker = Decontaminator(spec.decontaminate, sources.evaluation) if spec.decontaminate else None
+                reading = _Reading(sources, seed, cleaned, checker)
+                table, heldout = _make(reading, objective, tokenizer, parts, temporary)
             if checker is not None:
                 checker.write(temporary)
             PreparedFile(
                 fingerprint=wanted,
                 heldout=heldout,
-                table=table,
+                table=[row.to_json() for row in table],
                 cleaned=cleaned.directory.name if cleaned else None,
                 contamination=checker.report() if checker else None,
             ).write(temporary / PREPARED)
     return open_prepared(directory, spec, wanted)
 
 
-def _check_kinds(spec: DataSpec, objective: Objective) -> None:
-    for source in used_sources(spec):
-        kind = adapter_of(source).kind_of(source)
-        if kind != STORE_KIND[objective]:
+def _check_kinds(sources: StageSources, objective: Objective) -> None:
+    for source in sources.used:
+        if source.kind != OBJECTIVES[objective].store:
             raise UserError(
-                f"source {source.name!r}: adapter {source.adapter} gives {kind}; "
-                f"objective {objective} needs {STORE_KIND[objective]}"
+                f"source {source.name!r}: adapter {source.spec.adapter} gives {source.kind}; "
+                f"objective {objective} needs {OBJECTIVES[objective].store}"
             )
 
 
-def check_cleaning(spec: DataSpec, data_dir: Path | None) -> None:
+def check_cleaning(sources: StageSources) -> None:
     """Refuse cleaning that cannot work. Raises `UserError`."""
-    if spec.cleaning is None:
+    if sources.spec.cleaning is None:
         return
     if importlib.util.find_spec("datatrove") is None:
         raise UserError("data.cleaning needs datatrove: pip install 'keural[data]'")
     from keural.data.cleaning import run
 
-    run.check_cleaning(spec.cleaning, used_sources(spec), data_dir)
+    run.check_cleaning(sources.spec.cleaning, sources.used, sources.data_dir)
 
 
-def _clean(spec: DataSpec, data_dir: Path | None, out_root: Path, seed: int) -> "Cleaned | None":
+def _clean(sources: StageSources, out_root: Path, seed: int) -> "Cleaned | None":
     """The cleaned documents of all sources, where the recipe wants them cleaned."""
-    if spec.cleaning is None:
+    if sources.spec.cleaning is None:
         return None
     from keural.data.cleaning.run import clean
 
-    return clean(spec.cleaning, sources_to_clean(spec), data_dir, out_root, seed, FileHashes(out_root / HASHES))
+    hashes = FileHashes(out_root / HASHES)
+    return clean(sources.spec.cleaning, sources.heldout_first, sources.data_dir, out_root, seed, hashes)
 
 
 @contextlib.contextmanager
@@ -131,49 +125,48 @@ def _parts(directory: Path, tokenizer: KeuralTokenizer) -> Iterator[EncodingCach
 class _Reading:
     """Where records come from, and what is looked for in them."""
 
-    data_dir: Path | None
+    sources: StageSources
     seed: int
     cleaned: "Cleaned | None"
     checker: Decontaminator | None
 
-    def records(self, tally: SourceCounter) -> Iterable[Record | Drop]:
-        """The records of a tally's source, cleaned where they are; what cleaning dropped is counted in the tally."""
-        source = tally.source
+    def records(self, source: Source, counter: SourceCounter) -> Iterable[Record | Drop]:
+        """The records of a source, cleaned where the recipe says so; what cleaning dropped is counted."""
         if self.cleaned is None:
-            return read_source(source, self.data_dir, self.seed)
-        tally.clean(self.cleaned.count(source.name))
+            return source.read(self.seed)
+        counter.clean(self.cleaned.count(source.name))
         return self.cleaned.documents(source.name)
 
 
 def _make(
-    spec: DataSpec, objective: Objective, tokenizer: KeuralTokenizer, parts: EncodingCache, directory: Path, reading: _Reading
-) -> tuple[list[dict[str, Any]], bool]:
+    reading: _Reading, objective: Objective, tokenizer: KeuralTokenizer, parts: EncodingCache, directory: Path
+) -> tuple[list[SourceRow], bool]:
     """Read all sources and write the stores into `directory`. Returns the table, and whether anything is held out."""
-    kind = STORE_KIND[objective]
+    spec, kind = reading.sources.spec, OBJECTIVES[objective].store
     encoder = Encoder(tokenizer, spec, threads=len(os.sched_getaffinity(0)), parts=parts)
     sections = spec.mixing is not None
     held = StoreBuilder(directory / ".heldout", kind, keep_texts=True)
     with StoreBuilder(directory / ".train", kind, sections=sections) as train, held as heldout:
-        table = _read_all(spec, encoder, {"train": train, "heldout": heldout}, reading)
+        table = _read_all(reading, encoder, {"train": train, "heldout": heldout})
         _check_sides(spec, train.units, heldout.units)
+        meta = {"sources": [row.to_json() for row in table]}
         for spool, name in ((train, "train"), (heldout, "heldout")):
             if spool.units:
-                spool.write_store(directory / name, tokenizer.sha256, tokenizer.vocab_size, {"sources": table}, reading.seed)
+                spool.write_store(directory / name, tokenizer.sha256, tokenizer.vocab_size, meta, reading.seed)
         return table, heldout.units > 0
 
 
-def _read_all(spec: DataSpec, encoder: Encoder, spools: dict[Side, StoreBuilder], reading: _Reading) -> list[dict[str, Any]]:
-    """Put every used record into its side's spool. Returns the table, in the order of the recipe."""
+def _read_all(reading: _Reading, encoder: Encoder, stores: dict[Side, StoreBuilder]) -> list[SourceRow]:
+    """Put every used record into the store of its split. Returns the table, in the order of the recipe."""
+    sources, spec = reading.sources, reading.sources.spec
     splitter = Splitter(spec.heldout_per_mille)
-    # sources that are held out whole come first, so that no other one can train on what they ask
-    tallies = [SourceCounter(source, "heldout", left_out(spec, source)) for source in spec.heldout_sources]
-    tallies += [SourceCounter(source, "train", left_out(spec, source)) for source in spec.sources]
-    for tally in tallies:
-        if tally.left_out is not None:
-            continue
-        for side, encoded in _kept(tally, encoder, splitter, reading):
-            spools[side].add(encoded, repeat=tally.source.repeat if side == "train" else 1, source=tally.source.name)
-    return [tally.row() for tally in sorted(tallies, key=lambda tally: tally.split != "train")]
+    train = [SourceCounter(source, "train", left_out(spec, source)) for source in spec.sources]
+    heldout = [SourceCounter(source, "heldout", left_out(spec, source)) for source in spec.heldout_sources]
+    used = [counter for counter in (*heldout, *train) if counter.left_out is None]
+    for source, counter in zip(sources.heldout_first, used, strict=True):
+        for side, encoded in _kept(source, counter, encoder, splitter, reading):
+            stores[side].add(encoded, repeat=source.spec.repeat if side == "train" else 1, source=source.name)
+    return [counter.row() for counter in (*train, *heldout)]
 
 
 def _check_sides(spec: DataSpec, train: int, heldout: int) -> None:
@@ -185,34 +178,36 @@ def _check_sides(spec: DataSpec, train: int, heldout: int) -> None:
         )
 
 
-def _kept(tally: SourceCounter, encoder: Encoder, splitter: Splitter, reading: _Reading) -> Iterator[tuple[Side, Encoded]]:
-    """The records of one source that are used, each with its side; everything else is counted in the tally."""
-    source = tally.source
-    keeper = Gatekeeper(source, adapter_of(source).gates)
+def _kept(
+    source: Source, counter: SourceCounter, encoder: Encoder, splitter: Splitter, reading: _Reading
+) -> Iterator[tuple[Side, Encoded]]:
+    """The records of one source that are used, each with its split; everything else is counted."""
+    spec = source.spec
+    keeper = Gatekeeper(spec, source.adapter.gates)
     prompts = keeper.actions["duplicate_prompts"]
-    checker = reading.checker if tally.split == "train" else None  # what is held out may be an evaluation set itself
-    for encoded in encoder.encode(_gated(reading.records(tally), keeper, checker)):
+    checker = reading.checker if counter.split == "train" else None  # what is held out may be an evaluation set itself
+    for encoded in encoder.encode(_gated(reading.records(source, counter), keeper, checker)):
         side = (
             encoded
             if isinstance(encoded, Drop)
-            else splitter.side(encoded.record, tally.split == "heldout", source.id_space or source.name, prompts)
+            else splitter.side(encoded.record, counter.split == "heldout", spec.id_space or spec.name, prompts)
         )
         if isinstance(side, Drop):
-            tally.drop(side)
+            counter.drop(side)
             if checker and isinstance(side, Contaminated) and side.hit:
-                checker.count(source.name, side.where, side.hit)
+                checker.count(spec.name, side.where, side.hit)
             continue
         assert isinstance(encoded, Encoded)
-        tally.keep(side, encoded)
-        tally.noted.update(keeper.reasons(encoded.record, "count"))
+        counter.keep(side, encoded)
+        counter.noted.update(keeper.reasons(encoded.record, "count"))
         if checker and keeper.actions[REASON] == "count" and (hit := checker.hit_in(encoded.record)):
-            checker.count(source.name, encoded.record.where, hit)
-            tally.noted[REASON] += 1
+            checker.count(spec.name, encoded.record.where, hit)
+            counter.noted[REASON] += 1
         yield side, encoded
-        if tally.kept == source.limit:
-            tally.stop()
+        if counter.kept == spec.limit:
+            counter.stop()
             break
-    tally.check()
+    counter.check()
 
 
 def _gated(records: Iterable[Record | Drop], keeper: Gatekeeper, checker: Decontaminator | None) -> Iterator[Record | Drop]:

@@ -1,20 +1,20 @@
 """What was prepared: the stores of a stage, the table of its sources, and the fingerprint by which it is found again."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from keural.data.licenses import left_out
 from keural.data.loading.corpus import Corpus
 from keural.data.loading.mixture import Mixture, mix
-from keural.data.source_counts import warning_of
-from keural.data.sources import check_sources, content_of
+from keural.data.source_counts import SourceRow, check_drops, rows_from_json, warning_of
+from keural.data.stage_sources import StageSources, open_stage_sources
 from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
 from keural.files import CheckedFile, FileHashes, fingerprint
+from keural.recipe import OBJECTIVES, DataSpec, Objective
 from keural.recipe import VERSION as RECIPE_VERSION
-from keural.recipe import DataSpec, Objective, SourceSpec
 from keural.terminal import say
 from keural.tokenizer.load import KeuralTokenizer
 
@@ -44,22 +44,14 @@ class PreparedFile(CheckedFile):
 
 @dataclass(frozen=True)
 class Prepared:
-    """A stage's data on disk: the stores, the fingerprint of what they were made from, and one table row per source.
-
-    A row has `source, adapter, language, license, flags` (`benchmark`, `non-commercial`), `left_out` (None, or why the recipe does
-    not use the source), `split, rows, kept, heldout` (of the kept ones), `tokens` (in the stores, repeats included), `repeat`,
-    `shortened` (conversations that lost trailing turns), `drops` (count by reason), `first_drop` (place by reason), `noted` (kept
-    records that a gate only counts, by reason), `length_ratio` (of pairs: characters of chosen answers against rejected ones, else
-    None) and `warning` (None, or what differs from the expected count). Where sources are mixed by weight `tokens` counts each
-    record once, and `mixture` has the source's `Share` of an epoch.
-    """
+    """A stage's data on disk: the stores, the fingerprint of what they were made from, and one table row per source."""
 
     train: Path
     heldout: Path | None
-    table: list[dict[str, Any]]
+    table: list[SourceRow]
     fingerprint: str
     mixture: Mixture | None = None
-    ready: Corpus | None = None
+    pretokenized: Corpus | None = None
     """Where the data is that was tokenised before; None: in `train`."""
     contamination: dict[str, dict[str, Any]] | None = None
     """By evaluation set (`Decontaminator.report`); the records that were found are listed in `contamination.jsonl`."""
@@ -67,15 +59,14 @@ class Prepared:
     @property
     def corpus(self) -> Corpus:
         """What the stage trains on."""
-        return self.ready or Corpus((self.train,), mixture=self.mixture)
+        return self.pretokenized or Corpus((self.train,), mixture=self.mixture)
 
 
 def find_prepared(
     spec: DataSpec, objective: Objective, data_dir: Path | None, tokenizer: KeuralTokenizer, out_root: Path, seed: int
 ) -> Prepared | None:
     """What `prepare` would give, if it is there already. Raises `UserError` for sources that cannot be read."""
-    check_sources(used_sources(spec), data_dir)
-    wanted = data_fingerprint(spec, objective, data_dir, tokenizer, out_root, seed)
+    wanted = data_fingerprint(open_stage_sources(spec, data_dir), objective, tokenizer, out_root, seed)
     directory = out_root / wanted[:16]
     return open_prepared(directory, spec, wanted) if is_prepared(directory, wanted) else None
 
@@ -92,24 +83,20 @@ def open_prepared(directory: Path, spec: DataSpec, data_fingerprint: str) -> Pre
         TokenStore.open(heldout, verify="size")
     expected = {(source.name, "train"): source for source in spec.sources}
     expected |= {(source.name, "heldout"): source for source in spec.heldout_sources}
-    table = [row | {"warning": warning_of(expected[row["source"], row["split"]], row)} for row in made.table]
+    rows = rows_from_json(made.table, directory / PREPARED)
+    if unknown := [row.source for row in rows if (row.source, row.split) not in expected]:
+        raise UserError(f"{directory}: damaged (the recipe has no source {unknown[0]!r}); delete it and prepare the data again")
+    for row in rows:
+        check_drops(expected[row.source, row.split], row)  # it may allow less than when the data was prepared
+    table = [replace(row, warning=warning_of(expected[row.source, row.split], row)) for row in rows]
     if spec.mixing is None:
         return Prepared(train, heldout, table, data_fingerprint, contamination=contamination)
     weights = {source.name: source.weight or 0.0 for source in spec.sources if not left_out(spec, source)}
     mixture = mix(store, weights, spec.mixing)
-    shares = mixture.rows()
-    table = [row | {"mixture": shares.get(row["source"]) if row["split"] == "train" else None} for row in table]
+    table = [replace(row, mixture=mixture.shares.get(row.source)) if row.split == "train" else row for row in table]
     return Prepared(
         train, heldout, table, fingerprint([data_fingerprint, mixture.fingerprint]), mixture, contamination=contamination
     )
-
-
-def used_sources(spec: DataSpec) -> list[SourceSpec]:
-    """The sources that the recipe does not leave out. Raises `UserError` when none is left to train on."""
-    if spec.sources and all(left_out(spec, source) for source in spec.sources):
-        reasons = ", ".join(f"{source.name} ({left_out(spec, source)})" for source in spec.sources)
-        raise UserError(f"no source is left to train on: data.licenses and data.benchmarks leave out {reasons}")
-    return [source for source in (*spec.sources, *spec.heldout_sources) if not left_out(spec, source)]
 
 
 def read_heldout_texts(prepared: Prepared, language: str | None = None) -> list[str]:
@@ -127,18 +114,14 @@ def read_heldout_texts(prepared: Prepared, language: str | None = None) -> list[
     return texts
 
 
-def data_fingerprint(
-    spec: DataSpec, objective: Objective, data_dir: Path | None, tokenizer: KeuralTokenizer, out_root: Path, seed: int
-) -> str:
+def data_fingerprint(sources: StageSources, objective: Objective, tokenizer: KeuralTokenizer, out_root: Path, seed: int) -> str:
     """Of settings, contents and tokenizer. Documents are cut only by the stream, so their stores do not depend on the length."""
-    hashes = FileHashes(out_root / HASHES)
-    cleaning = None
+    spec, hashes, cleaning = sources.spec, FileHashes(out_root / HASHES), None
     if spec.cleaning is not None:
         from keural.data.cleaning.run import cleaning_fingerprint
 
-        cleaning = cleaning_fingerprint(spec.cleaning, sources_to_clean(spec), data_dir, seed, hashes)
-    evaluation = spec.decontaminate.sources if spec.decontaminate else []
-    contents = [content_of(source, data_dir, hashes) for source in (*used_sources(spec), *evaluation)]
+        cleaning = cleaning_fingerprint(spec.cleaning, sources.heldout_first, sources.data_dir, seed, hashes)
+    contents = [source.content(hashes) for source in (*sources.used, *sources.evaluation)]
     hashes.save()
     return fingerprint(
         {
@@ -147,18 +130,12 @@ def data_fingerprint(
             "spec": spec.determining("data"),
             "cleaning": cleaning,
             "sections": spec.mixing is not None,
-            "sequence_length": None if objective == "next_token" else spec.sequence_length,
+            "sequence_length": None if OBJECTIVES[objective].store == "documents" else spec.sequence_length,
             "contents": contents,
             "tokenizer": tokenizer.sha256,
             "seed": seed,
         }
     )
-
-
-def sources_to_clean(spec: DataSpec) -> list[SourceSpec]:
-    """The used sources, those that are held out first, so that it is they that keep their documents."""
-    held = [source for source in spec.heldout_sources if not left_out(spec, source)]
-    return [*held, *(source for source in used_sources(spec) if source not in held)]
 
 
 def is_prepared(directory: Path, wanted: str) -> bool:

@@ -1,11 +1,16 @@
-"""What became of the rows of a source: counted while it is read, refused where too much is wrong, then a row of the table.
+"""The table of sources: what each one is, and what became of its rows.
 
-In: records that are kept, and drops. Out: the row that is printed, kept in `prepared.json` and in the store's manifest.
+In: records that are kept, and drops. Out: a `SourceRow`, which is printed, and kept as JSON in `prepared.json` and in the store's
+manifest. A source is refused where too much of it is wrong.
 """
 
+import json
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from keural.data.adapters.aihub import OTHER_PART
 from keural.data.adapters.base import WRONG_SCHEMA
@@ -13,7 +18,9 @@ from keural.data.adapters.corpora import OTHER_LANGUAGE, OTHER_LICENSE
 from keural.data.filtering.decontamination import REASON
 from keural.data.filtering.holdout import Side
 from keural.data.licenses import flags_of, language_of, license_of
+from keural.data.loading.mixture import Share
 from keural.data.records import Drop, PreferencePair, SourceCount
+from keural.data.sources import schema_error
 from keural.data.tokens.encode import Encoded
 from keural.errors import UserError
 from keural.recipe import SourceSpec
@@ -25,6 +32,94 @@ NOT_DEFECTS = {
     "duplicate", "duplicate_id", "duplicate_prompt", "held_out", OTHER_PART, OTHER_LANGUAGE, OTHER_LICENSE, REASON
 }  # fmt: skip
 """Drops that say nothing about a source's quality; they do not count against `max_drop`."""
+
+Count = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceRow:
+    """One source in the table of a stage's data. Fields are named as the keys of its JSON."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    source: str
+    """Name in the recipe; of data that was tokenised before, the name of the store or the shards."""
+    adapter: str
+    """Name of the adapter; `store` or `published` for data that was tokenised before."""
+    language: str | None = None
+    """ISO 639-1 code that the recipe states, or the publisher of a known set."""
+    text_kind: str | None = None
+    """Which filters cleaned its documents, where the recipe says so."""
+    license: str | None = None
+    """Licence that the recipe states, or the publisher of a known set."""
+    flags: tuple[str, ...] = ()
+    """What is to be known before training on it: `benchmark`, `non-commercial`."""
+    left_out: str | None = None
+    """Why the recipe does not use the source; None: it does."""
+    split: Side = "train"
+    """`heldout` for a source that is held out whole."""
+    rows: Count = 0
+    """Rows that were read."""
+    kept: Count = 0
+    """Records that are used, held-out ones included."""
+    heldout: Count = 0
+    """Kept records that are held out."""
+    tokens: Count = 0
+    """Tokens in the stores, repeats included; where sources are mixed by weight each record counts once."""
+    repeat: Count = 1
+    """How often the training store has each record."""
+    shortened: Count = 0
+    """Conversations that lost trailing turns."""
+    drops: dict[str, Count] = field(default_factory=dict)
+    """Rows that are not used, by reason, most frequent first."""
+    first_drop: dict[str, str] = field(default_factory=dict)
+    """Place of the first row that was dropped, by reason."""
+    defects: dict[str, Count] = field(default_factory=dict)
+    """Those of the drops that count against `max_drop`."""
+    noted: dict[str, Count] = field(default_factory=dict)
+    """Kept records that a gate only counts, by reason."""
+    length_ratio: float | None = None
+    """Characters of chosen answers for each of rejected ones; None where there are no pairs."""
+    warning: str | None = None
+    """What differs from the count that the recipe expects."""
+    mixture: Share | None = None
+    """What an epoch holds of it, where sources are mixed by weight."""
+    survey: str | None = None
+    """What published shards hold, in one line."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as plain data; `mixture` and `survey` only where there is one."""
+        values = asdict(self) | {"flags": list(self.flags)}
+        return {name: value for name, value in values.items() if value is not None or name not in _OPTIONAL}
+
+    @classmethod
+    def from_json(cls, value: Any, where: Path) -> "SourceRow":
+        """The row that `to_json` gave, read from the file `where`. Raises `UserError` for a missing key or a wrong type."""
+        missing = [name for name in _REQUIRED if name not in value] if isinstance(value, dict) else []
+        if missing:
+            raise UserError(f"{where}: damaged (a source has no key {missing[0]!r}); prepare the data again")
+        try:
+            row = _ROWS.validate_json(json.dumps(value), strict=True)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(map(str, first["loc"]))
+            message = f"key {key!r} of a source: {first['msg']}, got {first['input']!r:.80}" if key else first["msg"]
+            raise UserError(f"{where}: damaged ({message}); prepare the data again") from error
+        if row.drops.keys() != row.first_drop.keys():
+            raise UserError(f"{where}: damaged (drops and first_drop of {row.source!r} differ); prepare the data again")
+        return row
+
+
+_OPTIONAL = ("mixture", "survey")
+_REQUIRED = [each.name for each in fields(SourceRow) if each.name not in (*_OPTIONAL, "text_kind")]
+_ROWS = TypeAdapter(SourceRow)
+
+
+def rows_from_json(value: Any, where: Path) -> list[SourceRow]:
+    """The table that was read from the file `where`. Raises `UserError` unless it is a list of rows."""
+    if not isinstance(value, list):
+        raise UserError(f"{where}: damaged (it has no table of sources); prepare the data again")
+    return [SourceRow.from_json(row, where) for row in value]
 
 
 @dataclass
@@ -87,59 +182,65 @@ class SourceCounter:
 
     def check(self) -> None:
         """Refuse a source that gives nothing, or too little of what it holds."""
-        drops = self.drops - (self.cleaned.drops - self.cleaned.unreadable if self.cleaned else Counter())
-        defects = Counter({reason: count for reason, count in drops.items() if reason not in NOT_DEFECTS})
         if self.rows == 0:
             raise UserError(f"source {self.source.name!r}: {self.source.path or self.source.adapter} holds no rows")
-        if defects.total() > self.source.max_drop * self.rows:
-            raise UserError(
-                f"source {self.source.name!r}: {defects.total() / self.rows:.1%} of {self.rows:,} rows are dropped, more than "
-                f"max_drop {self.source.max_drop:g}; most often {self._worst(defects)}; "
-                f"mend the data or the options of adapter {self.source.adapter}, or raise max_drop"
-            )
+        row = self.row()
+        check_drops(self.source, row)
         if self.kept == 0:
             raise UserError(
                 f"source {self.source.name!r}: none of its {self.rows:,} rows is used; "
-                f"most often {self._worst(self.drops)}; leave it out"
+                f"most often {_worst(row, row.drops)}; leave it out"
             )
 
-    def _worst(self, drops: Counter[str]) -> str:
-        ((reason, count),) = drops.most_common(1)
-        return f"{reason} ({count:,} rows, first {self.first_drop[reason]})"
+    def _defects(self) -> dict[str, int]:
+        drops = self.drops - (self.cleaned.drops - self.cleaned.unreadable if self.cleaned else Counter())
+        return {reason: count for reason, count in drops.most_common() if reason not in NOT_DEFECTS}
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> SourceRow:
         """The source's row of the table."""
         source = self.source
-        row = {
-            "source": source.name,
-            "adapter": source.adapter,
-            "language": language_of(source),
-            "text_kind": source.text_kind,
-            "license": license_of(source),
-            "flags": flags_of(source),
-            "left_out": self.left_out,
-            "split": self.split,
-            "rows": self.rows,
-            "kept": self.kept,
-            "heldout": self.heldout,
-            "tokens": self.tokens,
-            "repeat": source.repeat,
-            "shortened": self.shortened,
-            "drops": dict(self.drops.most_common()),
-            "first_drop": {reason: self.first_drop[reason] for reason, _ in self.drops.most_common()},
-            "noted": dict(self.noted.most_common()),
-            "length_ratio": self.chosen_characters / self.rejected_characters if self.rejected_characters else None,
-        }
-        return row | {"warning": warning_of(source, row)}
+        row = SourceRow(
+            source=source.name,
+            adapter=source.adapter,
+            language=language_of(source),
+            text_kind=source.text_kind,
+            license=license_of(source),
+            flags=tuple(flags_of(source)),
+            left_out=self.left_out,
+            split=self.split,
+            rows=self.rows,
+            kept=self.kept,
+            heldout=self.heldout,
+            tokens=self.tokens,
+            repeat=source.repeat,
+            shortened=self.shortened,
+            drops=dict(self.drops.most_common()),
+            first_drop={reason: self.first_drop[reason] for reason, _ in self.drops.most_common()},
+            defects=self._defects(),
+            noted=dict(self.noted.most_common()),
+            length_ratio=self.chosen_characters / self.rejected_characters if self.rejected_characters else None,
+        )
+        return replace(row, warning=warning_of(source, row))
 
 
-def schema_error(source: SourceSpec, drop: Drop) -> UserError:
-    """The refusal of a source that begins with a row its adapter is not for."""
-    return UserError(f"source {source.name!r}: {drop.where}: adapter {source.adapter}: {drop.detail}")
+def check_drops(source: SourceSpec, row: SourceRow) -> None:
+    """Raise `UserError` for a source of which more is dropped than its `max_drop` allows."""
+    defects = sum(row.defects.values())
+    if defects > source.max_drop * row.rows:
+        raise UserError(
+            f"source {source.name!r}: {defects / row.rows:.1%} of {row.rows:,} rows are dropped, more than "
+            f"max_drop {source.max_drop:g}; most often {_worst(row, row.defects)}; "
+            f"mend the data or the options of adapter {source.adapter}, or raise max_drop"
+        )
 
 
-def warning_of(source: SourceSpec, row: dict[str, Any]) -> str | None:
+def _worst(row: SourceRow, drops: dict[str, int]) -> str:
+    reason, count = next(iter(drops.items()))
+    return f"{reason} ({count:,} rows, first {row.first_drop[reason]})"
+
+
+def warning_of(source: SourceSpec, row: SourceRow) -> str | None:
     """What differs from the count that the recipe expects of a source that it uses."""
-    if row["left_out"] is not None or source.expect in (None, row["kept"]):
+    if row.left_out is not None or source.expect in (None, row.kept):
         return None
-    return f"source {source.name!r}: {row['kept']:,} records kept, {source.expect:,} expected"
+    return f"source {source.name!r}: {row.kept:,} records kept, {source.expect:,} expected"

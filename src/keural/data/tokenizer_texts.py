@@ -5,43 +5,41 @@ ends and pieces are taken at even distances, so that every source and every long
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from keural.data.permutation import Permutation
 from keural.data.records import Drop
-from keural.data.sources import read_source
+from keural.data.sources import Source
 from keural.data.tokens.encode import texts_of
 from keural.errors import UserError
-from keural.recipe import SourceSpec
 
 PIECE_BYTES = 4096
 
 
-def iter_texts(sources: Sequence[SourceSpec], data_dir: Path | None, max_bytes: int, seed: int) -> Iterator[str]:
+def iter_texts(sources: Sequence[Source], max_bytes: int, seed: int) -> Iterator[str]:
     """Texts of all sources (contents of messages, for conversations and pairs), at most `max_bytes` of UTF-8 in all.
 
     Raises `UserError` when a source gives nothing.
     """
-    sizes = [sum(len(text.encode("utf-8")) for text in _texts(source, data_dir, seed)) for source in sources]
+    sizes = [sum(len(text.encode("utf-8")) for text in _texts(source, seed)) for source in sources]
     for source, size in zip(sources, sizes, strict=True):
         if size == 0:
             raise UserError(f"source {source.name!r}: gives no text for the tokenizer; check its path and options")
-    texts = (text for source in sources for text in _texts(source, data_dir, seed))
+    texts = (text for source in sources for text in _texts(source, seed))
     if sum(sizes) <= max_bytes:
         yield from texts
     else:
         yield from _thinned(texts, sum(sizes), max_bytes, seed)
 
 
-def _texts(source: SourceSpec, data_dir: Path | None, seed: int) -> Iterator[str]:
+def _texts(source: Source, seed: int) -> Iterator[str]:
     kept = 0
-    for record in read_source(source, data_dir, seed):
+    for record in source.read(seed):
         if isinstance(record, Drop):
             continue
         for text in texts_of(record):
-            yield from [text] * source.repeat
+            yield from [text] * source.spec.repeat
         kept += 1
-        if kept == source.limit:
+        if kept == source.spec.limit:
             return
 
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, cast, get_args
 
-from keural.data.records import PreferencePair
 from keural.errors import UserError, nearest
 from keural.microworld.arithmetic import ARITHMETIC
 from keural.microworld.clauses import REWRITING, TRANSLATION
@@ -31,7 +30,7 @@ from keural.microworld.glossary import glossary
 from keural.microworld.korean import is_polite
 from keural.tokenizer.chatml import Message
 
-__all__ = ["TASKS", "Item", "heldout_items", "heldout_pairs", "is_polite", "rows"]
+__all__ = ["TASKS", "Item", "Pair", "heldout_items", "heldout_pairs", "is_polite", "rows"]
 
 TASKS = {task.name: task for task in (ARITHMETIC, TRANSLATION, FACTS, REWRITING)}
 LANGUAGES = ("ko", "en")
@@ -54,6 +53,16 @@ class Item:
     prompt: str
     answers: tuple[str, ...]
     polite_answers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A held-out preference: the turns of a prompt, the answer to prefer and the one not to."""
+
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    language: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +142,7 @@ def heldout_items(count_per_task: int, seed: int) -> list[Item]:
     return items
 
 
-def heldout_pairs(count: int, seed: int) -> list[PreferencePair]:
+def heldout_pairs(count: int, seed: int) -> list[Pair]:
     """`count` preference pairs on held-out content, tasks and languages in turn; half of the Korean rejected ones are blunt."""
     rng = Random(f"microworld heldout pairs {seed}")
     kinds = [(task, language) for language in LANGUAGES for task in TASKS]
@@ -144,7 +153,7 @@ def heldout_pairs(count: int, seed: int) -> list[PreferencePair]:
         exercise = TASKS[task].exercise(rng, "heldout", cast(Language, language))
         rejected = _rejected(rng, exercise, contrast)
         prompt = (Message("user", exercise.prompt),)
-        pairs.append(PreferencePair(prompt, exercise.right.polite, rejected, f"microworld held-out pair {index}", language))
+        pairs.append(Pair(prompt, exercise.right.polite, rejected, language))
     return pairs
 
 

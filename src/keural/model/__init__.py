@@ -1,17 +1,17 @@
-"""The architecture: configuration and network, registered with transformers' Auto classes on import.
+"""The architecture: configuration and network. `keural.registration` makes them known to transformers' Auto classes.
 
-Nothing of the rest of the package is imported here; the two files beside this one also travel with exported weights.
+Nothing of the rest of the package is imported here; the two files beside this one also travel with exported weights. Each name is
+imported when it is first asked for, so that what only counts weights need not wait for torch.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from .configuration_keural import KeuralConfig, ParameterCount, count_parameters
-from .modeling_keural import KeuralMoECausalLM, KeuralMoEModel, KeuralPreTrainedModel, router_losses
-from .vocabulary import CHATML_IDS, grow_vocabulary, mean_row
-
-AutoConfig.register(KeuralConfig.model_type, KeuralConfig, exist_ok=True)
-AutoModel.register(KeuralConfig, KeuralMoEModel, exist_ok=True)
-AutoModelForCausalLM.register(KeuralConfig, KeuralMoECausalLM, exist_ok=True)
+if TYPE_CHECKING:
+    from .configuration_keural import KeuralConfig
+    from .modeling_keural import KeuralMoECausalLM, KeuralMoEModel, KeuralPreTrainedModel, router_losses
+    from .parameters import CHATML_IDS, ParameterCount, count_parameters
+    from .vocabulary import grow_vocabulary, mean_row
 
 __all__ = [
     "CHATML_IDS",
@@ -25,3 +25,26 @@ __all__ = [
     "mean_row",
     "router_losses",
 ]
+
+_HOME = {
+    "KeuralConfig": "configuration_keural",
+    "KeuralMoECausalLM": "modeling_keural",
+    "KeuralMoEModel": "modeling_keural",
+    "KeuralPreTrainedModel": "modeling_keural",
+    "router_losses": "modeling_keural",
+    "ParameterCount": "parameters",
+    "count_parameters": "parameters",
+    "CHATML_IDS": "parameters",
+    "grow_vocabulary": "vocabulary",
+    "mean_row": "vocabulary",
+}
+"""The module of each name."""
+
+
+def __getattr__(name: str) -> Any:
+    """The names above, each from its module when it is first asked for."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value

@@ -4,8 +4,6 @@ import torch
 
 from .modeling_keural import KeuralMoECausalLM
 
-CHATML_IDS = 2
-"""Ids that every tokenizer of Keural has after its pieces, and that a base model may lack."""
 _ROWS = 4096
 """Rows added up at a time; a whole embedding in double precision is 4 GB at full size."""
 

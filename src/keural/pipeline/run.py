@@ -40,7 +40,15 @@ from keural.pipeline.run_directory import (
     write_recipe,
     write_stage,
 )
-from keural.pipeline.workspace import Workspace, check_inputs, init_directory, open_stream, prepare_all, with_ancestors
+from keural.pipeline.workspace import (
+    Workspace,
+    check_inputs,
+    init_directory,
+    open_stream,
+    prepare_all,
+    select_stages,
+    with_ancestors,
+)
 from keural.pretrained.directory import save_model_directory
 from keural.pretrained.lineage import check_sums
 from keural.recipe import VERSION, Recipe, StageSpec, length_of, parse_duration
@@ -68,7 +76,7 @@ def run(recipe: Recipe, out: Path, *, until: str | None = None, only: str | None
     every rank calls this; rank 0 prepares and exports. Raises `UserError` for anything the user can mend, before the first
     step where possible.
     """
-    stages = _selected(recipe, until, only)
+    stages = select_stages(recipe, until=until, only=only)
     with session() as ranks, contextlib.ExitStack() as stack:
         started = time.monotonic()
         ranks.on_main(lambda: check_inputs(recipe, stages, out))
@@ -92,25 +100,18 @@ def _open_run(recipe: Recipe, stages: list[StageSpec], out: Path) -> None:
             measured_texts(measure, workspace.data[measure.stage])
 
 
-def _selected(recipe: Recipe, until: str | None, only: str | None) -> list[StageSpec]:
-    if only is not None:
-        return [recipe.stage(only)]
-    last = recipe.stages.index(recipe.stage(until)) if until is not None else len(recipe.stages) - 1
-    return list(recipe.stages[: last + 1])
-
-
 def _train(workspace: Workspace, stage: StageSpec, ranks: Ranks, tensorboard: bool) -> bool:
     """Bring one stage to its end unless it is there already; True when a signal stopped it."""
     directory, wanted = workspace.out / stage.name, workspace.stage_fingerprint(stage)
     if ranks.on_main(lambda: find_done(directory, wanted) is not None):
         problem = ranks.on_main(lambda: model_problem(directory))
         if problem is None:
-            ranks.say(f"{stage.name}: finished already, skipped")
+            ranks.log_once(f"{stage.name}: finished already, skipped")
             return False
-        ranks.say(f"{stage.name}: was finished, but {problem}; it is made again, from its last checkpoint where there is one")
+        ranks.log_once(f"{stage.name}: was finished, but {problem}; it is made again, from its last checkpoint where there is one")
     for row in workspace.data[stage.name].table:
-        if "survey" in row:
-            ranks.say(f"{stage.name}: {row['survey']}")
+        if row.survey:
+            ranks.log_once(f"{stage.name}: {row.survey}")
     ranks.on_main(lambda: _check_ready(workspace, stage))
     ranks.on_main(lambda: _open_directory(workspace, stage))
     result = train_stage(_job(workspace, stage, tensorboard), ranks)
@@ -242,10 +243,15 @@ def _finish(workspace: Workspace, started: float) -> None:
         recipe=recipe.spec.name,
         seconds=round(time.monotonic() - started, 3),
         stages=[Done.read(out / stage.name / DONE) for stage in stages],
-        data={stage.name: workspace.data[stage.name].table for stage in stages if stage.name in workspace.data},
+        data={stage.name: _table(workspace, stage) for stage in stages if stage.name in workspace.data},
         **measured,
     ).write(out / SUMMARY)
     write_report(read_run(out))
+
+
+def _table(workspace: Workspace, stage: StageSpec) -> list[dict[str, Any]]:
+    """The table of a stage's sources as plain data."""
+    return [row.to_json() for row in workspace.data[stage.name].table]
 
 
 def _is_current(workspace: Workspace, stage: StageSpec) -> bool:

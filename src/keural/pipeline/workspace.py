@@ -1,19 +1,21 @@
 """What a recipe's stages work on: tokenizer, data, and the models they start from."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from keural.data.filtering.decontamination import check_evaluation
 from keural.data.loading.stream import Stream
-from keural.data.prepare import check_cleaning, check_sources, iter_texts, prepare
-from keural.data.prepared import HASHES, Prepared, find_prepared, used_sources
-from keural.data.pretokenized import check_ready, ready
-from keural.data.sources import content_of
+from keural.data.prepare import check_cleaning, prepare
+from keural.data.prepared import HASHES, Prepared, find_prepared
+from keural.data.pretokenized import check_pretokenized, open_pretokenized
+from keural.data.sources import Source, open_sources
+from keural.data.stage_sources import open_stage_sources
+from keural.data.tokenizer_texts import iter_texts
 from keural.errors import UserError
 from keural.files import FileHashes, atomic_directory, fingerprint, read_object, sha256_file
-from keural.model import KeuralConfig
 from keural.pipeline.run_directory import (
     DATA,
     DONE,
@@ -32,6 +34,9 @@ from keural.terminal import say
 from keural.tokenizer import KeuralTokenizer
 from keural.tokenizer.train import train_tokenizer
 
+if TYPE_CHECKING:
+    from keural.model import KeuralConfig
+
 
 @dataclass(frozen=True)
 class Workspace:
@@ -43,7 +48,7 @@ class Workspace:
     data: dict[str, Prepared]
 
     @property
-    def model_config(self) -> KeuralConfig:
+    def model_config(self) -> "KeuralConfig":
         """The network of the recipe, with the tokenizer's vocabulary."""
         return build_config(self.recipe, self.tokenizer)
 
@@ -81,8 +86,10 @@ class Workspace:
         return self.stage_fingerprint(self.recipe.stage(stage.init_from))
 
 
-def build_config(recipe: Recipe, tokenizer: KeuralTokenizer) -> KeuralConfig:
+def build_config(recipe: Recipe, tokenizer: KeuralTokenizer) -> "KeuralConfig":
     """The model configuration of a recipe with this tokenizer's ids."""
+    from keural.model import KeuralConfig
+
     shape = recipe.spec.model.model_dump()
     theta = shape.pop("rope_theta")
     return KeuralConfig(
@@ -95,14 +102,22 @@ def build_config(recipe: Recipe, tokenizer: KeuralTokenizer) -> KeuralConfig:
     )
 
 
-def check_inputs(recipe: Recipe, stages: Iterable[StageSpec], out: Path) -> None:
+def select_stages(recipe: Recipe, *, until: str | None = None, only: str | None = None) -> list[StageSpec]:
+    """The stages up to and with `until`, or `only` that one, or all. Raises `UserError` for a name that no stage has."""
+    if only is not None:
+        return [recipe.stage(only)]
+    last = recipe.stages.index(recipe.stage(until)) if until is not None else len(recipe.stages) - 1
+    return list(recipe.stages[: last + 1])
+
+
+def check_inputs(recipe: Recipe, stages: Sequence[StageSpec], out: Path) -> None:
     """Refuse what cannot work before anything is written: unknown adapters, missing paths, a model directory that is none."""
-    sources = [source for stage in stages for source in used_sources(stage.data)]
-    check_sources([*recipe.spec.tokenizer.sources, *sources], data_directory(recipe))
-    for stage in stages:
-        check_evaluation(stage.data.decontaminate, data_directory(recipe))
-        check_cleaning(stage.data, data_directory(recipe))
-        check_ready(stage.data, data_directory(recipe))
+    open_sources(recipe.spec.tokenizer.sources, data_directory(recipe))
+    opened = [open_stage_sources(stage.data, data_directory(recipe)) for stage in stages]
+    for stage, sources in zip(stages, opened, strict=True):
+        check_evaluation(sources.evaluation)
+        check_cleaning(sources)
+        check_pretokenized(stage.data, data_directory(recipe))
         if stage.starts_from_directory and not (init_directory(out, stage) / "config.json").is_file():
             raise UserError(f"{stage.name}: init_from {stage.init_from!r} is not a model directory (no config.json there)")
 
@@ -143,7 +158,7 @@ def with_ancestors(recipe: Recipe, stage: StageSpec) -> dict[str, StageSpec]:
 def _prepare_stage(recipe: Recipe, stage: StageSpec, tokenizer: KeuralTokenizer, out: Path) -> Prepared:
     directory = data_directory(recipe)
     if stage.data.ready:
-        return ready(stage.data, stage.objective, directory, tokenizer, out / DATA)
+        return open_pretokenized(stage.data, stage.objective, directory, tokenizer, out / DATA)
     return prepare(stage.data, stage.objective, directory, tokenizer, out / DATA, recipe.spec.seed)
 
 
@@ -172,11 +187,12 @@ def prepare_tokenizer(recipe: Recipe, out: Path) -> KeuralTokenizer:
     spec, directory = recipe.spec.tokenizer, out / TOKENIZER
     if spec.path:
         return KeuralTokenizer.load((data_directory(recipe) or Path()) / spec.path)
-    settings = _tokenizer_settings(recipe, out)
+    sources = open_sources(spec.sources, data_directory(recipe))
+    settings = _tokenizer_settings(recipe, sources, out)
     marker = _tokenizer_marker(directory)
     if marker is not None and marker.fingerprint == fingerprint(settings):
         return _load_tokenizer(directory, marker)
-    texts = iter_texts(spec.sources, data_directory(recipe), spec.max_bytes, recipe.spec.seed)
+    texts = iter_texts(sources, spec.max_bytes, recipe.spec.seed)
     with atomic_directory(directory) as temporary:
         tokenizer = train_tokenizer(texts, spec, temporary, recipe.spec.seed)
         files = tokenizer_files(temporary)
@@ -205,10 +221,10 @@ def _load_tokenizer(directory: Path, marker: TokenizerMarker) -> KeuralTokenizer
     return KeuralTokenizer.load(directory)
 
 
-def _tokenizer_settings(recipe: Recipe, out: Path) -> Settings:
+def _tokenizer_settings(recipe: Recipe, sources: list[Source], out: Path) -> Settings:
     """Everything that determines a trained tokenizer: its settings and the contents of its sources."""
     spec, hashes = recipe.spec.tokenizer, FileHashes(out / DATA / HASHES)
-    contents = [content_of(source, data_directory(recipe), hashes) for source in spec.sources]
+    contents = [source.content(hashes) for source in sources]
     hashes.save()
     return {"version": VERSION, "spec": spec.determining("tokenizer"), "seed": recipe.spec.seed, "contents": contents}
 

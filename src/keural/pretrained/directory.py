@@ -23,10 +23,11 @@ from transformers.utils import logging as transformers_logging
 
 import keural.model
 from keural.errors import UserError
-from keural.files import atomic_directory, read_object, write_atomic
+from keural.files import atomic_directory, write_atomic
 from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.pretrained.lineage import check_sums, read_record, write_record
-from keural.pretrained.safetensors import CONFIG, open_safetensors, weight_files, write_shards
+from keural.pretrained.location import CONFIG, check_kind, model_directory
+from keural.pretrained.safetensors import open_safetensors, weight_files, write_shards
 from keural.pretrained.tensor_names import HEAD
 from keural.pretrained.weights import Weights, expected_tensors, state_dict_weights, stored_tensors
 from keural.recipe import ChatSpec
@@ -159,21 +160,6 @@ def load_tokenizer(path: Path) -> KeuralTokenizer:
     return tokenizer
 
 
-def model_directory(path: Path) -> Path:
-    """The model directory that `path` stands for: itself, the `model` of a stage, or the `final` of a run; links resolved.
-
-    Raises `UserError` when there is none.
-    """
-    for candidate in (path, path / "model", path / "final"):
-        if (candidate / CONFIG).is_file():
-            return candidate.resolve()
-    if path.is_symlink() and not path.exists():
-        raise UserError(f"{path}: points to {path.readlink()}, which does not exist; run the stage that makes it")
-    if not path.exists():
-        raise UserError(f"{path}: no such directory; give a model directory, e.g. runs/toy/final")
-    raise UserError(f"{path}: is not a model directory (no config.json); give one such as runs/toy/final")
-
-
 def read_lineage(path: Path) -> dict[str, Any]:
     """What `keural.json` says of a model, stage or run directory; empty where there is none. Raises `UserError`."""
     return read_record(model_directory(path))
@@ -219,12 +205,7 @@ def generation_config(config: KeuralConfig, chat: ChatSpec, exported: bool = Fal
 
 def read_config(directory: Path) -> KeuralConfig:
     """The configuration of a model directory. Raises `UserError` when it is missing, of another architecture or impossible."""
-    file = directory / CONFIG
-    values = read_object(file)
-    kind = values.get("model_type")
-    if kind != KeuralConfig.model_type:
-        raise UserError(f"{file}: describes a {kind!r} model, not 'keural'; give a directory that this package has written")
-    return configuration(file, values)
+    return configuration(directory / CONFIG, check_kind(directory))
 
 
 def configuration(where: Path, values: Mapping[str, Any]) -> KeuralConfig:

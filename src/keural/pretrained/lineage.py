@@ -6,13 +6,13 @@ is used later is of the right type, and names of files stay inside the directory
 
 import re
 from collections.abc import Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-import transformers
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+import keural
 from keural.errors import UserError
 from keural.files import read_json, sha256_file, write_json
 from keural.recipe import ChatSpec, validate
@@ -74,15 +74,11 @@ def write_record(
     directory: Path, lineage: Mapping[str, Any], sums: Mapping[str, str], tokenizer: KeuralTokenizer | None, chat: ChatSpec
 ) -> None:
     """Write `keural.json`: what was given, versions, chat defaults, and checksums of weights (`sums`) and tokenizer."""
-    try:
-        package = version("keural")
-    except PackageNotFoundError:  # run from a source tree
-        package = "unknown"
     sha256 = {} if tokenizer is None else {"tokenizer.model": tokenizer.sha256}
     record = {
         **lineage,
-        "keural": package,
-        "transformers": transformers.__version__,
+        "keural": keural.__version__,
+        "transformers": version("transformers"),
         "tokenizer_sha256": sha256.get("tokenizer.model"),
         "chat": chat.model_dump(exclude={"samples"}),
         "files": {**sums, **sha256},

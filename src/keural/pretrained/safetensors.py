@@ -130,9 +130,6 @@ def _header(infos: dict[str, TensorInfo]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-CONFIG = "config.json"
-
-
 def open_safetensors(files: Sequence[Path]) -> Weights:
     """The tensors of safetensors files, in the order of the files and of their headers.
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from keural.errors import UserError
 from keural.model import KeuralConfig
-from keural.pretrained.directory import directory_weights, load_tokenizer, model_directory, read_config, read_lineage
+from keural.pretrained.directory import directory_weights, load_tokenizer, read_config, read_lineage
 from keural.pretrained.lineage import check_sums, file_name
+from keural.pretrained.location import model_directory
 from keural.pretrained.weights import Weights, finite
 from keural.recipe import ChatSpec
 from keural.tokenizer import KeuralTokenizer

@@ -15,10 +15,13 @@ from keural.recipe.data import (
 from keural.recipe.evaluation import BitsPerByteSpec, ChatSpec, EvaluationSpec, ExactMatchSpec
 from keural.recipe.load import Recipe, RecipeSpec, load_recipe, parse_duration
 from keural.recipe.model import ModelSpec
+from keural.recipe.objectives import OBJECTIVES, STORES, Objective, ObjectiveKind, StoreKind, StoreShape, Unit
 from keural.recipe.tokenizer import TokenizerSpec
-from keural.recipe.training import DpoSpec, Objective, RouterSpec, StageSpec, TrainSpec
+from keural.recipe.training import DpoSpec, RouterSpec, StageSpec, TrainSpec
 
 __all__ = [
+    "OBJECTIVES",
+    "STORES",
     "VERSION",
     "BitsPerByteSpec",
     "ChatSpec",
@@ -34,6 +37,7 @@ __all__ = [
     "MixingSpec",
     "ModelSpec",
     "Objective",
+    "ObjectiveKind",
     "Part",
     "Recipe",
     "RecipeSpec",
@@ -41,9 +45,12 @@ __all__ = [
     "SourceSpec",
     "Spec",
     "StageSpec",
+    "StoreKind",
+    "StoreShape",
     "StoreSpec",
     "TokenizerSpec",
     "TrainSpec",
+    "Unit",
     "length_of",
     "load_recipe",
     "mark_of",

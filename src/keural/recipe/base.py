@@ -71,7 +71,7 @@ def mark_of(field: FieldInfo) -> dict[str, Any]:
 class Spec(BaseModel):
     """Base of all recipe objects: strict types, no unknown keys, immutable."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     def determining(self, part: Part, length: bool = True) -> dict[str, Any]:
         """The settings that determine the result of `part`, as plain data: marked keys and values that are defaults left out.

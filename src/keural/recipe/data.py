@@ -14,6 +14,7 @@ class SourceSpec(Spec):
     """One source of rows: where they are, how a row is read, and what is known of it."""
 
     name: str = Field(min_length=1)
+    """What tables, reports and messages call the source; where data is mixed, each part needs a name of its own."""
     adapter: str = Field(min_length=1)
     """Name in the adapter registry: how a row becomes a document, a conversation or a pair."""
     path: str = ""
@@ -31,7 +32,10 @@ class SourceSpec(Spec):
     split: str | None = None
     """Split of `hub`, `train` where none is given."""
     language: str | None = None
+    """Language of its texts, e.g. `ko` or `en`, for the language gate, the filters and the report; by default the adapter's, where
+    it has one."""
     license: str | None = not_for(("cleaning",), None)
+    """Licence of its rows, as model hubs write it, e.g. `CC-BY-4.0`; by default the adapter's, where it has one."""
     limit: int | None = not_for(("cleaning",), None, gt=0)
     """Use at most this many kept records, in file order."""
     repeat: int = not_for(("cleaning",), 1, gt=0)
@@ -56,6 +60,10 @@ class SourceSpec(Spec):
     """Field with the id of a row, or `row_number`: a record whose id was there before in the same `id_space` is a duplicate."""
     id_space: str | None = None
     """Name that sources share whose ids mean the same, e.g. a set and its translation; the default is the source's own."""
+
+
+GATE_SETTINGS = ("gates", "min_characters", "max_characters", "max_length_ratio", "id_field", "id_space")
+"""Settings of a source that say which of its records are used, by their content."""
 
 
 class LicensesSpec(Spec):
@@ -91,11 +99,13 @@ class StoreSpec(Spec):
     """One of several ready token stores."""
 
     name: str = Field(min_length=1)
+    """What tables and reports call the store."""
     path: str = Field(min_length=1)
     """Directory, relative to the recipe's data directory."""
     weight: float | None = Field(None, gt=0)
     """Its part of an epoch, relative to the other stores' weights; with `data.mixing`. Without, each is used once."""
     language: str | None = None
+    """Language of its texts, for the report."""
 
 
 class DecontaminateSpec(Spec):
@@ -112,7 +122,7 @@ class DecontaminateSpec(Spec):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        unused = {"limit", "repeat", "weight", "expect", "text_kind", "gates", "min_characters", "max_characters", "id_field"}
+        unused = {"limit", "repeat", "weight", "expect", "text_kind", *GATE_SETTINGS}
         for source in self.sources:
             if given := sorted(unused & source.model_fields_set):
                 raise ValueError(
@@ -125,14 +135,19 @@ class ExecutorSpec(Spec):
     """Where cleaning runs: processes here, jobs on a Slurm cluster, or Ray."""
 
     kind: Literal["local", "slurm", "ray"] = "local"
+    """Processes of this machine, jobs of a Slurm cluster, or Ray."""
     workers: int | None = Field(None, gt=0)
     """Tasks at a time; the default is one per core here, all at once on a cluster."""
     cpus_per_task: int = Field(1, gt=0)
+    """CPU cores of one task (slurm, ray)."""
     mem_per_cpu_gb: int = Field(2, gt=0)
+    """Memory of one task in GB for each of its cores (slurm, ray)."""
     partition: str | None = None
+    """Partition of the Slurm cluster; slurm needs one."""
     time: str = "24:00:00"
     """Limit of a Slurm job."""
     qos: str | None = None
+    """Quality of service of Slurm jobs; the default is the cluster's."""
     sbatch: dict[str, str] = Field(default_factory=dict)
     """Further options of `sbatch`, without dashes."""
 
@@ -179,6 +194,7 @@ class DataSpec(Spec):
     """A stage's data: sources or data that is ready, length of a packed row, and what is held out."""
 
     sources: list[SourceSpec] = Field(default_factory=list)
+    """Where rows are read from; they are checked, held out in part, tokenised and kept in a token store."""
     store: str | None = not_for(("data",), None)
     """Instead of sources: a token store, or a directory with `train/` and perhaps `heldout/`, as data was prepared before."""
     stores: list[StoreSpec] = not_for(("data",), default_factory=list)

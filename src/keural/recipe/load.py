@@ -19,6 +19,7 @@ from keural.errors import UserError, nearest
 from keural.recipe.base import Spec, neutral, validate
 from keural.recipe.evaluation import ChatSpec, EvaluationSpec
 from keural.recipe.model import ModelSpec
+from keural.recipe.objectives import OBJECTIVES
 from keural.recipe.tokenizer import TokenizerSpec
 from keural.recipe.training import StageSpec
 
@@ -30,18 +31,28 @@ class RecipeSpec(Spec):
     """`recipe.yaml`: everything that is not one stage's own."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    """What the run is called: small letters, digits, dots and dashes. Its directory is `runs/NAME` unless `--out` says
+    otherwise."""
     description: str = neutral("report", "")
+    """What the recipe is, in one line, for `keural recipes` and the report."""
     seed: int = Field(42, ge=0)
+    """Of everything that is drawn: weights at the start, held-out records, order and mixture of the data."""
     data: str | None = neutral("place", None)
     """Directory that sources' paths are relative to; needed where a source has a path."""
     budget: str | None = None
     """Time for all stages with a budget_share, e.g. 20m, 90s, 2h."""
     model: ModelSpec = Field(default_factory=ModelSpec)
+    """Shape of the network. Left out, it is the published 14.83B model."""
     tokenizer: TokenizerSpec
+    """The tokenizer of all stages."""
     stages: list[str] = Field(min_length=1)
+    """Names of the stages in their order; `NAME.yaml` beside this file describes each."""
     evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
+    """What is measured when all stages are finished."""
     chat: ChatSpec = Field(default_factory=ChatSpec)
+    """How the final model chats unless told otherwise; it is kept with every model of the run."""
     notes: list[str] = neutral("report", default_factory=list)
+    """Where the numbers come from, contradictions included."""
 
     @field_validator("budget")
     @classmethod
@@ -56,8 +67,11 @@ class Recipe:
     """A whole recipe: the pipeline's settings and its stages in order."""
 
     spec: RecipeSpec
+    """`recipe.yaml`."""
     stages: tuple[StageSpec, ...]
+    """The stages' files, in the order of `recipe.yaml`."""
     directory: Path
+    """Where the files lie."""
 
     def stage(self, name: str) -> StageSpec:
         """The stage called `name`. Raises `UserError` naming the nearest one."""
@@ -181,10 +195,10 @@ def _apply_override(override: str, recipe: dict[str, Any], stages: dict[str, dic
             value = text
         _set(recipe, key, value, override)
     elif head in StageSpec.model_fields:
-        only_dpo = bool(rest) and head == "dpo"
-        meant = [stage for stage in stages.values() if not only_dpo or stage.get("objective") == "dpo"]
+        owners = [name for name, kind in OBJECTIVES.items() if rest and kind.settings == head]
+        meant = [stage for stage in stages.values() if not owners or stage.get("objective") in owners]
         if not meant:
-            raise UserError(f"override {override!r}: no stage has objective dpo")
+            raise UserError(f"override {override!r}: no stage has objective {' or '.join(owners)}")
         for stage in meant:
             _set(stage, key, value, override)
     else:

@@ -11,20 +11,31 @@ class ModelSpec(Spec):
     """Shape of the network; the defaults are the published 14.83B model."""
 
     hidden_size: int = Field(4096, gt=0)
+    """Width of the residual stream; a multiple of 8."""
     intermediate_size: int = Field(5632, gt=0)
     """Width of one expert."""
     num_hidden_layers: int = Field(24, gt=0)
+    """Blocks of attention and experts; even ones (the first is 0) see a sliding window, odd ones everything."""
     num_attention_heads: int = Field(32, gt=0)
+    """Query heads; a multiple of num_key_value_heads."""
     num_key_value_heads: int = Field(8, gt=0)
+    """Key and value heads, each shared by as many query heads as there are for it."""
     head_dim: int = Field(128, gt=0)
+    """Width of one attention head; even."""
     num_local_experts: int = Field(8, gt=0)
+    """Experts of a block."""
     num_experts_per_tok: int = Field(2, gt=0)
+    """Experts that work on one token: those of highest router probability."""
     sliding_window: int = Field(513, gt=0)
     """Keys a token of a sliding (even) layer sees, itself included."""
     max_position_embeddings: int = Field(4096, gt=0)
+    """Longest context in tokens; no stage may have longer rows."""
     rope_theta: float = Field(500_000.0, gt=0)
+    """Base of the rotary embedding's wavelengths; larger turns slower and reaches farther."""
     rms_norm_eps: float = Field(1e-5, gt=0)
+    """Added to the mean square before its root in every norm."""
     initializer_range: float = Field(0.02, gt=0)
+    """Standard deviation of random weights at the start."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -5,22 +5,26 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from keural.recipe.base import Spec
-from keural.recipe.data import SourceSpec
+from keural.recipe.data import GATE_SETTINGS, SourceSpec
 
 
 class TokenizerSpec(Spec):
     """Which tokenizer: one to train from `sources`, or one to load from `path`."""
 
     kind: Literal["lossless", "published"] = "lossless"
+    """`lossless` gives back every text exactly; `published` normalises as the published tokenizer does (NFKC, spaces)."""
     path: str | None = None
     """A SentencePiece model file or tokenizer directory to load instead of training; relative to the data directory."""
     vocab_size: int = Field(131_072, gt=260)
     """SentencePiece pieces; the two ChatML markers come after them."""
     character_coverage: float = Field(0.9995, gt=0, le=1)
+    """Share of the characters of the texts that get a piece of their own; the others are spelt in bytes."""
     split_digits: bool = True
+    """Cut numbers into single digits."""
     max_bytes: int = Field(100_000_000, gt=0)
     """Train on at most this many bytes of text, spread evenly over the sources' documents."""
     sources: list[SourceSpec] = Field(default_factory=list)
+    """Texts to train on."""
 
     @model_validator(mode="after")
     def _trained_or_loaded(self) -> Self:
@@ -30,4 +34,9 @@ class TokenizerSpec(Spec):
             raise ValueError("sources: weight is for a stage's sources; a tokenizer's have repeat and limit")
         if any(source.text_kind for source in self.sources):
             raise ValueError("sources: text_kind is for data.cleaning; a tokenizer's sources are read as they are")
+        for source in self.sources:
+            if given := [name for name in GATE_SETTINGS if name in source.model_fields_set]:
+                raise ValueError(
+                    f"sources: {given[0]} of {source.name!r} is for a stage's sources; a tokenizer's are read as they are"
+                )
         return self

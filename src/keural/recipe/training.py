@@ -6,15 +6,16 @@ from pydantic import Field, field_validator, model_validator
 
 from keural.recipe.base import Part, Spec, length, neutral, not_for
 from keural.recipe.data import DataSpec
-
-Objective = Literal["next_token", "sft", "dpo"]
+from keural.recipe.objectives import OBJECTIVES, Objective
 
 
 class TrainSpec(Spec):
     """Optimisation of one stage: one of `steps`, `epochs`, `budget_share`; batches are per optimizer step, not per device."""
 
     steps: int | None = length(None, gt=0)
+    """Optimizer steps of the stage."""
     epochs: float | None = length(None, gt=0)
+    """Length of the stage in epochs, which may end within one; rounded up to whole optimizer steps."""
     budget_share: float | None = length(None, gt=0, le=1)
     """Share of the recipe's time budget; the number of steps is measured and fixed before step 0."""
     batch_tokens: int | None = Field(None, gt=0)
@@ -25,14 +26,21 @@ class TrainSpec(Spec):
     """Upper bound of tokens in one forward pass on one rank; default: the rank's whole share at once. Gradients are the same sums,
     cut elsewhere, so weights differ by rounding at most; with router.scope micro_batch the cut is part of the loss, and counts."""
     lr: float = Field(gt=0)
+    """Highest learning rate, reached at the end of the warm-up."""
     min_lr: float = Field(0.0, ge=0)
+    """Learning rate of the last step, where the half cosine ends."""
     warmup_steps: int = Field(0, ge=0)
+    """Steps in which the learning rate rises linearly; the first step already moves."""
     betas: list[float] = Field(default_factory=lambda: [0.9, 0.95], min_length=2, max_length=2)
+    """AdamW's decay rates of the mean gradient and of its mean square."""
     eps: float = Field(1e-8, gt=0)
+    """AdamW's addition to the root of the mean square."""
     weight_decay: float = Field(0.1, ge=0)
     """Applied to matrices only, never to norms."""
     clip_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm, taken over all of them, where it is larger."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision that the network computes in; weights and optimizer state stay in float32."""
     gradient_checkpointing: bool = neutral("work", False)
     """Compute activations again in the backward pass instead of keeping them; on a CPU the same bits, otherwise up to rounding."""
     compile: bool = neutral("work", False)
@@ -40,6 +48,7 @@ class TrainSpec(Spec):
     save_every: int | None = neutral("keeping", None, gt=0)
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = neutral("keeping", 1, gt=0)
+    """Checkpoints to keep; older ones are deleted when a new one is whole."""
     evaluate_every: int | None = neutral("keeping", None, gt=0)
     """Steps between evaluations on held-out data; it is always evaluated at the end."""
 
@@ -65,7 +74,9 @@ class RouterSpec(Spec):
     """Router losses, added to every objective: coefficient times the mean over layers, on non-padding tokens."""
 
     balance_coef: float = Field(0.02, ge=0)
+    """Weight of the load-balancing loss, which is 1 where experts are used evenly; 0 leaves it out."""
     z_coef: float = Field(0.001, ge=0)
+    """Weight of the z-loss, the mean square of the log of the router's normaliser; 0 leaves it out."""
     scope: Literal["global_batch", "micro_batch"] = "global_batch"
     """Tokens over which the load is balanced: the whole optimizer step (exact), or each forward pass (as published)."""
 
@@ -74,20 +85,28 @@ class DpoSpec(Spec):
     """Direct preference optimisation."""
 
     beta: float = Field(0.1, gt=0)
+    """How strongly the policy is held to its reference; the margin of log-probabilities is multiplied by it."""
     loss: Literal["sigmoid"] = "sigmoid"
+    """Of the margin; `sigmoid` is that of Rafailov et al. 2023, eq. 7."""
 
 
 class StageSpec(Spec):
     """One training stage."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    """The name of the stage's file without `.yaml`: small letters, digits and dashes."""
     objective: Objective
+    """`next_token` on documents, `sft` on the assistant's turns of conversations, `dpo` on pairs of answers."""
     init_from: str = not_for(("weights",), "random")
     """`random`, the name of an earlier stage, or a model directory; what determines the weights there is in the fingerprint."""
     data: DataSpec
+    """What the stage trains on."""
     train: TrainSpec
+    """How long, in what batches, and with which optimizer settings."""
     router: RouterSpec = Field(default_factory=RouterSpec)
+    """The two router losses; they join every objective."""
     dpo: DpoSpec = Field(default_factory=DpoSpec)
+    """Settings of objective dpo; refused with any other."""
     notes: list[str] = neutral("report", default_factory=list)
     """Where the numbers come from, contradictions included."""
 
@@ -110,26 +129,23 @@ class StageSpec(Spec):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        train, length = self.train, self.data.sequence_length
-        if self.data.shards and self.objective != "next_token":
-            raise ValueError(f"data.shards hold documents; objective {self.objective} cannot train on them")
-        if self.objective == "dpo":
-            if train.batch_pairs is None or train.batch_tokens is not None:
-                raise ValueError("objective dpo needs train.batch_pairs and no train.batch_tokens")
-            if self.data.cleaning is not None:
-                raise ValueError("data.cleaning is for documents; objective dpo has gates per source")
-            if self.init_from == "random":
-                raise ValueError("objective dpo needs init_from: an earlier stage or a model directory")
-        else:
-            if train.batch_tokens is None or train.batch_pairs is not None:
-                raise ValueError(f"objective {self.objective} needs train.batch_tokens and no train.batch_pairs")
-            if train.batch_tokens % length:
-                raise ValueError(f"train.batch_tokens {train.batch_tokens} is not a multiple of data.sequence_length {length}")
-            if self.objective != "next_token" and self.data.cleaning is not None:
-                raise ValueError(f"data.cleaning is for documents; objective {self.objective} has gates per source")
-            if "dpo" in self.model_fields_set:
-                raise ValueError(f"dpo settings have no effect with objective {self.objective}")
-        row = 2 * length if self.objective == "dpo" else length
+        train, length, name, kind = self.train, self.data.sequence_length, self.objective, OBJECTIVES[self.objective]
+        if self.data.shards and kind.store != "documents":
+            raise ValueError(f"data.shards hold documents; objective {name} cannot train on them")
+        sizes = {"tokens": train.batch_tokens, "pairs": train.batch_pairs}
+        if [unit for unit, size in sizes.items() if size is not None] != [kind.unit]:
+            others = " or ".join(f"train.batch_{unit}" for unit in sizes if unit != kind.unit)
+            raise ValueError(f"objective {name} needs train.batch_{kind.unit} and no {others}")
+        if train.batch_tokens is not None and train.batch_tokens % length:
+            raise ValueError(f"train.batch_tokens {train.batch_tokens} is not a multiple of data.sequence_length {length}")
+        if kind.store != "documents" and self.data.cleaning is not None:
+            raise ValueError(f"data.cleaning is for documents; objective {name} has gates per source")
+        if kind.needs_reference and self.init_from == "random":
+            raise ValueError(f"objective {name} needs init_from: an earlier stage or a model directory")
+        settings = {other.settings for other in OBJECTIVES.values() if other.settings} - {kind.settings}
+        if unused := sorted(settings & self.model_fields_set):
+            raise ValueError(f"{unused[0]} settings have no effect with objective {name}")
+        row = kind.sequences_per_record * length
         if train.micro_batch_tokens is not None and train.micro_batch_tokens < row:
             raise ValueError(f"train.micro_batch_tokens {train.micro_batch_tokens} is smaller than one packed row ({row} tokens)")
         return self

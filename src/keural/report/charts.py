@@ -1,6 +1,6 @@
-"""Charts as inline SVG that follows the page's colours, light or dark.
+"""Charts as inline SVG that follows the page's colors, light or dark.
 
-In: numbers. Out: markup. Colours and fonts are classes that the page's style sheet defines; positions are worked out here. The
+In: numbers. Out: markup. Colors and fonts are classes that the page's style sheet defines; positions are worked out here. The
 script of the page reads the scales back from `data-x` and `data-y` to show values under the pointer.
 """
 
@@ -25,7 +25,7 @@ class Line:
     label: str
     xs: Sequence[float]
     ys: Sequence[float]
-    colour: str
+    color: str
     style: str = "main"
 
 
@@ -36,7 +36,7 @@ class Band:
     label: str
     start: float
     end: float
-    colour: str
+    color: str
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,9 @@ def line_chart(
 
 
 def heatmap(title: str, rows: Sequence[Sequence[float]], balanced: float) -> Markup:
-    """Shares as cells, one row per layer and one column per expert: one colour above the balanced share, another below it.
+    """Shares as cells, one row per layer and one column per expert: one color above the balanced share, another below it.
 
-    The colour saturates at twice the balanced share and at zero.
+    The color saturates at twice the balanced share and at zero.
     """
     if not rows or not rows[0]:
         return Markup("")
@@ -176,7 +176,7 @@ def compact(value: float) -> str:
 def _clean(line: Line, log: bool) -> Line:
     pairs = [(x, y) for x, y in zip(line.xs, line.ys, strict=True) if math.isfinite(y) and (y > 0 or not log)]
     xs, ys = thin([x for x, _ in pairs], [y for _, y in pairs])
-    return Line(line.label, xs, ys, line.colour, line.style)
+    return Line(line.label, xs, ys, line.color, line.style)
 
 
 def _x_scale(lines: Sequence[Line], bands: Sequence[Band], width: int) -> _Scale:
@@ -221,7 +221,7 @@ def _band(band: Band, row: int, x: _Scale, top: float, height: int) -> str:
     start, end = x(band.start), x(band.end)
     y = 8 + LABEL_ROW * row
     return (
-        f'<g class="band {band.colour}"><rect x="{start:.1f}" y="{top - 4:.1f}" width="{max(end - start, 0.5):.1f}" '
+        f'<g class="band {band.color}"><rect x="{start:.1f}" y="{top - 4:.1f}" width="{max(end - start, 0.5):.1f}" '
         f'height="{height - BOTTOM - top + 4:.1f}"/>'
         f'<line x1="{start:.1f}" x2="{start:.1f}" y1="{y + 5:.1f}" y2="{height - BOTTOM}"/>'
         f'<text x="{min(start + 4, _latest_start(band, x)):.1f}" y="{y + 5:.1f}">{escape(band.label)}</text></g>'
@@ -253,8 +253,8 @@ def _curve(line: Line, x: _Scale, y: _Scale) -> str:
     joined = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
     if line.style == "points" or len(points) == 1:
         marks = "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.4"/>' for a, b in points)
-        return f'<g class="marks {line.colour}" data-label="{escape(line.label)}" data-points="{joined}">{marks}</g>'
-    return f'<polyline class="{line.style} {line.colour}" data-label="{escape(line.label)}" points="{joined}"/>'
+        return f'<g class="marks {line.color}" data-label="{escape(line.label)}" data-points="{joined}">{marks}</g>'
+    return f'<polyline class="{line.style} {line.color}" data-label="{escape(line.label)}" points="{joined}"/>'
 
 
 def _text(x: float, y: float, text: str, anchor: str) -> str:

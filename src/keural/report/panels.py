@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
+from keural.recipe import OBJECTIVES
 from keural.report.charts import HALF_WIDTH, Band, Line, Reference, heatmap, line_chart, smooth
 from keural.report.collect import Run, Stage
 from keural.report.format import percent
 
-OBJECTIVES = {"next_token": "next token", "sft": "SFT", "dpo": "DPO"}
-COLOURS = {"next_token": "c1", "sft": "c2", "dpo": "c3"}
+OTHER_COLOR = "c4"
+"""Of a stage whose objective is not known."""
 SMOOTHING_SHARE = 0.04
 """The smooth curve averages over this share of a stage's steps."""
 SMALL = 190
@@ -26,7 +27,7 @@ LOG_FROM = 20
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart with its title, a remark, and what its colours mean (class of the page, text)."""
+    """A chart with its title, a remark, and what its colors mean (class of the page, text)."""
 
     title: str
     chart: Markup
@@ -42,20 +43,30 @@ class _Placed:
     offset: int
 
     @property
-    def colour(self) -> str:
-        return COLOURS.get(self.stage.objective, "c4")
+    def color(self) -> str:
+        return objective_color(self.stage.objective)
 
     def x(self, steps: Sequence[int]) -> list[float]:
         first = int(self.stage.steps[0]["step"]) if self.stage.steps else 0
         return [float(self.offset + step - first) for step in steps]
 
 
+def objective_label(name: str) -> str:
+    """What a report calls an objective; a name that is not known stays as it is."""
+    return OBJECTIVES[name].label if name in OBJECTIVES else name
+
+
+def objective_color(name: str) -> str:
+    """The class of an objective's color."""
+    return OBJECTIVES[name].color if name in OBJECTIVES else OTHER_COLOR
+
+
 def curves(run: Run) -> list[Panel]:
     """Loss, learning rate, gradient norm, router losses and speed of all stages, each on the common axis."""
     placed = _place(run)
-    bands = [Band(one.stage.name, one.offset, one.offset + max(len(one.stage.steps), 1), one.colour) for one in placed]
-    used = [objective for objective in COLOURS if any(one.stage.objective == objective for one in placed)]
-    legend = [(COLOURS[objective], OBJECTIVES[objective]) for objective in used]
+    bands = [Band(one.stage.name, one.offset, one.offset + max(len(one.stage.steps), 1), one.color) for one in placed]
+    used = {one.stage.objective for one in placed}
+    legend = [(kind.color, kind.label) for name, kind in OBJECTIVES.items() if name in used]
     panels = [_loss(placed, bands, legend), _learning_rate(placed, bands, legend)]
     for title, key, log, note in (
         ("Gradient norm", "gradient_norm", True, "Before clipping; logarithmic."),
@@ -73,7 +84,7 @@ def expert_load(run: Run) -> list[Panel]:
     placed = [one for one in _place(run) if any("expert_load" in step for step in one.stage.steps)]
     if not placed:
         return []
-    bands = [Band(one.stage.name, one.offset, one.offset + max(len(one.stage.steps), 1), one.colour) for one in placed]
+    bands = [Band(one.stage.name, one.offset, one.offset + max(len(one.stage.steps), 1), one.color) for one in placed]
     lines = [line for one in placed for line in _load_lines(one)]
     balanced = 1 / len(_last_load(placed[0].stage)[0])
     title = "Most and least loaded expert of each layer"
@@ -99,8 +110,8 @@ def preferences(run: Run) -> list[Panel]:
     panels = []
     for stage in run.stages:
         rewards = [
-            _smoothed(stage, key, label, colour)
-            for key, label, colour in (
+            _smoothed(stage, key, label, color)
+            for key, label, color in (
                 ("reward_margin", "margin", "c3"),
                 ("reward_chosen", "chosen", "c2"),
                 ("reward_rejected", "rejected", "c4"),
@@ -149,7 +160,7 @@ def _heldout(one: _Placed) -> Line:
     pairs = [(line["step"], line["heldout"].get("loss")) for line in one.stage.heldout]
     pairs = [(step, loss) for step, loss in pairs if isinstance(loss, int | float)]
     xs = one.x([step for step, _ in pairs])
-    return Line(f"{one.stage.name}, held out", xs, [loss for _, loss in pairs], one.colour, "points")
+    return Line(f"{one.stage.name}, held out", xs, [loss for _, loss in pairs], one.color, "points")
 
 
 def _lines(one: _Placed, key: str, noisy: bool) -> Iterator[Line]:
@@ -158,14 +169,14 @@ def _lines(one: _Placed, key: str, noisy: bool) -> Iterator[Line]:
     if not steps:
         return
     if noisy and len(values) > 8:
-        yield Line("", one.x(steps), values, one.colour, "faint")
+        yield Line("", one.x(steps), values, one.color, "faint")
         values = smooth(values, _window(values))
-    yield Line(one.stage.name, one.x(steps), values, one.colour)
+    yield Line(one.stage.name, one.x(steps), values, one.color)
 
 
-def _smoothed(stage: Stage, key: str, label: str, colour: str) -> Line:
+def _smoothed(stage: Stage, key: str, label: str, color: str) -> Line:
     steps, values = stage.series(key)
-    return Line(label, steps, smooth(values, _window(values)), colour)
+    return Line(label, steps, smooth(values, _window(values)), color)
 
 
 def _window(values: Sequence[float]) -> int:
@@ -177,9 +188,9 @@ def _load_lines(one: _Placed) -> Iterator[Line]:
     xs = one.x([int(step["step"]) for step in written])
     sides: tuple[tuple[str, str, Callable[[list[float]], float]], ...] = (("over", "most", max), ("under", "least", min))
     for layer in range(len(written[0]["expert_load"])):
-        for colour, label, extreme in sides:
+        for color, label, extreme in sides:
             values = [extreme(step["expert_load"][layer]) for step in written]
-            yield Line(f"layer {layer}, {label}", xs, smooth(values, _window(values)), colour, "fine")
+            yield Line(f"layer {layer}, {label}", xs, smooth(values, _window(values)), color, "fine")
 
 
 def _last_load(stage: Stage) -> list[list[float]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from keural.report.collect import Run, Stage
 from keural.report.format import ABSENT, duration, large, number, percent
-from keural.report.panels import COLOURS, OBJECTIVES
+from keural.report.panels import objective_color, objective_label
 
 KNOWN_MEASURES = {
     "accuracy", "accuracy_stderr", "stderr", "by_task", "by_language", "by_task_and_language", "preference_accuracy",
@@ -20,7 +20,7 @@ KNOWN_MEASURES = {
 
 @dataclass(frozen=True)
 class Cell:
-    """Text of a cell; `share` in [0, 1] draws a bar, `tag` is a colour class for a label, `strong` marks the best."""
+    """Text of a cell; `share` in [0, 1] draws a bar, `tag` is a color class for a label, `strong` marks the best."""
 
     text: str
     numeric: bool = False
@@ -108,7 +108,7 @@ def _stage_row(stage: Stage) -> list[Cell]:
     heldout = stage.done.get("heldout") or (stage.heldout[-1]["heldout"] if stage.heldout else {})
     return [
         Cell(stage.name if stage.finished else f"{stage.name} (interrupted)"),
-        Cell(OBJECTIVES.get(stage.objective, stage.objective or ABSENT), tag=COLOURS.get(stage.objective, "c4")),
+        Cell(objective_label(stage.objective) or ABSENT, tag=objective_color(stage.objective)),
         Cell(str(stage.done.get("init_from") or stage.settings.get("init_from") or ABSENT)),
         Cell(duration(seconds), numeric=True),
         Cell(number(steps), numeric=True),

@@ -14,7 +14,7 @@ from rich.console import Console
 from keural.errors import UserError
 from keural.serve.engines.base import Engine
 from keural.serve.engines.registry import chat_defaults, open_engine
-from keural.serve.engines.sampling import SamplingParams
+from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.jamo import Jamo
 from keural.serve.text import Answer, printable, reader_may_leave, stream_answer
 from keural.tokenizer import Message, render_prompt

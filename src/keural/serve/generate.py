@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from keural.serve.engines.registry import chat_defaults, open_engine
-from keural.serve.engines.sampling import SamplingParams
+from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.jamo import Jamo
 from keural.serve.text import printable, reader_may_leave, stream_answer
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt

@@ -12,9 +12,8 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
-from keural.serve.engines.base import Engine
-from keural.serve.engines.decoding import Finish
-from keural.serve.engines.sampling import SamplingParams
+from keural.serve.engines.base import Engine, Finish
+from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.jamo import Jamo, compatibility_jamo
 from keural.tokenizer import KeuralTokenizer
 

@@ -3,31 +3,41 @@
 In: weights, moments and progress of a stage. Out: ``checkpoints/step-00000050/``, written by torch's distributed checkpoint, so
 that it loads on any number of ranks. It is written under a temporary name; the manifest with the SHA-256 of every file comes
 last, then the rename. What is read back is compared with the manifest before a byte of it is used.
+
+The tensors lie in safetensors files, whose headers say where each piece belongs, and the manifest is JSON: a run directory may come
+from somebody else, and neither format can hold code. (torch's own format has pickles, the one with the metadata read without limits;
+checkpoints of this package had it up to format 1, and are refused.)
 """
 
-import os
+import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from keural.errors import UserError
 from keural.files import fingerprint as fingerprint_of
-from keural.files import read_json, sha256_file, write_json
+from keural.files import flush, flush_directory, read_object, sha256_file, write_json
 from keural.recipe import StageSpec
 from keural.train.optimizer import MOMENTS, set_step
 from keural.train.ranks import Ranks
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+"""2: tensors in safetensors. 1: in pickles, metadata included."""
+FILE_BYTES = 1 << 30
+"""About so many bytes of tensors go into one file, or one of each rank, which is put together in memory."""
 DIRECTORY = re.compile(r"step-(\d+)")
 
 
@@ -45,6 +55,20 @@ class Progress:
     heldout: dict[str, float] = field(default_factory=dict)
     plan: dict[str, int] = field(default_factory=dict)
     """The step plan of the stage, which a resumed run must share."""
+
+
+class Manifest(BaseModel):
+    """What `manifest.json` holds beside its own checksum."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    format: int
+    fingerprint: str
+    progress: Progress
+    world: int
+    stage: dict[str, Any]
+    files: dict[str, str]
+    """SHA-256 of every other file in the directory."""
 
 
 def tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -75,7 +99,7 @@ def newest_progress(directory: Path) -> Stored | None:
         return None
     newest = max(found, key=_step)
     manifest = _manifest(newest)
-    return Stored(newest, manifest["fingerprint"], Progress(**manifest["progress"]))
+    return Stored(newest, manifest.fingerprint, manifest.progress)
 
 
 class Checkpoints:
@@ -109,9 +133,10 @@ class Checkpoints:
 
     def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
         """Put a checkpoint's tensors into model and optimizer. Raises `UserError` when it is damaged or of other settings."""
-        progress = self.ranks.on_main(lambda: self._verified(path))
+        state = tensors(model, optimizer)
+        progress = self.ranks.on_main(lambda: self._verified(path, state))
         with warnings.catch_warnings(action="ignore"):  # it says that there is no process group
-            dcp.load(tensors(model, optimizer), storage_reader=dcp.FileSystemReader(path), no_dist=self.ranks.world == 1)
+            dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=self.ranks.world == 1)
         set_step(optimizer, progress.step)
         return progress
 
@@ -128,7 +153,8 @@ class Checkpoints:
 
     def _write_tensors(self, temporary: Path, state: dict[str, Tensor]) -> None:
         with warnings.catch_warnings(action="ignore"):  # it says that there is no process group
-            dcp.save(state, storage_writer=dcp.FileSystemWriter(temporary), no_dist=self.ranks.world == 1)
+            writer = dcp.HuggingFaceStorageWriter(str(temporary), _file_numbers(state), save_distributed=True)
+            dcp.save(state, storage_writer=writer, no_dist=self.ranks.world == 1)
 
     def _finish(self, temporary: Path, final: Path, progress: Progress) -> None:
         files = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
@@ -141,10 +167,11 @@ class Checkpoints:
             "files": files,
         }
         write_json(temporary / MANIFEST, {**content, "checksum": fingerprint_of(content)})
+        flush_directory(temporary)
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
-        _sync_directory(self.directory)
+        flush(self.directory)
         for old in sorted(self._all(), key=_step)[: -self.stage.train.keep_checkpoints]:
             shutil.rmtree(old.rename(old.with_name(f".{old.name}.tmp")))
 
@@ -162,34 +189,78 @@ class Checkpoints:
                 "the same command again"
             ) from error
 
-    def _verified(self, path: Path) -> Progress:
-        """Compare a checkpoint with its manifest."""
-        manifest, remedy = _manifest(path), _REMEDY
-        for name, expected in manifest["files"].items():
-            if not (path / name).is_file():
-                raise UserError(f"{path}: damaged checkpoint: {name} is missing; {remedy}")
+    def _verified(self, path: Path, state: Mapping[str, Tensor]) -> Progress:
+        """Compare a checkpoint with its manifest, and its tensors with those that are going to be filled."""
+        manifest = _manifest(path)
+        present = {file.name for file in path.iterdir()} - {MANIFEST}
+        if unknown := sorted(present - manifest.files.keys()):
+            raise UserError(f"{path}: {unknown[0]} is no file of this checkpoint; remove it, or {_REMEDY}")
+        for name, expected in manifest.files.items():
+            if name not in present or not (path / name).is_file():
+                raise UserError(f"{path}: damaged checkpoint: {name} is missing; {_REMEDY}")
             if sha256_file(path / name) != expected:
-                raise UserError(f"{path}: damaged checkpoint: {name} differs from its checksum; {remedy}")
-        if manifest["fingerprint"] != self.fingerprint:
+                raise UserError(f"{path}: damaged checkpoint: {name} differs from its checksum; {_REMEDY}")
+        if manifest.fingerprint != self.fingerprint:
             raise UserError(
                 f"{path}: made with other settings, data or initial weights; use another run directory or delete this one"
             )
-        return Progress(**manifest["progress"])
+        _check_tensors(path, state)
+        return manifest.progress
 
 
 _REMEDY = "delete this directory to resume from the checkpoint before it, or from the start where there is none"
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def _manifest(path: Path) -> Manifest:
     """The manifest of a checkpoint, as it was written. Raises `UserError`."""
     try:
-        manifest = read_json(path / MANIFEST)
+        values = read_object(path / MANIFEST)
     except UserError as error:
         raise UserError(f"{path}: damaged checkpoint: {MANIFEST} is missing or unreadable; {_REMEDY}") from error
-    checksum = manifest.pop("checksum", None) if isinstance(manifest, dict) else None
-    if checksum is None or checksum != fingerprint_of(manifest) or manifest["format"] != FORMAT:
+    checksum = values.pop("checksum", None)
+    if checksum != fingerprint_of(values):
         raise UserError(f"{path}: damaged checkpoint: {MANIFEST} was changed; {_REMEDY}")
-    return dict(manifest)
+    if values.get("format") == 1:
+        raise UserError(
+            f"{path}: a checkpoint of an earlier version of keural, whose metadata could run code when it is read, so it is not read; "
+            f"finish the stage with the version that began it, or delete {path.parent} to start it again"
+        )
+    if values.get("format") != FORMAT:
+        raise UserError(f"{path}: a checkpoint of another version of keural; resume with that version, or {_REMEDY}")
+    try:
+        return Manifest.model_validate_json(json.dumps(values))  # of JSON, a strict model still takes an object for a dataclass
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(f"{path}: damaged checkpoint: {MANIFEST}: {where}: {error.errors()[0]['msg']}; {_REMEDY}") from error
+
+
+def _check_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Raise `UserError` unless the files hold exactly the tensors of `state`, in name, shape and type."""
+    try:
+        stored = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    except (SafetensorError, OSError, ValueError, TypeError, LookupError) as error:
+        raise UserError(f"{path}: damaged checkpoint: {' '.join(str(error).split())[:200]}; {_REMEDY}") from error
+    for name in sorted(state.keys() ^ stored.keys()):
+        what = "is missing" if name in state else "is not of this stage"
+        raise UserError(f"{path}: damaged checkpoint: tensor {name} {what}; {_REMEDY}")
+    for name, tensor in state.items():
+        found = stored[name]
+        assert isinstance(found, TensorStorageMetadata)  # the reader knows no others
+        if (found.size, found.properties.dtype) != (tensor.shape, tensor.dtype):
+            raise UserError(
+                f"{path}: damaged checkpoint: tensor {name} is {list(found.size)} {found.properties.dtype} instead of "
+                f"{list(tensor.shape)} {tensor.dtype}; {_REMEDY}"
+            )
+
+
+def _file_numbers(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """For each tensor the number of the file that it goes into, from 1; about `FILE_BYTES` of whole tensors go into one."""
+    numbers: dict[str, int] = {}
+    before = 0
+    for name, tensor in state.items():
+        numbers[name] = 1 + before // FILE_BYTES
+        before += tensor.numel() * tensor.element_size()
+    return numbers
 
 
 def _step(path: Path) -> int:
@@ -207,15 +278,4 @@ def _disk_failure(error: BaseException) -> str | None:
         return error.strerror or str(error)
     if isinstance(error, UserError):
         return str(error)
-    if "PytorchStreamWriter" in str(error):
-        return "no space left, or the file is too large"
     return _disk_failure(error.__context__) if error.__context__ is not None else None
-
-
-def _sync_directory(path: Path) -> None:
-    """Make a rename inside `path` durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

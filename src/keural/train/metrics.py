@@ -132,7 +132,7 @@ class Metrics:
         self._write({"step": step, "heldout": heldout})
         if self._display is not None:
             figures = " ".join(f"{name} {value:.4f}" for name, value in heldout.items() if name != "items")
-            self._display.say(f"{self.name}: held-out {figures}")
+            self._display.log(f"{self.name}: held-out {figures}")
 
     def _write(self, line: dict[str, Any]) -> None:
         if not self.active:
@@ -168,7 +168,7 @@ class _Bar:
     def show(self, done: int, figures: str) -> None:
         self._progress.update(self._task, completed=done, figures=figures)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         self._progress.console.print(text, highlight=False)
 
     def close(self) -> None:
@@ -188,9 +188,9 @@ class _Lines:
             return
         self._shown = now
         left = (now - self._started) / (done - self._first) * (self._steps - done)
-        self.say(f"{self._name}: step {done}/{self._steps} {figures} {_clock(left)} left")
+        self.log(f"{self._name}: step {done}/{self._steps} {figures} {_clock(left)} left")
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:

@@ -10,19 +10,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keural.data.loading.stream import Batch
+from keural.data.loading.batch import Array, Batch
+
+
+@dataclass(frozen=True)
+class PairIndices:
+    """Where the two sides of each preference pair stand in a forward pass; side k is the chosen one of pair k, side pairs + k the
+    rejected one. Empty where there are no pairs.
+    """
+
+    sequences: Array
+    """``[2, pairs]``: the store's sequences, the chosen ones first; on the CPU, where references are looked up."""
+    positions: Tensor
+    """``[n]``: indices into the flattened rows of every token of every side."""
+    sides: Tensor
+    """``[n]``: the side that each of these tokens belongs to."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of one forward pass; all tensors ``[rows, T]``. `rows` keeps the numpy original."""
+    """Rows of one forward pass; the tensors are ``[rows, T]``."""
 
-    rows: Batch
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
-    real: Tensor
+    token_mask: Tensor
     """True where there is a token, False on padding."""
+    pairs: PairIndices
 
 
 def rows_per_pass(row_length: int, limit: int | None, total: int) -> int:
@@ -43,4 +57,21 @@ def to_device(batch: Batch, device: torch.device) -> MicroBatch:
     def move(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-    return MicroBatch(batch, move(batch.input_ids), move(batch.position_ids), move(batch.labels), move(batch.segment_ids > 0))
+    positions, sides = _tokens_of_sides(batch)
+    return MicroBatch(
+        input_ids=move(batch.input_ids),
+        position_ids=move(batch.position_ids),
+        labels=move(batch.labels),
+        token_mask=move(batch.segment_ids > 0),
+        pairs=PairIndices(batch.pair_sequences, move(positions), move(sides)),
+    )
+
+
+def _tokens_of_sides(batch: Batch) -> tuple[Array, Array]:
+    """Each token of each side: its place in the flattened rows, and the number of its side."""
+    row, chosen, rejected, end = batch.pairs.T
+    begins, lengths = np.concatenate([chosen, rejected]), np.concatenate([rejected - chosen, end - rejected])
+    begins = begins + np.tile(row * batch.input_ids.shape[1], 2)
+    sides = np.repeat(np.arange(len(lengths)), lengths)
+    inside = np.arange(len(sides)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return begins[sides] + inside, sides

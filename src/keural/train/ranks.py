@@ -41,7 +41,7 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
-    def say(self, text: str) -> None:
+    def log_once(self, text: str) -> None:
         """Print a line, once for all ranks."""
         if self.is_main:
             print(text, flush=True)

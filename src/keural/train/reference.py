@@ -17,14 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from keural.data.loading.stream import Batch
+from keural.data.loading.batch import Batch
 from keural.data.permutation import mixed
 from keural.errors import UserError
 from keural.files import CheckedFile, atomic_directory
 from keural.files import fingerprint as fingerprint_of
 from keural.terminal import say
 from keural.train.micro_batches import micro_batches
-from keural.train.objectives.preference import sequence_logprobs, sides
+from keural.train.objectives.preference import pair_logprobs
 from keural.train.parallel import reshard
 from keural.train.policy import Policy
 from keural.train.ranks import Ranks
@@ -58,7 +58,7 @@ class ReferenceCache:
         self.values: np.ndarray = ranks.on_main(lambda: self._open(sequences))
 
     def __call__(self, sequences: np.ndarray) -> Tensor:
-        """Values of the given sequences, on this rank's device."""
+        """Values of the given sequences, in the shape of `sequences`, on this rank's device."""
         return torch.from_numpy(self.values[sequences]).to(self.ranks.device)
 
     def fill(
@@ -102,9 +102,8 @@ class ReferenceCache:
 
     def _logprobs(self, policy: Policy, batch: Batch, limit: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for micro in micro_batches(batch, limit, self.ranks.device):
-            found = sides(micro.rows)
             logprobs = policy(micro.input_ids, micro.position_ids, micro.labels).logprobs
-            yield found.sequences, sequence_logprobs(logprobs.detach(), found).cpu().numpy()
+            yield micro.pairs.sequences.ravel(), pair_logprobs(logprobs.detach(), micro.pairs).flatten().cpu().numpy()
 
     def _store(self, found: list[tuple[np.ndarray, np.ndarray]]) -> None:
         """Put values of all ranks where there is none yet: the first computation of a sequence stands."""

@@ -10,36 +10,38 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 
+from keural.data.loading.batch import Batch
 from keural.data.loading.corpus import Corpus
 from keural.data.loading.stream import Stream
 from keural.errors import UserError
 from keural.files import fingerprint as fingerprint_of
 from keural.files import sha256_file
 from keural.model import KeuralConfig, KeuralMoECausalLM
-from keural.recipe import StageSpec, length_of
+from keural.recipe import OBJECTIVES, StageSpec, length_of
 from keural.train import step_plan
 from keural.train.checkpoint import Checkpoints, Progress, Stored, newest_progress
 from keural.train.heldout import evaluate, heldout_batches
 from keural.train.initial_weights import initial_model
-from keural.train.loop import StepReport, Trainer, train_step
+from keural.train.loop import StepReport, train_step
 from keural.train.metrics import Metrics
 from keural.train.objectives.base import References
-from keural.train.objectives.registry import OBJECTIVES
+from keural.train.objectives.registry import LOSSES
 from keural.train.optimizer import build_optimizer
 from keural.train.parallel import full_state_dict, prepare_layers, reshard, shard
 from keural.train.policy import Policy
 from keural.train.ranks import Ranks, session
 from keural.train.reference import ReferenceCache
 from keural.train.schedule import learning_rate
-from keural.train.step_plan import StepPlan
+from keural.train.trainer import Trainer
 
 __all__ = ["StageJob", "StageResult", "full_state_dict", "train_stage"]
 
@@ -94,44 +96,48 @@ def train_stage(job: StageJob, ranks: Ranks | None = None) -> StageResult:
     """
     started = time.monotonic()
     with session() as found, reproducible(found.device), StopSignals(found.world) as stop:
-        run = StageRun(job, ranks or found, started)
-        run.prepare(stop)
+        run = open_stage(job, ranks or found, stop, started)
         interrupted = run.train(stop)
         return run.result(interrupted)
 
 
+def open_stage(job: StageJob, ranks: Ranks, stop: "StopSignals", started: float) -> "StageRun":
+    """The stage before its next step: with its plan, its references, and the state of its newest checkpoint.
+
+    `started` is when this process began with it (`time.monotonic`). Raises `UserError` as `train_stage` does.
+    """
+    stage = job.stage
+    stream = _stream(job, job.train_store)
+    heldout = _stream(job, job.heldout_store) if job.heldout_store else None
+    checkpoints = Checkpoints(job.run_dir / "checkpoints", stage, job.fingerprint, ranks)
+    policy, optimizer = _policy(job, ranks)
+    make_trainer = partial(Trainer, stage, policy, optimizer, LOSSES[stage.objective](stage), stream, ranks)
+
+    def make_plan() -> step_plan.StepPlan:
+        measured = make_trainer(learning_rate=step_plan.no_learning, references=step_plan.no_references(ranks.device))
+        return _make_plan(job, measured, heldout, started)
+
+    latest = ranks.on_main(lambda: newest_progress(checkpoints.directory))
+    plan = _plan(job, latest, ranks, make_plan)
+    references, heldout_references = _references(job, plan, policy, stream, heldout, stop, ranks)
+    trainer = make_trainer(learning_rate=_schedule(stage, plan), references=references)
+    progress = _resume(job, plan, latest, checkpoints, trainer)
+    return StageRun(job, trainer, plan, heldout, heldout_references, checkpoints, progress, started - progress.seconds)
+
+
+@dataclass
 class StageRun:
-    """The parts of a stage while it runs."""
+    """A stage while it runs."""
 
-    def __init__(self, job: StageJob, ranks: Ranks, started: float) -> None:
-        self.job, self.ranks, self.started = job, ranks, started
-        stage = job.stage
-        self.stream = _stream(job, job.train_store, stage.train.batch_pairs)
-        self.heldout = _stream(job, job.heldout_store, stage.train.batch_pairs) if job.heldout_store else None
-        self.heldout_references: References | None = None
-        self.checkpoints = Checkpoints(job.run_dir / "checkpoints", stage, job.fingerprint, ranks)
-        self.progress = Progress()
-        self.trainer = _trainer(job, self.stream, ranks)
-
-    def prepare(self, stop: "StopSignals") -> None:
-        """Fix the plan, compute references, and take up the newest checkpoint."""
-        latest = self.ranks.on_main(lambda: newest_progress(self.checkpoints.directory))
-        self.plan = self._fixed_plan(latest)
-        spec = self.job.stage.train
-        self.trainer.learning_rate = lambda step: learning_rate(step, peak=spec.lr, minimum=spec.min_lr, **asdict(self.plan))
-        if self.job.stage.objective == "dpo":
-            self._compute_references(stop)
-        if latest is not None:
-            model = self.trainer.policy.model
-            self.progress = self.checkpoints.load(latest.path, model, self.trainer.optimizer)
-            if why_not := step_plan.why_not_continued(StepPlan(**self.progress.plan), self.plan, self.progress.step, spec):
-                raise UserError(
-                    f"{latest.path}: was made for {self.progress.plan}, {self.job.run_dir / 'plan.json'} says {asdict(self.plan)}: "
-                    f"{why_not}; delete that file to go on with the checkpoint's plan, or delete the checkpoints"
-                )
-            self.ranks.say(f"{self.job.stage.name}: resumed at step {self.progress.step} of {self.plan.steps}")
-        self.progress.plan = asdict(self.plan)
-        self.seconds_before = self.progress.seconds
+    job: StageJob
+    trainer: Trainer
+    plan: step_plan.StepPlan
+    heldout: Stream | None
+    heldout_references: References | None
+    checkpoints: Checkpoints
+    progress: Progress
+    began: float
+    """When it would have begun if it had never been interrupted (`time.monotonic`)."""
 
     def train(self, stop: "StopSignals") -> bool:
         """Do the remaining steps; True when a signal came before the last one was begun."""
@@ -139,7 +145,7 @@ class StageRun:
         saved = progress.step
         with self._metrics() as metrics:
             while progress.step < steps:
-                if self.ranks.any(stop.requested):
+                if self.trainer.ranks.any(stop.requested):
                     if saved != progress.step:
                         self._save()
                     return True
@@ -176,7 +182,7 @@ class StageRun:
         progress = self.progress
         progress.step += 1
         progress.tokens += report.tokens
-        progress.seconds = self.seconds_before + time.monotonic() - self.started
+        progress.seconds = time.monotonic() - self.began
         if len(progress.first_losses) < LOSSES_KEPT:
             progress.first_losses.append(report.loss)
         progress.last_losses = [*progress.last_losses, report.loss][-LOSSES_KEPT:]
@@ -187,7 +193,7 @@ class StageRun:
             metrics.evaluation(self.progress.step - 1, self.progress.heldout)
 
     def _save(self) -> None:
-        self.progress.seconds = self.seconds_before + time.monotonic() - self.started
+        self.progress.seconds = time.monotonic() - self.began
         self.checkpoints.save(self.trainer.policy.model, self.trainer.optimizer, self.progress)
 
     def _metrics(self) -> Metrics:
@@ -196,55 +202,9 @@ class StageRun:
             self.job.stage.name,
             self.progress.step,
             self.plan.steps,
-            active=self.ranks.is_main,
+            active=self.trainer.ranks.is_main,
             tensorboard=self.job.tensorboard,
         )
-
-    def _fixed_plan(self, latest: Stored | None) -> StepPlan:
-        """The plan as it was made before the first step.
-
-        Of a stage with a budget a checkpoint has it, too, for where the file is gone.
-        """
-        train = self.job.stage.train
-        wanted = fingerprint_of([self.job.fingerprint, length_of(train)])
-        measured = train.budget_share is not None and latest is not None
-        known = StepPlan(**latest.progress.plan) if measured and latest else None
-        make = (lambda: known) if known else self._make_plan
-        return step_plan.load_or_make(self.job.run_dir / "plan.json", wanted, self.ranks, make)
-
-    def _make_plan(self) -> StepPlan:
-        if self.job.stage.train.budget_share is None:
-            return step_plan.fixed_plan(self.job.stage, self.stream)
-        assert self.job.budget_seconds is not None, "a stage with a budget_share needs budget_seconds"
-        costs = step_plan.measure(self.trainer, step_plan.evaluation_rows(self.heldout), self.job.budget_seconds)
-        left = self.job.budget_seconds - (time.monotonic() - self.started)
-        made = step_plan.budget_plan(self.job.stage, left, costs, self.stream.steps_per_epoch)
-        self.ranks.say(
-            f"{self.job.stage.name}: {costs.step:.2f} s per step, {made.steps} steps ({made.warmup_steps} of warm-up) "
-            f"in {self.job.budget_seconds:.0f} s"
-        )
-        return made
-
-    def _compute_references(self, stop: "StopSignals") -> None:
-        """Reference log-probabilities of the pairs that training and evaluation will use."""
-        job, ranks, spec = self.job, self.ranks, self.job.stage.train
-        weights = ranks.on_main(lambda: _weights_fingerprint(job))
-        policy, exact = self.trainer.policy, spec.compile
-        parts: list[tuple[str, Stream]] = [("train", self.stream)]
-        if self.heldout is not None:
-            parts.append(("heldout", self.heldout))
-        caches = {}
-        for name, stream in parts:
-            key = fingerprint_of([job.fingerprint, weights, stream.store.fingerprint])
-            cache = ReferenceCache(job.run_dir / "reference" / name, key, stream.store.num_sequences, ranks)
-            training = (stream.batch(step, ranks.rank, ranks.world) for step in range(self.plan.steps))
-            batches = training if name == "train" else heldout_batches(self.trainer, stream)
-            done = cache.fill(policy, batches, spec.micro_batch_tokens, exact, lambda: stop.requested)
-            if done:
-                ranks.say(f"{job.stage.name}: reference log-probabilities of {done} {name} batches computed")
-            caches[name] = cache
-        self.trainer.references = caches["train"]
-        self.heldout_references = caches.get("heldout")
 
 
 def _due(every: int | None, step: int) -> bool:
@@ -255,17 +215,17 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def _stream(job: StageJob, store: Path | Corpus, batch_pairs: int | None) -> Stream:
+def _stream(job: StageJob, store: Path | Corpus) -> Stream:
     """The stream over a store of this job; refuses one made with another tokenizer."""
     stage = job.stage
     rows = None if stage.train.batch_tokens is None else stage.train.batch_tokens // stage.data.sequence_length
     corpus = store if isinstance(store, Corpus) else Corpus((store,))
-    settings = (stage.objective, stage.data.sequence_length, rows, batch_pairs, job.seed)
+    settings = (stage.objective, stage.data.sequence_length, rows, stage.train.batch_pairs, job.seed)
     return corpus.stream(*settings, job.tokenizer_sha, job.model_config.vocab_size)
 
 
-def _trainer(job: StageJob, stream: Stream, ranks: Ranks) -> Trainer:
-    """Model, optimizer and objective with their initial values, sharded over the ranks."""
+def _policy(job: StageJob, ranks: Ranks) -> tuple[Policy, torch.optim.Optimizer]:
+    """Model and optimizer with their initial values, sharded over the ranks."""
     spec = job.stage.train
     policy = Policy(
         initial_model(job.model_config, job.init, job.seed, ranks.device, spec.compile), getattr(torch, spec.compute_dtype)
@@ -273,9 +233,86 @@ def _trainer(job: StageJob, stream: Stream, ranks: Ranks) -> Trainer:
     policy.train().to(ranks.device)
     prepare_layers(policy.model, spec)
     shard(policy, policy.model, spec, ranks)
-    optimizer = build_optimizer(policy.model.named_parameters(), spec)
-    objective = OBJECTIVES[job.stage.objective](job.stage)
-    return Trainer(job.stage, policy, optimizer, objective, stream, ranks, learning_rate=lambda step: spec.lr)
+    return policy, build_optimizer(policy.model.named_parameters(), spec)
+
+
+def _plan(job: StageJob, latest: Stored | None, ranks: Ranks, make: Callable[[], step_plan.StepPlan]) -> step_plan.StepPlan:
+    """The plan as it was made before the first step.
+
+    Of a stage with a budget a checkpoint has it, too, for where the file is gone.
+    """
+    wanted = fingerprint_of([job.fingerprint, length_of(job.stage.train)])
+    if latest is not None and job.stage.train.budget_share is not None:
+        known = step_plan.StepPlan(**latest.progress.plan)
+        return step_plan.load_or_make(job.run_dir / "plan.json", wanted, ranks, lambda: known)
+    return step_plan.load_or_make(job.run_dir / "plan.json", wanted, ranks, make)
+
+
+def _make_plan(job: StageJob, measured: Trainer, heldout: Stream | None, started: float) -> step_plan.StepPlan:
+    """As the settings say, or as many steps as fit into the budget by what `measured` takes."""
+    stage, stream = job.stage, measured.stream
+    if stage.train.budget_share is None:
+        return step_plan.fixed_plan(stage, stream)
+    assert job.budget_seconds is not None, "a stage with a budget_share needs budget_seconds"
+    costs = step_plan.measure(measured, step_plan.evaluation_rows(heldout), job.budget_seconds)
+    left = job.budget_seconds - (time.monotonic() - started)
+    made = step_plan.budget_plan(stage, left, costs, stream.steps_per_epoch)
+    measured.ranks.log_once(
+        f"{stage.name}: {costs.step:.2f} s per step, {made.steps} steps ({made.warmup_steps} of warm-up) "
+        f"in {job.budget_seconds:.0f} s"
+    )
+    return made
+
+
+def _schedule(stage: StageSpec, plan: step_plan.StepPlan) -> Callable[[int], float]:
+    """The learning rate of each step."""
+    return partial(learning_rate, steps=plan.steps, peak=stage.train.lr, minimum=stage.train.min_lr, warmup_steps=plan.warmup_steps)
+
+
+def _references(
+    job: StageJob,
+    plan: step_plan.StepPlan,
+    policy: Policy,
+    stream: Stream,
+    heldout: Stream | None,
+    stop: "StopSignals",
+    ranks: Ranks,
+) -> tuple[References | None, References | None]:
+    """Reference log-probabilities of what training and evaluation will use, by the policy with its initial weights; None where the
+    objective needs none.
+    """
+    if not OBJECTIVES[job.stage.objective].needs_reference:
+        return None, None
+    spec, weights = job.stage.train, ranks.on_main(lambda: _weights_fingerprint(job))
+
+    def compute(name: str, stream: Stream, batches: Iterable[Batch]) -> ReferenceCache:
+        key = fingerprint_of([job.fingerprint, weights, stream.store.fingerprint])
+        cache = ReferenceCache(job.run_dir / "reference" / name, key, stream.store.num_sequences, ranks)
+        done = cache.fill(policy, batches, spec.micro_batch_tokens, spec.compile, lambda: stop.requested)
+        if done:
+            ranks.log_once(f"{job.stage.name}: reference log-probabilities of {done} {name} batches computed")
+        return cache
+
+    training = (stream.batch(step, ranks.rank, ranks.world) for step in range(plan.steps))
+    references = compute("train", stream, training)
+    return references, compute("heldout", heldout, heldout_batches(job.stage, heldout, ranks)) if heldout else None
+
+
+def _resume(job: StageJob, plan: step_plan.StepPlan, latest: Stored | None, checkpoints: Checkpoints, trainer: Trainer) -> Progress:
+    """Take up the newest checkpoint, where there is one. Raises `UserError` when it was made for a plan that begins otherwise."""
+    if latest is None:
+        return Progress(plan=asdict(plan))
+    progress = checkpoints.load(latest.path, trainer.policy.model, trainer.optimizer)
+    made_for = step_plan.StepPlan(**progress.plan)
+    if why_not := step_plan.why_not_continued(made_for, plan, progress.step, job.stage.train):
+        raise UserError(
+            f"{latest.path}: was made for {made_for.steps} steps, {made_for.warmup_steps} of warm-up, and "
+            f"{job.run_dir / 'plan.json'} says {plan.steps}, {plan.warmup_steps} of warm-up: {why_not}; delete that "
+            "file, or the checkpoints"
+        )
+    progress.plan = asdict(plan)
+    trainer.ranks.log_once(f"{job.stage.name}: resumed at step {progress.step} of {plan.steps}")
+    return progress
 
 
 def _weights_fingerprint(job: StageJob) -> str:

@@ -7,7 +7,7 @@ unless it is made longer and the steps that were done are those that the longer 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -17,13 +17,15 @@ import torch
 from keural.data.loading.stream import Stream
 from keural.errors import UserError
 from keural.files import CheckedFile
-from keural.recipe import StageSpec, TrainSpec
-from keural.train.loop import Trainer, count_step, forward_backward, step_loads
+from keural.recipe import OBJECTIVES, StageSpec, TrainSpec
+from keural.train.loop import train_step
 from keural.train.micro_batches import micro_batches
-from keural.train.optimizer import MOMENTS, clip_gradients, gradient_norm, set_learning_rate, set_step
+from keural.train.objectives.base import References
+from keural.train.optimizer import MOMENTS, set_step
 from keural.train.parallel import reshard
 from keural.train.ranks import Ranks
 from keural.train.schedule import learning_rate
+from keural.train.trainer import Trainer
 
 MEASURED_STEPS = 3
 MEASURED_SHARE = 0.03
@@ -92,7 +94,8 @@ def why_not_continued(old: StepPlan, new: StepPlan, done: int, spec: TrainSpec) 
 
 
 def budget_plan(stage: StageSpec, seconds: float, costs: Costs, epoch: int) -> StepPlan:
-    """As many steps as fit into `seconds` with all evaluations and, for DPO, the reference pass over the first epoch.
+    """As many steps as fit into `seconds` with all evaluations and, where the objective needs one, the reference pass over the
+    first epoch.
 
     Args:
         stage: the stage.
@@ -106,7 +109,7 @@ def budget_plan(stage: StageSpec, seconds: float, costs: Costs, epoch: int) -> S
     every = stage.train.evaluate_every
     per_step = costs.step + (costs.evaluation / every if every else 0.0)
     available = seconds * RESERVE - costs.evaluation
-    if stage.objective == "dpo":
+    if OBJECTIVES[stage.objective].needs_reference:
         available -= costs.evaluation  # the reference of the held-out pairs
         steps = min(epoch, int(available / (per_step + costs.forward)))
         if steps == epoch:
@@ -134,16 +137,27 @@ def load_or_make(path: Path, fingerprint: str, ranks: Ranks, make: Callable[[], 
     return ranks.on_main(write)  # rank 0's: clocks differ
 
 
-def measure(trainer: Trainer, evaluation_rows: int, budget_seconds: float) -> Costs:
-    """Time throwaway steps that change no weight: learning rate 0, moments reset afterwards. All ranks get rank 0's figures.
+def no_learning(step: int) -> float:
+    """The learning rate of steps that are only measured."""
+    return 0.0
 
-    `evaluation_rows` is the number of rows of the held-out store, all ranks together.
+
+def no_references(device: torch.device) -> References:
+    """References for steps that are only measured."""
+    return lambda sequences: torch.zeros(sequences.shape, device=device)
+
+
+def measure(trainer: Trainer, evaluation_rows: int, budget_seconds: float) -> Costs:
+    """Time training steps with a learning rate of 0, so that no weight changes; moments are reset afterwards. All ranks get rank
+    0's figures.
+
+    `trainer` is one with `no_learning` and, where the objective needs references, `no_references`; `evaluation_rows` is the
+    number of rows of the held-out store, all ranks together.
     """
-    trainer = replace(trainer, references=lambda sequences: torch.zeros(len(sequences), device=trainer.ranks.device))
-    _throwaway_step(trainer, 0)
+    train_step(trainer, 0)
     seconds: list[float] = []
     while trainer.ranks.any(len(seconds) < MEASURED_STEPS or sum(seconds) < MEASURED_SHARE * budget_seconds):
-        seconds.append(_timed(partial(_throwaway_step, trainer, len(seconds))))
+        seconds.append(_timed(partial(train_step, trainer, len(seconds))))
     forward_seconds, rows = _timed_forward(trainer)
     trainer.optimizer.zero_grad(set_to_none=True)
     for state in trainer.optimizer.state.values():
@@ -160,20 +174,6 @@ def _timed(function: Callable[[], object]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - started
-
-
-def _throwaway_step(trainer: Trainer, number: int) -> None:
-    ranks = trainer.ranks
-    batch = trainer.stream.batch(number, ranks.rank, ranks.world)
-    micros = micro_batches(batch, trainer.stage.train.micro_batch_tokens, ranks.device)
-    totals, loads = count_step(trainer, batch, micros), step_loads(trainer, micros)
-    trainer.optimizer.zero_grad(set_to_none=True)
-    for micro in micros:
-        forward_backward(trainer, micro, totals, loads)
-    parameters = list(trainer.policy.parameters())
-    clip_gradients(parameters, gradient_norm(parameters), trainer.stage.train.clip_norm)
-    set_learning_rate(trainer.optimizer, 0.0)
-    trainer.optimizer.step()
 
 
 @torch.no_grad()
@@ -194,6 +194,4 @@ def _timed_forward(trainer: Trainer) -> tuple[float, int]:
 
 def evaluation_rows(stream: Stream | None) -> int:
     """Rows of a held-out store; pairs are taken as two to a row, as most pack."""
-    if stream is None:
-        return 0
-    return math.ceil(stream.units_per_epoch / 2) if stream.objective == "dpo" else stream.units_per_epoch
+    return math.ceil(stream.units_per_epoch / OBJECTIVES[stream.objective].sequences_per_record) if stream else 0

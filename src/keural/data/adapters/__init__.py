@@ -5,8 +5,10 @@ says which kind of record it gives, which formats it reads and which options it 
 against that.
 """
 
-from keural.data.adapters import aihub, conversations, corpora, documents, microworld, preferences, published
+from keural.data.adapters import aihub, conversations, corpora, documents, evaluation, microworld, preferences, published
 from keural.data.adapters.base import Adapter
+from keural.errors import UserError, nearest
+from keural.recipe import SourceSpec
 
 ADAPTERS: dict[str, Adapter] = {
     **documents.ADAPTERS,
@@ -17,5 +19,14 @@ ADAPTERS: dict[str, Adapter] = {
     **aihub.ADAPTERS,
     **microworld.ADAPTERS,
 }
+"""Adapters of what a stage trains on."""
+_KNOWN = ADAPTERS | evaluation.ADAPTERS
 
-__all__ = ["ADAPTERS", "Adapter"]
+__all__ = ["ADAPTERS", "Adapter", "adapter_of"]
+
+
+def adapter_of(source: SourceSpec) -> Adapter:
+    """The adapter of a source, those of evaluation sets included. Raises `UserError` naming the nearest one."""
+    if source.adapter not in _KNOWN:
+        raise UserError(f"source {source.name!r}: unknown adapter {source.adapter!r}{nearest(source.adapter, _KNOWN)}")
+    return _KNOWN[source.adapter]

@@ -2,8 +2,9 @@
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from keural.data.readers.formats import OptionTypes
@@ -42,7 +43,7 @@ class Adapter:
     kind: Kind | Callable[[SourceSpec], Kind]
     convert: Callable[[Any, SourceSpec, str], AnyRecord | Drop]
     formats: tuple[str, ...]
-    """Formats it reads; none: it makes its rows itself and takes no path."""
+    """Formats it reads; none where it makes the rows."""
     options: OptionTypes = field(default_factory=dict)
     choices: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Options that must have one of some values."""
@@ -60,6 +61,11 @@ class Adapter:
     """What the gates do by default for this adapter, where that differs from the gates' own default."""
     reading: dict[str, Any] = field(default_factory=dict)
     """Options of the reader, where the recipe does not give them."""
+    rows: Callable[[Mapping[str, Any], int], Iterator[Any]] | None = None
+    """Makes the rows, from the source's options and a seed; such a source takes no path. Raises `UserError` for wrong options when
+    it is called, before the first row. None: rows are read."""
+    content: Callable[[], list[Path]] = list
+    """The files that determine rows which the adapter makes."""
 
     def __call__(self, value: Any, source: SourceSpec, where: str) -> AnyRecord | Drop:
         """The record that a row holds, or why it holds none."""

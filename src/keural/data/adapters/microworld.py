@@ -1,7 +1,9 @@
 """`microworld`: rows of the package's own toy world, made by `keural.microworld`. It takes no path."""
 
+from pathlib import Path
 from typing import Any
 
+from keural import microworld
 from keural.data.adapters.base import Adapter, conversation, document, guarded, message_of, messages_of, preference_pair, text_of
 from keural.data.records import Drop, Kind, Record
 from keural.recipe import GateAction, SourceSpec
@@ -29,4 +31,12 @@ def _answer(value: Any, side: str) -> str:
 
 # its rows are made to be learned from, and repeat prompts on purpose
 _SKIPPED: dict[str, GateAction] = dict.fromkeys(("placeholders", "self_identification", "refusals", "language"), "skip")
-ADAPTERS = {"microworld": Adapter(_kind, guarded(_microworld), (), gates=_SKIPPED)}
+
+
+def _content() -> list[Path]:
+    return sorted(Path(str(microworld.__file__)).parent.glob("*.py"))
+
+
+ADAPTERS = {
+    "microworld": Adapter(_kind, guarded(_microworld), (), gates=_SKIPPED, rows=microworld.rows, content=_content),
+}

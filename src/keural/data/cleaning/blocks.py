@@ -1,7 +1,7 @@
 """datatrove blocks around the filters: reading a recipe's sources, and keeping account of what was dropped.
 
-A unit is one file of one source (or a source that makes its own rows); each task reads units that follow each other, so that the
-order of tasks is that of the recipe. Every drop, an adapter's or a filter's, is counted by source and reason, with a few shortened
+Each task reads files (or sources that are not read from files) that follow each other, so that the order of tasks is that of the
+recipe. Every drop, an adapter's or a filter's, is counted by source and reason, with a few shortened
 examples per reason.
 """
 
@@ -20,20 +20,20 @@ from keural.data.adapters.base import WRONG_SCHEMA
 from keural.data.cleaning.measures import normalise
 from keural.data.records import Document as Text
 from keural.data.records import Drop
-from keural.data.source_counts import schema_error
-from keural.data.sources import Part, read_source
-from keural.recipe import SourceSpec
+from keural.data.sources import Source, SourceFile, schema_error
 
 EXAMPLE_LENGTH = 200
 
 
-class Unit(NamedTuple):
-    """What a task reads: a part of a source, the source's place in the recipe, and the kind of its text."""
+class SourcePart(NamedTuple):
+    """What a task reads at least: a file of a source, or a source that is read whole; `place` is the source's in the recipe, `kind`
+    that of its text.
+    """
 
-    source: SourceSpec
+    source: Source
     place: int
     kind: str
-    part: Part
+    file: SourceFile | None
 
 
 class Account:
@@ -78,34 +78,34 @@ class Account:
 
 
 class SourceReader(PipelineStep):
-    """Reads this task's units through the recipe's adapters; texts are normalised, drops of adapters counted."""
+    """Reads this task's parts through the recipe's adapters; texts are normalised, drops of adapters counted."""
 
     type = "READER"
     name = "sources"
 
-    def __init__(self, units: Sequence[Unit], data_dir: Path | None, seed: int, account: Account) -> None:
+    def __init__(self, parts: Sequence[SourcePart], seed: int, account: Account) -> None:
         super().__init__()
-        self._units, self._data_dir, self._seed, self._account = units, data_dir, seed, account
+        self._parts, self._seed, self._account = parts, seed, account
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """See `PipelineStep.run`."""
         with self._account as account:
-            first, stop = (place * len(self._units) // world_size for place in (rank, rank + 1))
-            for unit in self._units[first:stop]:
+            first, stop = (place * len(self._parts) // world_size for place in (rank, rank + 1))
+            for part in self._parts[first:stop]:
                 begun = False
-                for record in read_source(unit.source, self._data_dir, self._seed, unit.part):
+                for record in part.source.read(self._seed, part.file):
                     if isinstance(record, Drop):
                         if record.reason == WRONG_SCHEMA and not begun:
-                            raise schema_error(unit.source, record)
-                        account.add(unit.place, record.reason, record.where, "", rank)
+                            raise schema_error(part.source.spec, record)
+                        account.add(part.place, record.reason, record.where, "", rank)
                     else:
                         assert isinstance(record, Text)
                         begun = True
-                        yield self._document(record, unit)
+                        yield self._document(record, part)
 
     @staticmethod
-    def _document(record: Text, unit: Unit) -> Document:
-        metadata = {"place": unit.place, "kind": unit.kind, "where": record.where, "language": record.language}
+    def _document(record: Text, part: SourcePart) -> Document:
+        metadata = {"place": part.place, "kind": part.kind, "where": record.where, "language": record.language}
         return Document(text=normalise(record.text), id=record.where, metadata=metadata)
 
 

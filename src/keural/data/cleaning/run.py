@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from keural.data.cleaning.blocks import Account, SourceReader, Unit, read_back
+from keural.data.cleaning.blocks import Account, SourcePart, SourceReader, read_back
 from keural.data.cleaning.duplicates import CONFIG, Signatures, clusters
 from keural.data.cleaning.executors import Step, check_executor, run_steps
 from keural.data.cleaning.filters import FILTER_SETS, QualityFilter
@@ -26,7 +26,7 @@ from keural.data.cleaning.words import EOJEOL
 from keural.data.licenses import language_of
 from keural.data.readers.formats import DataFile, open_text
 from keural.data.records import Document, SourceCount
-from keural.data.sources import adapter_of, content_of, parts_of
+from keural.data.sources import Source
 from keural.errors import UserError, nearest
 from keural.files import FileHashes, fingerprint, read_json, sha256_file
 from keural.recipe import VERSION as RECIPE_VERSION
@@ -39,7 +39,7 @@ VERSION = 1
 class Cleaned:
     """A finished cleaning: its documents and counts, by the names of the sources."""
 
-    def __init__(self, directory: Path, sources: Sequence[SourceSpec]) -> None:
+    def __init__(self, directory: Path, sources: Sequence[Source]) -> None:
         self.directory = directory
         self.summary = CleaningFile.read(directory / SUMMARY)
         self._places = {source.name: place for place, source in enumerate(sources)}
@@ -58,11 +58,11 @@ class Cleaned:
         return SourceCount(row.rows, Counter(row.drops), Counter(row.unreadable), row.first)
 
 
-def check_cleaning(spec: CleaningSpec, sources: Sequence[SourceSpec], data_dir: Path | None) -> None:
+def check_cleaning(spec: CleaningSpec, sources: Sequence[Source], data_dir: Path | None) -> None:
     """Raise `UserError` for a source whose kind of text nobody says, a missing model, an executor that is not there."""
     names = [source.name for source in sources]
     for source in sources:
-        _kind(source)
+        _kind(source.spec)
         if names.count(source.name) > 1:
             raise UserError(f"data.cleaning: two sources are called {source.name!r}; give each a name of its own")
     if spec.language_id == "fasttext":
@@ -71,7 +71,7 @@ def check_cleaning(spec: CleaningSpec, sources: Sequence[SourceSpec], data_dir: 
 
 
 def clean(
-    spec: CleaningSpec, sources: Sequence[SourceSpec], data_dir: Path | None, out_root: Path, seed: int, hashes: FileHashes
+    spec: CleaningSpec, sources: Sequence[Source], data_dir: Path | None, out_root: Path, seed: int, hashes: FileHashes
 ) -> Cleaned:
     """Clean the documents of `sources`, or find them cleaned; an interrupted cleaning goes on with the tasks that are missing.
 
@@ -81,10 +81,11 @@ def clean(
     directory = out_root / f"cleaned-{cleaning_fingerprint(spec, sources, data_dir, seed, hashes)[:16]}"
     if CleaningFile.find(directory / SUMMARY) is None:
         directory.mkdir(parents=True, exist_ok=True)
-        units = [
-            Unit(source, place, _kind(source), part) for place, source in enumerate(sources) for part in parts_of(source, data_dir)
+        parts = [
+            SourcePart(source, place, _kind(source.spec), file) for place, source in enumerate(sources) for file in source.parts()
         ]
-        run_steps(_steps(spec, units, data_dir, directory.absolute(), seed), spec.executor)
+        model = _model(spec, data_dir) if spec.language_id == "fasttext" else None
+        run_steps(_steps(spec, parts, model, directory.absolute(), seed), spec.executor)
         _summary(directory, sources, spec.examples).write(directory / SUMMARY)
         shutil.rmtree(directory / "work")
     return Cleaned(directory, sources)
@@ -111,22 +112,22 @@ def _model(spec: CleaningSpec, data_dir: Path | None) -> Path:
 
 
 def cleaning_fingerprint(
-    spec: CleaningSpec, sources: Sequence[SourceSpec], data_dir: Path | None, seed: int, hashes: FileHashes
+    spec: CleaningSpec, sources: Sequence[Source], data_dir: Path | None, seed: int, hashes: FileHashes
 ) -> str:
     """Of everything that determines the documents; who computes them does not."""
     return fingerprint(
         {
             "version": [VERSION, RECIPE_VERSION, version("datatrove"), version("ftfy")],
             "spec": spec.determining("cleaning"),
-            "sources": [source.determining("cleaning") for source in sources],
-            "contents": [content_of(source, data_dir, hashes) for source in sources],
+            "sources": [source.spec.determining("cleaning") for source in sources],
+            "contents": [source.content(hashes) for source in sources],
             "model": hashes.of(_model(spec, data_dir)) if spec.language_id == "fasttext" else None,
-            "seed": seed if any(not adapter_of(source).formats for source in sources) else None,  # for rows that are made
+            "seed": seed if any(source.needs_seed for source in sources) else None,
         }
     )
 
 
-def _steps(spec: CleaningSpec, units: Sequence[Unit], data_dir: Path | None, directory: Path, seed: int) -> list[Step]:
+def _steps(spec: CleaningSpec, parts: Sequence[SourcePart], model: Path | None, directory: Path, seed: int) -> list[Step]:
     """The passes over the data in their order."""
     from datatrove.pipeline.writers import JsonlWriter
 
@@ -137,10 +138,9 @@ def _steps(spec: CleaningSpec, units: Sequence[Unit], data_dir: Path | None, dir
 
     def read() -> list[Any]:
         dropped = account("language")
-        chosen = FastTextFilter(_model(spec, data_dir), dropped) if spec.language_id == "fasttext" else ScriptFilter(dropped)
-        base = None if data_dir is None else data_dir.absolute()
+        chosen = ScriptFilter(dropped) if model is None else FastTextFilter(model, dropped)
         writer = JsonlWriter(str(work / "read"), "${rank}.jsonl", compression="zstd")
-        return [SourceReader(units, base, seed, account("read")), chosen, writer]
+        return [SourceReader(parts, seed, account("read")), chosen, writer]
 
     def keep() -> list[Any]:
         documents = read_back(work / "read")
@@ -149,7 +149,7 @@ def _steps(spec: CleaningSpec, units: Sequence[Unit], data_dir: Path | None, dir
         writer = JsonlWriter(str(directory / "documents"), "${folder}/${rank}.jsonl", compression="zstd")
         return [documents, *unique, *quality, Formatter(spec.personal_data, account("formatters")), _Foldered(writer)]
 
-    tasks = min(spec.tasks, len(units))
+    tasks = min(spec.tasks, len(parts))
     middle = _deduplication(work, tasks) if spec.deduplicate else []
     return [Step("read", read, tasks, work / "logs" / "read"), *middle, Step("keep", keep, tasks, work / "logs" / "keep")]
 
@@ -199,7 +199,7 @@ class _Foldered:
         path.write_text(json.dumps(kept), encoding="utf-8")
 
 
-def _summary(directory: Path, sources: Sequence[SourceSpec], limit: int) -> CleaningFile:
+def _summary(directory: Path, sources: Sequence[Source], limit: int) -> CleaningFile:
     """The account: rows, kept and dropped by source, and by reason the first `limit` examples."""
     rows: list[dict[str, Any]] = [{"kept": 0, "drops": Counter(), "unreadable": Counter(), "first": {}} for _ in sources]
     examples: dict[str, list[dict[str, Any]]] = {}

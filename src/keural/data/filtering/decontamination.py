@@ -10,52 +10,58 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from keural.data.adapters import adapter_of
 from keural.data.filtering.ngram_index import ContaminationIndex, Hit
 from keural.data.records import Conversation, Document, Drop, EvaluationItem, Record
-from keural.data.sources import adapter_of, check_sources, read_any
+from keural.data.sources import Source, open_sources
 from keural.errors import UserError
 from keural.files import write_atomic
-from keural.recipe import DecontaminateSpec, SourceSpec
+from keural.recipe import DecontaminateSpec
 
 REASON = "contaminated"
 MAX_LISTED = 10_000
 """Hits that are listed; all are counted."""
 
 
-def check_evaluation(spec: DecontaminateSpec | None, data_dir: Path | None) -> None:
-    """Refuse evaluation sets that cannot be read, are of another schema than their adapter's, or are no evaluation sets."""
+def open_evaluation(spec: DecontaminateSpec | None, data_dir: Path | None) -> list[Source]:
+    """The evaluation sets of a recipe. Raises `UserError` for what cannot be read or is no evaluation set."""
     for source in spec.sources if spec else ():
         if adapter_of(source).kind_of(source) != "evaluation":
             raise UserError(
                 f"source {source.name!r}: adapter {source.adapter} does not read an evaluation set; name the set's "
                 "own, or adapter evaluation with the fields' names as options"
             )
-        check_sources([source], data_dir)
-        first = next(read_any(source, data_dir, seed=0), None)
+    return open_sources(spec.sources, data_dir) if spec else []
+
+
+def check_evaluation(sources: Iterable[Source]) -> None:
+    """Refuse evaluation sets that hold no rows, or begin with one of another schema than their adapter's. Raises `UserError`."""
+    for source in sources:
+        first = next(source.read_any(seed=0), None)
         if first is None:
-            raise UserError(f"source {source.name!r}: {source.path} holds no rows; fetch it again")
+            raise UserError(f"source {source.name!r}: {source.spec.path} holds no rows; fetch it again")
         if isinstance(first, Drop):
             raise _unreadable(source, first)
 
 
-def _unreadable(source: SourceSpec, drop: Drop) -> UserError:
-    return UserError(f"source {source.name!r}: {drop.where}: adapter {source.adapter}: {drop.detail or drop.reason}")
+def _unreadable(source: Source, drop: Drop) -> UserError:
+    return UserError(f"source {source.name!r}: {drop.where}: adapter {source.spec.adapter}: {drop.detail or drop.reason}")
 
 
-def evaluation_items(sources: Iterable[SourceSpec], data_dir: Path | None) -> Iterator[tuple[str, EvaluationItem]]:
+def evaluation_items(sources: Iterable[Source]) -> Iterator[tuple[str, EvaluationItem]]:
     """The items of evaluation sets with the sets' names. Raises `UserError` when more rows than `max_drop` hold none."""
     for source in sources:
         rows = dropped = 0
-        for record in read_any(source, data_dir, seed=0):
+        for record in source.read_any(seed=0):
             rows += 1
             if isinstance(record, EvaluationItem):
                 yield source.name, record
                 continue
             assert isinstance(record, Drop)
             dropped += 1
-            if rows == dropped or source.max_drop == 0:
+            if rows == dropped or source.spec.max_drop == 0:
                 raise _unreadable(source, record)
-        if not rows or dropped > source.max_drop * rows:
+        if not rows or dropped > source.spec.max_drop * rows:
             raise UserError(f"source {source.name!r}: {dropped:,} of {rows:,} rows hold no evaluation item; mend or leave it out")
 
 
@@ -79,9 +85,9 @@ class Contaminated(Drop):
 class Decontaminator:
     """Looks for evaluation items in records and remembers what it found. Can be pickled and used in any process."""
 
-    def __init__(self, spec: DecontaminateSpec, data_dir: Path | None) -> None:
+    def __init__(self, spec: DecontaminateSpec, sources: Iterable[Source]) -> None:
         self._min_share = spec.min_share
-        self.index = ContaminationIndex(evaluation_items(spec.sources, data_dir), spec.ngram, spec.passages)
+        self.index = ContaminationIndex(evaluation_items(sources), spec.ngram, spec.passages)
         self.hits: Counter[str] = Counter()
         self.listed: list[dict[str, Any]] = []
 

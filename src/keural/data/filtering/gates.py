@@ -9,7 +9,9 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from keural.data.records import Conversation, Document, PreferencePair, Record
+from keural.data.records import Conversation, Document, Kind, PreferencePair, Record
+from keural.data.sources import Source
+from keural.errors import UserError, nearest
 from keural.recipe import GateAction, SourceSpec
 
 Chat = Conversation | PreferencePair
@@ -126,6 +128,33 @@ GATES: dict[str, Gate] = {
     "duplicate_prompts": Gate(_never, "skip"),
     "contaminated": Gate(_never),
 }
+
+
+def check_gates(source: Source) -> None:
+    """Refuse gates that are not known, and settings that have no effect on records of the source's kind. Raises `UserError`."""
+    if problem := _wrong_gates(source.spec, source.kind):
+        raise UserError(f"source {source.name!r}: {problem}")
+
+
+def _wrong_gates(spec: SourceSpec, kind: Kind) -> str | None:
+    if unknown := next((name for name in spec.gates if name not in GATES), None):
+        return f"unknown gate {unknown!r}{nearest(unknown, GATES)}; there are {', '.join(sorted(GATES))}"
+    if spec.gates.get("duplicate_prompts") == "count":
+        return "gate duplicate_prompts can drop or skip, but not count"
+    if spec.id_space is not None and spec.id_field is None:
+        return "id_space needs id_field, the field that holds the id"
+    settings = {
+        "gates": spec.gates.keys() - {"contaminated"},
+        "min_characters": spec.min_characters,
+        "max_characters": spec.max_characters,
+        "max_length_ratio": spec.max_length_ratio,
+        "id_field": spec.id_field,
+    }
+    if kind == "documents" and (given := [name for name, value in settings.items() if value]):
+        return f"{given[0]} is for conversations and pairs; adapter {spec.adapter} gives documents"
+    if kind == "conversations" and spec.max_length_ratio is not None:
+        return f"max_length_ratio is for pairs; adapter {spec.adapter} gives conversations"
+    return None
 
 
 class Gatekeeper:

@@ -1,6 +1,6 @@
 """What an optimizer step sees: rows of packed documents as arrays, and how a document is put into one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,11 @@ EMPTY = {"input_ids": 0, "labels": -100, "position_ids": 0, "segment_ids": 0, "s
 Array = NDArray[np.int64]
 
 
+def no_pairs() -> Array:
+    """The pairs of a batch that has none."""
+    return np.zeros((0, 4), dtype=np.int64)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Rows of packed documents, all arrays int64 ``[rows, T]``.
@@ -19,6 +24,9 @@ class Batch:
     `labels[r, t]` is the token that follows `input_ids[r, t]` in its document if that token is trained, else -100.
     `position_ids` restart with every document and with padding; `segment_ids` number a row's documents from 1, 0 is padding;
     `sequence_ids` name the store's sequence at each position, -1 is padding.
+
+    `pairs` ``[pairs, 4]`` says where preference pairs stand: the row, and the positions where the chosen side begins, where the
+    rejected one begins, and where that ends. They are ordered by row and number in the store; other data has none.
     """
 
     input_ids: Array
@@ -26,28 +34,41 @@ class Batch:
     position_ids: Array
     segment_ids: Array
     sequence_ids: Array
+    pairs: Array = field(default_factory=no_pairs)
 
     @property
-    def counted_tokens(self) -> int:
+    def num_labels(self) -> int:
         """Positions with a label."""
         return int((self.labels >= 0).sum())
 
     @property
-    def real_tokens(self) -> int:
+    def num_tokens(self) -> int:
         """Positions with a token, padding left out."""
         return int((self.segment_ids > 0).sum())
 
+    @property
+    def pair_sequences(self) -> Array:
+        """The store's sequences ``[2, pairs]`` of all pairs: first the chosen, then the rejected ones."""
+        row, chosen, rejected, _ = self.pairs.T
+        return np.stack([self.sequence_ids[row, chosen], self.sequence_ids[row, rejected]])
+
     def select(self, rows: slice | Array | list[int]) -> "Batch":
         """Some rows of the batch."""
-        return Batch(**{name: getattr(self, name)[rows] for name in EMPTY})
+        kept = np.arange(len(self.input_ids))[rows]
+        pairs = [self.pairs[self.pairs[:, 0] == row] for row in kept.tolist()]
+        for number, found in enumerate(pairs):
+            found[:, 0] = number
+        arrays = {name: getattr(self, name)[rows] for name in EMPTY}
+        return Batch(**arrays, pairs=np.concatenate([no_pairs(), *pairs]))
 
     def share(self, rank: int, world: int) -> "Batch":
         """Rows ``rank::world``, with an empty row added where others have one more, so that all ranks have equally many."""
-        missing = -len(self.input_ids) % world
-        if not missing:
-            return self.select(slice(rank, None, world))
-        empty = empty_batch(missing, self.input_ids.shape[1])
-        return Batch(**{name: np.concatenate([getattr(self, name), getattr(empty, name)])[rank::world] for name in EMPTY})
+        whole, missing = self, -len(self.input_ids) % world
+        if missing:
+            empty = empty_batch(missing, self.input_ids.shape[1])
+            arrays = {name: np.concatenate([getattr(self, name), getattr(empty, name)]) for name in EMPTY}
+            whole = Batch(**arrays, pairs=self.pairs)
+        return whole.select(slice(rank, None, world))
 
 
 class Segment(NamedTuple):

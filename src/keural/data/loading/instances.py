@@ -5,6 +5,7 @@ seeds; the stream chooses the units.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -115,13 +116,22 @@ class Pairs:
 
     def batch(self, units: Array) -> Batch:
         """Rows of pairs; how many there are depends on their lengths."""
-        return _packed(self.store, self._rows(units), self.row_length)
+        return self._batch(self._rows(units))
 
     def once(self, rows: int) -> Iterator[Batch]:
         """See `Units`."""
         plan = self._rows(np.arange(len(self)))
         for start in range(0, len(plan), rows):
-            yield _packed(self.store, plan[start : start + rows], self.row_length)
+            yield self._batch(plan[start : start + rows])
+
+    def _batch(self, rows: list[list[int]]) -> Batch:
+        """Rows of pairs, and where each pair stands: in the order of the store within a row, wherever packing has put it."""
+        places = []
+        for row, sequences in enumerate(rows):
+            ends = np.cumsum([0, *(len(self.store.sequence(sequence)) for sequence in sequences)]).tolist()
+            bounds = zip(sequences[::2], ends[::2], ends[1::2], ends[2::2], strict=False)
+            places += [(row, *where) for _, *where in sorted(bounds)]
+        return replace(_packed(self.store, rows, self.row_length), pairs=np.array(places, dtype=np.int64).reshape(-1, 4))
 
     def _rows(self, units: Array) -> list[list[int]]:
         """Sequences row by row: of each pair first the chosen, then the rejected side."""

@@ -10,13 +10,13 @@ What is weighed is what batches are made of: tokens, of preference pairs the pai
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
 from keural.files import fingerprint
-from keural.recipe import MixingSpec
+from keural.recipe import STORES, MixingSpec
 
 
 class Part(NamedTuple):
@@ -55,10 +55,6 @@ class Mixture:
     def fingerprint(self) -> str:
         """Of the parts alone: other weights that come to the same epoch are the same mixture."""
         return fingerprint([list(part) for part in self.parts])
-
-    def rows(self) -> dict[str, dict[str, float]]:
-        """The shares by section as plain data."""
-        return {name: asdict(share) for name, share in self.shares.items()}
 
 
 def amounts(sizes: Mapping[str, int], weights: Mapping[str, float], spec: MixingSpec, unit: str = "tokens") -> dict[str, float]:
@@ -105,10 +101,9 @@ def _renormalised(limits: Mapping[str, float], weights: Mapping[str, float], epo
 
 def mix(store: TokenStore, weights: Mapping[str, float], spec: MixingSpec) -> Mixture:
     """The epoch that shows each section of `store` by its weight. Raises `UserError` as `amounts` does."""
-    unit = "pairs" if store.kind == "pairs" else "tokens"
     sections = {name: _part(store, first, stop) for name, (first, stop) in store.sections.items() if name in weights}
     sizes = {name: _amount(section, store) for name, section in sections.items()}
-    wanted = amounts({name: sizes.get(name, 0) for name in weights}, weights, spec, unit)
+    wanted = amounts({name: sizes.get(name, 0) for name in weights}, weights, spec, STORES[store.kind].unit)
     parts = {name: _parts(store, section, wanted[name], spec.max_repeat) for name, section in sections.items()}
     epoch = sum(_amount(part, store) for listed in parts.values() for part in listed)
     total = sum(weights.values())
@@ -122,7 +117,9 @@ def _part(store: TokenStore, first: int, stop: int) -> Part:
 
 def _amount(part: Part, store: TokenStore) -> int:
     """How much a part weighs."""
-    return (part.stop - part.first) // 2 if store.kind == "pairs" else part.end - part.start
+    if STORES[store.kind].unit == "tokens":
+        return part.end - part.start
+    return (part.stop - part.first) // store.sequences_per_record
 
 
 def _parts(store: TokenStore, section: Part, wanted: float, max_repeat: float) -> list[Part]:
@@ -131,14 +128,14 @@ def _parts(store: TokenStore, section: Part, wanted: float, max_repeat: float) -
     whole = min(int(wanted // size), int(max_repeat))
     stop = _cut(store, section, wanted - whole * size, limit=max_repeat * size - whole * size)
     if not whole and stop == section.first:
-        stop += 2 if store.kind == "pairs" else 1  # whatever has a weight is there
+        stop += store.sequences_per_record  # whatever has a weight is there
     return [section] * whole + ([_part(store, section.first, stop)] if stop > section.first else [])
 
 
 def _cut(store: TokenStore, section: Part, amount: float, limit: float) -> int:
     """The sequence before which the beginning of the section ends that is nearest to `amount`, and not above `limit`."""
-    if store.kind == "pairs":
-        return min(section.first + 2 * min(round(amount), int(limit)), section.stop)
+    if STORES[store.kind].unit != "tokens":
+        return min(section.first + store.sequences_per_record * min(round(amount), int(limit)), section.stop)
     position = min(section.start + int(amount), section.end - 1)
     sequence = store.sequence_at(position)
     before, after = (end - section.start for end in store.extent(sequence))
@@ -146,15 +143,14 @@ def _cut(store: TokenStore, section: Part, amount: float, limit: float) -> int:
 
 
 def _share(store: TokenStore, section: Part, parts: list[Part], target: float, epoch: int) -> Share:
-    sides = 2 if store.kind == "pairs" else 1
     shown = max(parts, key=lambda part: part.stop)
     amount = sum(_amount(part, store) for part in parts)
     return Share(
         target=target,
         share=amount / epoch,
         repeats=amount / _amount(section, store),
-        records=sum(part.stop - part.first for part in parts) // sides,
+        records=sum(part.stop - part.first for part in parts) // store.sequences_per_record,
         tokens=sum(part.end - part.start for part in parts),
-        unused_records=(section.stop - shown.stop) // sides,
+        unused_records=(section.stop - shown.stop) // store.sequences_per_record,
         unused_tokens=section.end - shown.end,
     )

@@ -27,23 +27,22 @@ from keural.data.loading.mixture import Mixture
 from keural.data.loading.packing_plan import PLAN_VERSION
 from keural.data.permutation import Permutation
 from keural.data.tokens.published_shards import PublishedShards
-from keural.data.tokens.store import Kind, TokenStore
+from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
 from keural.files import fingerprint
-from keural.recipe import Objective
+from keural.recipe import OBJECTIVES, Objective
 
-__all__ = ["STORE_KIND", "Batch", "Segment", "Stream", "check_store", "empty_batch"]
-
-STORE_KIND: dict[str, Kind] = {"next_token": "documents", "sft": "conversations", "dpo": "pairs"}
-"""What kind of store an objective trains on."""
+__all__ = ["Batch", "Segment", "Stream", "check_store", "empty_batch"]
 
 
 class Stream:
     """Batches of a store, or of published shards, for one objective. See the module's docstring for what a unit is.
 
-    `batch_rows` (next_token, sft) or `batch_pairs` (dpo) is the size of an optimizer step; `sequence_length` is T. `mixture` is
-    one of this store; `plans` is where plans are kept, by default beside the store. Raises `UserError` when the store is of
-    another kind or holds a conversation (or side of a pair) longer than T, and for shards whose sequences are not of length T.
+    `batch_rows` or, where the objective counts pairs, `batch_pairs` is the size of an optimizer step; `sequence_length` is T.
+    `mixture` is one of this store; `plans` is where plans are kept, by default beside the store.
+
+    Raises `UserError` when the store is of another kind or holds a conversation (or side of a pair) longer than T, and for shards
+    whose sequences are not of length T.
     """
 
     def __init__(
@@ -57,8 +56,8 @@ class Stream:
         mixture: Mixture | None = None,
         plans: Path | None = None,
     ) -> None:
-        size = batch_pairs if objective == "dpo" else batch_rows
-        assert size, "dpo takes batch_pairs, the other objectives batch_rows"
+        size = {"tokens": batch_rows, "pairs": batch_pairs}[OBJECTIVES[objective].unit]
+        assert size, "what counts pairs takes batch_pairs, what counts tokens batch_rows"
         check_store(store, objective, sequence_length)
         self.store, self.objective, self.sequence_length, self.seed = store, objective, sequence_length, seed
         self.batch_size = size
@@ -124,15 +123,16 @@ def _units(store: TokenStore | PublishedShards, length: int, mixture: Mixture | 
 
 def check_store(store: TokenStore | PublishedShards, objective: Objective, length: int) -> None:
     """Raise `UserError` unless the data is of the kind that the objective trains on, and fits rows of `length`."""
-    if store.kind != STORE_KIND[objective]:
-        raise UserError(f"{store.directory}: holds {store.kind}; objective {objective} needs {STORE_KIND[objective]}")
+    needed = OBJECTIVES[objective].store
+    if store.kind != needed:
+        raise UserError(f"{store.directory}: holds {store.kind}; objective {objective} needs {needed}")
     if isinstance(store, PublishedShards):
         if store.length != length:
             raise UserError(
                 f"{store.directory}: its sequences have {store.length} tokens, data.sequence_length is {length}; set it to "
                 f"{store.length}, or make a store of the shards (keural data import) and give that"
             )
-    elif objective != "next_token" and store.longest > length:
+    elif needed != "documents" and store.longest > length:
         raise UserError(
             f"{store.directory}: its longest sequence has {store.longest} tokens, more than data.sequence_length {length}; "
             "prepare the data with this length"

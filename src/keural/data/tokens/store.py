@@ -24,8 +24,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from keural.errors import UserError
 from keural.files import CHECKSUM, fingerprint, read_object, sha256_file, write_json
+from keural.recipe import STORES
+from keural.recipe import StoreKind as Kind
 
-Kind = Literal["documents", "conversations", "pairs"]
 Verify = Literal["auto", "size", "full"]
 FORMAT = "keural-token-store"
 VERSION = 2
@@ -65,7 +66,7 @@ class _Section(BaseModel):
 
     source: str
     sequences: Count
-    tokens: Count
+    tokens: Count = 0
 
 
 class _Manifest(BaseModel):
@@ -365,6 +366,16 @@ class TokenStore:
         """The sequence that the token at a flat position belongs to."""
         return self.spans(position, position + 1)[0]
 
+    @property
+    def sequences_per_record(self) -> int:
+        """Sequences that belong together: of pairs the two sides."""
+        return STORES[self.kind].sequences_per_record
+
+    @property
+    def num_records(self) -> int:
+        """Documents, conversations or pairs."""
+        return self.num_sequences // self.sequences_per_record
+
     def _place(self, index: int) -> tuple[int, int, int]:
         """Shard of a sequence, and its start and end there."""
         if not 0 <= index < self.num_sequences:
@@ -451,7 +462,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: key {key!r}: {first['msg']}; delete {directory} and prepare the data again") from error
+        raise UserError(f"{path}: damaged (key {key!r}: {first['msg']}); delete {directory} and prepare the data again") from error
     if manifest["fingerprint"] != content_fingerprint(manifest):
         raise UserError(f"{path}: damaged (its fingerprint does not match); delete {directory} and prepare the data again")
     return manifest

@@ -23,6 +23,7 @@ from keural.data.permutation import Permutation, mixed
 from keural.data.records import Document
 from keural.data.tokens.encode import Encoded
 from keural.data.tokens.store import TOKEN, Kind, StoreWriter
+from keural.recipe import STORES
 
 BLOCK_UNITS = 1024
 """So many records are written at a time."""
@@ -35,7 +36,7 @@ class StoreBuilder:
 
     def __init__(self, stem: Path, kind: Kind, keep_texts: bool = False, sections: bool = False) -> None:
         self._stem, self._kind, self._keep_texts = stem, kind, keep_texts
-        self._sides = 2 if kind == "pairs" else 1
+        self._sides = STORES[kind].sequences_per_record
         self._files: dict[str, BinaryIO] = {}
         self._ends = array("Q", [0])
         self._text_ends = array("Q", [0])

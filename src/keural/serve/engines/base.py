@@ -3,11 +3,13 @@
 from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
-from keural.serve.engines.decoding import Finish
-from keural.serve.engines.sampling import SamplingParams
+from keural.serve.engines.sampling_params import SamplingParams
 from keural.tokenizer import KeuralTokenizer
+
+Finish = Literal["stop", "length", "context"]
+"""Why an answer ended: a stop token, `max_new_tokens`, or the end of the context."""
 
 
 class Engine(Protocol):

@@ -5,16 +5,14 @@ any moment.
 """
 
 from collections.abc import Callable, Collection, Generator, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from keural.errors import UserError
-from keural.serve.engines.sampling import SamplingParams, choose
-
-Finish = Literal["stop", "length", "context"]
-"""Why an answer ended: a stop token, `max_new_tokens`, or the end of the context."""
+from keural.serve.engines.base import Finish
+from keural.serve.engines.sampling import choose
+from keural.serve.engines.sampling_params import SamplingParams
 
 Choose = Callable[[Tensor, Tensor, SamplingParams, torch.Generator], int]
 """See `keural.serve.engines.sampling.choose`."""

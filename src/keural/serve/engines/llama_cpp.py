@@ -23,9 +23,11 @@ from torch import Tensor
 
 from keural.errors import UserError
 from keural.pretrained.lineage import check_sums
-from keural.serve.engines.decoding import Finish, check_prompt, common_prefix, decode
+from keural.serve.engines.base import Finish
+from keural.serve.engines.decoding import check_prompt, common_prefix, decode
 from keural.serve.engines.paths import gguf_file
-from keural.serve.engines.sampling import SamplingParams, choose
+from keural.serve.engines.sampling import choose
+from keural.serve.engines.sampling_params import SamplingParams
 from keural.tokenizer import KeuralTokenizer
 
 ARCHITECTURE = "granite_swa"

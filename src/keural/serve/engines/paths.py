@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from keural.errors import UserError
-from keural.pretrained.directory import model_directory
+from keural.pretrained.location import check_kind, model_directory
 
 
 def gguf_file(path: Path) -> Path:
@@ -36,7 +36,9 @@ def transformers_directory(path: Path) -> Path:
             f"{path}: is GGUF, which the transformers engine does not run; use --engine llama.cpp, or give the model directory "
             "it was exported from"
         )
-    return model_directory(path)
+    directory = model_directory(path)
+    check_kind(directory)
+    return directory
 
 
 def is_model_directory(path: Path) -> bool:

@@ -10,7 +10,7 @@ from keural.errors import UserError, nearest
 from keural.pretrained.lineage import read_record
 from keural.serve.engines.base import Engine, EngineKind
 from keural.serve.engines.paths import gguf_file, is_model_directory, looks_like_gguf, transformers_directory
-from keural.serve.engines.sampling import SamplingParams
+from keural.serve.engines.sampling_params import SamplingParams
 
 
 def open_engine(path: Path, name: str | None = None, threads: int | None = None) -> Engine:

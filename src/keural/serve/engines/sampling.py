@@ -5,12 +5,11 @@ logits and seed give the same text everywhere. Order and definitions are those o
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from keural.errors import UserError
+from keural.serve.engines.sampling_params import SamplingParams
 
 GREEDY_BELOW = 1e-5
 """A temperature this small is taken as 0: logits divided by it would overflow."""
@@ -19,30 +18,6 @@ SORTABLE = 2048
 """So many candidates of the nucleus are sorted without narrowing them further."""
 NARROWINGS = 20
 """Bisections tried at most: tokens of equal probability cannot be told apart."""
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the next token is chosen; the defaults are the model card's."""
-
-    temperature: float = 0.7
-    """Logits are divided by it; 0 takes the most probable token."""
-    top_p: float = 0.9
-    """Sample from the smallest set of tokens with at least this probability."""
-    repetition_penalty: float = 1.1
-    """Tokens of the prompt and the answer so far: positive logits are divided by it, negative ones multiplied."""
-    max_new_tokens: int = 256
-    seed: int | None = None
-    """Makes sampling repeatable; None draws a new seed for every answer."""
-
-    def __post_init__(self) -> None:
-        finite = math.isfinite(self.temperature) and math.isfinite(self.repetition_penalty)
-        possible = self.temperature >= 0 and 0 <= self.top_p <= 1 and self.repetition_penalty > 0 and self.max_new_tokens >= 1
-        if not (finite and possible and 0 <= (self.seed or 0) < 2**63):
-            raise UserError(
-                f"impossible sampling settings {self}: use temperature >= 0, 0 <= top_p <= 1, repetition_penalty > 0, "
-                "max_new_tokens >= 1, 0 <= seed < 2**63"
-            )
 
 
 def choose(logits: Tensor, seen: Tensor, sampling: SamplingParams, generator: torch.Generator | None = None) -> int:

@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from keural.pretrained.directory import load_model, load_tokenizer
-from keural.serve.engines.decoding import Finish, check_prompt, common_prefix, decode
-from keural.serve.engines.sampling import SamplingParams
+from keural.serve.engines.base import Finish
+from keural.serve.engines.decoding import check_prompt, common_prefix, decode
+from keural.serve.engines.sampling_params import SamplingParams
 
 
 class TransformersEngine:

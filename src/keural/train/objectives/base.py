@@ -4,19 +4,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 from torch import Tensor
 
-from keural.data.loading.stream import Batch
+from keural.data.loading.batch import Array, Batch
 from keural.train.micro_batches import MicroBatch
 
-References = Callable[[np.ndarray], Tensor]
-"""Reference log-probabilities, float32, of store sequences given by number."""
+References = Callable[[Array], Tensor]
+"""Reference log-probabilities, float32, of store sequences given by number, in the shape of the numbers."""
 
 
 @dataclass(frozen=True)
-class Task:
-    """The task loss of one forward pass, summed over its items, with gradient; and detached sums of what is reported besides."""
+class LossTerms:
+    """The task loss of one forward pass, summed over what the objective counts, with gradient; and detached sums of its metrics
+    (`ObjectiveKind.metrics`) by name.
+    """
 
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -25,12 +26,8 @@ class Task:
 class Objective(Protocol):
     """What a stage trains for."""
 
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Names of what is reported besides the loss."""
+    def denominator(self, batch: Batch) -> int:
+        """How many labels or pairs the batch's loss is a sum over."""
 
-    def items(self, batch: Batch) -> int:
-        """How many items the batch's loss is a sum over."""
-
-    def __call__(self, logprobs: Tensor, micro: MicroBatch, references: References | None) -> Task:
+    def __call__(self, logprobs: Tensor, micro: MicroBatch, references: References | None) -> LossTerms:
         """The loss of a forward pass whose labels have these log-probabilities ``[rows, T]``."""

@@ -2,20 +2,18 @@
 
 from torch import Tensor
 
-from keural.data.loading.stream import Batch
+from keural.data.loading.batch import Batch
 from keural.train.micro_batches import MicroBatch
-from keural.train.objectives.base import References, Task
+from keural.train.objectives.base import LossTerms, References
 
 
 class NextToken:
     """Negative log-likelihood of every labelled token; SFT is the same, with labels on the assistant's turns only."""
 
-    metrics = ()
-
-    def items(self, batch: Batch) -> int:
+    def denominator(self, batch: Batch) -> int:
         """Labelled tokens."""
-        return batch.counted_tokens
+        return batch.num_labels
 
-    def __call__(self, logprobs: Tensor, micro: MicroBatch, references: References | None) -> Task:
+    def __call__(self, logprobs: Tensor, micro: MicroBatch, references: References | None) -> LossTerms:
         """Sum of negative log-likelihoods."""
-        return Task(-logprobs.sum(), {})
+        return LossTerms(-logprobs.sum(), {})

@@ -7,12 +7,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from keural.data.adapters import adapter_of
 from keural.data.licenses import left_out
-from keural.data.sources import adapter_of
 from keural.errors import UserError
 from keural.recipe import Recipe, load_recipe, parse_duration
+from keural.recipe.shipped import SHIPPED, names
 
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+RECIPES = SHIPPED
 
 RECIPE = """
 name: tiny
@@ -59,7 +60,7 @@ def test_a_number_in_exponent_notation_is_a_number(directory: Path) -> None:
     assert load_recipe(directory).stage("base").train.lr == 1e-3
 
 
-@pytest.mark.parametrize("name", [path.name for path in sorted(RECIPES.iterdir())])
+@pytest.mark.parametrize("name", names())
 def test_every_recipe_of_the_package_resolves(name: str) -> None:
     overrides = ["budget=20m"] if name == "laptop" else []
     recipe = load_recipe(RECIPES / name, overrides)

@@ -1,0 +1,46 @@
+"""Where a model is: which directory a path stands for.
+
+In: a path that somebody typed. Out: the model directory, or a refusal. Torch is not needed to refuse.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from keural.errors import UserError
+from keural.files import read_object
+
+CONFIG = "config.json"
+CHECKPOINTS = "a .pt or .safetensors file, or a directory with one"
+"""What can be imported."""
+MODEL_TYPE = "keural"
+"""`model_type` of `config.json`."""
+
+
+def check_there(path: Path, wanted: str) -> None:
+    """Raise `UserError` unless there is something at `path`; `wanted` says what may be given."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file or directory; give {wanted}")
+
+
+def check_kind(directory: Path) -> dict[str, Any]:
+    """The values of a model directory's `config.json`. Raises `UserError` when they describe another architecture."""
+    file = directory / CONFIG
+    values = read_object(file)
+    if (kind := values.get("model_type")) != MODEL_TYPE:
+        raise UserError(f"{file}: describes a {kind!r} model, not {MODEL_TYPE!r}; give a directory that this package has written")
+    return values
+
+
+def model_directory(path: Path) -> Path:
+    """The model directory that `path` stands for: itself, the `model` of a stage, or the `final` of a run; links resolved.
+
+    Raises `UserError` when there is none.
+    """
+    for candidate in (path, path / "model", path / "final"):
+        if (candidate / CONFIG).is_file():
+            return candidate.resolve()
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path}: points to {path.readlink()}, which does not exist; run the stage that makes it")
+    if not path.exists():
+        raise UserError(f"{path}: no such directory; give a model directory, e.g. runs/toy/final")
+    raise UserError(f"{path}: is not a model directory (no config.json); give one such as runs/toy/final")

@@ -1,0 +1,199 @@
+"""One decoder layer as a pure function of tensors, and the network's forward pass made of it: what training computes.
+
+In: the weights of a model (`network_of`), token ids and where their documents begin. Out: hidden states and the routers' logits.
+The numbers are those of `KeuralDecoderLayer`. Every dtype is stated here instead of left to autocast: matrix products run in the
+dtype of the hidden states, which is also that of the residual stream; norms, rotation, router, softmax and the sum over a token's
+experts run in float32 (float64 stays float64). Norms' gains and routers may be stored in float32 beside bfloat16 matrices.
+
+Letters: N = rows * T tokens, H hidden size, D head width, E experts, K of them per token.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from keural.model import KeuralConfig, KeuralMoECausalLM
+from keural.train.attention import ATTENTION, Packing
+from keural.train.experts import mixture, route
+from keural.train.recompute import recomputed
+
+
+class BlockWeights(NamedTuple):
+    """The weights of a decoder layer, named as in the model."""
+
+    input_layernorm: Tensor
+    q_proj: Tensor
+    k_proj: Tensor
+    v_proj: Tensor
+    o_proj: Tensor
+    post_attention_layernorm: Tensor
+    gate: Tensor
+    gate_up_proj: Tensor
+    down_proj: Tensor
+
+
+class Network(NamedTuple):
+    """The weights of a whole model; the head is the embedding."""
+
+    embed_tokens: Tensor
+    blocks: tuple[BlockWeights, ...]
+    norm: Tensor
+    inv_freq: Tensor
+
+
+class BlockSettings(NamedTuple):
+    """What is the same for all layers of a run, besides their weights."""
+
+    head_dim: int
+    top_k: int
+    eps: float
+    attention: str = "masked"
+    experts: str = "grouped_mm"
+
+
+def settings_of(config: KeuralConfig, attention: str = "masked", experts: str = "grouped_mm") -> BlockSettings:
+    """The settings of a model."""
+    assert config.head_dim is not None  # filled in by the configuration
+    return BlockSettings(config.head_dim, config.num_experts_per_tok, config.rms_norm_eps, attention, experts)
+
+
+def network_of(model: KeuralMoECausalLM) -> Network:
+    """The model's own parameters, no copies: gradients arrive where the model's would."""
+    blocks = []
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        projections = (module.weight for module in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj))
+        blocks.append(
+            BlockWeights(
+                layer.input_layernorm.weight,
+                *projections,
+                layer.post_attention_layernorm.weight,
+                mlp.gate.weight,
+                mlp.experts.gate_up_proj,
+                mlp.experts.down_proj,
+            )
+        )
+    decoder = model.model
+    return Network(decoder.embed_tokens.weight, tuple(blocks), decoder.norm.weight, decoder.rotary_emb.inv_freq)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """At least float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def rms_norm(hidden: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """Root-mean-square normalisation of ``[N, H]``, in the dtype of `hidden`."""
+    wide = _wide(hidden)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * _wide(gain)).to(hidden.dtype)
+
+
+def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Turn heads ``[N, heads, D]`` by angles ``[N, D / 2]``: dimension i pairs with i + D/2."""
+    first, second = heads.to(cosines.dtype).chunk(2, -1)
+    cosines, sines = cosines[:, None], sines[:, None]
+    return torch.cat([first * cosines - second * sines, second * cosines + first * sines], -1).to(heads.dtype)
+
+
+def angles(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[N, D / 2]``; computed in float32 as by the model, whatever `dtype` they are wanted in."""
+    turned = positions[:, None].float() * inv_freq.float()
+    return turned.cos().to(dtype), turned.sin().to(dtype)
+
+
+def block(
+    hidden: Tensor, weights: BlockWeights, cosines: Tensor, sines: Tensor, mask: Any, settings: BlockSettings
+) -> tuple[Tensor, Tensor]:
+    """One decoder layer.
+
+    Args:
+        hidden: ``[N, H]``, the residual stream.
+        weights: the layer's.
+        cosines: ``[N, D / 2]``, float32, see `angles`.
+        sines: likewise.
+        mask: what the attention backend prepared for this kind of layer.
+        settings: of the run.
+
+    Returns:
+        The residual stream after the layer, and the router's logits ``[N, E]`` in float32.
+    """
+    normed = rms_norm(hidden, weights.input_layernorm, settings.eps)
+    query, key, value = (
+        F.linear(normed, matrix).unflatten(-1, (-1, settings.head_dim))
+        for matrix in (weights.q_proj, weights.k_proj, weights.v_proj)
+    )
+    query, key = rotate(query, cosines, sines), rotate(key, cosines, sines)
+    attended = ATTENTION[settings.attention].attend(query, key, value, mask)
+    hidden = hidden + F.linear(attended.flatten(1), weights.o_proj)
+    normed = rms_norm(hidden, weights.post_attention_layernorm, settings.eps)
+    router_logits = F.linear(_wide(normed), _wide(weights.gate))
+    top_k_weights, top_k_index = route(router_logits, settings.top_k)
+    mixed = mixture(normed, top_k_weights, top_k_index, weights.gate_up_proj, weights.down_proj, settings.experts)
+    return hidden + mixed, router_logits
+
+
+Block = Callable[[Tensor, BlockWeights, Tensor, Tensor, Any, BlockSettings], tuple[Tensor, Tensor]]
+
+
+def _selective_block(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return recomputed(block, "selective")(*arguments)  # type: ignore[no-any-return]
+
+
+COMPILED: dict[str, Block] = {
+    "none": torch.compile(block, fullgraph=True, dynamic=False),
+    "selective": torch.compile(_selective_block, fullgraph=True, dynamic=False),
+}
+"""`block` as one graph, by what it keeps: all layers of a run share it, with one version per kind of mask. What is kept is decided when
+the graph is made, so the choice of `selective` is part of it; `full` wraps the graph of `none`.
+"""
+
+
+def layer_for(recompute: str, compiled: bool) -> Block:
+    """The layer under a mode of `keural.train.recompute.RECOMPUTE`."""
+    if not compiled:
+        return recomputed(block, recompute)
+    return COMPILED["selective"] if recompute == "selective" else recomputed(COMPILED["none"], recompute)
+
+
+def forward(
+    network: Network,
+    input_ids: Tensor,
+    packed: Packing,
+    windows: Sequence[int | None],
+    settings: BlockSettings,
+    dtype: torch.dtype,
+    recompute: Sequence[str],
+    compiled: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The decoder over flattened rows.
+
+    Args:
+        network: the weights.
+        input_ids: ``[N]``.
+        packed: where the documents lie.
+        windows: of each layer; None is full attention.
+        settings: of the run.
+        dtype: of the residual stream; matrices must have it.
+        recompute: of each layer, see `keural.train.recompute`.
+        compiled: run each layer as one compiled graph.
+
+    Returns:
+        Hidden states ``[N, H]`` after the final norm, and router logits ``[L, N, E]`` in float32.
+    """
+    backend = ATTENTION[settings.attention]
+    masks = {window: backend.prepare(packed, window) for window in dict.fromkeys(windows)}
+    cosines, sines = angles(packed.positions, network.inv_freq, torch.promote_types(dtype, torch.float32))
+    hidden = F.embedding(input_ids, network.embed_tokens).to(dtype)
+    router_logits = []
+    for weights, window, mode in zip(network.blocks, windows, recompute, strict=True):
+        hidden, logits = layer_for(mode, compiled)(hidden, weights, cosines, sines, masks[window], settings)
+        router_logits.append(logits)
+    return rms_norm(hidden, network.norm, settings.eps), torch.stack(router_logits)
+
+
+def windows_of(config: KeuralConfig) -> tuple[int | None, ...]:
+    """The window of each layer, None where it sees its whole document."""
+    return tuple(config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types)

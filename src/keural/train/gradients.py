@@ -1,0 +1,113 @@
+"""The gradients of one optimizer step, summed over its micro-batches: the same for training, measuring and tests.
+
+In: a `Trainer` and the number of the step. Out: every parameter's gradient, and the step's mean losses. They do not depend on how
+the step is cut into micro-batches or spread over ranks: every loss is divided by counts of the whole step, gradients are summed,
+and the load of the experts is that of the whole step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from keural.data.loading.batch import Batch
+from keural.train.losses import RouterStatistics, balance_loss, router_statistics, z_loss
+from keural.train.micro_batches import MicroBatch, micro_batches
+from keural.train.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Counts of a whole optimizer step over all ranks: what the task loss is divided by (labels or pairs), tokens without padding,
+    forward passes with at least one token.
+    """
+
+    denominator: int
+    tokens: int
+    forwards: int
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """Losses of a whole optimizer step over all ranks: the task loss and the objective's metrics as means over what it counts, the
+    router's statistics, from which its two losses follow, and the number of tokens without padding.
+    """
+
+    loss: float
+    metrics: dict[str, float]
+    router: RouterStatistics
+    tokens: int
+
+
+def accumulate_gradients(trainer: Trainer, step: int) -> StepLosses:
+    """Replace all gradients by those of optimizer step `step`, counted from 0, and change nothing else. Every rank must call it."""
+    ranks = trainer.ranks
+    batch = trainer.stream.batch(step, ranks.rank, ranks.world)
+    micros = micro_batches(batch, trainer.stage.train.micro_batch_tokens, ranks.device)
+    totals = count_step(trainer, batch, micros)
+    tokens_per_expert = step_tokens_per_expert(trainer, micros)
+    trainer.optimizer.zero_grad(set_to_none=True)
+    sums = torch.stack([forward_backward(trainer, micro, totals, tokens_per_expert) for micro in micros]).sum(0)
+    return unpack(trainer, ranks.sum(sums), totals)
+
+
+def count_step(trainer: Trainer, batch: Batch, micros: Sequence[MicroBatch]) -> Totals:
+    """The counts that losses are divided by."""
+    forwards = sum(bool(micro.token_mask.any()) for micro in micros)
+    counts = torch.tensor([trainer.objective.denominator(batch), batch.num_tokens, forwards], device=trainer.ranks.device)
+    return Totals(*trainer.ranks.sum(counts).tolist())
+
+
+def step_tokens_per_expert(trainer: Trainer, micros: Sequence[MicroBatch]) -> Tensor | None:
+    """Assignments per layer and expert ``[L, E]`` of the whole step, from a forward pass ahead where they cannot be known
+    otherwise.
+
+    None when the loss can take them from its own forward pass: one micro-batch per rank, the published scope, or no balance loss.
+    """
+    router = trainer.stage.router
+    if len(micros) == 1 or router.scope == "micro_batch" or router.balance_coef == 0:
+        return None
+    with torch.no_grad():
+        counts = [
+            router_statistics(
+                trainer.policy(micro.input_ids, micro.position_ids, None).router_logits, micro.token_mask.flatten(), trainer.top_k
+            ).counts
+            for micro in micros
+        ]
+    return trainer.ranks.sum(torch.stack(counts).sum(0))
+
+
+def forward_backward(trainer: Trainer, micro: MicroBatch, totals: Totals, tokens_per_expert: Tensor | None) -> Tensor:
+    """Add one micro-batch's gradients; returns the sums that the step's losses are made of, see `unpack`."""
+    output = trainer.policy(micro.input_ids, micro.position_ids, micro.labels)
+    statistics = router_statistics(output.router_logits, micro.token_mask.flatten(), trainer.top_k)
+    terms = trainer.objective(output.logprobs, micro, trainer.references)
+    balance, z = router_losses(trainer, statistics, totals, tokens_per_expert)
+    router = trainer.stage.router
+    (terms.loss / max(totals.denominator, 1) + router.balance_coef * balance + router.z_coef * z).backward()
+    scalars = torch.stack([terms.loss.detach(), *(terms.metrics[name] for name in trainer.metrics)])
+    routed = [statistics.counts.flatten(), statistics.probabilities.detach().flatten(), statistics.squares.detach()]
+    return torch.cat([scalars, *routed])
+
+
+def unpack(trainer: Trainer, sums: Tensor, totals: Totals) -> StepLosses:
+    """Means of the task loss and the metrics, and the router's statistics, from the sums over a step's forward passes."""
+    names, config = trainer.metrics, trainer.policy.model.config
+    layers, experts = config.num_hidden_layers, config.num_local_experts
+    scalars, counts, probabilities, squares = sums.split([1 + len(names), layers * experts, layers * experts, layers])
+    loss, *metrics = (scalars / max(totals.denominator, 1)).tolist()
+    router = RouterStatistics(counts.view(layers, experts), probabilities.view(layers, experts), squares, totals.tokens)
+    return StepLosses(loss, dict(zip(names, metrics, strict=True)), router, totals.tokens)
+
+
+def router_losses(
+    trainer: Trainer, statistics: RouterStatistics, totals: Totals, tokens_per_expert: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """This forward pass's parts of the step's balance and z-loss, in the scope that the recipe asks for."""
+    if trainer.stage.router.scope == "micro_batch":
+        share = (statistics.tokens > 0) / max(totals.forwards, 1)
+        return share * balance_loss(statistics, statistics.counts, statistics.tokens), share * z_loss(statistics, statistics.tokens)
+    if tokens_per_expert is None:
+        tokens_per_expert = trainer.ranks.sum(statistics.counts.clone())
+    return balance_loss(statistics, tokens_per_expert, totals.tokens), z_loss(statistics, totals.tokens)

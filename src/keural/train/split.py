@@ -1,0 +1,307 @@
+"""AdamW over weights that are kept in two parts: bfloat16, which the network computes with, and a 16-bit remainder.
+
+In: parameters with gradients. Out: changed parameters. A bfloat16 weight and its int16 remainder together are a float32 master
+weight, bit for bit, so steps of any size count (at learning rate 2e-7 bfloat16 weights, and a 24-bit master too, lose most of them).
+Moments are 8-bit, with a scale for each block of 256. 8.03 bytes per parameter with a bfloat16 gradient, of which remainder, moments
+and scales (4.03) may lie in pinned host memory. Parameters in float32 (norms, routers) have the same moments and no remainder.
+
+An 8-bit moment is a power of a number between 0 and 1, times the block's largest value: m = sign(c) (c/127)^2 and v = (c/255)^4,
+so that small values beside a large one stay apart from zero; a second moment that is not zero is never stored as zero, which would
+make the next step as large as epsilon allows.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BLOCK = 256
+CHUNK = 2**26
+"""Parameters whose state lies together: 256 MiB of it. A power of two, because pinned memory is given in such sizes."""
+
+
+def split(master: Tensor) -> tuple[Tensor, Tensor]:
+    """A float32 tensor as bfloat16 and int16 remainder. Halves go up in the integer sense, so that the remainder fits 16 bits."""
+    bits = master.view(torch.int32)
+    high = (bits + 0x8000) >> 16
+    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
+
+
+def join(weight: Tensor, remainder: Tensor) -> Tensor:
+    """The float32 tensor that `split` took apart."""
+    return ((weight.view(torch.int16).to(torch.int32) << 16) + remainder.to(torch.int32)).view(torch.float32)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a step multiplies with: decay 1 - lr * weight_decay, lr / (1 - beta1^t), sqrt(1 - beta2^t), and the settings."""
+
+    decay: float
+    step_size: float
+    root_correction: float
+    beta1: float
+    beta2: float
+    eps: float
+
+
+@dataclass
+class ChunkState:
+    """What a chunk of a parameter needs besides its weights: `remainder` (None for float32 parameters), the codes of both moments,
+    and a scale of each per block.
+    """
+
+    remainder: Tensor | None
+    moment: Tensor
+    square: Tensor
+    moment_scale: Tensor
+    square_scale: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        rest = [self.moment, self.square, self.moment_scale, self.square_scale]
+        return rest if self.remainder is None else [self.remainder, *rest]
+
+
+def new_state(number: int, exact: bool, device: torch.device, pinned: bool = False, size: int | None = None) -> ChunkState:
+    """Zeros for `number` parameters in memory for `size` of them; with a remainder if `exact`."""
+    size = size or number
+
+    def zeros(of: int, wanted: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(of, dtype=dtype, device=device, pin_memory=pinned)[:wanted]
+
+    blocks, room = -(-number // BLOCK), -(-size // BLOCK)
+    return ChunkState(
+        zeros(size, number, torch.int16) if exact else None,
+        zeros(size, number, torch.int8),
+        zeros(size, number, torch.uint8),
+        zeros(room, blocks, torch.float32),
+        zeros(room, blocks, torch.float32),
+    )
+
+
+def blocks_of(flat: Tensor) -> Tensor:
+    """A flat tensor as ``[blocks, BLOCK]`` in float32, zeros at the end."""
+    return nn.functional.pad(flat.float(), (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+
+
+def encode(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """Codes ``[n]`` (int8 if `signed`, else uint8) and scales ``[blocks]`` of float32 values ``[n]``."""
+    blocks = blocks_of(values)
+    scales = blocks.abs().amax(1)
+    share = (blocks.abs() / scales.clamp(min=1e-38)[:, None]).sqrt()
+    if signed:
+        codes = (share * 127 + 0.5).floor() * blocks.sign()
+        return codes.to(torch.int8).view(-1)[: len(values)], scales
+    codes = (share.sqrt() * 255 + 0.5).floor()
+    codes = torch.where((blocks > 0) & (codes < 1), 1.0, codes)
+    return codes.to(torch.uint8).view(-1)[: len(values)], scales
+
+
+def decode(codes: Tensor, scales: Tensor) -> Tensor:
+    """The values that `encode` stored, nearly."""
+    blocks = blocks_of(codes)
+    if codes.dtype == torch.int8:
+        share = blocks / 127
+        values = share * share.abs() * scales[:, None]
+    else:
+        share = (blocks / 255).square()
+        values = share * share * scales[:, None]
+    return values.view(-1)[: len(codes)]
+
+
+def adamw(master: Tensor, gradient: Tensor, moment: Tensor, square: Tensor, rates: Rates) -> tuple[Tensor, Tensor, Tensor]:
+    """Master weights and moments after a step of AdamW (Loshchilov and Hutter 2019), all float32."""
+    moment = moment * rates.beta1 + gradient * (1 - rates.beta1)
+    square = square * rates.beta2 + gradient * gradient * (1 - rates.beta2)
+    master = master * rates.decay
+    master = master - rates.step_size * moment / (square.sqrt() / rates.root_correction + rates.eps)
+    return master, moment, square
+
+
+def plain_update(weight: Tensor, gradient: Tensor, state: ChunkState, rates: Rates, factor: Tensor, skip: Tensor) -> None:
+    """One step on a chunk, in place: the twin of the kernel.
+
+    Args:
+        weight: flat, bfloat16 with a remainder or float32.
+        gradient: flat, any float dtype.
+        state: of the chunk, on the same device.
+        rates: of the step.
+        factor: scalar that the gradient is multiplied with (clipping).
+        skip: scalar; when not zero nothing changes.
+    """
+    master = weight if state.remainder is None else join(weight, state.remainder)
+    moment, square = decode(state.moment, state.moment_scale), decode(state.square, state.square_scale)
+    master, moment, square = adamw(master, gradient.float() * factor, moment, square, rates)
+    new: list[Tensor] = [*encode(moment, True), *encode(square, False)]
+    stored: list[Tensor] = [state.moment, state.moment_scale, state.square, state.square_scale]
+    if state.remainder is None:
+        new, stored = [*new, master], [*stored, weight]
+    else:
+        new, stored = [*new, *split(master)], [*stored, weight, state.remainder]
+    for old, value in zip(stored, new, strict=True):
+        old.copy_(torch.where(skip == 0, value, old))
+
+
+def update(weight: Tensor, gradient: Tensor, state: ChunkState, rates: Rates, factor: Tensor, skip: Tensor) -> None:
+    """`plain_update`, by the kernel where there is an accelerator."""
+    if not weight.is_cuda:
+        plain_update(weight, gradient, state, rates, factor, skip)
+        return
+    from keural.train.kernels import split_adamw
+
+    split_adamw(
+        weight, state.remainder, gradient, state.moment, state.square, state.moment_scale, state.square_scale, factor, skip,
+        BLOCK, rates.decay, rates.step_size, rates.root_correction, rates.beta1, rates.beta2, rates.eps,
+    )  # fmt: skip
+
+
+@dataclass
+class Chunk:
+    """A piece of a parameter: its parameter, where it begins, its state, and whether it decays."""
+
+    parameter: nn.Parameter
+    start: int
+    number: int
+    state: ChunkState
+    decayed: bool
+
+    @property
+    def weight(self) -> Tensor:
+        """The piece, flat, in the parameter's memory."""
+        return self.parameter.detach().view(-1)[self.start : self.start + self.number]
+
+    @property
+    def gradient(self) -> Tensor:
+        """The piece's gradient, flat."""
+        assert self.parameter.grad is not None
+        return self.parameter.grad.view(-1)[self.start : self.start + self.number]
+
+
+class SplitAdamW:
+    """AdamW whose state is split into chunks; with `host` the state lies in pinned host memory and visits the device in each step.
+
+    `masters` gives float32 values to start from, in the order of the parameters; without it the bfloat16 weights are the masters.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        host: bool = False,
+        masters: Iterable[Tensor] | None = None,
+        is_decayed: Callable[[Tensor], bool] = lambda parameter: parameter.ndim >= 2,
+    ) -> None:
+        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self.betas, self.eps, self.weight_decay, self.host, self.steps = betas, eps, weight_decay, host, 0
+        self.chunks = [chunk for parameter in self.parameters for chunk in self._chunks(parameter, is_decayed(parameter))]
+        self._staging: list[ChunkState] = []
+        if masters is not None:
+            for parameter, master in zip(self.parameters, masters, strict=True):
+                self._set_master(parameter, master)
+
+    def _chunks(self, parameter: nn.Parameter, decayed: bool) -> Iterator[Chunk]:
+        assert parameter.is_contiguous(), "a parameter must lie in one piece"
+        exact = parameter.dtype == torch.bfloat16
+        device = torch.device("cpu") if self.host else parameter.device
+        for start in range(0, parameter.numel(), CHUNK):
+            number = min(CHUNK, parameter.numel() - start)
+            yield Chunk(parameter, start, number, new_state(number, exact, device, self.host and parameter.is_cuda), decayed)
+
+    def _set_master(self, parameter: nn.Parameter, master: Tensor) -> None:
+        for chunk in self.chunks:
+            if chunk.parameter is parameter:
+                piece = master.reshape(-1)[chunk.start : chunk.start + chunk.number].to(parameter.device)
+                if chunk.state.remainder is None:
+                    chunk.weight.copy_(piece)
+                else:
+                    weight, remainder = split(piece.float())
+                    chunk.weight.copy_(weight)
+                    chunk.state.remainder.copy_(remainder)
+
+    def master(self, parameter: nn.Parameter) -> Tensor:
+        """The float32 master of a parameter, whole, on its device."""
+        pieces = []
+        for chunk in self.chunks:
+            if chunk.parameter is parameter:
+                remainder = chunk.state.remainder
+                pieces.append(chunk.weight if remainder is None else join(chunk.weight, remainder.to(parameter.device)))
+        return torch.cat(pieces).view(parameter.shape)
+
+    def gradient_norm(self) -> Tensor:
+        """L2 norm of all gradients, a scalar on the device; summed in float32."""
+        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in self.parameters if p.grad is not None]
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+    def step(self, lr: float, clip_norm: float = math.inf) -> Tensor:
+        """Do one step at learning rate `lr`; returns the gradient norm, on the device.
+
+        Gradients longer than `clip_norm` are shortened to it. When the norm is not finite nothing changes, neither weights nor
+        moments. Nothing is read back from the device.
+        """
+        self.steps += 1
+        norm = self.gradient_norm()
+        factor, skip = (clip_norm / (norm + 1e-6)).clamp(max=1.0), (~norm.isfinite()).to(torch.int32)
+        run = self._step_on_host if self.host and norm.is_cuda else self._step_in_place
+        run(lr, factor, skip)
+        return norm
+
+    def rates(self, lr: float, decayed: bool) -> Rates:
+        """The factors of the current step."""
+        (beta1, beta2), t = self.betas, self.steps
+        decay = 1 - lr * self.weight_decay if decayed else 1.0
+        return Rates(decay, lr / (1 - beta1**t), math.sqrt(1 - beta2**t), beta1, beta2, self.eps)
+
+    def _step_in_place(self, lr: float, factor: Tensor, skip: Tensor) -> None:
+        for chunk in self.chunks:
+            if chunk.parameter.grad is not None:
+                update(chunk.weight, chunk.gradient, chunk.state, self.rates(lr, chunk.decayed), factor, skip)
+
+    def _step_on_host(self, lr: float, factor: Tensor, skip: Tensor) -> None:
+        """Three chunks are under way at a time: one coming, one being worked on, one going back."""
+        device: Any = factor.device
+        coming, going, here = torch.cuda.Stream(device), torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        chunks = [chunk for chunk in self.chunks if chunk.parameter.grad is not None]
+        largest = max(chunk.number for chunk in chunks)
+        staging = [new_state(largest, True, device) for _ in range(3)]
+        coming.wait_stream(here)
+        free: list[torch.cuda.Event | None] = [None] * len(staging)
+        for index, chunk in enumerate(chunks):
+            slot = index % len(staging)
+            state = _first(staging[slot], chunk)
+            with torch.cuda.stream(coming):
+                if (event := free[slot]) is not None:
+                    coming.wait_event(event)
+                _copy(chunk.state, state)
+                arrived = coming.record_event()
+            here.wait_event(arrived)
+            update(chunk.weight, chunk.gradient, state, self.rates(lr, chunk.decayed), factor, skip)
+            done = here.record_event()
+            with torch.cuda.stream(going):
+                going.wait_event(done)
+                _copy(state, chunk.state)
+                free[slot] = going.record_event()
+        here.wait_stream(going)
+
+
+def _first(staging: ChunkState, chunk: Chunk) -> ChunkState:
+    """The part of a staging area that a chunk's state fills."""
+    blocks = -(-chunk.number // BLOCK)
+    remainder = None if chunk.state.remainder is None or staging.remainder is None else staging.remainder[: chunk.number]
+    return ChunkState(
+        remainder,
+        staging.moment[: chunk.number],
+        staging.square[: chunk.number],
+        staging.moment_scale[:blocks],
+        staging.square_scale[:blocks],
+    )
+
+
+def _copy(source: ChunkState, target: ChunkState) -> None:
+    for a, b in zip(source.tensors(), target.tensors(), strict=True):
+        b.copy_(a, non_blocking=True)

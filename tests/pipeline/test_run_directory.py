@@ -12,7 +12,8 @@ import pytest
 
 from keural.errors import UserError
 from keural.files import read_json
-from keural.pipeline.run_directory import Done, changes, read_run, set_aside
+from keural.pipeline.run_contents import read_run
+from keural.pipeline.run_directory import Done, changes, set_aside
 from keural.report.html import render
 
 Damage = Callable[..., None]
@@ -239,7 +240,7 @@ class TestModels:
             os.utime(path, ns=(1, 1))
         monkeypatch.setattr("keural.files.SETTLED_NS", -1)  # as if it had been some time ago
         place.again()
-        monkeypatch.setattr("keural.pipeline.run_directory.check_sums", lambda directory: 1 / 0)
+        monkeypatch.setattr("keural.pipeline.stage_directory.check_sums", lambda directory: 1 / 0)
         place.again("--until", "steady")
         (place.run / "chat" / "model" / "added.safetensors").touch()
         with pytest.raises(ZeroDivisionError):

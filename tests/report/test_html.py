@@ -10,7 +10,9 @@ import pytest
 import yaml
 
 from keural.errors import UserError
-from keural.pipeline.run_directory import Done, Summary, read_run, write_checked_text
+from keural.files import write_checked_text
+from keural.pipeline.run_contents import read_run
+from keural.pipeline.run_directory import Done, Summary
 from keural.report.html import write_report as write_report_of
 from keural.train.metrics import line_text
 

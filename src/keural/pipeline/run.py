@@ -17,48 +17,36 @@ from torch import Tensor
 from keural.errors import UserError
 from keural.evaluate.scorecard import measured_texts, score
 from keural.files import fingerprint
+from keural.pipeline.run_contents import read_run
 from keural.pipeline.run_directory import (
-    CHECKPOINTS,
     DONE,
     EVALUATION,
     MODEL,
     SUMMARY,
     Done,
     EvaluationFile,
-    Settings,
     Summary,
-    adopt,
-    changes,
     claim,
-    find_done,
-    is_finished,
     link_final,
-    model_problem,
     only_run_in,
-    read_run,
-    set_aside,
     write_recipe,
-    write_stage,
 )
+from keural.pipeline.stage_directory import find_done, is_finished, model_problem, open_directory, trajectory
 from keural.pipeline.workspace import (
     Workspace,
     check_inputs,
     init_directory,
-    open_stream,
     prepare_all,
     select_stages,
     with_ancestors,
 )
 from keural.pretrained.directory import save_model_directory
 from keural.pretrained.lineage import check_sums
-from keural.recipe import VERSION, Recipe, StageSpec, length_of, parse_duration
+from keural.recipe import VERSION, Recipe, StageSpec, parse_duration
 from keural.report.html import write_report
-from keural.terminal import say
-from keural.train.checkpoint import newest_progress
 from keural.train.parallel import full_state_dict
 from keural.train.ranks import Ranks, session
 from keural.train.stage import StageJob, StageResult, train_stage
-from keural.train.step_plan import StepPlan, fixed_plan, why_not_continued
 
 
 @dataclass(frozen=True)
@@ -113,7 +101,7 @@ def _train(workspace: Workspace, stage: StageSpec, ranks: Ranks, tensorboard: bo
         if row.survey:
             ranks.log_once(f"{stage.name}: {row.survey}")
     ranks.on_main(lambda: _check_ready(workspace, stage))
-    ranks.on_main(lambda: _open_directory(workspace, stage))
+    ranks.on_main(lambda: open_directory(workspace, stage))
     result = train_stage(_job(workspace, stage, tensorboard), ranks)
     if not result.interrupted:
         export_stage(workspace, stage, result, wanted, ranks)
@@ -136,52 +124,6 @@ def _check_ready(workspace: Workspace, stage: StageSpec) -> None:
     check_sums(init_directory(workspace.out, stage))
 
 
-def _open_directory(workspace: Workspace, stage: StageSpec) -> None:
-    """Make a stage's directory, or take up the one that is there: of these settings, or of another length where that is possible.
-
-    Another one is set aside. What becomes of earlier work is said, and why.
-    """
-    directory, settings = workspace.out / stage.name, workspace.stage_settings(stage)
-    earlier = adopt(directory, settings, _trajectory(workspace, stage))
-    if earlier is not None and earlier.fingerprint != fingerprint(settings):
-        told = "; ".join(changes(earlier.settings, settings)) if earlier.settings else "others, which are not known"
-        why_not = _why_not_continued(workspace, stage, earlier.settings)
-        if why_not is None:
-            (directory / DONE).unlink(missing_ok=True)
-            say(f"{stage.name}: its length changed ({told}); it goes on from what is done")
-        else:
-            done = "it was finished" if (directory / DONE).is_file() else "it was begun"
-            kept = set_aside(directory)
-            say(
-                f"{stage.name}: {done} with other settings ({told}){f'; {why_not}' if why_not else ''}; what was made is kept as "
-                f"{kept}, its checkpoints are not used, and the stage starts from step 0"
-            )
-    write_stage(directory, stage, settings)
-
-
-def _trajectory(workspace: Workspace, stage: StageSpec) -> str:
-    """Fingerprint of everything that determines each step of a stage; checkpoints have it."""
-    return fingerprint(workspace.stage_settings(stage, length=False))
-
-
-def _why_not_continued(workspace: Workspace, stage: StageSpec, earlier: Settings) -> str | None:
-    """Why a stage with other settings than `earlier` ones cannot go on from what is done; empty when it is not its length alone."""
-    train, lengths = dict(earlier.get("stage", {}).get("train", {})), length_of(stage.train).keys()
-    measured = "budget" in earlier or train.get("budget_share") is not None or stage.train.budget_share is not None
-    same = {key: value for key, value in earlier.items() if key != "budget"}
-    if same:
-        same["stage"] = same["stage"] | {"train": {key: value for key, value in train.items() if key not in lengths}}
-    if fingerprint(same) != _trajectory(workspace, stage):
-        return ""
-    if measured:
-        return "the length of a stage with a budget is measured before its first step, and stays"
-    newest = newest_progress(workspace.out / stage.name / CHECKPOINTS)
-    if newest is None:
-        return None
-    plan = fixed_plan(stage, open_stream(workspace, stage))
-    return why_not_continued(StepPlan(**newest.progress.plan), plan, newest.progress.step, stage.train)
-
-
 def _job(workspace: Workspace, stage: StageSpec, tensorboard: bool) -> StageJob:
     budget, share = workspace.recipe.spec.budget, stage.train.budget_share
     prepared = workspace.data[stage.name]
@@ -194,7 +136,7 @@ def _job(workspace: Workspace, stage: StageSpec, tensorboard: bool) -> StageJob:
         heldout_store=prepared.heldout,
         tokenizer_sha=workspace.tokenizer.sha256,
         run_dir=workspace.out / stage.name,
-        fingerprint=_trajectory(workspace, stage),
+        fingerprint=trajectory(workspace, stage),
         budget_seconds=parse_duration(budget) * share if budget and share else None,
         tensorboard=tensorboard,
     )

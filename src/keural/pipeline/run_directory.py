@@ -33,7 +33,6 @@ import fcntl
 import os
 import secrets
 from collections.abc import Iterator
-from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
@@ -41,15 +40,8 @@ from typing import Any, Self
 import yaml
 
 from keural.errors import UserError
-from keural.files import CheckedFile, fingerprint, read_checked_text, read_object, remembered_check, sha256_file, write_checked_text
-from keural.model import KeuralConfig, count_parameters
-from keural.pretrained.lineage import check_sums
-from keural.recipe import Recipe, StageSpec
-from keural.report.collect import Run, Stage
-from keural.terminal import say
-from keural.train.checkpoint import newest_progress
-from keural.train.metrics import read_metrics
-from keural.train.step_plan import PlanFile
+from keural.files import CheckedFile, fingerprint, read_checked_text, sha256_file, write_checked_text
+from keural.recipe import Recipe
 
 RUN, RECIPE, SUMMARY, EVALUATION, FINAL, DATA, TOKENIZER = (
     "run.json", "recipe.yaml", "summary.json", "evaluation.json", "final", "data", "tokenizer"
@@ -266,58 +258,6 @@ def _told(values: dict[str, Any], key: str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def find_done(directory: Path, wanted: str) -> Done | None:
-    """The marker of a finished stage of exactly these settings; its model is another matter (`model_problem`)."""
-    done = Done.find(directory / DONE)
-    return done if done is not None and done.fingerprint == wanted else None
-
-
-def model_problem(directory: Path) -> str | None:
-    """What is wrong with the model of a finished stage; None when it is whole. Files that have not changed are not read again."""
-    model = directory / MODEL
-    if not (model / "keural.json").is_file():
-        return f"its model is gone ({model})"
-    try:
-        remembered_check(model, directory / MODEL_CHECKED, lambda: check_sums(model))
-    except UserError as error:
-        return f"its model is damaged ({error})"
-    return None
-
-
-def is_finished(directory: Path, wanted: str) -> bool:
-    """Whether a stage directory holds the finished result of exactly these settings, its model whole."""
-    return find_done(directory, wanted) is not None and model_problem(directory) is None
-
-
-def adopt(directory: Path, settings: Settings, trajectory: str) -> StageMarker | None:
-    """The marker of a stage directory; None where there is no such directory.
-
-    A marker that is gone is written again where another file shows that the directory was made from these very settings. Raises
-    `UserError` when nothing shows that this package has made the directory.
-    """
-    if not os.path.lexists(directory):
-        return None
-    marker = StageMarker.find(directory / STAGE)
-    if marker is not None:
-        return marker
-    done, progress = Done.find(directory / DONE), newest_progress(directory / CHECKPOINTS)
-    made_from = progress.fingerprint if progress is not None else None
-    if (done is not None and done.fingerprint == fingerprint(settings)) or made_from == trajectory:
-        marker = StageMarker.of(settings)
-        marker.write(directory / STAGE)
-        return marker
-    if done is not None or made_from is not None or PlanFile.find(directory / PLAN) is not None:
-        return StageMarker.of({})  # its settings are not known, and are others
-    raise UserError(f"{directory}: is in the way: nothing there shows that a run has made it (no {STAGE}); move it away")
-
-
-def write_stage(directory: Path, stage: StageSpec, settings: Settings) -> None:
-    """Say what a stage directory is made from."""
-    directory.mkdir(parents=True, exist_ok=True)
-    StageMarker.of(settings).write(directory / STAGE)
-    write_checked_text(directory / STAGE_TEXT, yaml.safe_dump(stage.model_dump(), allow_unicode=True, sort_keys=False))
-
-
 def link_final(out: Path, stage_name: str) -> None:
     """Let `final` point to a stage's model. Raises `UserError` when something else is there."""
     link, temporary = out / FINAL, out / f".{FINAL}.{secrets.token_hex(4)}.tmp"
@@ -335,73 +275,3 @@ def link_final(out: Path, stage_name: str) -> None:
 def tokenizer_files(directory: Path) -> dict[str, str]:
     """SHA-256 of a tokenizer's files, by name."""
     return {path.name: sha256_file(path) for path in sorted(directory.iterdir()) if path.name != DONE}
-
-
-def read_run(directory: Path) -> Run:
-    """What a report shows of a run, whole or not: stages may be missing or interrupted, an evaluation may not be there.
-
-    Raises `UserError` when the directory is no run's, or a file of it is damaged. Lines of metrics that are damaged are left out,
-    and said; of a killed run the last line may be half-written.
-    """
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory; give a run directory such as runs/toy")
-    recipe_text = read_checked_text(directory / RECIPE) if (directory / RECIPE).is_file() else ""
-    resolved = yaml.safe_load(recipe_text) if recipe_text else {}
-    summary = Summary.find(directory / SUMMARY)
-    listed: dict[str, dict[str, Any]] = {stage["name"]: stage for stage in resolved.get("stages", ())}
-    for finished in summary.stages if summary else ():
-        listed.setdefault(finished.name, {})
-    if not listed:
-        found = sorted(directory.glob(f"*/{METRICS}"), key=lambda file: (file.stat().st_mtime, file.parent.name))
-        listed = {file.parent.name: {} for file in found if ".old-" not in file.parent.name}
-    stages = [_read_stage(directory / name, settings) for name, settings in listed.items()]
-    stages = [stage for stage in stages if stage.finished or stage.steps]
-    if not (resolved or summary or stages):
-        raise UserError(f"{directory}: is not a run directory (no {RECIPE}, {SUMMARY} or stage)")
-    recipe = resolved.get("recipe", {})
-    return Run(
-        name=str((summary.recipe if summary else None) or recipe.get("name") or directory.resolve().name),
-        directory=directory,
-        recipe=recipe,
-        recipe_text=recipe_text,
-        stages=stages,
-        summary=summary.model_dump() if summary else {},
-        parameters=_parameters(directory, stages),
-        ended=_ended(directory, stages),
-        evaluation=summary.evaluation if summary else {},
-    )
-
-
-def _read_stage(directory: Path, settings: dict[str, Any]) -> Stage:
-    lines, damaged = read_metrics(directory / METRICS)
-    if damaged:
-        say(f"{directory / METRICS}: {damaged} lines are damaged, and left out of the report")
-    # A resumed stage repeats the steps after its last checkpoint; the later line counts.
-    steps = {line["step"]: line for line in lines if "loss" in line}
-    heldout = {line["step"]: line for line in lines if isinstance(line.get("heldout"), dict)}
-    done, text = Done.find(directory / DONE), directory / STAGE_TEXT
-    if done is not None and (missing := done.steps - len(steps)) > 0:
-        say(f"{directory / METRICS}: {missing} of {done.steps} steps are missing there, and in the report")
-    return Stage(
-        name=directory.name,
-        settings=settings or (yaml.safe_load(read_checked_text(text)) if text.is_file() else {}),
-        done=done.model_dump() if done else {},
-        steps=[steps[step] for step in sorted(steps)],
-        heldout=[heldout[step] for step in sorted(heldout)],
-    )
-
-
-def _parameters(directory: Path, stages: list[Stage]) -> tuple[int, int] | None:
-    for stage in reversed(stages):
-        file = directory / stage.name / MODEL / "config.json"
-        if file.is_file():
-            count = count_parameters(KeuralConfig.from_dict(read_object(file)))
-            return count.total, count.active
-    return None
-
-
-def _ended(directory: Path, stages: list[Stage]) -> datetime | None:
-    """When the run last wrote something."""
-    files = [directory / SUMMARY, *(directory / stage.name / METRICS for stage in stages)]
-    times = [file.stat().st_mtime for file in files if file.is_file()]
-    return datetime.fromtimestamp(max(times)).astimezone() if times else None

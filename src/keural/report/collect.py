@@ -1,6 +1,6 @@
 """What a report is made from: a run as plain values.
 
-In: what `keural.pipeline.run_directory.read_run` has read and checked. Out: the same with its sums and series. Nothing is read
+In: what `keural.pipeline.run_contents.read_run` has read and checked. Out: the same with its sums and series. Nothing is read
 here; a run may have one stage, be interrupted, or lack an evaluation, and what is not there yet is an absent value.
 """
 

@@ -21,14 +21,14 @@ from keural.data.cleaning.executors import Step, check_executor, run_steps
 from keural.data.cleaning.filters import FILTER_SETS, QualityFilter
 from keural.data.cleaning.formatters import Formatter
 from keural.data.cleaning.language import FastTextFilter, ScriptFilter
-from keural.data.cleaning.summary import SUMMARY, CleanedSource, CleaningFile
+from keural.data.cleaning.summary import SUMMARY, CleanedSource, CleaningFile, TaskDrops, TaskKept
 from keural.data.cleaning.words import EOJEOL
 from keural.data.licenses import language_of
 from keural.data.readers.formats import DataFile, open_text
 from keural.data.records import Document, SourceCount
 from keural.data.sources import Source
 from keural.errors import UserError, nearest
-from keural.files import FileHashes, fingerprint, read_json, sha256_file
+from keural.files import FileHashes, fingerprint, sha256_file
 from keural.recipe import VERSION as RECIPE_VERSION
 from keural.recipe import CleaningSpec, SourceSpec
 
@@ -195,8 +195,7 @@ class _Foldered:
 
         yield from self._writer(placed(), rank, world_size)
         path = Path(self._writer.output_folder.path).with_name("work") / "kept" / f"{rank:05d}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(kept), encoding="utf-8")
+        TaskKept(kept={str(place): count for place, count in kept.items()}).write(path)
 
 
 def _summary(directory: Path, sources: Sequence[Source], limit: int) -> CleaningFile:
@@ -204,16 +203,17 @@ def _summary(directory: Path, sources: Sequence[Source], limit: int) -> Cleaning
     rows: list[dict[str, Any]] = [{"kept": 0, "drops": Counter(), "unreadable": Counter(), "first": {}} for _ in sources]
     examples: dict[str, list[dict[str, Any]]] = {}
     for file in sorted((directory / "work" / "kept").glob("*.json")):
-        for place, count in read_json(file).items():
+        for place, count in TaskKept.read(file).kept.items():
             rows[int(place)]["kept"] += count
     for file in sorted((directory / "work" / "drops").glob("*.json")):
-        made = read_json(file)
-        for place, reason, count, where in made["drops"]:
-            rows[place]["drops"][reason] += count
+        made = TaskDrops.read(file)
+        for drop in made.drops:
+            row = rows[drop.place]
+            row["drops"][drop.reason] += drop.count
             if file.name.startswith("read-"):
-                rows[place]["unreadable"][reason] += count
-            rows[place]["first"].setdefault(reason, where)
-        for reason, shown in made["examples"].items():
+                row["unreadable"][drop.reason] += drop.count
+            row["first"].setdefault(drop.reason, drop.first)
+        for reason, shown in made.examples.items():
             named = [example | {"source": sources[example["source"]].name} for example in shown]
             examples[reason] = (examples.get(reason, []) + named)[:limit]
     for row in rows:

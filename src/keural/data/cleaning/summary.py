@@ -26,6 +26,37 @@ class CleanedSource(BaseModel):
     """Place of the first drop, by reason."""
 
 
+class TaskDrop(BaseModel):
+    """Documents of one source that were dropped for one reason."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    place: int
+    """Of the source in the recipe."""
+    reason: str
+    count: int
+    first: str
+    """Place of the first one."""
+
+
+class TaskDrops(CheckedFile):
+    """What one task of one step dropped; `work/drops/STEP-TASK.json`."""
+
+    remedy: ClassVar[str] = "delete the directory `work` that it is in and run the same command again"
+
+    drops: list[TaskDrop]
+    examples: dict[str, list[dict[str, Any]]]
+    """The first documents that were dropped, shortened, by reason; `source` is a place in the recipe."""
+
+
+class TaskKept(CheckedFile):
+    """Documents that one task kept, by the place of their source in the recipe; `work/kept/TASK.json`."""
+
+    remedy: ClassVar[str] = TaskDrops.remedy
+
+    kept: dict[str, int]
+
+
 class CleaningFile(CheckedFile):
     """`cleaning.json`, written last."""
 

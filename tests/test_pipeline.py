@@ -20,7 +20,7 @@ from published_writer import pack_documents, write_shard
 from keural.cli.app import main
 from keural.data.loading.stream import Stream
 from keural.files import read_json
-from keural.pretrained.directory import load_model
+from keural.pretrained.stored_model import load_model
 
 WORDS = ["하늘", "바다", "나무", "구름", "바람", "sea", "sky", "tree", "cloud", "오늘", "내일", "going", "봅니다", "읽어요", "sees"]
 Keural = Callable[..., tuple[int, str, str]]

@@ -220,14 +220,14 @@ TERMINAL = """
 import sys, time
 from pathlib import Path
 from keural.serve.chat import run_chat
-from keural.serve.engines.sampling import Sampling
+from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.engines.transformers import TransformersEngine
 read = TransformersEngine._read
 def slowly(*arguments):
     time.sleep(0.2)
     return read(*arguments)
 TransformersEngine._read = slowly  # 120 tokens take 24 s: the answer is still going on when the interrupt comes
-sys.exit(run_chat(Path(sys.argv[1]), Sampling(temperature=0.0, max_new_tokens=120), ""))
+sys.exit(run_chat(Path(sys.argv[1]), SamplingParams(temperature=0.0, max_new_tokens=120), ""))
 """
 
 

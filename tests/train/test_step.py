@@ -71,7 +71,7 @@ def test_gradients_of_packed_neighbours_are_those_of_each_document_alone(tmp_pat
     job = small_job(tmp_path, "sft", router={"balance_coef": 0.0, "z_coef": 0.0})
     trainer = open_run(job).trainer
     stream = Stream(TokenStore.open(tmp_path / "packed"), "sft", LENGTH, batch_rows=2)
-    assert stream.units_per_epoch == 2
+    assert stream.instances_per_epoch == 2
     _, packed = step_gradients(dataclasses.replace(trainer, stream=stream))
     alone: dict[str, torch.Tensor] = {}
     for index in range(len(documents)):

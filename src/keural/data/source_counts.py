@@ -16,7 +16,7 @@ from keural.data.adapters.aihub import OTHER_PART
 from keural.data.adapters.base import WRONG_SCHEMA
 from keural.data.adapters.corpora import OTHER_LANGUAGE, OTHER_LICENSE
 from keural.data.filtering.decontamination import REASON
-from keural.data.filtering.holdout import Side
+from keural.data.filtering.holdout import Split
 from keural.data.licenses import flags_of, language_of, license_of
 from keural.data.loading.mixture import Share
 from keural.data.records import Drop, PreferencePair, SourceCount
@@ -56,7 +56,7 @@ class SourceRow:
     """What is to be known before training on it: `benchmark`, `non-commercial`."""
     left_out: str | None = None
     """Why the recipe does not use the source; None: it does."""
-    split: Side = "train"
+    split: Split = "train"
     """`heldout` for a source that is held out whole."""
     rows: Count = 0
     """Rows that were read."""
@@ -127,7 +127,7 @@ class SourceCounter:
     """What became of the rows of one source."""
 
     source: SourceSpec
-    split: Side
+    split: Split
     left_out: str | None = None
     rows: int = 0
     kept: int = 0
@@ -156,12 +156,12 @@ class SourceCounter:
             self.drops[OVER_LIMIT] += over
             self.first_drop.setdefault(OVER_LIMIT, f"after {self.kept:,} records")
 
-    def keep(self, side: Side, encoded: Encoded) -> None:
+    def keep(self, split: Split, encoded: Encoded) -> None:
         """Count a record that is used."""
         self.rows += 1
         self.kept += 1
-        self.heldout += side == "heldout"
-        repeat = self.source.repeat if side == "train" else 1
+        self.heldout += split == "heldout"
+        repeat = self.source.repeat if split == "train" else 1
         self.tokens += repeat * sum(len(ids) for ids, _ in encoded.sequences)
         self.shortened += encoded.cut_turns > 0
         if isinstance(encoded.record, PreferencePair):

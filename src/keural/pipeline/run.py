@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from keural.errors import UserError
-from keural.evaluate.scorecard import measured_texts, score
+from keural.evaluate.scorecard import check_measurable, score
 from keural.files import fingerprint
 from keural.pipeline.run_contents import read_run
 from keural.pipeline.run_directory import (
@@ -83,9 +83,7 @@ def _open_run(recipe: Recipe, stages: list[StageSpec], out: Path) -> None:
     """Keep the resolved recipe, prepare the data: once, before other ranks open it."""
     write_recipe(out, recipe)
     workspace = prepare_all(recipe, stages, out)
-    for measure in recipe.spec.evaluation.bits_per_byte:
-        if measure.stage in workspace.data:
-            measured_texts(measure, workspace.data[measure.stage])
+    check_measurable(recipe, workspace.data)
 
 
 def _train(workspace: Workspace, stage: StageSpec, ranks: Ranks, tensorboard: bool) -> bool:

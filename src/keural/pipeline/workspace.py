@@ -157,21 +157,24 @@ def with_ancestors(recipe: Recipe, stage: StageSpec) -> dict[str, StageSpec]:
 
 def _prepare_stage(recipe: Recipe, stage: StageSpec, tokenizer: KeuralTokenizer, out: Path) -> Prepared:
     directory = data_directory(recipe)
-    if stage.data.ready:
+    if stage.data.pretokenized:
         return open_pretokenized(stage.data, stage.objective, directory, tokenizer, out / DATA)
     return prepare(stage.data, stage.objective, directory, tokenizer, out / DATA, recipe.spec.seed)
 
 
 def find_stage_data(recipe: Recipe, stage: StageSpec, out: Path) -> Prepared | None:
-    """A stage's data if it is there in `out` (or ready), made from the sources as they are now; nothing is written but hashes."""
-    if not stage.data.ready and not (is_run_directory(out) and (out / DATA).is_dir()):
+    """A stage's data if it is there in `out` (or tokenised already), made from the sources as they are now.
+
+    Nothing is written but hashes.
+    """
+    if not stage.data.pretokenized and not (is_run_directory(out) and (out / DATA).is_dir()):
         return None
     path = recipe.spec.tokenizer.path
     directory = out / TOKENIZER if path is None else (data_directory(recipe) or Path()) / path
     if not directory.exists():
         return None
     tokenizer = KeuralTokenizer.load(directory)
-    if stage.data.ready:
+    if stage.data.pretokenized:
         return _prepare_stage(recipe, stage, tokenizer, out)
     arguments = (stage.data, stage.objective, data_directory(recipe), tokenizer, out / DATA, recipe.spec.seed)
     return find_prepared(*arguments)

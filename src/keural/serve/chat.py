@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from keural.errors import UserError
+from keural.pretrained.network_code import other_code_line
 from keural.serve.engines.base import Engine
 from keural.serve.engines.registry import chat_defaults, open_engine
 from keural.serve.engines.sampling_params import SamplingParams
@@ -46,6 +47,10 @@ def run_chat(
     with terminal.loading(path):
         engine = open_engine(path, engine_name, threads)
         system = chat_defaults(path, engine_name)[1] if system is None else system
+    if engine.unverified:
+        terminal.notify(f"({engine.unverified})")
+    if (remark := other_code_line(path)) is not None:
+        terminal.notify(f"({remark})")
     with reader_may_leave():
         converse(Conversation(engine, sampling, system or None, jamo), terminal)
     return 0

@@ -5,8 +5,8 @@ that it loads on any number of ranks. It is written under a temporary name; the 
 last, then the rename. What is read back is compared with the manifest before a byte of it is used.
 
 The tensors lie in safetensors files, whose headers say where each piece belongs, and the manifest is JSON: a run directory may come
-from somebody else, and neither format can hold code. (torch's own format has pickles, the one with the metadata read without limits;
-checkpoints of this package had it up to format 1, and are refused.)
+from somebody else, and neither format can hold code. (torch's own format has pickles, and reads the one with the metadata without
+limits; checkpoints of this package had it up to format 1, and are refused.)
 """
 
 import json
@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from keural.errors import UserError
 from keural.files import fingerprint as fingerprint_of
@@ -43,8 +45,8 @@ DIRECTORY = re.compile(r"step-(\d+)")
 
 @dataclass
 class Progress:
-    """How far a stage is: optimizer steps done, real tokens seen, wall-clock seconds spent, task losses of its first and latest
-    steps, and the latest held-out figures.
+    """How far a stage is: optimizer steps done, non-padding tokens seen, wall-clock seconds spent, task losses of its first and
+    latest steps, and the latest held-out figures.
     """
 
     step: int = 0
@@ -136,7 +138,7 @@ class Checkpoints:
         state = tensors(model, optimizer)
         progress = self.ranks.on_main(lambda: self._verified(path, state))
         with warnings.catch_warnings(action="ignore"):  # it says that there is no process group
-            dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=self.ranks.world == 1)
+            load(state, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=self.ranks.world == 1)
         set_step(optimizer, progress.step)
         return progress
 
@@ -153,8 +155,8 @@ class Checkpoints:
 
     def _write_tensors(self, temporary: Path, state: dict[str, Tensor]) -> None:
         with warnings.catch_warnings(action="ignore"):  # it says that there is no process group
-            writer = dcp.HuggingFaceStorageWriter(str(temporary), _file_numbers(state), save_distributed=True)
-            dcp.save(state, storage_writer=writer, no_dist=self.ranks.world == 1)
+            writer = HuggingFaceStorageWriter(str(temporary), _file_numbers(state), save_distributed=True)
+            save(state, storage_writer=writer, no_dist=self.ranks.world == 1)
 
     def _finish(self, temporary: Path, final: Path, progress: Progress) -> None:
         files = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
@@ -222,7 +224,7 @@ def _manifest(path: Path) -> Manifest:
         raise UserError(f"{path}: damaged checkpoint: {MANIFEST} was changed; {_REMEDY}")
     if values.get("format") == 1:
         raise UserError(
-            f"{path}: a checkpoint of an earlier version of keural, whose metadata could run code when it is read, so it is not read; "
+            f"{path}: a checkpoint of an earlier version of keural, whose metadata could run code when it is read, so it is not; "
             f"finish the stage with the version that began it, or delete {path.parent} to start it again"
         )
     if values.get("format") != FORMAT:
@@ -237,7 +239,7 @@ def _manifest(path: Path) -> Manifest:
 def _check_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
     """Raise `UserError` unless the files hold exactly the tensors of `state`, in name, shape and type."""
     try:
-        stored = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+        stored = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     except (SafetensorError, OSError, ValueError, TypeError, LookupError) as error:
         raise UserError(f"{path}: damaged checkpoint: {' '.join(str(error).split())[:200]}; {_REMEDY}") from error
     for name in sorted(state.keys() ^ stored.keys()):

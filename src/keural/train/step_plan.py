@@ -194,4 +194,4 @@ def _timed_forward(trainer: Trainer) -> tuple[float, int]:
 
 def evaluation_rows(stream: Stream | None) -> int:
     """Rows of a held-out store; pairs are taken as two to a row, as most pack."""
-    return math.ceil(stream.units_per_epoch / OBJECTIVES[stream.objective].sequences_per_record) if stream else 0
+    return math.ceil(stream.instances_per_epoch / OBJECTIVES[stream.objective].sequences_per_record) if stream else 0

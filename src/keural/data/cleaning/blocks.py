@@ -16,7 +16,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.readers import JsonlReader
 
 from keural.data.adapters.base import WRONG_SCHEMA
-from keural.data.cleaning.measures import normalise
+from keural.data.cleaning.measures import normalize
 from keural.data.cleaning.summary import TaskDrop, TaskDrops
 from keural.data.records import Document as Text
 from keural.data.records import Drop
@@ -107,7 +107,7 @@ class SourceReader(PipelineStep):
     @staticmethod
     def _document(record: Text, part: SourcePart) -> Document:
         metadata = {"place": part.place, "kind": part.kind, "where": record.where, "language": record.language}
-        return Document(text=normalise(record.text), id=record.where, metadata=metadata)
+        return Document(text=normalize(record.text), id=record.where, metadata=metadata)
 
 
 class _ReadBack(JsonlReader):

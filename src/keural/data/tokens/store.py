@@ -24,8 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from keural.errors import UserError
 from keural.files import CHECKSUM, fingerprint, read_object, sha256_file, write_json
-from keural.recipe import STORES
-from keural.recipe import StoreKind as Kind
+from keural.recipe import STORES, StoreKind
 
 Verify = Literal["auto", "size", "full"]
 FORMAT = "keural-token-store"
@@ -74,7 +73,7 @@ class _Manifest(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow")
 
-    kind: Kind
+    kind: StoreKind
     num_sequences: Count
     num_tokens: Count
     longest: Count
@@ -117,7 +116,7 @@ class StoreWriter:
         directory: Path,
         tokenizer_sha: str,
         vocab_size: int,
-        kind: Kind,
+        kind: StoreKind,
         meta: dict[str, Any] | None = None,
         shard_tokens: int = SHARD_TOKENS,
     ) -> None:
@@ -242,7 +241,7 @@ class TokenStore:
 
     def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
         self.directory, self.manifest = directory, manifest
-        self.kind: Kind = manifest["kind"]
+        self.kind: StoreKind = manifest["kind"]
         self.num_sequences: int = manifest["num_sequences"]
         self.num_tokens: int = manifest["num_tokens"]
         self.longest: int = manifest["longest"]
@@ -439,7 +438,8 @@ class TokenStore:
 
 
 def _mapping(array: np.memmap[Any, Any]) -> mmap.mmap:
-    return array._mmap  # type: ignore[attr-defined]
+    found: mmap.mmap = array._mmap  # type: ignore[attr-defined]
+    return found
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from keural.data.loading.batch import Batch
 from keural.data.source_counts import SourceRow
-from keural.files import read_json
+from keural.pipeline.run_directory import SUMMARY, Done, Summary
 from keural.pipeline.workspace import Workspace, open_stream
 from keural.recipe import StageSpec
 from keural.serve.text import printable
@@ -33,11 +33,11 @@ def print_ending(outcome: "Outcome", arguments: str) -> None:
         again = f"{_command()} {arguments}"
         console.print(f"stopped and saved; the same command goes on from there:\n  {again}", markup=False, soft_wrap=True)
         return
-    summary = read_json(outcome.directory / "summary.json")
-    console.print(_stage_table(summary["stages"]))
-    for line in _figures(summary["evaluation"]):
+    summary = Summary.read(outcome.directory / SUMMARY)
+    console.print(_stage_table(summary.stages))
+    for line in _figures(summary.evaluation):
         console.print(line, markup=False, soft_wrap=True)
-    for sample in summary["samples"]:
+    for sample in summary.samples:
         console.print(Text(f"\n> {sample['prompt']}", style="bold"))
         console.print(sample["answer"], markup=False)
     console.print(f"\nreport: {outcome.directory / 'report.html'}", markup=False, soft_wrap=True)
@@ -49,19 +49,19 @@ def _command() -> str:
     return sys.argv[0] if Path(sys.argv[0]).name == "keural" else "keural"
 
 
-def _stage_table(stages: list[dict[str, Any]]) -> Table:
+def _stage_table(stages: list[Done]) -> Table:
     table = Table(title="stages")
     for name in ("stage", "steps", "tokens", "seconds", "loss first", "loss last", "held out"):
         table.add_column(name, justify="left" if name == "stage" else "right")
     for stage in stages:
-        heldout = stage["heldout"].get("loss")
+        heldout = stage.heldout.get("loss")
         table.add_row(
-            stage["name"],
-            f"{stage['steps']:,}",
-            f"{stage['tokens']:,}",
-            f"{stage['seconds']:.1f}",
-            f"{stage['loss_first']:.3f}",
-            f"{stage['loss_last']:.3f}",
+            stage.name,
+            f"{stage.steps:,}",
+            f"{stage.tokens:,}",
+            f"{stage.seconds:.1f}",
+            f"{stage.loss_first:.3f}",
+            f"{stage.loss_last:.3f}",
             "" if heldout is None else f"{heldout:.3f}",
         )
     return table

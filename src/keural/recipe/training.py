@@ -141,9 +141,9 @@ class StageSpec(Spec):
     notes: list[str] = neutral("report", default_factory=list)
     """Where the numbers come from, contradictions included."""
 
-    def determining(self, part: Part) -> dict[str, Any]:
+    def determining(self, part: Part, length: bool = True) -> dict[str, Any]:
         """As for every spec; where router losses are balanced within each forward pass its size is part of the loss."""
-        found = super().determining(part)
+        found = super().determining(part, length)
         if self.router.scope == "micro_batch" and self.train.micro_batch_tokens is not None:
             found["micro_batch_tokens"] = self.train.micro_batch_tokens
         return found

@@ -26,9 +26,9 @@ from keural.errors import UserError
 from keural.files import fingerprint as fingerprint_of
 from keural.files import sha256_file
 from keural.model import KeuralConfig, KeuralMoECausalLM
-from keural.recipe import OBJECTIVES, StageSpec
+from keural.recipe import OBJECTIVES, StageSpec, length_of
 from keural.train import step_plan
-from keural.train.checkpoint import Checkpoints, Progress
+from keural.train.checkpoint import Checkpoints, Progress, Stored, newest_progress
 from keural.train.heldout import evaluate, heldout_batches
 from keural.train.initial_weights import initial_model
 from keural.train.loop import StepReport, train_step
@@ -63,7 +63,7 @@ class StageJob:
     tokenizer_sha: str
     run_dir: Path
     fingerprint: str
-    """Of everything that determines the stage's weights; checkpoints with another one are refused."""
+    """Of everything that determines a step of the stage, whatever their number; checkpoints with another one are refused."""
     budget_seconds: float | None = None
     """Time for the stage, where it has a `budget_share`."""
     tensorboard: bool = False
@@ -120,10 +120,11 @@ def open_stage(job: StageJob, ranks: Ranks, stop: "StopSignals", started: float)
         measured = make_trainer(learning_rate=step_plan.no_learning, references=step_plan.no_references(ranks.device))
         return _make_plan(job, measured, heldout, started)
 
-    plan = step_plan.load_or_make(job.run_dir / "plan.json", job.fingerprint, ranks, make_plan)
+    latest = ranks.on_main(lambda: newest_progress(checkpoints.directory))
+    plan = _plan(job, latest, ranks, make_plan)
     references, heldout_references = _references(job, plan, policy, stream, heldout, stop, ranks)
     trainer = make_trainer(learning_rate=_schedule(stage, plan), references=references)
-    progress = _resume(job, plan, checkpoints, trainer)
+    progress = _resume(job, plan, latest, checkpoints, trainer)
     return StageRun(job, trainer, plan, heldout, heldout_references, checkpoints, progress, started - progress.seconds)
 
 
@@ -255,6 +256,18 @@ def _engine(job: StageJob, uniform: bool, ranks: Ranks) -> Compute | None:
     return engine_for(job.stage.train, job.model_config, ranks.device, uniform)
 
 
+def _plan(job: StageJob, latest: Stored | None, ranks: Ranks, make: Callable[[], step_plan.StepPlan]) -> step_plan.StepPlan:
+    """The plan as it was made before the first step.
+
+    Of a stage with a budget a checkpoint has it, too, for where the file is gone.
+    """
+    wanted = fingerprint_of([job.fingerprint, length_of(job.stage.train)])
+    if latest is not None and job.stage.train.budget_share is not None:
+        known = step_plan.StepPlan(**latest.progress.plan)
+        return step_plan.load_or_make(job.run_dir / "plan.json", wanted, ranks, lambda: known)
+    return step_plan.load_or_make(job.run_dir / "plan.json", wanted, ranks, make)
+
+
 def _make_plan(job: StageJob, measured: Trainer, heldout: Stream | None, started: float) -> step_plan.StepPlan:
     """As the settings say, or as many steps as fit into the budget by what `measured` takes."""
     stage, stream = job.stage, measured.stream
@@ -305,19 +318,21 @@ def _references(
     return references, compute("heldout", heldout, heldout_batches(job.stage, heldout, ranks)) if heldout else None
 
 
-def _resume(job: StageJob, plan: step_plan.StepPlan, checkpoints: Checkpoints, trainer: Trainer) -> Progress:
-    """Take up the newest checkpoint, where there is one. Raises `UserError` when it was made for another plan."""
-    latest = checkpoints.latest()
+def _resume(job: StageJob, plan: step_plan.StepPlan, latest: Stored | None, checkpoints: Checkpoints, trainer: Trainer) -> Progress:
+    """Take up the newest checkpoint, where there is one. Raises `UserError` when it was made for a plan that begins otherwise."""
     if latest is None:
         return Progress(plan=asdict(plan))
-    progress = checkpoints.load(latest, trainer.policy.model, trainer.optimizer)
+    progress = checkpoints.load(latest.path, trainer.policy.model, trainer.optimizer)
     if progress.tokens_per_expert:
         trainer.previous.counts = torch.tensor(progress.tokens_per_expert, device=trainer.ranks.device)
-    if progress.plan != asdict(plan):
+    made_for = step_plan.StepPlan(**progress.plan)
+    if why_not := step_plan.why_not_continued(made_for, plan, progress.step, job.stage.train):
         raise UserError(
-            f"{latest}: was made for {progress.plan}, {job.run_dir / 'plan.json'} says {asdict(plan)}; "
-            "restore that file or delete the checkpoints"
+            f"{latest.path}: was made for {made_for.steps} steps, {made_for.warmup_steps} of warm-up, and "
+            f"{job.run_dir / 'plan.json'} says {plan.steps}, {plan.warmup_steps} of warm-up: {why_not}; delete that "
+            "file, or the checkpoints"
         )
+    progress.plan = asdict(plan)
     trainer.ranks.log_once(f"{job.stage.name}: resumed at step {progress.step} of {plan.steps}")
     return progress
 

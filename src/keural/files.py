@@ -9,6 +9,7 @@ A kind of JSON file is a subclass of `CheckedFile`, declared in the room that wr
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -23,7 +24,13 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from keural.errors import UserError
+from keural.parsing import Malformed, parse_json, parse_yaml
 from keural.terminal import say
+
+MAX_TEXT_BYTES = 1 << 30
+"""Largest file that is read whole as text; the files of this package are far smaller."""
+_TEMPORARY_FILE = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.tmp")
+_TEMPORARY_DIRECTORY = re.compile(r"\..+\.(\d+)\.tmp")
 
 
 def sha256_file(path: Path) -> str:
@@ -38,16 +45,37 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def read_json(path: Path) -> Any:
-    """The JSON value in `path`. Raises `UserError` when it is missing or not JSON."""
+def read_text(path: Path) -> str:
+    """The UTF-8 text in `path`. Raises `UserError` when it is missing, cannot be read, is far too large or not UTF-8."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(MAX_TEXT_BYTES + 1)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a number with too many digits
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if len(content) > MAX_TEXT_BYTES:
+        raise UserError(f"{path}: larger than {MAX_TEXT_BYTES:,} bytes; it is not what it should be, restore it")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start:,}; the file is damaged, delete it or restore it") from error
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in `path`. Raises `UserError` when it is missing, not JSON, or nested far too deeply."""
+    try:
+        return parse_json(read_text(path))
+    except Malformed as error:
         raise UserError(f"{path}: not valid JSON ({error}); the file is damaged, delete it or restore it") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """The YAML value in `path`. Raises `UserError` when it is missing, not YAML, nested too deeply or unfolds to too much."""
+    try:
+        return parse_yaml(read_text(path))
+    except Malformed as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from error
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -64,21 +92,64 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write `content` to a temporary neighbour, flush it to disk, then rename it to `path`. Raises `UserError` on a full disk."""
-    data = content.encode("utf-8") if isinstance(content, str) else content
+    """Write `content` to a temporary neighbour, flush it to disk, then rename it to `path`. Raises `UserError` on a full disk.
+
+    What a killed process leaves of it `clear_leftovers` removes. Lone surrogates of a text (bytes of a file name that are no
+    UTF-8) are written as `\\udc80`, which JSON reads back.
+    """
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     # numbers of processes are not unique where machines or containers share a directory
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
+            _lock(file.fileno())
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+            temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise UserError(f"{path}: cannot be written ({error.strerror}); free some space or choose another directory") from error
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def clear_leftovers(directory: Path) -> None:
+    """Remove the temporary files and directories that processes left anywhere below `directory` when they were killed.
+
+    They are known by the names that `write_atomic` and `atomic_directory` give them, with the number of a process that runs no
+    more on this machine, and no process on another machine holds the lock of one that is being written.
+    """
+    for place, names, files in os.walk(directory):
+        for name in files:
+            if (match := _TEMPORARY_FILE.fullmatch(name)) and not _runs(int(match[1])):
+                _remove_unlocked(Path(place, name))
+        for name in list(names):
+            if (match := _TEMPORARY_DIRECTORY.fullmatch(name)) and not _runs(int(match[1])):
+                shutil.rmtree(Path(place, name), ignore_errors=True)
+                names.remove(name)
+
+
+def _remove_unlocked(path: Path) -> None:
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        if path.is_symlink() or not _lock(file.fileno()):
+            return
+        path.unlink()
+
+
+def _lock(descriptor: int) -> bool:
+    """Mark an open file as in use until it is closed; False when another process has. File systems without locks say yes."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def check_new(path: Path, needed: int = 0) -> None:

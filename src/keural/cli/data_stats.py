@@ -3,11 +3,8 @@
 In: a path. Out: the text to print. What the directory is shows from the file it has.
 """
 
-import json
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from keural.data import mixture_report
 from keural.data.cleaning.summary import SUMMARY, CleaningFile
@@ -19,6 +16,7 @@ from keural.errors import UserError
 from keural.pipeline.workspace import find_stage_data
 from keural.recipe import OBJECTIVES, STORES, Recipe, StageSpec, load_recipe
 from keural.recipe.shipped import RECIPE_FILE, names, recipe_directory
+from keural.terminal import json_text, yaml_text
 
 ANY_ID = 1 << 32
 """A vocabulary that refuses no id: which tokenizer shards were made with is not in their files."""
@@ -48,8 +46,8 @@ def describe(path: Path, overrides: list[str], out: Path | None, as_json: bool) 
 
 def _dump(value: dict[str, Any], as_json: bool) -> str:
     if as_json:
-        return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
-    return str(yaml.safe_dump(value, allow_unicode=True, sort_keys=False))
+        return json_text(value)
+    return yaml_text(value)
 
 
 def _shards(path: Path) -> dict[str, int]:
@@ -75,5 +73,5 @@ def _stage(recipe: Recipe, stage: StageSpec, out: Path) -> mixture_report.Report
 
 def _text(reports: dict[str, mixture_report.Report], notes: dict[str, list[str]], as_json: bool) -> str:
     if as_json:
-        return json.dumps(reports, ensure_ascii=False, indent=1) + "\n"
+        return json_text(reports)
     return "\n".join(mixture_report.markdown(name, report, notes.get(name, [])) for name, report in reports.items())

@@ -7,11 +7,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from keural.errors import UserError
 from keural.files import read_checked_text, read_object
 from keural.model import KeuralConfig, count_parameters
+from keural.parsing import parse_yaml
 from keural.pipeline.run_directory import DONE, METRICS, MODEL, RECIPE, STAGE_TEXT, SUMMARY, Done, Summary
 from keural.report.collect import Run, Stage
 from keural.terminal import say
@@ -27,7 +26,7 @@ def read_run(directory: Path) -> Run:
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; give a run directory such as runs/toy")
     recipe_text = read_checked_text(directory / RECIPE) if (directory / RECIPE).is_file() else ""
-    resolved = yaml.safe_load(recipe_text) if recipe_text else {}
+    resolved = parse_yaml(recipe_text) if recipe_text else {}
     summary = Summary.find(directory / SUMMARY)
     listed: dict[str, dict[str, Any]] = {stage["name"]: stage for stage in resolved.get("stages", ())}
     for finished in summary.stages if summary else ():
@@ -65,7 +64,7 @@ def _read_stage(directory: Path, settings: dict[str, Any]) -> Stage:
         say(f"{directory / METRICS}: {missing} of {done.steps} steps are missing there, and in the report")
     return Stage(
         name=directory.name,
-        settings=settings or (yaml.safe_load(read_checked_text(text)) if text.is_file() else {}),
+        settings=settings or (parse_yaml(read_checked_text(text)) if text.is_file() else {}),
         done=done.model_dump() if done else {},
         steps=[steps[step] for step in sorted(steps)],
         heldout=[heldout[step] for step in sorted(heldout)],

@@ -40,7 +40,7 @@ from typing import Any, Self
 import yaml
 
 from keural.errors import UserError
-from keural.files import CheckedFile, fingerprint, read_checked_text, sha256_file, write_checked_text
+from keural.files import CheckedFile, clear_leftovers, fingerprint, read_checked_text, sha256_file, write_checked_text
 from keural.recipe import Recipe
 
 RUN, RECIPE, SUMMARY, EVALUATION, FINAL, DATA, TOKENIZER = (
@@ -141,6 +141,7 @@ def only_run_in(out: Path) -> Iterator[None]:
             raise UserError(f"{out}: another run is at work there; wait for it, or give another --out") from error
         except OSError:  # a file system without locks
             pass
+        clear_leftovers(out)
         yield
 
 

@@ -52,7 +52,8 @@ class TrainSpec(Spec):
     compile: bool = neutral("work", False)
     """Compile the layers; the same numbers up to rounding."""
     save_every: int | None = neutral("keeping", None, gt=0)
-    """Steps between checkpoints; the last step is always saved."""
+    """Steps between checkpoints; none: every ten minutes, and saving takes at most a twentieth of the time. The last step is
+    always saved."""
     keep_checkpoints: int = neutral("keeping", 1, gt=0)
     """Checkpoints to keep; older ones are deleted when a new one is whole."""
     evaluate_every: int | None = neutral("keeping", None, gt=0)

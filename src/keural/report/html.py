@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
+from keural.errors import visible
 from keural.files import write_atomic
 from keural.report import panels, tables
 from keural.report.collect import Run
@@ -29,9 +31,21 @@ def write_report(run: Run) -> Path:
 def render(run: Run) -> str:
     """The page as a string."""
     environment = Environment(
-        loader=PackageLoader("keural.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("keural.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_shown,
     )
     return environment.get_template("report.html.jinja").render(_content(run))
+
+
+def _shown(value: Any) -> Any:
+    """Text without characters that hide or turn what is around them; charts are markup already."""
+    if isinstance(value, Markup):
+        return Markup(visible(value))
+    return visible(value) if isinstance(value, str) else value
 
 
 def _content(run: Run) -> dict[str, Any]:

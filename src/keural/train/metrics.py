@@ -7,18 +7,17 @@ the number of the last step before it.
 
 import contextlib
 import json
-import sys
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from keural.errors import UserError
 from keural.files import CHECKSUM, fingerprint, write_atomic
-from keural.terminal import say
+from keural.parsing import Malformed, parse_json
+from keural.terminal import is_terminal, note, note_above, progress, say
 from keural.train.loop import StepReport
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -42,9 +41,9 @@ def read_metrics(path: Path) -> tuple[list[Line], int]:
 def _parsed(text: str) -> Line | None:
     """A line's values; None when its checksum is not theirs."""
     try:
-        line = json.loads(text)
+        line = parse_json(text)
         return line if line.pop(CHECKSUM) == _checksum(line) and isinstance(line["step"], int) else None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (Malformed, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -94,7 +93,7 @@ class Metrics:
         if self.active:
             keep_until(self.path, self.first_step)
             self._file = self.path.open("a", encoding="utf-8")
-            kind = _Bar if sys.stderr.isatty() else _Lines
+            kind = _Bar if is_terminal("stderr") else _Lines
             self._display = kind(self.name, self.first_step, self.steps)
         return self
 
@@ -155,13 +154,13 @@ class _Bar:
 
     def __init__(self, name: str, first_step: int, steps: int) -> None:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        self._progress = Progress(*columns, TextColumn("{task.fields[figures]}"), console=Console(stderr=True))
+        self._progress = progress(*columns, TextColumn("{task.fields[figures]}", markup=False))
         self._task = self._progress.add_task(name, total=steps, completed=first_step, figures="")
         self._progress.start()
 
@@ -169,7 +168,7 @@ class _Bar:
         self._progress.update(self._task, completed=done, figures=figures)
 
     def log(self, text: str) -> None:
-        self._progress.console.print(text, highlight=False)
+        note_above(self._progress, text)
 
     def close(self) -> None:
         self._progress.stop()
@@ -191,7 +190,7 @@ class _Lines:
         self.log(f"{self._name}: step {done}/{self._steps} {figures} {_clock(left)} left")
 
     def log(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        note(text)
 
     def close(self) -> None:
         pass

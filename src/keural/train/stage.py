@@ -47,6 +47,10 @@ from keural.train.trainer import Trainer
 __all__ = ["StageJob", "StageResult", "full_state_dict", "train_stage"]
 
 LOSSES_KEPT = 10
+SAVE_SECONDS = 600.0
+"""Without `train.save_every`: so long after a checkpoint the next one is written."""
+SAVE_SHARE = 0.05
+""".. but saving may take no larger share of the time: a checkpoint that takes a minute is written every twenty."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class StageResult:
 
 
 def train_stage(job: StageJob, ranks: Ranks | None = None) -> StageResult:
-    """Train a stage to its end, or until SIGINT or SIGTERM: then the step is finished and saved, and `interrupted` is True.
+    """Train a stage to its end, or until SIGINT, SIGTERM or SIGHUP: then the step is finished and saved; `interrupted` is True.
 
     Under torchrun every rank calls it, inside a `ranks.session` whose ranks are given if the model is used afterwards.
 
@@ -145,12 +149,14 @@ class StageRun:
     def train(self, stop: "StopSignals") -> bool:
         """Do the remaining steps; True when a signal came before the last one was begun."""
         progress, spec, steps = self.progress, self.job.stage.train, self.plan.steps
-        saved = progress.step
+        saved, pause = progress.step, Pause()
         with self._metrics() as metrics:
             while progress.step < steps:
-                if self.trainer.ranks.any(stop.requested):
-                    if saved != progress.step:
-                        self._save()
+                stopped, late = self.trainer.ranks.any_of([stop.requested, spec.save_every is None and pause.over()])
+                if saved != progress.step and (stopped or late):
+                    self._save(pause)
+                    saved = progress.step
+                if stopped:
                     return True
                 report = train_step(self.trainer, progress.step)
                 self._advance(report)
@@ -158,7 +164,7 @@ class StageRun:
                 if progress.step == steps or _due(spec.evaluate_every, progress.step):
                     self._evaluate(metrics)
                 if progress.step == steps or _due(spec.save_every, progress.step):
-                    self._save()
+                    self._save(pause)
                     saved = progress.step
         return False
 
@@ -199,9 +205,11 @@ class StageRun:
             self.progress.heldout = evaluate(self.trainer, self.heldout, self.heldout_references)
             metrics.evaluation(self.progress.step - 1, self.progress.heldout)
 
-    def _save(self) -> None:
-        self.progress.seconds = time.monotonic() - self.began
+    def _save(self, pause: "Pause") -> None:
+        started = time.monotonic()
+        self.progress.seconds = started - self.began
         self.checkpoints.save(self.trainer.policy.model, self.trainer.optimizer, self.progress)
+        pause.begin(time.monotonic() - started)
 
     def _metrics(self) -> Metrics:
         return Metrics(
@@ -212,6 +220,21 @@ class StageRun:
             active=self.trainer.ranks.is_main,
             tensorboard=self.job.tensorboard,
         )
+
+
+class Pause:
+    """The time between checkpoints that are written by the clock."""
+
+    def __init__(self) -> None:
+        self.begin(0.0)
+
+    def begin(self, cost: float) -> None:
+        """A checkpoint has been written, which took `cost` seconds."""
+        self._end = time.monotonic() + max(SAVE_SECONDS, cost / SAVE_SHARE)
+
+    def over(self) -> bool:
+        """Whether it is time for the next."""
+        return time.monotonic() >= self._end
 
 
 def _due(every: int | None, step: int) -> bool:
@@ -344,9 +367,10 @@ def _weights_fingerprint(job: StageJob) -> str:
 
 
 class StopSignals:
-    """Notes SIGINT and SIGTERM instead of dying of them; only the main thread can listen.
+    """Notes SIGINT, SIGTERM and SIGHUP (a closed terminal) instead of dying of them; only the main thread can listen.
 
-    A second signal has its usual effect, except among several ranks: torchrun sends every worker another one at once.
+    A second signal has its usual effect, except among several ranks: torchrun sends every worker another one at once. SIGHUP
+    stays ignored where it is, as under nohup.
     """
 
     def __init__(self, world: int = 1) -> None:
@@ -356,7 +380,10 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
+            self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -3,7 +3,7 @@
     python benchmarks/bulk_tokenising.py TEXT_DIR TOKENIZER [--rounds 5] [--megabytes 40]
 
 TEXT_DIR holds any .txt, .md and .po files; they are cut into documents of about 4 kB and written to one JSONL file. Ours is all of
-`prepare`: reading, adapters, duplicate and held-out digests, SentencePiece, the spool, the shuffle, checksums. Peers:
+`prepare`: reading, adapters, duplicate and held-out digests, SentencePiece, the store builder, the shuffle, checksums. Peers:
 
 - the plain loop: one process, `json.loads`, `SentencePieceProcessor.encode` document by document, ids written to a file;
 - `tokenizers`: the same model as tokenizer.json, `encode_batch_fast` on lists of 1,000 documents, which uses all cores.

@@ -20,7 +20,7 @@ from datatrove.pipeline.filters import FineWebQualityFilter, GopherQualityFilter
 from keural.data.cleaning.duplicates import CONFIG, Signatures
 from keural.data.cleaning.filters import QualityFilter
 from keural.data.cleaning.language import ScriptFilter
-from keural.data.cleaning.measures import HANGUL, normalise, script_share, without_markup
+from keural.data.cleaning.measures import HANGUL, normalize, script_share, without_markup
 from keural.data.cleaning.words import EOJEOL, PLAIN
 from keural.data.records import Document as Text
 from keural.data.sources import open_source
@@ -121,7 +121,7 @@ class Ours:
 
     def __call__(self, text: str) -> str:
         """The reason to drop a text, or `kept`."""
-        return first_reason(Document(text=normalise(text), id="", metadata={"kind": "ko"}), self._filters)
+        return first_reason(Document(text=normalize(text), id="", metadata={"kind": "ko"}), self._filters)
 
 
 class Defaults:

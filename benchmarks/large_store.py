@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from keural.data.loading.stream import Batch, Stream
+from keural.data.loading.batch import Batch
+from keural.data.loading.stream import Stream
 from keural.data.tokens.store import END, FORMAT, SHARD_TOKENS, TOKEN, VERSION, TokenStore, content_fingerprint
 from keural.files import write_json
 

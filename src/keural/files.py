@@ -1,6 +1,10 @@
-"""Files that are either whole or absent: atomic writes, checksums and fingerprints.
+"""Files that are either whole or absent, and believed only when they are what was written.
 
-Every room that writes goes through this module, so that a killed process or a full disk never leaves something that looks finished.
+In: content and a path. Out: a file that appears whole or not at all, and its content back, compared with its checksum first. Every
+room that writes goes through this module, so that a killed process or a full disk never leaves something that looks finished.
+
+A kind of JSON file is a subclass of `CheckedFile`, declared in the room that writes it: `train/` its plan and reference values,
+`data/` what it prepared, `pipeline/run_directory.py` everything that is of a run as a whole, with the list of all.
 """
 
 import contextlib
@@ -12,12 +16,16 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from keural.errors import UserError, refusal_of
 from keural.parsing import Malformed, parse_json, parse_yaml
+from keural.terminal import say
 
 MAX_TEXT_BYTES = 1 << 30
 """Largest file that is read whole as text; the files of this package are far smaller."""
@@ -231,3 +239,158 @@ def _runs(pid: int) -> bool:
     except PermissionError:
         return True
     return pid != os.getpid()
+
+
+CHECKSUM = "checksum"
+"""The key of a checked file that holds the SHA-256 of all its others."""
+_TEXT_HEAD = re.compile(r"# written by keural, SHA-256 of what follows: ([0-9a-f]{64})")
+
+
+class CheckedFile(BaseModel):
+    """The content of a JSON file that states its own checksum: a kind of file is a subclass whose fields are its keys."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    remedy: ClassVar[str] = "delete it and run the same command again"
+    """What to do about a damaged one; it must work."""
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """What was written to `path`. Raises `UserError` when it is missing, damaged, changed, or of an earlier version."""
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+        try:
+            content = read_object(path)
+        except UserError as error:
+            raise UserError(f"{path}: damaged; {cls.remedy} ({error})") from error
+        stated = content.pop(CHECKSUM, None)
+        if stated is None:
+            raise UserError(f"{path}: damaged, or written by an earlier version of keural (it states no checksum); {cls.remedy}")
+        if stated != fingerprint(content):
+            raise UserError(f"{path}: damaged (its checksum differs); {cls.remedy}")
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(map(str, first["loc"]))
+            raise UserError(f"{path}: of another version of keural (key {key!r}: {first['msg']}); {cls.remedy}") from error
+
+    @classmethod
+    def find(cls, path: Path) -> Self | None:
+        """As `read`; None where there is no such file."""
+        return cls.read(path) if path.exists() or path.is_symlink() else None
+
+    def write(self, path: Path) -> None:
+        """Write the file, atomically."""
+        content = self.model_dump()
+        write_json(path, {CHECKSUM: fingerprint(content), **content})
+
+
+def write_checked_text(path: Path, text: str) -> None:
+    """Write a text for people, in a language in which `#` begins a comment, with its checksum in the first line."""
+    digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
+    write_atomic(path, f"# written by keural, SHA-256 of what follows: {digest}\n{text}")
+
+
+def read_checked_text(path: Path) -> str:
+    """What `write_checked_text` was given. Raises `UserError` unless the file is what was written."""
+    try:
+        head, _, text = path.read_text(encoding="utf-8").partition("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    match = _TEXT_HEAD.fullmatch(head)
+    if match is None or match[1] != hashlib.sha256(text.encode("utf-8")).hexdigest():
+        raise UserError(f"{path}: is not what keural wrote there (its checksum is missing or differs)")
+    return text
+
+
+class FileState(BaseModel):
+    """What tells that a file was changed without reading it: size, times (ns) of its content and its entry, and its number."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    size: int
+    modified: int
+    changed: int
+    """Time of the last change of any kind; unlike the time of the content nobody can set it."""
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """The state of a file. Raises OSError."""
+        status = path.stat()
+        return cls(size=status.st_size, modified=status.st_mtime_ns, changed=status.st_ctime_ns, inode=status.st_ino)
+
+    def is_settled(self, now: int) -> bool:
+        """Whether a later change would show: clocks of file systems have steps, and one just after the last may fall into it."""
+        return max(self.modified, self.changed) < now - SETTLED_NS
+
+
+SETTLED_NS = 2_000_000_000
+"""Longer than the step of any file system's clock (FAT: two seconds)."""
+
+
+class _Hashed(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    state: FileState
+    sha256: str
+
+
+class _HashCache(CheckedFile):
+    files: dict[str, _Hashed]
+
+
+class FileHashes:
+    """SHA-256 of files, remembered by path and `FileState`, so that big ones are read once."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path, self._changed = path, False
+        self.known: dict[str, _Hashed] = {}
+        try:
+            if path is not None and (cache := _HashCache.find(path)) is not None:
+                self.known = dict(cache.files)
+        except UserError as error:
+            say(f"{error.args[0].split('; ')[0]}; it only remembers checksums of files, which are computed again")
+
+    def of(self, path: Path) -> str:
+        """The hex digest of a file's bytes."""
+        name, state = str(path), FileState.of(path)
+        entry = self.known.get(name)
+        if entry is None or entry.state != state:
+            entry = self.known[name] = _Hashed(state=state, sha256=sha256_file(path))
+            self._changed = True
+        return entry.sha256
+
+    def save(self) -> None:
+        """Keep what is known where it was read, but for files that may change once more without a sign of it."""
+        if self._path is not None and self._changed:
+            now = time.time_ns()
+            kept = {name: entry for name, entry in self.known.items() if entry.state.is_settled(now)}
+            _HashCache(files=kept).write(self._path)
+            self._changed = False
+
+
+class _Checked(CheckedFile):
+    files: dict[str, FileState]
+
+
+def remembered_check(directory: Path, memory: Path, check: Callable[[], object]) -> None:
+    """Do `check()`, which reads all files of `directory`, unless it was done before and none of them has changed since.
+
+    `memory` is the file that remembers; a damaged one only means that the check is done. What `check` raises comes through.
+    """
+    states = _states(directory)
+    with contextlib.suppress(UserError):
+        known = _Checked.find(memory)
+        if known is not None and known.files == states:
+            return
+    check()
+    now = time.time_ns()
+    if all(state.is_settled(now) for state in states.values()):
+        _Checked(files=states).write(memory)
+
+
+def _states(directory: Path) -> dict[str, FileState]:
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): FileState.of(path) for path in paths}

@@ -1,10 +1,14 @@
 """Cleaning: what it keeps and drops, that every row is accounted for, that interruptions change nothing, that nothing raises."""
 
+import contextlib
 import json
 import os
+import pickle
 import random
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,9 +21,10 @@ from keural.data.cleaning.formatters import Formatter
 from keural.data.cleaning.language import FastTextFilter, ScriptFilter
 from keural.data.cleaning.run import clean
 from keural.data.prepare import prepare
-from keural.data.sources import FileHashes, open_sources
+from keural.data.sources import open_sources
 from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
+from keural.files import FileHashes
 from keural.recipe import CleaningSpec, DataSpec, ExecutorSpec, SourceSpec
 
 NOUNS = [
@@ -140,17 +145,17 @@ class TestFilters:
     )
     @pytest.mark.parametrize("kind", ["ko", "en", "code", "any"])
     def test_nothing_raises(self, text, kind):
-        verdict(measures.normalise(text), kind)
+        verdict(measures.normalize(text), kind)
 
 
 class TestMeasures:
     def test_normalising_keeps_lines_and_indentation(self):
-        assert measures.normalise("def f():\r\n\treturn 1\r\n    # 가\x00나  다\n") == "def f():\n\treturn 1\n    # 가나  다\n"
+        assert measures.normalize("def f():\r\n\treturn 1\r\n    # 가\x00나  다\n") == "def f():\n\treturn 1\n    # 가나  다\n"
 
     def test_decomposed_hangul_is_composed(self):
         import unicodedata
 
-        assert measures.normalise(unicodedata.normalize("NFD", "한국어")) == "한국어"
+        assert measures.normalize(unicodedata.normalize("NFD", "한국어")) == "한국어"
 
     def test_particles_are_words_of_their_own(self):
         assert measures.eojeol_words("학교에서 친구를 만났다.") == ["학교", "에서", "친구", "를", "만났", "다"]
@@ -191,8 +196,8 @@ class TestRun:
         cleaned = run(specs, tmp_path, tasks=3, filters=False)
         kept = [document.text for spec in specs for document in cleaned.documents(spec.name)]
         assert len(kept) == 400
-        rows = cleaned.summary["sources"]
-        assert sum(row["drops"].get("near_duplicate", 0) for row in rows.values()) == 100
+        rows = cleaned.summary.sources
+        assert sum(row.drops.get("near_duplicate", 0) for row in rows.values()) == 100
 
     def test_the_first_in_the_order_of_the_recipe_stays_and_short_copies_go(self, sources, tmp_path):
         same, short = korean(1, 40), "짧은 글이다."
@@ -226,11 +231,11 @@ class TestRun:
     def test_every_row_is_accounted_for_with_examples(self, sources, tmp_path):
         specs = sources({"a": [korean(seed) for seed in range(8)] + [menu(99), "English only, every word of it. " * 20, ""]})
         cleaned = run(specs, tmp_path, tasks=4)
-        row = cleaned.summary["sources"]["a"]
-        assert row["rows"] == 11
-        assert row["kept"] == len(list(cleaned.documents("a"))) == 8
-        assert row["drops"] == {"language": 1, "empty": 1, "quality_line_punct_ratio": 1}
-        assert cleaned.summary["examples"]["language"][0]["source"] == "a"
+        row = cleaned.summary.sources["a"]
+        assert row.rows == 11
+        assert row.kept == len(list(cleaned.documents("a"))) == 8
+        assert row.drops == {"language": 1, "empty": 1, "quality_line_punct_ratio": 1}
+        assert cleaned.summary.examples["language"][0]["source"] == "a"
         assert not (cleaned.directory / "work").exists()
         assert "English only" in describe(cleaned.directory, [], None, as_json=False)
 
@@ -281,7 +286,7 @@ class TestRun:
 
     def test_nothing_left_is_counted(self, sources, tmp_path):
         cleaned = run(sources({"a": ["English only, every word of it. " * 9] * 3}), tmp_path)
-        assert cleaned.summary["sources"]["a"]["drops"] == {"language": 3}
+        assert cleaned.summary.sources["a"].drops == {"language": 3}
         assert list(cleaned.documents("a")) == []
 
     def test_rows_beyond_a_limit_and_unreadable_ones_add_up(self, sources, tmp_path, tokenizer):
@@ -314,7 +319,7 @@ class TestRun:
         rows = [{"title": "글", "text": korean(seed)} for seed in range(4)] + [{"text": korean(9)}]
         (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
         spec = SourceSpec(name="a", adapter="wikipedia_ko", path="a.jsonl")
-        assert run([spec], tmp_path).summary["sources"]["a"]["drops"] == {"wrong_schema": 1}
+        assert run([spec], tmp_path).summary.sources["a"].drops == {"wrong_schema": 1}
 
 
 class TestRefusals:
@@ -343,10 +348,84 @@ class TestRefusals:
         with pytest.raises(UserError, match="pip install ray"):
             run(sources({"a": [korean(0)]}), tmp_path, executor=ExecutorSpec(kind="ray"))
 
+    @pytest.mark.parametrize("settings", [{"time": "1:00\ncurl x | sh"}, {"sbatch": {"account": "a\ntouch x"}}], ids=str)
+    def test_slurm_settings_that_would_be_commands_of_the_jobs_script(self, sources, tmp_path, monkeypatch, settings):
+        monkeypatch.setattr("shutil.which", lambda name: name)
+        with pytest.raises(UserError, match="is not one line of text"):
+            run(sources({"a": [korean(0)]}), tmp_path, executor=ExecutorSpec(kind="slurm", partition="cpu", **settings))
+
+    def test_slurm_in_a_directory_whose_name_a_shell_would_run(self, sources, tmp_path, monkeypatch):
+        monkeypatch.setattr("shutil.which", lambda name: name)
+        (tmp_path / "$(touch x)").mkdir()
+        specs = sources({"a": [korean(0)]})
+        executor = ExecutorSpec(kind="slurm", partition="cpu")
+        with pytest.raises(UserError, match="characters that a shell takes for commands"):
+            clean(CleaningSpec(tasks=1, executor=executor), specs, tmp_path, tmp_path / "$(touch x)", 0, FileHashes())
+
     @pytest.mark.parametrize("settings", [{"kind": "slurm"}, {"kind": "local", "partition": "x"}, {"kind": "ray", "qos": "y"}])
     def test_executor_settings_that_would_do_nothing(self, settings):
         with pytest.raises(ValueError, match="executor kind"):
             ExecutorSpec(**settings)
+
+
+class Payload:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (Path.touch, (self.mark,))
+
+
+READERS = {"read": ("signatures", "keep"), "signatures": ("buckets",), "pairs": ("clusters",), "remove": ("keep",)}
+"""The steps that read what lies in a part of the work directory."""
+
+
+@pytest.mark.slow
+def test_a_pickle_in_any_file_of_an_interrupted_cleaning_is_not_run(sources, tmp_path, monkeypatch):
+    specs = sources({"a": [korean(seed) for seed in range(4)] + [korean(0)]})
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("keural.data.cleaning.run.write_json", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(specs, tmp_path, tasks=2)
+    (work,) = (tmp_path / "out").glob("*/work")
+    (work / "logs" / "read" / "executor.pik").touch()
+    shutil.copytree(work, tmp_path / "kept")
+    files = sorted(path.relative_to(work) for path in work.rglob("*") if path.is_file())
+    assert {file.parts[0] for file in files} >= {"logs", *READERS}
+    for file in files:
+        (work / file).write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+        for step in READERS.get(file.parts[0], ()):
+            shutil.rmtree(work / "logs" / step / "completions")
+        with contextlib.suppress(Exception):  # what is made of the file is another claim
+            run(specs, tmp_path, tasks=2)
+        assert not (tmp_path / "ran").exists(), file
+        shutil.rmtree(tmp_path / "out")
+        shutil.copytree(tmp_path / "kept", work)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_slurm_job_does_not_read_a_pickle_that_was_changed_after_its_submission(tmp_path, monkeypatch, changed):
+    """Slurm keeps the script of a job from its submission; here a shell runs it, and `srun` only says that it was called."""
+    from keural.data.cleaning.slurm import CheckedSlurmExecutor
+
+    tools, called, kept = tmp_path / "tools", tmp_path / "called", tmp_path / "kept"
+    tools.mkdir()
+    (tools / "sbatch").write_text(f'#!/bin/sh\nfor s; do :; done; [ -e {kept} ] || cp "$s" {kept}\necho "Submitted batch job 1"\n')
+    (tools / "srun").write_text(f"#!/bin/sh\ntouch {called}\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    CheckedSlurmExecutor([print], tasks=1, time="1", partition="cpu", logging_dir=str(tmp_path / "logs")).run()
+    if changed:
+        (tmp_path / "logs" / "executor.pik").write_bytes(b"other")
+    done = subprocess.run(["bash", kept], capture_output=True, check=False)
+    assert (called.exists(), done.returncode == 0) == (not changed, not changed)
 
 
 @pytest.mark.slow
@@ -412,7 +491,7 @@ def test_a_fasttext_model_decides_where_one_is_given(sources, tmp_path):
     assert FastTextFilter(tmp_path / "lid.bin").probability(korean(99), "ko") > 0.9
     specs = sources({"a": [korean(seed) for seed in range(4)] + ["the door of the house and the garden " * 20]})
     cleaned = run(specs, tmp_path, language_id="fasttext", model="lid.bin")
-    assert cleaned.summary["sources"]["a"]["drops"] == {"language": 1}
+    assert cleaned.summary.sources["a"].drops == {"language": 1}
 
 
 def menu(items: int) -> str:

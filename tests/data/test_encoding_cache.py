@@ -128,7 +128,7 @@ def test_an_error_leaves_no_parts(
     tmp_path: Path, data_dir: Path, tokenizer: KeuralTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = corpus(data_dir, 20)
-    monkeypatch.setattr("keural.data.prepare._check_sides", lambda *_: 1 / 0)
+    monkeypatch.setattr("keural.data.prepare._check_splits", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare(spec, "next_token", data_dir, tokenizer, tmp_path / "out", 1)
     assert not list((tmp_path / "out").glob(".*"))

@@ -150,7 +150,7 @@ def test_every_adapters_defaults_are_of_gates_that_exist() -> None:
 
 def test_duplicates_of_content_ids_and_prompts() -> None:
     splitter = Splitter(0)
-    assert splitter.side(pair("good")) == "train"
+    assert splitter.assign(pair("good")) == "train"
     cases = [
         (pair("ｇood ", "bad\n"), "", "duplicate"),
         (pair("bad", "good"), "", "swapped_pair"),
@@ -160,10 +160,10 @@ def test_duplicates_of_content_ids_and_prompts() -> None:
         (pair("good", "bad", "question", id="7"), "other", None),
     ]
     for record, space, expected in cases:
-        assert getattr(splitter.side(record, id_space=space), "reason", None) == expected
-    asked_before = splitter.side(pair("third", "fourth"), prompts="drop")
+        assert getattr(splitter.assign(record, id_space=space), "reason", None) == expected
+    asked_before = splitter.assign(pair("third", "fourth"), prompts="drop")
     assert getattr(asked_before, "reason", None) == "duplicate_prompt", "whatever the other source does with its prompts"
-    assert splitter.side(pair("third", "fourth", system="t"), prompts="drop") == "train", "the system turn is part of the prompt"
+    assert splitter.assign(pair("third", "fourth", system="t"), prompts="drop") == "train", "the system turn is part of the prompt"
 
 
 @pytest.mark.parametrize(

@@ -46,5 +46,5 @@ def test_pages_that_were_forgotten_are_read_again(tmp_path: Path, large_store: M
 def test_every_window_of_an_epoch_comes_once_whatever_the_size(tmp_path: Path, large_store: ModuleType) -> None:
     large_store.write_sparse_store(tmp_path / "store", 1_000_000, 3000, shard_tokens=1 << 18)
     stream = Stream(TokenStore.open(tmp_path / "store", verify="size"), "next_token", LENGTH, batch_rows=1)
-    units = np.concatenate([stream._units(step) for step in range(stream.units_per_epoch)])
-    assert np.array_equal(np.sort(units), np.arange(stream.units_per_epoch))
+    instances = np.concatenate([stream._step_instances(step) for step in range(stream.instances_per_epoch)])
+    assert np.array_equal(np.sort(instances), np.arange(stream.instances_per_epoch))

@@ -12,22 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keural.cli.printing import print_data
-from keural.data.loading.mixture import Mixture, amounts, mix
+from keural.data.loading.mixture import Mixture, allocate, mix
 from keural.data.loading.stream import Stream
 from keural.data.prepare import prepare
 from keural.data.prepared import Prepared
-from keural.data.tokens.store import Kind, StoreWriter, TokenStore
+from keural.data.tokens.store import StoreWriter, TokenStore
 from keural.errors import UserError
-from keural.recipe import DataSpec, MixingSpec, SourceSpec
+from keural.recipe import DataSpec, MixingSpec, SourceSpec, StoreKind
 from keural.tokenizer import KeuralTokenizer
 
 SHA = "a" * 64
 T = 16
-KINDS: dict[str, Kind] = {"next_token": "documents", "sft": "conversations", "dpo": "pairs"}
+KINDS: dict[str, StoreKind] = {"next_token": "documents", "sft": "conversations", "dpo": "pairs"}
 OBJECTIVES = pytest.mark.parametrize("objective", list(KINDS))
 
 
-def make_store(directory: Path, kind: Kind, lengths: dict[str, list[int]]) -> TokenStore:
+def make_store(directory: Path, kind: StoreKind, lengths: dict[str, list[int]]) -> TokenStore:
     """A store with a section for each name; every token is another number."""
     number = 1
     sections = [{"source": name, "sequences": len(sizes)} for name, sizes in lengths.items()]
@@ -46,7 +46,7 @@ def stream_of(store: TokenStore, objective: str, mixture: Mixture, size: int = 1
 def seen(stream: Stream) -> Counter[int]:
     """How often each token is in an epoch."""
     found: Counter[int] = Counter()
-    for step in range(stream.units_per_epoch):
+    for step in range(stream.instances_per_epoch):
         batch = stream.batch(step)
         found.update(batch.input_ids[batch.segment_ids > 0].tolist())
     return found
@@ -103,9 +103,9 @@ def test_what_is_missing_is_shared_among_the_others_only_when_asked(parts: dict[
     spec = MixingSpec(epoch=epoch, max_repeat=3, scarce="renormalise")
     if epoch > 3 * sum(sizes.values()):
         with pytest.raises(UserError, match="more than all sources give"):
-            amounts(sizes, weights, spec)
+            allocate(sizes, weights, spec)
         return
-    found = amounts(sizes, weights, spec)
+    found = allocate(sizes, weights, spec)
     assert sum(found.values()) == pytest.approx(epoch)
     assert all(found[name] <= 3 * sizes[name] + 1e-6 for name in parts)
     free = [found[name] / weights[name] for name in parts if found[name] < 3 * sizes[name] - 1e-6]

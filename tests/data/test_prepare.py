@@ -230,6 +230,8 @@ def test_a_source_over_its_share_of_drops_is_refused_with_the_most_frequent_reas
     source = write("a.jsonl", content, max_drop=0.7)
     work.refused(spec(source), "next_token", "80.0% of 5 rows", "max_drop 0.7", "missing_text (2 rows, first a.jsonl:2)")
     prepared = work(spec(write("a.jsonl", content, max_drop=0.8)))
+    with pytest.raises(UserError, match=r"80\.0% of 5 rows .* max_drop 0\.7"):
+        work(spec(source))  # the same rows, prepared already
     assert prepared.table[0].drops == {"missing_text": 2, "empty": 1, "malformed_row": 1}
     assert prepared.table[0].first_drop["malformed_row"] == "a.jsonl:5"
 
@@ -353,7 +355,7 @@ def test_records_that_ask_the_same_are_on_the_same_side(texts: list[str], per_mi
     splitter = Splitter(per_mille)
     sides: dict[str, set[Any]] = {}
     for text in texts:
-        side = splitter.side(Document(text, "w"))
+        side = splitter.assign(Document(text, "w"))
         if side in ("train", "heldout"):
             sides.setdefault(" ".join(text.split()), set()).add(side)
     assert all(len(found) == 1 for found in sides.values())
@@ -364,7 +366,7 @@ def test_a_share_is_held_out_and_a_larger_share_holds_it_too() -> None:
     held = []
     for per_mille in (20, 50):
         splitter = Splitter(per_mille)
-        held.append({record.messages for record in records if splitter.side(record) == "heldout"})
+        held.append({record.messages for record in records if splitter.assign(record) == "heldout"})
         assert abs(len(held[-1]) - 3 * per_mille) < 4 * (3 * per_mille) ** 0.5
     assert held[0] < held[1]
 

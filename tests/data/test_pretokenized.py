@@ -1,4 +1,4 @@
-"""Ready stores and published shards train as they are: the documents of the converted store, at any step, for any ranks."""
+"""Stores and published shards train as they are: the documents of the converted store, at any step, for any ranks."""
 
 from collections import Counter
 from pathlib import Path

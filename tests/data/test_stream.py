@@ -9,15 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keural.data.loading.stream import Batch, Stream
-from keural.data.tokens.store import Kind, StoreWriter, TokenStore
+from keural.data.loading.batch import Batch
+from keural.data.loading.stream import Stream
+from keural.data.tokens.store import StoreWriter, TokenStore
 from keural.errors import UserError
+from keural.recipe import StoreKind
 
 SHA = "a" * 64
 T = 16
 
 
-def make_store(directory: Path, kind: Kind, lengths: list[int], shard_tokens: int = 60) -> TokenStore:
+def make_store(directory: Path, kind: StoreKind, lengths: list[int], shard_tokens: int = 60) -> TokenStore:
     """Every token of the store is another number, so that a batch shows where each came from."""
     number = itertools.count(1)
     with StoreWriter(directory, SHA, 10**6, kind, shard_tokens=shard_tokens) as writer:
@@ -28,7 +30,7 @@ def make_store(directory: Path, kind: Kind, lengths: list[int], shard_tokens: in
 
 
 def make_stream(directory: Path, objective: str, lengths: list[int], size: int = 3, seed: int = 5) -> Stream:
-    kinds: dict[str, Kind] = {"next_token": "documents", "sft": "conversations", "dpo": "pairs"}
+    kinds: dict[str, StoreKind] = {"next_token": "documents", "sft": "conversations", "dpo": "pairs"}
     store = make_store(directory, kinds[objective], lengths)
     if objective == "dpo":
         return Stream(store, "dpo", T, batch_pairs=size, seed=seed)
@@ -85,9 +87,11 @@ def test_an_epoch_holds_every_token_and_every_label_exactly_once(
 @OBJECTIVES
 def test_every_epoch_has_every_unit_once_and_another_order(tmp_path: Path, objective: str) -> None:
     stream = make_stream(tmp_path / "store", objective, [9, 12, 5, 16, 7, 7, 3, 15, 11, 8] * 3, size=4)
-    units = np.concatenate([stream._units(step) for step in range(2 * stream.units_per_epoch)])
-    epochs = units[: len(units) // stream.units_per_epoch * stream.units_per_epoch].reshape(-1, stream.units_per_epoch)
-    assert all(sorted(epoch.tolist()) == list(range(stream.units_per_epoch)) for epoch in epochs)
+    instances = np.concatenate([stream._step_instances(step) for step in range(2 * stream.instances_per_epoch)])
+    epochs = instances[: len(instances) // stream.instances_per_epoch * stream.instances_per_epoch].reshape(
+        -1, stream.instances_per_epoch
+    )
+    assert all(sorted(epoch.tolist()) == list(range(stream.instances_per_epoch)) for epoch in epochs)
     assert not np.array_equal(epochs[0], epochs[1])
 
 

@@ -214,7 +214,7 @@ TERMINAL = """
 import sys, time
 from pathlib import Path
 from keural.serve.chat import run_chat
-from keural.serve.engines.sampling import SamplingParams
+from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.engines.transformers import TransformersEngine
 read = TransformersEngine._read
 def slowly(*arguments):

@@ -29,7 +29,7 @@ def test_every_objective_has_a_row_and_a_loss_and_every_store_a_shape() -> None:
 def test_a_loss_reports_the_metrics_of_its_row(tmp_path: Path, objective: str) -> None:
     trainer = open_run(small_job(tmp_path, objective)).trainer
     for micro in micro_batches(trainer.stream.batch(0), None, CPU):
-        logprobs = trainer.policy(micro.input_ids, micro.position_ids, micro.labels).logprobs
+        logprobs = trainer.policy(micro).logprobs
         assert tuple(trainer.objective(logprobs, micro, trainer.references).metrics) == OBJECTIVES[objective].metrics
 
 

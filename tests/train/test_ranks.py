@@ -67,7 +67,7 @@ def test_two_and_four_ranks_give_the_losses_of_one_over_50_steps(tmp_path: Path,
 
 
 def test_four_ranks_with_checkpointing_and_bfloat16_come_close_to_one(tmp_path: Path) -> None:
-    train = {"steps": 8, "save_every": None, "compute_dtype": "bfloat16", "gradient_checkpointing": True}
+    train = {"steps": 8, "save_every": None, "compute_dtype": "bfloat16", "recompute": "full"}
     one = small_job(tmp_path, run="one", train=train)
     train_stage(one)
     train_on_ranks(tmp_path, 4, "next_token", "many", train=train)

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from keural.data.loading.stream import Batch, Stream
+from keural.data.loading.batch import Batch
+from keural.data.loading.stream import Stream
 from keural.data.tokens.store import StoreWriter
 from keural.errors import UserError
 from keural.files import atomic_directory

@@ -1,4 +1,4 @@
-"""The commands around checkpoints: `import`, `export`, `inspect`, `init`. Part of the `keural` command, see `cli.py`."""
+"""The commands around checkpoints: `import`, `export`, `refresh-code`, `inspect`, `init`; part of the `keural` command."""
 
 import tempfile
 from pathlib import Path
@@ -9,7 +9,7 @@ import typer
 from keural.cli.options import Overrides, RecipeDir, open_recipe
 from keural.errors import UserError, nearest
 from keural.limits import LARGEST
-from keural.terminal import byte_progress, show, show_json
+from keural.terminal import byte_progress, note, show, show_json
 
 MAX_SHARD_GB = 1_000_000
 DTYPES = ("float32", "float16", "bfloat16")
@@ -79,8 +79,19 @@ def export(
         raise UserError(f"--shard-gb {shard_gb}: give a number of gigabytes below {MAX_SHARD_GB:,}")
     options = ExportOptions(quantize, license, None if shard_gb is None else int(shard_gb * 1e9))
     with byte_progress(f"export {directory}") as advance:
-        written = write(directory, out, format, options, advance)
+        written = write(directory, out, format, options, advance, note)
     show(f"{written}: written as {format}")
+
+
+@app.command(name="refresh-code", rich_help_panel=PANEL)
+def refresh_code(
+    directory: Annotated[Path, typer.Argument(help="model directory, e.g. one that an earlier version exported")],
+) -> None:
+    """Put this version's network code into a model directory; weights and everything else stay as they are."""
+    from keural.pretrained.network_code import refresh_code as refresh
+
+    changed = refresh(directory)
+    show(f"{directory}: {'now carries' if changed else 'already carried'} this package's network code")
 
 
 @app.command(rich_help_panel=PANEL)
@@ -94,13 +105,15 @@ def inspect(
 
     check_there(path, "a model directory or a checkpoint")
     from keural.cli import printing
-    from keural.convert.inspection import inspect_path
+    from keural.convert.inspection import NOTHING, inspect_path
 
     values = inspect_path(path, verify)
     if as_json:
         show_json(values)
     else:
         printing.print_inspection(values)
+    if verify and values["verified"].startswith(NOTHING):  # a check that could not be made has not passed
+        raise UserError(f"{path}: {NOTHING}; compare the files with their source by other means, or inspect without --verify")
 
 
 @app.command(rich_help_panel=PANEL)

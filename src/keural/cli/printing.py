@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from keural.data.loading.batch import Batch
 from keural.data.source_counts import SourceRow
-from keural.files import read_json
+from keural.pipeline.run_directory import SUMMARY, Done, Summary
 from keural.pipeline.workspace import Workspace, open_stream
 from keural.recipe import StageSpec
 from keural.terminal import Piece, say, show, show_pieces, show_table
@@ -26,11 +26,11 @@ def print_ending(outcome: "Outcome", arguments: str) -> None:
     if outcome.interrupted:
         say(f"stopped and saved; the same command goes on from there:\n  {_command()} {arguments}")
         return
-    summary = read_json(outcome.directory / "summary.json")
-    _show_stages(summary["stages"])
-    for line in _figures(summary["evaluation"]):
+    summary = Summary.read(outcome.directory / SUMMARY)
+    _show_stages(summary.stages)
+    for line in _figures(summary.evaluation):
         show(line)
-    for sample in summary["samples"]:
+    for sample in summary.samples:
         show(f"\n> {sample['prompt']}", "bold")
         show(sample["answer"])
     show(f"\nreport: {outcome.directory / 'report.html'}")
@@ -47,14 +47,14 @@ def _columns(names: tuple[str, ...], left: tuple[str, ...]) -> dict[str, Side]:
     return {name: "left" if name in left else "right" for name in names}
 
 
-def _show_stages(stages: list[dict[str, Any]]) -> None:
+def _show_stages(stages: list[Done]) -> None:
     names = ("stage", "steps", "tokens", "seconds", "loss first", "loss last", "held out")
     rows = []
     for stage in stages:
-        heldout = stage["heldout"].get("loss")
-        counts = (f"{stage['steps']:,}", f"{stage['tokens']:,}", f"{stage['seconds']:.1f}")
-        losses = (f"{stage['loss_first']:.3f}", f"{stage['loss_last']:.3f}", "" if heldout is None else f"{heldout:.3f}")
-        rows.append((stage["name"], *counts, *losses))
+        heldout = stage.heldout.get("loss")
+        counts = (f"{stage.steps:,}", f"{stage.tokens:,}", f"{stage.seconds:.1f}")
+        losses = (f"{stage.loss_first:.3f}", f"{stage.loss_last:.3f}", "" if heldout is None else f"{heldout:.3f}")
+        rows.append((stage.name, *counts, *losses))
     show_table("stages", _columns(names, ("stage",)), rows)
 
 

@@ -18,15 +18,16 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from gguf import GGMLQuantizationType as GgmlType
 from gguf import GGUFWriter, TokenType
 from gguf.constants import GGML_QUANT_VERSION
 from numpy.typing import NDArray
 from torch import Tensor
 
 from keural.convert import ggml
-from keural.convert.ggml import QUANTIZATIONS, GgmlType
+from keural.convert.ggml import QUANTIZATIONS
 from keural.convert.granite import SILENT_SINK, check_granite_swa
-from keural.files import atomic_directory, check_new, sha256_file
+from keural.files import atomic_directory, check_new
 from keural.pretrained.lineage import write_record
 from keural.pretrained.stored_model import StoredModel
 from keural.pretrained.tensor_names import EMBEDDING
@@ -94,7 +95,7 @@ def export_gguf(
         _write(file, model, quantize, matrices)
         model.tokenizer.save(directory)
         lineage = {**model.lineage, "quantization": quantize}
-        write_record(directory, lineage, {file.name: sha256_file(file)}, model.tokenizer, model.chat)
+        write_record(directory, lineage, model.chat)
     return out / file.name
 
 

@@ -1,4 +1,4 @@
-"""From a stage's sources to its token stores: read, count drops, split, tokenise, shuffle, write.
+"""Makes the token stores of a stage from its sources: read, gate, decontaminate, encode, split, count, shuffle, write.
 
 In: a `DataSpec`, the data directory and a tokenizer. Out: `out_root/<fingerprint>/` with the stores `train/` and, where
 something is held out, `heldout/`, and `prepared.json` with the table of sources. The fingerprint is of everything that
@@ -21,9 +21,17 @@ from typing import TYPE_CHECKING
 
 from keural.data.filtering.decontamination import REASON, Contaminated, Decontaminator, check_evaluation
 from keural.data.filtering.gates import Gatekeeper
-from keural.data.filtering.holdout import Side, Splitter
+from keural.data.filtering.holdout import Split, Splitter
 from keural.data.licenses import left_out
-from keural.data.prepared import Prepared, data_fingerprint, file_hashes, is_prepared, open_prepared
+from keural.data.prepared import (
+    HASHES,
+    PREPARED,
+    Prepared,
+    PreparedFile,
+    data_fingerprint,
+    is_prepared,
+    open_prepared,
+)
 from keural.data.records import Drop, Record
 from keural.data.source_counts import SourceCounter, SourceRow
 from keural.data.sources import Source
@@ -32,7 +40,7 @@ from keural.data.tokens.encode import Encoded, Encoder
 from keural.data.tokens.encoding_cache import EncodingCache
 from keural.data.tokens.store_builder import StoreBuilder
 from keural.errors import UserError
-from keural.files import atomic_directory, write_json
+from keural.files import FileHashes, atomic_directory
 from keural.recipe import OBJECTIVES, DataSpec, Objective
 from keural.tokenizer.load import KeuralTokenizer
 
@@ -56,16 +64,19 @@ def prepare(
     if not is_prepared(directory, wanted):
         cleaned = _clean(sources, out_root, seed)
         with atomic_directory(directory) as temporary:
-            with _parts(out_root / f".{wanted[:16]}.parts", tokenizer) as parts:
-                checker = Decontaminator(spec.decontaminate, sources.evaluation) if spec.decontaminate else None
-                reading = _Reading(sources, seed, cleaned, checker)
-                table, heldout = _make(reading, objective, tokenizer, parts, temporary)
-            rows, folder = [row.to_json() for row in table], cleaned and cleaned.directory.name
-            made = {"fingerprint": wanted, "heldout": heldout, "table": rows, "cleaned": folder}
-            if checker is not None:
-                checker.write(temporary)
-                made["contamination"] = checker.report()
-            write_json(temporary / "prepared.json", made)
+            with _encoding_cache(out_root / f".{wanted[:16]}.parts", tokenizer) as cache:
+                decontaminator = Decontaminator(spec.decontaminate, sources.evaluation) if spec.decontaminate else None
+                reading = _Reading(sources, seed, cleaned, decontaminator)
+                table, heldout = _make(reading, objective, tokenizer, cache, temporary)
+            if decontaminator is not None:
+                decontaminator.write(temporary)
+            PreparedFile(
+                fingerprint=wanted,
+                heldout=heldout,
+                table=[row.to_json() for row in table],
+                cleaned=cleaned.directory.name if cleaned else None,
+                contamination=decontaminator.report() if decontaminator else None,
+            ).write(temporary / PREPARED)
     return open_prepared(directory, spec, wanted)
 
 
@@ -95,11 +106,12 @@ def _clean(sources: StageSources, out_root: Path, seed: int) -> "Cleaned | None"
         return None
     from keural.data.cleaning.run import clean
 
-    return clean(sources.spec.cleaning, sources.heldout_first, sources.data_dir, out_root, seed, file_hashes(out_root))
+    hashes = FileHashes(out_root / HASHES)
+    return clean(sources.spec.cleaning, sources.heldout_first, sources.data_dir, out_root, seed, hashes)
 
 
 @contextlib.contextmanager
-def _parts(directory: Path, tokenizer: KeuralTokenizer) -> Iterator[EncodingCache]:
+def _encoding_cache(directory: Path, tokenizer: KeuralTokenizer) -> Iterator[EncodingCache]:
     """A place for batches of ids that outlives an interruption, but neither success nor an error."""
     try:
         yield EncodingCache(directory, tokenizer.sha256)
@@ -116,7 +128,7 @@ class _Reading:
     sources: StageSources
     seed: int
     cleaned: "Cleaned | None"
-    checker: Decontaminator | None
+    decontaminator: Decontaminator | None
 
     def records(self, source: Source, counter: SourceCounter) -> Iterable[Record | Drop]:
         """The records of a source, cleaned where the recipe says so; what cleaning dropped is counted."""
@@ -127,24 +139,24 @@ class _Reading:
 
 
 def _make(
-    reading: _Reading, objective: Objective, tokenizer: KeuralTokenizer, parts: EncodingCache, directory: Path
+    reading: _Reading, objective: Objective, tokenizer: KeuralTokenizer, cache: EncodingCache, directory: Path
 ) -> tuple[list[SourceRow], bool]:
     """Read all sources and write the stores into `directory`. Returns the table, and whether anything is held out."""
     spec, kind = reading.sources.spec, OBJECTIVES[objective].store
-    encoder = Encoder(tokenizer, spec, threads=len(os.sched_getaffinity(0)), parts=parts)
+    encoder = Encoder(tokenizer, spec, threads=len(os.sched_getaffinity(0)), cache=cache)
     sections = spec.mixing is not None
     held = StoreBuilder(directory / ".heldout", kind, keep_texts=True)
     with StoreBuilder(directory / ".train", kind, sections=sections) as train, held as heldout:
         table = _read_all(reading, encoder, {"train": train, "heldout": heldout})
-        _check_sides(spec, train.units, heldout.units)
+        _check_splits(spec, train.num_records, heldout.num_records)
         meta = {"sources": [row.to_json() for row in table]}
-        for spool, name in ((train, "train"), (heldout, "heldout")):
-            if spool.units:
-                spool.write_store(directory / name, tokenizer.sha256, tokenizer.vocab_size, meta, reading.seed)
-        return table, heldout.units > 0
+        for builder, name in ((train, "train"), (heldout, "heldout")):
+            if builder.num_records:
+                builder.write_store(directory / name, tokenizer.sha256, tokenizer.vocab_size, meta, reading.seed)
+        return table, heldout.num_records > 0
 
 
-def _read_all(reading: _Reading, encoder: Encoder, stores: dict[Side, StoreBuilder]) -> list[SourceRow]:
+def _read_all(reading: _Reading, encoder: Encoder, stores: dict[Split, StoreBuilder]) -> list[SourceRow]:
     """Put every used record into the store of its split. Returns the table, in the order of the recipe."""
     sources, spec = reading.sources, reading.sources.spec
     splitter = Splitter(spec.heldout_per_mille)
@@ -152,12 +164,12 @@ def _read_all(reading: _Reading, encoder: Encoder, stores: dict[Side, StoreBuild
     heldout = [SourceCounter(source, "heldout", left_out(spec, source)) for source in spec.heldout_sources]
     used = [counter for counter in (*heldout, *train) if counter.left_out is None]
     for source, counter in zip(sources.heldout_first, used, strict=True):
-        for side, encoded in _kept(source, counter, encoder, splitter, reading):
-            stores[side].add(encoded, repeat=source.spec.repeat if side == "train" else 1, source=source.name)
+        for split, encoded in _kept(source, counter, encoder, splitter, reading):
+            stores[split].add(encoded, repeat=source.spec.repeat if split == "train" else 1, source=source.name)
     return [counter.row() for counter in (*train, *heldout)]
 
 
-def _check_sides(spec: DataSpec, train: int, heldout: int) -> None:
+def _check_splits(spec: DataSpec, train: int, heldout: int) -> None:
     if not train:
         raise UserError(f"nothing is left to train on: all records of {', '.join(s.name for s in spec.sources)} are held out")
     if spec.heldout_per_mille and not heldout:
@@ -168,38 +180,39 @@ def _check_sides(spec: DataSpec, train: int, heldout: int) -> None:
 
 def _kept(
     source: Source, counter: SourceCounter, encoder: Encoder, splitter: Splitter, reading: _Reading
-) -> Iterator[tuple[Side, Encoded]]:
+) -> Iterator[tuple[Split, Encoded]]:
     """The records of one source that are used, each with its split; everything else is counted."""
     spec = source.spec
     keeper = Gatekeeper(spec, source.adapter.gates)
     prompts = keeper.actions["duplicate_prompts"]
-    checker = reading.checker if counter.split == "train" else None  # what is held out may be an evaluation set itself
-    for encoded in encoder.encode(_gated(reading.records(source, counter), keeper, checker)):
-        side = (
+    # what is held out may be an evaluation set itself
+    decontaminator = reading.decontaminator if counter.split == "train" else None
+    for encoded in encoder.encode(_gated(reading.records(source, counter), keeper, decontaminator)):
+        split = (
             encoded
             if isinstance(encoded, Drop)
-            else splitter.side(encoded.record, counter.split == "heldout", spec.id_space or spec.name, prompts)
+            else splitter.assign(encoded.record, counter.split == "heldout", spec.id_space or spec.name, prompts)
         )
-        if isinstance(side, Drop):
-            counter.drop(side)
-            if checker and isinstance(side, Contaminated) and side.hit:
-                checker.count(spec.name, side.where, side.hit)
+        if isinstance(split, Drop):
+            counter.drop(split)
+            if decontaminator and isinstance(split, Contaminated) and split.hit:
+                decontaminator.count(spec.name, split.where, split.hit)
             continue
         assert isinstance(encoded, Encoded)
-        counter.keep(side, encoded)
+        counter.keep(split, encoded)
         counter.noted.update(keeper.reasons(encoded.record, "count"))
-        if checker and keeper.actions[REASON] == "count" and (hit := checker.hit_in(encoded.record)):
-            checker.count(spec.name, encoded.record.where, hit)
+        if decontaminator and keeper.actions[REASON] == "count" and (hit := decontaminator.hit_in(encoded.record)):
+            decontaminator.count(spec.name, encoded.record.where, hit)
             counter.noted[REASON] += 1
-        yield side, encoded
+        yield split, encoded
         if counter.kept == spec.limit:
             counter.stop()
             break
     counter.check()
 
 
-def _gated(records: Iterable[Record | Drop], keeper: Gatekeeper, checker: Decontaminator | None) -> Iterator[Record | Drop]:
-    dropped = checker if keeper.actions[REASON] == "drop" else None
+def _gated(records: Iterable[Record | Drop], keeper: Gatekeeper, decontaminator: Decontaminator | None) -> Iterator[Record | Drop]:
+    dropped = decontaminator if keeper.actions[REASON] == "drop" else None
     for record in records:
         if isinstance(record, Drop):
             yield record

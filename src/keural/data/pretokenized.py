@@ -109,8 +109,7 @@ def _sources(store: TokenStore, path: Path) -> list[SourceRow]:
     manifest = path / "manifest.json"
     if "imported" not in store.manifest and "sources" in store.manifest:
         return rows_from_json(store.manifest["sources"], manifest)
-    records = store.num_records
-    row = _row(path.name, "store", records, store.num_tokens).to_json()
+    row = _row(path.name, "store", store.num_records, store.num_tokens).to_json()
     match store.manifest.get("sources"):
         case [{"source": name, "license": license_id}]:
             row |= {"source": name, "license": license_id}

@@ -16,7 +16,7 @@ from keural.data.adapters.aihub import OTHER_PART
 from keural.data.adapters.base import WRONG_SCHEMA
 from keural.data.adapters.corpora import OTHER_LANGUAGE, OTHER_LICENSE
 from keural.data.filtering.decontamination import REASON
-from keural.data.filtering.holdout import Side
+from keural.data.filtering.holdout import Split
 from keural.data.licenses import flags_of, language_of, license_of
 from keural.data.loading.mixture import Share
 from keural.data.records import Drop, PreferencePair, SourceCount
@@ -56,7 +56,7 @@ class SourceRow:
     """What is to be known before training on it: `benchmark`, `non-commercial`."""
     left_out: str | None = None
     """Why the recipe does not use the source; None: it does."""
-    split: Side = "train"
+    split: Split = "train"
     """`heldout` for a source that is held out whole."""
     rows: Count = 0
     """Rows that were read."""
@@ -74,6 +74,8 @@ class SourceRow:
     """Rows that are not used, by reason, most frequent first."""
     first_drop: dict[str, str] = field(default_factory=dict)
     """Place of the first row that was dropped, by reason."""
+    defects: dict[str, Count] = field(default_factory=dict)
+    """Those of the drops that count against `max_drop`."""
     noted: dict[str, Count] = field(default_factory=dict)
     """Kept records that a gate only counts, by reason."""
     length_ratio: float | None = None
@@ -125,7 +127,7 @@ class SourceCounter:
     """What became of the rows of one source."""
 
     source: SourceSpec
-    split: Side
+    split: Split
     left_out: str | None = None
     rows: int = 0
     kept: int = 0
@@ -154,12 +156,12 @@ class SourceCounter:
             self.drops[OVER_LIMIT] += over
             self.first_drop.setdefault(OVER_LIMIT, f"after {self.kept:,} records")
 
-    def keep(self, side: Side, encoded: Encoded) -> None:
+    def keep(self, split: Split, encoded: Encoded) -> None:
         """Count a record that is used."""
         self.rows += 1
         self.kept += 1
-        self.heldout += side == "heldout"
-        repeat = self.source.repeat if side == "train" else 1
+        self.heldout += split == "heldout"
+        repeat = self.source.repeat if split == "train" else 1
         self.tokens += repeat * sum(len(ids) for ids, _ in encoded.sequences)
         self.shortened += encoded.cut_turns > 0
         if isinstance(encoded.record, PreferencePair):
@@ -180,25 +182,19 @@ class SourceCounter:
 
     def check(self) -> None:
         """Refuse a source that gives nothing, or too little of what it holds."""
-        drops = self.drops - (self.cleaned.drops - self.cleaned.unreadable if self.cleaned else Counter())
-        defects = Counter({reason: count for reason, count in drops.items() if reason not in NOT_DEFECTS})
         if self.rows == 0:
             raise UserError(f"source {self.source.name!r}: {self.source.path or self.source.adapter} holds no rows")
-        if defects.total() > self.source.max_drop * self.rows:
-            raise UserError(
-                f"source {self.source.name!r}: {defects.total() / self.rows:.1%} of {self.rows:,} rows are dropped, more than "
-                f"max_drop {self.source.max_drop:g}; most often {self._worst(defects)}; "
-                f"mend the data or the options of adapter {self.source.adapter}, or raise max_drop"
-            )
+        row = self.row()
+        check_drops(self.source, row)
         if self.kept == 0:
             raise UserError(
                 f"source {self.source.name!r}: none of its {self.rows:,} rows is used; "
-                f"most often {self._worst(self.drops)}; leave it out"
+                f"most often {_worst(row, row.drops)}; leave it out"
             )
 
-    def _worst(self, drops: Counter[str]) -> str:
-        ((reason, count),) = drops.most_common(1)
-        return f"{reason} ({count:,} rows, first {self.first_drop[reason]})"
+    def _defects(self) -> dict[str, int]:
+        drops = self.drops - (self.cleaned.drops - self.cleaned.unreadable if self.cleaned else Counter())
+        return {reason: count for reason, count in drops.most_common() if reason not in NOT_DEFECTS}
 
     def row(self) -> SourceRow:
         """The source's row of the table."""
@@ -220,10 +216,27 @@ class SourceCounter:
             shortened=self.shortened,
             drops=dict(self.drops.most_common()),
             first_drop={reason: self.first_drop[reason] for reason, _ in self.drops.most_common()},
+            defects=self._defects(),
             noted=dict(self.noted.most_common()),
             length_ratio=self.chosen_characters / self.rejected_characters if self.rejected_characters else None,
         )
         return replace(row, warning=warning_of(source, row))
+
+
+def check_drops(source: SourceSpec, row: SourceRow) -> None:
+    """Raise `UserError` for a source of which more is dropped than its `max_drop` allows."""
+    defects = sum(row.defects.values())
+    if defects > source.max_drop * row.rows:
+        raise UserError(
+            f"source {source.name!r}: {defects / row.rows:.1%} of {row.rows:,} rows are dropped, more than "
+            f"max_drop {source.max_drop:g}; most often {_worst(row, row.defects)}; "
+            f"mend the data or the options of adapter {source.adapter}, or raise max_drop"
+        )
+
+
+def _worst(row: SourceRow, drops: dict[str, int]) -> str:
+    reason, count = next(iter(drops.items()))
+    return f"{reason} ({count:,} rows, first {row.first_drop[reason]})"
 
 
 def warning_of(source: SourceSpec, row: SourceRow) -> str | None:

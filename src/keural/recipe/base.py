@@ -61,6 +61,11 @@ def length(default: Any = PydanticUndefined, **constraints: Any) -> Any:
     return Field(default, json_schema_extra={"changes_result": True, "length": True}, **constraints)
 
 
+def length_of(spec: "Spec") -> dict[str, Any]:
+    """The values of the keys that say how long a stage is."""
+    return {name: getattr(spec, name) for name, field in type(spec).model_fields.items() if mark_of(field).get("length")}
+
+
 def mark_of(field: FieldInfo) -> dict[str, Any]:
     """What a field's key is marked with: `changes_result`, and `purpose`, `not_for` or `length`; a plain one changes results."""
     extra = field.json_schema_extra
@@ -83,25 +88,28 @@ class Spec(BaseModel):
                 raise ValueError(f"{name} must be at most {most:,}, got {quoted(value)}")
         return data
 
-    def determining(self, part: Part) -> dict[str, Any]:
-        """The settings that determine the result of `part`, as plain data: marked keys and values that are defaults left out."""
+    def determining(self, part: Part, length: bool = True) -> dict[str, Any]:
+        """The settings that determine the result of `part`, as plain data: marked keys and values that are defaults left out.
+
+        Without `length` those are left out, too, that say how long a stage is.
+        """
         found = {}
         for name, field in type(self).model_fields.items():
             mark = mark_of(field)
-            if not mark["changes_result"] or part in mark.get("not_for", ()):
+            if not mark["changes_result"] or part in mark.get("not_for", ()) or (mark.get("length") and not length):
                 continue
-            value = _determining(getattr(self, name), part)
-            if field.is_required() or value != _determining(field.get_default(call_default_factory=True), part):
+            value = _determining(getattr(self, name), part, length)
+            if field.is_required() or value != _determining(field.get_default(call_default_factory=True), part, length):
                 found[name] = value
         return found
 
 
-def _determining(value: Any, part: Part) -> Any:
+def _determining(value: Any, part: Part, length: bool) -> Any:
     """A value as plain data, specs inside it by what of them determines the result."""
     if isinstance(value, Spec):
-        return value.determining(part)
+        return value.determining(part, length)
     if isinstance(value, list | tuple):
-        return [_determining(item, part) for item in value]
+        return [_determining(item, part, length) for item in value]
     return value
 
 

@@ -97,7 +97,7 @@ class MixingSpec(Spec):
 
 
 class StoreSpec(Spec):
-    """One of several ready token stores."""
+    """One of several token stores."""
 
     name: str = Field(min_length=1)
     """What tables and reports call the store."""
@@ -192,7 +192,7 @@ class CleaningSpec(Spec):
 
 
 class DataSpec(Spec):
-    """A stage's data: sources or data that is ready, length of a packed row, and what is held out."""
+    """A stage's data: sources or data that is tokenised already, length of a packed row, and what is held out."""
 
     sources: list[SourceSpec] = Field(default_factory=list)
     """Where rows are read from; they are checked, held out in part, tokenised and kept in a token store."""
@@ -222,7 +222,7 @@ class DataSpec(Spec):
     """Drop records that hold items of these evaluation sets (gate `contaminated`)."""
 
     @property
-    def ready(self) -> bool:
+    def pretokenized(self) -> bool:
         """Whether the data is tokenised already."""
         return not self.sources
 
@@ -239,7 +239,7 @@ class DataSpec(Spec):
             raise ValueError(f"gate contaminated of {gated[0]!r} needs data.decontaminate")
         if self.cleaning is None and (kinds := [source.name for source in everything if source.text_kind]):
             raise ValueError(f"text_kind of {kinds[0]!r} needs data.cleaning; write cleaning: {{}} for its defaults")
-        if self.ready:
+        if self.pretokenized:
             for name in (
                 "heldout_per_mille",
                 "heldout_sources",

@@ -2,6 +2,7 @@
 
 from pydantic import Field
 
+from keural.card import CARD
 from keural.limits import LARGEST_ANSWER, LARGEST_PENALTY, LARGEST_TEMPERATURE, SMALLEST_PENALTY
 from keural.recipe.base import Spec, not_for
 
@@ -44,13 +45,13 @@ class ChatSpec(Spec):
 
     system: str | None = None
     """System message of a chat that names none; none by default."""
-    temperature: float = not_for(("evaluation",), 0.7, ge=0, le=LARGEST_TEMPERATURE)
+    temperature: float = not_for(("evaluation",), CARD.temperature, ge=0, le=LARGEST_TEMPERATURE)
     """Logits are divided by it before a token is drawn; 0 always takes the most probable one."""
-    top_p: float = not_for(("evaluation",), 0.9, gt=0, le=1)
+    top_p: float = not_for(("evaluation",), CARD.top_p, gt=0, le=1)
     """Draw from the smallest set of tokens with at least this probability."""
-    repetition_penalty: float = not_for(("evaluation",), 1.1, ge=SMALLEST_PENALTY, le=LARGEST_PENALTY)
+    repetition_penalty: float = not_for(("evaluation",), CARD.repetition_penalty, ge=SMALLEST_PENALTY, le=LARGEST_PENALTY)
     """Logits of tokens that were there already: positive ones are divided by it, negative ones multiplied; 1 is none."""
-    max_new_tokens: int = Field(256, gt=0, le=LARGEST_ANSWER)
+    max_new_tokens: int = Field(CARD.max_new_tokens, gt=0, le=LARGEST_ANSWER)
     """Longest answer in tokens."""
     samples: list[str] = Field(default_factory=list)
     """Prompts that the final model answers, greedily and in at most 64 tokens, for the summary and the report."""

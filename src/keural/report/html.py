@@ -1,7 +1,7 @@
 """The report of a run: one HTML file with everything in it, no network, readable in light and dark.
 
-In: a run directory, finished or not. Out: `report.html` in it. The page is a template beside this file, which escapes text from the
-run; charts are SVG made here.
+In: a `Run`, finished or not. Out: `report.html` in its directory. The page is a template beside this file, which escapes text from
+the run; charts are SVG made here.
 """
 
 from pathlib import Path
@@ -13,18 +13,18 @@ from markupsafe import Markup
 from keural.errors import visible
 from keural.files import write_atomic
 from keural.report import panels, tables
-from keural.report.collect import Run, read_run
+from keural.report.collect import Run
 
 FILE_NAME = "report.html"
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write `report.html` into a run directory and return its path.
+def write_report(run: Run) -> Path:
+    """Write `report.html` into the run's directory and return its path.
 
-    Parts that the run does not have (yet) are left out of the page. Raises `UserError` when it is not a run directory.
+    Parts that the run does not have (yet) are left out of the page.
     """
-    path = run_dir / FILE_NAME
-    write_atomic(path, render(read_run(run_dir)))
+    path = run.directory / FILE_NAME
+    write_atomic(path, render(run))
     return path
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from keural.errors import UserError
+from keural.pretrained.network_code import other_code_line
 from keural.serve.engines.base import Engine
 from keural.serve.engines.registry import chat_defaults, open_engine
 from keural.serve.engines.sampling_params import SamplingParams
@@ -45,6 +46,10 @@ def run_chat(
     with terminal.loading(path):
         engine = open_engine(path, engine_name, threads)
         system = chat_defaults(path, engine_name)[1] if system is None else system
+    if engine.unverified:
+        terminal.notify(f"({engine.unverified})")
+    if (remark := other_code_line(path)) is not None:
+        terminal.notify(f"({remark})")
     with contextlib.suppress(BrokenPipeError):  # as in `… | head -1`
         converse(Conversation(engine, sampling, system or None, jamo), terminal)
     return 0

@@ -6,6 +6,7 @@ In: a prompt. Out: the answer on standard output as it is generated; remarks on 
 import contextlib
 from pathlib import Path
 
+from keural.pretrained.network_code import other_code_line
 from keural.serve.engines.registry import chat_defaults, open_engine
 from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.jamo import Jamo
@@ -43,6 +44,10 @@ def run_generate(
         UserError: when the model cannot be loaded or the prompt does not fit.
     """
     engine = open_engine(path, engine_name, threads)
+    if engine.unverified:
+        note(f"({engine.unverified})")
+    if (remark := other_code_line(path)) is not None:
+        note(f"({remark})")
     if not raw and system is None:
         system = chat_defaults(path, engine_name)[1]
     prompt_ids = _prompt_ids(engine.tokenizer, prompt, system, raw)

@@ -1,8 +1,8 @@
 """What a stage says while it runs: `metrics.jsonl`, a progress bar or plain lines, and TensorBoard when asked for.
 
 In: one `StepReport` per optimizer step, and evaluations. Out: a file with each step exactly once, also after any number of
-restarts. A step's number is the one that `keural data show --step` takes; an evaluation has the number of the last step before
-it.
+restarts; every line states a checksum of itself. A step's number is the one that `keural data show --step` takes; an evaluation has
+the number of the last step before it.
 """
 
 import contextlib
@@ -15,23 +15,55 @@ from typing import Any, Self
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from keural.errors import UserError
-from keural.files import write_atomic
-from keural.terminal import is_terminal, note, note_above, progress
+from keural.files import CHECKSUM, fingerprint, write_atomic
+from keural.parsing import Malformed, parse_json
+from keural.terminal import is_terminal, note, note_above, progress, say
 from keural.train.loop import StepReport
 
 SECONDS_BETWEEN_LINES = 5.0
 
 
+Line = dict[str, Any]
+
+
+def read_metrics(path: Path) -> tuple[list[Line], int]:
+    """The lines of a metrics file that are what was written, in order, and how many are not; none where there is no file.
+
+    A last line that has no end is one that a killed process left, and no damage.
+    """
+    if not path.is_file():
+        return [], 0
+    *whole, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = [line for text in whole if (line := _parsed(text)) is not None]
+    return lines, len(whole) - len(lines)
+
+
+def _parsed(text: str) -> Line | None:
+    """A line's values; None when its checksum is not theirs."""
+    try:
+        line = parse_json(text)
+        return line if line.pop(CHECKSUM) == _checksum(line) and isinstance(line["step"], int) else None
+    except (Malformed, KeyError, TypeError, AttributeError):
+        return None
+
+
+def line_text(line: Line) -> str:
+    """A line as it is written, with its checksum."""
+    return json.dumps(line | {CHECKSUM: _checksum(line)}) + "\n"
+
+
+def _checksum(line: Line) -> str:
+    return fingerprint(line)[:16]
+
+
 def keep_until(path: Path, step: int) -> None:
-    """Cut a metrics file back to the steps before `step`; a line that a killed process left unfinished goes too."""
+    """Cut a metrics file back to the steps before `step`; damaged lines go too, and that is said."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):
-            if json.loads(line)["step"] < step:
-                kept.append(line)
-    write_atomic(path, "".join(f"{line}\n" for line in kept))
+    lines, damaged = read_metrics(path)
+    if damaged:
+        say(f"{path}: {damaged} lines are damaged, and left out")
+    write_atomic(path, "".join(line_text(line) for line in lines if line["step"] < step))
 
 
 class Metrics:
@@ -105,7 +137,7 @@ class Metrics:
         if not self.active:
             return
         try:
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(line_text(line))
             self._file.flush()
         except OSError as error:
             raise UserError(

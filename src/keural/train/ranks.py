@@ -82,7 +82,8 @@ class Ranks:
         dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
             raise UserError(outcome[1], told=True)
-        return outcome[0]
+        found: T = outcome[0]
+        return found
 
 
 def pick_device() -> torch.device:

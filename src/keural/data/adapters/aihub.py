@@ -25,7 +25,7 @@ from keural.data.adapters.base import (
     lookup,
     merged,
     missing,
-    normalised,
+    normalized,
     preference_pair,
     scalar,
     text_of,
@@ -329,7 +329,7 @@ def _ranking(value: Any, source: SourceSpec, where: str) -> PreferencePair | Dro
         text_of(value, "question"),
         *(text_of({name: lookup(value[name], "contents")}, name) for name in ("better", "worse")),
     )
-    if normalised(question) in (normalised(better), normalised(worse)):
+    if normalized(question) in (normalized(better), normalized(worse)):
         raise BadRow("answer_equals_question")
     return preference_pair([Message("user", question)], better, worse, where, source.language)
 

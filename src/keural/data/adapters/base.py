@@ -178,7 +178,7 @@ def with_system(system: str, messages: Sequence[Message]) -> list[Message]:
     return [Message("system", system), *messages]
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     """NFKC with white space runs as one space: what counts as the same content."""
     return " ".join(unicodedata.normalize("NFKC", text).split())
 
@@ -235,7 +235,7 @@ def preference_pair(
             raise BadRow("prompt_does_not_end_with_user")
         _check_alternation(turns)
         _clean_turns([Message("assistant", chosen), Message("assistant", rejected)])
-        if normalised(chosen) == normalised(rejected):
+        if normalized(chosen) == normalized(rejected):
             raise BadRow("chosen_equals_rejected")
     except BadRow as bad:
         return Drop(bad.reason, where)

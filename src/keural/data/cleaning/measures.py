@@ -31,7 +31,7 @@ _ENDINGS = (
 """What most eojeol of running text end in: particles, verb endings, the commonest derivations."""
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """NFC, one kind of line end, no control or zero-width characters; newlines, tabs and runs of spaces stay as they are."""
     text = _LINE_END.sub("\n", text)
     text = _CONTROL.sub("", text)

@@ -62,9 +62,12 @@ _LETTER = re.compile(r"[^\W\d_]")
 
 @dataclass(frozen=True)
 class Gate:
-    """One gate: `check` says why a record should be dropped, `action` what is done where neither recipe nor adapter say."""
+    """One gate: `check` says why a record should be dropped, `action` what is done where neither recipe nor adapter say.
 
-    check: Callable[[Chat], str | None]
+    Without `check` it is carried out elsewhere, by what has seen more than the record.
+    """
+
+    check: Callable[[Chat], str | None] | None
     action: GateAction = "drop"
 
 
@@ -111,13 +114,6 @@ def hangul_share(text: str) -> float | None:
     return len(_HANGUL.findall(prose)) / letters if letters >= MIN_LETTERS else None
 
 
-def _never(record: Chat) -> str | None:
-    """What duplicate prompts are, `keural.data.filtering.holdout` knows: it has seen the other records; what is contaminated,
-    `keural.data.filtering.decontamination` does, for documents too.
-    """
-    return None
-
-
 GATES: dict[str, Gate] = {
     "placeholders": Gate(_placeholders),
     "self_identification": Gate(_self_identification),
@@ -125,8 +121,8 @@ GATES: dict[str, Gate] = {
     "control_strings": Gate(_control_strings, "count"),
     "personal_data": Gate(_personal_data, "count"),
     "language": Gate(_language),
-    "duplicate_prompts": Gate(_never, "skip"),
-    "contaminated": Gate(_never),
+    "duplicate_prompts": Gate(None, "skip"),  # keural.data.filtering.holdout
+    "contaminated": Gate(None),  # keural.data.filtering.decontamination; documents, too
 }
 
 
@@ -171,7 +167,7 @@ class Gatekeeper:
         if action == "drop" and (reason := self._length(record)):
             yield reason
         for name, gate in GATES.items():
-            if self.actions[name] == action and (reason := gate.check(record)):
+            if gate.check and self.actions[name] == action and (reason := gate.check(record)):
                 yield reason
 
     def _length(self, record: Chat) -> str | None:

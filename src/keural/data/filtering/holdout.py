@@ -1,20 +1,20 @@
-"""Which side of the held-out line a record is on, and whether it was seen before: both decided by its content alone.
+"""Held-out records and exact duplicates: both are decided by a record's content alone.
 
 Digests of a record find duplicates: that of its content (of a document as it stands, of conversations and pairs with NFKC and white
 space as one, of a pair also with its answers swapped), that of its id, which a translation shares, and where wanted that of what it
 asks. Another one, of the normalised text of what is asked (a document's text, a conversation without its last answer, a pair's
-prompt), decides about holding out: records that ask the same are on the same side, in every stage and whatever the seed.
+prompt), decides about holding out: records that ask the same are in the same split, in every stage and whatever the seed.
 """
 
 import json
 from hashlib import blake2b
 from typing import Literal
 
-from keural.data.adapters.base import normalised
+from keural.data.adapters.base import normalized
 from keural.data.records import Conversation, Document, Drop, PreferencePair, Record
 from keural.recipe import GateAction
 
-Side = Literal["train", "heldout"]
+Split = Literal["train", "heldout"]
 
 
 class Splitter:
@@ -26,8 +26,10 @@ class Splitter:
         self._heldout: set[bytes] = set()
         self._asked: set[bytes] = set()
 
-    def side(self, record: Record, heldout_source: bool = False, id_space: str = "", prompts: GateAction = "skip") -> Side | Drop:
-        """The side of a record; a drop when it is a duplicate, or asks what a held-out source asks.
+    def assign(
+        self, record: Record, heldout_source: bool = False, id_space: str = "", prompts: GateAction = "skip"
+    ) -> Split | Drop:
+        """The split that a record belongs to; a drop when it is a duplicate, or asks what a held-out source asks.
 
         With an id it is also a duplicate of what has the same id in `id_space`: the same in another language. `prompts` says
         whether a record that asks (system turn included) what another one asked is a duplicate.
@@ -74,7 +76,7 @@ def _exact(record: Record) -> list[str]:
     if isinstance(record, Document):
         return [record.text]
     if isinstance(record, Conversation):
-        return [normalised(part) for message in record.messages for part in message]
+        return [normalized(part) for message in record.messages for part in message]
     return _pair(record, record.chosen, record.rejected)
 
 
@@ -84,11 +86,11 @@ def _swapped(record: PreferencePair) -> list[str]:
 
 def _pair(record: PreferencePair, first: str, second: str) -> list[str]:
     prompt = [part for message in record.prompt for part in message]
-    return [normalised(part) for part in (*prompt, first, second)]
+    return [normalized(part) for part in (*prompt, first, second)]
 
 
 def _asked(record: Record) -> list[str]:
     if isinstance(record, Document):
-        return [normalised(record.text)]
+        return [normalized(record.text)]
     prompt = record.prompt if isinstance(record, PreferencePair) else record.messages[:-1]
-    return [normalised(part) for message in prompt for part in message]
+    return [normalized(part) for message in prompt for part in message]

@@ -1,4 +1,4 @@
-"""Which evaluation item a text holds: an index of the items' n-grams, and the search in it.
+"""An index of the n-grams of evaluation items, and the search for them in a text.
 
 In: `EvaluationItem`s, then texts. Out: for a text the `Hit` with the most matches, or None.
 
@@ -52,7 +52,7 @@ class Hit(NamedTuple):
     text: str
 
 
-class Stream(NamedTuple):
+class NormalizedText(NamedTuple):
     """A text as it is compared: characters' values, their places in `text`, and `text`, which is normalised."""
 
     values: UInt64s
@@ -60,7 +60,7 @@ class Stream(NamedTuple):
     text: str
 
 
-def normalised_stream(text: str) -> Stream:
+def normalized_text(text: str) -> NormalizedText:
     """The letters and digits of a text. Memory: about 30 bytes per character."""
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
@@ -68,7 +68,7 @@ def normalised_stream(text: str) -> Stream:
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
     values = _values()[codes]
     places = np.flatnonzero(values)
-    return Stream(values[places], places, text)
+    return NormalizedText(values[places], places, text)
 
 
 @lru_cache(maxsize=1)
@@ -121,7 +121,7 @@ def _weight(character: str) -> int:
     return 2 if "\u2e80" <= character <= "\ud7ff" or character >= "\U00020000" else 1
 
 
-def _words(stream: Stream) -> _Words:
+def _words(stream: NormalizedText) -> _Words:
     spaces = np.cumsum([character.isspace() for character in stream.text])
     word = spaces[stream.places]
     starts = np.flatnonzero(np.diff(word, prepend=-1))
@@ -182,8 +182,8 @@ def _short_forms(item: EvaluationItem) -> Iterator[str]:
 
 def _stretches(text: str, size: int, whole: bool) -> Iterator[_Entry]:
     """The n-grams of a text, or the whole of it: all of it where it is short, else its n-grams."""
-    stream = normalised_stream(text)
-    stream = Stream(stream.values[:BLOCK], stream.places[:BLOCK], stream.text)
+    stream = normalized_text(text)
+    stream = NormalizedText(stream.values[:BLOCK], stream.places[:BLOCK], stream.text)
     if not len(stream.values):
         return
     words = _words(stream)
@@ -303,7 +303,7 @@ class ContaminationIndex:
         """The item of which a text holds the most n-grams, or None. One n-gram is enough when it is an item's whole form or when
         it is at least `min_share` of the item's.
         """
-        stream = normalised_stream(text)
+        stream = normalized_text(text)
         found: dict[int, dict[tuple[int, int], int]] = {}
         whole: set[int] = set()
         for begin in range(0, max(1, len(stream.values)), BLOCK):
@@ -320,7 +320,7 @@ class ContaminationIndex:
         best = max(enough, key=lambda item: (len(found[item]), -item))
         return self._hit(best, found[best], stream)
 
-    def _hit(self, item: int, own: dict[tuple[int, int], int], stream: Stream) -> Hit:
+    def _hit(self, item: int, own: dict[tuple[int, int], int], stream: NormalizedText) -> Hit:
         (number, entry), start = max(own.items(), key=lambda match: int(self._tables[match[0][0]].length[match[0][1]]))
         end = start + int(self._tables[number].length[entry]) - 1
         matched = " ".join(stream.text[stream.places[start] : stream.places[end] + 1].split())

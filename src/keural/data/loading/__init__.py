@@ -1,1 +1,1 @@
-"""Stores to batches: `Stream.batch(step)` is a pure function of recipe, store, seed and step."""
+"""Token stores to batches: `Stream.batch(step)` is a pure function of store, settings, seed and step."""

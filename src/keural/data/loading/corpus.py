@@ -1,4 +1,4 @@
-"""What a stage trains on, as directories: a token store, several as one, or published shards; and the mixture of its parts.
+"""What a stage trains on, as directories: a token store, several as one, or published shards; and how they are mixed.
 
 In: paths. Out: a `Stream`. Everything a `Corpus` holds is plain, so it can be kept in a job and opened in any process.
 """

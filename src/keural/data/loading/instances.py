@@ -1,7 +1,7 @@
-"""What one epoch is made of, for each kind of data: numbered units, and the rows they become.
+"""The instances of an epoch, for each kind of data: they are numbered, and some of them together become the rows of a batch.
 
-In: a store or shards, a row's length, perhaps a mixture. Out: `Batch` for any units. Nothing here knows of steps, order or
-seeds; the stream chooses the units.
+In: a store or shards, a row's length, perhaps a mixture. Out: a `Batch` of any instances. Nothing here knows of steps, order or
+seeds; the stream chooses the instances.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from keural.data.loading.batch import Array, Batch, empty_batch, fill
-from keural.data.loading.concatenated import Line
+from keural.data.loading.concatenated import ConcatenatedDocuments
 from keural.data.loading.mixture import Mixture
 from keural.data.loading.packing import pack
 from keural.data.loading.packing_plan import RowPlan, kept_plan
@@ -22,15 +22,15 @@ from keural.data.tokens.store import TokenStore
 from keural.files import fingerprint
 
 
-class Units(Protocol):
-    """Units ``0..len - 1`` of an epoch; rows are `row_length` long."""
+class Instances(Protocol):
+    """Instances ``0..len - 1`` of an epoch; rows are `row_length` long."""
 
     row_length: int
 
     def __len__(self) -> int: ...
 
-    def batch(self, units: Array) -> Batch:
-        """The rows of some units."""
+    def batch(self, numbers: Array) -> Batch:
+        """The rows of some instances."""
         ...
 
     def once(self, rows: int) -> Iterator[Batch]:
@@ -38,41 +38,41 @@ class Units(Protocol):
         ...
 
 
-class Windows:
-    """Documents as one line of tokens; a unit is a window of it, a row."""
+class Chunks:
+    """Concatenated documents, cut into chunks of a row's length; an instance is a chunk."""
 
     def __init__(self, store: TokenStore, length: int, mixture: Mixture | None, _: Path) -> None:
-        self.line, self.row_length = Line(store, mixture.parts if mixture else None), length
+        self.documents, self.row_length = ConcatenatedDocuments(store, mixture.ranges if mixture else None), length
 
     def __len__(self) -> int:
-        return -(-self.line.num_tokens // self.row_length)
+        return -(-self.documents.num_tokens // self.row_length)
 
-    def batch(self, units: Array) -> Batch:
-        """Rows of consecutive tokens; the last label of a row is the first token of the next window when the document goes on."""
+    def batch(self, numbers: Array) -> Batch:
+        """Rows of consecutive tokens; the last label of a row is the first token of the next chunk when the document goes on."""
         length = self.row_length
-        batch = empty_batch(len(units), length)
-        for row, unit in enumerate(units.tolist()):
-            start = unit * length
-            tokens = self.line.read(start, start + length + 1)
+        batch = empty_batch(len(numbers), length)
+        for row, chunk in enumerate(numbers.tolist()):
+            start = chunk * length
+            tokens = self.documents.read(start, start + length + 1)
             begin = 0
-            numbers, ends = self.line.spans(start, start + min(length, len(tokens)))
-            for segment, (number, end) in enumerate(zip(numbers, ends, strict=True), start=1):
+            sequences, ends = self.documents.spans(start, start + min(length, len(tokens)))
+            for segment, (sequence, end) in enumerate(zip(sequences, ends, strict=True), start=1):
                 stop = min(end - start, length)
                 labels = np.full(stop - begin, -100, dtype=np.int64)
                 following = tokens[begin + 1 : min(end - start, length + 1)]
                 labels[: len(following)] = following
-                fill(batch, row, begin, tokens[begin:stop], labels, segment, number)
+                fill(batch, row, begin, tokens[begin:stop], labels, segment, sequence)
                 begin = stop
             batch.position_ids[row, begin:] = np.arange(length - begin)
         return batch
 
     def once(self, rows: int) -> Iterator[Batch]:
-        """See `Units`."""
+        """See `Instances`."""
         return _in_order(self, rows)
 
 
 class PackedRows:
-    """Conversations; a unit is a row of whole ones, by a plan that is made once and kept."""
+    """Conversations; an instance is a row of whole ones, by a plan that is made once and kept."""
 
     def __init__(self, store: TokenStore, length: int, mixture: Mixture | None, plans: Path) -> None:
         self.store, self.row_length, self.mixture, self.plans = store, length, mixture, plans
@@ -86,40 +86,40 @@ class PackedRows:
 
     def _make_plan(self) -> RowPlan:
         whole = np.arange(self.store.num_sequences)
-        parts = [(part.first, part.stop) for part in self.mixture.parts] if self.mixture else [(0, len(whole))]
-        sequences = np.concatenate([whole[first:stop] for first, stop in parts])
+        ranges = [(each.first, each.stop) for each in self.mixture.ranges] if self.mixture else [(0, len(whole))]
+        sequences = np.concatenate([whole[first:stop] for first, stop in ranges])
         return RowPlan.pack(sequences, self.store.lengths()[sequences], self.row_length)
 
     def __len__(self) -> int:
         return len(self.plan)
 
-    def batch(self, units: Array) -> Batch:
+    def batch(self, numbers: Array) -> Batch:
         """Rows of whole conversations, one after another."""
-        return _packed(self.store, self.plan.rows(units), self.row_length)
+        return _packed(self.store, self.plan.rows(numbers), self.row_length)
 
     def once(self, rows: int) -> Iterator[Batch]:
-        """See `Units`."""
+        """See `Instances`."""
         return _in_order(self, rows)
 
 
 class Pairs:
-    """Preference pairs; a unit is a pair. The pairs of a batch are packed into rows of twice the length, a pair never divided."""
+    """Preference pairs; an instance is a pair. Those of a batch are packed into rows of twice the length, a pair never divided."""
 
     def __init__(self, store: TokenStore, length: int, mixture: Mixture | None, _: Path) -> None:
         self.store, self.row_length = store, 2 * length
-        parts = [(part.first // 2, part.stop // 2) for part in mixture.parts] if mixture else [(0, store.num_sequences // 2)]
-        self._begins = np.array([begin for begin, _ in parts])
-        self._ends = np.cumsum([end - begin for begin, end in parts])
+        ranges = [(each.first // 2, each.stop // 2) for each in mixture.ranges] if mixture else [(0, store.num_sequences // 2)]
+        self._begins = np.array([begin for begin, _ in ranges])
+        self._ends = np.cumsum([end - begin for begin, end in ranges])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def batch(self, units: Array) -> Batch:
+    def batch(self, numbers: Array) -> Batch:
         """Rows of pairs; how many there are depends on their lengths."""
-        return self._batch(self._rows(units))
+        return self._batch(self._rows(numbers))
 
     def once(self, rows: int) -> Iterator[Batch]:
-        """See `Units`."""
+        """See `Instances`."""
         plan = self._rows(np.arange(len(self)))
         for start in range(0, len(plan), rows):
             yield self._batch(plan[start : start + rows])
@@ -133,16 +133,16 @@ class Pairs:
             places += [(row, *where) for _, *where in sorted(bounds)]
         return replace(_packed(self.store, rows, self.row_length), pairs=np.array(places, dtype=np.int64).reshape(-1, 4))
 
-    def _rows(self, units: Array) -> list[list[int]]:
+    def _rows(self, numbers: Array) -> list[list[int]]:
         """Sequences row by row: of each pair first the chosen, then the rejected side."""
-        part = np.searchsorted(self._ends, units, side="right")
-        pairs = (self._begins[part] + units - np.concatenate([[0], self._ends])[part]).tolist()
+        within = np.searchsorted(self._ends, numbers, side="right")
+        pairs = (self._begins[within] + numbers - np.concatenate([[0], self._ends])[within]).tolist()
         sizes = [len(self.store.sequence(2 * pair)) + len(self.store.sequence(2 * pair + 1)) for pair in pairs]
         return [[2 * pairs[index] + side for index in row for side in (0, 1)] for row in pack(sizes, self.row_length)]
 
 
 class ShardSequences:
-    """Published shards as they are; a unit is a sequence, a row. Padding and stray marks are not trained.
+    """Published shards as they are; an instance is a sequence, a row. Padding and stray marks are not trained.
 
     `sequence_ids` are positions: that of a document's first token among all positions of all shards.
     """
@@ -153,35 +153,35 @@ class ShardSequences:
     def __len__(self) -> int:
         return self.shards.num_sequences
 
-    def batch(self, units: Array) -> Batch:
+    def batch(self, numbers: Array) -> Batch:
         """Rows of documents, told apart by BOS and EOS."""
-        batch = empty_batch(len(units), self.row_length)
-        for row, unit in enumerate(units.tolist()):
-            tokens, inside, starts = self.shards.read(unit)
-            used = int(inside.sum())
+        batch = empty_batch(len(numbers), self.row_length)
+        for row, number in enumerate(numbers.tolist()):
+            tokens, non_padding, starts = self.shards.read(number)
+            used = int(non_padding.sum())
             begins = np.flatnonzero(starts).tolist()
             for segment, (begin, end) in enumerate(zip(begins, [*begins[1:], used], strict=True), start=1):
                 labels = np.append(tokens[begin + 1 : end].astype(np.int64), -100)
-                fill(batch, row, begin, tokens[begin:end], labels, segment, unit * self.row_length + begin)
+                fill(batch, row, begin, tokens[begin:end], labels, segment, number * self.row_length + begin)
             batch.position_ids[row, used:] = np.arange(self.row_length - used)
         return batch
 
     def once(self, rows: int) -> Iterator[Batch]:
-        """See `Units`."""
+        """See `Instances`."""
         return _in_order(self, rows)
 
 
-STORE_UNITS: dict[str, Callable[[TokenStore, int, Mixture | None, Path], Units]] = {
-    "documents": Windows,
+STORE_INSTANCES: dict[str, Callable[[TokenStore, int, Mixture | None, Path], Instances]] = {
+    "documents": Chunks,
     "conversations": PackedRows,
     "pairs": Pairs,
 }
-"""The units of each kind of store, from the store, a row's length, the mixture and where plans are kept."""
+"""The instances of each kind of store, from the store, a row's length, the mixture and where plans are kept."""
 
 
-def _in_order(units: Units, rows: int) -> Iterator[Batch]:
-    for start in range(0, len(units), rows):
-        yield units.batch(np.arange(start, min(start + rows, len(units))))
+def _in_order(instances: Instances, rows: int) -> Iterator[Batch]:
+    for start in range(0, len(instances), rows):
+        yield instances.batch(np.arange(start, min(start + rows, len(instances))))
 
 
 def _packed(store: TokenStore, rows: Sequence[list[int]], length: int) -> Batch:

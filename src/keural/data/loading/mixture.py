@@ -1,4 +1,4 @@
-"""How often each part of a store is seen in an epoch, so that the parts' weights are met.
+"""Mixing by weight: which ranges of a store an epoch is made of.
 
 In: a store whose sections are the sources (or several stores, each a section) and their weights. Out: a `Mixture`, the epoch as a
 short list of ranges of the store. A section that is needed 2.4 times is named twice whole and once up to the document at which
@@ -19,7 +19,7 @@ from keural.files import fingerprint
 from keural.recipe import STORES, MixingSpec
 
 
-class Part(NamedTuple):
+class SequenceRange(NamedTuple):
     """Sequences ``first..stop-1`` of a store, which are its tokens ``start..end-1``."""
 
     first: int
@@ -46,18 +46,18 @@ class Share:
 
 @dataclass(frozen=True)
 class Mixture:
-    """An epoch: its parts one after another (the stream's order shuffles them), and each section's share."""
+    """An epoch: ranges of the store one after another (the stream's order shuffles them), and each section's share."""
 
-    parts: tuple[Part, ...]
+    ranges: tuple[SequenceRange, ...]
     shares: dict[str, Share]
 
     @property
     def fingerprint(self) -> str:
-        """Of the parts alone: other weights that come to the same epoch are the same mixture."""
-        return fingerprint([list(part) for part in self.parts])
+        """Of the ranges alone: other weights that come to the same epoch are the same mixture."""
+        return fingerprint([list(each) for each in self.ranges])
 
 
-def amounts(sizes: Mapping[str, int], weights: Mapping[str, float], spec: MixingSpec, unit: str = "tokens") -> dict[str, float]:
+def allocate(sizes: Mapping[str, int], weights: Mapping[str, float], spec: MixingSpec, unit: str = "tokens") -> dict[str, float]:
     """How much of each section an epoch holds, in `unit`s; `sizes` is how much of it there is.
 
     Raises `UserError` when a section is empty, or has less than `max_repeat` times its size allows and `scarce` is refuse, or all
@@ -84,10 +84,10 @@ def amounts(sizes: Mapping[str, int], weights: Mapping[str, float], spec: Mixing
             f"data.mixing: an epoch of {epoch:,.0f} {unit} is more than all sources give at {spec.max_repeat:g} times "
             f"({int(sum(limits.values())):,}); lower epoch or raise max_repeat"
         )
-    return _renormalised(limits, weights, epoch)
+    return _renormalized(limits, weights, epoch)
 
 
-def _renormalised(limits: Mapping[str, float], weights: Mapping[str, float], epoch: float) -> dict[str, float]:
+def _renormalized(limits: Mapping[str, float], weights: Mapping[str, float], epoch: float) -> dict[str, float]:
     """The epoch by weights, where no section gives more than its limit: what is missing is shared among the others."""
     found: dict[str, float] = {}
     while len(found) < len(weights):
@@ -100,39 +100,39 @@ def _renormalised(limits: Mapping[str, float], weights: Mapping[str, float], epo
 
 
 def mix(store: TokenStore, weights: Mapping[str, float], spec: MixingSpec) -> Mixture:
-    """The epoch that shows each section of `store` by its weight. Raises `UserError` as `amounts` does."""
-    sections = {name: _part(store, first, stop) for name, (first, stop) in store.sections.items() if name in weights}
-    sizes = {name: _amount(section, store) for name, section in sections.items()}
-    wanted = amounts({name: sizes.get(name, 0) for name in weights}, weights, spec, STORES[store.kind].unit)
-    parts = {name: _parts(store, section, wanted[name], spec.max_repeat) for name, section in sections.items()}
-    epoch = sum(_amount(part, store) for listed in parts.values() for part in listed)
+    """The epoch that shows each section of `store` by its weight. Raises `UserError` as `allocate` does."""
+    sections = {name: _range(store, first, stop) for name, (first, stop) in store.sections.items() if name in weights}
+    sizes = {name: _size(section, store) for name, section in sections.items()}
+    wanted = allocate({name: sizes.get(name, 0) for name in weights}, weights, spec, STORES[store.kind].unit)
+    ranges = {name: _ranges(store, section, wanted[name], spec.max_repeat) for name, section in sections.items()}
+    epoch = sum(_size(each, store) for listed in ranges.values() for each in listed)
     total = sum(weights.values())
-    shares = {name: _share(store, sections[name], parts[name], weights[name] / total, epoch) for name in sections}
-    return Mixture(tuple(part for listed in parts.values() for part in listed), shares)
+    shares = {name: _share(store, sections[name], ranges[name], weights[name] / total, epoch) for name in sections}
+    return Mixture(tuple(each for listed in ranges.values() for each in listed), shares)
 
 
-def _part(store: TokenStore, first: int, stop: int) -> Part:
-    return Part(first, stop, store.extent(first)[0], store.extent(stop - 1)[1])
+def _range(store: TokenStore, first: int, stop: int) -> SequenceRange:
+    return SequenceRange(first, stop, store.extent(first)[0], store.extent(stop - 1)[1])
 
 
-def _amount(part: Part, store: TokenStore) -> int:
-    """How much a part weighs."""
+def _size(each: SequenceRange, store: TokenStore) -> int:
+    """Tokens of a range, or its pairs."""
     if STORES[store.kind].unit == "tokens":
-        return part.end - part.start
-    return (part.stop - part.first) // store.sequences_per_record
+        return each.end - each.start
+    return (each.stop - each.first) // store.sequences_per_record
 
 
-def _parts(store: TokenStore, section: Part, wanted: float, max_repeat: float) -> list[Part]:
+def _ranges(store: TokenStore, section: SequenceRange, wanted: float, max_repeat: float) -> list[SequenceRange]:
     """The section whole as often as it fits into `wanted`, then its beginning."""
-    size = _amount(section, store)
+    size = _size(section, store)
     whole = min(int(wanted // size), int(max_repeat))
     stop = _cut(store, section, wanted - whole * size, limit=max_repeat * size - whole * size)
     if not whole and stop == section.first:
         stop += store.sequences_per_record  # whatever has a weight is there
-    return [section] * whole + ([_part(store, section.first, stop)] if stop > section.first else [])
+    return [section] * whole + ([_range(store, section.first, stop)] if stop > section.first else [])
 
 
-def _cut(store: TokenStore, section: Part, amount: float, limit: float) -> int:
+def _cut(store: TokenStore, section: SequenceRange, amount: float, limit: float) -> int:
     """The sequence before which the beginning of the section ends that is nearest to `amount`, and not above `limit`."""
     if STORES[store.kind].unit != "tokens":
         return min(section.first + store.sequences_per_record * min(round(amount), int(limit)), section.stop)
@@ -142,15 +142,15 @@ def _cut(store: TokenStore, section: Part, amount: float, limit: float) -> int:
     return sequence + 1 if after <= limit and after - amount < amount - before else sequence
 
 
-def _share(store: TokenStore, section: Part, parts: list[Part], target: float, epoch: int) -> Share:
-    shown = max(parts, key=lambda part: part.stop)
-    amount = sum(_amount(part, store) for part in parts)
+def _share(store: TokenStore, section: SequenceRange, ranges: list[SequenceRange], target: float, epoch: int) -> Share:
+    shown = max(ranges, key=lambda each: each.stop)
+    amount = sum(_size(each, store) for each in ranges)
     return Share(
         target=target,
         share=amount / epoch,
-        repeats=amount / _amount(section, store),
-        records=sum(part.stop - part.first for part in parts) // store.sequences_per_record,
-        tokens=sum(part.end - part.start for part in parts),
+        repeats=amount / _size(section, store),
+        records=sum(each.stop - each.first for each in ranges) // store.sequences_per_record,
+        tokens=sum(each.end - each.start for each in ranges),
         unused_records=(section.stop - shown.stop) // store.sequences_per_record,
         unused_tokens=section.end - shown.end,
     )

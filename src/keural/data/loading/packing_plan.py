@@ -1,4 +1,4 @@
-"""Packed rows, planned once and kept in a file.
+"""The packing plan of a store: which sequences stand in which row, worked out once and kept in a file.
 
 In: lengths of sequences, a row's capacity, and the fingerprint of the data. Out: which sequences stand in each row. The file's
 name holds everything that determines the plan, the file ends with the digest of its bytes, and it appears whole or not at all: a
@@ -35,9 +35,9 @@ class RowPlan:
     def __len__(self) -> int:
         return len(self.ends)
 
-    def rows(self, units: Array) -> list[list[int]]:
+    def rows(self, numbers: Array) -> list[list[int]]:
         """The sequences of the given rows."""
-        return [self.sequences[self.ends[unit - 1] if unit else 0 : self.ends[unit]].tolist() for unit in units.tolist()]
+        return [self.sequences[self.ends[row - 1] if row else 0 : self.ends[row]].tolist() for row in numbers.tolist()]
 
     @classmethod
     def pack(cls, sequences: Array, lengths: Array, capacity: int) -> "RowPlan":

@@ -1,17 +1,17 @@
 """The stream: which tokens an optimizer step sees, as a pure function of (data, settings, seed, step).
 
-There is no iterator state. An epoch is a permutation of the data's units, taken batch by batch; where an epoch ends inside a
+There is no iterator state. An epoch is a permutation of the data's instances, taken batch by batch; where an epoch ends inside a
 batch, the next one fills it, so every step has the same size. So any batch can be made again, resuming is exact and costs
 nothing, and the number of ranks and micro-batches does not change what a step is.
 
-- next_token: the documents are one flat line of tokens, a unit is a window of T of them. Nothing is in memory. Of published
-  shards a unit is a sequence as it stands there, its padding included.
-- sft: a unit is a row of T in which whole conversations are packed; the plan is made once and kept.
-- dpo: a unit is a pair; the pairs of a step are packed into rows of 2 T, a pair never divided. The number of rows differs
-  between steps.
+- documents are concatenated, and an instance is a chunk of T tokens. Nothing is in memory. Of published shards an instance is a
+  sequence as it stands there, its padding included.
+- of conversations an instance is a row of T in which whole ones are packed; the plan is made once and kept.
+- of preference pairs an instance is a pair; the pairs of a step are packed into rows of 2 T, a pair never divided. The number of
+  rows differs between steps.
 
-With a mixture the epoch is a list of ranges of the store instead of the store: a part is there as often as its weight asks, and
-each time the whole line, plan or count is made of these ranges.
+With a mixture the epoch is a list of ranges of the store instead of the store: a section is there as often as its weight asks, and
+chunks, plan and pairs are those of these ranges.
 
 Packed neighbours are told apart by positions that restart at 0 with every document, and at the start of a row.
 """
@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from keural.data.loading.batch import Array, Batch, Segment, empty_batch, segments_of
-from keural.data.loading.instances import STORE_UNITS, ShardSequences, Units
+from keural.data.loading.batch import Array, Batch, Segment, segments_of
+from keural.data.loading.instances import STORE_INSTANCES, Instances, ShardSequences
 from keural.data.loading.mixture import Mixture
 from keural.data.loading.packing_plan import PLAN_VERSION
 from keural.data.permutation import Permutation
@@ -32,11 +32,9 @@ from keural.errors import UserError
 from keural.files import fingerprint
 from keural.recipe import OBJECTIVES, Objective
 
-__all__ = ["Batch", "Segment", "Stream", "check_store", "empty_batch"]
-
 
 class Stream:
-    """Batches of a store, or of published shards, for one objective. See the module's docstring for what a unit is.
+    """Batches of a store, or of published shards, for one objective. See the module's docstring for what an instance is.
 
     `batch_rows` or, where the objective counts pairs, `batch_pairs` is the size of an optimizer step; `sequence_length` is T.
     `mixture` is one of this store; `plans` is where plans are kept, by default beside the store.
@@ -61,8 +59,8 @@ class Stream:
         check_store(store, objective, sequence_length)
         self.store, self.objective, self.sequence_length, self.seed = store, objective, sequence_length, seed
         self.batch_size = size
-        self.units = _units(store, sequence_length, mixture, plans)
-        self.row_length = self.units.row_length
+        self.instances = _instances(store, sequence_length, mixture, plans)
+        self.row_length = self.instances.row_length
         settings = {
             "store": store.fingerprint,
             "objective": objective,
@@ -74,9 +72,9 @@ class Stream:
         self.fingerprint = fingerprint(settings | ({"mixture": mixture.fingerprint} if mixture else {}))
 
     @property
-    def units_per_epoch(self) -> int:
-        """Windows, packed rows, pairs or sequences of shards in one epoch."""
-        return len(self.units)
+    def instances_per_epoch(self) -> int:
+        """Chunks, packed rows, pairs or sequences of shards in one epoch."""
+        return len(self.instances)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -85,40 +83,40 @@ class Stream:
 
     def steps_for(self, epochs: float) -> int:
         """Steps that see `epochs` times the epoch, rounded up."""
-        return max(1, int(np.ceil(epochs * self.units_per_epoch / self.batch_size - 1e-9)))
+        return max(1, int(np.ceil(epochs * self.instances_per_epoch / self.batch_size - 1e-9)))
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """The batch of optimizer step `step`, or rank `rank`'s share of it (rows ``rank::world``, equally many on each)."""
         assert step >= 0
         assert 0 <= rank < world
-        batch = self.units.batch(self._units(step))
+        batch = self.instances.batch(self._step_instances(step))
         self.store.forget_pages()
         return batch.share(rank, world)
 
     def batches_once(self, rows: int) -> Iterator[Batch]:
         """The whole epoch once, in order, at most `rows` rows (of `row_length`) at a time: for evaluation."""
-        return self.units.once(rows)
+        return self.instances.once(rows)
 
     def describe(self, step: int) -> list[list[Segment]]:
         """What the rows of `step` are made of."""
         batch = self.batch(step)
         return [segments_of(segments, ids) for segments, ids in zip(batch.segment_ids, batch.sequence_ids, strict=True)]
 
-    def _units(self, step: int) -> Array:
-        """The step's units: positions ``step * size ..`` of the epochs' permutations, one after another."""
+    def _step_instances(self, step: int) -> Array:
+        """The step's instances: positions ``step * size ..`` of the epochs' permutations, one after another."""
         positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs, inside = np.divmod(positions, self.units_per_epoch)
+        epochs, inside = np.divmod(positions, self.instances_per_epoch)
         parts = [
-            Permutation(self.units_per_epoch, self.seed, epoch).take(inside[epochs == epoch])
+            Permutation(self.instances_per_epoch, self.seed, epoch).take(inside[epochs == epoch])
             for epoch in np.unique(epochs).tolist()
         ]
         return np.concatenate(parts)
 
 
-def _units(store: TokenStore | PublishedShards, length: int, mixture: Mixture | None, plans: Path | None) -> Units:
+def _instances(store: TokenStore | PublishedShards, length: int, mixture: Mixture | None, plans: Path | None) -> Instances:
     if isinstance(store, PublishedShards):
         return ShardSequences(store)
-    return STORE_UNITS[store.kind](store, length, mixture, plans or store.directory.parent)
+    return STORE_INSTANCES[store.kind](store, length, mixture, plans or store.directory.parent)
 
 
 def check_store(store: TokenStore | PublishedShards, objective: Objective, length: int) -> None:

@@ -1,1 +1,1 @@
-"""Records to tokens on disk: the token store, and the formats of others."""
+"""Kept records to tokens on disk: encoding, the token store, and the formats of others."""

@@ -23,7 +23,8 @@ from keural.tokenizer.load import KeuralTokenizer
 BATCH_CHARACTERS = 1 << 20
 """Records are tokenised together up to this size: SentencePiece is many times faster on batches, and Python goes on meanwhile."""
 BATCH_RECORDS = 10_000
-Waiting = list[tuple[Record | Drop, list[str]]]
+TextBatch = list[tuple[Record | Drop, list[str]]]
+"""Records with the texts of each."""
 
 
 @dataclass(frozen=True)
@@ -36,53 +37,53 @@ class Encoded:
 
 
 class Encoder:
-    """Encodes records for one `DataSpec`; with `parts` a batch that was encoded before is read from there."""
+    """Encodes records for one `DataSpec`; with `cache` a batch that was encoded before is read from there."""
 
-    def __init__(self, tokenizer: KeuralTokenizer, spec: DataSpec, threads: int = 1, parts: EncodingCache | None = None) -> None:
-        self.tokenizer, self.threads, self.parts = tokenizer, threads, parts
+    def __init__(self, tokenizer: KeuralTokenizer, spec: DataSpec, threads: int = 1, cache: EncodingCache | None = None) -> None:
+        self.tokenizer, self.threads, self.cache = tokenizer, threads, cache
         self.length, self.min_characters = spec.sequence_length, spec.min_characters
 
     def encode(self, records: Iterable[Record | Drop]) -> Iterator[Encoded | Drop]:
         """One result for every record or drop, in order. `threads` batches are tokenised while an earlier one is used."""
-        ahead: deque[tuple[Waiting, Future[_Known]]] = deque()
+        ahead: deque[tuple[TextBatch, Future[_TextIds]]] = deque()
         with ThreadPoolExecutor(self.threads) as workers:
             for batch in _batches(records):
-                ahead.append((batch, workers.submit(self._known, batch)))
+                ahead.append((batch, workers.submit(self._encode_texts, batch)))
                 if len(ahead) > self.threads:
-                    yield from self._together(*ahead.popleft())
+                    yield from self._encoded(*ahead.popleft())
             while ahead:
-                yield from self._together(*ahead.popleft())
+                yield from self._encoded(*ahead.popleft())
 
-    def _known(self, batch: Waiting) -> "_Known":
+    def _encode_texts(self, batch: TextBatch) -> "_TextIds":
         """The ids of everything that a batch says."""
         texts = list(dict.fromkeys(chain((text for _, texts in batch for text in texts), _CHAT_TEXTS)))
         encode = self.tokenizer.encode_arrays
-        ids = encode(texts) if self.parts is None else self.parts.encode(texts, encode)
-        return _Known(self.tokenizer, dict(zip(texts, ids, strict=True)))
+        ids = encode(texts) if self.cache is None else self.cache.encode(texts, encode)
+        return _TextIds(self.tokenizer, dict(zip(texts, ids, strict=True)))
 
-    def _together(self, batch: Waiting, encoded: "Future[_Known]") -> Iterator[Encoded | Drop]:
-        known = encoded.result()
+    def _encoded(self, batch: TextBatch, encoded: "Future[_TextIds]") -> Iterator[Encoded | Drop]:
+        text_ids = encoded.result()
         for record, _ in batch:
             if isinstance(record, Drop):
                 yield record
             elif isinstance(record, Document):
-                yield self._document(record, known)
+                yield self._document(record, text_ids)
             elif isinstance(record, Conversation):
-                yield self._conversation(record, known)
+                yield self._conversation(record, text_ids)
             else:
-                yield self._pair(record, known)
+                yield self._pair(record, text_ids)
 
-    def _document(self, record: Document, known: "_Known") -> Encoded | Drop:
+    def _document(self, record: Document, text_ids: "_TextIds") -> Encoded | Drop:
         if len(record.text) < self.min_characters:
             return Drop("too_short", record.where)
-        text = known.ids[record.text]
+        text = text_ids.ids[record.text]
         ids = np.empty(len(text) + 2, dtype=np.int32)
         ids[0], ids[1:-1], ids[-1] = self.tokenizer.bos_id, text, self.tokenizer.eos_id
         return Encoded(record, ((ids, None),))
 
-    def _conversation(self, record: Conversation, known: "_Known") -> Encoded | Drop:
+    def _conversation(self, record: Conversation, text_ids: "_TextIds") -> Encoded | Drop:
         """The longest beginning that fits and ends with an assistant turn."""
-        ids, mask = known.render(record.messages)
+        ids, mask = text_ids.render(record.messages)
         if len(ids) <= self.length:
             return Encoded(record, ((ids, mask),))
         starts = [place for place, token in enumerate(ids) if token == self.tokenizer.im_start_id]
@@ -92,16 +93,16 @@ class Encoder:
                 return Encoded(record, ((ids[:end], mask[:end]),), cut_turns=len(starts) - turns)
         return Drop("too_long", record.where)
 
-    def _pair(self, record: PreferencePair, known: "_Known") -> Encoded | Drop:
+    def _pair(self, record: PreferencePair, text_ids: "_TextIds") -> Encoded | Drop:
         """Both sides with their prompt; only the answer is trained."""
-        prompt = known.render(record.prompt, add_generation_prompt=True).ids
+        prompt = text_ids.render(record.prompt, add_generation_prompt=True).ids
         sequences = []
         for answer in (record.chosen, record.rejected):
-            ids, mask = known.render([*record.prompt, Message("assistant", answer)])
+            ids, mask = text_ids.render([*record.prompt, Message("assistant", answer)])
             sequences.append((ids, [0] * len(prompt) + mask[len(prompt) :]))
         if max(len(ids) for ids, _ in sequences) <= self.length:
             return Encoded(record, tuple(sequences))
-        least_answer = 2 + len(known.encode("\n"))  # one token, the end marker, the line end
+        least_answer = 2 + len(text_ids.encode("\n"))  # one token, the end marker, the line end
         return Drop("prompt_too_long" if len(prompt) + least_answer > self.length else "answer_too_long", record.where)
 
 
@@ -109,9 +110,9 @@ _CHAT_TEXTS = ("\n", *(f"{role}\n" for role in ROLES))
 """What chat rendering encodes beside the contents."""
 
 
-def _batches(records: Iterable[Record | Drop]) -> Iterator[Waiting]:
+def _batches(records: Iterable[Record | Drop]) -> Iterator[TextBatch]:
     """Records with what each says, in batches of about `BATCH_CHARACTERS`, and of `BATCH_RECORDS` where rows are dropped."""
-    waiting: Waiting = []
+    waiting: TextBatch = []
     characters = 0
     for record in records:
         texts = [] if isinstance(record, Drop) else texts_of(record)
@@ -123,7 +124,7 @@ def _batches(records: Iterable[Record | Drop]) -> Iterator[Waiting]:
     yield waiting
 
 
-class _Known:
+class _TextIds:
     """A tokenizer as chat rendering needs it, with the ids of some texts worked out in one go."""
 
     def __init__(self, tokenizer: KeuralTokenizer, ids: dict[str, Ids]) -> None:
@@ -131,7 +132,8 @@ class _Known:
         self.ids = ids
 
     def encode(self, text: str) -> list[int]:
-        return self.ids[text].tolist()
+        found: list[int] = self.ids[text].tolist()
+        return found
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> Rendered:
         return render(cast(KeuralTokenizer, self), messages, add_generation_prompt)

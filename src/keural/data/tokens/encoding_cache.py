@@ -1,6 +1,6 @@
-"""Ids of text batches, kept on disk while a store is made: tokenising that was killed goes on where it was.
+"""Token ids of text batches, kept on disk while a store is made: encoding that was killed goes on where it was.
 
-In: a batch of texts and a way to encode it. Out: its ids, read back when they are there. A part is named by the digest of the texts
+In: a batch of texts and a way to encode it. Out: its ids, read back when they are there. A file is named by the digest of the texts
 and ends with the digest of its own bytes, so it is either the right one or made again.
 """
 
@@ -18,7 +18,7 @@ DIGEST_BYTES = 16
 
 
 class EncodingCache:
-    """The parts in `directory`, made with the tokenizer of this SHA-256."""
+    """Files in `directory`, one for each batch, made with the tokenizer of this SHA-256."""
 
     def __init__(self, directory: Path, tokenizer_sha: str) -> None:
         self._directory, self._tokenizer_sha = directory, tokenizer_sha
@@ -44,12 +44,12 @@ class EncodingCache:
 def _write(path: Path, ids: list[Ids]) -> None:
     """Number of texts, their lengths, all ids (each 4 bytes), and the digest of these."""
     lengths = np.array([len(ids), *map(len, ids)], dtype="<u4")
-    content = b"".join([lengths.tobytes(), *(part.astype("<i4").tobytes() for part in ids)])
+    content = b"".join([lengths.tobytes(), *(each.astype("<i4").tobytes() for each in ids)])
     write_atomic(path, content + blake2b(content, digest_size=DIGEST_BYTES).digest())
 
 
 def _read(path: Path) -> list[Ids] | None:
-    """What a part holds; None when it is not there or damaged."""
+    """The ids in a file; None when it is not there or damaged."""
     try:
         file = path.read_bytes()
     except OSError:

@@ -169,9 +169,9 @@ def _block(
     rows: NDArray[np.uint32], where: str, first: int, vocab_size: int, counts: Counts
 ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
     """The documents of some sequences ``[rows, length]``, as their tokens and lengths; what else there is is counted."""
-    inside, starts = layout(rows, where, first, vocab_size, counts)
-    tokens = rows[inside]
-    return tokens, np.diff(np.flatnonzero(starts[inside]), append=tokens.size)
+    non_padding, starts = layout(rows, where, first, vocab_size, counts)
+    tokens = rows[non_padding]
+    return tokens, np.diff(np.flatnonzero(starts[non_padding]), append=tokens.size)
 
 
 def layout(
@@ -195,10 +195,10 @@ def layout(
     after_begin = full & ends[:, -1] & (rows[:, -2] == BOS_ID) & (length > 2)
     counts.stray += int(after_end.sum() + 2 * after_begin.sum())
     used = used - after_end - 2 * after_begin
-    inside = np.arange(length) < used[:, None]
-    starts = (rows == BOS_ID) & inside
-    ends &= inside
-    _refuse((rows == PAD_ID) & inside, where, first, "has padding inside; it is not packed by the published rule")
+    non_padding = np.arange(length) < used[:, None]
+    starts = (rows == BOS_ID) & non_padding
+    ends &= non_padding
+    _refuse((rows == PAD_ID) & non_padding, where, first, "has padding inside; it is not packed by the published rule")
     expected = np.zeros_like(starts)
     expected[:, :-1] = starts[:, 1:]
     expected[np.arange(len(rows)), used - 1] = True
@@ -207,8 +207,8 @@ def layout(
     counts.cut_long += int((full & ~many & (used == length)).sum())
     counts.cut_last += int((full & (many | (used < length))).sum())
     counts.documents += int(starts.sum())
-    counts.tokens += int(inside.sum())
-    return inside, starts
+    counts.tokens += int(non_padding.sum())
+    return non_padding, starts
 
 
 def _refuse(wrong: NDArray[np.bool_], where: str, first: int, what: str) -> None:

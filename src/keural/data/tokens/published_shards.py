@@ -1,8 +1,8 @@
 """Published shards as training data, without converting them: any sequence at any time, and a survey of what they hold.
 
-In: a directory of shards (`published.py` has their format). Out: single sequences with the places of their documents, the lost
-first token of a shard back as BOS. Opening checks the three files of each shard against each other and looks into some sequences;
-what is wrong inside another one is refused when it is read.
+In: a directory of shards (`published_format.py` has their format). Out: single sequences with the places of their documents, the
+lost first token of a shard back as BOS. Opening checks the three files of each shard against each other and looks into some of
+them; what is wrong inside another one is refused when it is read.
 """
 
 import mmap
@@ -82,8 +82,8 @@ class PublishedShards:
         row = np.array(shard.tokens[local : local + 1])
         if local == 0 and shard.first_lost:
             row[0, 0] = BOS_ID
-        inside, starts = layout(row, f"{shard.path}: sequence", local, self.vocab_size, counts or Counts())
-        return row[0], inside[0], starts[0]
+        non_padding, starts = layout(row, f"{shard.path}: sequence", local, self.vocab_size, counts or Counts())
+        return row[0], non_padding[0], starts[0]
 
     def survey(self) -> Survey:
         """Look into the shards: whole if they are small, else into sequences that are evenly spread."""
@@ -114,4 +114,5 @@ class PublishedShards:
 
 
 def _mapping(shard: PublishedShard) -> mmap.mmap:
-    return shard.tokens._mmap  # type: ignore[attr-defined]
+    found: mmap.mmap = shard.tokens._mmap  # type: ignore[attr-defined]
+    return found

@@ -1,4 +1,4 @@
-"""The records of a store that is being made: on disk in reading order, then written shuffled.
+"""Builds a token store: records wait on disk in the order of reading, then are written shuffled.
 
 In: encoded records, one by one, source by source. Out: a token store. Memory holds where each record ends and the order of the
 records, some 30 bytes each; tokens, masks and texts wait in files, so a corpus may be larger than memory.
@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from keural.data.permutation import Permutation, mixed
 from keural.data.records import Document
 from keural.data.tokens.encode import Encoded
-from keural.data.tokens.store import TOKEN, Kind, StoreWriter
-from keural.recipe import STORES
+from keural.data.tokens.store import TOKEN, StoreWriter
+from keural.recipe import STORES, StoreKind
 
-BLOCK_UNITS = 1024
+BLOCK_RECORDS = 1024
 """So many records are written at a time."""
 
 
@@ -34,9 +34,9 @@ class StoreBuilder:
     too, with `sections` its sources stay apart.
     """
 
-    def __init__(self, stem: Path, kind: Kind, keep_texts: bool = False, sections: bool = False) -> None:
+    def __init__(self, stem: Path, kind: StoreKind, keep_texts: bool = False, sections: bool = False) -> None:
         self._stem, self._kind, self._keep_texts = stem, kind, keep_texts
-        self._sides = STORES[kind].sequences_per_record
+        self._per_record = STORES[kind].sequences_per_record
         self._files: dict[str, BinaryIO] = {}
         self._ends = array("Q", [0])
         self._text_ends = array("Q", [0])
@@ -54,16 +54,16 @@ class StoreBuilder:
             self._path(name).unlink(missing_ok=True)
 
     @property
-    def units(self) -> int:
+    def num_records(self) -> int:
         """Records so far (a pair is one)."""
-        return (len(self._ends) - 1) // self._sides
+        return (len(self._ends) - 1) // self._per_record
 
     def add(self, encoded: Encoded, repeat: int, source: str) -> None:
         """Append a record, which the store will have `repeat` times."""
-        self._order.extend([self.units] * repeat)
+        self._order.extend([self.num_records] * repeat)
         if self._sections is not None:
             assert repeat == 1, "sections are repeated by the stream"
-            self._sections.setdefault(source, self.units)
+            self._sections.setdefault(source, self.num_records)
             self._digests.append(_digest(encoded))
         for ids, mask in encoded.sequences:
             self._append("tokens", np.asarray(ids, dtype=TOKEN).tobytes())
@@ -99,8 +99,8 @@ class StoreBuilder:
         tokens = np.memmap(self._path("tokens"), dtype=TOKEN, mode="r")
         loss = None if self._kind == "documents" else np.memmap(self._path("loss"), dtype=np.uint8, mode="r")
         with StoreWriter(directory, tokenizer_sha, vocab_size, self._kind, meta) as writer:
-            for units in np.array_split(order, 1 + len(order) // BLOCK_UNITS):
-                sequences = [self._sides * unit + side for unit in units.tolist() for side in range(self._sides)]
+            for records in np.array_split(order, 1 + len(order) // BLOCK_RECORDS):
+                sequences = [self._per_record * record + side for record in records.tolist() for side in range(self._per_record)]
                 spans = [slice(self._ends[sequence], self._ends[sequence + 1]) for sequence in sequences]
                 lengths = [span.stop - span.start for span in spans]
                 mask = None if loss is None else np.concatenate([loss[span] for span in spans])
@@ -109,7 +109,7 @@ class StoreBuilder:
 
     def _bounds(self) -> list[int]:
         """Where sections begin and end, in records."""
-        return [*(self._sections or {}).values(), self.units]
+        return [*(self._sections or {}).values(), self.num_records]
 
     def _by_section(self, seed: int) -> NDArray[np.int64]:
         """The records, section by section, in the order of their digests turned by the seed."""
@@ -121,8 +121,8 @@ class StoreBuilder:
         return [
             {
                 "source": source,
-                "sequences": self._sides * (stop - first),
-                "tokens": self._ends[self._sides * stop] - self._ends[self._sides * first],
+                "sequences": self._per_record * (stop - first),
+                "tokens": self._ends[self._per_record * stop] - self._ends[self._per_record * first],
             }
             for source, (first, stop) in zip(self._sections or {}, bounds, strict=True)
         ]
@@ -132,9 +132,9 @@ class StoreBuilder:
         if "texts" not in self._files:
             return []
         with self._path("texts").open("rb") as texts, path.open("wb") as file:
-            for unit in order.tolist():
-                texts.seek(self._text_ends[unit])
-                file.write(texts.read(self._text_ends[unit + 1] - self._text_ends[unit]))
+            for record in order.tolist():
+                texts.seek(self._text_ends[record])
+                file.write(texts.read(self._text_ends[record + 1] - self._text_ends[record]))
         return [path.name]
 
 

@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from keural.card import SamplingDefaults
 from keural.errors import UserError, nearest, quoted
 from keural.limits import EVERY_MACHINES_THREADS
 from keural.pretrained.lineage import read_record
@@ -40,7 +41,7 @@ def chat_defaults(path: Path, name: str | None = None) -> tuple[SamplingParams, 
     """
     _, found = _find(path, name)
     chat = read_record(found if found.is_dir() else found.parent).get("chat") or {}
-    known = {name: chat[name] for name in ("temperature", "top_p", "repetition_penalty", "max_new_tokens") if name in chat}
+    known = {name: chat[name] for name in SamplingDefaults._fields if name in chat}
     return replace(SamplingParams(), **known), chat.get("system")
 
 

@@ -1,36 +1,19 @@
 """A tiny Keural model whose window is short and whose weights are large enough that every mistake shows."""
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from keural.model import KeuralConfig, KeuralMoECausalLM
-
-sys.path.insert(0, str(Path(__file__).parent))  # the tests' own helper modules
-
-TINY: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 24,
-    "intermediate_size": 20,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "num_local_experts": 5,
-    "sliding_window": 9,
-    "max_position_embeddings": 1024,
-    "initializer_range": 0.3,
-}
+from tests.helpers.shapes import TINY
 
 
 @pytest.fixture
 def tiny_config() -> Callable[..., KeuralConfig]:
     """Make a tiny configuration; keyword arguments replace its values."""
-    return lambda **changes: KeuralConfig(**{**TINY, **changes})
+    return lambda **changes: KeuralConfig(**(TINY | {"max_position_embeddings": 1024, "initializer_range": 0.3} | changes))
 
 
 @pytest.fixture

@@ -9,17 +9,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tests.helpers.shapes import SMALL
+
 Tensors = dict[str, Tensor]
 
-SHAPE = {
+SHAPE = SMALL | {
     "vocab_size": 402,
-    "hidden_size": 32,
-    "intermediate_size": 24,
     "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "num_local_experts": 4,
     "num_experts_per_tok": 2,
     "max_position_embeddings": 160,
     "sliding_window": 8,

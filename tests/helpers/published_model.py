@@ -52,7 +52,8 @@ class Attention(nn.Module):
         for head in range(q.shape[1]):
             scores = q[:, head] @ k[:, head // group].T / math.sqrt(width)
             heads.append(scores.masked_fill(blocked, -math.inf).softmax(-1) @ v[:, head // group])
-        return self.o_proj(torch.cat(heads, dim=-1))
+        mixed: Tensor = self.o_proj(torch.cat(heads, dim=-1))
+        return mixed
 
 
 class Expert(nn.Module):
@@ -64,7 +65,8 @@ class Expert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate = self.gate_proj(x)
-        return self.down_proj(gate * torch.sigmoid(gate) * self.up_proj(x))
+        y: Tensor = self.down_proj(gate * torch.sigmoid(gate) * self.up_proj(x))
+        return y
 
 
 class Experts(nn.Module):
@@ -98,6 +100,11 @@ class Block(nn.Module):
         self.attn_norm, self.attn = Norm(int(c["hidden_size"])), Attention(c)
         self.moe_norm, self.moe = Norm(int(c["hidden_size"])), Experts(c)
 
+    def forward(self, x: Tensor, slides: bool) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), slides=slides)
+        y: Tensor = x + self.moe(self.moe_norm(x))
+        return y
+
 
 class PublishedModel(nn.Module):
     """Ids `[T]` to logits `[T, V]`."""
@@ -114,9 +121,9 @@ class PublishedModel(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed_tokens(ids)
         for index, block in enumerate(self.layers):
-            x = x + block.attn(block.attn_norm(x), slides=index % 2 == 0)
-            x = x + block.moe(block.moe_norm(x))
-        return self.norm(x) @ self.embed_tokens.weight.T
+            x = block(x, slides=index % 2 == 0)
+        logits: Tensor = self.norm(x) @ self.embed_tokens.weight.T
+        return logits
 
 
 def training_checkpoint(state_dict: Tensors, config: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from tests.helpers.engine_trace import (
     trace,
 )
 from tests.helpers.shapes import TINY
+from tests.helpers.tiny_network import decoder_layers
 from tests.helpers.vllm_release import Findings, load_matchers
 
 ENGINE = "an_engines_own"
@@ -49,7 +50,7 @@ LENGTHS = (23, 14)
 
 
 def attend_to_one_row(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Any, None]:
     """The attention of an engine: `LENGTHS` sequences in one row, its own window and scale, output ``[T, heads · D]``."""
     if isinstance(query, fx.Proxy):
@@ -132,7 +133,9 @@ def attention_is_called_once(model: PreTrainedModel) -> None:
     fetched = [
         ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
         for node in ast.walk(tree)
-        if isinstance(node, ast.Assign | ast.AnnAssign) and ast.unparse(node.value).startswith("ALL_ATTENTION_FUNCTIONS")
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        and node.value is not None
+        and ast.unparse(node.value).startswith("ALL_ATTENTION_FUNCTIONS")
     ]
     assert len(fetched) == 1
     assert len(calls_of(tree, fetched[0])) == 1
@@ -285,7 +288,9 @@ BREAKS: dict[str, Break] = {
 @pytest.fixture
 def base_model() -> KeuralMoEModel:
     """The network as an engine builds it: the base model alone, with the engine's attention."""
-    return build(keural.model)
+    model = build(keural.model)
+    assert isinstance(model, KeuralMoEModel)
+    return model
 
 
 @pytest.fixture
@@ -332,9 +337,10 @@ def test_an_engines_attention_over_a_flat_row_gives_the_same_hidden_states(base_
     """Called as in base.py, `forward`: one row of several sequences, no mask, no cache; windows from `layer_types` and
     `sliding_window` of the configuration, scale from the module."""
     config = base_model.config
-    for layer, layer_type in zip(base_model.layers, config.layer_types, strict=True):
+    for layer, layer_type in zip(decoder_layers(base_model), config.layer_types, strict=True):
+        attention: Any = layer.self_attn
         window = config.sliding_window if layer_type == "sliding_attention" else None
-        layer.self_attn.engine = SimpleNamespace(window=window, scale=layer.self_attn.scaling)
+        attention.engine = SimpleNamespace(window=window, scale=attention.scaling)
     sequences = [torch.randint(0, TINY["vocab_size"], (1, length)) for length in LENGTHS]
     positions = torch.cat([torch.arange(length) for length in LENGTHS]).unsqueeze(0)
 

@@ -14,8 +14,8 @@ from keural.errors import UserError
 from keural.files import fingerprint
 from keural.pretrained import cached_step
 from keural.pretrained.cached_step import cached_step_difference, check_cached_step
-from keural.pretrained.directory import load_model
 from keural.pretrained.network_code import NETWORK_CODE
+from keural.pretrained.stored_model import load_model
 from keural.serve.engines.transformers import TransformersEngine
 
 

@@ -396,7 +396,7 @@ def test_a_stage_does_not_start_from_damaged_weights(workplace: Path, keural: Ke
     data = bytearray(victim.read_bytes())
     data[-5] ^= 1
     victim.write_bytes(data)
-    code, _, err = keural("run", workplace / "recipe", "--out", workplace / "run")
+    code, _, err = keural("train", workplace / "recipe" / "align.yaml", "--out", workplace / "run")
     assert code == 2
     assert "model.safetensors" in one_line(err)
 

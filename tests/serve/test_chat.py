@@ -21,7 +21,6 @@ from keural.serve.engines.decoding import check_prompt
 from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.engines.transformers import TransformersEngine
 from keural.serve.generate import run_generate
-from keural.serve.text import printable
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=12)
@@ -85,11 +84,6 @@ def test_history_is_rendered_as_in_training(tokenizer: KeuralTokenizer, screen: 
     assert engine.prompts == [render_prompt(tokenizer, messages[:2]), render_prompt(tokenizer, messages)]
     assert conversation.turns == [*messages[1:], Message("assistant", "파란 새")]
     assert screen.text == "red house파란 새"
-
-
-def test_control_characters_do_not_reach_the_terminal() -> None:
-    assert printable("\x1b[2Ja\r\x07\n\tb\x9b가") == "[2Ja\n\tb가"
-    assert printable("가\u200d나\x7f") == "가\u200d나"
 
 
 def test_ctrl_c_keeps_what_was_said_and_goes_on(tokenizer: KeuralTokenizer, screen: Screen) -> None:

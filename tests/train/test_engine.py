@@ -156,7 +156,7 @@ def killed() -> Callable[[Path, dict[str, Any]], None]:
     def run(directory: Path, spec: dict[str, Any]) -> None:
         import time
 
-        process = start({"directory": str(directory), "pause": 0.05, **spec})
+        process = start({"directory": str(directory), "pause": 0.1, **spec})
         metrics, deadline = directory / "run" / "metrics.jsonl", time.monotonic() + 120
         while not (metrics.exists() and metrics.read_text().count('"loss"') >= 5) and time.monotonic() < deadline:
             time.sleep(0.005)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from keural.errors import UserError
 from keural.train.initial_weights import initial_model
-from keural.train.metrics import keep_until
+from keural.train.metrics import keep_until, line_text
 from tests.helpers.train_small import losses_of, open_run, random_model, small_config, small_job, step_gradients, train_stage
 
 CPU = torch.device("cpu")
@@ -124,9 +124,10 @@ def test_a_bar_with_the_time_left_on_a_terminal(tmp_path: Path, monkeypatch: pyt
 
 def test_metrics_are_cut_back_to_a_step_and_a_torn_line_goes(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0}\n{"step": 1}\n{"step": 1, "heldout": {}}\n{"step": 2}\n{"ste')
+    lines = [line_text(line) for line in ({"step": 0}, {"step": 1}, {"step": 1, "heldout": {}}, {"step": 2})]
+    path.write_text("".join([*lines, '{"ste']))
     keep_until(path, 2)
-    assert path.read_text() == '{"step": 0}\n{"step": 1}\n{"step": 1, "heldout": {}}\n'
+    assert path.read_text() == "".join(lines[:3])
     keep_until(path, 0)
     assert path.read_text() == ""
 

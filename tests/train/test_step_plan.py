@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from keural.errors import UserError
 from keural.files import read_json
-from keural.train.step_plan import RESERVE, Costs, StepPlan, budget_plan
+from keural.train.step_plan import RESERVE, Costs, PlanFile, budget_plan
 from tests.helpers.train_small import losses_of, metrics_of, small_job, small_stage, train_stage
 
 BUDGET = {"steps": None, "budget_share": 0.5}
@@ -85,13 +85,28 @@ def test_a_checkpoint_of_another_plan_is_refused(tmp_path: Path) -> None:
     job = small_job(tmp_path)
     train_stage(job)
     plan = job.run_dir / "plan.json"
-    plan.write_text(plan.read_text().replace("12", "24"))
-    with pytest.raises(UserError, match=r"step-00000012: was made for .*12.*plan\.json says .*24"):
+    PlanFile.read(plan).model_copy(update={"steps": 24}).write(plan)
+    with pytest.raises(UserError, match=r"step-00000012: was made for 12 steps, .*plan\.json says 24, .*another from step 3 on"):
         train_stage(job)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"fingerprint": "f", "steps": 3, "warmup_steps": 0}', '{"steps": 1e400}', ""])
+def test_a_damaged_plan_is_refused(tmp_path: Path, content: str) -> None:
+    job = small_job(tmp_path)
+    (job.run_dir / "plan.json").write_text(content)
+    with pytest.raises(UserError, match=r"plan\.json: damaged"):
+        train_stage(job)
+
+
+def test_the_plan_of_a_budget_that_is_gone_is_the_checkpoints(tmp_path: Path) -> None:
+    job = small_job(tmp_path, budget_seconds=1.0, train=BUDGET)
+    first = train_stage(job)
+    (job.run_dir / "plan.json").unlink()
+    assert train_stage(dataclasses.replace(job, budget_seconds=100.0)).steps == first.steps
 
 
 def test_a_plan_of_another_stage_is_not_used(tmp_path: Path) -> None:
     job = small_job(tmp_path)
-    (job.run_dir / "plan.json").write_text('{"fingerprint": "other", "steps": 3, "warmup_steps": 0}')
+    PlanFile(fingerprint="other", steps=3, warmup_steps=0).write(job.run_dir / "plan.json")
     assert train_stage(job).steps == 12
-    assert StepPlan(12, 2) == StepPlan(**{k: v for k, v in read_json(job.run_dir / "plan.json").items() if k != "fingerprint"})
+    assert PlanFile.read(job.run_dir / "plan.json").steps == 12

@@ -74,6 +74,8 @@ class SourceRow:
     """Rows that are not used, by reason, most frequent first."""
     first_drop: dict[str, str] = field(default_factory=dict)
     """Place of the first row that was dropped, by reason."""
+    defects: dict[str, Count] = field(default_factory=dict)
+    """Those of the drops that count against `max_drop`."""
     noted: dict[str, Count] = field(default_factory=dict)
     """Kept records that a gate only counts, by reason."""
     length_ratio: float | None = None
@@ -180,25 +182,19 @@ class SourceCounter:
 
     def check(self) -> None:
         """Refuse a source that gives nothing, or too little of what it holds."""
-        drops = self.drops - (self.cleaned.drops - self.cleaned.unreadable if self.cleaned else Counter())
-        defects = Counter({reason: count for reason, count in drops.items() if reason not in NOT_DEFECTS})
         if self.rows == 0:
             raise UserError(f"source {self.source.name!r}: {self.source.path or self.source.adapter} holds no rows")
-        if defects.total() > self.source.max_drop * self.rows:
-            raise UserError(
-                f"source {self.source.name!r}: {defects.total() / self.rows:.1%} of {self.rows:,} rows are dropped, more than "
-                f"max_drop {self.source.max_drop:g}; most often {self._worst(defects)}; "
-                f"mend the data or the options of adapter {self.source.adapter}, or raise max_drop"
-            )
+        row = self.row()
+        check_drops(self.source, row)
         if self.kept == 0:
             raise UserError(
                 f"source {self.source.name!r}: none of its {self.rows:,} rows is used; "
-                f"most often {self._worst(self.drops)}; leave it out"
+                f"most often {_worst(row, row.drops)}; leave it out"
             )
 
-    def _worst(self, drops: Counter[str]) -> str:
-        ((reason, count),) = drops.most_common(1)
-        return f"{reason} ({count:,} rows, first {self.first_drop[reason]})"
+    def _defects(self) -> dict[str, int]:
+        drops = self.drops - (self.cleaned.drops - self.cleaned.unreadable if self.cleaned else Counter())
+        return {reason: count for reason, count in drops.most_common() if reason not in NOT_DEFECTS}
 
     def row(self) -> SourceRow:
         """The source's row of the table."""
@@ -220,10 +216,27 @@ class SourceCounter:
             shortened=self.shortened,
             drops=dict(self.drops.most_common()),
             first_drop={reason: self.first_drop[reason] for reason, _ in self.drops.most_common()},
+            defects=self._defects(),
             noted=dict(self.noted.most_common()),
             length_ratio=self.chosen_characters / self.rejected_characters if self.rejected_characters else None,
         )
         return replace(row, warning=warning_of(source, row))
+
+
+def check_drops(source: SourceSpec, row: SourceRow) -> None:
+    """Raise `UserError` for a source of which more is dropped than its `max_drop` allows."""
+    defects = sum(row.defects.values())
+    if defects > source.max_drop * row.rows:
+        raise UserError(
+            f"source {source.name!r}: {defects / row.rows:.1%} of {row.rows:,} rows are dropped, more than "
+            f"max_drop {source.max_drop:g}; most often {_worst(row, row.defects)}; "
+            f"mend the data or the options of adapter {source.adapter}, or raise max_drop"
+        )
+
+
+def _worst(row: SourceRow, drops: dict[str, int]) -> str:
+    reason, count = next(iter(drops.items()))
+    return f"{reason} ({count:,} rows, first {row.first_drop[reason]})"
 
 
 def warning_of(source: SourceSpec, row: SourceRow) -> str | None:

@@ -52,7 +52,8 @@ class TrainSpec(Spec):
     compile: bool = neutral("work", False)
     """Compile the layers; the same numbers up to rounding."""
     save_every: int | None = neutral("keeping", None, gt=0)
-    """Steps between checkpoints; the last step is always saved."""
+    """Steps between checkpoints; none: every ten minutes, and saving takes at most a twentieth of the time. The last step is
+    always saved."""
     keep_checkpoints: int = neutral("keeping", 1, gt=0)
     """Checkpoints to keep; older ones are deleted when a new one is whole."""
     evaluate_every: int | None = neutral("keeping", None, gt=0)
@@ -141,9 +142,9 @@ class StageSpec(Spec):
     notes: list[str] = neutral("report", default_factory=list)
     """Where the numbers come from, contradictions included."""
 
-    def determining(self, part: Part) -> dict[str, Any]:
+    def determining(self, part: Part, length: bool = True) -> dict[str, Any]:
         """As for every spec; where router losses are balanced within each forward pass its size is part of the loss."""
-        found = super().determining(part)
+        found = super().determining(part, length)
         if self.router.scope == "micro_batch" and self.train.micro_batch_tokens is not None:
             found["micro_batch_tokens"] = self.train.micro_batch_tokens
         return found

@@ -80,6 +80,25 @@ def tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     return {f"model.{name}": parameter.detach() for parameter, name in names.items()} | state_tensors(optimizer, names)
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint by what its manifest says; its tensors were not looked at."""
+
+    path: Path
+    fingerprint: str
+    progress: Progress
+
+
+def newest_progress(directory: Path) -> Stored | None:
+    """What the newest checkpoint in `directory` says of itself; None where there is none. Raises `UserError` when it is damaged."""
+    found = [path for path in directory.iterdir() if DIRECTORY.fullmatch(path.name)] if directory.is_dir() else []
+    if not found:
+        return None
+    newest = max(found, key=_step)
+    manifest = _manifest(newest)
+    return Stored(newest, manifest.fingerprint, manifest.progress)
+
+
 class Checkpoints:
     """The checkpoints of one stage.
 

@@ -26,9 +26,9 @@ from keural.errors import UserError
 from keural.files import fingerprint as fingerprint_of
 from keural.files import sha256_file
 from keural.model import KeuralConfig, KeuralMoECausalLM
-from keural.recipe import OBJECTIVES, StageSpec
+from keural.recipe import OBJECTIVES, StageSpec, length_of
 from keural.train import step_plan
-from keural.train.checkpoint import Checkpoints, Progress
+from keural.train.checkpoint import Checkpoints, Progress, Stored, newest_progress
 from keural.train.heldout import evaluate, heldout_batches
 from keural.train.initial_weights import initial_model
 from keural.train.loop import StepReport, train_step
@@ -47,6 +47,10 @@ from keural.train.trainer import Trainer
 __all__ = ["StageJob", "StageResult", "full_state_dict", "train_stage"]
 
 LOSSES_KEPT = 10
+SAVE_SECONDS = 600.0
+"""Without `train.save_every`: so long after a checkpoint the next one is written."""
+SAVE_SHARE = 0.05
+""".. but saving may take no larger share of the time: a checkpoint that takes a minute is written every twenty."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class StageJob:
     tokenizer_sha: str
     run_dir: Path
     fingerprint: str
-    """Of everything that determines the stage's weights; checkpoints with another one are refused."""
+    """Of everything that determines a step of the stage, whatever their number; checkpoints with another one are refused."""
     budget_seconds: float | None = None
     """Time for the stage, where it has a `budget_share`."""
     tensorboard: bool = False
@@ -88,7 +92,7 @@ class StageResult:
 
 
 def train_stage(job: StageJob, ranks: Ranks | None = None) -> StageResult:
-    """Train a stage to its end, or until SIGINT or SIGTERM: then the step is finished and saved, and `interrupted` is True.
+    """Train a stage to its end, or until SIGINT, SIGTERM or SIGHUP: then the step is finished and saved; `interrupted` is True.
 
     Under torchrun every rank calls it, inside a `ranks.session` whose ranks are given if the model is used afterwards.
 
@@ -120,10 +124,11 @@ def open_stage(job: StageJob, ranks: Ranks, stop: "StopSignals", started: float)
         measured = make_trainer(learning_rate=step_plan.no_learning, references=step_plan.no_references(ranks.device))
         return _make_plan(job, measured, heldout, started)
 
-    plan = step_plan.load_or_make(job.run_dir / "plan.json", job.fingerprint, ranks, make_plan)
+    latest = ranks.on_main(lambda: newest_progress(checkpoints.directory))
+    plan = _plan(job, latest, ranks, make_plan)
     references, heldout_references = _references(job, plan, policy, stream, heldout, stop, ranks)
     trainer = make_trainer(learning_rate=_schedule(stage, plan), references=references)
-    progress = _resume(job, plan, checkpoints, trainer)
+    progress = _resume(job, plan, latest, checkpoints, trainer)
     return StageRun(job, trainer, plan, heldout, heldout_references, checkpoints, progress, started - progress.seconds)
 
 
@@ -144,12 +149,14 @@ class StageRun:
     def train(self, stop: "StopSignals") -> bool:
         """Do the remaining steps; True when a signal came before the last one was begun."""
         progress, spec, steps = self.progress, self.job.stage.train, self.plan.steps
-        saved = progress.step
+        saved, pause = progress.step, Pause()
         with self._metrics() as metrics:
             while progress.step < steps:
-                if self.trainer.ranks.any(stop.requested):
-                    if saved != progress.step:
-                        self._save()
+                stopped, late = self.trainer.ranks.any_of([stop.requested, spec.save_every is None and pause.over()])
+                if saved != progress.step and (stopped or late):
+                    self._save(pause)
+                    saved = progress.step
+                if stopped:
                     return True
                 report = train_step(self.trainer, progress.step)
                 self._advance(report)
@@ -157,7 +164,7 @@ class StageRun:
                 if progress.step == steps or _due(spec.evaluate_every, progress.step):
                     self._evaluate(metrics)
                 if progress.step == steps or _due(spec.save_every, progress.step):
-                    self._save()
+                    self._save(pause)
                     saved = progress.step
         return False
 
@@ -198,9 +205,11 @@ class StageRun:
             self.progress.heldout = evaluate(self.trainer, self.heldout, self.heldout_references)
             metrics.evaluation(self.progress.step - 1, self.progress.heldout)
 
-    def _save(self) -> None:
-        self.progress.seconds = time.monotonic() - self.began
+    def _save(self, pause: "Pause") -> None:
+        started = time.monotonic()
+        self.progress.seconds = started - self.began
         self.checkpoints.save(self.trainer.policy.model, self.trainer.optimizer, self.progress)
+        pause.begin(time.monotonic() - started)
 
     def _metrics(self) -> Metrics:
         return Metrics(
@@ -211,6 +220,21 @@ class StageRun:
             active=self.trainer.ranks.is_main,
             tensorboard=self.job.tensorboard,
         )
+
+
+class Pause:
+    """The time between checkpoints that are written by the clock."""
+
+    def __init__(self) -> None:
+        self.begin(0.0)
+
+    def begin(self, cost: float) -> None:
+        """A checkpoint has been written, which took `cost` seconds."""
+        self._end = time.monotonic() + max(SAVE_SECONDS, cost / SAVE_SHARE)
+
+    def over(self) -> bool:
+        """Whether it is time for the next."""
+        return time.monotonic() >= self._end
 
 
 def _due(every: int | None, step: int) -> bool:
@@ -253,6 +277,18 @@ def _engine(job: StageJob, uniform: bool, ranks: Ranks) -> Compute | None:
     from keural.train.engine import engine_for
 
     return engine_for(job.stage.train, job.model_config, ranks.device, uniform)
+
+
+def _plan(job: StageJob, latest: Stored | None, ranks: Ranks, make: Callable[[], step_plan.StepPlan]) -> step_plan.StepPlan:
+    """The plan as it was made before the first step.
+
+    Of a stage with a budget a checkpoint has it, too, for where the file is gone.
+    """
+    wanted = fingerprint_of([job.fingerprint, length_of(job.stage.train)])
+    if latest is not None and job.stage.train.budget_share is not None:
+        known = step_plan.StepPlan(**latest.progress.plan)
+        return step_plan.load_or_make(job.run_dir / "plan.json", wanted, ranks, lambda: known)
+    return step_plan.load_or_make(job.run_dir / "plan.json", wanted, ranks, make)
 
 
 def _make_plan(job: StageJob, measured: Trainer, heldout: Stream | None, started: float) -> step_plan.StepPlan:
@@ -305,19 +341,21 @@ def _references(
     return references, compute("heldout", heldout, heldout_batches(job.stage, heldout, ranks)) if heldout else None
 
 
-def _resume(job: StageJob, plan: step_plan.StepPlan, checkpoints: Checkpoints, trainer: Trainer) -> Progress:
-    """Take up the newest checkpoint, where there is one. Raises `UserError` when it was made for another plan."""
-    latest = checkpoints.latest()
+def _resume(job: StageJob, plan: step_plan.StepPlan, latest: Stored | None, checkpoints: Checkpoints, trainer: Trainer) -> Progress:
+    """Take up the newest checkpoint, where there is one. Raises `UserError` when it was made for a plan that begins otherwise."""
     if latest is None:
         return Progress(plan=asdict(plan))
-    progress = checkpoints.load(latest, trainer.policy.model, trainer.optimizer)
+    progress = checkpoints.load(latest.path, trainer.policy.model, trainer.optimizer)
     if progress.tokens_per_expert:
         trainer.previous.counts = torch.tensor(progress.tokens_per_expert, device=trainer.ranks.device)
-    if progress.plan != asdict(plan):
+    made_for = step_plan.StepPlan(**progress.plan)
+    if why_not := step_plan.why_not_continued(made_for, plan, progress.step, job.stage.train):
         raise UserError(
-            f"{latest}: was made for {progress.plan}, {job.run_dir / 'plan.json'} says {asdict(plan)}; "
-            "restore that file or delete the checkpoints"
+            f"{latest.path}: was made for {made_for.steps} steps, {made_for.warmup_steps} of warm-up, and "
+            f"{job.run_dir / 'plan.json'} says {plan.steps}, {plan.warmup_steps} of warm-up: {why_not}; delete that "
+            "file, or the checkpoints"
         )
+    progress.plan = asdict(plan)
     trainer.ranks.log_once(f"{job.stage.name}: resumed at step {progress.step} of {plan.steps}")
     return progress
 
@@ -329,9 +367,10 @@ def _weights_fingerprint(job: StageJob) -> str:
 
 
 class StopSignals:
-    """Notes SIGINT and SIGTERM instead of dying of them; only the main thread can listen.
+    """Notes SIGINT, SIGTERM and SIGHUP (a closed terminal) instead of dying of them; only the main thread can listen.
 
-    A second signal has its usual effect, except among several ranks: torchrun sends every worker another one at once.
+    A second signal has its usual effect, except among several ranks: torchrun sends every worker another one at once. SIGHUP
+    stays ignored where it is, as under nohup.
     """
 
     def __init__(self, world: int = 1) -> None:
@@ -341,7 +380,10 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
+            self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *error: object) -> None:

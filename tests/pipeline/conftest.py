@@ -14,12 +14,9 @@ import yaml
 
 from keural.cli.app import main
 from keural.files import CHECKSUM, fingerprint, read_object, write_json
+from tests.helpers.shapes import OF_A_RECIPE
 
 WORDS = ["하늘", "바다", "나무", "구름", "바람", "sea", "sky", "tree", "cloud", "오늘", "내일", "going", "봅니다", "읽어요", "sees"]
-SHAPE = {
-    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "head_dim": 16, "num_local_experts": 4, "sliding_window": 9, "max_position_embeddings": 128,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ def write_recipe(root: Path) -> None:
     source["prose"][0]["language"] = "ko"
     train = {"steps": 6, "lr": 1e-3, "warmup_steps": 2, "save_every": 2}
     recipe = {
-        "name": "tiny", "data": str(root / "data"), "model": SHAPE, "stages": ["steady", "chat", "align"],
+        "name": "tiny", "data": str(root / "data"), "model": OF_A_RECIPE, "stages": ["steady", "chat", "align"],
         "tokenizer": {"vocab_size": 360, "sources": source["prose"]},
         "evaluation": {"bits_per_byte": [{"name": "prose", "stage": "steady", "max_bytes": 2000}]},
         "chat": {"samples": ["하늘 바다?"], "max_new_tokens": 4},

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from train_small import LENGTH, VOCAB, random_model
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from keural.model import KeuralMoECausalLM
@@ -14,6 +13,7 @@ from keural.train.attention import ATTENTION, choose_attention, packing
 from keural.train.block import forward, network_of, settings_of, windows_of
 from keural.train.experts import GROUPED, mixture, sort_by_expert
 from keural.train.recompute import RECOMPUTE
+from tests.helpers.train_small import LENGTH, VOCAB, random_model
 
 CPU = torch.device("cpu")
 POSITIONS = torch.stack([torch.cat([torch.arange(10), torch.arange(LENGTH - 10)]), torch.arange(LENGTH)])

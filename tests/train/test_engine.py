@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from train_small import (
+
+from keural.errors import UserError
+from keural.train.engine import Engine, engine_for
+from keural.train.micro_batches import micro_batches
+from keural.train.policy import Policy, needs_engine
+from keural.train.ranks import Ranks
+from keural.train.split import SplitAdamW
+from keural.train.stage import StageJob
+from keural.train.trainer import Trainer
+from tests.helpers.train_small import (
     LENGTH,
     losses_of,
     metrics_of,
@@ -22,15 +31,6 @@ from train_small import (
     train_stage,
     weights_of,
 )
-
-from keural.errors import UserError
-from keural.train.engine import Engine, engine_for
-from keural.train.micro_batches import micro_batches
-from keural.train.policy import Policy, needs_engine
-from keural.train.ranks import Ranks
-from keural.train.split import SplitAdamW
-from keural.train.stage import StageJob
-from keural.train.trainer import Trainer
 
 CPU = torch.device("cpu")
 OBJECTIVES = ("next_token", "sft", "dpo")

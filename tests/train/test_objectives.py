@@ -6,7 +6,6 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from train_small import LENGTH, open_run, small_job, small_stage, write_store
 
 from keural.data.loading.batch import Batch
 from keural.data.loading.stream import Stream
@@ -15,6 +14,7 @@ from keural.recipe import OBJECTIVES, STORES, Objective, StageSpec, StoreKind
 from keural.train.micro_batches import micro_batches
 from keural.train.objectives.preference import dpo_loss, pair_logprobs
 from keural.train.objectives.registry import LOSSES
+from tests.helpers.train_small import LENGTH, open_run, small_job, small_stage, write_store
 
 CPU = torch.device("cpu")
 

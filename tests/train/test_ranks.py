@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from train_small import losses_of, metrics_of, small_job, start, train_stage, weights_of
+
+from tests.helpers.train_small import losses_of, metrics_of, small_job, start, train_stage, weights_of
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def free_port() -> int:
@@ -92,9 +95,9 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_the_other_way_round(tmp_
 def torchrun(directory: Path, objective: str, **changes: Any) -> subprocess.Popen[bytes]:
     spec = directory / "spec.json"
     spec.write_text(json.dumps({"directory": str(directory), "objective": objective, **changes}))
-    program = Path(__file__).with_name("train_small.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program), str(spec)]
-    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+    program = ["-m", "tests.helpers.train_small", str(spec)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
 
 
 @pytest.mark.slow

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from train_small import LENGTH, losses_of, open_run, small_job
 
 from keural.errors import UserError
 from keural.train.micro_batches import micro_batches
 from keural.train.objectives.preference import pair_logprobs
 from keural.train.reference import CHECKSUMS, VALUES, ReferenceCache
 from keural.train.stage import train_stage
+from tests.helpers.train_small import LENGTH, losses_of, open_run, small_job
 
 
 @pytest.mark.parametrize("limit", [None, 2 * LENGTH])

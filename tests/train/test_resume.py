@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from train_small import calling_before_each_step, losses_of, metrics_of, small_job, start, train_stage, weights_of
+
+from tests.helpers.train_small import calling_before_each_step, losses_of, metrics_of, small_job, start, train_stage, weights_of
 
 from keural.train import stage
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from train_small import losses_of, open_run, random_model, small_config, small_job, step_gradients, train_stage
 
 from keural.errors import UserError
 from keural.train.initial_weights import initial_model
 from keural.train.metrics import keep_until, line_text
+from tests.helpers.train_small import losses_of, open_run, random_model, small_config, small_job, step_gradients, train_stage
 
 CPU = torch.device("cpu")
 

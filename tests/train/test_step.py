@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from train_small import LENGTH, SHA, VOCAB, metrics_of, open_run, small_job, step_gradients, weights_of
 
 from keural.data.loading.stream import Stream
 from keural.data.tokens.store import StoreWriter, TokenStore
@@ -16,6 +15,7 @@ from keural.train.loop import train_step
 from keural.train.optimizer import clip_gradients, gradient_norm
 from keural.train.stage import train_stage
 from keural.train.trainer import Trainer
+from tests.helpers.train_small import LENGTH, SHA, VOCAB, metrics_of, open_run, small_job, step_gradients, weights_of
 
 OBJECTIVES = ("next_token", "sft", "dpo")
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from train_small import losses_of, metrics_of, small_job, small_stage, train_stage
 
 from keural.errors import UserError
 from keural.files import read_json
 from keural.train.step_plan import RESERVE, Costs, PlanFile, budget_plan
+from tests.helpers.train_small import losses_of, metrics_of, small_job, small_stage, train_stage
 
 BUDGET = {"steps": None, "budget_share": 0.5}
 

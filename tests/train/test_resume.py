@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.train_small import calling_before_each_step, losses_of, metrics_of, small_job, start, train_stage, weights_of
-
 from keural.train import stage
+from tests.helpers.train_small import calling_before_each_step, losses_of, metrics_of, small_job, start, train_stage, weights_of
 
 STEPS = 12
 SETTINGS: dict[str, Any] = {"train": {"steps": STEPS, "save_every": 2, "evaluate_every": 5}, "heldout": True}

@@ -22,7 +22,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe of one stage whose every text is hostile, and a run directory of such a name."""
     directory = tmp_path_factory.mktemp("evil") / "a\x1b[31m[bold]"
     (directory / "data").mkdir(parents=True)
-    words = ["the", "sea", "is", "wide", "and", "two", "small", "birds", "see", "a", "red", "house", "in", "the", "garden", "on", "Monday", "morning", "with", "eleven", "cats"]
+    words = "the sea is wide and two small birds see a red house in the garden on Monday morning with eleven cats".split()  # noqa: SIM905
     texts = [" ".join(words[(start * step) % 21] for step in range(1, 14)) for start in range(1, 300)]
     rows = [json.dumps({"text": f"{text} {EVIL}"}) for text in texts]
     rows += [json.dumps({EVIL: 1}), '{"text": \x1b[31m', json.dumps({"text": ""})]

@@ -1,6 +1,7 @@
 """Names, keys, rows, paths, samples and settings of a stranger reach no terminal raw, whatever the command."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe of one stage whose every text is hostile, and a run directory of such a name."""
     directory = tmp_path_factory.mktemp("evil") / "a\x1b[31m[bold]"
     (directory / "data").mkdir(parents=True)
-    words = "the sea is wide and two small birds see a red house in the garden on Monday morning with eleven cats".split()
-    texts = [" ".join(words[(start * step) % 21] for step in range(1, 14)) for start in range(1, 300)]
+    words = re.findall(r"\w+", "the sea is wide and two small birds see a red house in the garden on Monday with eleven cats")
+    texts = [" ".join(words[(start * step) % 20] for step in range(1, 14)) for start in range(1, 300)]
     rows = [json.dumps({"text": f"{text} {EVIL}"}) for text in texts]
     rows += [json.dumps({EVIL: 1}), '{"text": \x1b[31m', json.dumps({"text": ""})]
     (directory / "data" / f"{NAME}.jsonl").write_text("\n".join(rows))

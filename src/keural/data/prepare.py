@@ -121,6 +121,12 @@ def _encoding_cache(directory: Path, tokenizer: KeuralTokenizer) -> Iterator[Enc
     shutil.rmtree(directory, ignore_errors=True)
 
 
+def clear_parts(out_root: Path) -> None:
+    """Remove the batches of ids that killed processes left for data of other settings; what all stages train on is there."""
+    for directory in out_root.glob(".*.parts"):
+        shutil.rmtree(directory, ignore_errors=True)
+
+
 @dataclass(frozen=True)
 class _Reading:
     """Where records come from, and what is looked for in them."""

@@ -14,11 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
+from keural.data.prepare import clear_parts
 from keural.errors import UserError
 from keural.evaluate.scorecard import check_measurable, score
 from keural.files import fingerprint
 from keural.pipeline.run_contents import read_run
 from keural.pipeline.run_directory import (
+    DATA,
     DONE,
     EVALUATION,
     MODEL,
@@ -180,6 +182,8 @@ def _finish(workspace: Workspace, started: float) -> None:
     if complete and workspace.data.keys() != {stage.name for stage in stages}:
         workspace = prepare_all(recipe, stages, out)
         complete = all(is_finished(out / stage.name, workspace.stage_fingerprint(stage)) for stage in stages)
+    if complete:
+        clear_parts(out / DATA)
     measured = _evaluated(workspace) if complete else {"evaluation": {}, "samples": []}
     Summary(
         recipe=recipe.spec.name,

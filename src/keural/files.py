@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from keural.errors import UserError
+from keural.errors import UserError, refusal_of
 from keural.parsing import Malformed, parse_json, parse_yaml
 from keural.terminal import say
 
@@ -111,11 +111,17 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free some space or choose another directory") from error
+        raise _cannot_write(path, error) from error
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        return refusal_of(error) or UserError(str(error))
+    return UserError(f"{path}: cannot be written ({error.strerror or error}); free some space or choose another directory")
 
 
 def clear_leftovers(directory: Path) -> None:
@@ -188,8 +194,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         flush(path.parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = error.strerror or str(error)
-        raise UserError(f"{path}: cannot be written ({reason}); free some space or choose another directory") from error
+        raise _cannot_write(path, error) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -211,16 +211,19 @@ def test_generate_refuses_what_is_no_model(tmp_path: Path) -> None:
 
 
 TERMINAL = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from keural.serve.chat import run_chat
 from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.engines.transformers import TransformersEngine
-read = TransformersEngine._read
-def slowly(*arguments):
-    time.sleep(0.2)
+read, reads = TransformersEngine._read, []
+def read_once(*arguments):
+    reads.append(arguments)
+    if len(reads) == 2:  # the first token was said: the answer is going on, and will be when the interrupt comes
+        os.write(1, b"[answering]")
+        time.sleep(3600)
     return read(*arguments)
-TransformersEngine._read = slowly  # 120 tokens take 24 s: the answer is still going on when the interrupt comes
+TransformersEngine._read = read_once
 sys.exit(run_chat(Path(sys.argv[1]), SamplingParams(temperature=0.0, max_new_tokens=120), ""))
 """
 
@@ -238,7 +241,7 @@ class Keyboard:
         os.close(slave)
         self.seen = b""
 
-    def wait_for(self, text: str, seconds: float = 60) -> None:
+    def wait_for(self, text: str, seconds: float = 240) -> None:
         deadline = time.monotonic() + seconds
         while text.encode() not in self.seen:
             ready, _, _ = select.select([self.master], [], [], max(0.0, deadline - time.monotonic()))
@@ -257,7 +260,7 @@ def test_terminal_session_ctrl_c_stops_the_answer_and_ctrl_d_leaves(model_dir: P
         keyboard.wait_for("› ")
         keyboard.type("the cat\n")
         keyboard.wait_for("the cat\r\n")
-        time.sleep(0.5)
+        keyboard.wait_for("[answering]")
         os.kill(keyboard.process.pid, signal.SIGINT)
         keyboard.wait_for("(stopped)")
         keyboard.wait_for("› ")
@@ -265,7 +268,7 @@ def test_terminal_session_ctrl_c_stops_the_answer_and_ctrl_d_leaves(model_dir: P
         keyboard.wait_for("(conversation forgotten)")
         keyboard.wait_for("› ")
         keyboard.type("\x04")
-        assert keyboard.process.wait(timeout=30) == 0
+        assert keyboard.process.wait(timeout=240) == 0
     finally:
         keyboard.process.kill()
         keyboard.process.wait()

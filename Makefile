@@ -6,11 +6,15 @@ READY := $(VENV)/.ready
 # Threads that wait for each other without spinning: a little slower on quiet cores, several times faster on busy ones.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-# Releases of transformers that are tested, each in an environment of its own.
-RELEASES := 5.17.0 5.19.0 5.23.0
+# Releases of transformers that are tested, each in an environment of its own; src/keural/releases.py has the same.
+RELEASES := 5.17.0 5.19.0 5.23.0 5.24.0
 RELEASE := .venv-transformers-
 
-.PHONY: setup setup-llama demo test test-llama test-slow test-transformers test-wheel docs lint clean
+# What a change of a library shows up in: network, card's code, engines, conversion, tokenizers, recipes, cleaning, TRL and PEFT.
+EDGE_TESTS := tests/model tests/serve tests/convert tests/evaluate tests/tokenizer tests/recipe tests/data/test_cleaning.py \
+	tests/data/test_hub.py tests/train/test_trl.py
+
+.PHONY: test-processors setup setup-llama demo test test-llama test-slow test-transformers test-newest test-oldest test-wheel docs lint clean
 
 setup: $(READY)
 
@@ -46,8 +50,21 @@ test-llama: $(VENV)/.ready-llama
 test-transformers: $(READY) $(RELEASES:%=$(RELEASE)%/.ready)
 	KEURAL_CLEAN_PYTHONS="$(RELEASES:%=$(CURDIR)/$(RELEASE)%/bin/python)" $(BIN)/python -m pytest tests/convert/test_card_usage.py
 	for site in $(RELEASES:%=$(CURDIR)/$(RELEASE)%/lib/python*/site-packages); do \
-		PYTHONPATH=$$site $(BIN)/python -m pytest tests/model || exit 1; \
+		PYTHONPATH=$$site $(BIN)/python -m pytest -n 2 --dist loadgroup tests/model || exit 1; \
 	done
+
+# The newest of every library that the package admits, whatever constraints.txt says, and the oldest; made anew each time, since the
+# newest change. torch is the newest or oldest of which there is a CPU build. A failure names the releases it came with.
+test-newest test-oldest: test-%:
+	rm -rf .venv-$*
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python .ci/bounds.py $* > .venv-$*/bounds.txt
+	.venv-$*/bin/python -m pip install -c .venv-$*/bounds.txt torch
+	.venv-$*/bin/python -m pip install -c .venv-$*/bounds.txt -e '.[dev]'
+	.venv-$*/bin/python -m pip check
+	.venv-$*/bin/python -m pytest -n 2 --dist loadgroup -m "not slow" $(EDGE_TESTS) || \
+		{ echo "make test-$* failed with: $$(.venv-$*/bin/python -m keural.releases)"; exit 1; }
+	@echo "make test-$* passed with: $$(.venv-$*/bin/python -m keural.releases)"
 
 $(RELEASE)%/.ready: $(READY) constraints.txt
 	$(BIN)/python -m venv $(@D)
@@ -64,10 +81,17 @@ docs: $(READY)
 	$(BIN)/python -m keural.recipe.reference > docs/recipes.md.new
 	mv docs/recipes.md.new docs/recipes.md
 
+# What computes, as on processors without AVX-512 and without AVX2: sums are rounded elsewhere there, and no result may hang on it.
+NUMERIC := tests/model tests/serve tests/train tests/evaluate tests/convert
+test-processors: $(READY)
+	for capability in default $$(grep -qsw avx2 /proc/cpuinfo && echo avx2); do \
+		ATEN_CPU_CAPABILITY=$$capability $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" $(NUMERIC) || exit 1; \
+	done
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(RELEASE)* build dist src/*.egg-info .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(RELEASE)* .venv-newest .venv-oldest build dist src/*.egg-info .mypy_cache .ruff_cache

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from keural.convert.export import ExportOptions, export
 from keural.data.tokens.store import TokenStore
-from keural.pretrained.directory import load_model
+from keural.pretrained.stored_model import load_model
 
 QUANTIZATIONS = ("f32", "f16", "q8_0", "q4_k_m")
 

@@ -13,6 +13,7 @@ from keural.cli.app import main
 from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.pretrained.directory import save_model_directory
 from keural.recipe import ChatSpec, TokenizerSpec
+from keural.releases import installed_releases
 from keural.tokenizer import KeuralTokenizer
 from keural.tokenizer.train import train_tokenizer
 
@@ -23,6 +24,12 @@ WORDS = """the cat sees a small red house and two blue birds in the garden on Mo
 TEXTS = [" ".join(WORDS.split()[(start * step) % 34] for step in range(1, 14)) for start in range(1, 200)]
 
 Keural = Callable[..., tuple[int, str, str]]
+
+
+def pytest_report_header() -> str:
+    """So that a failure is seen beside the releases it came with."""
+    return f"releases: {installed_releases()}"
+
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

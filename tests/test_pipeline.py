@@ -20,7 +20,7 @@ from published_writer import pack_documents, write_shard
 from keural.cli.app import main
 from keural.data.loading.stream import Stream
 from keural.files import read_json
-from keural.pretrained.directory import load_model
+from keural.pretrained.stored_model import load_model
 
 WORDS = ["하늘", "바다", "나무", "구름", "바람", "sea", "sky", "tree", "cloud", "오늘", "내일", "going", "봅니다", "읽어요", "sees"]
 Keural = Callable[..., tuple[int, str, str]]
@@ -377,7 +377,7 @@ class TestRefusals:
 
     def test_corrupted_checkpoint(self, workplace: Path, keural: Keural) -> None:
         (workplace / "run" / "align" / "done.json").unlink()
-        victim = max((workplace / "run" / "align" / "checkpoints").rglob("*.distcp"), key=lambda path: path.stat().st_size)
+        victim = max((workplace / "run" / "align" / "checkpoints").rglob("*.safetensors"), key=lambda path: path.stat().st_size)
         data = bytearray(victim.read_bytes())
         data[len(data) // 2] ^= 1
         victim.write_bytes(data)

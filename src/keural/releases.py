@@ -4,7 +4,7 @@ In: nothing. Out: the releases, and which installed one lies outside. The Makefi
 `pyproject.toml` and the pages that name the range are held to it by a test.
 """
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from packaging.version import Version
 
@@ -13,6 +13,10 @@ TESTED: dict[str, tuple[str, ...]] = {
     "torch": ("2.13.0",),
 }
 """Oldest first; what lies between two of them is taken for tested."""
+BUILT_ON = (
+    *TESTED, "tokenizers", "sentencepiece", "safetensors", "pydantic", "typer", "datasets", "datatrove", "trl", "peft",
+)  # fmt: skip
+"""The libraries whose releases a test run is told by: `python -m keural.releases` prints them."""
 
 
 def installed_release(library: str) -> str:
@@ -30,3 +34,19 @@ def outside_tested() -> list[str]:
         elif Version(installed) < Version(tested[0]):
             phrases.append(f"{library} {installed} is older than {tested[0]}, the oldest tested")
     return phrases
+
+
+def installed_releases() -> str:
+    """The installed releases of `BUILT_ON`, on one line."""
+    return ", ".join(f"{library} {_version(library)}" for library in BUILT_ON)
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "none"
+
+
+if __name__ == "__main__":
+    print(installed_releases())

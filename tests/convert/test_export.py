@@ -16,7 +16,8 @@ from keural.convert.export import FORMATS, ExportOptions, export
 from keural.errors import UserError
 from keural.files import sha256_file
 from keural.model import KeuralConfig, KeuralMoECausalLM
-from keural.pretrained.directory import load_model, read_lineage, save_model_directory
+from keural.pretrained.directory import save_model_directory
+from keural.pretrained.stored_model import load_model, read_lineage
 from keural.recipe import ChatSpec
 from keural.tokenizer import KeuralTokenizer
 
@@ -205,6 +206,7 @@ def test_a_model_without_tokenizer_is_told_what_it_lacks(tmp_path: Path, stored:
 
     copy = Path(shutil.copytree(stored, tmp_path / "copy"))
     (copy / "tokenizer.model").unlink()
+    (copy / "keural.json").unlink()
 
     with pytest.raises(UserError, match=r"has no tokenizer.model.*--tokenizer"):
         export(copy, tmp_path / "out", "hf", ExportOptions())

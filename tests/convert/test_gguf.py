@@ -11,7 +11,8 @@ import torch
 
 from keural.convert.export import ExportOptions, export
 from keural.model import KeuralConfig, KeuralMoECausalLM
-from keural.pretrained.directory import load_model, save_model_directory
+from keural.pretrained.directory import save_model_directory
+from keural.pretrained.stored_model import load_model
 from keural.tokenizer import KeuralTokenizer
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed (extra gguf)")
@@ -94,6 +95,7 @@ def test_the_window_counts_the_token_itself(tmp_path: Path, make_model: Make) ->
 
     config = model_dir / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"sliding_window": 8}))
+    (model_dir / "keural.json").unlink()
 
     llama = opened(export(model_dir, tmp_path / "out", "gguf", ExportOptions()))
 

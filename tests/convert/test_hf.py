@@ -17,14 +17,9 @@ import keural
 from keural.errors import UserError
 from keural.files import sha256_file
 from keural.model import KeuralConfig, KeuralMoECausalLM
-from keural.pretrained.directory import (
-    load_model,
-    load_tokenizer,
-    model_directory,
-    read_lineage,
-    save_model_directory,
-    stored_tensors,
-)
+from keural.pretrained.directory import save_model_directory, stored_tensors
+from keural.pretrained.location import model_directory
+from keural.pretrained.stored_model import load_model, load_tokenizer, read_lineage
 from keural.recipe import ChatSpec
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt
 
@@ -140,8 +135,8 @@ def test_lineage_keeps_what_was_given_and_checksums(model_dir: Path, tokenizer: 
     assert lineage["tokenizer_sha256"] == tokenizer.sha256
     assert lineage["keural"] == keural.__version__
     assert lineage["chat"]["system"] == "Be brief."
-    weights = {file.name: sha256_file(file) for file in model_dir.glob("*.safetensors")}
-    assert lineage["files"] == weights | {"tokenizer.model": tokenizer.sha256}
+    assert lineage["files"] == {file.name: sha256_file(file) for file in model_dir.iterdir() if file.name != "keural.json"}
+    assert {"config.json", "modeling_keural.py", "chat_template.jinja", "tokenizer.json"} < lineage["files"].keys()
 
 
 def test_saving_twice_gives_the_same_bytes(
@@ -257,6 +252,7 @@ def test_tensors_must_be_exactly_the_models(copy: Path, kind: str) -> None:
 def test_truncated_weights_are_refused(copy: Path) -> None:
     file = sorted(copy.glob("*.safetensors"))[0]
     file.write_bytes(file.read_bytes()[:-100])
+    (copy / "keural.json").unlink()
 
     with pytest.raises(UserError, match=f"{file.name}: is damaged"):
         load_model(copy)
@@ -274,6 +270,7 @@ def test_one_flipped_bit_is_refused(copy: Path) -> None:
 
 def test_missing_shard_is_refused(copy: Path) -> None:
     sorted(copy.glob("*.safetensors"))[1].unlink()
+    (copy / "keural.json").unlink()
 
     with pytest.raises(UserError, match="the weights are incomplete"):
         load_model(copy)
@@ -282,6 +279,7 @@ def test_missing_shard_is_refused(copy: Path) -> None:
 def test_another_architecture_is_refused(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"model_type": "mixtral"}))
+    (copy / "keural.json").unlink()
 
     with pytest.raises(UserError, match="describes a 'mixtral' model"):
         load_model(copy)
@@ -290,6 +288,7 @@ def test_another_architecture_is_refused(copy: Path) -> None:
 def test_impossible_config_is_refused(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 9}))
+    (copy / "keural.json").unlink()
 
     with pytest.raises(UserError, match="num_experts_per_tok"):
         load_model(copy)

@@ -13,7 +13,7 @@ from keural.convert.initialise import random_weights
 from keural.convert.inspection import exports, inspect_checkpoint, inspect_gguf, inspect_model, ledger
 from keural.errors import UserError
 from keural.model import KeuralConfig
-from keural.pretrained.directory import load_model
+from keural.pretrained.stored_model import load_model
 from keural.pretrained.weights import stored_tensors
 from keural.tokenizer import KeuralTokenizer
 

@@ -10,7 +10,7 @@ import torch
 
 from keural.convert.export import ExportOptions, export
 from keural.errors import UserError
-from keural.files import atomic_directory
+from keural.files import atomic_directory, fingerprint, sha256_file
 from keural.model import KeuralMoECausalLM
 from keural.pretrained.directory import save_model_directory
 from keural.pretrained.lineage import check_sums, file_name
@@ -25,8 +25,21 @@ def copy(model_dir: Path, tmp_path: Path) -> Path:
 
 
 def edit(directory: Path, name: str, **changes: object) -> None:
+    """Change a JSON file and write the record anew, as somebody would who wants it to be believed."""
     file = directory / name
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    values = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps(values))
+    record = values if name == "keural.json" else json.loads((directory / "keural.json").read_text())
+    record["files"] |= {name: sha256_file(file)} if name != "keural.json" else {}
+    seal(directory, record)
+
+
+def seal(directory: Path, record: object) -> None:
+    """Write a record with the checksum of itself that it should have."""
+    if isinstance(record, dict):
+        record = {"record": 2} | {key: value for key, value in record.items() if key != "checksum"}
+        record["checksum"] = fingerprint(record)
+    (directory / "keural.json").write_text(json.dumps(record))
 
 
 DAMAGED: list[object] = [
@@ -48,7 +61,7 @@ DAMAGED: list[object] = [
 
 @pytest.mark.parametrize("content", DAMAGED, ids=str)
 def test_damaged_lineage_is_one_line_everywhere(copy: Path, tmp_path: Path, keural: Keural, content: object) -> None:
-    (copy / "keural.json").write_text(json.dumps(content))
+    seal(copy, content)
 
     commands: list[list[object]] = [["inspect", copy], ["generate", copy, "--prompt", "hello", "--max-new-tokens", "1"]]
     commands += [["export", copy, tmp_path / "out", "--format", name] for name in ("hf", "granite", "gguf", "pt")]

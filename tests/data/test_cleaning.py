@@ -1,10 +1,14 @@
 """Cleaning: what it keeps and drops, that every row is accounted for, that interruptions change nothing, that nothing raises."""
 
+import contextlib
 import json
 import os
+import pickle
 import random
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -343,10 +347,84 @@ class TestRefusals:
         with pytest.raises(UserError, match="pip install ray"):
             run(sources({"a": [korean(0)]}), tmp_path, executor=ExecutorSpec(kind="ray"))
 
+    @pytest.mark.parametrize("settings", [{"time": "1:00\ncurl x | sh"}, {"sbatch": {"account": "a\ntouch x"}}], ids=str)
+    def test_slurm_settings_that_would_be_commands_of_the_jobs_script(self, sources, tmp_path, monkeypatch, settings):
+        monkeypatch.setattr("shutil.which", lambda name: name)
+        with pytest.raises(UserError, match="is not one line of text"):
+            run(sources({"a": [korean(0)]}), tmp_path, executor=ExecutorSpec(kind="slurm", partition="cpu", **settings))
+
+    def test_slurm_in_a_directory_whose_name_a_shell_would_run(self, sources, tmp_path, monkeypatch):
+        monkeypatch.setattr("shutil.which", lambda name: name)
+        (tmp_path / "$(touch x)").mkdir()
+        specs = sources({"a": [korean(0)]})
+        executor = ExecutorSpec(kind="slurm", partition="cpu")
+        with pytest.raises(UserError, match="characters that a shell takes for commands"):
+            clean(CleaningSpec(tasks=1, executor=executor), specs, tmp_path, tmp_path / "$(touch x)", 0, FileHashes())
+
     @pytest.mark.parametrize("settings", [{"kind": "slurm"}, {"kind": "local", "partition": "x"}, {"kind": "ray", "qos": "y"}])
     def test_executor_settings_that_would_do_nothing(self, settings):
         with pytest.raises(ValueError, match="executor kind"):
             ExecutorSpec(**settings)
+
+
+class Payload:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (Path.touch, (self.mark,))
+
+
+READERS = {"read": ("signatures", "keep"), "signatures": ("buckets",), "pairs": ("clusters",), "remove": ("keep",)}
+"""The steps that read what lies in a part of the work directory."""
+
+
+@pytest.mark.slow
+def test_a_pickle_in_any_file_of_an_interrupted_cleaning_is_not_run(sources, tmp_path, monkeypatch):
+    specs = sources({"a": [korean(seed) for seed in range(4)] + [korean(0)]})
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("keural.data.cleaning.run.write_json", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(specs, tmp_path, tasks=2)
+    (work,) = (tmp_path / "out").glob("*/work")
+    (work / "logs" / "read" / "executor.pik").touch()
+    shutil.copytree(work, tmp_path / "kept")
+    files = sorted(path.relative_to(work) for path in work.rglob("*") if path.is_file())
+    assert {file.parts[0] for file in files} >= {"logs", *READERS}
+    for file in files:
+        (work / file).write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+        for step in READERS.get(file.parts[0], ()):
+            shutil.rmtree(work / "logs" / step / "completions")
+        with contextlib.suppress(Exception):  # what is made of the file is another claim
+            run(specs, tmp_path, tasks=2)
+        assert not (tmp_path / "ran").exists(), file
+        shutil.rmtree(tmp_path / "out")
+        shutil.copytree(tmp_path / "kept", work)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_slurm_job_does_not_read_a_pickle_that_was_changed_after_its_submission(tmp_path, monkeypatch, changed):
+    """Slurm keeps the script of a job from its submission; here a shell runs it, and `srun` only says that it was called."""
+    from keural.data.cleaning.slurm import CheckedSlurmExecutor
+
+    tools, called, kept = tmp_path / "tools", tmp_path / "called", tmp_path / "kept"
+    tools.mkdir()
+    (tools / "sbatch").write_text(f'#!/bin/sh\nfor s; do :; done; [ -e {kept} ] || cp "$s" {kept}\necho "Submitted batch job 1"\n')
+    (tools / "srun").write_text(f"#!/bin/sh\ntouch {called}\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    CheckedSlurmExecutor([print], tasks=1, time="1", partition="cpu", logging_dir=str(tmp_path / "logs")).run()
+    if changed:
+        (tmp_path / "logs" / "executor.pik").write_bytes(b"other")
+    done = subprocess.run(["bash", kept], capture_output=True, check=False)
+    assert (called.exists(), done.returncode == 0) == (not changed, not changed)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig
 
 from keural.errors import UserError
-from keural.evaluate.generation import greedy, sequence_logprobs, token_logprobs, until
+from keural.evaluate.generation import answer_logprobs, greedy, text_logprobs, until
 from keural.model import KeuralMoECausalLM
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt
 
@@ -76,10 +76,10 @@ def test_greedy_stops_at_im_end(model: KeuralMoECausalLM, tokenizer: KeuralToken
 
 
 def test_greedy_ignores_the_sampling_defaults_of_the_model(model: KeuralMoECausalLM, tokenizer: KeuralTokenizer) -> None:
-    penalised = copy.deepcopy(model)
-    penalised.generation_config = GenerationConfig(do_sample=True, repetition_penalty=5.0, eos_token_id=7)
+    penalized = copy.deepcopy(model)
+    penalized.generation_config = GenerationConfig(do_sample=True, repetition_penalty=5.0, eos_token_id=7)
 
-    assert greedy(penalised, tokenizer, CHATS, 24) == greedy(model, tokenizer, CHATS, 24)
+    assert greedy(penalized, tokenizer, CHATS, 24) == greedy(model, tokenizer, CHATS, 24)
 
 
 def test_greedy_of_nothing_is_nothing(model: KeuralMoECausalLM, tokenizer: KeuralTokenizer) -> None:
@@ -92,16 +92,16 @@ def test_prompt_longer_than_the_context_is_refused(model: KeuralMoECausalLM, tok
     with pytest.raises(UserError, match="exceeds the model's context of 160"):
         greedy(model, tokenizer, long, max_new_tokens=4)
     with pytest.raises(UserError, match="exceeds the model's context of 160"):
-        sequence_logprobs(model, tokenizer, long, ["yes"])
+        answer_logprobs(model, tokenizer, long, ["yes"])
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_sequence_logprobs_sum_over_the_answer_and_its_end(
+def test_answer_logprobs_sum_over_the_answer_and_its_end(
     model: KeuralMoECausalLM, exact: KeuralMoECausalLM, tokenizer: KeuralTokenizer, batch_size: int
 ) -> None:
     answers = ["blue birds", "감사합니다", "", "the house is small", "<|im_end|>"]
 
-    sums = sequence_logprobs(model, tokenizer, CHATS, answers, batch_size)
+    sums = answer_logprobs(model, tokenizer, CHATS, answers, batch_size)
 
     for total, chat, answer in zip(sums, CHATS, answers, strict=True):
         prompt = render_prompt(tokenizer, chat)
@@ -110,10 +110,10 @@ def test_sequence_logprobs_sum_over_the_answer_and_its_end(
         assert total == pytest.approx(expected, rel=1e-5)
 
 
-def test_token_logprobs_do_not_depend_on_padding(model: KeuralMoECausalLM, exact: KeuralMoECausalLM) -> None:
+def test_text_logprobs_do_not_depend_on_padding(model: KeuralMoECausalLM, exact: KeuralMoECausalLM) -> None:
     sequences = [[5, 9, 300, 301, 302, 17], [4, 8], list(range(260, 300))]
 
-    for row, ids in zip(token_logprobs(model, sequences, pad_id=0), sequences, strict=True):
+    for row, ids in zip(text_logprobs(model, sequences, pad_id=0), sequences, strict=True):
         torch.testing.assert_close(row.double(), torch.tensor(naive_logprobs(exact, ids)).double(), rtol=1e-5, atol=1e-5)
 
 

@@ -1,5 +1,6 @@
 """Choosing the next token: the distribution of transformers' processors, for small and large vocabularies."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,12 +9,14 @@ from torch import Tensor
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
 from keural.errors import UserError
-from keural.serve.engines.sampling import choose, next_token_distribution, penalise
+from keural.serve.engines.sampling import choose, next_token_distribution, penalize
 from keural.serve.engines.sampling_params import SamplingParams
 
 
 def of_transformers(ids: Tensor, logits: Tensor, sampling: SamplingParams) -> Tensor:
-    """Probabilities `[V]` after transformers' processors for the ids `[T]` so far."""
+    """Probabilities `[V]` after transformers' processors for the ids `[T]` so far; in float64, for their sums of a large vocabulary
+    in float32 decide over the last tokens differently on other processors.
+    """
     processors = LogitsProcessorList(
         [
             RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty),
@@ -21,7 +24,7 @@ def of_transformers(ids: Tensor, logits: Tensor, sampling: SamplingParams) -> Te
             TopPLogitsWarper(sampling.top_p),
         ]
     )
-    return processors(ids[None], logits[None].clone())[0].softmax(-1)
+    return processors(ids[None], logits[None].double())[0].softmax(-1).float()
 
 
 def random_case(seed: int, size: int, spread: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,8 +54,23 @@ def test_distribution_is_the_same_where_the_vocabulary_is_too_large_to_sort(spre
 
     ours, theirs = next_token_distribution(logits, seen, sampling), of_transformers(ids, logits, sampling)
 
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)  # float32 sums decide over the last token
-    assert int((ours > 0).sum()) == pytest.approx(int((theirs > 0).sum()), abs=100)
+    # of tokens that are equally probable theirs may keep others
+    torch.testing.assert_close(ours.sort().values, theirs.sort().values, rtol=1e-5, atol=0)
+    assert int(((ours > 0) != (theirs > 0)).sum()) <= 2
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("levels", [1, 2, 3, 400, 100_000])
+def test_the_nucleus_is_that_of_a_full_sort_in_float64_first_tokens_first(levels: int, top_p: float) -> None:
+    logits = torch.randint(0, levels, (20_000,), generator=torch.Generator().manual_seed(levels)) * (8.0 / levels)
+    kept = next_token_distribution(logits, torch.zeros(20_000, dtype=torch.bool), SamplingParams(1.0, top_p, 1.0)) > 0
+
+    exact = np.exp(logits.double().numpy())
+    order = np.argsort(-exact, kind="stable")
+    before = np.concatenate([[0.0], np.cumsum(exact[order] / exact.sum())[:-1]])
+    wanted = np.zeros(20_000, dtype=bool)
+    wanted[order[before < top_p - 1e-9]] = True
+    assert np.array_equal(kept.numpy(), wanted)
 
 
 def test_tokens_of_equal_probability_do_not_hang_it() -> None:
@@ -73,7 +91,7 @@ def test_logits_stay_as_they_are() -> None:
     before = logits.clone()
 
     choose(logits, seen, SamplingParams(), torch.Generator().manual_seed(0))
-    penalise(logits, seen, 2.0)
+    penalize(logits, seen, 2.0)
 
     assert torch.equal(logits, before)
 

@@ -1,17 +1,21 @@
 """Checkpoints are whole or absent, and a damaged one is named."""
 
+import contextlib
 import dataclasses
 import json
+import pickle
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
 from train_small import losses_of, open_run, small_job, start, train_stage, weights_of
 
 from keural.errors import UserError
-from keural.files import read_json
+from keural.files import fingerprint, read_json, sha256_file, write_json
 from keural.train.stage import StageJob
 
 
@@ -106,6 +110,91 @@ def test_a_checkpoint_of_other_settings_is_refused(trained: StageJob) -> None:
     other = dataclasses.replace(trained, fingerprint="0" * 64)
     with pytest.raises(UserError, match="other settings"):
         train_stage(other)
+
+
+def rewritten(directory: Path, **changes: object) -> None:
+    """Write the manifest anew so that it fits what lies there, as somebody would who wants it to be believed."""
+    manifest = read_json(directory / "manifest.json") | changes
+    manifest["files"] = {path.name: sha256_file(path) for path in directory.iterdir() if path.name != "manifest.json"}
+    del manifest["checksum"]
+    write_json(directory / "manifest.json", manifest | {"checksum": fingerprint(manifest)})
+
+
+class Payload:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (self.mark,))
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "shard-00001-model-00001-of-00001.safetensors", "manifest.json"])
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_pickle_in_any_file_is_never_read(trained: StageJob, tmp_path: Path, name: str, listed: bool) -> None:
+    mark = tmp_path / "ran"
+    with (newest(trained) / name).open("wb") as file:
+        pickle.dump(Payload(mark), file)
+    if listed and name != "manifest.json":
+        rewritten(newest(trained))
+    unread = listed and name in {".metadata", "__0_0.distcp"}  # a file that the manifest lists and nothing looks at
+    with contextlib.nullcontext() if unread else pytest.raises(UserError, match="step-00000012"):
+        train_stage(trained)
+    assert not mark.exists()
+
+
+def test_a_checkpoint_holds_no_pickles(trained: StageJob) -> None:
+    assert {path.suffix for path in newest(trained).iterdir()} == {".safetensors", ".json"}
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_with_the_reason(trained: StageJob) -> None:
+    shutil.rmtree(newest(trained))
+    newest(trained).mkdir()
+    dcp.save({"x": torch.zeros(2)}, storage_writer=dcp.FileSystemWriter(newest(trained)), no_dist=True)
+    shutil.copy(newest(trained).with_name("step-00000008") / "manifest.json", newest(trained))
+    rewritten(newest(trained), format=1)
+    with pytest.raises(UserError, match=r"an earlier version of keural.*could run code.*delete .*checkpoints to start it again"):
+        train_stage(trained)
+
+
+MISSHAPED: dict[str, object] = {
+    "progress": {"step": "12"},
+    "world": "1",
+    "stage": [],
+    "format": 3,
+    "fingerprint": None,
+    "more": 1,
+}
+
+
+@pytest.mark.parametrize("key", MISSHAPED)
+def test_a_manifest_of_other_types_is_refused_in_one_line(trained: StageJob, key: str) -> None:
+    rewritten(newest(trained), **{key: MISSHAPED[key]})
+    with pytest.raises(UserError, match="step-00000012: ") as error:
+        train_stage(trained)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["missing", "of another stage", "of another shape", "of another type", "too many"])
+def test_tensors_that_are_not_the_stages_are_refused(trained: StageJob, kind: str) -> None:
+    (file,) = newest(trained).glob("*.safetensors")
+    tensors = load_file(file)
+    name = "model.model.norm.weight"
+    if kind == "missing":
+        del tensors[name]
+    elif kind == "of another stage":
+        tensors["model.more"] = torch.zeros(2)
+    elif kind == "of another shape":
+        tensors[name] = tensors[name][:-1]
+    elif kind == "of another type":
+        tensors[name] = tensors[name].double()
+    elif kind == "too many":
+        save_file({"model.more": torch.zeros(2)}, file.with_name("other.safetensors"))
+    save_file(tensors, file)
+    rewritten(newest(trained))
+    with pytest.raises(UserError, match="step-00000012: damaged checkpoint: tensor model"):
+        train_stage(trained)
 
 
 def test_what_a_killed_process_left_is_ignored_and_removed(trained: StageJob) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import keural
+from keural.card import SamplingDefaults
 from keural.cli import checkpoints, data, tokenizer
 from keural.cli.options import (
     RECIPE,
@@ -205,7 +206,7 @@ def _sampling(path: Path, engine: str | None, *given: float | int | None) -> "Sa
     """The settings given on the command line, and for the others those the model was saved with."""
     from keural.serve.engines.registry import chat_defaults
 
-    names = ("temperature", "top_p", "repetition_penalty", "max_new_tokens", "seed")
+    names = (*SamplingDefaults._fields, "seed")
     changes: dict[str, Any] = {name: value for name, value in zip(names, given, strict=True) if value is not None}
     return replace(chat_defaults(path, engine)[0], **changes)
 

@@ -1,6 +1,7 @@
-"""The commands around checkpoints: `import`, `export`, `refresh-code`, `inspect`, `init`. Part of the `keural` command, see `cli.py`."""
+"""The commands around checkpoints: `import`, `export`, `refresh-code`, `inspect`, `init`; part of the `keural` command."""
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -73,12 +74,13 @@ def export(
     from keural.cli.printing import byte_progress
     from keural.convert.export import ExportOptions
     from keural.convert.export import export as write
+    from keural.serve.text import printable
 
     if shard_gb is not None and not shard_gb < MAX_SHARD_GB:
         raise UserError(f"--shard-gb {shard_gb}: give a number of gigabytes below {MAX_SHARD_GB:,}")
     options = ExportOptions(quantize, license, None if shard_gb is None else int(shard_gb * 1e9))
     with byte_progress(f"export {directory}") as advance:
-        written = write(directory, out, format, options, advance)
+        written = write(directory, out, format, options, advance, lambda line: print(printable(line), file=sys.stderr))
     print(f"{written}: written as {format}")
 
 
@@ -104,13 +106,15 @@ def inspect(
 
     check_there(path, "a model directory or a checkpoint")
     from keural.cli import printing
-    from keural.convert.inspection import inspect_path
+    from keural.convert.inspection import NOTHING, inspect_path
 
     values = inspect_path(path, verify)
     if as_json:
         print(json.dumps(values, ensure_ascii=False, indent=1))
     else:
         printing.print_inspection(values)
+    if verify and values["verified"].startswith(NOTHING):  # a check that could not be made has not passed
+        raise UserError(f"{path}: {NOTHING}; compare the files with their source by other means, or inspect without --verify")
 
 
 @app.command(rich_help_panel=PANEL)

@@ -48,8 +48,17 @@ class Format:
     """Refuses options, or a missing package, before the model is opened."""
 
 
-def export(path: Path, out: Path, format_name: str, options: ExportOptions, advance: Advance = lambda count: None) -> Path:
+def export(
+    path: Path,
+    out: Path,
+    format_name: str,
+    options: ExportOptions,
+    advance: Advance = lambda count: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Path:
     """Write the model in `path` to the new directory `out`; returns the directory, or the file that is the model.
+
+    `say` is told when not all that is read could be verified.
 
     Raises `UserError` for an unknown format, an option that the format does not have, a model that cannot be written in it, damaged
     files, too little disk, and an `out` that is not empty.
@@ -65,7 +74,10 @@ def export(path: Path, out: Path, format_name: str, options: ExportOptions, adva
     check_kind(model_directory(path))
     from keural.pretrained.stored_model import open_model
 
-    return chosen.write(open_model(path), out, options, advance)
+    model = open_model(path)
+    if model.notice:
+        say(model.notice)
+    return chosen.write(model, out, options, advance)
 
 
 def _write_hf(model: "StoredModel", out: Path, options: ExportOptions, advance: Advance) -> Path:

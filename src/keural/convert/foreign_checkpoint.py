@@ -10,7 +10,7 @@ import pickle
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from keural.errors import UserError
 from keural.files import read_object
-from keural.pretrained.lineage import read_record
+from keural.pretrained.lineage import check_sums, read_record
 from keural.pretrained.location import CHECKPOINTS, CONFIG, check_there
 from keural.pretrained.safetensors import DTYPES, INDEX, open_safetensors, weight_files
 from keural.pretrained.weights import TensorInfo, Weights, read_tensor
@@ -42,6 +42,8 @@ class Checkpoint:
     """Those of step, epoch and tokens_processed that the checkpoint names."""
     ours: bool = False
     """Whether this package wrote it, so that its configuration follows this package's conventions."""
+    verified: str = ""
+    """What was compared with checksums; empty where nothing was."""
 
     @property
     def directory(self) -> Path:
@@ -52,16 +54,25 @@ class Checkpoint:
 def open_checkpoint(path: Path, verify: bool = True) -> Checkpoint:
     """Open the checkpoint at `path`: a `.pt` or `.safetensors` file, or a directory that holds one checkpoint.
 
-    With `verify`, the checksums inside a `.pt` are compared first, which reads it once. Raises `UserError` when there is none,
-    when it is cut off or damaged, when reading it would run code from it, or when it holds something else than floating-point
-    tensors.
+    With `verify`, checksums are compared first, which reads it once: those inside a `.pt`, and those of `keural.json` beside it.
+    Raises `UserError` when there is none, when it is cut off, damaged or not as it is listed, when reading it would run code from
+    it, or when it holds something else than floating-point tensors.
     """
     check_there(path, CHECKPOINTS)
     file = _only_checkpoint(path) if path.is_dir() else path
     suffix = file.suffix.lower() if file.is_file() else ".safetensors"
     if suffix not in _OPENERS:
         raise UserError(f"{file}: {suffix or 'a file without suffix'} is no checkpoint; known are {', '.join(_OPENERS)}")
-    return _OPENERS[suffix](file, verify)
+    listed = _check_record(path, file) if verify else ""
+    checkpoint = _OPENERS[suffix](file, verify)
+    return replace(checkpoint, verified="; ".join(filter(None, (checkpoint.verified, listed))))
+
+
+def _check_record(path: Path, file: Path) -> str:
+    """Compare the directory with its `keural.json`; empty where there is none."""
+    directory = path if path.is_dir() else path.parent
+    coverage = check_sums(directory, () if file.is_dir() else (file.name,))
+    return "" if coverage.record is None else str(coverage)
 
 
 def _only_checkpoint(directory: Path) -> Path:
@@ -116,6 +127,7 @@ def _open_pt(path: Path, verify: bool) -> Checkpoint:
         Weights(infos, lambda name: _read_from_archive(path, state_dict[name])),
         _mapping(path.parent / CONFIG) if config is None else config,
         progress,
+        verified="the records of the file match its own checksums" if verify else "",
     )
 
 

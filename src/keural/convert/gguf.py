@@ -26,7 +26,7 @@ from torch import Tensor
 from keural.convert import ggml
 from keural.convert.ggml import QUANTIZATIONS, GgmlType
 from keural.convert.granite import SILENT_SINK, check_granite_swa
-from keural.files import atomic_directory, check_new, sha256_file
+from keural.files import atomic_directory, check_new
 from keural.pretrained.lineage import write_record
 from keural.pretrained.stored_model import StoredModel
 from keural.pretrained.tensor_names import EMBEDDING
@@ -94,7 +94,7 @@ def export_gguf(
         _write(file, model, quantize, matrices)
         model.tokenizer.save(directory)
         lineage = {**model.lineage, "quantization": quantize}
-        write_record(directory, lineage, {file.name: sha256_file(file)}, model.tokenizer, model.chat)
+        write_record(directory, lineage, model.chat)
     return out / file.name
 
 

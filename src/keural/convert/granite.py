@@ -15,7 +15,7 @@ from transformers import GraniteMoeSWAConfig
 from keural.convert.model_card import model_card
 from keural.errors import UserError
 from keural.files import atomic_directory, check_new, write_atomic
-from keural.model import KeuralConfig
+from keural.model import SHAPE, KeuralConfig
 from keural.pretrained.directory import DEFAULT_SHARD_BYTES, generation_config, quiet_transformers
 from keural.pretrained.lineage import write_record
 from keural.pretrained.safetensors import write_shards
@@ -25,15 +25,7 @@ from keural.pretrained.weights import TensorInfo, Weights
 SILENT_SINK = -1e4
 """A sink's logit: e to its power is zero in every precision, so the softmax is that of a model without sinks."""
 _SHARED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "num_local_experts",
-    "num_experts_per_tok",
+    *SHAPE,
     "hidden_act",
     "rms_norm_eps",
     "max_position_embeddings",
@@ -81,8 +73,8 @@ def export_granite(
         config.save_pretrained(directory)
         generation_config(model.config, model.chat, exported=True).save_pretrained(directory)
         model.tokenizer.save(directory)
-        write_record(directory, {**model.lineage, "format": "granite"}, sums, model.tokenizer, model.chat)
         write_atomic(directory / "README.md", model_card(model, "granite", license_id))
+        write_record(directory, {**model.lineage, "format": "granite"}, model.chat, sums)
     return out
 
 

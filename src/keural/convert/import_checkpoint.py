@@ -73,7 +73,7 @@ def import_checkpoint(
         config: JSON file with the configuration, in place of the one that came with the checkpoint.
         grow_vocabulary: append two rows for the ChatML ids, each the mean of the others.
         sliding_window: keys that a token of a sliding layer sees, itself included, in place of what the configuration says.
-        verify: compare checksums inside a `.pt` first.
+        verify: compare the checksums inside a `.pt`, and those of `keural.json` beside it, first.
         say: told, line by line, what was read and how it was understood.
         advance: told the bytes of every tensor that was read.
 
@@ -87,6 +87,8 @@ def import_checkpoint(
     """
     check_new(out)
     checkpoint = open_checkpoint(source, verify)
+    none = "none came with it: nothing was verified" if verify else "not compared (--no-verify)"
+    say(f"checksums: {checkpoint.verified or none}")
     weights = _renamed(checkpoint)
     values = checkpoint.config if config is None else read_object(config)
     shape = _configuration(checkpoint, values, weights, sliding_window, say)

@@ -12,36 +12,27 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from keural.card import SamplingDefaults
 from keural.convert.foreign_checkpoint import Checkpoint, open_checkpoint
 from keural.convert.gguf_header import check_header
 from keural.convert.granite import check_granite_swa, granite_config
 from keural.convert.published_pt import published_config
 from keural.errors import UserError
 from keural.files import read_object
-from keural.model import KeuralConfig, count_parameters
-from keural.pretrained.directory import directory_weights, load_tokenizer, read_config, read_lineage
-from keural.pretrained.lineage import check_sums, read_record
+from keural.model import SHAPE, KeuralConfig, count_parameters
+from keural.pretrained.lineage import Coverage, check_sums, read_record
 from keural.pretrained.location import CONFIG, check_there, model_directory
 from keural.pretrained.network_code import NETWORK_CODE, other_code_line
+from keural.pretrained.stored_model import load_tokenizer, open_network
 from keural.pretrained.tensor_names import is_published, stored_name
 from keural.pretrained.weights import Weights
 
 CARD = files("keural.convert").joinpath("card.yaml")
-_CONFIG_FIELDS = (
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "num_local_experts",
-    "num_experts_per_tok",
-    "intermediate_size",
-    "max_position_embeddings",
-    "vocab_size",
-    "rms_norm_eps",
-    "sliding_window",
-)
-_SAMPLING_FIELDS = ("temperature", "top_p", "repetition_penalty", "max_new_tokens")
+_CONFIG_FIELDS = (*SHAPE, "max_position_embeddings", "rms_norm_eps", "sliding_window")
+
+
+NOTHING = "no record: nothing was verified"
+NOT_ASKED = "not asked for (--verify)"
 
 
 class Entry(NamedTuple):
@@ -64,11 +55,11 @@ def inspect_path(path: Path, verify: bool = False) -> dict[str, Any]:
     """
     check_there(path, "a model directory or a checkpoint")
     if (directory := _model_directory(path)) is not None:
-        return inspect_model(directory, verify) if _is_ours(directory) else inspect_checkpoint(directory)
+        return inspect_model(directory, verify) if _is_ours(directory) else inspect_checkpoint(directory, verify)
     files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
     if len(files) > 1:
         raise UserError(f"{path}: holds {len(files)} GGUF files ({', '.join(file.name for file in files)}); name one of them")
-    return inspect_gguf(files[0], verify) if files else inspect_checkpoint(path)
+    return inspect_gguf(files[0], verify) if files else inspect_checkpoint(path, verify)
 
 
 def _model_directory(path: Path) -> Path | None:
@@ -80,9 +71,12 @@ def _model_directory(path: Path) -> Path | None:
 
 def _is_ours(directory: Path) -> bool:
     """Whether a directory with a `config.json` has this package's layout: a Keural model in safetensors under our names."""
-    if read_object(directory / CONFIG).get("model_type") != KeuralConfig.model_type:
-        return False
-    names = open_checkpoint(directory, verify=False).weights.infos
+    try:
+        if read_object(directory / CONFIG).get("model_type") != KeuralConfig.model_type:
+            return False
+        names = open_checkpoint(directory, verify=False).weights.infos
+    except UserError:  # whoever opens it says why, once it is verified
+        return True
     return any(directory.glob("*.safetensors")) and all(stored_name(name) == name for name in names)
 
 
@@ -91,13 +85,11 @@ def inspect_model(path: Path, verify: bool = False) -> dict[str, Any]:
 
     With `verify`, the files are compared with their checksums. Raises `UserError` when they do not describe one Keural model.
     """
-    directory = model_directory(path)
-    config = read_config(directory)
-    weights = directory_weights(directory, config)
-    if verify:
-        check_sums(directory)
+    stored = open_network(path, verify)
+    directory, config, weights = stored.directory, stored.config, stored.weights
     values = {
         "directory": str(directory),
+        "verified": _verified(stored.coverage),
         "architecture": "KeuralMoECausalLM",
         **_sizes(config, weights),
         **{name: getattr(config, name) for name in _CONFIG_FIELDS},
@@ -107,7 +99,7 @@ def inspect_model(path: Path, verify: bool = False) -> dict[str, Any]:
         **_generation(directory),
         "cache": _cache(config, weights),
         "code": _code(directory),
-        "lineage": read_lineage(directory),
+        "lineage": dict(stored.lineage),
         "exports": exports(config),
     }
     values["step"] = (values["lineage"].get("source") or {}).get("step")
@@ -115,12 +107,17 @@ def inspect_model(path: Path, verify: bool = False) -> dict[str, Any]:
     return values
 
 
-def inspect_checkpoint(path: Path) -> dict[str, Any]:
+def _verified(coverage: Coverage | None) -> str:
+    return NOT_ASKED if coverage is None else str(coverage)
+
+
+def inspect_checkpoint(path: Path, verify: bool = False) -> dict[str, Any]:
     """What a checkpoint says that has not been imported. Raises `UserError` when it cannot be opened."""
-    checkpoint: Checkpoint = open_checkpoint(path, verify=False)
+    checkpoint: Checkpoint = open_checkpoint(path, verify)
     infos = checkpoint.weights.infos
     return {
         "checkpoint": str(checkpoint.where),
+        "verified": (checkpoint.verified or NOTHING) if verify else NOT_ASKED,
         "names": "published" if any(is_published(name) for name in infos) else "this package's or another",
         "tensors": len(infos),
         "parameters": sum(prod(info.shape) for info in infos.values()),
@@ -143,12 +140,12 @@ def inspect_gguf(file: Path, verify: bool = False) -> dict[str, Any]:
         fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.ggml.")}
     except Exception as error:  # the reader trusts the file and stumbles in many ways
         raise UserError(f"{file}: is damaged ({str(error)[:200] or type(error).__name__}); copy or export it again") from error
-    if verify:
-        check_sums(file.parent)
+    coverage = check_sums(file.parent, [file.name]) if verify else None
     types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
     template = fields.pop("tokenizer.chat_template", None)
     return {
         "file": str(file),
+        "verified": _verified(coverage),
         "parameters": sum(int(tensor.n_elements) for tensor in reader.tensors if not tensor.name.endswith("attn_sinks.weight")),
         "bytes": file.stat().st_size,
         "tensors": dict(types),
@@ -227,7 +224,7 @@ def _generation(directory: Path) -> dict[str, Any]:
     end = stored.get("eos_token_id")
     return {
         "generation_end": end[0] if isinstance(end, list) and end else end,
-        **{name: stored.get(name) for name in _SAMPLING_FIELDS},
+        **{name: stored.get(name) for name in SamplingDefaults._fields},
     }
 
 

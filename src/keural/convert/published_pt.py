@@ -14,27 +14,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from keural.errors import UserError
-from keural.files import atomic_directory, check_new, sha256_file
-from keural.model import KeuralConfig
+from keural.files import atomic_directory, check_new, write_atomic
+from keural.model import SHAPE, KeuralConfig
 from keural.pretrained.lineage import write_record
 from keural.pretrained.stored_model import StoredModel
 from keural.pretrained.tensor_names import published_name
 from keural.pretrained.weights import Weights, data_bytes
 
-_CONFIG = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "num_local_experts",
-    "num_experts_per_tok",
-    "router_aux_loss_coef",
-    "router_z_loss_coef",
-    "max_position_embeddings",
-)
+_CONFIG = (*SHAPE, "router_aux_loss_coef", "router_z_loss_coef", "max_position_embeddings")
 """Fields of the published `ModelConfig` that mean the same here; the window and theta are written apart."""
 _FIXED = {"rms_norm_eps": 1e-5, "hidden_act": "silu"}
 """What the published code has as constants."""
@@ -61,9 +48,8 @@ def export_pt(model: StoredModel, out: Path, advance: Callable[[int], None] = la
         file = directory / f"checkpoint_{checkpoint['step']}.pt"
         checkpoint |= {"model_config": model_config, "train_config": {}}
         _save(file, checkpoint, model.watched(advance).weights)
-        tokenizer = model.directory / "tokenizer.model"
-        (directory / "keural_tokenizer.model").write_bytes(tokenizer.read_bytes())
-        write_record(directory, {**model.lineage, "format": "pt"}, {file.name: sha256_file(file)}, None, model.chat)
+        write_atomic(directory / "keural_tokenizer.model", model.tokenizer.model_bytes)
+        write_record(directory, {**model.lineage, "format": "pt"}, model.chat)
     return out / file.name
 
 

@@ -7,16 +7,13 @@ the renderer that training uses; no prompt is ever built as a string.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
 from keural.errors import UserError
 from keural.model import KeuralMoECausalLM
 from keural.tokenizer import KeuralTokenizer, Message, render, render_prompt
-
-LOGIT_ROWS = 1024
-"""Positions whose logits exist at the same time: 0.5 GB in float32 at a vocabulary of 131,074."""
+from keural.train.losses import token_logprobs
 
 Chat = Sequence[Message]
 
@@ -53,7 +50,7 @@ def greedy(
 
 
 @torch.inference_mode()
-def sequence_logprobs(
+def answer_logprobs(
     model: KeuralMoECausalLM,
     tokenizer: KeuralTokenizer,
     prompts: Sequence[Chat],
@@ -69,28 +66,26 @@ def sequence_logprobs(
     _check_length(max((len(ids) for ids, _ in chats), default=0), model.config.max_position_embeddings)
     sums = [0.0] * len(chats)
     for batch in _batches([len(ids) for ids, _ in chats], batch_size):
-        logprobs = token_logprobs(model, [chats[index][0] for index in batch], tokenizer.pad_id)
+        logprobs = text_logprobs(model, [chats[index][0] for index in batch], tokenizer.pad_id)
         for index, row in zip(batch, logprobs, strict=True):
             positions = [position - 1 for position in chats[index][1]]
             sums[index] = float(row[positions].double().sum())
     return sums
 
 
-def token_logprobs(model: KeuralMoECausalLM, sequences: Sequence[Sequence[int]], pad_id: int) -> list[Tensor]:
-    """Log-probability of each token given those before it: `len(ids) - 1` values per sequence, float32, on the CPU.
+@torch.inference_mode()
+def text_logprobs(model: KeuralMoECausalLM, sequences: Sequence[Sequence[int]], pad_id: int) -> list[Tensor]:
+    """Log-probability of each token given those before it: `len(ids) - 1` values per sequence, on the CPU.
 
-    The sequences run as one batch, padded on the right, where causal attention cannot see it. Logits exist for `LOGIT_ROWS`
-    positions at a time only.
+    The sequences run as one batch, padded on the right, where causal attention cannot see it. The head is training's own
+    (`keural.train.losses.token_logprobs`), so that all logits never exist at once.
     """
     longest = max(map(len, sequences))
     input_ids = torch.tensor([[*ids, *[pad_id] * (longest - len(ids))] for ids in sequences], device=model.device)
     mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in sequences], device=model.device)
     hidden = model.model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-    targets = input_ids[:, 1:].flatten()
-    counted = mask[:, 1:].flatten().bool()
-    values = torch.zeros(targets.shape[0], device=hidden.device)
-    values[counted] = _gathered(hidden[counted], targets[counted], model.get_output_embeddings().weight)
-    rows = values.view(len(sequences), longest - 1).cpu()
+    labels = input_ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100).flatten()
+    rows = token_logprobs(hidden, model.get_output_embeddings().weight, labels).view(len(sequences), longest - 1).cpu()
     return [row[: len(ids) - 1] for row, ids in zip(rows, sequences, strict=True)]
 
 
@@ -125,16 +120,6 @@ def _most_probable(model: KeuralMoECausalLM, input_ids: Tensor, mask: Tensor, co
         mask = torch.cat([mask, torch.ones_like(input_ids)], dim=-1)
         position_ids = position_ids[:, -1:] + 1
     return [list(row) for row in torch.stack(columns, dim=1).tolist()]
-
-
-def _gathered(hidden: Tensor, targets: Tensor, head: Tensor) -> Tensor:
-    """log softmax(hidden · headᵀ) at the targets, `[N]` float32, in blocks of rows."""
-    parts = []
-    for start in range(0, hidden.shape[0], LOGIT_ROWS):
-        block = slice(start, start + LOGIT_ROWS)
-        logits = F.linear(hidden[block], head).float()
-        parts.append(logits.gather(-1, targets[block, None])[:, 0] - logits.logsumexp(dim=-1))
-    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
 
 
 def _split(tokenizer: KeuralTokenizer, prompt: Chat, answer: str) -> tuple[list[int], list[int]]:

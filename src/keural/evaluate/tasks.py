@@ -11,10 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-
 from keural.errors import UserError
-from keural.evaluate.generation import sequence_logprobs, token_logprobs
+from keural.evaluate.generation import answer_logprobs, text_logprobs
 from keural.model import KeuralMoECausalLM
 from keural.tokenizer import KeuralTokenizer, Message
 
@@ -53,14 +51,14 @@ class Pair(Protocol):
         """The other answer."""
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """Text with every run of whitespace as one space, none at the ends."""
     return " ".join(text.split())
 
 
 def is_correct(answer: str, item: Item) -> bool:
     """Whether the answer equals one of the item's accepted ones, whitespace aside."""
-    return normalise(answer) in {normalise(accepted) for accepted in item.answers}
+    return normalize(answer) in {normalize(accepted) for accepted in item.answers}
 
 
 def exact_match(answers: Sequence[str], items: Sequence[Item]) -> dict[str, Any]:
@@ -116,7 +114,7 @@ def preference_margins(
     """log p(chosen | prompt) - log p(rejected | prompt) of each pair, in nats."""
     prompts = [pair.prompt for pair in pairs]
     answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    sums = sequence_logprobs(model, tokenizer, prompts + prompts, answers, batch_size)
+    sums = answer_logprobs(model, tokenizer, prompts + prompts, answers, batch_size)
     return [chosen - rejected for chosen, rejected in zip(sums[: len(pairs)], sums[len(pairs) :], strict=True)]
 
 
@@ -150,10 +148,9 @@ def bits_per_byte(
     windows = [window for text in texts for window in _windows(_document(tokenizer, text), length, overlap)]
     windows.sort(key=lambda window: -len(window.ids))
     nats = 0.0
-    with torch.inference_mode():
-        for batch in _window_batches(windows):
-            logprobs = token_logprobs(model, [window.ids for window in batch], tokenizer.pad_id)
-            nats -= sum(float(row[window.skip :].double().sum()) for window, row in zip(batch, logprobs, strict=True))
+    for batch in _window_batches(windows):
+        logprobs = text_logprobs(model, [window.ids for window in batch], tokenizer.pad_id)
+        nats -= sum(float(row[window.skip :].double().sum()) for window, row in zip(batch, logprobs, strict=True))
     bits = nats / math.log(2)
     tokens = sum(len(window.ids) - 1 - window.skip for window in windows)
     return {"bits_per_byte": bits / size, "bits": bits, "bytes": size, "tokens": tokens}

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .configuration_keural import KeuralConfig
     from .modeling_keural import KeuralMoECausalLM, KeuralMoEModel, KeuralPreTrainedModel, router_losses
-    from .parameters import CHATML_IDS, ParameterCount, count_parameters
+    from .parameters import CHATML_IDS, SHAPE, ParameterCount, count_parameters
     from .vocabulary import grow_vocabulary, mean_row
 
 __all__ = [
     "CHATML_IDS",
+    "SHAPE",
     "KeuralConfig",
     "KeuralMoECausalLM",
     "KeuralMoEModel",
@@ -35,6 +36,7 @@ _HOME = {
     "ParameterCount": "parameters",
     "count_parameters": "parameters",
     "CHATML_IDS": "parameters",
+    "SHAPE": "parameters",
     "grow_vocabulary": "vocabulary",
     "mean_row": "vocabulary",
 }

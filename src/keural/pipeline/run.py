@@ -17,7 +17,7 @@ import yaml
 from torch import Tensor
 
 from keural.errors import UserError
-from keural.evaluate.scorecard import measured_texts, score
+from keural.evaluate.scorecard import check_measurable, score
 from keural.files import fingerprint, read_json, read_object, write_atomic, write_json
 from keural.pipeline.run_directory import (
     fingerprint_in,
@@ -69,9 +69,7 @@ def _open_run(recipe: Recipe, stages: list[StageSpec], out: Path) -> None:
     """Keep the resolved recipe, prepare the data: once, before other ranks open it."""
     write_atomic(out / "recipe.yaml", yaml.safe_dump(recipe.resolved(), allow_unicode=True, sort_keys=False))
     workspace = prepare_all(recipe, stages, out)
-    for measure in recipe.spec.evaluation.bits_per_byte:
-        if measure.stage in workspace.data:
-            measured_texts(measure, workspace.data[measure.stage])
+    check_measurable(recipe, workspace.data)
 
 
 def _train(workspace: Workspace, stage: StageSpec, ranks: Ranks, tensorboard: bool) -> bool:

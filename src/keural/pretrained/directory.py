@@ -1,11 +1,10 @@
 """Model directories in the Hugging Face layout: what a stage leaves behind and every later command takes.
 
 In: a configuration, a state dict with fused experts, a tokenizer. Out: a directory that `AutoModelForCausalLM` and `AutoTokenizer`
-load without this package (`trust_remote_code=True`), and back, strictly: a tensor that is missing, left over, mis-shaped or damaged
-is refused with one line.
+load without this package (`trust_remote_code=True`). `stored_model.py` reads it back.
 
     config.json  generation_config.json  model*.safetensors (one matrix per expert, no head)  configuration_keural.py
-    modeling_keural.py  tokenizer.model  tokenizer.json  tokenizer_config.json  chat_template.jinja  keural.json (lineage)
+    modeling_keural.py  tokenizer.model  tokenizer.json  tokenizer_config.json  chat_template.jinja  keural.json (the record)
 """
 
 import contextlib
@@ -16,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
@@ -24,12 +22,12 @@ from transformers.utils import logging as transformers_logging
 from keural.errors import UserError
 from keural.files import atomic_directory, write_atomic
 from keural.model import KeuralConfig, KeuralMoECausalLM
-from keural.pretrained.lineage import check_sums, read_record, write_record
-from keural.pretrained.location import CONFIG, check_kind, model_directory
+from keural.pretrained.lineage import write_record
+from keural.pretrained.location import CONFIG, check_kind
 from keural.pretrained.network_code import NETWORK_CODE, PACKAGE
-from keural.pretrained.safetensors import open_safetensors, weight_files, write_shards
+from keural.pretrained.safetensors import write_shards
 from keural.pretrained.tensor_names import HEAD
-from keural.pretrained.weights import Weights, expected_tensors, state_dict_weights, stored_tensors
+from keural.pretrained.weights import Weights, state_dict_weights, stored_tensors
 from keural.recipe import ChatSpec
 from keural.tokenizer import KeuralTokenizer
 from keural.tokenizer.model_file import EOS_ID
@@ -39,6 +37,10 @@ AUTO_MAP = {
     "AutoModel": "modeling_keural.KeuralMoEModel",
     "AutoModelForCausalLM": "modeling_keural.KeuralMoECausalLM",
 }
+GENERATION = "generation_config.json"
+_CONFIG_KEYS = frozenset(KeuralConfig(num_hidden_layers=1).to_dict()) | {"auto_map", "num_experts", "rope_theta", "torch_dtype"}
+"""What a configuration may say. transformers obeys other keys without asking, `attn_implementation` among them, whose value may
+name code on a hub, which it fetches and runs."""
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
 
@@ -111,75 +113,8 @@ def write_model_directory(
             tokenizer.save(directory)
         if card is not None:
             write_atomic(directory / "README.md", card)
-        write_record(directory, lineage, sums, tokenizer, chat)
+        write_record(directory, lineage, chat, sums)
     return out
-
-
-def load_model(path: Path, dtype: torch.dtype | None = torch.float32, *, verify: bool = True) -> KeuralMoECausalLM:
-    """Load a model directory strictly, on the CPU and in evaluation mode.
-
-    Args:
-        path: a model directory, a stage directory or a run directory (see `model_directory`).
-        dtype: precision in memory; None keeps the stored one.
-        verify: compare the files with the checksums in `keural.json`, where there is one.
-
-    Raises:
-        UserError: for anything that is not exactly a Keural model whose tokenizer fits: another architecture, a tensor that is
-            missing, left over or mis-shaped, a damaged file, a tokenizer of another size.
-    """
-    directory = model_directory(path)
-    config = read_config(directory)
-    directory_weights(directory, config)
-    if verify:
-        check_sums(directory)
-    if (directory / "tokenizer.model").is_file():
-        load_tokenizer(directory)
-    try:
-        with quiet_transformers():
-            model, info = KeuralMoECausalLM.from_pretrained(
-                directory, config=config, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
-            )
-    except Exception as error:  # a damaged file beside the weights makes transformers raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{directory}: transformers cannot load it ({reason[:300]}); copy or train the model again") from error
-    assert not any(info.values()), f"transformers did not take every tensor: {info}"
-    return model.eval()
-
-
-def load_tokenizer(path: Path) -> KeuralTokenizer:
-    """The tokenizer of a model directory. Raises `UserError` when it is missing or its vocabulary is not the model's."""
-    directory = model_directory(path)
-    tokenizer = KeuralTokenizer.load(directory)
-    vocab_size = read_config(directory).vocab_size
-    if tokenizer.vocab_size != vocab_size:
-        raise UserError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size} ids and the model {vocab_size}; "
-            "put the tokenizer there that the model was trained with"
-        )
-    return tokenizer
-
-
-def read_lineage(path: Path) -> dict[str, Any]:
-    """What `keural.json` says of a model, stage or run directory; empty where there is none. Raises `UserError`."""
-    return read_record(model_directory(path))
-
-
-def directory_weights(directory: Path, config: KeuralConfig) -> Weights:
-    """The tensors of a model directory, read one at a time. Raises `UserError` when they are not those that `config` describes."""
-    weights = open_safetensors(weight_files(directory))
-    expected = expected_tensors(directory, config, weights)
-    for name, shape in expected.items():
-        if name not in weights.infos:
-            raise UserError(f"{directory}: tensor {name} is missing; the weights do not belong to this config.json")
-        found = weights.infos[name].shape
-        if found != shape:
-            raise UserError(f"{directory}: tensor {name} has shape {list(found)}, config.json asks for {list(shape)}")
-    for name in weights.infos:
-        if name not in expected:
-            raise UserError(f"{directory}: tensor {name} is not part of the model that config.json describes")
-    if len({info.dtype for info in weights.infos.values()}) > 1:
-        raise UserError(f"{directory}: tensors of several types in one model; save it in one type")
-    return weights
 
 
 def generation_config(config: KeuralConfig, chat: ChatSpec, exported: bool = False) -> GenerationConfig:
@@ -209,6 +144,8 @@ def read_config(directory: Path) -> KeuralConfig:
 
 def configuration(where: Path, values: Mapping[str, Any]) -> KeuralConfig:
     """The configuration that `values` from a file describe. Raises `UserError`, naming `where`, when there is none such."""
+    if unknown := sorted(values.keys() - _CONFIG_KEYS):
+        raise UserError(f"{where}: has settings that this network does not know: {', '.join(unknown)[:300]}; remove them")
     try:
         with quiet_transformers():
             return KeuralConfig.from_dict(dict(values))

@@ -1,11 +1,17 @@
-"""`keural.json`: where a model comes from, how it wants to be talked to, and the checksums of its files.
+"""`keural.json`: where a model comes from, how it wants to be talked to, and the checksum of every file of its directory.
 
 In: what is known when a directory is written. Out: the file, and back, checked: it may come from somebody else, so every value that
 is used later is of the right type, and names of files stay inside the directory.
+
+The record has a checksum of itself and lists every other file, so that no change of one place goes unseen: a changed or missing
+file, a changed record, and a file that was put there later and would be read in place of another. None of these checksums has a
+key: they tell damage and mix-ups, not a forger who writes the record anew. What a forged directory can do is bounded elsewhere:
+nothing in it is ever run (`docs/trust.md`).
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,11 +20,31 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 import keural
 from keural.errors import UserError
-from keural.files import read_json, sha256_file, write_json
+from keural.files import fingerprint, read_object, sha256_file, write_json
 from keural.recipe import ChatSpec, validate
-from keural.tokenizer import KeuralTokenizer
 
 LINEAGE = "keural.json"
+RECORD = 2
+"""Version of the record. 2 lists every file and has a checksum of itself; before, weights and tokenizer.model were listed alone."""
+_LISTED_FROM_2 = frozenset(
+    {
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "configuration_keural.py",
+        "generation_config.json",
+        "keural_tokenizer.model",
+        "model.safetensors.index.json",
+        "modeling_keural.py",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+)
+"""Files that the package wrote without listing them, before records of version 2."""
+_DOCUMENT = re.compile(r"\..*|(README|LICENSE|LICENCE|NOTICE)([.-].*)?|.*\.md", re.IGNORECASE)
+"""Files for people, which no program reads for the model: they may be added and edited. So may hidden ones (`.gitattributes`)."""
+_SHOWN = 5
+"""Names in one line."""
 
 
 def _plain(name: str) -> str:
@@ -50,63 +76,149 @@ class Lineage(BaseModel):
     """The stages that made the weights, oldest first."""
     source: Source | None = None
     chat: ChatSpec | None = None
+    record: int | None = None
+    """Version of the record; see `RECORD`."""
+    checksum: str | None = None
+    """Of all the other keys."""
     keural: str | None = None
     """Version of the package that wrote the directory."""
     transformers: str | None = None
     tokenizer_sha256: str | None = None
     files: dict[Annotated[str, AfterValidator(_plain)], str] = Field(default_factory=dict)
-    """SHA-256 of each file of weights and of the tokenizer, by name."""
+    """SHA-256 of every other file of the directory, by name."""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What of a directory was compared with its record; `notice` says what was not."""
+
+    directory: Path
+    record: int | None
+    """Version of the record; None where there is none."""
+    verified: tuple[str, ...] = ()
+    uncovered: tuple[str, ...] = ()
+    """Files that the record does not cover, or documents that were edited since."""
+
+    def __str__(self) -> str:
+        if self.record is None:
+            return f"no record: nothing was verified ({LINEAGE} is missing)"
+        if not self.uncovered:
+            return f"all {len(self.verified)} files are as {LINEAGE} lists them"
+        why = "" if self.record >= RECORD else ", which is of an earlier version"
+        return f"{_listed(self.verified)} as {LINEAGE} lists them{why}; not verified: {_listed(self.uncovered)}"
+
+    @property
+    def notice(self) -> str | None:
+        """One line for whoever uses a directory of which not all that is read was verified; None where all was."""
+        if self.record is None:
+            return f"{self.directory}: {self}"
+        if self.record < RECORD:
+            return f"{self.directory}: {self}; `keural export {self.directory} NEW --format hf` writes it with a whole record"
+        return None
+
+
+def _listed(names: Iterable[str]) -> str:
+    """The first names, in characters that no terminal obeys, and how many more there are."""
+    shown = [re.sub(r"[^\w.+-]", "?", name) for name in names]
+    return ", ".join(shown[:_SHOWN]) + (f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else "")
 
 
 def read_record(directory: Path) -> dict[str, Any]:
-    """What `keural.json` in `directory` says; empty where there is none. Raises `UserError` when it is damaged."""
+    """What `keural.json` in `directory` says; empty where there is none.
+
+    Raises `UserError` when it is damaged, does not match its own checksum, lists no files, or is of a newer version.
+    """
     file = directory / LINEAGE
-    if not file.is_file():
+    if not file.exists() and not file.is_symlink():
         return {}
-    values = read_json(file)
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: not a JSON object; the file is damaged, restore it or delete it")
+    values = read_object(file)
+    content = {key: value for key, value in values.items() if key != "checksum"}
+    # Any trace of a newer record makes it one, so that no single changed key turns the checks off.
+    if ("record" in values or "checksum" in values) and values.get("checksum") != fingerprint(content):
+        raise UserError(f"{file}: does not match its own checksum; it is damaged or was changed, {_remedy(directory)}")
     validate(Lineage, values, file)
+    if values.get("record", 1) > RECORD:
+        raise UserError(f"{file}: written by a newer version of keural; install that version")
+    if not values.get("files"):
+        raise UserError(f"{file}: lists no files; it is damaged or was changed, {_remedy(directory)}")
     return values
 
 
-def write_record(
-    directory: Path, lineage: Mapping[str, Any], sums: Mapping[str, str], tokenizer: KeuralTokenizer | None, chat: ChatSpec
-) -> None:
-    """Write `keural.json`: what was given, versions, chat defaults, and checksums of weights (`sums`) and tokenizer."""
-    sha256 = {} if tokenizer is None else {"tokenizer.model": tokenizer.sha256}
+def _remedy(directory: Path) -> str:
+    return f"copy or export {directory} again, or remove {LINEAGE} to use the directory unverified"
+
+
+def write_record(directory: Path, lineage: Mapping[str, Any], chat: ChatSpec, sums: Mapping[str, str] | None = None) -> None:
+    """Write `keural.json`, last of all: what was given, versions, chat defaults, and the SHA-256 of every file in `directory`.
+
+    `sums` are those that are known already.
+    """
+    known = sums or {}
+    files = {file.name: known.get(file.name) or sha256_file(file) for file in sorted(directory.iterdir())}
     record = {
         **lineage,
+        "record": RECORD,
         "keural": keural.__version__,
         "transformers": version("transformers"),
-        "tokenizer_sha256": sha256.get("tokenizer.model"),
+        "tokenizer_sha256": files.get("tokenizer.model", files.get("keural_tokenizer.model")),
         "chat": chat.model_dump(exclude={"samples"}),
-        "files": {**sums, **sha256},
+        "files": files,
     }
-    write_json(directory / LINEAGE, record)
+    _write(directory, record)
 
 
-def check_sums(directory: Path, names: Iterable[str] | None = None) -> None:
-    """Compare the files of a directory with the checksums in its `keural.json`, where there is one.
+def list_again(directory: Path, names: Iterable[str]) -> None:
+    """Let the record list files as they are now, where it lists them; nothing else is looked at. Raises `UserError`."""
+    record = read_record(directory)
+    sums = {name: sha256_file(directory / name) for name in names if name in record.get("files", {})}
+    if any(record["files"][name] != checksum for name, checksum in sums.items()):
+        _write(directory, {**record, "files": {**record["files"], **sums}})
 
-    `names` are the files that must be listed and are compared; None stands for all that are listed. Raises `UserError` when a file
-    is missing, not listed, or not the one that is listed.
+
+def _write(directory: Path, record: Mapping[str, Any]) -> None:
+    content = {key: value for key, value in record.items() if key != "checksum"}
+    write_json(directory / LINEAGE, {**content, "checksum": fingerprint(content)})
+
+
+def check_sums(directory: Path, names: Collection[str] = ()) -> Coverage:
+    """Compare every file of a directory with the checksums in its `keural.json`; says what there was to compare.
+
+    Raises `UserError` when the record is damaged, a listed file is missing or another, or there is a file that the record does not
+    list and a program might read. `names` must be listed, too.
     """
-    listed = read_record(directory).get("files", {})
-    if not listed:
-        return
-    for name in listed if names is None else names:
-        file = directory / name
-        if name not in listed:
+    record = read_record(directory)
+    if not record:
+        return Coverage(directory, None)
+    listed: dict[str, str] = record["files"]
+    number = record.get("record", 1)
+    earlier = _LISTED_FROM_2 if number < RECORD else frozenset()
+    present = {file.name for file in directory.iterdir()} - {LINEAGE}
+    for name in sorted((present | set(names)) - listed.keys()):
+        if name in names or not (name in earlier or _DOCUMENT.fullmatch(name)):
             raise UserError(
-                f"{file}: {LINEAGE} does not list it, so it was put there or renamed later; export again, or remove {LINEAGE}"
+                f"{directory / name}: {LINEAGE} does not list it, so it was put there or renamed later, and might be read in place "
+                f"of another file; move it away, or remove {LINEAGE} to use the directory unverified"
             )
-        if not file.is_file():
-            raise UserError(f"{file}: no such file, though {LINEAGE} lists it; copy or train the model again")
-        if sha256_file(file) != listed[name]:
-            raise UserError(
-                f"{file}: does not match its checksum in {LINEAGE}; it is damaged or was changed, copy or train it again"
-            )
+    edited = [name for name in listed if not _as_listed(directory / name, listed[name])]
+    verified = sorted(listed.keys() - set(edited))
+    return Coverage(directory, number, tuple(verified), tuple(sorted({*edited, *(present - listed.keys())})))
+
+
+def _as_listed(file: Path, checksum: str) -> bool:
+    """Whether a listed file is the one that was listed; only a document may be another, or gone. Raises `UserError`."""
+    document = _DOCUMENT.fullmatch(file.name) is not None
+    if not file.is_file():
+        if document:
+            return False
+        raise UserError(f"{file}: no such file, though {LINEAGE} lists it; copy or train the model again")
+    if sha256_file(file) == checksum:
+        return True
+    if document:
+        return False
+    raise UserError(
+        f"{file}: does not match its checksum in {LINEAGE}; it is damaged or was changed: copy or train it again, or remove "
+        f"{LINEAGE} to use the directory unverified"
+    )
 
 
 def file_name(text: str) -> str:

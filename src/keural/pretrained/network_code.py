@@ -8,6 +8,7 @@ from pathlib import Path
 
 from keural.errors import UserError
 from keural.files import fingerprint, sha256_file, write_atomic
+from keural.pretrained.lineage import list_again
 from keural.pretrained.location import check_kind, model_directory
 
 NETWORK_CODE = ("configuration_keural.py", "modeling_keural.py")
@@ -44,17 +45,19 @@ def other_code_line(path: Path) -> str | None:
 def refresh_code(path: Path) -> bool:
     """Put this package's network code into the model directory that `path` stands for; says whether anything had to change.
 
-    Each file is replaced atomically. Raises `UserError` when there is no Keural model or the directory cannot be written to.
+    Each file is replaced atomically, and the record of the directory then lists what is there. Raises `UserError` when there is no
+    Keural model or the directory cannot be written to.
     """
     directory = model_directory(path)
     check_kind(directory)
     if not any((directory / name).is_file() for name in NETWORK_CODE):
         raise UserError(f"{directory}: carries no network code, and so none that could be renewed; `keural export` writes some")
-    if not has_other_code(directory):
-        return False
-    for name in NETWORK_CODE:
-        write_atomic(directory / name, (PACKAGE / name).read_bytes())
-    return True
+    other = has_other_code(directory)
+    if other:
+        for name in NETWORK_CODE:
+            write_atomic(directory / name, (PACKAGE / name).read_bytes())
+    list_again(directory, NETWORK_CODE)
+    return other
 
 
 def _checksum(directory: Path) -> str:

@@ -154,18 +154,25 @@ def open_safetensors(files: Sequence[Path]) -> Weights:
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a directory: those of its index where there is one, else all.
 
-    Raises `UserError` when there is none.
+    Raises `UserError` when there is none, or when others lie beside those of the index: it would be a guess which are meant.
     """
+    present = sorted(file.name for file in directory.glob("*.safetensors") if not file.name.startswith("."))
     index = directory / INDEX
-    if index.is_file():
-        names = read_object(index).get("weight_map")
-        if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
+    if index.exists() or index.is_symlink():
+        places = read_object(index).get("weight_map")
+        if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
             raise UserError(f"{index}: names no files (weight_map); copy the checkpoint again")
-        for name in names.values():
+        names = sorted(set(places.values()))
+        for name in names:
             if Path(name).name != name:
                 raise UserError(f"{index}: names {name!r}, which is not a file beside it; copy the checkpoint again")
-        return [directory / name for name in sorted(set(names.values()))]
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
+        for name in present:
+            if name not in names:
+                raise UserError(
+                    f"{directory / name}: lies beside the weights that {INDEX} names and is not one of them; move away what is not "
+                    "meant"
+                )
+        return [directory / name for name in names]
+    if not present:
         raise UserError(f"{directory}: no *.safetensors file; the weights are missing, copy or train the model again")
-    return files
+    return [directory / name for name in present]

@@ -2,6 +2,7 @@
 
 from pydantic import Field
 
+from keural.card import CARD
 from keural.recipe.base import Spec, not_for
 
 
@@ -43,13 +44,13 @@ class ChatSpec(Spec):
 
     system: str | None = None
     """System message of a chat that names none; none by default."""
-    temperature: float = not_for(("evaluation",), 0.7, ge=0)
+    temperature: float = not_for(("evaluation",), CARD.temperature, ge=0)
     """Logits are divided by it before a token is drawn; 0 always takes the most probable one."""
-    top_p: float = not_for(("evaluation",), 0.9, gt=0, le=1)
+    top_p: float = not_for(("evaluation",), CARD.top_p, gt=0, le=1)
     """Draw from the smallest set of tokens with at least this probability."""
-    repetition_penalty: float = not_for(("evaluation",), 1.1, gt=0)
+    repetition_penalty: float = not_for(("evaluation",), CARD.repetition_penalty, gt=0)
     """Logits of tokens that were there already: positive ones are divided by it, negative ones multiplied; 1 is none."""
-    max_new_tokens: int = Field(256, gt=0)
+    max_new_tokens: int = Field(CARD.max_new_tokens, gt=0)
     """Longest answer in tokens."""
     samples: list[str] = Field(default_factory=list)
     """Prompts that the final model answers, greedily and in at most 64 tokens, for the summary and the report."""

@@ -47,6 +47,8 @@ def run_chat(
     with terminal.loading(path):
         engine = open_engine(path, engine_name, threads)
         system = chat_defaults(path, engine_name)[1] if system is None else system
+    if engine.unverified:
+        terminal.notify(f"({engine.unverified})")
     if (remark := other_code_line(path)) is not None:
         terminal.notify(f"({remark})")
     with reader_may_leave():

@@ -43,6 +43,8 @@ def run_generate(
         UserError: when the model cannot be loaded or the prompt does not fit.
     """
     engine = open_engine(path, engine_name, threads)
+    if engine.unverified:
+        print(printable(f"({engine.unverified})"), file=sys.stderr)
     if (remark := other_code_line(path)) is not None:
         print(f"({remark})", file=sys.stderr)
     if not raw and system is None:

@@ -54,9 +54,9 @@ class KeuralTokenizer:
     def __init__(self, model: bytes, where: str = "tokenizer model") -> None:
         """`model` are the bytes of a `.model` file; `where` names it in errors. Raises `UserError` when it cannot be used.
 
-        `proto` is the parsed model, for those who write it in another format.
+        `proto` is the parsed model, for those who write it in another format, `model_bytes` what was given.
         """
-        self._model = model
+        self.model_bytes = model
         self.proto, kind = parse_model(model, where)
         self.kind: Kind = kind
         try:
@@ -88,7 +88,7 @@ class KeuralTokenizer:
     def save(self, directory: str | Path) -> None:
         """Write tokenizer.model, tokenizer.json, tokenizer_config.json and chat_template.jinja, as AutoTokenizer reads them."""
         target = Path(directory)
-        write_atomic(target / "tokenizer.model", self._model)
+        write_atomic(target / "tokenizer.model", self.model_bytes)
         write_tokenizer_files(self.proto, self.kind, target)
 
     def encode(self, text: str) -> list[int]:

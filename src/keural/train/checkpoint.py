@@ -5,8 +5,8 @@ that it loads on any number of ranks. It is written under a temporary name; the 
 last, then the rename. What is read back is compared with the manifest before a byte of it is used.
 
 The tensors lie in safetensors files, whose headers say where each piece belongs, and the manifest is JSON: a run directory may come
-from somebody else, and neither format can hold code. (torch's own format has pickles, the one with the metadata read without limits;
-checkpoints of this package had it up to format 1, and are refused.)
+from somebody else, and neither format can hold code. (torch's own format has pickles, and reads the one with the metadata without
+limits; checkpoints of this package had it up to format 1, and are refused.)
 """
 
 import json
@@ -43,8 +43,8 @@ DIRECTORY = re.compile(r"step-(\d+)")
 
 @dataclass
 class Progress:
-    """How far a stage is: optimizer steps done, real tokens seen, wall-clock seconds spent, task losses of its first and latest
-    steps, and the latest held-out figures.
+    """How far a stage is: optimizer steps done, non-padding tokens seen, wall-clock seconds spent, task losses of its first and
+    latest steps, and the latest held-out figures.
     """
 
     step: int = 0
@@ -203,7 +203,7 @@ def _manifest(path: Path) -> Manifest:
         raise UserError(f"{path}: damaged checkpoint: {MANIFEST} was changed; {_REMEDY}")
     if values.get("format") == 1:
         raise UserError(
-            f"{path}: a checkpoint of an earlier version of keural, whose metadata could run code when it is read, so it is not read; "
+            f"{path}: a checkpoint of an earlier version of keural, whose metadata could run code when it is read, so it is not; "
             f"finish the stage with the version that began it, or delete {path.parent} to start it again"
         )
     if values.get("format") != FORMAT:

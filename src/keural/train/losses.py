@@ -1,9 +1,9 @@
 """The primitives every objective is made of: log-probabilities of labels, and the router's two losses.
 
-In: hidden states, head weight and labels; router logits and the mask of real tokens. Out: log-probabilities per token that can be
-differentiated, and sums from which the router losses of a whole optimizer step are put together, however it is cut.
+In: hidden states, head weight and labels; router logits and the mask of non-padding tokens. Out: log-probabilities per token that
+can be differentiated, and sums from which the router losses of a whole optimizer step are put together, however it is cut.
 
-Letters: N tokens, n labelled or real tokens, H hidden size, V vocabulary, L layers, E experts, K experts per token.
+Letters: N tokens, n labelled or non-padding tokens, H hidden size, V vocabulary, L layers, E experts, K experts per token.
 """
 
 from collections.abc import Sequence
@@ -56,48 +56,48 @@ class _ChunkedLogprobs(torch.autograd.Function):
         reduce = torch.promote_types(hidden.dtype, torch.float32)
         normalizers = torch.empty(len(labels), dtype=reduce, device=hidden.device)
         logprobs = torch.empty_like(normalizers)
-        hidden_slope = torch.empty_like(hidden) if with_gradient else None
-        weight_slope = torch.zeros_like(weight, dtype=reduce) if with_gradient else None
+        unit_hidden_gradient = torch.empty_like(hidden) if with_gradient else None
+        unit_weight_gradient = torch.zeros_like(weight, dtype=reduce) if with_gradient else None
         for start in range(0, len(labels), chunk):
             piece = slice(start, start + chunk)
             logits = F.linear(hidden[piece], compute_weight).to(reduce)
             normalizers[piece] = logits.logsumexp(-1)
             logprobs[piece] = logits.gather(-1, labels[piece, None]).squeeze(-1) - normalizers[piece]
-            if hidden_slope is not None and weight_slope is not None:
-                slope = _slope(logits, normalizers[piece], labels[piece]).to(hidden.dtype)
-                hidden_slope[piece] = slope @ compute_weight
-                weight_slope += slope.T @ hidden[piece]
-        ctx.save_for_backward(hidden, weight, labels, normalizers, hidden_slope, weight_slope)
+            if unit_hidden_gradient is not None and unit_weight_gradient is not None:
+                logit_gradient = _logit_gradient(logits, normalizers[piece], labels[piece]).to(hidden.dtype)
+                unit_hidden_gradient[piece] = logit_gradient @ compute_weight
+                unit_weight_gradient += logit_gradient.T @ hidden[piece]
+        ctx.save_for_backward(hidden, weight, labels, normalizers, unit_hidden_gradient, unit_weight_gradient)
         ctx.chunk = chunk
         return logprobs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        hidden, weight, labels, normalizers, hidden_slope, weight_slope = ctx.saved_tensors
+        hidden, weight, labels, normalizers, unit_hidden_gradient, unit_weight_gradient = ctx.saved_tensors
         upstream = gradients[0]
-        hidden_gradient = (hidden_slope * upstream[:, None]).to(hidden.dtype)
+        hidden_gradient = (unit_hidden_gradient * upstream[:, None]).to(hidden.dtype)
         if len(upstream) == 0 or bool((upstream == upstream[0]).all()):
-            weight_gradient = weight_slope * upstream[:1].sum()
+            weight_gradient = unit_weight_gradient * upstream[:1].sum()
         else:
-            weight_gradient = torch.zeros_like(weight_slope)
+            weight_gradient = torch.zeros_like(unit_weight_gradient)
             for start in range(0, len(labels), ctx.chunk):
                 piece = slice(start, start + ctx.chunk)
                 logits = F.linear(hidden[piece], weight.to(hidden.dtype)).to(normalizers.dtype)
-                slope = _slope(logits, normalizers[piece], labels[piece]).mul_(upstream[piece, None])
-                weight_gradient += slope.to(hidden.dtype).T @ hidden[piece]
+                logit_gradient = _logit_gradient(logits, normalizers[piece], labels[piece]).mul_(upstream[piece, None])
+                weight_gradient += logit_gradient.to(hidden.dtype).T @ hidden[piece]
         return hidden_gradient, weight_gradient.to(weight.dtype), None, None, None
 
 
-def _slope(logits: Tensor, normalizers: Tensor, labels: Tensor) -> Tensor:
+def _logit_gradient(logits: Tensor, normalizers: Tensor, labels: Tensor) -> Tensor:
     """onehot(label) - softmax(logits), in the memory of `logits`."""
-    slope = logits.sub_(normalizers[:, None]).exp_().neg_()
-    slope[torch.arange(len(slope), device=slope.device), labels] += 1
-    return slope
+    logit_gradient = logits.sub_(normalizers[:, None]).exp_().neg_()
+    logit_gradient[torch.arange(len(logit_gradient), device=logit_gradient.device), labels] += 1
+    return logit_gradient
 
 
 @dataclass(frozen=True)
 class RouterStatistics:
-    """Sums over the real tokens of one forward pass, from which the router losses follow.
+    """Sums over the non-padding tokens of one forward pass, from which the router losses follow.
 
     `counts` ``[L, E]`` assignments per expert (no gradient), `probabilities` ``[L, E]`` summed router probabilities, `squares`
     ``[L]`` summed squared logsumexp, `tokens` how many tokens were summed.
@@ -109,15 +109,15 @@ class RouterStatistics:
     tokens: int
 
 
-def router_statistics(router_logits: Sequence[Tensor], real: Tensor, top_k: int) -> RouterStatistics:
-    """Sum what the router losses need over the real tokens.
+def router_statistics(router_logits: Sequence[Tensor], token_mask: Tensor, top_k: int) -> RouterStatistics:
+    """Sum what the router losses need over the non-padding tokens.
 
     Args:
         router_logits: one ``[N, E]`` per layer, as the model returns them.
-        real: ``[N]`` bool, False on padding.
+        token_mask: ``[N]`` bool, False on padding.
         top_k: K, assignments per token.
     """
-    index = real.nonzero().squeeze(-1)
+    index = token_mask.nonzero().squeeze(-1)
     logits = torch.stack([layer.index_select(0, index) for layer in router_logits]).float()
     probabilities = logits.softmax(-1)
     chosen = probabilities.detach().topk(top_k, dim=-1).indices.flatten(1)

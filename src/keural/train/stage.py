@@ -70,7 +70,7 @@ class StageJob:
 
 @dataclass(frozen=True)
 class StageResult:
-    """What came out. `seconds`, `tokens` (real tokens seen) and `steps` include earlier runs of an interrupted stage;
+    """What came out. `seconds`, `tokens` (non-padding tokens seen) and `steps` include earlier runs of an interrupted stage;
     `loss_first` and `loss_last` are the mean task loss of the first and last tenth of the steps, at most ten of each; `model`
     is sharded under torchrun.
     """
@@ -227,7 +227,8 @@ def _policy(job: StageJob, ranks: Ranks) -> tuple[Policy, torch.optim.Optimizer]
     """Model and optimizer with their initial values, sharded over the ranks."""
     spec = job.stage.train
     policy = Policy(
-        initial_model(job.model_config, job.init, job.seed, ranks.device, spec.compile), getattr(torch, spec.compute_dtype)
+        initial_model(job.model_config, job.init, job.seed, ranks.device, spec.compile, ranks.log_once),
+        getattr(torch, spec.compute_dtype),
     )
     policy.train().to(ranks.device)
     prepare_layers(policy.model, spec)

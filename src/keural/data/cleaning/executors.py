@@ -7,6 +7,8 @@ whatever the executor. On Slurm steps are submitted as a chain of jobs, and `Sub
 import contextlib
 import importlib.util
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,7 +22,7 @@ from typing import Any
 from loguru import logger
 
 from keural.errors import UserError
-from keural.files import read_json, write_json
+from keural.files import read_object, write_json
 from keural.recipe import ExecutorSpec
 
 
@@ -39,7 +41,10 @@ class Submitted(UserError):
 
 
 def check_executor(spec: ExecutorSpec) -> None:
-    """Raise `UserError` when the executor cannot run here."""
+    """Raise `UserError` when the executor cannot run here, or its settings would be more than settings in a job's script."""
+    for name, value in (("partition", spec.partition), ("time", spec.time), ("qos", spec.qos), *spec.sbatch.items()):
+        if value is not None and (not name.isprintable() or not value.isprintable()):
+            raise UserError(f"data.cleaning.executor: {name!r}: {value!r} is not one line of text; give one")
     if spec.kind == "slurm" and shutil.which("sbatch") is None:
         raise UserError("data.cleaning.executor: kind slurm needs sbatch on the PATH; run on a login node, or use kind: local")
     if spec.kind == "ray" and importlib.util.find_spec("ray") is None:
@@ -110,16 +115,19 @@ def _run_with_ray(steps: Sequence[Step], spec: ExecutorSpec) -> None:
 
 
 def _submit(steps: Sequence[Step], spec: ExecutorSpec) -> None:
-    from datatrove.executor import SlurmPipelineExecutor
+    from keural.data.cleaning.slurm import CheckedSlurmExecutor
 
     assert spec.partition is not None  # the recipe's own check
     waiting = [step for step in steps if not _is_complete(step)]
-    submitted = steps[0].logs.parent / "submitted.json"
-    if submitted.is_file() and (running := _running(read_json(submitted)["jobs"])):
+    logs = steps[0].logs.parent.absolute()
+    if shlex.quote(str(logs)) != str(logs):
+        raise UserError(f"{logs}: has characters that a shell takes for commands or spaces; give the run another directory")
+    submitted = logs / "submitted.json"
+    if submitted.is_file() and (running := _running(_submitted_jobs(submitted))):
         raise Submitted(f"cleaning is at work on Slurm (jobs {', '.join(running)}); run this command again when it is done")
     chain: list[Any] = []
     for step in waiting:
-        executor = SlurmPipelineExecutor(
+        executor = CheckedSlurmExecutor(
             list(step.blocks()),
             tasks=step.tasks,
             time=spec.time,
@@ -144,6 +152,14 @@ def _submit(steps: Sequence[Step], spec: ExecutorSpec) -> None:
     jobs = [str(each.job_id) for each in chain]
     write_json(submitted, {"jobs": jobs})
     raise Submitted(f"cleaning was submitted to Slurm (jobs {', '.join(jobs)}); run this command again when it is done")
+
+
+def _submitted_jobs(file: Path) -> list[str]:
+    """The jobs that an earlier command submitted. Raises `UserError` when the file does not say."""
+    jobs = read_object(file).get("jobs")
+    if not isinstance(jobs, list) or not all(isinstance(job, str) and re.fullmatch(r"-?\d+", job) for job in jobs):
+        raise UserError(f"{file}: damaged (jobs); delete it and run the same command again")
+    return jobs
 
 
 def _running(jobs: Sequence[str]) -> list[str]:

@@ -18,6 +18,8 @@ class Engine(Protocol):
     tokenizer: KeuralTokenizer
     context_length: int
     """Tokens of prompt and answer together."""
+    unverified: str | None
+    """One line for the user where not all that was read could be compared with checksums."""
 
     def stream(self, prompt_ids: Sequence[int], sampling: SamplingParams, stop: Collection[int]) -> Generator[int, None, Finish]:
         """Yield the answer's ids without the stop token, then return why it ended; closing the generator cancels.

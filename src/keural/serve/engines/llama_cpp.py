@@ -71,7 +71,7 @@ class LlamaCppEngine:
                 tokenizer beside it is not the model's.
         """
         file = gguf_file(path)
-        _check_file(file, verify)
+        self.unverified = _check_file(file, verify)
         self.tokenizer = KeuralTokenizer.load(file.parent)
         self._model = _load(file)
         weakref.finalize(self, llama_cpp.llama_model_free, self._model)
@@ -155,13 +155,15 @@ def _core(cpu: int) -> tuple[str, ...]:
         return (str(cpu),)
 
 
-def _check_file(file: Path, verify: bool) -> None:
-    """Raise `UserError` unless the file is GGUF and, with `verify`, it and its tokenizer are those of `keural.json`."""
+def _check_file(file: Path, verify: bool) -> str | None:
+    """Raise `UserError` unless the file is GGUF and, with `verify`, its directory is as `keural.json` says.
+
+    Returns what is to be said of a directory that says too little.
+    """
     with file.open("rb") as opened:
         if opened.read(len(MAGIC)) != MAGIC:
             raise UserError(f"{file}: is not a GGUF file; copy or export it again")
-    if verify:
-        check_sums(file.parent, [file.name, "tokenizer.model"])
+    return check_sums(file.parent, [file.name, "tokenizer.model"]).notice if verify else None
 
 
 def _load(file: Path) -> Any:

@@ -6,6 +6,7 @@ In: a path, perhaps the name of an engine. Out: an `Engine`. An engine's librari
 from dataclasses import replace
 from pathlib import Path
 
+from keural.card import SamplingDefaults
 from keural.errors import UserError, nearest
 from keural.pretrained.lineage import read_record
 from keural.serve.engines.base import Engine, EngineKind
@@ -35,7 +36,7 @@ def chat_defaults(path: Path, name: str | None = None) -> tuple[SamplingParams, 
     """
     _, found = _find(path, name)
     chat = read_record(found if found.is_dir() else found.parent).get("chat") or {}
-    known = {name: chat[name] for name in ("temperature", "top_p", "repetition_penalty", "max_new_tokens") if name in chat}
+    known = {name: chat[name] for name in SamplingDefaults._fields if name in chat}
     return replace(SamplingParams(), **known), chat.get("system")
 
 

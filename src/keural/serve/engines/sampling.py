@@ -16,6 +16,9 @@ GREEDY_BELOW = 1e-5
 
 SORTABLE = 2048
 """So many candidates of the nucleus are sorted without narrowing them further."""
+ENOUGH = 1e-9
+"""A nucleus may miss `top_p` by so little: more than sums in float64 differ by between processors, so that none of them takes a
+token more where the sum is `top_p` exactly, as among equally probable tokens."""
 NARROWINGS = 20
 """Bisections tried at most: tokens of equal probability cannot be told apart."""
 
@@ -26,27 +29,28 @@ def choose(logits: Tensor, seen: Tensor, sampling: SamplingParams, generator: to
     `seen` `[V]` (bool) marks the tokens of the prompt and the answer so far. `logits` are not changed.
     """
     if sampling.temperature < GREEDY_BELOW:
-        return int(penalise(logits, seen, sampling.repetition_penalty).argmax())
+        return int(penalize(logits, seen, sampling.repetition_penalty).argmax())
     probabilities = next_token_distribution(logits, seen, sampling)
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
 def next_token_distribution(logits: Tensor, seen: Tensor, sampling: SamplingParams) -> Tensor:
-    """Probabilities `[V]` to sample from: repetition penalty, then temperature, then the nucleus, renormalised.
+    """Probabilities `[V]` to sample from: repetition penalty, then temperature, then the nucleus, renormalized.
 
     Temperature must be above 0. The nucleus is the smallest set of most probable tokens whose probability reaches `top_p`
-    (Holtzman et al. 2020, eq. 2-3), at least one token.
+    (Holtzman et al. 2020, eq. 2-3), at least one token. It is found in float64: sums of a large vocabulary in float32 differ
+    between processors, and would leave its last tokens to them.
     """
-    scores = penalise(logits, seen, sampling.repetition_penalty) / sampling.temperature
-    probabilities = scores.softmax(dim=-1)
+    scores = penalize(logits, seen, sampling.repetition_penalty) / sampling.temperature
+    probabilities = scores.double().softmax(dim=-1)
     if sampling.top_p >= 1:
-        return probabilities
+        return probabilities.to(logits.dtype)
     members = _nucleus(probabilities, sampling.top_p)
     kept = probabilities[members]
-    return torch.zeros_like(probabilities).index_copy_(0, members, kept / kept.sum())
+    return torch.zeros_like(logits).index_copy_(0, members, (kept / kept.sum()).to(logits.dtype))
 
 
-def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Make the tokens of `seen` `[V]` (bool) less likely (Keskar et al. 2019, section 4.1, with the sign taken into account)."""
     if penalty == 1:
         return logits
@@ -56,12 +60,13 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Ids of the nucleus's tokens, in no order.
+    """Ids of the nucleus's tokens, in no order; of tokens that are equally probable the first ones belong to it.
 
     Sorting a large vocabulary takes longer than a step of a small model, so bounds are drawn first: tokens above `high` are inside,
     those up to `low` outside, and only the ones between are sorted. The tokens up to (1 - top_p) / 2V have together at most half of
     what the nucleus may leave out, hence the first `low`.
     """
+    top_p -= ENOUGH
     low, high = (1 - top_p) / (2 * probabilities.shape[0]), float(probabilities.max())
     mass = 0.0  # of the tokens above `high`
     between = probabilities > low
@@ -76,7 +81,7 @@ def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
             low = middle
         between = (probabilities > low) & (probabilities <= high)
     tokens = between.nonzero()[:, 0]
-    ordered, order = probabilities[tokens].sort(descending=True)
+    ordered, order = probabilities[tokens].sort(descending=True, stable=True)
     before = mass + ordered.cumsum(dim=-1) - ordered
     chosen = before < top_p
     chosen[0] |= mass == 0  # with top_p 0 the most probable token is still there

@@ -6,6 +6,7 @@ In: what a command line or a model's record says. Out: settings that are possibl
 import math
 from dataclasses import dataclass
 
+from keural.card import CARD
 from keural.errors import UserError
 
 
@@ -13,13 +14,13 @@ from keural.errors import UserError
 class SamplingParams:
     """How the next token is chosen; the defaults are the model card's."""
 
-    temperature: float = 0.7
+    temperature: float = CARD.temperature
     """Logits are divided by it; 0 takes the most probable token."""
-    top_p: float = 0.9
+    top_p: float = CARD.top_p
     """Sample from the smallest set of tokens with at least this probability."""
-    repetition_penalty: float = 1.1
+    repetition_penalty: float = CARD.repetition_penalty
     """Tokens of the prompt and the answer so far: positive logits are divided by it, negative ones multiplied."""
-    max_new_tokens: int = 256
+    max_new_tokens: int = CARD.max_new_tokens
     seed: int | None = None
     """Makes sampling repeatable; None draws a new seed for every answer."""
 

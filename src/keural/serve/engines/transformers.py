@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from keural.pretrained.cached_step import check_cached_step
-from keural.pretrained.directory import load_model, load_tokenizer
-from keural.pretrained.location import model_directory
+from keural.pretrained.stored_model import build, open_model
 from keural.serve.engines.base import Finish
 from keural.serve.engines.decoding import check_prompt, common_prefix, decode
 from keural.serve.engines.sampling_params import SamplingParams
@@ -24,18 +23,19 @@ class TransformersEngine:
     """The transformers model behind a decoding loop of our own. Not for concurrent use."""
 
     def __init__(self, path: Path, dtype: torch.dtype | None = None, device: str | None = None, threads: int | None = None) -> None:
-        """Load `path` (see `keural.pretrained.directory.load_model`) in `dtype`, by default the stored one.
+        """Load `path` (see `keural.pretrained.stored_model.open_model`) in `dtype`, by default the stored one.
 
         `threads` sets how many threads torch uses in this process; None leaves that as it is. Raises `UserError`, also where the
         model would generate wrong text (see `keural.pretrained.cached_step`).
         """
         if threads is not None:
             torch.set_num_threads(threads)
-        self.tokenizer = load_tokenizer(path)
-        self.model = load_model(path, dtype).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        stored = open_model(path)
+        self.tokenizer, self.unverified = stored.tokenizer, stored.notice
+        self.model = build(stored, dtype).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if self.model.device.type == "cpu":
             self.model.set_experts_implementation("eager")  # the model's own loop, which reads the chosen experts only
-        check_cached_step(self.model, model_directory(path))
+        check_cached_step(self.model, stored.directory)
         self.context_length: int = self.model.config.max_position_embeddings
         # A single token may see every key that the cache keeps, so that no mask has to be made for it.
         self._single_token_masks = dict.fromkeys(self.model.config.layer_types)

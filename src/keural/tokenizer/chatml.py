@@ -60,9 +60,7 @@ def render(
     return Rendered(ids, mask)
 
 
-def render_prompt(
-    tokenizer: KeuralTokenizer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
-) -> list[int]:
+def render_prompt(tokenizer: KeuralTokenizer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
     """The ids a model is asked to continue: the conversation and the opening of the assistant's turn."""
     return render(tokenizer, messages, add_generation_prompt=True, tools=tools).ids
 

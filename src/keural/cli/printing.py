@@ -95,8 +95,12 @@ def print_data(workspace: Workspace) -> None:
         for column in ("source", "rows", "kept", "tokens", "dropped"):
             table.add_column(column, justify="left" if column in {"source", "dropped"} else "right", overflow="fold")
         for row in prepared.table:
-            drops = "\n".join(f"{reason} {count:,} (first: {row.first_drop[reason]})" for reason, count in row.drops.items())
+            drops = "\n".join(
+                f"{reason} {count:,} (first: {row.first_drop[reason]}{_details(row, reason)})"
+                for reason, count in row.drops.items()
+            )
             drops += "".join(f"\n{reason} {count:,} (kept)" for reason, count in row.noted.items())
+            drops += f"\nnot read: {', '.join(row.not_read)}" if row.not_read else ""
             drops = f"left out: {row.left_out}" if row.left_out else drops.strip()
             source, drops = escape(row.source), escape(drops)  # names of files may hold brackets
             table.add_row(source, f"{row.rows:,}", f"{row.kept:,}", f"{row.tokens:,}", drops)
@@ -118,6 +122,12 @@ def print_data(workspace: Workspace) -> None:
                     "(data.benchmarks=false leaves it out)",
                     markup=False,
                 )
+
+
+def _details(row: SourceRow, reason: str) -> str:
+    """What was found in the rows of a reason, the most frequent three of it."""
+    found = (row.details or {}).get(reason, {})
+    return "".join(f"; {detail} {count:,}" for detail, count in list(found.items())[:3])
 
 
 def _mixture_table(name: str, rows: list[SourceRow]) -> Table:

@@ -19,7 +19,7 @@ from keural.recipe import VERSION as RECIPE_VERSION
 from keural.tokenizer.load import KeuralTokenizer
 
 HASHES = "file-hashes.json"
-VERSION = 2
+VERSION = 3
 """Raised when the same sources give other bytes than before."""
 
 

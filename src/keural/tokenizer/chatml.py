@@ -7,8 +7,8 @@ How tools and reasoning are written in a turn is said in `message.py`.
 
 The Jinja template beside this file gives the same ids and mask through transformers' `apply_chat_template` for ordinary content.
 It differs where a string template must: content that spells a marker or a control piece (`<bos>`) becomes control ids there, and
-content that starts with white space may share a piece with the newline before it (lossless) or keep a space (published). And its mask
-is that of whole assistant turns; which turns, or whose reasoning, a data set does not want trained only `render` knows.
+content that starts with white space may share a piece with the newline before it (lossless) or keep a space (published). And its
+mask is that of whole assistant turns; which turns, or whose reasoning, a data set does not want trained only `render` knows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,8 +36,8 @@ def render(
 ) -> Rendered:
     """The ids and loss mask of `messages`; with `add_generation_prompt` the opening of an assistant turn follows.
 
-    `tools` are definitions for the system turn (`with_tools`). No bos is put first. Raises `UserError` for a role other than system,
-    user, assistant and tool.
+    `tools` are definitions for the system turn (`with_tools`). No bos is put first. Raises `UserError` for a role other than
+    system, user, assistant and tool.
     """
     ids: list[int] = []
     mask: list[int] = []

@@ -97,15 +97,20 @@ def with_calls(content: str, calls: Sequence[ToolCall]) -> str:
     return "\n".join([*([content] if content else []), *map(_call, calls)])
 
 
+def split_reasoning(text: str) -> tuple[str, str]:
+    """The reasoning that an answer begins with, and what follows it; one that does not end is all reasoning."""
+    if not text.startswith(THINK):
+        return "", text
+    reasoning, _, rest = text.removeprefix(THINK).partition(THOUGHT)
+    return reasoning.strip("\n"), rest.lstrip("\n")
+
+
 def parse_answer(text: str) -> ParsedAnswer:
     """Take a generated answer apart: what `with_calls` and `thought` put together, and what a model writes that is near it.
 
     Nothing is lost: a call that is not whole, or not JSON with a name, stays in the content.
     """
-    reasoning, rest = "", text
-    if text.startswith(THINK):
-        reasoning, _, rest = text.removeprefix(THINK).partition(THOUGHT)
-        reasoning, rest = reasoning.strip("\n"), rest.lstrip("\n")
+    reasoning, rest = split_reasoning(text)
     said, calls, start = [], [], 0
     while (place := rest.find(CALL, start)) >= 0:
         found = _read_call(rest, place + len(CALL))

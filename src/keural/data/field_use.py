@@ -18,6 +18,7 @@ class FieldUse:
 
     def __init__(self, adapter: Adapter, source: SourceSpec) -> None:
         self._reads = adapter.reads(source) if adapter.reads else None
+        self._booleans = self._reads.booleans if self._reads else frozenset[str]()
         self.unread: set[str] = set()
         named = self._reads.optional if self._reads else ()
         self.unseen: dict[str, list[Any]] = {}
@@ -46,7 +47,8 @@ class FieldUse:
 
     def _note(self, before: str, value: dict[Any, Any], known: frozenset[str]) -> None:
         for key in value.keys() - known:
-            if len(self.unread) < MAX_NAMES and holds(value[key]):
+            meant = key in self._booleans and str(value[key]).lower() in ("true", "false")
+            if not meant and len(self.unread) < MAX_NAMES and holds(value[key]):
                 self.unread.add(f"{before}{key}")
 
 

@@ -43,6 +43,8 @@ class Reads:
     """Fields that hold lists of turns."""
     turn_keys: frozenset[str] = frozenset()
     """Fields of a turn."""
+    booleans: frozenset[str] = frozenset()
+    """Fields that are read only where they are true or false, or these words."""
     optional: tuple[str, ...] = ()
     """Options that name fields which a row need not have; some row must have one that a recipe names."""
 
@@ -159,6 +161,16 @@ def lookup(value: Any, name: str | int) -> Any:
         else:
             return None
     return value
+
+
+def leaves_items(value: Any, name: str | int) -> bool:
+    """Whether a name such as `answers.0.text` takes one item of a list that has more."""
+    before = ""
+    for part in str(name).split("."):
+        if part.isdecimal() and isinstance(items := plain(lookup(value, before) if before else value), list) and len(items) > 1:
+            return True
+        before = f"{before}.{part}" if before else part
+    return False
 
 
 def plain(value: Any) -> Any:

@@ -47,10 +47,12 @@ def _sharegpt(value: Any, source: SourceSpec, where: str) -> Conversation | Drop
 def _listed(value: Any, source: SourceSpec, where: str, field: str) -> Conversation | Drop:
     reader, name = TurnReader(source, where), source.options.get("field", field)
     reader.check_row(value, [name])
-    found = lookup(value, name) if isinstance(value, dict) else plain(value)
-    if found is None and isinstance(value, dict):
+    if not isinstance(value, dict):
+        return reader.conversation(value, reader.turns(value if isinstance(plain(value), list) else None))
+    found = lookup(value, name)
+    if found is None:
         raise BadRow("missing_messages", _keys(value))
-    return reader.conversation(value, reader.turns(found if isinstance(value, dict) or isinstance(found, list) else None))
+    return reader.conversation(value, reader.turns(found))
 
 
 def _keys(value: dict[str, Any]) -> str:
@@ -101,9 +103,10 @@ def _alpaca(value: Any, source: SourceSpec, where: str) -> Conversation | Drop:
     """`{instruction, input, output, history}`; options of these names give other fields. `history` is a list of earlier questions
     with their answers, which are trained, too.
     """
-    options, reader = source.options, TurnReader(source, where)
+    options, reader = source.options, TurnReader(source, where, has_turns=False)
     names = _names(options, "instruction", "input", "output", "history")
     reader.check_row(value, names)
+    reader.check_items(value, names)
     instruction = trimmed(text_of(value, names[0]))
     given = trimmed(placeholder_free(text_of(value, names[1], required=False)))
     question = f"{instruction}\n\n{given}" if given else instruction
@@ -128,9 +131,10 @@ def _qa(value: Any, source: SourceSpec, where: str) -> Conversation | Drop:
     Option `template` puts the question into a sentence: `한국어로 옮기세요: {question}`; `prompt` is a question that all rows share
     and none of them holds; `booleans` is how answers that are true and false are written: `[예, 아니요]`.
     """
-    options, reader = source.options, TurnReader(source, where)
+    options, reader = source.options, TurnReader(source, where, has_turns=False)
     names = [options.get("answer", "answer")] if "prompt" in options else _names(options, "question", "answer")
     reader.check_row(value, names)
+    reader.check_items(value, names)
     question = options["prompt"] if "prompt" in options else trimmed(text_of(value, names[0]))
     if question and "template" in options:
         question = options["template"].replace("{question}", question)
@@ -158,7 +162,7 @@ def _squad(value: Any, source: SourceSpec, where: str) -> Conversation | Drop:
 
     Of several answers, which are those of several readers, the first is taken; a question without any is dropped.
     """
-    reader = TurnReader(source, where)
+    reader = TurnReader(source, where, has_turns=False)
     names = _names(source.options, "context", "question", "answers")
     reader.check_row(value, names)
     context, question = (trimmed(text_of(value, name)) for name in names[:2])
@@ -189,9 +193,9 @@ def _exchange(reader: TurnReader, value: Any, texts: list[str]) -> Conversation 
 
 def _dialogue(value: Any, source: SourceSpec, where: str) -> Conversation | Drop:
     """A list of turns, user first: strings, or pairs of user and assistant; option `field` names it in an object."""
-    reader, name = TurnReader(source, where), source.options.get("field", "dialogue")
+    reader, name = TurnReader(source, where, has_turns=False), source.options.get("field", "dialogue")
     reader.check_row(value, [name])
-    turns = listing(lookup(value, name) if isinstance(value, dict) else value)
+    turns = listing(lookup(value, name) if isinstance(value, dict) else value if isinstance(plain(value), list) else None)
     if not isinstance(turns, list):
         raise BadRow("missing_dialogue") if turns is None else BadRow("malformed_row", f"turns are a {type(turns).__name__}")
     pairs = [turn for each in turns if isinstance(turn := plain(each), list)]
@@ -223,11 +227,12 @@ def _items(value: Any, names: list[str]) -> Iterator[Any]:
         yield BadRow("malformed_row", f"{', '.join(names)}: no list, or of different lengths")
     elif not lists[0]:
         yield BadRow("empty_list", names[0])
-    for items in zip(*lists, strict=True) if lists[0] and isinstance(lists[0], list) else ():
-        inside: dict[str, Any] = {}
-        for name, item in zip(names, items, strict=True):
-            inside |= item if isinstance(item, dict) else {name: item}
-        yield outside | inside
+    else:
+        for items in zip(*lists, strict=True):
+            inside: dict[str, Any] = {}
+            for name, item in zip(names, items, strict=True):
+                inside |= item if isinstance(item, dict) else {name: item}
+            yield outside | inside
 
 
 def _reads(*fields: str, turns: tuple[str, ...] = (), optional: tuple[str, ...] = ()) -> Callable[[SourceSpec], Reads]:
@@ -240,6 +245,14 @@ def _reads(*fields: str, turns: tuple[str, ...] = (), optional: tuple[str, ...] 
         return reads(source, keys, lists, optional)
 
     return of
+
+
+def _reads_kto(source: SourceSpec) -> Reads:
+    return reads(source, [source.options.get("label", "label")], _names(source.options, "prompt", "completion"))
+
+
+def _reads_dialogue(source: SourceSpec) -> Reads:
+    return reads(source, [source.options.get("field", "dialogue")])
 
 
 def _adapter(convert: Any, options: OptionTypes, reads: Callable[[SourceSpec], Reads], example: Any, check: Any = None) -> Adapter:
@@ -287,7 +300,7 @@ ADAPTERS = {
     "kto": _adapter(
         _kto,
         {**TURN_OPTIONS, "prompt": NAME, "completion": NAME},
-        _reads(turns=("prompt", "completion")),
+        _reads_kto,
         {"prompt": _CHAT[:1], "completion": _CHAT[1:], "label": True},
         check_turns,
     ),
@@ -305,5 +318,5 @@ ADAPTERS = {
         _check_qa,
     ),
     "squad": _SQUAD,
-    "dialogue": _adapter(_dialogue, {"field": NAME}, _reads(turns=("dialogue",)), {"dialogue": [["Name a tree.", "An oak."]]}),
+    "dialogue": _adapter(_dialogue, {"field": NAME}, _reads_dialogue, {"dialogue": [["Name a tree.", "An oak."]]}),
 }

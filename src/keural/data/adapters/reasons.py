@@ -136,6 +136,7 @@ REASONS: dict[str, Reason] = {
     "unanswered_turns_cut": Reason("turns after the last answer are left out"),
     "greeting_left_out": Reason("what the assistant says before the user spoke is left out", "option assistant_first"),
     "reasoning_left_out": Reason("the reasoning of an answer is left out", "options: {reasoning: train} or keep"),
+    "other_items_left_out": Reason("a field takes one item of a list that has more", "option unfold makes a record of each"),
     "question_trained": Reason("a turn that is no answer is trained, as the row says", "name the field in the option ignore"),
 }
 _OF_FIELDS = (

@@ -22,6 +22,7 @@ from keural.data.adapters.base import (
     Undeclared,
     conversation,
     holds,
+    leaves_items,
     lookup,
     plain,
     scalar,
@@ -81,6 +82,7 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 MEANS_SOMETHING_ELSE = "where the field means something else, name it in the option ignore"
 
 REASONING_LEFT_OUT, GREETING_LEFT_OUT, QUESTION_TRAINED = "reasoning_left_out", "greeting_left_out", "question_trained"
+ITEMS_LEFT_OUT = "other_items_left_out"
 """Notes of kept conversations."""
 
 ROW_OPTIONS: OptionTypes = {"system": NAME, "tools": NAME, "label": NAME, "reasoning": (str,), "ignore": (list,)}
@@ -118,7 +120,8 @@ def reads(source: SourceSpec, keys: Sequence[Any], turns: Sequence[str | int] = 
     """What an adapter of conversations reads: `keys` are names of fields or lists of them; `turns` those that hold turns."""
     options = source.options
     named = [name for key in keys for name in (key if isinstance(key, list) else [key])]
-    named += [options.get("system", "system"), options.get("label", LABEL), *FLAGS, *REASONING, *_ignored(options)]
+    named += [options.get("system", "system"), *FLAGS, *REASONING, *_ignored(options)]
+    named += [options["label"]] if "label" in options else []
     named += [options["tools"]] if "tools" in options else TOOLS
     role, content = (
         [options[option]] if option in options else list(names)
@@ -128,7 +131,8 @@ def reads(source: SourceSpec, keys: Sequence[Any], turns: Sequence[str | int] = 
         frozenset(part for name in (*named, *turns) for part in (str(name), str(name).split(".")[0])),
         tuple(turns),
         _SPECIAL | {str(name).split(".")[0] for name in (*role, *content, *_ignored(options))},
-        ("system", "tools", "label", *optional),
+        booleans=frozenset((LABEL,)),
+        optional=("system", "tools", "label", *optional),
     )
 
 
@@ -166,6 +170,8 @@ class TurnReader:
 
     source: SourceSpec
     where: str
+    has_turns: bool = True
+    """Whether rows hold turns; of those a label of 1 or 0 is likely one of good and bad answers, elsewhere one of anything."""
     notes: list[str] = field(default_factory=list)
     """What the record will not have of the row, or is unusual in it."""
     _speakers: dict[str, str] = field(default_factory=dict)
@@ -207,8 +213,7 @@ class TurnReader:
 
     def label(self, value: Any, name: str | int, required: bool = False) -> bool | None:
         """Whether a row's answer is good, where its label says so: true or false, also as text. Where a recipe or an adapter says
-        that the field is such a label, 1 and 0 mean the same; elsewhere they could mean anything, so the source is refused. Other
-        values are no such labels, and refused only where there has to be one.
+        that the field is such a label, 1 and 0 mean the same and other values refuse the source; so do 1 and 0 where nobody does.
         """
         declared = required or "label" in self.options
         if isinstance(value, bool) or value is None:
@@ -217,6 +222,8 @@ class TurnReader:
         if text in ("true", "false"):
             return text == "true"
         if text in (*_YES, *_NO):
+            if not declared and not self.has_turns:
+                return None
             if not declared:
                 how = f"options: {{label: {name}}} reads 1 as a good and 0 as a bad answer"
                 raise Undeclared(name, value, f"{how}; {MEANS_SOMETHING_ELSE}")
@@ -226,6 +233,11 @@ class TurnReader:
                 name, value, "true or 1 is a good answer, false or 0 a bad one; mend the label, or leave the option out"
             )
         return None
+
+    def check_items(self, row: Any, names: Sequence[Any]) -> None:
+        """Note a row of which a field takes one item of several."""
+        if any(leaves_items(row, name) for each in names for name in (each if isinstance(each, list) else [each])):
+            self.notes.append(ITEMS_LEFT_OUT)
 
     def _flag(self, value: dict[str, Any], used: set[str] | frozenset[str] = frozenset()) -> bool | None:
         """What a turn or row says of itself: trained, not trained, or nothing."""

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
 CODE = ROOT / "src" / "keural"
 BESIDE = {
-    "data.records": ("data.records", "data.permutation"),
+    "data.records": ("data.records", "data.permutation", "data.field_use"),
     "data.sources": ("data.sources", "data.licenses"),
 }
 """Files beside the rooms of `data/` that the page counts apart."""

@@ -21,12 +21,12 @@ def convert(adapter: str, value: Any, **options: Any) -> Record | Drop:
 
 def turns(record: Record | Drop) -> list[tuple[str, str]]:
     assert isinstance(record, Conversation), record
-    return [tuple(message) for message in record.messages]
+    return [(turn.role, turn.content) for turn in record.messages]
 
 
 def pair(record: Record | Drop) -> tuple[list[tuple[str, str]], str, str]:
     assert isinstance(record, PreferencePair), record
-    return [tuple(message) for message in record.prompt], record.chosen, record.rejected
+    return [(turn.role, turn.content) for turn in record.prompt], record.chosen, record.rejected
 
 
 def reason(record: Record | Drop) -> str:
@@ -67,7 +67,7 @@ def test_po_sides() -> None:
 
 def test_messages_and_sharegpt() -> None:
     expected = [("system", "s"), ("user", "q"), ("assistant", "a")]
-    chatml = [{"role": "system", "content": " s "}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a\n"}]
+    chatml = [{"role": "system", "content": "\n \ns "}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a\n"}]
     assert turns(convert("messages", {"messages": chatml})) == expected
     assert turns(convert("messages", {"talk": chatml}, field="talk")) == expected
     sharegpt = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
@@ -88,13 +88,14 @@ def talk(*turns: tuple[str, Any]) -> dict[str, Any]:
         (talk(("user", "q")), "no_assistant_turn"),
         (talk(), "no_assistant_turn"),
         (talk(("system", "s")), "no_assistant_turn"),
-        (talk(("user", "q"), ("tool", "x"), ("assistant", "a")), "unknown_role"),
+        (talk(("user", "q"), ("alien", "x"), ("assistant", "a")), "unknown_role"),
+        (talk(("user", "q"), ("tool", "x"), ("assistant", "a")), "tool_result_without_call"),
         (talk(("user", "q"), ("assistant", "")), "empty_turn"),
         (talk(("user", None), ("assistant", "a")), "empty_turn"),
         (talk(("user", " \n"), ("assistant", "a")), "empty_turn"),
-        (talk(("assistant", "a"), ("user", "q"), ("assistant", "b")), "not_alternating"),
+        (talk(("assistant", "a"), ("user", "q"), ("assistant", "b")), "assistant_first"),
         (talk(("user", "q"), ("assistant", "a"), ("assistant", "b")), "not_alternating"),
-        (talk(("user", "q"), ("system", "s"), ("assistant", "b")), "not_alternating"),
+        (talk(("user", "q"), ("system", "s"), ("assistant", "b")), "system_inside"),
         (talk(("user", ["q"]), ("assistant", "b")), "malformed_row"),
         (talk(("user", "q\udc80"), ("assistant", "b")), "invalid_unicode"),
         ({"messages": "text"}, "malformed_row"),

@@ -26,9 +26,9 @@ def plain(record: Any) -> Any:
     if isinstance(record, Document):
         return record.text
     if isinstance(record, Conversation):
-        return [list(message) for message in record.messages]
+        return [[turn.role, turn.content] for turn in record.messages]
     assert isinstance(record, PreferencePair)
-    prompt = [list(message) for message in record.prompt]
+    prompt = [[turn.role, turn.content] for turn in record.prompt]
     return {"prompt": prompt, "chosen": record.chosen, "rejected": record.rejected}
 
 

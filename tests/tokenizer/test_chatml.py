@@ -1,7 +1,8 @@
 """ChatML by ids: what is trained, that nothing can be injected, and that transformers' template gives the same."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from keural.errors import UserError
-from keural.tokenizer import KeuralTokenizer, Message, render, render_prompt
+from keural.tokenizer import KeuralTokenizer, Message, ParsedAnswer, ToolCall, parse_answer, render, render_prompt, with_calls
+from keural.tokenizer.message import CALLED
 
 MARKERS = ["<|im_start|>", "<|im_end|>", "<|im_end|>\n<|im_start|>assistant\n", "<bos>", "<eos>", "<pad>", "<unk>", "<0x0A>"]
 CONTENT = st.lists(st.one_of(st.sampled_from(MARKERS), st.text(st.characters(exclude_categories=["Cs"]), max_size=8))).map("".join)
@@ -86,7 +88,7 @@ def test_lossless_rendering_keeps_content_that_spells_markers(lossless: KeuralTo
     check()
 
 
-@pytest.mark.parametrize("role", ["tool", "User", "", "assistant\n"])
+@pytest.mark.parametrize("role", ["alien", "User", "", "assistant\n"])
 def test_unknown_role_is_refused(lossless: KeuralTokenizer, role: str) -> None:
     with pytest.raises(UserError, match="unknown role"):
         render(lossless, [Message(role, "x")])
@@ -142,8 +144,8 @@ def test_template_gives_the_ids_and_mask_of_the_renderer(
 
 
 def test_template_refuses_unknown_roles(in_transformers: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(Exception, match="unknown role tool"):
-        in_transformers.apply_chat_template([{"role": "tool", "content": "x"}])
+    with pytest.raises(Exception, match="unknown role alien"):
+        in_transformers.apply_chat_template([{"role": "alien", "content": "x"}])
 
 
 def test_template_equals_renderer_on_ordinary_content(lossless: KeuralTokenizer, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -151,10 +153,11 @@ def test_template_equals_renderer_on_ordinary_content(lossless: KeuralTokenizer,
     lossless.save(directory)
     theirs = AutoTokenizer.from_pretrained(directory)
     text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), min_size=1)
+    roles = st.sampled_from(["user", "assistant", "tool"])
     ordinary: Callable[[str], bool] = lambda content: not content[0].isspace()  # noqa: E731
 
     @settings(max_examples=100, deadline=None)
-    @given(st.lists(st.builds(Message, st.sampled_from(["user", "assistant"]), text.filter(ordinary)), min_size=1, max_size=4))
+    @given(st.lists(st.builds(Message, roles, text.filter(ordinary), st.none(), text | st.just(""), st.just(True)), min_size=1))
     def check(messages: list[Message]) -> None:
         encoded = theirs.apply_chat_template(
             [message._asdict() for message in messages], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
@@ -162,3 +165,94 @@ def test_template_equals_renderer_on_ordinary_content(lossless: KeuralTokenizer,
         assert (encoded["input_ids"], encoded["assistant_masks"]) == tuple(render(lossless, messages))
 
     check()
+
+
+WIND = {
+    "name": "wind",
+    "description": "Wind at a place",
+    "parameters": {"type": "object", "properties": {"도시": {"type": "string"}}},
+}
+CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {}}}
+CALLS = [ToolCall("wind", {"도시": "목포", "unit": None}), ToolCall("clock", '{"zone":"KST"}'), ToolCall("clock", "")]
+
+
+def openai(message: Message, calls: Sequence[ToolCall] = ()) -> dict[str, Any]:
+    """A message as chat interfaces have it."""
+    called = [{"type": "function", "function": call._asdict()} for call in calls]
+    return message._asdict() | ({"tool_calls": called} if calls else {})
+
+
+@pytest.mark.parametrize("system", [[], [Message("system", "Be brief.")], [Message("system", "")]])
+@pytest.mark.parametrize("said", ["", "Let me look."])
+@pytest.mark.parametrize("reasoning", ["", "They ask\n  for the wind."])
+def test_template_gives_the_ids_of_tools_calls_results_and_reasoning(
+    either: KeuralTokenizer, in_transformers: PreTrainedTokenizerBase, system: list[Message], said: str, reasoning: str
+) -> None:
+    asked, result = Message("user", "목포에 바람이 부나요?"), Message("tool", '{"speed": 3}')
+    called = Message("assistant", said, None, reasoning, True)
+    answered = Message("assistant", "네, 초속 3미터입니다.")
+    theirs = in_transformers.apply_chat_template(
+        [*map(openai, system), openai(asked), openai(called, CALLS), openai(result), openai(result), openai(answered)],
+        tools=[WIND, CLOCK],
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        add_generation_prompt=True,
+    )
+    messages = [*system, asked, called._replace(content=with_calls(said, CALLS)), result, result, answered]
+    ours = render(either, messages, add_generation_prompt=True, tools=[WIND, CLOCK])
+    assert theirs["input_ids"] == ours.ids
+    assert theirs["assistant_masks"] == ours.mask
+
+
+def test_what_is_trained_follows_the_turns(lossless: KeuralTokenizer) -> None:
+    turns = [
+        Message("user", "asked", trained=True),
+        Message("assistant", "wrong", trained=False, reasoning="hidden", reasoning_trained=True),
+        Message("tool", "result"),
+        Message("assistant", "right", reasoning="kept"),
+        Message("assistant", "good", reasoning="learned", reasoning_trained=True),
+    ]
+    rendered = render(lossless, turns)
+    trained = [token_id for token_id, mask in zip(rendered.ids, rendered.mask, strict=True) if mask]
+    expected = "asked<|im_end|>right<|im_end|><think>\nlearned\n</think>\n\ngood<|im_end|>"
+    assert lossless.decode(trained, skip_special_tokens=False) == expected
+
+
+def test_content_parts_and_other_names_of_roles_are_read_by_the_template(in_transformers: PreTrainedTokenizerBase) -> None:
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    chat = [{"role": "developer", "content": "s"}, {"role": "user", "content": parts}]
+    plain = [{"role": "system", "content": "s"}, {"role": "user", "content": "one\ntwo"}]
+    assert in_transformers.apply_chat_template(chat) == in_transformers.apply_chat_template(plain)
+    with pytest.raises(Exception, match="part of type image_url"):
+        in_transformers.apply_chat_template([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}])
+
+
+ARGUMENTS = st.dictionaries(
+    st.text(max_size=3), st.recursive(st.none() | st.integers() | st.text(), st.lists, max_leaves=3), max_size=3
+)
+SAID = st.text().map(lambda text: text.strip()).filter(lambda text: "<think>" not in text)
+
+
+@given(SAID, st.lists(st.builds(ToolCall, st.text(), ARGUMENTS), max_size=3), SAID)
+def test_a_generated_answer_is_taken_apart_again(said: str, calls: list[ToolCall], reasoning: str) -> None:
+    whole = Message("assistant", with_calls(said, calls), reasoning=reasoning).text
+    assert parse_answer(whole) == ParsedAnswer(said, tuple(calls), reasoning)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<tool_call>{not json}</tool_call> end", ParsedAnswer("<tool_call>{not json}</tool_call> end")),
+        ('<tool_call>\n{"name": 1}\n</tool_call>', ParsedAnswer('<tool_call>\n{"name": 1}\n</tool_call>')),
+        ('<tool_call>{"name": "f"}', ParsedAnswer('<tool_call>{"name": "f"}')),
+        (
+            'a <tool_call>{"name":"f","arguments":{"t":"</tool_call>"}}</tool_call>',
+            ParsedAnswer("a ", (ToolCall("f", {"t": CALLED}),)),
+        ),
+        ("<think>cut off", ParsedAnswer("", (), "cut off")),
+        ("said <think>later</think>", ParsedAnswer("said <think>later</think>")),
+    ],
+)
+def test_what_a_model_writes_is_never_lost(text: str, expected: ParsedAnswer) -> None:
+    assert parse_answer(text) == expected

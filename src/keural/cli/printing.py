@@ -101,10 +101,18 @@ def print_data(workspace: Workspace) -> None:
 
 
 def _data_row(row: SourceRow) -> tuple[str, ...]:
-    drops = "\n".join(f"{reason} {count:,} (first: {row.first_drop[reason]})" for reason, count in row.drops.items())
+    listed = (f"{reason} {count:,} (first: {row.first_drop[reason]}{_details(row, reason)})" for reason, count in row.drops.items())
+    drops = "\n".join(listed)
     drops += "".join(f"\n{reason} {count:,} (kept)" for reason, count in row.noted.items())
+    drops += f"\nnot read: {', '.join(row.not_read)}" if row.not_read else ""
     drops = f"left out: {row.left_out}" if row.left_out else drops.strip()
     return row.source, f"{row.rows:,}", f"{row.kept:,}", f"{row.tokens:,}", drops
+
+
+def _details(row: SourceRow, reason: str) -> str:
+    """What was found in the rows of a reason, the most frequent three of it."""
+    found = (row.details or {}).get(reason, {})
+    return "".join(f"; {detail} {count:,}" for detail, count in list(found.items())[:3])
 
 
 def _show_mixture(name: str, table: Sequence[SourceRow]) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from keural.data.field_use import FieldUse
 from keural.data.filtering.decontamination import REASON, Contaminated, Decontaminator, check_evaluation
 from keural.data.filtering.gates import Gatekeeper
 from keural.data.filtering.holdout import Split, Splitter
@@ -139,7 +140,8 @@ class _Reading:
     def records(self, source: Source, counter: SourceCounter) -> Iterable[Record | Drop]:
         """The records of a source, cleaned where the recipe says so; what cleaning dropped is counted."""
         if self.cleaned is None:
-            return source.read(self.seed)
+            counter.fields = FieldUse(source.adapter, source.spec)
+            return source.read(self.seed, fields=counter.fields)
         counter.clean(self.cleaned.count(source.name))
         return self.cleaned.documents(source.name)
 
@@ -207,6 +209,7 @@ def _kept(
         assert isinstance(encoded, Encoded)
         counter.keep(split, encoded)
         counter.noted.update(keeper.reasons(encoded.record, "count"))
+        counter.noted.update(getattr(encoded.record, "notes", ()))
         if decontaminator and keeper.actions[REASON] == "count" and (hit := decontaminator.hit_in(encoded.record)):
             decontaminator.count(spec.name, encoded.record.where, hit)
             counter.noted[REASON] += 1

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from keural.tokenizer.chatml import Message
+from keural.tokenizer.message import Message
 
 Kind = Literal["documents", "conversations", "pairs", "evaluation"]
 """What an adapter gives; evaluation items are only looked for, never trained on."""
@@ -21,15 +21,17 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A dialogue for supervised fine-tuning: perhaps a system turn, then user and assistant turns, the assistant's last.
+    """A dialogue for supervised fine-tuning: perhaps a system turn, then user, assistant and tool turns, an assistant's last.
 
-    `id` is what the source calls it, where the recipe says which field that is; a translation has the same.
+    `id` is what the source calls it, where the recipe says which field that is; a translation has the same. `notes` say what of the
+    row the record does not have, to be counted.
     """
 
     messages: tuple[Message, ...]
     where: str
     language: str | None = None
     id: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +52,14 @@ class PreferencePair:
 class Drop:
     """A row that is not used, with the reason it is counted under (a short snake_case word) and the place it came from.
 
-    `detail` says of a row that does not have the adapter's schema which key is missing and which there are.
+    `detail` says what was found in a few words (an unknown role, a value, the keys that a row has), `remedy` how a recipe can say
+    what a value means.
     """
 
     reason: str
     where: str
     detail: str = ""
+    remedy: str = ""
 
 
 @dataclass(frozen=True, slots=True)

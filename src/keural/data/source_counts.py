@@ -13,8 +13,9 @@ from typing import Annotated, Any, ClassVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from keural.data.adapters.aihub import OTHER_PART
-from keural.data.adapters.base import WRONG_SCHEMA
+from keural.data.adapters.base import UNDECLARED, WRONG_SCHEMA
 from keural.data.adapters.corpora import OTHER_LANGUAGE, OTHER_LICENSE
+from keural.data.field_use import FieldUse
 from keural.data.filtering.decontamination import REASON
 from keural.data.filtering.holdout import Split
 from keural.data.licenses import flags_of, language_of, license_of
@@ -27,9 +28,12 @@ from keural.recipe import SourceSpec
 
 OVER_LIMIT = "over_limit"
 """Reason of cleaned documents beyond a source's limit."""
+MAX_DETAILS = 12
+"""So many different things that were found are remembered of each reason."""
 NOT_DEFECTS = {
     OVER_LIMIT,
-    "duplicate", "duplicate_id", "duplicate_prompt", "held_out", OTHER_PART, OTHER_LANGUAGE, OTHER_LICENSE, REASON
+    "duplicate", "duplicate_after_cut", "duplicate_id", "duplicate_prompt", "held_out",
+    "label_false", "not_trained", "nothing_trained", "unanswerable", OTHER_PART, OTHER_LANGUAGE, OTHER_LICENSE, REASON
 }  # fmt: skip
 """Drops that say nothing about a source's quality; they do not count against `max_drop`."""
 
@@ -77,7 +81,11 @@ class SourceRow:
     defects: dict[str, Count] = field(default_factory=dict)
     """Those of the drops that count against `max_drop`."""
     noted: dict[str, Count] = field(default_factory=dict)
-    """Kept records that a gate only counts, by reason."""
+    """Kept records that a gate only counts, or that do not have all of their row, by reason."""
+    details: dict[str, dict[str, Count]] | None = None
+    """What was found in rows that were dropped, by reason: an unknown role, a wrong type, the keys that a row has."""
+    not_read: tuple[str, ...] | None = None
+    """Fields of rows, and of turns in them, that hold something and that the adapter does not read."""
     length_ratio: float | None = None
     """Characters of chosen answers for each of rejected ones; None where there are no pairs."""
     warning: str | None = None
@@ -88,8 +96,8 @@ class SourceRow:
     """What published shards hold, in one line."""
 
     def to_json(self) -> dict[str, Any]:
-        """The row as plain data; `mixture` and `survey` only where there is one."""
-        values = asdict(self) | {"flags": list(self.flags)}
+        """The row as plain data; `mixture`, `survey`, `details` and `not_read` only where there are any."""
+        values = asdict(self) | {"flags": list(self.flags), "not_read": self.not_read and list(self.not_read)}
         return {name: value for name, value in values.items() if value is not None or name not in _OPTIONAL}
 
     @classmethod
@@ -110,7 +118,7 @@ class SourceRow:
         return row
 
 
-_OPTIONAL = ("mixture", "survey")
+_OPTIONAL = ("mixture", "survey", "details", "not_read")
 _REQUIRED = [each.name for each in fields(SourceRow) if each.name not in (*_OPTIONAL, "text_kind")]
 _ROWS = TypeAdapter(SourceRow)
 
@@ -136,6 +144,9 @@ class SourceCounter:
     shortened: int = 0
     drops: Counter[str] = field(default_factory=Counter)
     first_drop: dict[str, str] = field(default_factory=dict)
+    details: dict[str, Counter[str]] = field(default_factory=dict)
+    undeclared: dict[str, str] = field(default_factory=dict)
+    fields: FieldUse | None = None
     noted: Counter[str] = field(default_factory=Counter)
     chosen_characters: int = 0
     rejected_characters: int = 0
@@ -177,13 +188,19 @@ class SourceCounter:
             raise schema_error(self.source, drop)
         self.drops[drop.reason] += 1
         self.first_drop.setdefault(drop.reason, drop.where)
-        if self.source.max_drop == 0 and drop.reason not in NOT_DEFECTS:
+        found = self.details.setdefault(drop.reason, Counter())
+        if drop.detail and (drop.detail in found or len(found) < MAX_DETAILS):
+            found[drop.detail] += 1
+        if drop.reason == UNDECLARED:
+            self.undeclared.setdefault(drop.detail, drop.remedy)
+        elif self.source.max_drop == 0 and drop.reason not in NOT_DEFECTS:
             raise UserError(f"source {self.source.name!r}: {drop.where} is dropped ({drop.reason}), and max_drop 0 allows none")
 
     def check(self) -> None:
         """Refuse a source that gives nothing, or too little of what it holds."""
         if self.rows == 0:
             raise UserError(f"source {self.source.name!r}: {self.source.path or self.source.adapter} holds no rows")
+        self._check_meanings()
         row = self.row()
         check_drops(self.source, row)
         if self.kept == 0:
@@ -195,6 +212,24 @@ class SourceCounter:
     def _defects(self) -> dict[str, int]:
         drops = self.drops - (self.cleaned.drops - self.cleaned.unreadable if self.cleaned else Counter())
         return {reason: count for reason, count in drops.most_common() if reason not in NOT_DEFECTS}
+
+    def _check_meanings(self) -> None:
+        """Refuse a source of which a field may have been misread, or an option had no effect."""
+        name = self.source.name
+        if self.undeclared:
+            values = ", ".join(f"{found} ({count:,} rows)" for found, count in self.details[UNDECLARED].most_common())
+            remedy = "; ".join(dict.fromkeys(filter(None, self.undeclared.values())))
+            raise UserError(f"source {name!r}: {values}, first {self.first_drop[UNDECLARED]}: not a declared meaning; {remedy}")
+        if self.fields and self.fields.unseen and self.kept != self.source.limit:
+            option, names = next(iter(self.fields.unseen.items()))
+            raise UserError(
+                f"source {name!r}: option {option!r} has no effect: no row has a field {' or '.join(map(repr, names))}; "
+                f"check its spelling, or leave the option out{self._left_fields()}"
+            )
+
+    def _left_fields(self) -> str:
+        left = sorted(self.fields.unread) if self.fields else []
+        return f" (not read: {', '.join(left[:MAX_DETAILS])})" if left else ""
 
     def row(self) -> SourceRow:
         """The source's row of the table."""
@@ -218,6 +253,8 @@ class SourceCounter:
             first_drop={reason: self.first_drop[reason] for reason, _ in self.drops.most_common()},
             defects=self._defects(),
             noted=dict(self.noted.most_common()),
+            details={reason: dict(found.most_common()) for reason, found in self.details.items() if found} or None,
+            not_read=tuple(sorted(self.fields.unread)) or None if self.fields else None,
             length_ratio=self.chosen_characters / self.rejected_characters if self.rejected_characters else None,
         )
         return replace(row, warning=warning_of(source, row))
@@ -236,7 +273,8 @@ def check_drops(source: SourceSpec, row: SourceRow) -> None:
 
 def _worst(row: SourceRow, drops: dict[str, int]) -> str:
     reason, count = next(iter(drops.items()))
-    return f"{reason} ({count:,} rows, first {row.first_drop[reason]})"
+    found = ", ".join(list((row.details or {}).get(reason, {}))[:3])
+    return f"{reason} ({count:,} rows, first {row.first_drop[reason]}{f': {found}' if found else ''})"
 
 
 def warning_of(source: SourceSpec, row: SourceRow) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from keural.data.adapters import Adapter, adapter_of
 from keural.data.adapters.base import lookup, scalar
+from keural.data.field_use import FieldUse
 from keural.data.readers.archives import ARCHIVE, archive_of, members
 from keural.data.readers.formats import FORMATS, DataFile, OptionTypes, Row, format_of, read_rows
 from keural.data.readers.hub import check_hub, hub_content, hub_rows, is_hub
@@ -64,22 +65,25 @@ class Source:
         """What it can be read in apart from each other: its files; None for a source that is read whole."""
         return list(self.files) or [None]
 
-    def read(self, seed: int, file: SourceFile | None = None) -> Iterator[Record | Drop]:
-        """Every row as a record or a drop, in file order; with `file` only the rows of that one."""
-        for record in self.read_any(seed, file):
+    def read(self, seed: int, file: SourceFile | None = None, fields: FieldUse | None = None) -> Iterator[Record | Drop]:
+        """Every row as a record or a drop, in file order; with `file` only the rows of that one. `fields` is shown every row."""
+        for record in self.read_any(seed, file, fields):
             assert not isinstance(record, EvaluationItem), "kinds are checked at start-up"
             yield record
 
-    def read_any(self, seed: int, file: SourceFile | None = None) -> Iterator[AnyRecord | Drop]:
+    def read_any(self, seed: int, file: SourceFile | None = None, fields: FieldUse | None = None) -> Iterator[AnyRecord | Drop]:
         """As `read`, for evaluation sets too."""
         spec, adapter = self.spec, self.adapter
+        split, look = adapter.splitter(spec), (lambda value: None) if fields is None else fields.look
         for number, row in enumerate(self._rows(seed, file), start=1):
             if isinstance(row, Drop):
                 yield row
-            elif adapter.split is None:
+            elif split is None:
+                look(row.value)
                 yield _identified(adapter(row.value, spec, row.where), row.value, spec, number)
             else:
-                for place, value in enumerate(adapter.split(row.value, spec), start=1):
+                for place, value in enumerate(split(row.value, spec), start=1):
+                    look(value)
                     yield _identified(adapter(value, spec, f"{row.where}#{place}"), value, spec, number)
 
     def _rows(self, seed: int, file: SourceFile | None) -> Iterator[Row | Drop]:
@@ -266,6 +270,8 @@ def _check_options(spec: SourceSpec, adapter: Adapter, formats: Iterable[str]) -
         _check_type(spec, name, value, known)
         if name in choices and value not in choices[name]:
             raise _error(spec, f"option {name!r} must be one of {', '.join(choices[name])}, got {value!r}")
+    if adapter.check is not None and (problem := adapter.check(spec)):
+        raise _error(spec, problem)
 
 
 def _check_type(spec: SourceSpec, name: str, value: Any, known: OptionTypes) -> None:
@@ -273,7 +279,14 @@ def _check_type(spec: SourceSpec, name: str, value: Any, known: OptionTypes) -> 
     if isinstance(value, list):
         fits = fits and bool(value) and all(isinstance(item, str | int) and not isinstance(item, bool) for item in value)
     if not fits:
-        names = {bool: "true or false", str: "a text", int: "a column number", list: "a list of names", float: "a number"}
+        names = {
+            bool: "true or false",
+            str: "a text",
+            int: "a column number",
+            list: "a list of names",
+            float: "a number",
+            dict: "a map of names",
+        }
         raise _error(spec, f"option {name!r} must be {' or '.join(names[kind] for kind in known[name])}, got {value!r}")
 
 

@@ -28,7 +28,7 @@ from keural.microworld.exercise import Answer, Exercise, Language, Task
 from keural.microworld.facts import FACTS
 from keural.microworld.glossary import glossary
 from keural.microworld.korean import is_polite
-from keural.tokenizer.chatml import Message
+from keural.tokenizer.message import Message
 
 __all__ = ["TASKS", "Item", "Pair", "heldout_items", "heldout_pairs", "is_polite", "rows"]
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from keural.data.adapters import preferences
 from keural.data.adapters.base import (
+    ASSISTANT_FIRST,
     NAME,
     Adapter,
     BadRow,
@@ -34,7 +35,7 @@ from keural.data.adapters.base import (
 from keural.data.readers.formats import OptionTypes
 from keural.data.records import Conversation, Drop, PreferencePair
 from keural.recipe import SourceSpec
-from keural.tokenizer.chatml import Message
+from keural.tokenizer.message import Message
 
 LICENSE = "AIHub"
 FORMATS = ("json", "jsonl", "zip")
@@ -211,7 +212,7 @@ def _talk(talk: Talk) -> Callable[[Any, SourceSpec, str], Conversation | Drop]:
         if talk.merge:
             turns = merged(turns)
         elif turns and turns[0].role != "user":
-            raise BadRow("starts_with_assistant")
+            raise BadRow(ASSISTANT_FIRST)
         system = talk.system(value, source) if talk.system else ""
         return conversation(with_system(system, turns), where, source.language)
 

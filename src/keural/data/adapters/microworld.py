@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from keural import microworld
-from keural.data.adapters.base import Adapter, conversation, document, guarded, message_of, messages_of, preference_pair, text_of
+from keural.data.adapters.base import Adapter, conversation, document, guarded, preference_pair, text_of
+from keural.data.adapters.turns import message_of, messages_of
 from keural.data.records import Drop, Kind, Record
 from keural.recipe import GateAction, SourceSpec
 

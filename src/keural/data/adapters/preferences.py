@@ -11,17 +11,16 @@ from keural.data.adapters.base import (
     BadRow,
     guarded,
     lookup,
-    message_of,
-    messages_of,
     placeholder_free,
     preference_pair,
     scalar,
     text_of,
     with_system,
 )
+from keural.data.adapters.turns import message_of, messages_of
 from keural.data.records import Drop, PreferencePair
 from keural.recipe import SourceSpec
-from keural.tokenizer.chatml import Message
+from keural.tokenizer.message import Message
 
 PROMPT_FIELDS = ("prompt", "question", "instruction", "conversations", "messages")
 _TURN = re.compile(r"\n\n(Human|Assistant):")

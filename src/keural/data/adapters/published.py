@@ -4,11 +4,11 @@
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from keural.data.adapters import conversations, preferences
-from keural.data.adapters.base import Adapter, BadRow, guarded, lookup, missing, scalar
+from keural.data.adapters.base import Adapter, BadRow, Reads, guarded, lookup, missing, scalar
 from keural.data.records import Conversation, Drop, PreferencePair, Record
 from keural.recipe import GateAction, SourceSpec
 
@@ -66,6 +66,8 @@ def _not_found_wanting(row: Any) -> None:
         raise BadRow("in_gsm8k_train")
 
 
+RULED = frozenset(("prompt", "status", "in_gsm8k_train"))
+"""Fields that rules look at."""
 _PAIR = (("chosen",), ("rejected",))
 SETS = {
     "openhermes": PublishedSet("sharegpt", (("conversations",),), {"system": "system_prompt"}),
@@ -111,7 +113,23 @@ def _adapter(known: PublishedSet) -> Adapter:
         assert isinstance(record, Conversation | PreferencePair | Drop)
         return record
 
-    return Adapter(shape.kind, guarded(convert), shape.formats, shape.options, license=known.license, gates=known.gates)
+    def merged(source: SourceSpec) -> SourceSpec:
+        return source.model_copy(update={"options": known.options | source.options})
+
+    def reads(source: SourceSpec) -> Reads:
+        assert shape.reads is not None
+        read = shape.reads(merged(source))
+        return replace(read, keys=read.keys | {key for group in known.keys for key in group} | RULED)
+
+    return replace(
+        shape,
+        convert=guarded(convert),
+        license=known.license,
+        gates=known.gates,
+        check=None if shape.check is None else lambda source: shape.check(merged(source)),  # type: ignore[misc]
+        reads=None if shape.reads is None else reads,
+        example=None,
+    )
 
 
 def _check_keys(value: Any, keys: Iterable[tuple[str, ...]]) -> None:

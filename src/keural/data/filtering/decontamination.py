@@ -70,8 +70,8 @@ def texts_to_check(record: Record) -> list[str]:
     if isinstance(record, Document):
         return [record.text]
     if isinstance(record, Conversation):
-        return ["\n".join(content for _, content in record.messages)]
-    asked = [content for _, content in record.prompt]
+        return ["\n".join(turn.text for turn in record.messages)]
+    asked = [turn.text for turn in record.prompt]
     return ["\n".join([*asked, record.chosen]), f"{asked[-1]}\n{record.rejected}"]
 
 

@@ -184,8 +184,11 @@ class Gatekeeper:
 def _turns(record: Chat) -> list[tuple[str, str]]:
     """Role and text of everything that a record holds."""
     if isinstance(record, Conversation):
-        return [(role, text) for role, text in record.messages]
-    return [*record.prompt, *(("assistant", text) for text in (record.chosen, record.rejected))]
+        return [(turn.role, turn.text) for turn in record.messages]
+    return [
+        *((turn.role, turn.text) for turn in record.prompt),
+        *(("assistant", text) for text in (record.chosen, record.rejected)),
+    ]
 
 
 def _learned(record: Chat) -> list[str]:
@@ -196,11 +199,11 @@ def _learned(record: Chat) -> list[str]:
 def _answers(record: Chat) -> list[str]:
     if isinstance(record, PreferencePair):
         return [record.chosen, record.rejected]
-    return [text for role, text in record.messages if role == "assistant"]
+    return [turn.content for turn in record.messages if turn.role == "assistant" and turn.is_trained]
 
 
 def _sides(record: Chat) -> list[str]:
     """The questions together, and each answer of a pair, or the answers of a conversation together."""
     turns = record.messages if isinstance(record, Conversation) else record.prompt
-    asked = "\n".join(text for role, text in turns if role == "user")
+    asked = "\n".join(turn.content for turn in turns if turn.role == "user")
     return [asked, *_answers(record)] if isinstance(record, PreferencePair) else [asked, "\n".join(_answers(record))]

@@ -7,12 +7,14 @@ prompt), decides about holding out: records that ask the same are in the same sp
 """
 
 import json
+from collections.abc import Iterable
 from hashlib import blake2b
 from typing import Literal
 
-from keural.data.adapters.base import normalized
+from keural.data.adapters.base import CUT, normalized
 from keural.data.records import Conversation, Document, Drop, PreferencePair, Record
 from keural.recipe import GateAction
+from keural.tokenizer.message import Message
 
 Split = Literal["train", "heldout"]
 
@@ -34,7 +36,8 @@ class Splitter:
         With an id it is also a duplicate of what has the same id in `id_space`: the same in another language. `prompts` says
         whether a record that asks (system turn included) what another one asked is a duplicate.
         """
-        marks = {_digest_of_parts(_exact(record)): "duplicate"}
+        cut = isinstance(record, Conversation) and CUT in record.notes
+        marks = {_digest_of_parts(_exact(record)): "duplicate_after_cut" if cut else "duplicate"}
         if isinstance(record, PreferencePair):
             marks[_digest_of_parts(_swapped(record))] = "swapped_pair"
         if not isinstance(record, Document) and record.id is not None:
@@ -76,7 +79,7 @@ def _exact(record: Record) -> list[str]:
     if isinstance(record, Document):
         return [record.text]
     if isinstance(record, Conversation):
-        return [normalized(part) for message in record.messages for part in message]
+        return _parts(record.messages)
     return _pair(record, record.chosen, record.rejected)
 
 
@@ -85,12 +88,20 @@ def _swapped(record: PreferencePair) -> list[str]:
 
 
 def _pair(record: PreferencePair, first: str, second: str) -> list[str]:
-    prompt = [part for message in record.prompt for part in message]
-    return [normalized(part) for part in (*prompt, first, second)]
+    return [*_parts(record.prompt), normalized(first), normalized(second)]
 
 
 def _asked(record: Record) -> list[str]:
     if isinstance(record, Document):
         return [normalized(record.text)]
     prompt = record.prompt if isinstance(record, PreferencePair) else record.messages[:-1]
-    return [normalized(part) for message in prompt for part in message]
+    return _parts(prompt)
+
+
+def _parts(messages: Iterable[Message]) -> list[str]:
+    """Role and text of each turn, and of one that is not trained as usual that it is not."""
+    return [part for turn in messages for part in (turn.role, normalized(turn.text), *_unusual(turn))]
+
+
+def _unusual(turn: Message) -> tuple[str, ...]:
+    return () if turn.trained is None or turn.trained == (turn.role == "assistant") else (str(turn.trained),)

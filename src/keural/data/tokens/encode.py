@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from keural.data.records import Conversation, Document, Drop, PreferencePair, Record
 from keural.data.tokens.encoding_cache import EncodingCache, Ids
 from keural.recipe import DataSpec
-from keural.tokenizer.chatml import ROLES, Message, Rendered, render
+from keural.tokenizer.chatml import Rendered, render
 from keural.tokenizer.load import KeuralTokenizer
+from keural.tokenizer.message import ROLES, Message
 
 BATCH_CHARACTERS = 1 << 20
 """Records are tokenised together up to this size: SentencePiece is many times faster on batches, and Python goes on meanwhile."""
@@ -82,14 +83,14 @@ class Encoder:
         return Encoded(record, ((ids, None),))
 
     def _conversation(self, record: Conversation, text_ids: "_TextIds") -> Encoded | Drop:
-        """The longest beginning that fits and ends with an assistant turn."""
+        """The longest beginning that fits, ends with an assistant turn, and holds something that is trained."""
         ids, mask = text_ids.render(record.messages)
         if len(ids) <= self.length:
             return Encoded(record, ((ids, mask),))
         starts = [place for place, token in enumerate(ids) if token == self.tokenizer.im_start_id]
         for turns in range(len(starts) - 1, 0, -1):
-            if starts[turns] <= self.length and record.messages[turns - 1].role == "assistant":
-                end = starts[turns]
+            end = starts[turns]
+            if end <= self.length and record.messages[turns - 1].role == "assistant" and any(mask[:end]):
                 return Encoded(record, ((ids[:end], mask[:end]),), cut_turns=len(starts) - turns)
         return Drop("too_long", record.where)
 
@@ -144,5 +145,9 @@ def texts_of(record: Record) -> list[str]:
     if isinstance(record, Document):
         return [record.text]
     if isinstance(record, Conversation):
-        return [message.content for message in record.messages]
-    return list(chain((message.content for message in record.prompt), (record.chosen, record.rejected)))
+        return _turn_texts(record.messages)
+    return [*_turn_texts(record.prompt), record.chosen, record.rejected]
+
+
+def _turn_texts(messages: Iterable[Message]) -> list[str]:
+    return [text for message in messages for text, _ in message.parts()]

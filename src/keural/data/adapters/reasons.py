@@ -1,0 +1,153 @@
+"""Why a row is dropped, or what is noted of a kept one: what each reason means, and what can be done about it.
+
+`REASONS` is the table. `reason_of` finds a reason in it, also one that names a field (`missing_answer`, `input_is_not_text`).
+"""
+
+from typing import NamedTuple
+
+
+class Reason(NamedTuple):
+    """One reason of the table of sources."""
+
+    meaning: str
+    remedy: str = ""
+    """What a recipe can change; empty where only other rows help."""
+
+
+_SPELLING = "name the field in the adapter's option; the table lists fields that are not read"
+_FETCH = "fetch or convert the file again"
+REASONS: dict[str, Reason] = {
+    # readers
+    "malformed_row": Reason(
+        "the row is not of its format, or not of the adapter's shape", "see what was found, and the adapter's example"
+    ),
+    "malformed_file": Reason("the file is not of its format", f"give format, or {_FETCH}"),
+    "no_gutenberg_markers": Reason("the text has no Project Gutenberg markers", "leave out the option gutenberg"),
+    # fields
+    "wrong_schema": Reason(
+        "the row is of another set than the adapter's", "use the adapter that is named, or the one of the row's shape"
+    ),
+    "undeclared_value": Reason(
+        "a field that carries meaning has a value of no declared meaning; the source is refused", "see the message"
+    ),
+    "missing_FIELD": Reason("the row has no such field", _SPELLING),
+    "FIELD_is_not_text": Reason("the field holds something other than text or a number", "name the text inside it: answers.0.text"),
+    "FIELD_is_no_list_of_pairs": Reason("the field is not a list of questions with their answers", "mend the rows"),
+    "missing_messages": Reason("the row has no list of turns", "name it in the option field"),
+    "missing_dialogue": Reason("the row has no list of turns", "name it in the option field"),
+    "missing_label": Reason("the row does not say whether its answer is good", "name the field in the option label"),
+    "missing_prompt": Reason("the row has no prompt, neither by itself nor inside its answers", "name it in the option prompt"),
+    "missing_speaker": Reason("an utterance does not say who speaks"),
+    "missing_system": Reason("the row lacks the system turn that makes one answer the better"),
+    "missing_score": Reason("the row lacks the scores that its set has"),
+    "missing_ranking": Reason("fewer than two answers have a rank"),
+    "fields_differ": Reason(
+        "two fields say different things of one matter", "name one in its option, or the other in the option ignore"
+    ),
+    "system_differs": Reason(
+        "the field beside the turns is another system text than the first turn", "name one of them in option ignore"
+    ),
+    "prompt_differs": Reason("the prompt beside the turns is not the first question"),
+    "empty": Reason("the text is empty or white space"),
+    "empty_turn": Reason("a turn is empty or white space"),
+    "empty_list": Reason("a list that option unfold names holds nothing"),
+    "empty_question": Reason("an evaluation item has no question"),
+    "invalid_unicode": Reason("the text holds bytes that are no characters", "say how the file is encoded, or fetch it again"),
+    "null_text": Reason("the text is the word of an export for nothing"),
+    # turns
+    "unknown_role": Reason("a turn is of a role that is not known", "say what it is in the option roles: {name: user}"),
+    "not_alternating": Reason(
+        "turns do not alternate between user and assistant", "options: {consecutive: merge} joins turns of one side"
+    ),
+    "assistant_first": Reason(
+        "the assistant speaks first", "options: {assistant_first: keep} keeps what it says, cut leaves it out"
+    ),
+    "system_inside": Reason(
+        "a system turn stands after others",
+        "options: {system_inside: merge} joins it to the user's turn, keep leaves it where it is",
+    ),
+    "no_assistant_turn": Reason("no turn is an answer", "check the roles"),
+    "more_than_two_speakers": Reason("more than two people speak"),
+    "content_not_text": Reason("a turn holds parts that are no text: images, sound, files"),
+    "malformed_tools": Reason("the tool definitions are no list of objects with a name", "name another field in the option tools"),
+    "malformed_tool_call": Reason("a call of a tool has no name, or its arguments are no JSON object"),
+    "tool_result_without_call": Reason("a tool's result follows no call, or has another call's id"),
+    "tool_results_out_of_order": Reason("results of several calls stand in another order than the calls"),
+    "reasoning_is_not_text": Reason("the reasoning of an answer is no text", "name its field in the option ignore"),
+    "reasoning_outside_answer": Reason("a turn that is no answer holds reasoning"),
+    "has_reasoning": Reason("an answer holds reasoning, which this adapter does not read"),
+    "prompt_does_not_end_with_user": Reason("the prompt ends with an answer, or is empty"),
+    "completion_does_not_begin_with_assistant": Reason("the completion does not begin with an answer"),
+    "unanswerable": Reason("the question has no answer, as the set says"),
+    "text_before_first_turn": Reason("a transcript does not begin with a turn"),
+    "role_marker_in_turn": Reason("a turn of a transcript holds the name of a role: two turns ran together"),
+    "ends_with_user": Reason("the last turn is the user's, so there is no answer"),
+    # what is trained
+    "label_false": Reason("the row says that its answer is not a good one"),
+    "not_trained": Reason("the row says that it is not to be trained"),
+    "nothing_trained": Reason("no turn of the row is to be trained"),
+    "trained_spans": Reason(
+        "a turn says which characters of it are trained, which is not read", "name train_detail in the option ignore"
+    ),
+    # pairs
+    "no_preference": Reason("the row does not say which answer is the better"),
+    "chosen_equals_rejected": Reason("both answers are the same"),
+    "history_differs": Reason("the answers follow different turns"),
+    "score_tie": Reason("both answers are of equal worth"),
+    "score_reversed": Reason("the scores prefer the rejected answer"),
+    "answer_equals_question": Reason("an answer repeats the question"),
+    "in_gsm8k_train": Reason("the question is of the GSM8K training set"),
+    # corpora
+    "other_part": Reason("the row is of another part of its set"),
+    "other_language": Reason("the document is in another language"),
+    "other_license": Reason("the document is of a licence that is not wanted", "option licenses"),
+    "no_license": Reason("the document states no licence"),
+    "low_language_score": Reason("the language is uncertain", "option min_language_score"),
+    "redirect": Reason("the article only points to another"),
+    "stub": Reason("the article is a beginning of one"),
+    "long_lines": Reason("the lines are too long for code that people write"),
+    "few_letters": Reason("the file is mostly not letters"),
+    "mostly_formulas": Reason("the paper is mostly placeholders of formulas"),
+    # gates
+    "placeholder": Reason("a turn is or holds a placeholder", "gates: {placeholders: skip}"),
+    "self_identification": Reason("an answer says that it is another model", "gates: {self_identification: skip}"),
+    "refusal": Reason("the better answer refuses", "gates: {refusals: skip}"),
+    "control_string": Reason("a turn spells a marker of some chat format", "gates: {control_strings: skip}"),
+    "personal_data": Reason("a turn holds a resident number, telephone number or e-mail address", "gates: {personal_data: skip}"),
+    "not_korean": Reason("a side of the record is not Korean", "gates: {language: skip}, or mend the source's language"),
+    "not_english": Reason("a side of the record is not English", "gates: {language: skip}, or mend the source's language"),
+    "answer_too_short": Reason("an answer is shorter than min_characters", "min_characters"),
+    "turn_too_long": Reason("a turn is longer than max_characters", "max_characters"),
+    "length_ratio": Reason("one answer is much longer than the other", "max_length_ratio"),
+    "contaminated": Reason("the record holds an evaluation item", "gates: {contaminated: count}"),
+    # length and repetition
+    "too_short": Reason("the document is shorter than min_characters", "data.min_characters"),
+    "too_long": Reason("no beginning with a trained answer fits", "data.sequence_length"),
+    "prompt_too_long": Reason("the prompt leaves no room for an answer", "data.sequence_length"),
+    "answer_too_long": Reason("a side of the pair does not fit", "data.sequence_length"),
+    "duplicate": Reason("the same record was there before"),
+    "duplicate_after_cut": Reason("without the turns after its last answer, which are cut, the same record was there before"),
+    "duplicate_id": Reason("a record with the same id was there before", "id_space"),
+    "duplicate_prompt": Reason("another record asks the same", "gates: {duplicate_prompts: skip}"),
+    "swapped_pair": Reason("the same pair was there with its answers swapped"),
+    "held_out": Reason("a held-out source asks the same"),
+    "over_limit": Reason("the limit was reached before", "limit"),
+    # notes of kept records
+    "unanswered_turns_cut": Reason("turns after the last answer are left out"),
+    "greeting_left_out": Reason("what the assistant says before the user spoke is left out", "option assistant_first"),
+    "reasoning_left_out": Reason("the reasoning of an answer is left out", "options: {reasoning: train} or keep"),
+    "other_items_left_out": Reason("a field takes one item of a list that has more", "option unfold makes a record of each"),
+    "question_trained": Reason("a turn that is no answer is trained, as the row says", "name the field in the option ignore"),
+}
+_OF_FIELDS = (
+    ("missing_", "", "missing_FIELD"),
+    ("", "_is_not_text", "FIELD_is_not_text"),
+    ("", "_is_no_list_of_pairs", "FIELD_is_no_list_of_pairs"),
+)
+
+
+def reason_of(name: str) -> Reason | None:
+    """What a reason means; None for one that is not in the table, such as those of a corpus' filters."""
+    if name in REASONS:
+        return REASONS[name]
+    return next((REASONS[known] for start, end, known in _OF_FIELDS if name.startswith(start) and name.endswith(end)), None)

@@ -1,0 +1,535 @@
+"""Turns of a conversation as rows hold them: roles, content, tools and their calls, reasoning, and what is trained.
+
+In: a list of turns (also as JSON text, as an array, or as an object of lists, as columns have it) and the options of a source. Out:
+`Message`s, put in order as the options say. Every field that carries meaning is read, or the row is dropped with a reason, or its
+source refused: `FLAGS` say what is trained, a `label` whether an answer is good, `TOOLS` are definitions, `CALLS` and `REASONING`
+are parts of an assistant's turn.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from keural.data.adapters.base import (
+    ASSISTANT_FIRST,
+    CUT,
+    NAME,
+    SYSTEM_INSIDE,
+    BadRow,
+    Reads,
+    Undeclared,
+    conversation,
+    holds,
+    leaves_items,
+    lookup,
+    plain,
+    scalar,
+    text_of,
+    trimmed,
+    with_system,
+)
+from keural.data.readers.formats import OptionTypes
+from keural.data.records import Conversation, Drop
+from keural.recipe import SourceSpec
+from keural.tokenizer.message import CALLED, Message, ToolCall, parse_answer, split_reasoning, with_calls, with_tools
+
+TOOL_CALL = "tool_call"
+"""Role of a turn that is nothing but calls, as JSON text; it becomes part of the assistant's turn."""
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+    "function_call": TOOL_CALL,
+    TOOL_CALL: TOOL_CALL,
+}
+"""Names of roles in public sets."""
+IN_ORDER = "in_order"
+"""Value of option `roles`: who speaks first is the user, the other the assistant."""
+ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
+FLAGS = {
+    "train": True,
+    "trainable": True,
+    "trained": True,
+    "weight": True,
+    "loss": True,
+    "loss_weight": True,
+    "loss_mask": True,
+    "masked": False,
+}
+"""Fields of a turn or a row that say what is trained, and which value says that it is."""
+TOOLS = ("tools", "functions")
+CALLS = ("tool_calls", "function_call")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+LABEL = "label"
+_SPANS = "train_detail"
+_CALL_ID = "tool_call_id"
+_SPECIAL = frozenset((*FLAGS, *CALLS, *REASONING, _SPANS, _CALL_ID))
+_YES, _NO = ("true", "1", "1.0"), ("false", "0", "0.0")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+MEANS_SOMETHING_ELSE = "where the field means something else, name it in the option ignore"
+
+REASONING_LEFT_OUT, GREETING_LEFT_OUT, QUESTION_TRAINED = "reasoning_left_out", "greeting_left_out", "question_trained"
+ITEMS_LEFT_OUT = "other_items_left_out"
+"""Notes of kept conversations."""
+
+ROW_OPTIONS: OptionTypes = {"system": NAME, "tools": NAME, "label": NAME, "reasoning": (str,), "ignore": (list,)}
+"""Options of every adapter of conversations."""
+TURN_OPTIONS: OptionTypes = {
+    **ROW_OPTIONS,
+    "role": NAME,
+    "content": NAME,
+    "roles": (dict, str),
+    "assistant_first": (str,),
+    "system_inside": (str,),
+    "consecutive": (str,),
+}
+"""Options of adapters whose rows hold turns."""
+CHOICES = {
+    "reasoning": ("drop", "keep", "train"),
+    "assistant_first": ("drop", "cut", "keep"),
+    "system_inside": ("drop", "merge", "keep"),
+    "consecutive": ("drop", "merge"),
+}
+
+
+def check_turns(source: SourceSpec) -> str | None:
+    """What is wrong with the option `roles`."""
+    roles = source.options.get("roles", {})
+    if isinstance(roles, str):
+        return None if roles == IN_ORDER else f"option 'roles' must be a map of names or {IN_ORDER}, got {roles!r}"
+    targets = ("system", "user", "assistant", "tool", TOOL_CALL)
+    if wrong := next((role for role in roles.values() if role not in targets), None):
+        return f"option 'roles': {wrong!r} is no role; there are {', '.join(targets)}"
+    return None
+
+
+def reads(source: SourceSpec, keys: Sequence[Any], turns: Sequence[str | int] = (), optional: Sequence[str] = ()) -> Reads:
+    """What an adapter of conversations reads: `keys` are names of fields or lists of them; `turns` those that hold turns."""
+    options = source.options
+    named = [name for key in keys for name in (key if isinstance(key, list) else [key])]
+    named += [options.get("system", "system"), *FLAGS, *REASONING, *_ignored(options)]
+    named += [options["label"]] if "label" in options else []
+    named += [options["tools"]] if "tools" in options else TOOLS
+    role, content = (
+        [options[option]] if option in options else list(names)
+        for option, names in (("role", ROLE_KEYS), ("content", CONTENT_KEYS))
+    )
+    return Reads(
+        frozenset(part for name in (*named, *turns) for part in (str(name), str(name).split(".")[0])),
+        tuple(turns),
+        _SPECIAL | {str(name).split(".")[0] for name in (*role, *content, *_ignored(options))},
+        booleans=frozenset((LABEL,)),
+        optional=("system", "tools", "label", *optional),
+    )
+
+
+def _ignored(options: Mapping[str, Any]) -> list[str]:
+    return [str(name) for name in options.get("ignore", ())]
+
+
+def listing(value: Any) -> Any:
+    """A list that comes as an array, as JSON text, or as an object of equally long lists; anything else as it is."""
+    value = plain(value)
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    if isinstance(value, dict) and value:
+        columns = {key: plain(column) for key, column in value.items()}
+        lengths = {len(column) if isinstance(column, list) else -1 for column in columns.values()}
+        if len(lengths) == 1 and -1 not in lengths:
+            return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    return value
+
+
+def one_of(value: Any, names: Sequence[str | int]) -> Any:
+    """The one of some fields that is there; None where none is. Raises `BadRow` where two say different things."""
+    found = [(name, each) for name in names if (each := lookup(value, name)) is not None]
+    if any(each != found[0][1] for _, each in found[1:]):
+        raise BadRow("fields_differ", ", ".join(str(name) for name, _ in found))
+    return found[0][1] if found else None
+
+
+@dataclass
+class TurnReader:
+    """Reads one row of a source of conversations."""
+
+    source: SourceSpec
+    where: str
+    has_turns: bool = True
+    """Whether rows hold turns; of those a label of 1 or 0 is likely one of good and bad answers, elsewhere one of anything."""
+    notes: list[str] = field(default_factory=list)
+    """What the record will not have of the row, or is unusual in it."""
+    _speakers: dict[str, str] = field(default_factory=dict)
+    _call_ids: list[str] = field(default_factory=list)
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """The source's options."""
+        return self.source.options
+
+    @cached_property
+    def _ignore(self) -> frozenset[str]:
+        return frozenset(_ignored(self.options))
+
+    @cached_property
+    def _special(self) -> frozenset[str]:
+        return _SPECIAL - self._ignore | (frozenset(CONTENT_KEYS) if "reasoning" in self.options else frozenset())
+
+    @cached_property
+    def _roles(self) -> Mapping[str, str]:
+        given = self.options.get("roles")
+        return ROLES | {str(name).strip().lower(): role for name, role in given.items()} if isinstance(given, dict) else ROLES
+
+    @cached_property
+    def _from_columns(self) -> bool:
+        """Whether an object has a null for every key that only others have."""
+        return self.source.hub is not None or ".parquet" in self.where
+
+    def check_row(self, row: Any, used: Sequence[Any] = ()) -> None:
+        """Raise `BadRow` for a row that says that it is not to be learned. `used` are fields that are read as something else."""
+        if not isinstance(row, dict):
+            return
+        names = {str(name) for each in used for name in (each if isinstance(each, list) else [each])}
+        if self._flag(row, names) is False:
+            raise BadRow("not_trained")
+        label = self.options.get("label", LABEL)
+        if str(label) not in names | self._ignore and self.label(lookup(row, label), label) is False:
+            raise BadRow("label_false")
+
+    def label(self, value: Any, name: str | int, required: bool = False) -> bool | None:
+        """Whether a row's answer is good, where its label says so: true or false, also as text. Where a recipe or an adapter says
+        that the field is such a label, 1 and 0 mean the same and other values refuse the source; so do 1 and 0 where nobody does.
+        """
+        declared = required or "label" in self.options
+        if isinstance(value, bool) or value is None:
+            return value
+        text = str(value).strip().lower()
+        if text in ("true", "false"):
+            return text == "true"
+        if text in (*_YES, *_NO):
+            if not declared and not self.has_turns:
+                return None
+            if not declared:
+                how = f"options: {{label: {name}}} reads 1 as a good and 0 as a bad answer"
+                raise Undeclared(name, value, f"{how}; {MEANS_SOMETHING_ELSE}")
+            return text in _YES
+        if declared and text:
+            raise Undeclared(
+                name, value, "true or 1 is a good answer, false or 0 a bad one; mend the label, or leave the option out"
+            )
+        return None
+
+    def check_items(self, row: Any, names: Sequence[Any]) -> None:
+        """Note a row of which a field takes one item of several."""
+        if any(leaves_items(row, name) for each in names for name in (each if isinstance(each, list) else [each])):
+            self.notes.append(ITEMS_LEFT_OUT)
+
+    def _flag(self, value: dict[str, Any], used: set[str] | frozenset[str] = frozenset()) -> bool | None:
+        """What a turn or row says of itself: trained, not trained, or nothing."""
+        said = {name: _flag_value(name, value[name]) for name in FLAGS.keys() & value.keys() - self._ignore - used}
+        flags = {flag for flag in said.values() if flag is not None}
+        if len(flags) > 1:
+            raise BadRow("fields_differ", ", ".join(sorted(name for name, flag in said.items() if flag is not None)))
+        return flags.pop() if flags else None
+
+    def turns(self, value: Any) -> list[Message]:
+        """The turns of a list of them, each as the row has it; calls that are turns of their own become part of the assistant's."""
+        found = listing(value)
+        if not isinstance(found, list):
+            raise BadRow("missing_messages") if found is None else BadRow("malformed_row", f"turns are a {type(found).__name__}")
+        turns: list[Message] = []
+        for item in found:
+            turn = self.turn(item)
+            if turn.role == TOOL_CALL:
+                turn = turn._replace(role="assistant")
+                if turns and turns[-1].role == "assistant":
+                    turn = _joined(turns.pop(), turn)
+            turns.append(turn)
+        return turns
+
+    def turn(self, item: Any) -> Message:
+        """A turn from `{role, content}` or `{from, value}`, or the fields that options name."""
+        if isinstance(item, str):
+            item = listing(item)
+        if not isinstance(item, dict):
+            raise BadRow("malformed_row", f"a turn is a {type(item).__name__}")
+        options = self.options
+        role = self._role(item)
+        found = lookup(item, options["content"]) if "content" in options else one_of(item, CONTENT_KEYS)
+        text = _content(found, role)
+        if role == TOOL_CALL:
+            text = with_calls("", [self._call(call) for call in _calls_in(text)])
+        turn = Message(role, trimmed(text))
+        return self._with_extras(turn, item) if item.keys() & self._special else turn
+
+    def _role(self, item: dict[str, Any]) -> str:
+        options = self.options
+        keys = (options["role"],) if "role" in options else ROLE_KEYS
+        names = [name.strip() for key in keys if (name := scalar(lookup(item, key))) is not None]
+        if options.get("roles") == IN_ORDER and names:
+            if names[0] not in self._speakers and len(self._speakers) == 2:
+                raise BadRow("more_than_two_speakers")
+            return self._speakers.setdefault(names[0], ("user", "assistant")[min(len(self._speakers), 1)])
+        roles = {self._roles.get(name.lower(), "") for name in names}
+        if not names or "" in roles:
+            raise BadRow("unknown_role", f"{next((n for n in names if n.lower() not in self._roles), 'none')!r:.40}")
+        if len(roles) > 1:
+            raise BadRow("fields_differ", ", ".join(map(str, keys)))
+        return roles.pop()
+
+    def _with_extras(self, turn: Message, item: dict[str, Any]) -> Message:
+        """The turn with its calls and reasoning, and with what it says of training."""
+        if _SPANS in item and _SPANS not in self._ignore and holds(item[_SPANS]):
+            raise BadRow("trained_spans")
+        calls = self._calls(item)
+        if calls and turn.role != "assistant":
+            raise BadRow("malformed_tool_call", f"by a {turn.role}")
+        if calls:
+            turn = turn._replace(content=with_calls(turn.content, calls))
+        if turn.role == "tool":
+            self._check_id(scalar(item.get(_CALL_ID)))
+        trained = self._flag(item)
+        if trained and turn.role not in ("assistant", TOOL_CALL):
+            self.notes.append(QUESTION_TRAINED)
+        return self.reasoned(turn._replace(trained=trained), item)
+
+    def _calls(self, item: dict[str, Any]) -> list[ToolCall]:
+        found = [(name, item[name]) for name in CALLS if name not in self._ignore and holds(item.get(name))]
+        if len(found) > 1:
+            raise BadRow("fields_differ", ", ".join(CALLS))
+        if not found:
+            return []
+        value = listing(found[0][1])
+        listed = value if isinstance(value, list) else [value]
+        ids = [scalar(lookup(listing(call), "id")) for call in listed]
+        self._call_ids = [call_id for call_id in ids if call_id] if all(ids) else []
+        return [self._call(listing(call)) for call in listed]
+
+    def _call(self, value: Any) -> ToolCall:
+        """A call from `{name, arguments}` or that under `function`; arguments may be JSON text."""
+        called = value.get("function", value) if isinstance(value, dict) else None
+        name, arguments = lookup(called, "name"), lookup(called, "arguments")
+        if not isinstance(name, str) or not name or lookup(value, "type") not in (None, "function"):
+            raise BadRow("malformed_tool_call", "it has no name of a function")
+        if isinstance(arguments, str):
+            if not arguments.strip() or isinstance(_from_json(arguments), dict):
+                return ToolCall(name, arguments.strip())
+            raise BadRow("malformed_tool_call", "its arguments are no JSON object")
+        if arguments is not None and not isinstance(arguments, dict):
+            raise BadRow("malformed_tool_call", f"its arguments are a {type(arguments).__name__}")
+        return ToolCall(name, self._without_nulls(arguments or {}))
+
+    def _check_id(self, call_id: str | None) -> None:
+        """Results must be of the calls before them, and in their order: the rendered turn does not say which call it answers."""
+        if call_id is None or not self._call_ids:
+            return
+        if call_id not in self._call_ids:
+            raise BadRow("tool_result_without_call", "another call's id")
+        if call_id != self._call_ids.pop(0):
+            raise BadRow("tool_results_out_of_order")
+
+    def _without_nulls(self, value: Any) -> Any:
+        """Objects without the keys that only other rows have."""
+        if not self._from_columns:
+            return value
+        value = plain(value)
+        if isinstance(value, dict):
+            return {key: self._without_nulls(item) for key, item in value.items() if item is not None}
+        return [self._without_nulls(item) for item in value] if isinstance(value, list) else value
+
+    def reasoned(self, turn: Message, item: Any) -> Message:
+        """The turn with the reasoning that stands beside it, or where option `reasoning` is given before it in its text."""
+        value = one_of(item, [name for name in REASONING if name not in self._ignore]) if isinstance(item, dict) else None
+        if holds(value) and not isinstance(value, str):
+            raise BadRow("reasoning_is_not_text", type(value).__name__)
+        reasoning, content = trimmed(value or ""), turn.content
+        if "reasoning" in self.options and turn.role == "assistant":
+            inside, content = split_reasoning(content)
+            if reasoning and inside and reasoning != inside:
+                raise BadRow("fields_differ", "reasoning, content")
+            reasoning, content = reasoning or inside, trimmed(content)
+        if not reasoning:
+            return turn
+        if turn.role != "assistant":
+            raise BadRow("reasoning_outside_answer", turn.role)
+        policy = self.options.get("reasoning", "drop")
+        if policy == "drop":
+            self.notes.append(REASONING_LEFT_OUT)
+            return turn._replace(content=content)
+        return turn._replace(content=content, reasoning=reasoning, reasoning_trained=policy == "train")
+
+    def system(self, row: Any) -> str:
+        """The system text beside the turns, where the row has one."""
+        name = self.options.get("system", "system")
+        return "" if str(name) in self._ignore else text_of(row, name, required=False)
+
+    def tools(self, row: Any) -> list[dict[str, Any]]:
+        """The tool definitions beside the turns, where the row has them: `{name, ..}`, also under `function`, also as JSON text."""
+        names = [self.options["tools"]] if "tools" in self.options else TOOLS
+        value = listing(one_of(row, [name for name in names if name not in self._ignore]))
+        if not holds(value) or value == "null" or (isinstance(value, str) and not value.strip()):
+            return []
+        tools = [listing(tool) for tool in (value if isinstance(value, list) else [value])]
+        for tool in tools:
+            inner = tool.get("function", tool) if isinstance(tool, dict) else None
+            if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+                raise BadRow("malformed_tools")
+        return [self._without_nulls(tool) for tool in tools]
+
+    def conversation(self, row: Any, turns: Sequence[Message]) -> Conversation | Drop:
+        """The conversation of a row's turns, with the system text and the tools beside them, in the order that options allow."""
+        arranged = self._arranged(with_system(self.system(row), turns))
+        allowed = {name for name in (ASSISTANT_FIRST, SYSTEM_INSIDE) if self.options.get(name) == "keep"}
+        tools = self.tools(row) if isinstance(row, dict) else []
+        notes = tuple(dict.fromkeys(self.notes))
+        return conversation(with_tools(arranged, tools), self.where, self.source.language, notes, allowed)
+
+    def _arranged(self, turns: list[Message]) -> list[Message]:
+        options = self.options
+        if options.get("system_inside") == "merge":
+            turns = self._system_merged(turns)
+        if options.get("consecutive") == "merge":
+            turns = _merged(turns)
+        if options.get("assistant_first") == "cut":
+            head = turns[:1] if turns and turns[0].role == "system" else []
+            first = next((place for place, turn in enumerate(turns) if turn.role == "user"), len(turns))
+            if first > len(head):
+                self.notes.append(GREETING_LEFT_OUT)
+                return [*head, *turns[first:]]
+        return turns
+
+    def _system_merged(self, turns: list[Message]) -> list[Message]:
+        """System turns after the first turn as part of the user's turn beside them."""
+        merged, waiting = turns[:1], ""
+        for turn in turns[1:]:
+            if turn.role == "system":
+                if merged[-1].role == "user" and not waiting:
+                    merged[-1] = merged[-1]._replace(content=_lines(merged[-1].content, turn.content))
+                else:
+                    waiting = _lines(waiting, turn.content)
+            elif waiting and turn.role != "user":
+                raise BadRow(SYSTEM_INSIDE)
+            else:
+                merged.append(turn._replace(content=_lines(waiting, turn.content)) if waiting else turn)
+                waiting = ""
+        if waiting:
+            self.notes.append(CUT)
+        return merged
+
+
+def message_of(value: Any) -> Message:
+    """One turn of a row whose adapter has no options for turns; what it thought drops the row."""
+    reader = TurnReader(_BARE, "")
+    turn = reader.turn(value)
+    if REASONING_LEFT_OUT in reader.notes:
+        raise BadRow("has_reasoning")
+    return turn
+
+
+def messages_of(value: Any) -> list[Message]:
+    """The turns of a list, as `message_of` reads one."""
+    reader = TurnReader(_BARE, "")
+    turns = reader.turns(value)
+    if REASONING_LEFT_OUT in reader.notes:
+        raise BadRow("has_reasoning")
+    return turns
+
+
+_BARE = SourceSpec(name="turns", adapter="messages")
+
+
+def _flag_value(name: str, value: Any) -> bool | None:
+    if value is None or value == "":
+        return None
+    text = str(value).strip().lower()
+    if text not in (*_YES, *_NO):
+        raise Undeclared(name, value, f"1 or true and 0 or false say what is trained; {MEANS_SOMETHING_ELSE}")
+    return (text in _YES) == FLAGS[name]
+
+
+def _content(value: Any, role: str) -> str:
+    """The text of a turn's content: text, a number, or parts that are text, joined by line ends; empty where there is none."""
+    value = plain(value)
+    if isinstance(value, str):
+        return value
+    if value is None:
+        return ""
+    if isinstance(value, dict) and role in ("tool", TOOL_CALL):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, list) and all(isinstance(part, dict) for part in value):
+        return "\n".join(map(_part, value))
+    text = scalar(value)
+    if text is None:
+        raise BadRow("malformed_row", f"content is a {type(value).__name__}")
+    return text
+
+
+def _part(part: dict[str, Any]) -> str:
+    kind, text = part.get("type"), part.get("text")
+    if (kind is not None and kind not in _TEXT_PARTS) or not isinstance(text, str):
+        raise BadRow("content_not_text", f"{kind!r:.40}")
+    return text
+
+
+def _calls_in(text: str) -> list[Any]:
+    """The calls that a turn of calls is: a JSON object or a list of them, or these in the tags of an answer."""
+    value = _from_json(text)
+    if value is None and (parsed := parse_answer(text.strip())).tool_calls and not parsed.content:
+        return [call._asdict() for call in parsed.tool_calls]
+    calls = value if isinstance(value, list) else [value]
+    if not calls or not all(isinstance(call, dict) for call in calls):
+        raise BadRow("malformed_tool_call", "it is no JSON object")
+    return calls
+
+
+def _from_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _lines(*texts: str) -> str:
+    return "\n\n".join(text for text in texts if text)
+
+
+def _joined(first: Message, second: Message) -> Message:
+    """Two turns of one side as one."""
+    if first.is_trained != second.is_trained:
+        raise BadRow("fields_differ", "one turn is trained, one is not")
+    content = "\n".join(turn.content for turn in (first, second) if turn.content)
+    return first._replace(content=content, trained=first.trained if second.trained is None else second.trained)
+
+
+def _merged(turns: list[Message]) -> list[Message]:
+    """Runs of user or assistant turns as one turn each; what comes after a call stays apart, and so does an empty turn."""
+    merged: list[Message] = []
+    for turn in turns:
+        last = merged[-1] if merged else None
+        if (
+            last is not None
+            and turn.role == last.role in ("user", "assistant")
+            and turn.content
+            and last.content
+            and not turn.reasoning
+            and not last.content.endswith(CALLED)
+        ):
+            merged[-1] = _joined(last, turn)
+        else:
+            merged.append(turn)
+    return merged

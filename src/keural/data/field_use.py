@@ -1,0 +1,56 @@
+"""Which fields of a source's rows nothing reads, and which fields that its options name no row has.
+
+In: an adapter, a source's options and its rows. Out: names, to be listed once per source, or to refuse an option without effect.
+"""
+
+from typing import Any
+
+from keural.data.adapters.base import Adapter, holds, lookup
+from keural.data.adapters.turns import listing
+from keural.recipe import SourceSpec
+
+MAX_NAMES = 50
+"""More are not remembered: rows may have names as keys."""
+
+
+class FieldUse:
+    """Looks at every row of one source; an adapter that does not say what it reads is not looked at."""
+
+    def __init__(self, adapter: Adapter, source: SourceSpec) -> None:
+        self._reads = adapter.reads(source) if adapter.reads else None
+        self._booleans = self._reads.booleans if self._reads else frozenset[str]()
+        self.unread: set[str] = set()
+        named = self._reads.optional if self._reads else ()
+        self.unseen: dict[str, list[Any]] = {}
+        """By option, the fields that it names, as long as no row had one."""
+        for option in named:
+            if option in source.options:
+                given = source.options[option]
+                self.unseen[option] = given if isinstance(given, list) else [given]
+
+    def look(self, value: Any) -> None:
+        """Take note of a row's fields."""
+        if self._reads is None:
+            return
+        if isinstance(value, dict):
+            self._note("", value, self._reads.keys)
+            if self.unseen:
+                self.unseen = {
+                    option: names for option, names in self.unseen.items() if not any(_has(value, name) for name in names)
+                }
+        for name in self._reads.turns:
+            turns = listing(lookup(value, name) if isinstance(value, dict) else value)
+            if isinstance(turns, list):
+                for turn in turns:
+                    if isinstance(turn, dict):
+                        self._note(f"{name}.", turn, self._reads.turn_keys)
+
+    def _note(self, before: str, value: dict[Any, Any], known: frozenset[str]) -> None:
+        for key in value.keys() - known:
+            meant = key in self._booleans and str(value[key]).lower() in ("true", "false")
+            if not meant and len(self.unread) < MAX_NAMES and holds(value[key]):
+                self.unread.add(f"{before}{key}")
+
+
+def _has(value: dict[Any, Any], name: str | int) -> bool:
+    return str(name) in value or lookup(value, name) is not None

@@ -360,7 +360,14 @@ class TestRefusals:
         specs = sources({"a": [korean(0)]})
         executor = ExecutorSpec(kind="slurm", partition="cpu")
         with pytest.raises(UserError, match="characters that a shell takes for commands"):
-            clean(CleaningSpec(tasks=1, executor=executor), specs, tmp_path, tmp_path / "$(touch x)", 0, FileHashes())
+            clean(
+                CleaningSpec(tasks=1, executor=executor),
+                open_sources(specs, tmp_path),
+                tmp_path,
+                tmp_path / "$(touch x)",
+                0,
+                FileHashes(),
+            )
 
     @pytest.mark.parametrize("settings", [{"kind": "slurm"}, {"kind": "local", "partition": "x"}, {"kind": "ray", "qos": "y"}])
     def test_executor_settings_that_would_do_nothing(self, settings):

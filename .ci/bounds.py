@@ -1,8 +1,8 @@
 """Constraints for an environment at one end of what the package admits: `python .ci/bounds.py newest|oldest > FILE`.
 
-In: `pyproject.toml` and the index that pip is set up with. Out: one line per package for `pip install -c`. The oldest end pins every
-dependency and extra to its lower bound. Either end pins torch to the newest or oldest release of which there is a build for CPUs;
-where the index marks none as such, to the one in `constraints.txt`, since the others may bring gigabytes for GPUs.
+In: `pyproject.toml` and the index that pip is set up with. Out: one line per package for `pip install -c`. The oldest end pins
+every dependency, those of the extras included, to its lower bound. Either end pins torch to the newest or oldest release of which
+there is a build for CPUs; where the index marks none as such, to the one in `constraints.txt`, since others may bring gigabytes.
 """
 
 import re
@@ -12,15 +12,14 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = ("data", "gguf", "tensorboard", "dev")
 TOOLS = ("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy")
 """What only tests and checks need; the newest will do."""
 
 
 def lower_bounds() -> dict[str, str]:
-    """Lower bound of each dependency by name, without extras and tools."""
+    """Lower bound of each dependency by name, without the tools."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lines = project["dependencies"] + [line for extra in EXTRAS for line in project["optional-dependencies"][extra]]
+    lines = project["dependencies"] + [line for extra in project["optional-dependencies"].values() for line in extra]
     found = {}
     for line in lines:
         match = re.fullmatch(r"([\w-]+)(?:\[[\w,-]+\])?>=([\d.]+).*", line)

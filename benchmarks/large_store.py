@@ -23,7 +23,7 @@ import numpy as np
 from keural.data.loading.batch import Batch
 from keural.data.loading.stream import Stream
 from keural.data.tokens.store import END, FORMAT, SHARD_TOKENS, TOKEN, VERSION, TokenStore, content_fingerprint
-from keural.files import write_json
+from keural.files import CHECKSUM, fingerprint, write_json
 
 
 def write_sparse_store(directory: Path, tokens: int, documents: int, shard_tokens: int = SHARD_TOKENS) -> None:
@@ -59,7 +59,8 @@ def write_sparse_store(directory: Path, tokens: int, documents: int, shard_token
         "shards": shards,
         "files": files,
     }
-    write_json(directory / "manifest.json", manifest | {"fingerprint": content_fingerprint(manifest)})
+    manifest["fingerprint"] = content_fingerprint(manifest)
+    write_json(directory / "manifest.json", manifest | {CHECKSUM: fingerprint(manifest)})
 
 
 def resident() -> int:

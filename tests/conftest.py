@@ -16,9 +16,9 @@ from keural.recipe import ChatSpec, TokenizerSpec
 from keural.releases import installed_releases
 from keural.tokenizer import KeuralTokenizer
 from keural.tokenizer.train import train_tokenizer
+from tests.helpers.shapes import SMALL
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "data"))  # the writer of published shards, for the pipeline, too
 WORDS = """the cat sees a small red house and two blue birds in the garden on Monday morning with eleven
 고양이는 작은 빨간 집과 파란 새 두 마리를 정원에서 봅니다 안녕하세요 감사합니다 월요일 아침 열하나"""
 TEXTS = [" ".join(WORDS.split()[(start * step) % 34] for step in range(1, 14)) for start in range(1, 200)]
@@ -76,21 +76,9 @@ def make_config(tokenizer: KeuralTokenizer) -> Callable[..., KeuralConfig]:
     """Makes a configuration of two layers and four experts with the tokenizer's ids; keywords change it."""
 
     def make(**changes: object) -> KeuralConfig:
-        shape: dict[str, object] = {
-            "vocab_size": tokenizer.vocab_size,
-            "hidden_size": 32,
-            "intermediate_size": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "num_local_experts": 4,
-            "sliding_window": 9,
-            "max_position_embeddings": 160,
-            "initializer_range": 0.3,
-            "eos_token_id": tokenizer.im_end_id,
-        }
-        return KeuralConfig(**(shape | changes))
+        ids = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.im_end_id}
+        lengths = {"sliding_window": 9, "max_position_embeddings": 160}
+        return KeuralConfig(**(SMALL | ids | lengths | {"initializer_range": 0.3} | changes))
 
     return make
 

@@ -34,7 +34,8 @@ def modules() -> dict[str, Path]:
 def imports_of(file: Path, known: dict[str, Path], deferred: bool) -> set[str]:
     """Modules of the package that a file imports, with `deferred` also those that it imports inside functions."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    ignored = {id(node) for block in ast.walk(tree) if _is_typing_only(block) for inner in block.body for node in ast.walk(inner)}
+    typing_only = [block for block in ast.walk(tree) if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)]
+    ignored = {id(node) for block in typing_only for inner in block.body for node in ast.walk(inner)}
     if not deferred:
         functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
         ignored |= {id(node) for function in functions for node in ast.walk(function)}
@@ -50,10 +51,6 @@ def imports_of(file: Path, known: dict[str, Path], deferred: bool) -> set[str]:
                 named = {f"{package}.{alias.name}".lstrip(".") for alias in node.names}
                 found |= {name if name in known else package for name in named}
     return found
-
-
-def _is_typing_only(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
 
 
 def _package(node: ast.ImportFrom, file: Path) -> str | None:

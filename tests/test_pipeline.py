@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from published_writer import pack_documents, write_shard
 
 from keural.cli.app import main
 from keural.data.loading.stream import Stream
 from keural.files import read_json
 from keural.pretrained.stored_model import load_model
+from tests.helpers.published_writer import pack_documents, write_shard
+from tests.helpers.shapes import OF_A_RECIPE
 
 WORDS = ["하늘", "바다", "나무", "구름", "바람", "sea", "sky", "tree", "cloud", "오늘", "내일", "going", "봅니다", "읽어요", "sees"]
 Keural = Callable[..., tuple[int, str, str]]
@@ -51,22 +52,11 @@ def write_recipe(directory: Path, data: Path) -> None:
     chats = [{"name": "chats", "adapter": "messages", "path": "chats.jsonl"}]
     pairs = [{"name": "pairs", "adapter": "preference", "path": "pairs.jsonl"}]
     train = {"steps": 6, "lr": 1e-3, "warmup_steps": 2, "save_every": 2}
-    shape = {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "num_local_experts": 4,
-        "sliding_window": 9,
-        "max_position_embeddings": 128,
-    }
     files = {
         "recipe": {
             "name": "tiny",
             "data": str(data),
-            "model": shape,
+            "model": OF_A_RECIPE,
             "tokenizer": {"vocab_size": 360, "sources": prose},
             "stages": ["base", "chat", "align"],
             "evaluation": {"bits_per_byte": [{"name": "prose", "stage": "base", "max_bytes": 5000}]},
@@ -406,7 +396,7 @@ def test_a_stage_does_not_start_from_damaged_weights(workplace: Path, keural: Ke
     data = bytearray(victim.read_bytes())
     data[-5] ^= 1
     victim.write_bytes(data)
-    code, _, err = keural("run", workplace / "recipe", "--out", workplace / "run")
+    code, _, err = keural("train", workplace / "recipe" / "align.yaml", "--out", workplace / "run")
     assert code == 2
     assert "model.safetensors" in one_line(err)
 

@@ -49,3 +49,8 @@ def test_the_makefile_tests_each_of_them() -> None:
 def test_the_pages_name_the_range(page: str) -> None:
     oldest, newest = TESTED["transformers"][0], TESTED["transformers"][-1]
     assert f"transformers {oldest} to {newest}" in " ".join(text(page).split())
+
+
+def test_the_tests_of_the_edges_are_there() -> None:
+    (paths,) = re.findall(r"^EDGE_TESTS := (.+?)(?<!\\)\n", text("Makefile"), re.MULTILINE | re.DOTALL)
+    assert [path for path in paths.replace("\\\n", " ").split() if not (ROOT / path).exists()] == []

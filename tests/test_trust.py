@@ -17,6 +17,7 @@ import yaml
 
 from keural.cli.app import main
 from keural.files import fingerprint, sha256_file
+from tests.helpers.shapes import OF_A_RECIPE
 
 Keural = Callable[..., tuple[int, str, str]]
 WATCHED = """
@@ -53,11 +54,9 @@ def write_recipe(root: Path) -> None:
     prose = [{"name": "prose", "adapter": "text", "path": "prose.jsonl", "language": "ko"}]
     pairs = [{"name": "pairs", "adapter": "preference", "path": "pairs.jsonl"}]
     train = {"steps": 4, "lr": 1e-3, "warmup_steps": 1, "save_every": 2}
-    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    shape |= {"num_key_value_heads": 1, "head_dim": 16, "num_local_experts": 4, "sliding_window": 9, "max_position_embeddings": 128}
     files: dict[str, Any] = {
         "recipe": {
-            "name": "tiny", "data": str(root / "data"), "model": shape, "stages": ["base", "align"],
+            "name": "tiny", "data": str(root / "data"), "model": OF_A_RECIPE, "stages": ["base", "align"],
             "tokenizer": {"vocab_size": 370, "sources": prose}, "chat": {"samples": ["하늘"], "max_new_tokens": 4},
             "evaluation": {"bits_per_byte": [{"name": "prose", "stage": "base", "max_bytes": 2000}]},
         },

@@ -1,4 +1,4 @@
-"""The user's kind of error.
+"""The user's kind of error, and how text of strangers is put into a line that a person reads.
 
 Anything the user can mend (a wrong recipe, a missing file, bad rows, a full disk) is raised as `UserError`, whose message says on
 one line what is wrong, where, and what to do. The command line prints that line and exits with code 2. What only a programming
@@ -6,20 +6,130 @@ mistake can cause is an `assert` or an ordinary exception.
 """
 
 import difflib
+import errno
+import reprlib
 import unicodedata
 from collections.abc import Iterable
+from typing import Any
+
+MAX_MESSAGE = 1000
+"""Characters of a message; of a longer one the middle is left out."""
+MAX_NAME = 100
+"""Characters of a name that others are compared with; nobody misspells a longer one."""
+_JOINERS = "\u00ad\u200c\u200d"
+"""Invisible characters that belong to ordinary text: soft hyphen, zero-width non-joiner and joiner."""
+_HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 class UserError(Exception):
-    """A mistake the user can mend; `str(error)` is one line: what, where, what to do."""
+    """A mistake the user can mend; `str(error)` is one line: what, where, what to do.
 
-    def __init__(self, message: str) -> None:
-        line = " ".join(message.split())
-        # What the message quotes may come from a stranger's file, and a terminal obeys escape sequences.
-        super().__init__("".join(character for character in line if unicodedata.category(character) != "Cc"))
+    `told` says that another process prints the message already.
+    """
+
+    def __init__(self, message: str, told: bool = False) -> None:
+        line = visible(" ".join(message.split()), keep="")
+        if len(line) > MAX_MESSAGE:
+            line = f"{line[: MAX_MESSAGE * 3 // 4]} … {line[-MAX_MESSAGE // 4 :]}"
+        super().__init__(line)
+        self.told = told
+
+
+def visible(text: str, keep: str = "\n\t") -> str:
+    r"""`text` with every character that a terminal obeys, or that hides or turns its neighbours, written out as `\x1b`, `\u202e`.
+
+    These are the control characters except those in `keep`, bidirectional and other invisible signs, line and paragraph
+    separators, and lone surrogates (bytes of a file name that are no UTF-8).
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_written_out(character) if is_hidden(character) and character not in keep else character for character in text)
+
+
+def is_hidden(character: str) -> bool:
+    """Whether `visible` writes a character out; newline and tab are hidden ones."""
+    return unicodedata.category(character) in _HIDDEN and character not in _JOINERS
+
+
+def _written_out(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+class _Short(reprlib.Repr):
+    """Python's notation of a value, shortened before it is written: a value may be far larger than what it was read from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 2
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = 4
+        self.maxstring = self.maxother = 80
+
+    def repr_int(self, value: int, level: int) -> str:
+        """A number; Python refuses to write one of thousands of digits."""
+        return repr(value) if value.bit_length() <= 128 else f"a number of {value.bit_length()} bits"
+
+    def repr_str(self, value: str, level: int) -> str:
+        """A text, from its start."""
+        return repr(value if len(value) <= self.maxstring else f"{value[: self.maxstring]}…")
+
+
+def quoted(value: Any) -> str:
+    """A value as an error message quotes it: Python's notation, short however large or deep the value is."""
+    return _Short().repr(value)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` with the known name most like `name`, or nothing when none is like it."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4) if len(name) <= MAX_NAME else []
     return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+_LIMITS = {
+    errno.EMFILE: "too many open files; raise the limit with `ulimit -n 1024`, or lower the number of workers",
+    errno.ENFILE: "too many open files on this machine; close some programs",
+    errno.ENOMEM: "not enough memory; close other programs, raise `ulimit -v`, or choose smaller sizes",
+    errno.EAGAIN: "no further process or thread may be started; raise `ulimit -u`, or lower the number of workers",
+    errno.ENOSPC: "no space is left on the disk; free some and run the same command again",
+    errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
+    errno.EFBIG: "a file would become larger than allowed; raise `ulimit -f`",
+    errno.EIO: "the device cannot be read or written (input/output error)",
+}
+"""What a machine refuses, and what to do."""
+_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "out of memory",
+    "failed to map segment",
+    "bad_alloc",
+    "std::bad_array_new_length",
+    "unable to mmap",
+)
+_THREADS = ("can't start new thread", "resource temporarily unavailable", "thread creation failed")
+
+
+def refusal_of(error: BaseException) -> UserError | None:
+    """What to say of a failure that is the machine's or a file's, wherever it came up; None for one of the program."""
+    if isinstance(error, MemoryError):
+        return UserError(_LIMITS[errno.ENOMEM])
+    if isinstance(error, OSError) and error.strerror is not None:
+        named = f"{quoted_path(error.filename)}: " if error.filename is not None else ""
+        reason = _LIMITS.get(error.errno or 0)
+        if reason is None and not named:
+            return None
+        return UserError(f"{named}{reason or error.strerror}")
+    if isinstance(error, RuntimeError | ImportError | OSError):
+        text = str(error).lower()
+        if "too many open files" in text:
+            return UserError(_LIMITS[errno.EMFILE])
+        if any(words in text for words in _MEMORY):
+            return UserError(_LIMITS[errno.ENOMEM])
+        if any(words in text for words in _THREADS):
+            return UserError(_LIMITS[errno.EAGAIN])
+    return None
+
+
+def quoted_path(path: Any) -> str:
+    """A path as the operating system's errors name it, shortened."""
+    text = path.decode("utf-8", "surrogateescape") if isinstance(path, bytes) else str(path)
+    return text if len(text) <= 300 else f"{text[:297]}..."

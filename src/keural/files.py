@@ -1,21 +1,36 @@
-"""Files that are either whole or absent: atomic writes, checksums and fingerprints.
+"""Files that are either whole or absent, and believed only when they are what was written.
 
-Every room that writes goes through this module, so that a killed process or a full disk never leaves something that looks finished.
+In: content and a path. Out: a file that appears whole or not at all, and its content back, compared with its checksum first. Every
+room that writes goes through this module, so that a killed process or a full disk never leaves something that looks finished.
+
+A kind of JSON file is a subclass of `CheckedFile`, declared in the room that writes it: `train/` its plan and reference values,
+`data/` what it prepared, `pipeline/run_directory.py` everything that is of a run as a whole, with the list of all.
 """
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
-from keural.errors import UserError
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from keural.errors import UserError, refusal_of
+from keural.parsing import Malformed, parse_json, parse_yaml
+from keural.terminal import say
+
+MAX_TEXT_BYTES = 1 << 30
+"""Largest file that is read whole as text; the files of this package are far smaller."""
+_TEMPORARY_FILE = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.tmp")
+_TEMPORARY_DIRECTORY = re.compile(r"\..+\.(\d+)\.tmp")
 
 
 def sha256_file(path: Path) -> str:
@@ -30,16 +45,37 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def read_json(path: Path) -> Any:
-    """The JSON value in `path`. Raises `UserError` when it is missing or not JSON."""
+def read_text(path: Path) -> str:
+    """The UTF-8 text in `path`. Raises `UserError` when it is missing, cannot be read, is far too large or not UTF-8."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(MAX_TEXT_BYTES + 1)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a number with too many digits
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if len(content) > MAX_TEXT_BYTES:
+        raise UserError(f"{path}: larger than {MAX_TEXT_BYTES:,} bytes; it is not what it should be, restore it")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start:,}; the file is damaged, delete it or restore it") from error
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in `path`. Raises `UserError` when it is missing, not JSON, or nested far too deeply."""
+    try:
+        return parse_json(read_text(path))
+    except Malformed as error:
         raise UserError(f"{path}: not valid JSON ({error}); the file is damaged, delete it or restore it") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """The YAML value in `path`. Raises `UserError` when it is missing, not YAML, nested too deeply or unfolds to too much."""
+    try:
+        return parse_yaml(read_text(path))
+    except Malformed as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from error
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -56,21 +92,70 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write `content` to a temporary neighbour, flush it to disk, then rename it to `path`. Raises `UserError` on a full disk."""
-    data = content.encode("utf-8") if isinstance(content, str) else content
+    """Write `content` to a temporary neighbour, flush it to disk, then rename it to `path`. Raises `UserError` on a full disk.
+
+    What a killed process leaves of it `clear_leftovers` removes. Lone surrogates of a text (bytes of a file name that are no
+    UTF-8) are written as `\\udc80`, which JSON reads back.
+    """
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     # numbers of processes are not unique where machines or containers share a directory
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
+            _lock(file.fileno())
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+            temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free some space or choose another directory") from error
+        raise _cannot_write(path, error) from error
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        return refusal_of(error) or UserError(str(error))
+    return UserError(f"{path}: cannot be written ({error.strerror or error}); free some space or choose another directory")
+
+
+def clear_leftovers(directory: Path) -> None:
+    """Remove the temporary files and directories that processes left anywhere below `directory` when they were killed.
+
+    They are known by the names that `write_atomic` and `atomic_directory` give them, with the number of a process that runs no
+    more on this machine, and no process on another machine holds the lock of one that is being written.
+    """
+    for place, names, files in os.walk(directory):
+        for name in files:
+            if (match := _TEMPORARY_FILE.fullmatch(name)) and not _runs(int(match[1])):
+                _remove_unlocked(Path(place, name))
+        for name in list(names):
+            if (match := _TEMPORARY_DIRECTORY.fullmatch(name)) and not _runs(int(match[1])):
+                shutil.rmtree(Path(place, name), ignore_errors=True)
+                names.remove(name)
+
+
+def _remove_unlocked(path: Path) -> None:
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        if path.is_symlink() or not _lock(file.fileno()):
+            return
+        path.unlink()
+
+
+def _lock(descriptor: int) -> bool:
+    """Mark an open file as in use until it is closed; False when another process has. File systems without locks say yes."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def check_new(path: Path, needed: int = 0) -> None:
@@ -109,8 +194,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         flush(path.parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = error.strerror or str(error)
-        raise UserError(f"{path}: cannot be written ({reason}); free some space or choose another directory") from error
+        raise _cannot_write(path, error) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -155,3 +239,158 @@ def _runs(pid: int) -> bool:
     except PermissionError:
         return True
     return pid != os.getpid()
+
+
+CHECKSUM = "checksum"
+"""The key of a checked file that holds the SHA-256 of all its others."""
+_TEXT_HEAD = re.compile(r"# written by keural, SHA-256 of what follows: ([0-9a-f]{64})")
+
+
+class CheckedFile(BaseModel):
+    """The content of a JSON file that states its own checksum: a kind of file is a subclass whose fields are its keys."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    remedy: ClassVar[str] = "delete it and run the same command again"
+    """What to do about a damaged one; it must work."""
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """What was written to `path`. Raises `UserError` when it is missing, damaged, changed, or of an earlier version."""
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+        try:
+            content = read_object(path)
+        except UserError as error:
+            raise UserError(f"{path}: damaged; {cls.remedy} ({error})") from error
+        stated = content.pop(CHECKSUM, None)
+        if stated is None:
+            raise UserError(f"{path}: damaged, or written by an earlier version of keural (it states no checksum); {cls.remedy}")
+        if stated != fingerprint(content):
+            raise UserError(f"{path}: damaged (its checksum differs); {cls.remedy}")
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(map(str, first["loc"]))
+            raise UserError(f"{path}: of another version of keural (key {key!r}: {first['msg']}); {cls.remedy}") from error
+
+    @classmethod
+    def find(cls, path: Path) -> Self | None:
+        """As `read`; None where there is no such file."""
+        return cls.read(path) if path.exists() or path.is_symlink() else None
+
+    def write(self, path: Path) -> None:
+        """Write the file, atomically."""
+        content = self.model_dump()
+        write_json(path, {CHECKSUM: fingerprint(content), **content})
+
+
+def write_checked_text(path: Path, text: str) -> None:
+    """Write a text for people, in a language in which `#` begins a comment, with its checksum in the first line."""
+    digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
+    write_atomic(path, f"# written by keural, SHA-256 of what follows: {digest}\n{text}")
+
+
+def read_checked_text(path: Path) -> str:
+    """What `write_checked_text` was given. Raises `UserError` unless the file is what was written."""
+    try:
+        head, _, text = path.read_text(encoding="utf-8").partition("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    match = _TEXT_HEAD.fullmatch(head)
+    if match is None or match[1] != hashlib.sha256(text.encode("utf-8")).hexdigest():
+        raise UserError(f"{path}: is not what keural wrote there (its checksum is missing or differs)")
+    return text
+
+
+class FileState(BaseModel):
+    """What tells that a file was changed without reading it: size, times (ns) of its content and its entry, and its number."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    size: int
+    modified: int
+    changed: int
+    """Time of the last change of any kind; unlike the time of the content nobody can set it."""
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """The state of a file. Raises OSError."""
+        status = path.stat()
+        return cls(size=status.st_size, modified=status.st_mtime_ns, changed=status.st_ctime_ns, inode=status.st_ino)
+
+    def is_settled(self, now: int) -> bool:
+        """Whether a later change would show: clocks of file systems have steps, and one just after the last may fall into it."""
+        return max(self.modified, self.changed) < now - SETTLED_NS
+
+
+SETTLED_NS = 2_000_000_000
+"""Longer than the step of any file system's clock (FAT: two seconds)."""
+
+
+class _Hashed(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    state: FileState
+    sha256: str
+
+
+class _HashCache(CheckedFile):
+    files: dict[str, _Hashed]
+
+
+class FileHashes:
+    """SHA-256 of files, remembered by path and `FileState`, so that big ones are read once."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path, self._changed = path, False
+        self.known: dict[str, _Hashed] = {}
+        try:
+            if path is not None and (cache := _HashCache.find(path)) is not None:
+                self.known = dict(cache.files)
+        except UserError as error:
+            say(f"{error.args[0].split('; ')[0]}; it only remembers checksums of files, which are computed again")
+
+    def of(self, path: Path) -> str:
+        """The hex digest of a file's bytes."""
+        name, state = str(path), FileState.of(path)
+        entry = self.known.get(name)
+        if entry is None or entry.state != state:
+            entry = self.known[name] = _Hashed(state=state, sha256=sha256_file(path))
+            self._changed = True
+        return entry.sha256
+
+    def save(self) -> None:
+        """Keep what is known where it was read, but for files that may change once more without a sign of it."""
+        if self._path is not None and self._changed:
+            now = time.time_ns()
+            kept = {name: entry for name, entry in self.known.items() if entry.state.is_settled(now)}
+            _HashCache(files=kept).write(self._path)
+            self._changed = False
+
+
+class _Checked(CheckedFile):
+    files: dict[str, FileState]
+
+
+def remembered_check(directory: Path, memory: Path, check: Callable[[], object]) -> None:
+    """Do `check()`, which reads all files of `directory`, unless it was done before and none of them has changed since.
+
+    `memory` is the file that remembers; a damaged one only means that the check is done. What `check` raises comes through.
+    """
+    states = _states(directory)
+    with contextlib.suppress(UserError):
+        known = _Checked.find(memory)
+        if known is not None and known.files == states:
+            return
+    check()
+    now = time.time_ns()
+    if all(state.is_settled(now) for state in states.values()):
+        _Checked(files=states).write(memory)
+
+
+def _states(directory: Path) -> dict[str, FileState]:
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): FileState.of(path) for path in paths}

@@ -1,16 +1,12 @@
 """Foreign checkpoints, made by an independent model with the published names."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # published_model.py is shared by the test files here
-
-from published_model import SHAPE, PublishedModel, Tensors, training_checkpoint
-
 from keural.tokenizer import KeuralTokenizer
+from tests.helpers.published_model import SHAPE, PublishedModel, Tensors, training_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from published_model import SHAPE, PublishedModel, Tensors, as_safetensors, our_names, training_checkpoint
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from keural.convert.export import ExportOptions, export
@@ -21,6 +20,7 @@ from keural.errors import UserError
 from keural.files import check_new
 from keural.pretrained.stored_model import load_model, load_tokenizer, read_lineage
 from keural.tokenizer import KeuralTokenizer
+from tests.helpers.published_model import SHAPE, PublishedModel, Tensors, as_safetensors, our_names, training_checkpoint
 
 IDS = torch.randint(4, SHAPE["vocab_size"], (130,), generator=torch.Generator().manual_seed(5))
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from published_model import Tensors
 
 from keural.convert.export import ExportOptions, export
 from keural.convert.initialise import random_weights
@@ -16,6 +15,7 @@ from keural.model import KeuralConfig
 from keural.pretrained.stored_model import load_model
 from keural.pretrained.weights import stored_tensors
 from keural.tokenizer import KeuralTokenizer
+from tests.helpers.published_model import Tensors
 
 Keural = Callable[..., tuple[int, str, str]]
 PUBLISHED = {

@@ -184,7 +184,7 @@ class TestForeignSettings:
     def test_settings_that_would_change_the_network_are_refused(
         self, tmp_path: Path, state_dict: dict[str, torch.Tensor], keural: Keural, setting: dict[str, object]
     ) -> None:
-        from published_model import SHAPE, as_safetensors
+        from tests.helpers.published_model import SHAPE, as_safetensors
 
         source = as_safetensors(tmp_path / "st", state_dict, SHAPE | setting)
 

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 
 import keural.model
+from keural import files
 from keural.convert.export import ExportOptions, export
 from keural.convert.inspection import inspect_model
 from keural.errors import UserError
-from keural.pretrained.lineage import check_sums
+from keural.files import write_atomic
+from keural.pretrained import network_code
+from keural.pretrained.lineage import LINEAGE, check_sums, list_again
 from keural.pretrained.network_code import NETWORK_CODE, has_other_code, other_code_line, package_code, refresh_code
 from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.generate import run_generate
@@ -27,6 +30,7 @@ def earlier(tmp_path: Path, model_dir: Path) -> Path:
     copy = Path(shutil.copytree(model_dir, tmp_path / "earlier"))
     source = (copy / MODELING).read_text(encoding="utf-8")
     (copy / MODELING).write_text(source.replace("self._check_arguments(kwargs, position_ids)", "pass"), encoding="utf-8")
+    list_again(copy, NETWORK_CODE)
     return copy
 
 
@@ -84,11 +88,41 @@ def test_the_command_puts_this_packages_code_there_and_touches_nothing_else(earl
     assert (code, err) == (0, "")
     assert out == f"{earlier}: now carries this package's network code\n"
     after = contents(earlier)
-    assert {name for name in after if after[name] != before[name]} == {MODELING}
+    assert {name for name in after if after[name] != before[name]} == {MODELING, LINEAGE}
     assert after.keys() == before.keys()
     assert not has_other_code(earlier)
     check_sums(earlier)
     assert keural("refresh-code", earlier)[:2] == (0, f"{earlier}: already carried this package's network code\n")
+
+
+def test_a_renewal_that_was_interrupted_is_finished_by_the_next(
+    earlier: Path, keural: Keural, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it was killed between the files or before the record."""
+    for write in (1, 2, 3):
+        shutil.copytree(earlier, copy := earlier.with_name(f"copy-{write}"))
+        with monkeypatch.context() as killing:
+            kill_at_write(write, killing)
+            with pytest.raises(KeyboardInterrupt):
+                refresh_code(copy)
+
+        refresh_code(copy)
+
+        assert not has_other_code(copy)
+        check_sums(copy)
+
+
+def kill_at_write(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    writes = [0]
+
+    def write_or_die(path: Path, content: str | bytes) -> None:
+        writes[0] += 1
+        if writes[0] == number:
+            raise KeyboardInterrupt
+        write_atomic(path, content)
+
+    monkeypatch.setattr(network_code, "write_atomic", write_or_die)
+    monkeypatch.setattr(files, "write_atomic", write_or_die)
 
 
 def test_the_command_takes_what_every_command_takes(earlier: Path, tmp_path: Path) -> None:

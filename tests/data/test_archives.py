@@ -11,8 +11,9 @@ import pytest
 
 from keural.data.readers import archives
 from keural.data.records import Conversation, Drop
-from keural.data.sources import FileHashes, open_source
+from keural.data.sources import open_source
 from keural.errors import UserError
+from keural.files import FileHashes
 from keural.recipe import SourceSpec
 
 TALK = {

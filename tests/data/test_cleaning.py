@@ -21,9 +21,10 @@ from keural.data.cleaning.formatters import Formatter
 from keural.data.cleaning.language import FastTextFilter, ScriptFilter
 from keural.data.cleaning.run import clean
 from keural.data.prepare import prepare
-from keural.data.sources import FileHashes, open_sources
+from keural.data.sources import open_sources
 from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
+from keural.files import FileHashes
 from keural.recipe import CleaningSpec, DataSpec, ExecutorSpec, SourceSpec
 
 NOUNS = [
@@ -195,8 +196,8 @@ class TestRun:
         cleaned = run(specs, tmp_path, tasks=3, filters=False)
         kept = [document.text for spec in specs for document in cleaned.documents(spec.name)]
         assert len(kept) == 400
-        rows = cleaned.summary["sources"]
-        assert sum(row["drops"].get("near_duplicate", 0) for row in rows.values()) == 100
+        rows = cleaned.summary.sources
+        assert sum(row.drops.get("near_duplicate", 0) for row in rows.values()) == 100
 
     def test_the_first_in_the_order_of_the_recipe_stays_and_short_copies_go(self, sources, tmp_path):
         same, short = korean(1, 40), "짧은 글이다."
@@ -230,11 +231,11 @@ class TestRun:
     def test_every_row_is_accounted_for_with_examples(self, sources, tmp_path):
         specs = sources({"a": [korean(seed) for seed in range(8)] + [menu(99), "English only, every word of it. " * 20, ""]})
         cleaned = run(specs, tmp_path, tasks=4)
-        row = cleaned.summary["sources"]["a"]
-        assert row["rows"] == 11
-        assert row["kept"] == len(list(cleaned.documents("a"))) == 8
-        assert row["drops"] == {"language": 1, "empty": 1, "quality_line_punct_ratio": 1}
-        assert cleaned.summary["examples"]["language"][0]["source"] == "a"
+        row = cleaned.summary.sources["a"]
+        assert row.rows == 11
+        assert row.kept == len(list(cleaned.documents("a"))) == 8
+        assert row.drops == {"language": 1, "empty": 1, "quality_line_punct_ratio": 1}
+        assert cleaned.summary.examples["language"][0]["source"] == "a"
         assert not (cleaned.directory / "work").exists()
         assert "English only" in describe(cleaned.directory, [], None, as_json=False)
 
@@ -285,7 +286,7 @@ class TestRun:
 
     def test_nothing_left_is_counted(self, sources, tmp_path):
         cleaned = run(sources({"a": ["English only, every word of it. " * 9] * 3}), tmp_path)
-        assert cleaned.summary["sources"]["a"]["drops"] == {"language": 3}
+        assert cleaned.summary.sources["a"].drops == {"language": 3}
         assert list(cleaned.documents("a")) == []
 
     def test_rows_beyond_a_limit_and_unreadable_ones_add_up(self, sources, tmp_path, tokenizer):
@@ -318,7 +319,7 @@ class TestRun:
         rows = [{"title": "글", "text": korean(seed)} for seed in range(4)] + [{"text": korean(9)}]
         (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
         spec = SourceSpec(name="a", adapter="wikipedia_ko", path="a.jsonl")
-        assert run([spec], tmp_path).summary["sources"]["a"]["drops"] == {"wrong_schema": 1}
+        assert run([spec], tmp_path).summary.sources["a"].drops == {"wrong_schema": 1}
 
 
 class TestRefusals:
@@ -490,7 +491,7 @@ def test_a_fasttext_model_decides_where_one_is_given(sources, tmp_path):
     assert FastTextFilter(tmp_path / "lid.bin").probability(korean(99), "ko") > 0.9
     specs = sources({"a": [korean(seed) for seed in range(4)] + ["the door of the house and the garden " * 20]})
     cleaned = run(specs, tmp_path, language_id="fasttext", model="lid.bin")
-    assert cleaned.summary["sources"]["a"]["drops"] == {"language": 1}
+    assert cleaned.summary.sources["a"].drops == {"language": 1}
 
 
 def menu(items: int) -> str:

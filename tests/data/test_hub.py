@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from keural.data.records import Document
-from keural.data.sources import FileHashes, open_source
+from keural.data.sources import open_source
 from keural.errors import UserError
+from keural.files import FileHashes
 from keural.recipe import SourceSpec
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"

@@ -16,18 +16,18 @@ from keural.data.loading.mixture import Mixture, allocate, mix
 from keural.data.loading.stream import Stream
 from keural.data.prepare import prepare
 from keural.data.prepared import Prepared
-from keural.data.tokens.store import Kind, StoreWriter, TokenStore
+from keural.data.tokens.store import StoreWriter, TokenStore
 from keural.errors import UserError
-from keural.recipe import DataSpec, MixingSpec, SourceSpec
+from keural.recipe import DataSpec, MixingSpec, SourceSpec, StoreKind
 from keural.tokenizer import KeuralTokenizer
 
 SHA = "a" * 64
 T = 16
-KINDS: dict[str, Kind] = {"next_token": "documents", "sft": "conversations", "dpo": "pairs"}
+KINDS: dict[str, StoreKind] = {"next_token": "documents", "sft": "conversations", "dpo": "pairs"}
 OBJECTIVES = pytest.mark.parametrize("objective", list(KINDS))
 
 
-def make_store(directory: Path, kind: Kind, lengths: dict[str, list[int]]) -> TokenStore:
+def make_store(directory: Path, kind: StoreKind, lengths: dict[str, list[int]]) -> TokenStore:
     """A store with a section for each name; every token is another number."""
     number = 1
     sections = [{"source": name, "sequences": len(sizes)} for name, sizes in lengths.items()]

@@ -230,6 +230,8 @@ def test_a_source_over_its_share_of_drops_is_refused_with_the_most_frequent_reas
     source = write("a.jsonl", content, max_drop=0.7)
     work.refused(spec(source), "next_token", "80.0% of 5 rows", "max_drop 0.7", "missing_text (2 rows, first a.jsonl:2)")
     prepared = work(spec(write("a.jsonl", content, max_drop=0.8)))
+    with pytest.raises(UserError, match=r"80\.0% of 5 rows .* max_drop 0\.7"):
+        work(spec(source))  # the same rows, prepared already
     assert prepared.table[0].drops == {"missing_text": 2, "empty": 1, "malformed_row": 1}
     assert prepared.table[0].first_drop["malformed_row"] == "a.jsonl:5"
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from published_writer import pack_documents, write_shard
 
 from keural.data.loading.batch import Batch
 from keural.data.loading.stream import Stream
@@ -16,6 +15,7 @@ from keural.data.tokens.store import StoreWriter, TokenStore
 from keural.errors import UserError
 from keural.recipe import DataSpec
 from keural.tokenizer import KeuralTokenizer
+from tests.helpers.published_writer import pack_documents, write_shard
 
 LENGTH = 16
 

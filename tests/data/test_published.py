@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from published_writer import BOS, EOS, pack_documents, write_shard
 
 from keural.data.tokens.import_export import ImportOptions, import_tokens
 from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
 from keural.tokenizer import KeuralTokenizer
+from tests.helpers.published_writer import BOS, EOS, pack_documents, write_shard
 
 LENGTH, LIMIT = 16, 20
 

@@ -1,6 +1,5 @@
 """The adapters on real sets, against the counts that their publishers and our own count of defects give."""
 
-import importlib.util
 import random
 import re
 from collections import Counter
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import decontamination
 from keural.data.filtering.ngram_index import ContaminationIndex
 from keural.data.readers.formats import Row, read_rows
 from keural.data.records import Conversation, Document, Drop
@@ -138,39 +138,28 @@ def test_books_without_their_licence(real_data: Path) -> None:
 @pytest.mark.slow
 def test_korean_prose_passes_the_korean_filters_and_rubbish_does_not(real_data: Path) -> None:
     pytest.importorskip("datatrove")
-    benchmark = load_benchmark("corpus_filters")
-    judge = benchmark.Ours()
-    verdicts = [judge(text) for _, text in benchmark.real_documents(real_data)]
+    from benchmarks import corpus_filters
+
+    judge = corpus_filters.Ours()
+    verdicts = [judge(text) for _, text in corpus_filters.real_documents(real_data)]
     assert len(verdicts) > 1_500
     assert verdicts.count("kept") / len(verdicts) >= 0.95
     generator = random.Random(1)
-    for make in benchmark.RUBBISH.values():
+    for make in corpus_filters.RUBBISH.values():
         assert sum(judge(make(generator)) != "kept" for _ in range(100)) >= 95
 
 
 @pytest.mark.slow
 def test_planted_evaluation_items_are_found_and_clean_prose_is_not_flagged(real_data: Path) -> None:
-    benchmark = load_benchmark("decontamination")
-    items = list(benchmark.evaluation_items(open_sources(benchmark.sources(), real_data)))
+    items = list(decontamination.evaluation_items(open_sources(decontamination.sources(), real_data)))
     index = ContaminationIndex(items)
-    documents = benchmark.clean_documents(real_data)
+    documents = decontamination.clean_documents(real_data)
     generator = random.Random(0)
     sample = items[::7]
-    texts = [benchmark.changed(benchmark.as_text(item), generator) for _, item in sample]
+    texts = [decontamination.changed(decontamination.as_text(item), generator) for _, item in sample]
     found = sum(
         index.find(f"{documents[place][1]}\n\n{text}\n\n{documents[-1 - place][1]}") is not None for place, text in enumerate(texts)
     )
     recognised = len(items) - index.too_short.total()
     assert found / len(texts) >= 0.99 * recognised / len(items)
     assert sum(index.find(text) is not None for _, text in documents) <= 0.001 * len(documents)
-
-
-def load_benchmark(name: str) -> Any:
-    """A script of `benchmarks/` as a module."""
-    path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 
 from keural.data.loading.batch import Batch
 from keural.data.loading.stream import Stream
-from keural.data.tokens.store import Kind, StoreWriter, TokenStore
+from keural.data.tokens.store import StoreWriter, TokenStore
 from keural.errors import UserError
+from keural.recipe import StoreKind
 
 SHA = "a" * 64
 T = 16
 
 
-def make_store(directory: Path, kind: Kind, lengths: list[int], shard_tokens: int = 60) -> TokenStore:
+def make_store(directory: Path, kind: StoreKind, lengths: list[int], shard_tokens: int = 60) -> TokenStore:
     """Every token of the store is another number, so that a batch shows where each came from."""
     number = itertools.count(1)
     with StoreWriter(directory, SHA, 10**6, kind, shard_tokens=shard_tokens) as writer:
@@ -29,7 +30,7 @@ def make_store(directory: Path, kind: Kind, lengths: list[int], shard_tokens: in
 
 
 def make_stream(directory: Path, objective: str, lengths: list[int], size: int = 3, seed: int = 5) -> Stream:
-    kinds: dict[str, Kind] = {"next_token": "documents", "sft": "conversations", "dpo": "pairs"}
+    kinds: dict[str, StoreKind] = {"next_token": "documents", "sft": "conversations", "dpo": "pairs"}
     store = make_store(directory, kinds[objective], lengths)
     if objective == "dpo":
         return Stream(store, "dpo", T, batch_pairs=size, seed=seed)

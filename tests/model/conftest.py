@@ -1,40 +1,23 @@
 """A tiny Keural model whose window is short and whose weights are large enough that every mistake shows."""
 
-import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from keural.model import KeuralConfig, KeuralMoECausalLM
-
-sys.path.insert(0, str(Path(__file__).parent))  # the tests' own helper modules
-
-TINY: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 24,
-    "intermediate_size": 20,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "num_local_experts": 5,
-    "sliding_window": 9,
-    "max_position_embeddings": 1024,
-    "initializer_range": 0.3,
-}
+from tests.helpers.shapes import TINY
+from tests.helpers.tiny_network import MakeConfig, MakeModel, Tokens
 
 
 @pytest.fixture
-def tiny_config() -> Callable[..., KeuralConfig]:
+def tiny_config() -> MakeConfig:
     """Make a tiny configuration; keyword arguments replace its values."""
-    return lambda **changes: KeuralConfig(**{**TINY, **changes})
+    return lambda **changes: KeuralConfig(**(TINY | {"max_position_embeddings": 1024, "initializer_range": 0.3} | changes))
 
 
 @pytest.fixture
-def tiny_model(tiny_config: Callable[..., KeuralConfig]) -> Callable[..., KeuralMoECausalLM]:
+def tiny_model(tiny_config: MakeConfig) -> MakeModel:
     """Make a tiny model in evaluation mode with eager experts; norms are drawn too, so that they matter."""
 
     def make(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> KeuralMoECausalLM:
@@ -45,13 +28,14 @@ def tiny_model(tiny_config: Callable[..., KeuralConfig]) -> Callable[..., Keural
             for name, parameter in model.named_parameters():
                 if "norm" in name:
                     parameter.uniform_(0.5, 1.5)
-        return model.to(dtype).eval()
+        converted: KeuralMoECausalLM = model.to(dtype).eval()
+        return converted
 
     return make
 
 
 @pytest.fixture
-def tokens() -> Callable[..., torch.Tensor]:
+def tokens() -> Tokens:
     """Draw token ids ``[rows, length]``."""
 
     def draw(rows: int, length: int, seed: int = 1) -> torch.Tensor:

@@ -38,7 +38,7 @@ def weights(spec: StageSpec) -> str:
     "changes",
     [
         {"train": {"save_every": 3, "keep_checkpoints": 2, "evaluate_every": 5}},
-        {"train": {"micro_batch_tokens": 32, "gradient_checkpointing": True, "compile": True}},
+        {"train": {"micro_batch_tokens": 32, "recompute": "full", "compile": True}},
         {"data": {"sources": [PROSE | {"expect": 17, "max_drop": 0.1}]}},
         {"data": {"cleaning": {"executor": {"workers": 3}, "examples": 9}}},
         {"notes": ["from a paper"]},

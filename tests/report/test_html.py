@@ -1,6 +1,5 @@
 """The report of whole, partial and broken runs: what is on the page, that it stands alone, and that text stays text."""
 
-import json
 import math
 import re
 from html.parser import HTMLParser
@@ -11,8 +10,11 @@ import pytest
 import yaml
 
 from keural.errors import UserError
-from keural.report.collect import read_run
-from keural.report.html import write_report
+from keural.files import write_checked_text
+from keural.pipeline.run_contents import read_run
+from keural.pipeline.run_directory import Done, Summary
+from keural.report.html import write_report as write_report_of
+from keural.train.metrics import line_text
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 STAGES = [("pretrain-1", "next_token"), ("sft-1", "sft"), ("dpo-1", "dpo")]
@@ -56,6 +58,11 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.text).split())
 
 
+def write_report(run: Path) -> Path:
+    """The report of a run directory, read and checked first."""
+    return write_report_of(read_run(run))
+
+
 def metrics(objective: str, steps: int) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     for step in range(steps):
@@ -72,14 +79,14 @@ def metrics(objective: str, steps: int) -> list[dict[str, Any]]:
 def write_stage(run: Path, name: str, objective: str, steps: int = 12, done: bool = True) -> dict[str, Any]:
     directory = run / name
     directory.mkdir(parents=True)
-    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics(objective, steps)))
-    (directory / "stage.yaml").write_text(yaml.safe_dump({"name": name, "objective": objective, "init_from": "random"}))
+    (directory / "metrics.jsonl").write_text("".join(line_text(line) for line in metrics(objective, steps)))
+    write_checked_text(directory / "stage.yaml", yaml.safe_dump({"name": name, "objective": objective, "init_from": "random"}))
     result = {
         "name": name, "objective": objective, "seconds": 75.0, "tokens": 123_456, "steps": steps, "loss_first": 2.0,
-        "loss_last": 0.125, "heldout": {"loss": 0.5}, "init_from": "random", "fingerprint": "f",
+        "loss_last": 0.125, "heldout": {"loss": 0.5}, "init_from": "random", "fingerprint": "f", "init": "random",
     }  # fmt: skip
     if done:
-        (directory / "done.json").write_text(json.dumps(result))
+        Done(**result).write(directory / "done.json")
     return result
 
 
@@ -87,7 +94,7 @@ def write_recipe(run: Path, description: str = "") -> None:
     stages = [{"name": name, "objective": objective} for name, objective in STAGES]
     recipe = {"name": "small", "description": description, "stages": [name for name, _ in STAGES], "notes": ["from the card"]}
     run.mkdir(parents=True, exist_ok=True)
-    (run / "recipe.yaml").write_text(yaml.safe_dump({"recipe": recipe, "stages": stages}, allow_unicode=True))
+    write_checked_text(run / "recipe.yaml", yaml.safe_dump({"recipe": recipe, "stages": stages}, allow_unicode=True))
 
 
 @pytest.fixture
@@ -114,7 +121,7 @@ def run(tmp_path: Path) -> Path:
         "samples": [{"language": "ko", "prompt": "<script>alert(1)</script>", "answer": "서른여덟입니다.", "expected": "서른여덟"}],
         "data": {"pretrain-1": [{"source": "prose", "rows": 50, "kept": 47, "drops": {"too_short": 2, "duplicate": 1}}]},
     }  # fmt: skip
-    (directory / "summary.json").write_text(json.dumps(summary, ensure_ascii=False), encoding="utf-8")
+    Summary.model_validate(summary).write(directory / "summary.json")
     return directory
 
 
@@ -193,8 +200,8 @@ def test_recipe_before_its_first_step(tmp_path: Path) -> None:
     "figures", [{}, {"accuracy": 0.618}, {"bits_per_byte": []}, {"polite_rate": 0.25}, {"by_task": {"a": 1.0}}]
 )
 def test_partial_evaluations_have_their_figures(run: Path, figures: dict[str, Any]) -> None:
-    summary = json.loads((run / "summary.json").read_text())
-    (run / "summary.json").write_text(json.dumps(summary | {"evaluation": figures}))
+    summary = Summary.read(run / "summary.json")
+    summary.model_copy(update={"evaluation": figures}).write(run / "summary.json")
 
     words = Page(write_report(run)).words
     assert ("61.8%" in words) == ("accuracy" in figures)
@@ -205,7 +212,7 @@ def test_repeated_steps_of_a_resumed_stage_count_once(tmp_path: Path) -> None:
     write_stage(tmp_path / "run", "sft-1", "sft", steps=5, done=False)
     with (tmp_path / "run" / "sft-1" / "metrics.jsonl").open("a") as file:
         for step in (3, 4, 5):
-            file.write(json.dumps({"step": step, "loss": 9.0, "tokens": 100}) + "\n")
+            file.write(line_text({"step": step, "loss": 9.0, "tokens": 100}))
 
     [stage] = read_run(tmp_path / "run").stages
 
@@ -216,7 +223,7 @@ def test_repeated_steps_of_a_resumed_stage_count_once(tmp_path: Path) -> None:
 def test_values_that_are_not_finite_do_not_break_the_page(tmp_path: Path) -> None:
     write_stage(tmp_path / "run", "sft-1", "sft", steps=5, done=False)
     with (tmp_path / "run" / "sft-1" / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 5, "loss": math.nan, "gradient_norm": math.inf, "tokens": 100}) + "\n")
+        file.write(line_text({"step": 5, "loss": math.nan, "gradient_norm": math.inf, "tokens": 100}))
 
     Page(write_report(tmp_path / "run"))
 
@@ -232,5 +239,5 @@ def test_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
 def test_damaged_summary_is_named(run: Path) -> None:
     (run / "summary.json").write_text('{"recipe": ')
 
-    with pytest.raises(UserError, match=r"summary\.json: not valid JSON"):
+    with pytest.raises(UserError, match=r"summary\.json: damaged"):
         write_report(run)

@@ -11,11 +11,13 @@ from transformers.cache_utils import Cache
 
 from keural import releases
 from keural.errors import UserError
+from keural.evaluate.bench import _trained
 from keural.files import fingerprint
 from keural.pretrained import cached_step
 from keural.pretrained.cached_step import cached_step_difference, check_cached_step
-from keural.pretrained.directory import load_model
+from keural.pretrained.lineage import list_again
 from keural.pretrained.network_code import NETWORK_CODE
+from keural.pretrained.stored_model import load_model
 from keural.serve.engines.transformers import TransformersEngine
 
 
@@ -96,6 +98,7 @@ def test_each_library_outside_its_range_is_a_doubt(
 def test_other_code_in_the_directory_is_a_doubt(model_dir: Path, tmp_path: Path, proofs: list[int]) -> None:
     copy = Path(shutil.copytree(model_dir, tmp_path / "copy"))
     (copy / NETWORK_CODE[1]).write_text("# an earlier one\n", encoding="utf-8")
+    list_again(copy, NETWORK_CODE)
 
     TransformersEngine(copy, device="cpu")
 
@@ -204,9 +207,7 @@ def test_logits_that_are_not_finite_are_no_matter_of_the_cache(model_dir: Path) 
     assert cached_step_difference(model) is None
 
 
-def test_the_scorecard_proves_what_it_generates_with(model_dir: Path, proofs: list[int], newer: None) -> None:
-    from keural.evaluate.scorecard import _trained
-
+def test_evaluation_proves_what_it_generates_with(model_dir: Path, proofs: list[int], newer: None) -> None:
     _trained(model_dir)
 
     assert len(proofs) == 1

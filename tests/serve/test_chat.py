@@ -21,7 +21,6 @@ from keural.serve.engines.decoding import check_prompt
 from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.engines.transformers import TransformersEngine
 from keural.serve.generate import run_generate
-from keural.serve.text import printable
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=12)
@@ -85,11 +84,6 @@ def test_history_is_rendered_as_in_training(tokenizer: KeuralTokenizer, screen: 
     assert engine.prompts == [render_prompt(tokenizer, messages[:2]), render_prompt(tokenizer, messages)]
     assert conversation.turns == [*messages[1:], Message("assistant", "파란 새")]
     assert screen.text == "red house파란 새"
-
-
-def test_control_characters_do_not_reach_the_terminal() -> None:
-    assert printable("\x1b[2Ja\r\x07\n\tb\x9b가") == "[2Ja\n\tb가"
-    assert printable("가\u200d나\x7f") == "가\u200d나"
 
 
 def test_ctrl_c_keeps_what_was_said_and_goes_on(tokenizer: KeuralTokenizer, screen: Screen) -> None:
@@ -217,16 +211,19 @@ def test_generate_refuses_what_is_no_model(tmp_path: Path) -> None:
 
 
 TERMINAL = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from keural.serve.chat import run_chat
 from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.engines.transformers import TransformersEngine
-read = TransformersEngine._read
-def slowly(*arguments):
-    time.sleep(0.2)
+read, reads = TransformersEngine._read, []
+def read_once(*arguments):
+    reads.append(arguments)
+    if len(reads) == 2:  # the first token was said: the answer is going on, and will be when the interrupt comes
+        os.write(1, b"[answering]")
+        time.sleep(3600)
     return read(*arguments)
-TransformersEngine._read = slowly  # 120 tokens take 24 s: the answer is still going on when the interrupt comes
+TransformersEngine._read = read_once
 sys.exit(run_chat(Path(sys.argv[1]), SamplingParams(temperature=0.0, max_new_tokens=120), ""))
 """
 
@@ -244,7 +241,7 @@ class Keyboard:
         os.close(slave)
         self.seen = b""
 
-    def wait_for(self, text: str, seconds: float = 60) -> None:
+    def wait_for(self, text: str, seconds: float = 240) -> None:
         deadline = time.monotonic() + seconds
         while text.encode() not in self.seen:
             ready, _, _ = select.select([self.master], [], [], max(0.0, deadline - time.monotonic()))
@@ -263,7 +260,7 @@ def test_terminal_session_ctrl_c_stops_the_answer_and_ctrl_d_leaves(model_dir: P
         keyboard.wait_for("› ")
         keyboard.type("the cat\n")
         keyboard.wait_for("the cat\r\n")
-        time.sleep(0.5)
+        keyboard.wait_for("[answering]")
         os.kill(keyboard.process.pid, signal.SIGINT)
         keyboard.wait_for("(stopped)")
         keyboard.wait_for("› ")
@@ -271,7 +268,7 @@ def test_terminal_session_ctrl_c_stops_the_answer_and_ctrl_d_leaves(model_dir: P
         keyboard.wait_for("(conversation forgotten)")
         keyboard.wait_for("› ")
         keyboard.type("\x04")
-        assert keyboard.process.wait(timeout=30) == 0
+        assert keyboard.process.wait(timeout=240) == 0
     finally:
         keyboard.process.kill()
         keyboard.process.wait()

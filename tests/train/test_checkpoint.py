@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from train_small import losses_of, open_run, small_job, start, train_stage, weights_of
 
 from keural.errors import UserError
 from keural.files import fingerprint, read_json, sha256_file, write_json
 from keural.train.stage import StageJob
+from tests.helpers.train_small import losses_of, open_run, small_job, start, train_stage, weights_of
 
 
 @pytest.fixture

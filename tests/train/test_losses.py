@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from train_small import random_model
 
 from keural.model import router_losses
 from keural.train.losses import balance_loss, router_statistics, token_logprobs, z_loss
+from tests.helpers.train_small import random_model
 
 
 def dense_logprobs(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,6 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from train_small import LENGTH, open_run, small_job, small_stage, write_store
 
 from keural.data.loading.batch import Batch
 from keural.data.loading.stream import Stream
@@ -15,6 +14,7 @@ from keural.recipe import OBJECTIVES, STORES, Objective, StageSpec, StoreKind
 from keural.train.micro_batches import micro_batches
 from keural.train.objectives.preference import dpo_loss, pair_logprobs
 from keural.train.objectives.registry import LOSSES
+from tests.helpers.train_small import LENGTH, open_run, small_job, small_stage, write_store
 
 CPU = torch.device("cpu")
 
@@ -29,7 +29,7 @@ def test_every_objective_has_a_row_and_a_loss_and_every_store_a_shape() -> None:
 def test_a_loss_reports_the_metrics_of_its_row(tmp_path: Path, objective: str) -> None:
     trainer = open_run(small_job(tmp_path, objective)).trainer
     for micro in micro_batches(trainer.stream.batch(0), None, CPU):
-        logprobs = trainer.policy(micro.input_ids, micro.position_ids, micro.labels).logprobs
+        logprobs = trainer.policy(micro).logprobs
         assert tuple(trainer.objective(logprobs, micro, trainer.references).metrics) == OBJECTIVES[objective].metrics
 
 

@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from train_small import losses_of, metrics_of, small_job, start, train_stage, weights_of
+
+from tests.helpers.train_small import losses_of, metrics_of, small_job, start, train_stage, weights_of
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def free_port() -> int:
@@ -67,7 +70,7 @@ def test_two_and_four_ranks_give_the_losses_of_one_over_50_steps(tmp_path: Path,
 
 
 def test_four_ranks_with_checkpointing_and_bfloat16_come_close_to_one(tmp_path: Path) -> None:
-    train = {"steps": 8, "save_every": None, "compute_dtype": "bfloat16", "gradient_checkpointing": True}
+    train = {"steps": 8, "save_every": None, "compute_dtype": "bfloat16", "recompute": "full"}
     one = small_job(tmp_path, run="one", train=train)
     train_stage(one)
     train_on_ranks(tmp_path, 4, "next_token", "many", train=train)
@@ -92,9 +95,9 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_the_other_way_round(tmp_
 def torchrun(directory: Path, objective: str, **changes: Any) -> subprocess.Popen[bytes]:
     spec = directory / "spec.json"
     spec.write_text(json.dumps({"directory": str(directory), "objective": objective, **changes}))
-    program = Path(__file__).with_name("train_small.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program), str(spec)]
-    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+    program = ["-m", "tests.helpers.train_small", str(spec)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
 
 
 @pytest.mark.slow

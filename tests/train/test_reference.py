@@ -7,25 +7,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from train_small import LENGTH, losses_of, open_run, small_job
 
 from keural.errors import UserError
 from keural.train.micro_batches import micro_batches
 from keural.train.objectives.preference import pair_logprobs
-from keural.train.reference import VALUES, ReferenceCache
+from keural.train.reference import CHECKSUMS, VALUES, ReferenceCache
 from keural.train.stage import train_stage
+from tests.helpers.train_small import LENGTH, losses_of, open_run, small_job
 
 
 @pytest.mark.parametrize("limit", [None, 2 * LENGTH])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_at_step_0_policy_and_reference_agree_to_the_last_bit_and_the_loss_is_ln_2(
-    tmp_path: Path, limit: int | None, checkpointing: bool
+    tmp_path: Path, limit: int | None, recompute: str
 ) -> None:
-    job = small_job(tmp_path, "dpo", train={"micro_batch_tokens": limit, "gradient_checkpointing": checkpointing, "steps": 3})
+    job = small_job(tmp_path, "dpo", train={"micro_batch_tokens": limit, "recompute": recompute, "steps": 3})
     trainer = open_run(job).trainer
     assert trainer.references is not None
     for micro in micro_batches(trainer.stream.batch(0), limit, torch.device("cpu")):
-        policy = pair_logprobs(trainer.policy(micro.input_ids, micro.position_ids, micro.labels).logprobs, micro.pairs)
+        policy = pair_logprobs(trainer.policy(micro).logprobs, micro.pairs)
         assert torch.equal(policy.detach(), trainer.references(micro.pairs.sequences))
     train_stage(job)
     assert losses_of(job)[0] == pytest.approx(math.log(2), abs=1e-7)
@@ -62,14 +62,28 @@ def test_a_computation_stopped_halfway_goes_on_there(tmp_path: Path) -> None:
     assert ReferenceCache(tmp_path / "cache", "other weights", 40, ranks).fill(policy, batches, None) == 5
 
 
-def test_a_flipped_bit_in_the_cache_is_refused(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_noticed_and_the_value_computed_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     job = small_job(tmp_path, "dpo")
-    open_run(job)
+    first = open_run(job).trainer.references
+    assert isinstance(first, ReferenceCache)
     path = job.run_dir / "reference" / "train" / VALUES
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"logprobs\.npy: damaged.*delete"):
+    capfd.readouterr()
+    again = open_run(job).trainer.references
+    assert isinstance(again, ReferenceCache)
+    assert "1 values are damaged" in capfd.readouterr().out
+    assert np.array_equal(first.values, again.values, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", [VALUES, CHECKSUMS, "manifest.json"])
+def test_a_file_of_another_form_is_refused(tmp_path: Path, name: str) -> None:
+    job = small_job(tmp_path, "dpo")
+    open_run(job)
+    path = job.run_dir / "reference" / "train" / name
+    path.write_bytes(path.read_bytes().replace(b"<", b">").replace(b'"', b"'"))
+    with pytest.raises(UserError, match=rf"{name}: damaged.*delete"):
         open_run(job)
 
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from train_small import calling_before_each_step, losses_of, metrics_of, small_job, start, train_stage, weights_of
+
+from keural.train import stage
+from tests.helpers.train_small import calling_before_each_step, losses_of, metrics_of, small_job, start, train_stage, weights_of
 
 STEPS = 12
 SETTINGS: dict[str, Any] = {"train": {"steps": STEPS, "save_every": 2, "evaluate_every": 5}, "heldout": True}
@@ -63,17 +65,72 @@ def test_kill_9_at_many_random_moments(tmp_path: Path, objective: str) -> None:
     finish_and_compare(tmp_path, objective)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_finishes_the_step_and_saves(tmp_path: Path, number: signal.Signals) -> None:
     job = small_job(tmp_path, **SETTINGS)
-    handlers = [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)]
+    handlers = [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
     with calling_before_each_step(lambda step: os.kill(os.getpid(), number) if step == 6 else None):
         result = train_stage(job)
     assert result.interrupted
     assert result.steps == len(losses_of(job)) == 7
     assert (job.run_dir / "checkpoints" / "step-00000007" / "manifest.json").is_file()
-    assert [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] == handlers
     finish_and_compare(tmp_path, "next_token")
+
+
+def test_a_hangup_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with calling_before_each_step(lambda step: os.kill(os.getpid(), signal.SIGHUP)):
+            assert not train_stage(small_job(tmp_path, **SETTINGS)).interrupted
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+class TestCheckpointsByTheClock:
+    """Without `save_every`."""
+
+    @pytest.fixture(autouse=True)
+    def every_step_is_late(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(stage, "SAVE_SECONDS", 0.0)
+        monkeypatch.setattr(stage, "SAVE_SHARE", float("inf"))
+
+    def test_what_was_done_when_the_process_ended_is_kept_bit_for_bit(self, tmp_path: Path) -> None:
+        class Ended(BaseException):
+            pass
+
+        def end(step: int) -> None:
+            if step == 7:
+                raise Ended
+
+        clock = {**SETTINGS, "train": {**SETTINGS["train"], "save_every": None}}
+        job = small_job(tmp_path, **clock)
+        with calling_before_each_step(end), pytest.raises(Ended):
+            train_stage(job)
+        assert [path.name for path in (job.run_dir / "checkpoints").iterdir()] == ["step-00000007"]
+        weights = weights_of(train_stage(job))
+        expected = weights_of(train_stage(small_job(tmp_path, run="uninterrupted", **SETTINGS)))
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+    def test_steps_that_are_given_are_kept_to(self, tmp_path: Path) -> None:
+        job = small_job(tmp_path, train={"steps": 6, "save_every": 4, "keep_checkpoints": 9})
+        train_stage(job)
+        assert sorted(path.name for path in (job.run_dir / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
+
+
+def test_saving_takes_a_twentieth_of_the_time_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    pause = stage.Pause()
+    for cost, expected in ((0.0, 600), (3.0, 600), (60.0, 1200)):
+        pause.begin(cost)
+        begun = now
+        now = begun + expected - 1
+        assert not pause.over()
+        now = begun + expected
+        assert pause.over()
 
 
 def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:

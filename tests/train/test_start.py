@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from train_small import losses_of, open_run, random_model, small_config, small_job, step_gradients, train_stage
 
 from keural.errors import UserError
 from keural.train.initial_weights import initial_model
-from keural.train.metrics import keep_until
+from keural.train.metrics import keep_until, line_text
+from tests.helpers.train_small import losses_of, open_run, random_model, small_config, small_job, step_gradients, train_stage
 
 CPU = torch.device("cpu")
 
@@ -124,22 +124,23 @@ def test_a_bar_with_the_time_left_on_a_terminal(tmp_path: Path, monkeypatch: pyt
 
 def test_metrics_are_cut_back_to_a_step_and_a_torn_line_goes(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0}\n{"step": 1}\n{"step": 1, "heldout": {}}\n{"step": 2}\n{"ste')
+    lines = [line_text(line) for line in ({"step": 0}, {"step": 1}, {"step": 1, "heldout": {}}, {"step": 2})]
+    path.write_text("".join([*lines, '{"ste']))
     keep_until(path, 2)
-    assert path.read_text() == '{"step": 0}\n{"step": 1}\n{"step": 1, "heldout": {}}\n'
+    assert path.read_text() == "".join(lines[:3])
     keep_until(path, 0)
     assert path.read_text() == ""
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_layers_are_one_graph_each_part_and_give_the_same_gradients(tmp_path: Path, checkpointing: bool) -> None:
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_compiled_layers_are_one_graph_each_part_and_give_the_same_gradients(tmp_path: Path, recompute: str) -> None:
     from torch._dynamo.utils import counters
 
     torch.compiler.reset()
     counters.clear()
-    train = {"micro_batch_tokens": 128, "gradient_checkpointing": checkpointing}
+    train = {"micro_batch_tokens": 128, "recompute": recompute}
     plain = open_run(small_job(tmp_path, "dpo", run="plain", train=train)).trainer
     fast = open_run(small_job(tmp_path, "dpo", run="fast", train=train | {"compile": True}))
     assert counters["stats"]["unique_graphs"] >= 3

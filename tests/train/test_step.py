@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from train_small import LENGTH, SHA, VOCAB, metrics_of, open_run, small_job, step_gradients, weights_of
 
 from keural.data.loading.stream import Stream
 from keural.data.tokens.store import StoreWriter, TokenStore
@@ -15,6 +14,8 @@ from keural.errors import UserError
 from keural.train.loop import train_step
 from keural.train.optimizer import clip_gradients, gradient_norm
 from keural.train.stage import train_stage
+from keural.train.trainer import Trainer
+from tests.helpers.train_small import LENGTH, SHA, VOCAB, metrics_of, open_run, small_job, step_gradients, weights_of
 
 OBJECTIVES = ("next_token", "sft", "dpo")
 
@@ -50,10 +51,46 @@ def test_one_micro_batch_is_the_same_in_both_scopes(tmp_path: Path) -> None:
     torch.testing.assert_close(gates[0], gates[1])
 
 
+def test_lagged_load_is_that_of_the_step_before_however_the_step_is_cut(tmp_path: Path) -> None:
+    """The second forward pass is the oracle: given this step's load as that of the step before, lagged gradients are exact ones."""
+
+    def trainer(run: str, load: str, limit: int | None) -> Trainer:
+        router = {"balance_coef": 1.0, "z_coef": 0.1, "load": load}
+        return open_run(small_job(tmp_path, run=run, router=router, train={"micro_batch_tokens": limit})).trainer
+
+    exact, whole, parts = (
+        trainer("exact", "exact", 2 * LENGTH),
+        trainer("whole", "lagged", None),
+        trainer("parts", "lagged", 2 * LENGTH),
+    )
+    first = step_gradients(whole)[1]
+    torch.testing.assert_close(step_gradients(parts)[1], first, atol=1e-5, rtol=1e-5)
+    losses, gradients = step_gradients(exact)
+    gate = "model.layers.0.mlp.gate.weight"
+    assert (first[gate] - gradients[gate]).abs().max() > 1e-3, "even load at the first step"
+    parts.previous.counts = losses["counts"]
+    torch.testing.assert_close(step_gradients(parts), (losses, gradients), atol=1e-5, rtol=1e-5)
+
+
+def test_lagged_load_runs_no_forward_pass_ahead_and_reports_the_load_of_the_step(tmp_path: Path) -> None:
+    train = {"micro_batch_tokens": 2 * LENGTH}
+    passes = {}
+    for load in ("exact", "lagged"):
+        trainer = open_run(small_job(tmp_path, run=load, router={"load": load}, train=train)).trainer
+        calls: list[bool] = []
+        trainer.policy.register_forward_pre_hook(lambda *_, calls=calls: calls.append(torch.is_grad_enabled()))
+        report = train_step(trainer, 0)
+        passes[load] = (calls.count(True), calls.count(False), report.balance_loss)
+        assert trainer.previous.counts is not None
+        assert trainer.previous.counts.sum() == report.tokens * 2 * 2
+    assert passes["exact"] == (4, 4, passes["lagged"][2])
+    assert passes["lagged"][:2] == (4, 0)
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path, objective: str) -> None:
     plain = open_run(small_job(tmp_path, objective, run="plain")).trainer
-    saving = open_run(small_job(tmp_path, objective, run="saving", train={"gradient_checkpointing": True})).trainer
+    saving = open_run(small_job(tmp_path, objective, run="saving", train={"recompute": "full"})).trainer
     assert saving.policy.model.is_gradient_checkpointing
     torch.testing.assert_close(step_gradients(saving), step_gradients(plain), atol=1e-7, rtol=1e-6)
 

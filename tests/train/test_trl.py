@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from train_small import LENGTH, VOCAB, open_run, random_model, small_job, step_gradients
 from transformers import PreTrainedTokenizerFast
 
 from keural.train.trainer import Trainer
+from tests.helpers.train_small import LENGTH, VOCAB, open_run, random_model, small_job, step_gradients
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")

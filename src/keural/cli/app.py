@@ -16,6 +16,7 @@ import typer
 import keural
 from keural.card import SamplingDefaults
 from keural.cli import checkpoints, data, tokenizer
+from keural.cli.endings import one_line_endings
 from keural.cli.options import (
     RECIPE,
     EngineName,
@@ -36,6 +37,7 @@ from keural.cli.options import (
     open_stage,
 )
 from keural.errors import UserError
+from keural.terminal import show, show_text, yaml_text
 
 if TYPE_CHECKING:
     from keural.pipeline.run import Outcome
@@ -48,7 +50,7 @@ RECIPES, DATA, USE = "Recipes and runs", "Data and tokenizers", "Talking to a mo
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"keural {keural.__version__}")
+        show(f"keural {keural.__version__}")
         raise typer.Exit
 
 
@@ -67,22 +69,8 @@ def _common(
 
 def main() -> None:
     """Run the command line; the process's exit code says how it went."""
-    try:
-        app()
-    except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0 or "LOCAL_RANK" not in os.environ:
-            print(f"keural: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as error:  # a file that may not be read, a path that cannot be: the user's, wherever it came up
-        if error.filename is None or error.strerror is None:
-            raise
-        print(f"keural: error: {UserError(f'{str(error.filename)[:300]}: {error.strerror}')}", file=sys.stderr)
-        sys.exit(2)
+    with one_line_endings():
+        sys.exit(app(prog_name="keural", standalone_mode=False))
 
 
 @app.command(rich_help_panel=RECIPES)
@@ -146,21 +134,19 @@ def show_recipe(
     if explain is not None:
         from keural.recipe.reference import explain as explained
 
-        print(explained(explain), end="")
+        show_text(explained(explain))
     else:
         assert recipe is not None
         _print_recipe(recipe, overrides)
 
 
 def _print_recipe(recipe: Path, overrides: list[str] | None) -> None:
-    import yaml
-
     from keural.model.parameters import CHATML_IDS, count_weights
 
     loaded, _ = open_recipe(recipe, overrides, None)
     total, active = count_weights(loaded.spec.model, loaded.spec.tokenizer.vocab_size + CHATML_IDS)
-    print(yaml.safe_dump(loaded.resolved(), allow_unicode=True, sort_keys=False), end="")
-    print(f"# parameters: {total:,} in all, {active:,} active per token")
+    show_text(yaml_text(loaded.resolved()))
+    show(f"# parameters: {total:,} in all, {active:,} active per token")
 
 
 @app.command(rich_help_panel=RECIPES)
@@ -174,12 +160,12 @@ def recipes(
     if copy is not None:
         if name is None:
             raise UserError("--copy needs the name of a recipe: keural recipes toy --copy my-toy")
-        print(f"{shipped.copy(name, copy)}: a copy of {name}; run it with `keural run {copy}`")
+        show(f"{shipped.copy(name, copy)}: a copy of {name}; run it with `keural run {copy}`")
         return
     chosen = shipped.names() if name is None else [shipped.shipped(name).name]
     for known, description in shipped.descriptions():
         if known in chosen:
-            print(f"{known:<{max(map(len, chosen))}}  {description}")
+            show(f"{known:<{max(map(len, chosen))}}  {description}")
 
 
 @app.command(rich_help_panel=USE)

@@ -1,7 +1,5 @@
 """The commands around checkpoints: `import`, `export`, `refresh-code`, `inspect`, `init`; part of the `keural` command."""
 
-import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +8,8 @@ import typer
 
 from keural.cli.options import Overrides, RecipeDir, open_recipe
 from keural.errors import UserError, nearest
+from keural.limits import LARGEST
+from keural.terminal import byte_progress, note, show, show_json
 
 MAX_SHARD_GB = 1_000_000
 DTYPES = ("float32", "float16", "bfloat16")
@@ -30,11 +30,12 @@ def import_(
     grow_vocabulary: Annotated[
         bool, typer.Option("--grow-vocabulary", help="add the two ChatML ids, at the mean of the other rows")
     ] = False,
-    sliding_window: Annotated[int | None, typer.Option(min=1, help="keys a token of a sliding layer sees, itself included")] = None,
+    sliding_window: Annotated[
+        int | None, typer.Option(min=1, max=LARGEST, help="keys a token of a sliding layer sees, itself included")
+    ] = None,
     verify: Annotated[bool, typer.Option(help="compare the checksums inside a .pt first")] = True,
 ) -> None:
     """Turn a published or foreign checkpoint into a model directory."""
-    from keural.cli.printing import byte_progress
     from keural.files import check_new, read_object
     from keural.pretrained.location import CHECKPOINTS, check_there
 
@@ -71,17 +72,15 @@ def export(
     ] = None,
 ) -> None:
     """Write a model as transformers, vLLM, SGLang, llama.cpp or the published scripts read it."""
-    from keural.cli.printing import byte_progress
     from keural.convert.export import ExportOptions
     from keural.convert.export import export as write
-    from keural.serve.text import printable
 
     if shard_gb is not None and not shard_gb < MAX_SHARD_GB:
         raise UserError(f"--shard-gb {shard_gb}: give a number of gigabytes below {MAX_SHARD_GB:,}")
     options = ExportOptions(quantize, license, None if shard_gb is None else int(shard_gb * 1e9))
     with byte_progress(f"export {directory}") as advance:
-        written = write(directory, out, format, options, advance, lambda line: print(printable(line), file=sys.stderr))
-    print(f"{written}: written as {format}")
+        written = write(directory, out, format, options, advance, note)
+    show(f"{written}: written as {format}")
 
 
 @app.command(name="refresh-code", rich_help_panel=PANEL)
@@ -92,7 +91,7 @@ def refresh_code(
     from keural.pretrained.network_code import refresh_code as refresh
 
     changed = refresh(directory)
-    print(f"{directory}: {'now carries' if changed else 'already carried'} this package's network code")
+    show(f"{directory}: {'now carries' if changed else 'already carried'} this package's network code")
 
 
 @app.command(rich_help_panel=PANEL)
@@ -110,7 +109,7 @@ def inspect(
 
     values = inspect_path(path, verify)
     if as_json:
-        print(json.dumps(values, ensure_ascii=False, indent=1))
+        show_json(values)
     else:
         printing.print_inspection(values)
     if verify and values["verified"].startswith(NOTHING):  # a check that could not be made has not passed
@@ -132,7 +131,6 @@ def init(
         raise UserError(f"--dtype {dtype}: unknown{nearest(dtype, DTYPES)}; known are {', '.join(DTYPES)}")
     check_new(out)
     loaded, _ = open_recipe(recipe, overrides, None)
-    from keural.cli.printing import byte_progress
     from keural.pipeline import workspace
     from keural.tokenizer import KeuralTokenizer
 
@@ -150,4 +148,4 @@ def init(
     with byte_progress(f"init {spec.name}") as advance:
         options = {"recipe": spec.name, "chat": spec.chat, "seed": spec.seed, "dtype": getattr(torch, dtype)}
         initialise(out, config, used, **options, advance=advance)
-    print(f"{out}: {spec.name}, {dtype}, seed {spec.seed}")
+    show(f"{out}: {spec.name}, {dtype}, seed {spec.seed}")

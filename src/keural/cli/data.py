@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 
 from keural.cli.options import Out, Overrides, RecipeDir, StageFile, open_recipe, open_stage
+from keural.limits import LARGEST
+from keural.terminal import byte_progress, show, show_text
 
 app = typer.Typer(no_args_is_help=True, help="Prepare data and look at what a training step sees.")
 
@@ -39,7 +41,7 @@ def data_import(
     from keural.data.tokens.import_export import ImportOptions, import_tokens
     from keural.tokenizer import KeuralTokenizer
 
-    with printing.byte_progress(f"import {source}") as advance:
+    with byte_progress(f"import {source}") as advance:
         options = ImportOptions(restore_lost, license)
         counts = import_tokens(source, store, format_name, KeuralTokenizer.load(tokenizer), options, advance)
     printing.print_counts(f"{store}: imported from {source} ({format_name})", counts)
@@ -57,7 +59,7 @@ def data_export(
 
     opened = TokenStore.open(store)
     export_tokens(opened, out, format_name)
-    print(f"{out}: {opened.num_sequences:,} documents, {opened.num_tokens:,} tokens, written as {format_name}")
+    show(f"{out}: {opened.num_sequences:,} documents, {opened.num_tokens:,} tokens, written as {format_name}")
 
 
 @app.command("stats")
@@ -70,15 +72,15 @@ def data_stats(
     """Counts of a token store or of shards; what cleaning dropped, with examples; the mixture of prepared data or of a recipe."""
     from keural.cli import data_stats
 
-    print(data_stats.describe(path, overrides or [], out, as_json), end="")
+    show_text(data_stats.describe(path, overrides or [], out, as_json))
 
 
 @app.command("show")
 def data_show(
     stage: StageFile,
     overrides: Overrides = None,
-    step: Annotated[int, typer.Option(min=0, help="optimizer step, counted from 0")] = 0,
-    rows: Annotated[int, typer.Option(min=1, help="rows to print")] = 4,
+    step: Annotated[int, typer.Option(min=0, max=LARGEST, help="optimizer step, counted from 0")] = 0,
+    rows: Annotated[int, typer.Option(min=1, max=LARGEST, help="rows to print")] = 4,
     out: Out = None,
 ) -> None:
     """Print the batch of one optimizer step: each row's documents, with trained tokens marked."""

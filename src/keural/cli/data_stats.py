@@ -3,24 +3,21 @@
 In: a path. Out: the text to print. What the directory is shows from the file it has.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from keural.data import mixture_report
+from keural.data.cleaning.summary import SUMMARY, CleaningFile
+from keural.data.prepared import PreparedFile
 from keural.data.source_counts import rows_from_json
 from keural.data.tokens import published_format
 from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
-from keural.files import read_object
 from keural.pipeline.workspace import find_stage_data
 from keural.recipe import OBJECTIVES, STORES, Recipe, StageSpec, load_recipe
 from keural.recipe.shipped import RECIPE_FILE, names, recipe_directory
+from keural.terminal import json_text, yaml_text
 
-CLEANING = "cleaning.json"
-"""What cleaning kept and dropped, with examples."""
 ANY_ID = 1 << 32
 """A vocabulary that refuses no id: which tokenizer shards were made with is not in their files."""
 
@@ -34,14 +31,14 @@ def describe(path: Path, overrides: list[str], out: Path | None, as_json: bool) 
     if overrides or out:
         raise UserError(f"{path}: is no recipe; key=value and --out are for recipes")
     if (path / "prepared.json").is_file():
-        made = read_object(path / "prepared.json")
-        table = rows_from_json(made.get("table"), path / "prepared.json")
+        made = PreparedFile.read(path / "prepared.json")
         unit = STORES[TokenStore.open(path / "train", verify="size").kind].unit
+        table = rows_from_json(made.table, path / "prepared.json")
         text = _text({path.name: mixture_report.prepared(table, unit)}, {}, as_json)
-        cleaned = made.get("cleaned")
+        cleaned = made.cleaned
         return f"{text}\ncleaned: {path.parent / cleaned} (ask for its stats, too)\n" if cleaned and not as_json else text
-    if (path / CLEANING).is_file():
-        return _dump(read_object(path / CLEANING), as_json)
+    if (path / SUMMARY).is_file():
+        return _dump(CleaningFile.read(path / SUMMARY).model_dump(exclude={"files"}), as_json)
     if any(path.glob("keural_*.bin")):
         return _dump({"shards": _shards(path)}, as_json)
     return _dump(TokenStore.open(path).manifest, as_json)
@@ -49,8 +46,8 @@ def describe(path: Path, overrides: list[str], out: Path | None, as_json: bool) 
 
 def _dump(value: dict[str, Any], as_json: bool) -> str:
     if as_json:
-        return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
-    return str(yaml.safe_dump(value, allow_unicode=True, sort_keys=False))
+        return json_text(value)
+    return yaml_text(value)
 
 
 def _shards(path: Path) -> dict[str, int]:
@@ -76,5 +73,5 @@ def _stage(recipe: Recipe, stage: StageSpec, out: Path) -> mixture_report.Report
 
 def _text(reports: dict[str, mixture_report.Report], notes: dict[str, list[str]], as_json: bool) -> str:
     if as_json:
-        return json.dumps(reports, ensure_ascii=False, indent=1) + "\n"
+        return json_text(reports)
     return "\n".join(mixture_report.markdown(name, report, notes.get(name, [])) for name, report in reports.items())

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from keural.card import CARD
+from keural.limits import LARGEST_ANSWER, LARGEST_SEED, SMALLEST_PENALTY
 from keural.serve.jamo import Jamo
 
 if TYPE_CHECKING:
@@ -22,9 +23,9 @@ DEFAULT = "default: as saved with the model, else the card's"
 System = Annotated[str | None, typer.Option(help="system message; an empty one is none (default: as saved with the model)")]
 Temperature = Annotated[float | None, typer.Option(min=0.0, help=f"0 is greedy ({DEFAULT}, {CARD.temperature})")]
 TopP = Annotated[float | None, typer.Option(min=0.0, max=1.0, help=f"({DEFAULT}, {CARD.top_p})")]
-RepetitionPenalty = Annotated[float | None, typer.Option(min=0.01, help=f"({DEFAULT}, {CARD.repetition_penalty})")]
-MaxNewTokens = Annotated[int | None, typer.Option(min=1, help=f"({DEFAULT}, {CARD.max_new_tokens})")]
-Seed = Annotated[int | None, typer.Option(help="repeatable sampling")]
+RepetitionPenalty = Annotated[float | None, typer.Option(min=SMALLEST_PENALTY, help=f"({DEFAULT}, {CARD.repetition_penalty})")]
+MaxNewTokens = Annotated[int | None, typer.Option(min=1, max=LARGEST_ANSWER, help=f"({DEFAULT}, {CARD.max_new_tokens})")]
+Seed = Annotated[int | None, typer.Option(min=0, max=LARGEST_SEED, help="repeatable sampling")]
 EngineName = Annotated[str | None, typer.Option("--engine", help="transformers or llama.cpp (default: what the path holds)")]
 Threads = Annotated[int | None, typer.Option(min=1, help="threads to compute with (default: the engine's choice)")]
 JamoStyle = Annotated[

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from keural.cli.options import Out, Overrides, RecipeDir, open_recipe
+from keural.terminal import show
 
 app = typer.Typer(no_args_is_help=True, help="Train, convert and examine tokenizers.")
 
@@ -18,7 +19,7 @@ def tokenizer_train(recipe: RecipeDir, overrides: Overrides = None, out: Out = N
     loaded, directory = open_recipe(recipe, overrides, out)
     workspace.check_inputs(loaded, (), directory)
     tokenizer = workspace.prepare_tokenizer(loaded, directory)
-    print(f"{directory / 'tokenizer'}: {tokenizer.kind}, {tokenizer.vocab_size} ids, sha256 {tokenizer.sha256}")
+    show(f"{directory / 'tokenizer'}: {tokenizer.kind}, {tokenizer.vocab_size} ids, sha256 {tokenizer.sha256}")
 
 
 @app.command("convert")
@@ -34,7 +35,7 @@ def tokenizer_convert(
     tokenizer = KeuralTokenizer.load(model)
     with atomic_directory(out) as directory:
         tokenizer.save(directory)
-    print(f"{out}: {tokenizer.kind}, {tokenizer.vocab_size} ids, sha256 {tokenizer.sha256}")
+    show(f"{out}: {tokenizer.kind}, {tokenizer.vocab_size} ids, sha256 {tokenizer.sha256}")
 
 
 @app.command("report")
@@ -46,4 +47,4 @@ def tokenizer_report(
     from keural.tokenizer import KeuralTokenizer
     from keural.tokenizer.report import format_report, tokenizer_report
 
-    print(format_report(tokenizer_report(KeuralTokenizer.load(model), files)))
+    show(format_report(tokenizer_report(KeuralTokenizer.load(model), files)))

@@ -91,7 +91,8 @@ def fitting(ggml_type: GgmlType, columns: int, kind: str) -> GgmlType:
 def nbytes(shape: tuple[int, ...], ggml_type: GgmlType) -> int:
     """Bytes of a tensor in a type whose blocks divide its rows."""
     block, size = GGML_QUANT_SIZES[ggml_type]
-    return prod(shape) // block * size
+    found: int = prod(shape) // block * size
+    return found
 
 
 def check_available(types: set[GgmlType]) -> None:
@@ -115,7 +116,8 @@ def convert(rows: NDArray[np.float32], ggml_type: GgmlType) -> NDArray[np.uint8]
 
 
 def _converted(rows: NDArray[np.float32], ggml_type: GgmlType) -> NDArray[np.uint8]:
-    return quants.quantize(rows, ggml_type).view(np.uint8)
+    found: NDArray[np.uint8] = quants.quantize(rows, ggml_type).view(np.uint8)
+    return found
 
 
 def _quantized(rows: NDArray[np.float32], ggml_type: GgmlType) -> NDArray[np.uint8]:
@@ -144,4 +146,5 @@ def _ggml() -> Any:
 
 
 def _block(ggml_type: GgmlType) -> int:
-    return GGML_QUANT_SIZES[ggml_type][0]
+    found: int = GGML_QUANT_SIZES[ggml_type][0]
+    return found

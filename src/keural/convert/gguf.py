@@ -18,13 +18,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from gguf import GGMLQuantizationType as GgmlType
 from gguf import GGUFWriter, TokenType
 from gguf.constants import GGML_QUANT_VERSION
 from numpy.typing import NDArray
 from torch import Tensor
 
 from keural.convert import ggml
-from keural.convert.ggml import QUANTIZATIONS, GgmlType
+from keural.convert.ggml import QUANTIZATIONS
 from keural.convert.granite import SILENT_SINK, check_granite_swa
 from keural.files import atomic_directory, check_new
 from keural.pretrained.lineage import write_record

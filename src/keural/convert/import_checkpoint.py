@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from keural import terminal
 from keural.convert.foreign_checkpoint import Checkpoint, open_checkpoint
 from keural.errors import UserError
 from keural.files import check_new, read_object
@@ -61,7 +62,7 @@ def import_checkpoint(
     grow_vocabulary: bool = False,
     sliding_window: int | None = None,
     verify: bool = True,
-    say: Say = print,
+    say: Say = terminal.say,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Path:
     """Convert the checkpoint `source` into the model directory `out`; at most one tensor is in memory.

@@ -24,7 +24,15 @@ from keural.data.filtering.decontamination import REASON, Contaminated, Decontam
 from keural.data.filtering.gates import Gatekeeper
 from keural.data.filtering.holdout import Split, Splitter
 from keural.data.licenses import left_out
-from keural.data.prepared import Prepared, data_fingerprint, file_hashes, is_prepared, open_prepared
+from keural.data.prepared import (
+    HASHES,
+    PREPARED,
+    Prepared,
+    PreparedFile,
+    data_fingerprint,
+    is_prepared,
+    open_prepared,
+)
 from keural.data.records import Drop, Record
 from keural.data.source_counts import SourceCounter, SourceRow
 from keural.data.sources import Source
@@ -33,7 +41,7 @@ from keural.data.tokens.encode import Encoded, Encoder
 from keural.data.tokens.encoding_cache import EncodingCache
 from keural.data.tokens.store_builder import StoreBuilder
 from keural.errors import UserError
-from keural.files import atomic_directory, write_json
+from keural.files import FileHashes, atomic_directory
 from keural.recipe import OBJECTIVES, DataSpec, Objective
 from keural.tokenizer.load import KeuralTokenizer
 
@@ -61,12 +69,15 @@ def prepare(
                 decontaminator = Decontaminator(spec.decontaminate, sources.evaluation) if spec.decontaminate else None
                 reading = _Reading(sources, seed, cleaned, decontaminator)
                 table, heldout = _make(reading, objective, tokenizer, cache, temporary)
-            rows, folder = [row.to_json() for row in table], cleaned and cleaned.directory.name
-            made = {"fingerprint": wanted, "heldout": heldout, "table": rows, "cleaned": folder}
             if decontaminator is not None:
                 decontaminator.write(temporary)
-                made["contamination"] = decontaminator.report()
-            write_json(temporary / "prepared.json", made)
+            PreparedFile(
+                fingerprint=wanted,
+                heldout=heldout,
+                table=[row.to_json() for row in table],
+                cleaned=cleaned.directory.name if cleaned else None,
+                contamination=decontaminator.report() if decontaminator else None,
+            ).write(temporary / PREPARED)
     return open_prepared(directory, spec, wanted)
 
 
@@ -96,7 +107,8 @@ def _clean(sources: StageSources, out_root: Path, seed: int) -> "Cleaned | None"
         return None
     from keural.data.cleaning.run import clean
 
-    return clean(sources.spec.cleaning, sources.heldout_first, sources.data_dir, out_root, seed, file_hashes(out_root))
+    hashes = FileHashes(out_root / HASHES)
+    return clean(sources.spec.cleaning, sources.heldout_first, sources.data_dir, out_root, seed, hashes)
 
 
 @contextlib.contextmanager
@@ -108,6 +120,12 @@ def _encoding_cache(directory: Path, tokenizer: KeuralTokenizer) -> Iterator[Enc
         shutil.rmtree(directory, ignore_errors=True)
         raise
     shutil.rmtree(directory, ignore_errors=True)
+
+
+def clear_parts(out_root: Path) -> None:
+    """Remove the batches of ids that killed processes left for data of other settings; what all stages train on is there."""
+    for directory in out_root.glob(".*.parts"):
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 @dataclass(frozen=True)

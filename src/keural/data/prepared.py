@@ -3,24 +3,43 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from keural.data.licenses import left_out
 from keural.data.loading.corpus import Corpus
 from keural.data.loading.mixture import Mixture, mix
-from keural.data.source_counts import SourceRow, rows_from_json, warning_of
-from keural.data.sources import FileHashes
+from keural.data.source_counts import SourceRow, check_drops, rows_from_json, warning_of
 from keural.data.stage_sources import StageSources, open_stage_sources
 from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
-from keural.files import fingerprint, read_json, read_object, write_json
+from keural.files import CheckedFile, FileHashes, fingerprint
 from keural.recipe import OBJECTIVES, DataSpec, Objective
 from keural.recipe import VERSION as RECIPE_VERSION
+from keural.terminal import say
 from keural.tokenizer.load import KeuralTokenizer
 
 HASHES = "file-hashes.json"
+"""Checksums of the sources' files, in the root of prepared data."""
+PREPARED = "prepared.json"
+"""What a directory of prepared data was made from and holds, written last."""
+TEXTS = "texts.jsonl"
+"""The held-out documents' texts, a file of the held-out store."""
 VERSION = 3
 """Raised when the same sources give other bytes than before."""
+
+
+class PreparedFile(CheckedFile):
+    """`prepared.json`."""
+
+    remedy: ClassVar[str] = "delete the directory that it is in and run the same command again"
+
+    fingerprint: str
+    heldout: bool
+    table: list[dict[str, Any]]
+    """The rows of `Prepared.table`."""
+    cleaned: str | None
+    """Name of the directory with the cleaned documents, beside this one."""
+    contamination: dict[str, dict[str, Any]] | None
 
 
 @dataclass(frozen=True)
@@ -56,17 +75,19 @@ def open_prepared(directory: Path, spec: DataSpec, data_fingerprint: str) -> Pre
     """What is in a finished directory; the mixture is worked out anew, for it takes no time and other weights need no other
     store.
     """
-    made = read_object(directory / "prepared.json")
-    train, heldout = directory / "train", directory / "heldout" if made["heldout"] else None
-    contamination = made.get("contamination")
+    made = PreparedFile.read(directory / PREPARED)
+    train, heldout = directory / "train", directory / "heldout" if made.heldout else None
+    contamination = made.contamination
     store = TokenStore.open(train, verify="size")
     if heldout is not None:
         TokenStore.open(heldout, verify="size")
     expected = {(source.name, "train"): source for source in spec.sources}
     expected |= {(source.name, "heldout"): source for source in spec.heldout_sources}
-    rows = rows_from_json(made.get("table"), directory / "prepared.json")
+    rows = rows_from_json(made.table, directory / PREPARED)
     if unknown := [row.source for row in rows if (row.source, row.split) not in expected]:
         raise UserError(f"{directory}: damaged (the recipe has no source {unknown[0]!r}); delete it and prepare the data again")
+    for row in rows:
+        check_drops(expected[row.source, row.split], row)  # it may allow less than when the data was prepared
     table = [replace(row, warning=warning_of(expected[row.source, row.split], row)) for row in rows]
     if spec.mixing is None:
         return Prepared(train, heldout, table, data_fingerprint, contamination=contamination)
@@ -81,13 +102,11 @@ def open_prepared(directory: Path, spec: DataSpec, data_fingerprint: str) -> Pre
 def read_heldout_texts(prepared: Prepared, language: str | None = None) -> list[str]:
     """The held-out documents' texts, shuffled; with `language` only those of that language.
 
-    Raises `UserError` when there are none.
+    Raises `UserError` when there are none, or when they are not those that were written.
     """
-    path = prepared.train.with_name("heldout") / "texts.jsonl"
     texts = []
-    if prepared.heldout is not None and path.is_file():
-        with path.open(encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file]
+    if prepared.heldout is not None and TEXTS in (store := TokenStore.open(prepared.heldout, verify="size")).files:
+        rows = map(json.loads, store.read_checked(TEXTS).decode("utf-8").rstrip("\n").split("\n"))
         texts = [row["text"] for row in rows if language in (None, row["language"])]
     if not texts:
         what = f"document in language {language!r}" if language else "document"
@@ -97,14 +116,13 @@ def read_heldout_texts(prepared: Prepared, language: str | None = None) -> list[
 
 def data_fingerprint(sources: StageSources, objective: Objective, tokenizer: KeuralTokenizer, out_root: Path, seed: int) -> str:
     """Of settings, contents and tokenizer. Documents are cut only by the stream, so their stores do not depend on the length."""
-    spec, hashes, cleaning = sources.spec, file_hashes(out_root), None
+    spec, hashes, cleaning = sources.spec, FileHashes(out_root / HASHES), None
     if spec.cleaning is not None:
         from keural.data.cleaning.run import cleaning_fingerprint
 
         cleaning = cleaning_fingerprint(spec.cleaning, sources.heldout_first, sources.data_dir, seed, hashes)
     contents = [source.content(hashes) for source in (*sources.used, *sources.evaluation)]
-    if hashes.changed:
-        write_json(out_root / HASHES, hashes.known)
+    hashes.save()
     return fingerprint(
         {
             "version": [VERSION, RECIPE_VERSION],
@@ -120,17 +138,19 @@ def data_fingerprint(sources: StageSources, objective: Objective, tokenizer: Keu
     )
 
 
-def file_hashes(out_root: Path) -> FileHashes:
-    """Of files that were hashed before."""
-    cache = out_root / HASHES
-    return FileHashes(read_json(cache) if cache.is_file() else None)
-
-
 def is_prepared(directory: Path, wanted: str) -> bool:
-    """Whether `directory` holds data of exactly this fingerprint, with all its stores."""
-    marker = directory / "prepared.json"
-    if not marker.is_file():
+    """Whether `directory` holds data of exactly this fingerprint, with all its stores.
+
+    Raises `UserError` when there is something else: only what this package has made is ever replaced.
+    """
+    if not directory.exists():
         return False
-    made = read_object(marker)
-    stores = ("train", "heldout") if made.get("heldout") else ("train",)
-    return made.get("fingerprint") == wanted and all((directory / store / "manifest.json").is_file() for store in stores)
+    marker = directory / PREPARED
+    made = PreparedFile.find(marker)
+    if made is None or made.fingerprint != wanted:
+        raise UserError(f"{directory}: is in the way: it holds no data of these settings ({PREPARED}); delete it or move it away")
+    stores = ("train", "heldout") if made.heldout else ("train",)
+    if missing := [store for store in stores if not (directory / store / "manifest.json").is_file()]:
+        say(f"{directory / missing[0]}: is gone or has no manifest.json; the data is prepared again")
+        return False
+    return True

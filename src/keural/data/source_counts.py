@@ -78,6 +78,8 @@ class SourceRow:
     """Rows that are not used, by reason, most frequent first."""
     first_drop: dict[str, str] = field(default_factory=dict)
     """Place of the first row that was dropped, by reason."""
+    defects: dict[str, Count] = field(default_factory=dict)
+    """Those of the drops that count against `max_drop`."""
     noted: dict[str, Count] = field(default_factory=dict)
     """Kept records that a gate only counts, or that do not have all of their row, by reason."""
     details: dict[str, dict[str, Count]] | None = None
@@ -196,21 +198,15 @@ class SourceCounter:
 
     def check(self) -> None:
         """Refuse a source that gives nothing, or too little of what it holds."""
-        drops = self.drops - (self.cleaned.drops - self.cleaned.unreadable if self.cleaned else Counter())
-        defects = Counter({reason: count for reason, count in drops.items() if reason not in NOT_DEFECTS})
         if self.rows == 0:
             raise UserError(f"source {self.source.name!r}: {self.source.path or self.source.adapter} holds no rows")
         self._check_meanings()
-        if defects.total() > self.source.max_drop * self.rows:
-            raise UserError(
-                f"source {self.source.name!r}: {defects.total() / self.rows:.1%} of {self.rows:,} rows are dropped, more than "
-                f"max_drop {self.source.max_drop:g}; most often {self._worst(defects)}; "
-                f"mend the data or the options of adapter {self.source.adapter}, or raise max_drop"
-            )
+        row = self.row()
+        check_drops(self.source, row)
         if self.kept == 0:
             raise UserError(
                 f"source {self.source.name!r}: none of its {self.rows:,} rows is used; "
-                f"most often {self._worst(self.drops)}; leave it out"
+                f"most often {_worst(row, row.drops)}; leave it out"
             )
 
     def _check_meanings(self) -> None:
@@ -231,10 +227,9 @@ class SourceCounter:
         left = sorted(self.fields.unread) if self.fields else []
         return f" (not read: {', '.join(left[:MAX_DETAILS])})" if left else ""
 
-    def _worst(self, drops: Counter[str]) -> str:
-        ((reason, count),) = drops.most_common(1)
-        found = ", ".join(detail for detail, _ in self.details.get(reason, Counter()).most_common(3))
-        return f"{reason} ({count:,} rows, first {self.first_drop[reason]}{f': {found}' if found else ''})"
+    def _defects(self) -> dict[str, int]:
+        drops = self.drops - (self.cleaned.drops - self.cleaned.unreadable if self.cleaned else Counter())
+        return {reason: count for reason, count in drops.most_common() if reason not in NOT_DEFECTS}
 
     def row(self) -> SourceRow:
         """The source's row of the table."""
@@ -256,12 +251,30 @@ class SourceCounter:
             shortened=self.shortened,
             drops=dict(self.drops.most_common()),
             first_drop={reason: self.first_drop[reason] for reason, _ in self.drops.most_common()},
+            defects=self._defects(),
             noted=dict(self.noted.most_common()),
             details={reason: dict(found.most_common()) for reason, found in self.details.items() if found} or None,
             not_read=tuple(sorted(self.fields.unread)) or None if self.fields else None,
             length_ratio=self.chosen_characters / self.rejected_characters if self.rejected_characters else None,
         )
         return replace(row, warning=warning_of(source, row))
+
+
+def check_drops(source: SourceSpec, row: SourceRow) -> None:
+    """Raise `UserError` for a source of which more is dropped than its `max_drop` allows."""
+    defects = sum(row.defects.values())
+    if defects > source.max_drop * row.rows:
+        raise UserError(
+            f"source {source.name!r}: {defects / row.rows:.1%} of {row.rows:,} rows are dropped, more than "
+            f"max_drop {source.max_drop:g}; most often {_worst(row, row.defects)}; "
+            f"mend the data or the options of adapter {source.adapter}, or raise max_drop"
+        )
+
+
+def _worst(row: SourceRow, drops: dict[str, int]) -> str:
+    reason, count = next(iter(drops.items()))
+    found = ", ".join(list((row.details or {}).get(reason, {}))[:3])
+    return f"{reason} ({count:,} rows, first {row.first_drop[reason]}{f': {found}' if found else ''})"
 
 
 def warning_of(source: SourceSpec, row: SourceRow) -> str | None:

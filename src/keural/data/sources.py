@@ -4,7 +4,6 @@ In: `SourceSpec`s and the data directory. Out: `Source`s, and of each its record
 user can get wrong about a source (adapter, option, format, path) is found by `open_sources` before anything is read.
 """
 
-import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from keural.data.readers.formats import FORMATS, DataFile, OptionTypes, Row, for
 from keural.data.readers.hub import check_hub, hub_content, hub_rows, is_hub
 from keural.data.records import AnyRecord, Document, Drop, EvaluationItem, Kind, Record
 from keural.errors import UserError, nearest
+from keural.files import FileHashes
 from keural.recipe import SourceSpec
 
 SourceFile = tuple[DataFile, str]
@@ -288,26 +288,6 @@ def _check_type(spec: SourceSpec, name: str, value: Any, known: OptionTypes) -> 
             dict: "a map of names",
         }
         raise _error(spec, f"option {name!r} must be {' or '.join(names[kind] for kind in known[name])}, got {value!r}")
-
-
-class FileHashes:
-    """SHA-256 of files, remembered by path, size and time of change, so that big sources are hashed once."""
-
-    def __init__(self, remembered: dict[str, list[Any]] | None = None) -> None:
-        self.known = dict(remembered or {})
-        self.changed = False
-
-    def of(self, path: Path) -> str:
-        """The hex digest of a file's bytes."""
-        status = path.stat()
-        state = [status.st_size, status.st_mtime_ns]
-        entry = self.known.get(str(path))
-        if not isinstance(entry, list) or len(entry) != 3 or entry[:2] != state:
-            with path.open("rb") as file:
-                entry = [*state, hashlib.file_digest(file, "sha256").hexdigest()]
-            self.known[str(path)] = entry
-            self.changed = True
-        return str(entry[2])
 
 
 def _shown(path: Path, base: Path) -> str:

@@ -38,7 +38,8 @@ class Bench:
 
     def _untrained(self) -> KeuralMoECausalLM:
         torch.manual_seed(self.recipe.spec.seed)
-        return KeuralMoECausalLM(self.config).eval()
+        found: KeuralMoECausalLM = KeuralMoECausalLM(self.config).eval()
+        return found
 
     @property
     def final(self) -> str:

@@ -1,10 +1,9 @@
 """The pipeline: a recipe's stages in order, each from directories to directories.
 
 `run` prepares the tokenizer and every stage's data, trains the stages, evaluates, and writes `summary.json` and `report.html`.
-Each part has a fingerprint of everything that determines its result: a finished part with the same fingerprint is skipped, an
-interrupted stage is resumed, a part whose settings changed is set aside (never overwritten) and made again.
-
-    runs/<recipe>/  recipe.yaml  tokenizer/  data/<fingerprint>/{train,heldout}  <stage>/{checkpoints,model}  final -> <stage>/model
+Each part has a fingerprint of everything that determines its result: a finished part with the same fingerprint is skipped if what
+it made is still whole, an interrupted stage is resumed, a part whose settings changed is set aside (never overwritten) and made
+again; what was done with earlier work, and why, is always said. `run_directory` says what lies where.
 """
 
 import contextlib
@@ -13,25 +12,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
+from keural.data.prepare import clear_parts
 from keural.errors import UserError
 from keural.evaluate.scorecard import check_measurable, score
-from keural.files import fingerprint, read_json, read_object, write_atomic, write_json
+from keural.files import fingerprint
+from keural.pipeline.run_contents import read_run
 from keural.pipeline.run_directory import (
-    fingerprint_in,
-    is_done,
+    DATA,
+    DONE,
+    EVALUATION,
+    MODEL,
+    SUMMARY,
+    Done,
+    EvaluationFile,
+    Summary,
+    claim,
     link_final,
     only_run_in,
-    open_stage_directory,
+    write_recipe,
 )
-from keural.pipeline.workspace import Workspace, check_inputs, init_directory, prepare_all, select_stages, with_ancestors
+from keural.pipeline.stage_directory import find_done, is_finished, model_problem, open_directory, trajectory
+from keural.pipeline.workspace import (
+    Workspace,
+    check_inputs,
+    init_directory,
+    prepare_all,
+    select_stages,
+    with_ancestors,
+)
 from keural.pretrained.directory import save_model_directory
 from keural.pretrained.lineage import check_sums
 from keural.recipe import VERSION, Recipe, StageSpec, parse_duration
 from keural.report.html import write_report
-from keural.train.parallel import full_state_dict
+from keural.train.parallel import check_ranks, full_state_dict
 from keural.train.ranks import Ranks, session
 from keural.train.stage import StageJob, StageResult, train_stage
 
@@ -54,7 +69,10 @@ def run(recipe: Recipe, out: Path, *, until: str | None = None, only: str | None
     stages = select_stages(recipe, until=until, only=only)
     with session() as ranks, contextlib.ExitStack() as stack:
         started = time.monotonic()
+        for stage in stages:
+            check_ranks(stage, ranks.world)
         ranks.on_main(lambda: check_inputs(recipe, stages, out))
+        ranks.on_main(lambda: claim(out))
         ranks.on_main(lambda: stack.enter_context(only_run_in(out)))
         ranks.on_main(lambda: _open_run(recipe, stages, out))
         workspace = prepare_all(recipe, stages, out)
@@ -67,7 +85,7 @@ def run(recipe: Recipe, out: Path, *, until: str | None = None, only: str | None
 
 def _open_run(recipe: Recipe, stages: list[StageSpec], out: Path) -> None:
     """Keep the resolved recipe, prepare the data: once, before other ranks open it."""
-    write_atomic(out / "recipe.yaml", yaml.safe_dump(recipe.resolved(), allow_unicode=True, sort_keys=False))
+    write_recipe(out, recipe)
     workspace = prepare_all(recipe, stages, out)
     check_measurable(recipe, workspace.data)
 
@@ -75,15 +93,18 @@ def _open_run(recipe: Recipe, stages: list[StageSpec], out: Path) -> None:
 def _train(workspace: Workspace, stage: StageSpec, ranks: Ranks, tensorboard: bool) -> bool:
     """Bring one stage to its end unless it is there already; True when a signal stopped it."""
     directory, wanted = workspace.out / stage.name, workspace.stage_fingerprint(stage)
-    if is_done(directory, wanted):
-        ranks.log_once(f"{stage.name}: finished already, skipped")
-        return False
+    if ranks.on_main(lambda: find_done(directory, wanted) is not None):
+        problem = ranks.on_main(lambda: model_problem(directory))
+        if problem is None:
+            ranks.log_once(f"{stage.name}: finished already, skipped")
+            return False
+        ranks.log_once(f"{stage.name}: was finished, but {problem}; it is made again, from its last checkpoint where there is one")
     for row in workspace.data[stage.name].table:
         if row.survey:
             ranks.log_once(f"{stage.name}: {row.survey}")
     ranks.on_main(lambda: _check_ready(workspace, stage))
-    ranks.on_main(lambda: open_stage_directory(directory, stage, wanted))
-    result = train_stage(_job(workspace, stage, wanted, tensorboard), ranks)
+    ranks.on_main(lambda: open_directory(workspace, stage))
+    result = train_stage(_job(workspace, stage, tensorboard), ranks)
     if not result.interrupted:
         export_stage(workspace, stage, result, wanted, ranks)
     return result.interrupted
@@ -95,14 +116,17 @@ def _check_ready(workspace: Workspace, stage: StageSpec) -> None:
         return
     if stage.predecessor is not None:
         before = workspace.recipe.stage(stage.predecessor)
-        if not is_done(workspace.out / before.name, workspace.stage_fingerprint(before)):
+        directory = workspace.out / before.name
+        problem = model_problem(directory) if find_done(directory, workspace.stage_fingerprint(before)) else ""
+        if problem is not None:
             raise UserError(
-                f"{stage.name}: starts from {before.name}, which is not finished in {workspace.out}; run that stage first"
+                f"{stage.name}: starts from {before.name}, which is not finished in {workspace.out}"
+                f"{f' any more: {problem}' if problem else ''}; run that stage first"
             )
     check_sums(init_directory(workspace.out, stage))
 
 
-def _job(workspace: Workspace, stage: StageSpec, wanted: str, tensorboard: bool) -> StageJob:
+def _job(workspace: Workspace, stage: StageSpec, tensorboard: bool) -> StageJob:
     budget, share = workspace.recipe.spec.budget, stage.train.budget_share
     prepared = workspace.data[stage.name]
     return StageJob(
@@ -114,7 +138,7 @@ def _job(workspace: Workspace, stage: StageSpec, wanted: str, tensorboard: bool)
         heldout_store=prepared.heldout,
         tokenizer_sha=workspace.tokenizer.sha256,
         run_dir=workspace.out / stage.name,
-        fingerprint=wanted,
+        fingerprint=trajectory(workspace, stage),
         budget_seconds=parse_duration(budget) * share if budget and share else None,
         tensorboard=tensorboard,
     )
@@ -130,11 +154,20 @@ def _save_stage(workspace: Workspace, stage: StageSpec, result: StageResult, wei
     directory, spec = workspace.out / stage.name, workspace.recipe.spec
     chain = list(reversed(with_ancestors(workspace.recipe, stage)))
     lineage = {"recipe": spec.name, "stage": stage.name, "fingerprint": wanted, "chain": chain}
-    save_model_directory(directory / "model", workspace.model_config, weights, workspace.tokenizer, lineage, spec.chat)
-    done = {"name": stage.name, "objective": stage.objective, "init_from": stage.init_from, "fingerprint": wanted}
-    done["init"] = workspace.init_fingerprint(stage)
-    measured = ("seconds", "tokens", "steps", "loss_first", "loss_last", "heldout")
-    write_json(directory / "done.json", done | {name: getattr(result, name) for name in measured})
+    save_model_directory(directory / MODEL, workspace.model_config, weights, workspace.tokenizer, lineage, spec.chat)
+    Done(
+        name=stage.name,
+        objective=stage.objective,
+        init_from=stage.init_from,
+        fingerprint=wanted,
+        init=workspace.init_fingerprint(stage),
+        seconds=result.seconds,
+        tokens=result.tokens,
+        steps=result.steps,
+        loss_first=result.loss_first,
+        loss_last=result.loss_last,
+        heldout=result.heldout,
+    ).write(directory / DONE)
 
 
 def _finish(workspace: Workspace, started: float) -> None:
@@ -148,20 +181,18 @@ def _finish(workspace: Workspace, started: float) -> None:
     complete = len(stages) == len(recipe.stages)
     if complete and workspace.data.keys() != {stage.name for stage in stages}:
         workspace = prepare_all(recipe, stages, out)
-        complete = all(is_done(out / stage.name, workspace.stage_fingerprint(stage)) for stage in stages)
-    summary: dict[str, Any] = {
-        "recipe": recipe.spec.name,
-        "seconds": 0.0,
-        "stages": [read_json(out / stage.name / "done.json") for stage in stages],
-        "data": {stage.name: _table(workspace, stage) for stage in stages if stage.name in workspace.data},
-        "evaluation": {},
-        "samples": [],
-    }
+        complete = all(is_finished(out / stage.name, workspace.stage_fingerprint(stage)) for stage in stages)
     if complete:
-        summary |= _evaluated(workspace)
-    summary["seconds"] = round(time.monotonic() - started, 3)
-    write_json(out / "summary.json", summary)
-    write_report(out)
+        clear_parts(out / DATA)
+    measured = _evaluated(workspace) if complete else {"evaluation": {}, "samples": []}
+    Summary(
+        recipe=recipe.spec.name,
+        seconds=round(time.monotonic() - started, 3),
+        stages=[Done.read(out / stage.name / DONE) for stage in stages],
+        data={stage.name: _table(workspace, stage) for stage in stages if stage.name in workspace.data},
+        **measured,
+    ).write(out / SUMMARY)
+    write_report(read_run(out))
 
 
 def _table(workspace: Workspace, stage: StageSpec) -> list[dict[str, Any]]:
@@ -173,20 +204,19 @@ def _is_current(workspace: Workspace, stage: StageSpec) -> bool:
     """Whether a stage is finished, and from what its predecessor is now."""
     directory = workspace.out / stage.name
     if stage.name in workspace.data:
-        return is_done(directory, workspace.stage_fingerprint(stage))
-    marker = directory / "done.json"
-    if not marker.is_file():
+        return is_finished(directory, workspace.stage_fingerprint(stage))
+    done = Done.find(directory / DONE)
+    if done is None or model_problem(directory) is not None:
         return False
     if stage.predecessor is None:
-        return read_object(marker).get("init") == workspace.init_fingerprint(stage)
+        return done.init == workspace.init_fingerprint(stage)
     before = workspace.recipe.stage(stage.predecessor)
-    made_from = read_object(marker).get("init")
-    return _is_current(workspace, before) and made_from == fingerprint_in(workspace.out / before.name / "done.json")
+    return _is_current(workspace, before) and done.init == Done.read(workspace.out / before.name / DONE).fingerprint
 
 
 def _evaluated(workspace: Workspace) -> dict[str, Any]:
     """Evaluation and sample answers of the finished recipe, reused when nothing they depend on has changed."""
-    cache = workspace.out / "evaluation.json"
+    cache = workspace.out / EVALUATION
     wanted = fingerprint(
         {
             "version": VERSION,
@@ -195,8 +225,9 @@ def _evaluated(workspace: Workspace) -> dict[str, Any]:
             "stages": [workspace.stage_fingerprint(stage) for stage in workspace.recipe.stages],
         }
     )
-    if cache.is_file() and fingerprint_in(cache) == wanted:
-        return dict(read_json(cache)["result"])
+    known = EvaluationFile.find(cache)
+    if known is not None and known.fingerprint == wanted:
+        return known.result
     result = score(workspace.recipe, workspace.out, workspace.tokenizer, workspace.model_config, workspace.data)
-    write_json(cache, {"fingerprint": wanted, "result": result})
+    EvaluationFile(fingerprint=wanted, result=result).write(cache)
     return result

@@ -1,5 +1,6 @@
 """What a recipe's stages work on: tokenizer, data, and the models they start from."""
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,15 +9,28 @@ from typing import TYPE_CHECKING
 from keural.data.filtering.decontamination import check_evaluation
 from keural.data.loading.stream import Stream
 from keural.data.prepare import check_cleaning, prepare
-from keural.data.prepared import Prepared, find_prepared
+from keural.data.prepared import HASHES, Prepared, find_prepared
 from keural.data.pretokenized import check_pretokenized, open_pretokenized
-from keural.data.sources import FileHashes, Source, open_sources
+from keural.data.sources import Source, open_sources
 from keural.data.stage_sources import open_stage_sources
 from keural.data.tokenizer_texts import iter_texts
 from keural.errors import UserError
-from keural.files import fingerprint, read_object, write_json
-from keural.pipeline.run_directory import is_done, set_aside
+from keural.files import FileHashes, atomic_directory, fingerprint, read_object, sha256_file
+from keural.pipeline.run_directory import (
+    DATA,
+    DONE,
+    MODEL,
+    TOKENIZER,
+    Settings,
+    TokenizerMarker,
+    changes,
+    claim,
+    is_run_directory,
+    set_aside,
+    tokenizer_files,
+)
 from keural.recipe import VERSION, Recipe, StageSpec
+from keural.terminal import say
 from keural.tokenizer import KeuralTokenizer
 from keural.tokenizer.train import train_tokenizer
 
@@ -38,20 +52,26 @@ class Workspace:
         """The network of the recipe, with the tokenizer's vocabulary."""
         return build_config(self.recipe, self.tokenizer)
 
+    def stage_settings(self, stage: StageSpec, length: bool = True) -> Settings:
+        """Everything that determines the stage's weights: its settings, its data, and the model it starts from.
+
+        Without `length` everything that determines each step, but not how many there are.
+        """
+        budget = {"budget": self.recipe.spec.budget} if length and stage.train.budget_share is not None else {}
+        return {
+            "version": VERSION,
+            "stage": stage.determining("weights", length),
+            "model": self.recipe.spec.model.determining("weights"),
+            "seed": self.recipe.spec.seed,
+            **budget,
+            "tokenizer": self.tokenizer.sha256,
+            "data": self.data[stage.name].fingerprint,
+            "init": self.init_fingerprint(stage),
+        }
+
     def stage_fingerprint(self, stage: StageSpec) -> str:
-        """Of everything that determines the stage's weights: its settings, its data, and the model it starts from."""
-        return fingerprint(
-            {
-                "version": VERSION,
-                "stage": stage.determining("weights"),
-                "model": self.recipe.spec.model.determining("weights"),
-                "seed": self.recipe.spec.seed,
-                "budget": self.recipe.spec.budget if stage.train.budget_share is not None else None,
-                "tokenizer": self.tokenizer.sha256,
-                "data": self.data[stage.name].fingerprint,
-                "init": self.init_fingerprint(stage),
-            }
-        )
+        """Of everything that determines the stage's weights."""
+        return fingerprint(self.stage_settings(stage))
 
     def init_fingerprint(self, stage: StageSpec) -> str:
         """Of the weights a stage starts from."""
@@ -114,11 +134,12 @@ def data_directory(recipe: Recipe) -> Path | None:
 
 def init_directory(out: Path, stage: StageSpec) -> Path:
     """The model directory a stage starts from: another stage's, or the one it names."""
-    return Path(stage.init_from).expanduser() if stage.starts_from_directory else out / stage.init_from / "model"
+    return Path(stage.init_from).expanduser() if stage.starts_from_directory else out / stage.init_from / MODEL
 
 
 def prepare_all(recipe: Recipe, stages: Iterable[StageSpec], out: Path) -> Workspace:
     """Tokenizer and token stores of the given stages and of those they start from; what is already there is only opened."""
+    claim(out)
     tokenizer = prepare_tokenizer(recipe, out)
     needed = {name: stage for stage in stages for name, stage in with_ancestors(recipe, stage).items()}
     data = {name: _prepare_stage(recipe, stage, tokenizer, out) for name, stage in needed.items()}
@@ -137,53 +158,78 @@ def with_ancestors(recipe: Recipe, stage: StageSpec) -> dict[str, StageSpec]:
 def _prepare_stage(recipe: Recipe, stage: StageSpec, tokenizer: KeuralTokenizer, out: Path) -> Prepared:
     directory = data_directory(recipe)
     if stage.data.pretokenized:
-        return open_pretokenized(stage.data, stage.objective, directory, tokenizer, out / "data")
-    return prepare(stage.data, stage.objective, directory, tokenizer, out / "data", recipe.spec.seed)
+        return open_pretokenized(stage.data, stage.objective, directory, tokenizer, out / DATA)
+    return prepare(stage.data, stage.objective, directory, tokenizer, out / DATA, recipe.spec.seed)
 
 
 def find_stage_data(recipe: Recipe, stage: StageSpec, out: Path) -> Prepared | None:
-    """A stage's data if it is there in `out` (or tokenised already), made from the sources as they are now; nothing is written but hashes."""
-    if not stage.data.pretokenized and not (out / "data").is_dir():
+    """A stage's data if it is there in `out` (or tokenised already), made from the sources as they are now.
+
+    Nothing is written but hashes.
+    """
+    if not stage.data.pretokenized and not (is_run_directory(out) and (out / DATA).is_dir()):
         return None
     path = recipe.spec.tokenizer.path
-    directory = out / "tokenizer" if path is None else (data_directory(recipe) or Path()) / path
+    directory = out / TOKENIZER if path is None else (data_directory(recipe) or Path()) / path
     if not directory.exists():
         return None
     tokenizer = KeuralTokenizer.load(directory)
     if stage.data.pretokenized:
         return _prepare_stage(recipe, stage, tokenizer, out)
-    arguments = (stage.data, stage.objective, data_directory(recipe), tokenizer, out / "data", recipe.spec.seed)
+    arguments = (stage.data, stage.objective, data_directory(recipe), tokenizer, out / DATA, recipe.spec.seed)
     return find_prepared(*arguments)
 
 
 def prepare_tokenizer(recipe: Recipe, out: Path) -> KeuralTokenizer:
-    """Load the recipe's tokenizer, or train it into `out/tokenizer` when it is not there yet."""
-    spec, directory = recipe.spec.tokenizer, out / "tokenizer"
+    """Load the recipe's tokenizer, or train it into `out/tokenizer` when it is not there yet.
+
+    One of other settings is set aside, and that is said. Raises `UserError` when `out` is no run directory, or what is there is
+    damaged.
+    """
+    claim(out)
+    spec, directory = recipe.spec.tokenizer, out / TOKENIZER
     if spec.path:
         return KeuralTokenizer.load((data_directory(recipe) or Path()) / spec.path)
     sources = open_sources(spec.sources, data_directory(recipe))
-    wanted = _tokenizer_fingerprint(recipe, sources, out)
-    marker = directory / "done.json"
-    if is_done(directory, wanted):
-        tokenizer = KeuralTokenizer.load(directory)
-        if tokenizer.sha256 != read_object(marker).get("sha256"):
-            raise UserError(f"{directory / 'tokenizer.model'}: damaged (its checksum differs); delete {directory} and run again")
-        return tokenizer
-    set_aside(directory)
+    settings = _tokenizer_settings(recipe, sources, out)
+    marker = _tokenizer_marker(directory)
+    if marker is not None and marker.fingerprint == fingerprint(settings):
+        return _load_tokenizer(directory, marker)
     texts = iter_texts(sources, spec.max_bytes, recipe.spec.seed)
-    tokenizer = train_tokenizer(texts, spec, directory, recipe.spec.seed)
-    write_json(marker, {"fingerprint": wanted, "sha256": tokenizer.sha256})
+    with atomic_directory(directory) as temporary:
+        tokenizer = train_tokenizer(texts, spec, temporary, recipe.spec.seed)
+        files = tokenizer_files(temporary)
+        TokenizerMarker(fingerprint=fingerprint(settings), settings=settings, sha256=tokenizer.sha256, files=files).write(
+            temporary / DONE
+        )
+        if marker is not None:
+            told = "; ".join(changes(marker.settings, settings))
+            say(f"tokenizer: other settings ({told}); another one was trained, the old one is kept as {set_aside(directory)}")
     return tokenizer
 
 
-def _tokenizer_fingerprint(recipe: Recipe, sources: list[Source], out: Path) -> str:
-    """Of everything that determines a trained tokenizer: its settings and the contents of its sources."""
-    spec, cache = recipe.spec.tokenizer, out / "data" / "file-hashes.json"
-    hashes = FileHashes(read_object(cache) if cache.is_file() else None)
+def _tokenizer_marker(directory: Path) -> TokenizerMarker | None:
+    """The marker of a trained tokenizer. Raises `UserError` when something is there that nothing shows to be one."""
+    marker = TokenizerMarker.find(directory / DONE)
+    if marker is None and os.path.lexists(directory):
+        raise UserError(f"{directory}: is in the way: nothing there shows that a run has made it (no {DONE}); move it away")
+    return marker
+
+
+def _load_tokenizer(directory: Path, marker: TokenizerMarker) -> KeuralTokenizer:
+    for name, expected in marker.files.items():
+        path = directory / name
+        if not path.is_file() or sha256_file(path) != expected:
+            raise UserError(f"{path}: damaged (its checksum differs) or gone; delete {directory} and run the same command again")
+    return KeuralTokenizer.load(directory)
+
+
+def _tokenizer_settings(recipe: Recipe, sources: list[Source], out: Path) -> Settings:
+    """Everything that determines a trained tokenizer: its settings and the contents of its sources."""
+    spec, hashes = recipe.spec.tokenizer, FileHashes(out / DATA / HASHES)
     contents = [source.content(hashes) for source in sources]
-    if hashes.changed:
-        write_json(cache, hashes.known)
-    return fingerprint({"version": VERSION, "spec": spec.determining("tokenizer"), "seed": recipe.spec.seed, "contents": contents})
+    hashes.save()
+    return {"version": VERSION, "spec": spec.determining("tokenizer"), "seed": recipe.spec.seed, "contents": contents}
 
 
 def open_stream(workspace: Workspace, stage: StageSpec) -> Stream:

@@ -148,7 +148,8 @@ def configuration(where: Path, values: Mapping[str, Any]) -> KeuralConfig:
         raise UserError(f"{where}: has settings that this network does not know: {', '.join(unknown)[:300]}; remove them")
     try:
         with quiet_transformers():
-            return KeuralConfig.from_dict(dict(values))
+            found: KeuralConfig = KeuralConfig.from_dict(dict(values))
+            return found
     except Exception as error:  # transformers checks some values and stumbles over others
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{where}: impossible configuration ({reason[:300]})") from error

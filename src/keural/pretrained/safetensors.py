@@ -16,6 +16,7 @@ import torch
 
 from keural.errors import UserError
 from keural.files import read_object, write_json
+from keural.parsing import parse_json
 from keural.pretrained.weights import TensorInfo, Weights, data_bytes, read_tensor
 
 INDEX = "model.safetensors.index.json"
@@ -84,7 +85,7 @@ def read_header(file: Path) -> dict[str, tuple[TensorInfo, int]]:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, _LONGEST_HEADER):
             raise ValueError("the header is longer than the file")
-        entries = json.loads(stream.read(length))
+        entries = parse_json(stream.read(length))
     if not isinstance(entries, dict):
         raise ValueError("the header is no JSON object")
     tensors = {name: _entry(name, entry) for name, entry in entries.items() if name != "__metadata__"}

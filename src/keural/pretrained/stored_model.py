@@ -143,7 +143,8 @@ def build(
             if name != HEAD or not config.tie_word_embeddings:
                 place.copy_(stored.weights.read(name))
     model.generation_config = _generation(stored.directory) or model.generation_config
-    return model.eval()
+    found: KeuralMoECausalLM = model.eval()
+    return found
 
 
 def load_tokenizer(path: Path) -> KeuralTokenizer:

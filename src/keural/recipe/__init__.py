@@ -1,6 +1,6 @@
 """Recipes: what a run is made of, as strict typed objects read from YAML. Import specs from here."""
 
-from keural.recipe.base import VERSION, Part, Spec, mark_of, neutral, not_for, validate
+from keural.recipe.base import VERSION, Part, Spec, length_of, mark_of, neutral, not_for, validate
 from keural.recipe.data import (
     CleaningSpec,
     DataSpec,
@@ -51,6 +51,7 @@ __all__ = [
     "TokenizerSpec",
     "TrainSpec",
     "Unit",
+    "length_of",
     "load_recipe",
     "mark_of",
     "neutral",

@@ -13,16 +13,20 @@ was done before, makes no finished work stale. Hence: **whoever changes the defa
 
 import re
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from annotated_types import Le, Lt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from keural.errors import UserError, nearest
+from keural.errors import UserError, nearest, quoted
+from keural.limits import LARGEST, LARGEST_FLOAT
 
 SpecT = TypeVar("SpecT", bound=BaseModel)
 
+BOUNDED = "bounded"
+"""Annotation of a field whose own validator states a bound."""
 VERSION = 1
 """Part of every fingerprint. Raised when the default of a key changes, for defaults are not in fingerprints themselves."""
 
@@ -57,6 +61,11 @@ def length(default: Any = PydanticUndefined, **constraints: Any) -> Any:
     return Field(default, json_schema_extra={"changes_result": True, "length": True}, **constraints)
 
 
+def length_of(spec: "Spec") -> dict[str, Any]:
+    """The values of the keys that say how long a stage is."""
+    return {name: getattr(spec, name) for name, field in type(spec).model_fields.items() if mark_of(field).get("length")}
+
+
 def mark_of(field: FieldInfo) -> dict[str, Any]:
     """What a field's key is marked with: `changes_result`, and `purpose`, `not_for` or `length`; a plain one changes results."""
     extra = field.json_schema_extra
@@ -68,30 +77,45 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
-    def determining(self, part: Part) -> dict[str, Any]:
-        """The settings that determine the result of `part`, as plain data: marked keys and values that are defaults left out."""
+    @model_validator(mode="before")
+    @classmethod
+    def _bounded(cls, data: Any) -> Any:
+        for name, field in cls.model_fields.items() if isinstance(data, dict) else ():
+            value = data.get(name)
+            stated = any(limit == BOUNDED or isinstance(limit, Le | Lt) for limit in field.metadata)
+            most = LARGEST_FLOAT if float in (field.annotation, *get_args(field.annotation)) else LARGEST
+            if isinstance(value, int | float) and not stated and abs(value) > most:
+                raise ValueError(f"{name} must be at most {most:,}, got {quoted(value)}")
+        return data
+
+    def determining(self, part: Part, length: bool = True) -> dict[str, Any]:
+        """The settings that determine the result of `part`, as plain data: marked keys and values that are defaults left out.
+
+        Without `length` those are left out, too, that say how long a stage is.
+        """
         found = {}
         for name, field in type(self).model_fields.items():
             mark = mark_of(field)
-            if not mark["changes_result"] or part in mark.get("not_for", ()):
+            if not mark["changes_result"] or part in mark.get("not_for", ()) or (mark.get("length") and not length):
                 continue
-            value = _determining(getattr(self, name), part)
-            if field.is_required() or value != _determining(field.get_default(call_default_factory=True), part):
+            value = _determining(getattr(self, name), part, length)
+            if field.is_required() or value != _determining(field.get_default(call_default_factory=True), part, length):
                 found[name] = value
         return found
 
 
-def _determining(value: Any, part: Part) -> Any:
+def _determining(value: Any, part: Part, length: bool) -> Any:
     """A value as plain data, specs inside it by what of them determines the result."""
     if isinstance(value, Spec):
-        return value.determining(part)
+        return value.determining(part, length)
     if isinstance(value, list | tuple):
-        return [_determining(item, part) for item in value]
+        return [_determining(item, part, length) for item in value]
     return value
 
 
 def validate(kind: type[SpecT], data: dict[str, Any], file: Path) -> SpecT:
     """`data`, read from `file`, as a typed object. Raises `UserError` naming the file and the worst key."""
+    _check_plain(data, file)
     try:
         return kind.model_validate(data)
     except ValidationError as error:
@@ -101,15 +125,42 @@ def validate(kind: type[SpecT], data: dict[str, Any], file: Path) -> SpecT:
         raise UserError(f"{file}: {_describe(worst, kind)}") from error
 
 
+def _check_plain(data: dict[str, Any], file: Path) -> None:
+    """Refuse what no setting can be: keys that are no text, text that is no Unicode or holds NUL, numbers beyond 64 bits."""
+    waiting: list[tuple[str, Any]] = [("", data)]
+    while waiting:
+        key, value = waiting.pop()
+        where = f"{file}: key {quoted(key.removeprefix('.'))}"
+        if isinstance(value, dict):
+            if odd := [name for name in value if not isinstance(name, str)]:
+                raise UserError(f"{file}: {quoted(odd[0])} is no key{f' of {quoted(key[1:])}' if key else ''}; write it in quotes")
+            waiting.extend((f"{key}.{name}", inner) for name, inner in value.items())
+            waiting.extend((key, name) for name in value)
+        elif isinstance(value, list):
+            waiting.extend((f"{key}.{number}", inner) for number, inner in enumerate(value))
+        elif isinstance(value, str) and ("\0" in value or not _is_unicode(value)):
+            raise UserError(f"{where}: {quoted(value)} holds a NUL character or bytes that are no UTF-8")
+        elif isinstance(value, int) and abs(value) >= 1 << 63:
+            raise UserError(f"{where}: {quoted(value)} is too large")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _describe(error: Any, kind: type[BaseModel]) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+    key = ".".join(quoted(part)[1:-1] if isinstance(part, str) else str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"unknown key {key!r}{nearest(re.sub(r'[.][0-9]+[.]', '.', key), _keys(kind))}"
     if error["type"] == "missing":
         return f"key {key!r} is missing"
     if error["type"] == "value_error":
         return f"{key + ': ' if key else ''}{error['ctx']['error']}"
-    return f"key {key!r}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
+    return f"key {key!r}: {error['msg'][0].lower()}{error['msg'][1:]}, got {quoted(error['input'])}"
 
 
 def _keys(kind: type[BaseModel], prefix: str = "") -> list[str]:

@@ -1,10 +1,11 @@
 """A stage's data: sources, gates, mixing, cleaning, decontamination."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from keural.recipe.base import Spec, neutral, not_for
+from keural.limits import LARGEST_SIZE
+from keural.recipe.base import BOUNDED, Spec, neutral, not_for
 
 GateAction = Literal["drop", "count", "skip"]
 """What becomes of a record that a gate finds: it is dropped, or kept and counted, or the gate does not look at all."""
@@ -36,7 +37,7 @@ class SourceSpec(Spec):
     it has one."""
     license: str | None = not_for(("cleaning",), None)
     """Licence of its rows, as model hubs write it, e.g. `CC-BY-4.0`; by default the adapter's, where it has one."""
-    limit: int | None = not_for(("cleaning",), None, gt=0)
+    limit: int | None = not_for(("cleaning",), None, gt=0, le=LARGEST_SIZE)
     """Use at most this many kept records, in file order."""
     repeat: int = not_for(("cleaning",), 1, gt=0)
     """How often each record of the source is put into one epoch."""
@@ -44,7 +45,7 @@ class SourceSpec(Spec):
     """Which filters clean its documents (`data.cleaning`); by default those of its language, and `any` has none."""
     weight: float | None = not_for(("cleaning", "data"), None, gt=0)
     """The source's part of an epoch, relative to the other sources' weights; with `data.mixing`, and then without `repeat`."""
-    expect: int | None = neutral("check", None, ge=0)
+    expect: int | None = neutral("check", None, ge=0, le=LARGEST_SIZE)
     """Number of records that should be kept (a published count); another number is warned about."""
     max_drop: float = neutral("check", 0.5, ge=0, le=1)
     """Refuse the source when a larger share of its rows is dropped; 0 refuses at the first bad row."""
@@ -78,7 +79,7 @@ class LicensesSpec(Spec):
 class MixingSpec(Spec):
     """How sources are mixed by their weights. An epoch is counted in what batches are: tokens, for dpo in pairs."""
 
-    epoch: int | Literal["scarcest"] = "scarcest"
+    epoch: Annotated[int | Literal["scarcest"], BOUNDED] = "scarcest"
     """Size of an epoch; `scarcest`: the largest in which no source is needed more often than `max_repeat`."""
     max_repeat: float = Field(4.0, ge=1)
     """How often a source may be used in one epoch. Up to four times repeated data is nearly as good as new (Muennighoff et al.
@@ -90,8 +91,8 @@ class MixingSpec(Spec):
     @field_validator("epoch")
     @classmethod
     def _epoch_positive(cls, epoch: int | str) -> int | str:
-        if isinstance(epoch, int) and epoch <= 0:
-            raise ValueError("must be a number above 0, or scarcest")
+        if isinstance(epoch, int) and not 0 < epoch <= LARGEST_SIZE:
+            raise ValueError(f"must be a number above 0 and at most {LARGEST_SIZE:,}, or scarcest")
         return epoch
 
 

@@ -3,17 +3,18 @@
 from pydantic import Field
 
 from keural.card import CARD
+from keural.limits import LARGEST_ANSWER, LARGEST_PENALTY, LARGEST_TEMPERATURE, SMALLEST_PENALTY
 from keural.recipe.base import Spec, not_for
 
 
 class ExactMatchSpec(Spec):
     """Held-out exact match, greedy: the toy world's items, by task and language, and its preference pairs."""
 
-    items_per_task: int = Field(60, gt=0)
+    items_per_task: int = Field(60, gt=0, le=1_000_000)
     """Held-out items of each task and language whose greedy answers are compared."""
-    pairs: int = Field(200, gt=0)
+    pairs: int = Field(200, gt=0, le=1_000_000)
     """Held-out preference pairs; counted is how often the better answer is the more probable one."""
-    max_new_tokens: int = Field(48, gt=0)
+    max_new_tokens: int = Field(48, gt=0, le=LARGEST_ANSWER)
     """Longest answer in tokens; one that is cut off is wrong."""
 
 
@@ -44,13 +45,13 @@ class ChatSpec(Spec):
 
     system: str | None = None
     """System message of a chat that names none; none by default."""
-    temperature: float = not_for(("evaluation",), CARD.temperature, ge=0)
+    temperature: float = not_for(("evaluation",), CARD.temperature, ge=0, le=LARGEST_TEMPERATURE)
     """Logits are divided by it before a token is drawn; 0 always takes the most probable one."""
     top_p: float = not_for(("evaluation",), CARD.top_p, gt=0, le=1)
     """Draw from the smallest set of tokens with at least this probability."""
-    repetition_penalty: float = not_for(("evaluation",), CARD.repetition_penalty, gt=0)
+    repetition_penalty: float = not_for(("evaluation",), CARD.repetition_penalty, ge=SMALLEST_PENALTY, le=LARGEST_PENALTY)
     """Logits of tokens that were there already: positive ones are divided by it, negative ones multiplied; 1 is none."""
-    max_new_tokens: int = Field(CARD.max_new_tokens, gt=0)
+    max_new_tokens: int = Field(CARD.max_new_tokens, gt=0, le=LARGEST_ANSWER)
     """Longest answer in tokens."""
     samples: list[str] = Field(default_factory=list)
     """Prompts that the final model answers, greedily and in at most 64 tokens, for the summary and the report."""

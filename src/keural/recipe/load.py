@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, field_validator
 
-from keural.errors import UserError, nearest
+from keural.errors import UserError, nearest, quoted
+from keural.files import read_yaml
+from keural.limits import LARGEST_SEED, LONGEST_SECONDS
+from keural.parsing import Malformed, parse_yaml
 from keural.recipe.base import Spec, neutral, validate
 from keural.recipe.evaluation import ChatSpec, EvaluationSpec
 from keural.recipe.model import ModelSpec
@@ -35,7 +37,7 @@ class RecipeSpec(Spec):
     otherwise."""
     description: str = neutral("report", "")
     """What the recipe is, in one line, for `keural recipes` and the report."""
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, le=LARGEST_SEED)
     """Of everything that is drawn: weights at the start, held-out records, order and mixture of the data."""
     data: str | None = neutral("place", None)
     """Directory that sources' paths are relative to; needed where a source has a path."""
@@ -89,8 +91,11 @@ def parse_duration(text: str) -> float:
     """Seconds of `90s`, `20m`, `1.5h`. Raises ValueError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", text.strip())
     if not match or float(match[1]) == 0:
-        raise ValueError(f"{text!r} is not a duration (write 90s, 20m or 2h)")
-    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+        raise ValueError(f"{quoted(text)} is not a duration (write 90s, 20m or 2h)")
+    seconds = float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+    if seconds > LONGEST_SECONDS:
+        raise ValueError(f"{quoted(text)} is longer than three hundred years")
+    return seconds
 
 
 def load_recipe(directory: Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -101,11 +106,11 @@ def load_recipe(directory: Path, overrides: Iterable[str] = ()) -> Recipe:
     if directory.is_file():
         raise UserError(f"{directory}: a recipe is a directory with a recipe.yaml; give {directory.parent}")
     recipe_file = directory / "recipe.yaml"
-    recipe_data = _read_yaml(recipe_file)
+    recipe_data = _read_recipe_file(recipe_file)
     names = recipe_data.get("stages")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{recipe_file}: key 'stages' must be a list of stage names")
-    stage_data = {name: _read_yaml(directory / f"{name}.yaml") for name in names}
+    stage_data = {name: _read_recipe_file(directory / f"{name}.yaml") for name in names}
     for override in overrides:
         _apply_override(override, recipe_data, stage_data, recipe_file)
     spec = validate(RecipeSpec, recipe_data, recipe_file)
@@ -147,31 +152,10 @@ def _check_stages(recipe: Recipe) -> None:
         raise UserError(f"{recipe.directory}: the stages' budget_share sum to {shares:.3f}, more than 1")
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but `1e-4` is a number and a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"), list("-+0123456789.")
-)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{path}: no such file; a recipe directory holds recipe.yaml and one file per stage") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, a date or number that cannot be
-        raise UserError(f"{path}: not valid YAML: {error}") from error
+def _read_recipe_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; a recipe directory holds recipe.yaml and one file per stage")
+    value = read_yaml(path)
     if not isinstance(value, dict):
         raise UserError(f"{path}: is {'empty' if value is None else 'not a mapping'}; expected keys and values")
     return value
@@ -180,17 +164,17 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _apply_override(override: str, recipe: dict[str, Any], stages: dict[str, dict[str, Any]], file: Path) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise UserError(f"override {override!r}: write key=value, e.g. train.lr=1e-5")
+        raise UserError(f"override {quoted(override)}: write key=value, e.g. train.lr=1e-5")
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"override {_shortened(override)!r}: the value is not valid YAML") from error
+        value = parse_yaml(text)
+    except Malformed as error:
+        raise UserError(f"override {quoted(override)}: the value is not valid YAML ({error})") from error
     head, _, rest = key.partition(".")
     if head in stages and rest:
         _set(stages[head], rest, value, override)
     elif head in RecipeSpec.model_fields and not (head == "data" and rest):  # data=DIR, but data.sequence_length=512
         if head == "stages":
-            raise UserError(f"override {override!r}: stages cannot be overridden; edit {file} or use --until")
+            raise UserError(f"override {quoted(override)}: stages cannot be overridden; edit {file} or use --until")
         if key in {"data", "budget"} and isinstance(value, int | float):
             value = text
         _set(recipe, key, value, override)
@@ -198,16 +182,12 @@ def _apply_override(override: str, recipe: dict[str, Any], stages: dict[str, dic
         owners = [name for name, kind in OBJECTIVES.items() if rest and kind.settings == head]
         meant = [stage for stage in stages.values() if not owners or stage.get("objective") in owners]
         if not meant:
-            raise UserError(f"override {override!r}: no stage has objective {' or '.join(owners)}")
+            raise UserError(f"override {quoted(override)}: no stage has objective {' or '.join(owners)}")
         for stage in meant:
             _set(stage, key, value, override)
     else:
         known = [*RecipeSpec.model_fields, *StageSpec.model_fields, *stages]
-        raise UserError(f"override {override!r}: unknown key {head!r}{nearest(head, known)}")
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:77]}..."
+        raise UserError(f"override {quoted(override)}: unknown key {quoted(head)}{nearest(head, known)}")
 
 
 def _set(data: dict[str, Any], key: str, value: Any, override: str) -> None:
@@ -215,5 +195,5 @@ def _set(data: dict[str, Any], key: str, value: Any, override: str) -> None:
     for parent in parents:
         data = data.setdefault(parent, {})
         if not isinstance(data, dict):
-            raise UserError(f"override {override!r}: {parent!r} is not a mapping")
+            raise UserError(f"override {quoted(override)}: {quoted(parent)} is not a mapping")
     data[last] = value

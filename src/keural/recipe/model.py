@@ -10,25 +10,25 @@ from keural.recipe.base import Spec
 class ModelSpec(Spec):
     """Shape of the network; the defaults are the published 14.83B model."""
 
-    hidden_size: int = Field(4096, gt=0)
+    hidden_size: int = Field(4096, gt=0, le=1_000_000)
     """Width of the residual stream; a multiple of 8."""
-    intermediate_size: int = Field(5632, gt=0)
+    intermediate_size: int = Field(5632, gt=0, le=1_000_000)
     """Width of one expert."""
-    num_hidden_layers: int = Field(24, gt=0)
+    num_hidden_layers: int = Field(24, gt=0, le=10_000)
     """Blocks of attention and experts; even ones (the first is 0) see a sliding window, odd ones everything."""
-    num_attention_heads: int = Field(32, gt=0)
+    num_attention_heads: int = Field(32, gt=0, le=10_000)
     """Query heads; a multiple of num_key_value_heads."""
-    num_key_value_heads: int = Field(8, gt=0)
+    num_key_value_heads: int = Field(8, gt=0, le=10_000)
     """Key and value heads, each shared by as many query heads as there are for it."""
-    head_dim: int = Field(128, gt=0)
+    head_dim: int = Field(128, gt=0, le=10_000)
     """Width of one attention head; even."""
-    num_local_experts: int = Field(8, gt=0)
+    num_local_experts: int = Field(8, gt=0, le=10_000)
     """Experts of a block."""
     num_experts_per_tok: int = Field(2, gt=0)
     """Experts that work on one token: those of highest router probability."""
     sliding_window: int = Field(513, gt=0)
     """Keys a token of a sliding (even) layer sees, itself included."""
-    max_position_embeddings: int = Field(4096, gt=0)
+    max_position_embeddings: int = Field(4096, gt=0, le=100_000_000)
     """Longest context in tokens; no stage may have longer rows."""
     rope_theta: float = Field(500_000.0, gt=0)
     """Base of the rotary embedding's wavelengths; larger turns slower and reaches farther."""

@@ -18,6 +18,7 @@ from keural.errors import UserError, nearest
 from keural.recipe.base import Spec, mark_of
 from keural.recipe.load import RecipeSpec
 from keural.recipe.training import StageSpec
+from keural.terminal import show_text
 
 FILES: dict[str, type[Spec]] = {"recipe.yaml": RecipeSpec, "STAGE.yaml": StageSpec}
 """The files of a recipe, and what each holds."""
@@ -220,4 +221,4 @@ def _changes(field: FieldInfo) -> str:
 
 
 if __name__ == "__main__":
-    print(markdown(), end="")
+    show_text(markdown())

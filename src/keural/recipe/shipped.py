@@ -9,10 +9,8 @@ from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
-import yaml
-
 from keural.errors import UserError, nearest
-from keural.files import atomic_directory, check_new
+from keural.files import atomic_directory, check_new, read_yaml
 
 SHIPPED = Path(str(files("keural").joinpath("recipes")))
 RECIPE_FILE = "recipe.yaml"
@@ -26,7 +24,7 @@ def names() -> list[str]:
 def descriptions() -> Iterator[tuple[str, str]]:
     """Name and description of each of the package's recipes."""
     for name in names():
-        yield name, str(yaml.safe_load((SHIPPED / name / RECIPE_FILE).read_text(encoding="utf-8"))["description"])
+        yield name, str(read_yaml(SHIPPED / name / RECIPE_FILE)["description"])
 
 
 def recipe_directory(given: Path) -> Path:

@@ -4,6 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from keural.limits import LARGEST_SIZE
 from keural.recipe.base import Spec
 from keural.recipe.data import GATE_SETTINGS, SourceSpec
 
@@ -15,13 +16,13 @@ class TokenizerSpec(Spec):
     """`lossless` gives back every text exactly; `published` normalises as the published tokenizer does (NFKC, spaces)."""
     path: str | None = None
     """A SentencePiece model file or tokenizer directory to load instead of training; relative to the data directory."""
-    vocab_size: int = Field(131_072, gt=260)
+    vocab_size: int = Field(131_072, gt=260, le=10_000_000)
     """SentencePiece pieces; the two ChatML markers come after them."""
     character_coverage: float = Field(0.9995, gt=0, le=1)
     """Share of the characters of the texts that get a piece of their own; the others are spelt in bytes."""
     split_digits: bool = True
     """Cut numbers into single digits."""
-    max_bytes: int = Field(100_000_000, gt=0)
+    max_bytes: int = Field(100_000_000, gt=0, le=LARGEST_SIZE)
     """Train on at most this many bytes of text, spread evenly over the sources' documents."""
     sources: list[SourceSpec] = Field(default_factory=list)
     """Texts to train on."""

@@ -40,17 +40,33 @@ class TrainSpec(Spec):
     clip_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this norm, taken over all of them, where it is larger."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision that the network computes in; weights and optimizer state stay in float32."""
-    gradient_checkpointing: bool = neutral("work", False)
-    """Compute activations again in the backward pass instead of keeping them; on a CPU the same bits, otherwise up to rounding."""
+    """Precision that the network computes in; bfloat16 with precision split and split-host."""
+    precision: Literal["fp32", "split", "split-host"] = "fp32"
+    """What is stored. `fp32`: weights, gradients and both moments in float32, 16 bytes per parameter. `split`: a bfloat16 weight
+    and a 16-bit remainder, together the float32 weight bit for bit, bfloat16 gradients and 8-bit moments, 8.03 bytes; one
+    process. `split-host`: the same, remainder and moments in the host's memory, 4 bytes on the device."""
+    recompute: Literal["none", "selective", "full"] = neutral("work", "none")
+    """What of a layer is computed again in the backward pass instead of kept. `full`: all of it. `selective`: what is cheap (norms,
+    rotation, activation, permutations); products, attention and the router's choice are kept; one process. On a CPU the same bits,
+    otherwise up to rounding."""
     compile: bool = neutral("work", False)
     """Compile the layers; the same numbers up to rounding."""
     save_every: int | None = neutral("keeping", None, gt=0)
-    """Steps between checkpoints; the last step is always saved."""
+    """Steps between checkpoints; none: every ten minutes, and saving takes at most a twentieth of the time. The last step is
+    always saved."""
     keep_checkpoints: int = neutral("keeping", 1, gt=0)
     """Checkpoints to keep; older ones are deleted when a new one is whole."""
     evaluate_every: int | None = neutral("keeping", None, gt=0)
     """Steps between evaluations on held-out data; it is always evaluated at the end."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "gradient_checkpointing" in data:
+            raise ValueError("gradient_checkpointing is called recompute now: full instead of true, none instead of false")
+        if isinstance(data, dict) and str(data.get("precision", "fp32")).startswith("split"):
+            return {"compute_dtype": "bfloat16", **data}
+        return data
 
     @field_validator("betas")
     @classmethod
@@ -63,6 +79,12 @@ class TrainSpec(Spec):
     def _possible(self) -> Self:
         if sum(value is not None for value in (self.steps, self.epochs, self.budget_share)) != 1:
             raise ValueError("give exactly one of steps, epochs, budget_share")
+        if self.precision != "fp32" and self.compute_dtype != "bfloat16":
+            raise ValueError(f"precision {self.precision} computes in bfloat16; leave compute_dtype out")
+        if self.recompute == "selective" and self.compile and self.compute_dtype == "float32":
+            raise ValueError(
+                "recompute selective with compile needs compute_dtype bfloat16: there is no compiled grouped product in float32"
+            )
         if self.min_lr > self.lr:
             raise ValueError("min_lr cannot exceed lr")
         if self.steps is not None and self.warmup_steps >= self.steps:
@@ -79,6 +101,16 @@ class RouterSpec(Spec):
     """Weight of the z-loss, the mean square of the log of the router's normaliser; 0 leaves it out."""
     scope: Literal["global_batch", "micro_batch"] = "global_batch"
     """Tokens over which the load is balanced: the whole optimizer step (exact), or each forward pass (as published)."""
+    load: Literal["exact", "lagged"] = "exact"
+    """With scope global_batch: the load that the balance loss goes by. `exact`: of the same step, for which a step of several
+    forward passes runs each of them twice. `lagged`: of the step before (even at the first one), without that; what is reported
+    is of the step itself."""
+
+    @model_validator(mode="after")
+    def _load_of_a_batch(self) -> Self:
+        if self.load == "lagged" and self.scope == "micro_batch":
+            raise ValueError("load lagged has no effect with scope micro_batch")
+        return self
 
 
 class DpoSpec(Spec):
@@ -110,9 +142,9 @@ class StageSpec(Spec):
     notes: list[str] = neutral("report", default_factory=list)
     """Where the numbers come from, contradictions included."""
 
-    def determining(self, part: Part) -> dict[str, Any]:
+    def determining(self, part: Part, length: bool = True) -> dict[str, Any]:
         """As for every spec; where router losses are balanced within each forward pass its size is part of the loss."""
-        found = super().determining(part)
+        found = super().determining(part, length)
         if self.router.scope == "micro_batch" and self.train.micro_batch_tokens is not None:
             found["micro_batch_tokens"] = self.train.micro_batch_tokens
         return found

@@ -1,37 +1,51 @@
 """The report of a run: one HTML file with everything in it, no network, readable in light and dark.
 
-In: a run directory, finished or not. Out: `report.html` in it. The page is a template beside this file, which escapes text from the
-run; charts are SVG made here.
+In: a `Run`, finished or not. Out: `report.html` in its directory. The page is a template beside this file, which escapes text from
+the run; charts are SVG made here.
 """
 
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
+from keural.errors import visible
 from keural.files import write_atomic
 from keural.report import panels, tables
-from keural.report.collect import Run, read_run
+from keural.report.collect import Run
 
 FILE_NAME = "report.html"
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write `report.html` into a run directory and return its path.
+def write_report(run: Run) -> Path:
+    """Write `report.html` into the run's directory and return its path.
 
-    Parts that the run does not have (yet) are left out of the page. Raises `UserError` when it is not a run directory.
+    Parts that the run does not have (yet) are left out of the page.
     """
-    path = run_dir / FILE_NAME
-    write_atomic(path, render(read_run(run_dir)))
+    path = run.directory / FILE_NAME
+    write_atomic(path, render(run))
     return path
 
 
 def render(run: Run) -> str:
     """The page as a string."""
     environment = Environment(
-        loader=PackageLoader("keural.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("keural.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_shown,
     )
     return environment.get_template("report.html.jinja").render(_content(run))
+
+
+def _shown(value: Any) -> Any:
+    """Text without characters that hide or turn what is around them; charts are markup already."""
+    if isinstance(value, Markup):
+        return Markup(visible(value))
+    return visible(value) if isinstance(value, str) else value
 
 
 def _content(run: Run) -> dict[str, Any]:

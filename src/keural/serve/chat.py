@@ -9,15 +9,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
-
 from keural.errors import UserError
 from keural.pretrained.network_code import other_code_line
 from keural.serve.engines.base import Engine
 from keural.serve.engines.registry import chat_defaults, open_engine
 from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.jamo import Jamo
-from keural.serve.text import Answer, printable, reader_may_leave, stream_answer
+from keural.serve.text import Answer, stream_answer
+from keural.terminal import is_terminal, note, say, show_answer, status
 from keural.tokenizer import Message, render_prompt
 
 HELP = """\
@@ -51,7 +50,7 @@ def run_chat(
         terminal.notify(f"({engine.unverified})")
     if (remark := other_code_line(path)) is not None:
         terminal.notify(f"({remark})")
-    with reader_may_leave():
+    with contextlib.suppress(BrokenPipeError):  # as in `… | head -1`
         converse(Conversation(engine, sampling, system or None, jamo), terminal)
     return 0
 
@@ -101,31 +100,28 @@ class Terminal:
     """Where lines come from and text goes to."""
 
     def __init__(self) -> None:
-        self.out = Console(markup=False, highlight=False, soft_wrap=True)
-        self.interactive = sys.stdin.isatty() and self.out.is_terminal
-        self.aside = self.out if self.interactive else Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-        if hasattr(sys.stdin, "reconfigure"):
-            sys.stdin.reconfigure(errors="replace")
+        if sys.stdin is None:
+            raise UserError("standard input is closed; a chat reads its lines there (`keural generate` answers one prompt)")
+        self.interactive = is_terminal("stdin") and is_terminal("stdout")
         if self.interactive:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  (line editing and history for input())
 
     def loading(self, path: Path) -> contextlib.AbstractContextManager[object]:
         """A sign of life while the model is loaded."""
-        return self.out.status(f"loading {path}") if self.interactive else contextlib.nullcontext()
+        return status(f"loading {path}") if self.interactive else contextlib.nullcontext()
 
     def read(self) -> str:
         """The next line. Raises EOFError at the end of the input."""
         return input("› " if self.interactive else "")
 
     def write(self, text: str) -> None:
-        """A piece of an answer, at once; rich would expand its tabs. A terminal gets nothing that it would obey."""
-        self.out.file.write(printable(text) if self.out.is_terminal else text)
-        self.out.file.flush()
+        """A piece of an answer, at once."""
+        show_answer(text)
 
     def notify(self, text: str) -> None:
-        """A remark that is not the model's."""
-        self.aside.print(text, style="dim")
+        """A remark that is not the model's: beside the answers on a terminal, else on standard error."""
+        (say if self.interactive else note)(text, "dim")
 
 
 def converse(conversation: Conversation, terminal: Terminal) -> None:

@@ -3,14 +3,15 @@
 In: a prompt. Out: the answer on standard output as it is generated; remarks on standard error, so that the output can be piped.
 """
 
-import sys
+import contextlib
 from pathlib import Path
 
 from keural.pretrained.network_code import other_code_line
 from keural.serve.engines.registry import chat_defaults, open_engine
 from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.jamo import Jamo
-from keural.serve.text import printable, reader_may_leave, stream_answer
+from keural.serve.text import stream_answer
+from keural.terminal import note, show_answer
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt
 
 EXIT_INTERRUPTED = 130
@@ -44,19 +45,19 @@ def run_generate(
     """
     engine = open_engine(path, engine_name, threads)
     if engine.unverified:
-        print(printable(f"({engine.unverified})"), file=sys.stderr)
+        note(f"({engine.unverified})")
     if (remark := other_code_line(path)) is not None:
-        print(f"({remark})", file=sys.stderr)
+        note(f"({remark})")
     if not raw and system is None:
         system = chat_defaults(path, engine_name)[1]
     prompt_ids = _prompt_ids(engine.tokenizer, prompt, system, raw)
-    with reader_may_leave():
-        answer = stream_answer(engine, prompt_ids, sampling, _write, jamo)
-        _write("\n")
+    with contextlib.suppress(BrokenPipeError):  # as in `… | head -1`
+        answer = stream_answer(engine, prompt_ids, sampling, show_answer, jamo)
+        show_answer("\n")
         if answer.finish == "length":
-            print(f"(cut after {sampling.max_new_tokens} tokens)", file=sys.stderr)
+            note(f"(cut after {sampling.max_new_tokens} tokens)")
         elif answer.finish == "context":
-            print(f"(the context of {engine.context_length} tokens is full)", file=sys.stderr)
+            note(f"(the context of {engine.context_length} tokens is full)")
         elif answer.finish == "cancelled":
             return EXIT_INTERRUPTED
     return 0
@@ -67,9 +68,3 @@ def _prompt_ids(tokenizer: KeuralTokenizer, prompt: str, system: str | None, raw
         return [tokenizer.bos_id, *tokenizer.encode(prompt)]
     head = [Message("system", system)] if system else []
     return render_prompt(tokenizer, [*head, Message("user", prompt)])
-
-
-def _write(text: str) -> None:
-    """Write a piece at once; a terminal gets nothing that it would obey, a file or a pipe gets everything."""
-    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
-    sys.stdout.flush()

@@ -2,14 +2,10 @@
 
 In: prompt ids. Out: pieces of text, passed to a function as they arrive. Together they are exactly the text that decoding all ids
 at once gives, whatever the engine and the tokenizer: a character is held back until it is complete, and one that never is becomes
-U+FFFD at the end. What a terminal must not get is taken out where text is written to one (`printable`).
+U+FFFD at the end. What a terminal must not get is escaped where text is written to one (`keural.terminal`).
 """
 
-import contextlib
-import os
-import sys
-import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 from keural.serve.engines.base import Engine, Finish
@@ -60,18 +56,3 @@ def stream_answer(
 def speller(tokenizer: KeuralTokenizer, jamo: Jamo) -> Callable[[str], str]:
     """What is done to decoded text, piece by piece or as a whole."""
     return compatibility_jamo if tokenizer.kind == "published" and jamo == "compatibility" else str
-
-
-@contextlib.contextmanager
-def reader_may_leave() -> Iterator[None]:
-    """End the block quietly when nobody reads standard output any more, as in `… | head -1`."""
-    try:
-        yield
-    except BrokenPipeError:
-        # What is still buffered is written when the program ends; it must not fail there again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def printable(text: str) -> str:
-    """Text without control characters (a terminal obeys escape sequences), newline and tab excepted."""
-    return "".join(character for character in text if character in "\n\t" or unicodedata.category(character) != "Cc")

@@ -115,7 +115,8 @@ class KeuralTokenizer:
             except UnicodeEncodeError as error:
                 code = ord(text[error.start])
                 raise UserError(f"text with a lone surrogate (U+{code:04X}) cannot be encoded; repair the text") from error
-        return self._processor.encode(list(texts), return_type="numpy", num_threads=threads)
+        found: list[NDArray[np.int32]] = self._processor.encode(list(texts), return_type="numpy", num_threads=threads)
+        return found
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Control ids give nothing, or their names (`<|im_end|>`) without `skip_special_tokens`.

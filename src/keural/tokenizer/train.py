@@ -156,4 +156,5 @@ def _with_layout(model: bytes) -> bytes:
         # Longer is better, and a long with a short run better than two middling ones, so that runs always divide the same way.
         proto.pieces.add(piece=text, score=best - 1 + len(text) ** 2 / SCORE_STEPS, type=NORMAL)
     proto.trainer_spec.vocab_size = len(proto.pieces)
-    return proto.SerializeToString(deterministic=True)
+    found: bytes = proto.SerializeToString(deterministic=True)
+    return found

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
-GROUPED_KEYWORD = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__kwdefaults__ else {}
+GROUPED_KEYWORD = {"enable_gqa": True} if "enable_gqa" in (varlen_attn.__kwdefaults__ or {}) else {}
 """torch 2.12 and later want grouped-query attention to be asked for; torch 2.11 takes it as it comes."""
 
 
@@ -46,7 +46,10 @@ def packing(position_ids: Tensor, device: torch.device) -> Packing:
     starts = begins.nonzero().squeeze(-1)
     offsets = torch.cat([starts, torch.tensor([rows * length])]).to(torch.int32)
     documents = begins.cumsum(0).sub(1).to(torch.int32)
-    return Packing(*(to_device(tensor, device) for tensor in (offsets, documents, position_ids.flatten())), rows, length)
+    offsets, documents, positions = (to_device(tensor, device) for tensor in (offsets, documents, position_ids.flatten()))
+    packed = Packing(offsets, documents, positions, rows, length)
+    torch._dynamo.maybe_mark_dynamic(packed.offsets, 0)  # the number of documents changes with every micro-batch
+    return packed
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -55,7 +58,8 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class AttentionBackend(NamedTuple):
-    """`prepare(packing, window)` is called once per forward pass and kind of layer; `attend(query, key, value, prepared)` per layer.
+    """`prepare(packing, window)` is called once per forward pass and kind of layer, `attend(query, key, value, prepared)` once per
+    layer.
 
     Queries are ``[N, heads, D]``, keys and values ``[N, kv heads, D]``; the output is ``[N, heads, D]``. `window` counts the keys
     that a query sees, itself included; None is all of its document so far.
@@ -97,7 +101,9 @@ def _prepare_varlen(packing: Packing, window: int | None) -> tuple[Tensor, int, 
 
 def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, prepared: tuple[Tensor, int, int]) -> Tensor:
     offsets, longest, left = prepared
-    return varlen_attn(query, key, value, offsets, offsets, longest, longest, window_size=(left, 0), **GROUPED_KEYWORD)  # type: ignore[no-any-return]
+    attend: Any = varlen_attn
+    output: Tensor = attend(query, key, value, offsets, offsets, longest, longest, window_size=(left, 0), **GROUPED_KEYWORD)
+    return output
 
 
 def _attend_varlen_spread(query: Tensor, key: Tensor, value: Tensor, prepared: tuple[Tensor, int, int]) -> Tensor:
@@ -114,10 +120,10 @@ def _prepare_flex(packing: Packing, window: int | None) -> Any:
 
 
 def _attend_flex(query: Tensor, key: Tensor, value: Tensor, prepared: Any) -> Tensor:
-    attend = _compiled_flex() if query.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    attend: Any = _compiled_flex() if query.is_cuda and not torch.compiler.is_compiling() else flex_attention
     query, key, value = (heads.transpose(0, 1).unsqueeze(0) for heads in (query, key, value))
-    output: Any = attend(query, key, value, block_mask=prepared, enable_gqa=True)
-    return output.squeeze(0).transpose(0, 1).contiguous()  # type: ignore[no-any-return]
+    output: Tensor = attend(query, key, value, block_mask=prepared, enable_gqa=True)
+    return output.squeeze(0).transpose(0, 1).contiguous()
 
 
 def _compiled_flex() -> Callable[..., Any]:
@@ -182,8 +188,9 @@ def attention_distance(name: str, device: torch.device, dtype: torch.dtype, head
         results = []
         for backend in (ATTENTION[name], ATTENTION["masked"]):
             leaves = [tensor.clone().requires_grad_() for tensor in inputs]
-            output = backend.attend(*leaves, backend.prepare(packed, window))
-            results.append([output, *torch.autograd.grad(output, leaves, upstream)])
+            query, key, value = leaves
+            output = backend.attend(query, key, value, backend.prepare(packed, window))
+            results.append([output.detach(), *torch.autograd.grad(output, leaves, upstream)])
         for ours, twin in zip(*results, strict=True):
             worst = max(worst, float((ours.float() - twin.float()).norm() / twin.float().norm()))
     return worst

@@ -34,6 +34,17 @@ class BlockWeights(NamedTuple):
     gate_up_proj: Tensor
     down_proj: Tensor
 
+    def computing_in(self, dtype: torch.dtype) -> "BlockWeights":
+        """The same with matrices in `dtype`; the norms' gains and the router are widened where they are used."""
+        return self._replace(
+            q_proj=self.q_proj.to(dtype),
+            k_proj=self.k_proj.to(dtype),
+            v_proj=self.v_proj.to(dtype),
+            o_proj=self.o_proj.to(dtype),
+            gate_up_proj=self.gate_up_proj.to(dtype),
+            down_proj=self.down_proj.to(dtype),
+        )
+
 
 class Network(NamedTuple):
     """The weights of a whole model; the head is the embedding."""
@@ -62,22 +73,25 @@ def settings_of(config: KeuralConfig, attention: str = "masked", experts: str = 
 
 def network_of(model: KeuralMoECausalLM) -> Network:
     """The model's own parameters, no copies: gradients arrive where the model's would."""
-    blocks = []
-    for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        projections = (module.weight for module in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj))
-        blocks.append(
-            BlockWeights(
-                layer.input_layernorm.weight,
-                *projections,
-                layer.post_attention_layernorm.weight,
-                mlp.gate.weight,
-                mlp.experts.gate_up_proj,
-                mlp.experts.down_proj,
-            )
-        )
-    decoder = model.model
-    return Network(decoder.embed_tokens.weight, tuple(blocks), decoder.norm.weight, decoder.rotary_emb.inv_freq)
+    decoder: Any = model.model
+    blocks = tuple(weights_of(layer) for layer in decoder.layers)
+    return Network(decoder.embed_tokens.weight, blocks, decoder.norm.weight, decoder.rotary_emb.inv_freq)
+
+
+def weights_of(layer: Any) -> BlockWeights:
+    """The parameters of a `KeuralDecoderLayer`."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return BlockWeights(
+        input_layernorm=layer.input_layernorm.weight,
+        q_proj=attention.q_proj.weight,
+        k_proj=attention.k_proj.weight,
+        v_proj=attention.v_proj.weight,
+        o_proj=attention.o_proj.weight,
+        post_attention_layernorm=layer.post_attention_layernorm.weight,
+        gate=mlp.gate.weight,
+        gate_up_proj=mlp.experts.gate_up_proj,
+        down_proj=mlp.experts.down_proj,
+    )
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -120,6 +134,7 @@ def block(
     Returns:
         The residual stream after the layer, and the router's logits ``[N, E]`` in float32.
     """
+    weights = weights.computing_in(hidden.dtype)
     normed = rms_norm(hidden, weights.input_layernorm, settings.eps)
     query, key, value = (
         F.linear(normed, matrix).unflatten(-1, (-1, settings.head_dim))
@@ -139,15 +154,16 @@ Block = Callable[[Tensor, BlockWeights, Tensor, Tensor, Any, BlockSettings], tup
 
 
 def _selective_block(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return recomputed(block, "selective")(*arguments)  # type: ignore[no-any-return]
+    found: tuple[Tensor, Tensor] = recomputed(block, "selective")(*arguments)
+    return found
 
 
 COMPILED: dict[str, Block] = {
     "none": torch.compile(block, fullgraph=True, dynamic=False),
     "selective": torch.compile(_selective_block, fullgraph=True, dynamic=False),
 }
-"""`block` as one graph, by what it keeps: all layers of a run share it, with one version per kind of mask. What is kept is decided when
-the graph is made, so the choice of `selective` is part of it; `full` wraps the graph of `none`.
+"""`block` as one graph, by what it keeps: all layers of a run share it, with one version per kind of mask. What is kept is decided
+when the graph is made, so the choice of `selective` is part of it; `full` wraps the graph of `none`.
 """
 
 
@@ -176,7 +192,7 @@ def forward(
         packed: where the documents lie.
         windows: of each layer; None is full attention.
         settings: of the run.
-        dtype: of the residual stream; matrices must have it.
+        dtype: of the residual stream and the matrix products; matrices of another one are converted in every layer.
         recompute: of each layer, see `keural.train.recompute`.
         compiled: run each layer as one compiled graph.
 

@@ -18,19 +18,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed.checkpoint as dcp
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from keural.errors import UserError
 from keural.files import fingerprint as fingerprint_of
 from keural.files import flush, flush_directory, read_object, sha256_file, write_json
 from keural.recipe import StageSpec
-from keural.train.optimizer import MOMENTS, set_step
+from keural.train.optimizer import Optimizer, set_step, state_tensors
 from keural.train.ranks import Ranks
 
 MANIFEST = "manifest.json"
@@ -55,6 +56,8 @@ class Progress:
     heldout: dict[str, float] = field(default_factory=dict)
     plan: dict[str, int] = field(default_factory=dict)
     """The step plan of the stage, which a resumed run must share."""
+    tokens_per_expert: list[list[float]] = field(default_factory=list)
+    """Assignments per layer and expert of the latest step, by which the next one balances with `router.load: lagged`."""
 
 
 class Manifest(BaseModel):
@@ -71,16 +74,29 @@ class Manifest(BaseModel):
     """SHA-256 of every other file in the directory."""
 
 
-def tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, sharing memory with model and optimizer: `model.<name>`, `exp_avg.<name>`,
-    `exp_avg_sq.<name>`.
-    """
-    state: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        state[f"model.{name}"] = parameter.detach()
-        for moment in MOMENTS:
-            state[f"{moment}.{name}"] = optimizer.state[parameter][moment]
-    return state
+def tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, sharing memory with model and optimizer: `model.<name>` and `optimizer.state_tensors`."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {f"model.{name}": parameter.detach() for parameter, name in names.items()} | state_tensors(optimizer, names)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint by what its manifest says; its tensors were not looked at."""
+
+    path: Path
+    fingerprint: str
+    progress: Progress
+
+
+def newest_progress(directory: Path) -> Stored | None:
+    """What the newest checkpoint in `directory` says of itself; None where there is none. Raises `UserError` when it is damaged."""
+    found = [path for path in directory.iterdir() if DIRECTORY.fullmatch(path.name)] if directory.is_dir() else []
+    if not found:
+        return None
+    newest = max(found, key=_step)
+    manifest = _manifest(newest)
+    return Stored(newest, manifest.fingerprint, manifest.progress)
 
 
 class Checkpoints:
@@ -96,7 +112,7 @@ class Checkpoints:
     def __init__(self, directory: Path, stage: StageSpec, fingerprint: str, ranks: Ranks) -> None:
         self.directory, self.stage, self.fingerprint, self.ranks = directory, stage, fingerprint, ranks
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
+    def save(self, model: nn.Module, optimizer: Optimizer, progress: Progress) -> Path:
         """Write a checkpoint, then delete older ones beyond `train.keep_checkpoints`.
 
         Raises `UserError` when the disk refuses a write; earlier checkpoints are then untouched and nothing half-written is left.
@@ -112,12 +128,12 @@ class Checkpoints:
         """The checkpoint with the highest step, by number, or None."""
         return self.ranks.on_main(lambda: max(self._all(), key=_step, default=None))
 
-    def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    def load(self, path: Path, model: nn.Module, optimizer: Optimizer) -> Progress:
         """Put a checkpoint's tensors into model and optimizer. Raises `UserError` when it is damaged or of other settings."""
         state = tensors(model, optimizer)
         progress = self.ranks.on_main(lambda: self._verified(path, state))
         with warnings.catch_warnings(action="ignore"):  # it says that there is no process group
-            dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=self.ranks.world == 1)
+            load(state, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=self.ranks.world == 1)
         set_step(optimizer, progress.step)
         return progress
 
@@ -134,8 +150,8 @@ class Checkpoints:
 
     def _write_tensors(self, temporary: Path, state: dict[str, Tensor]) -> None:
         with warnings.catch_warnings(action="ignore"):  # it says that there is no process group
-            writer = dcp.HuggingFaceStorageWriter(str(temporary), _file_numbers(state), save_distributed=True)
-            dcp.save(state, storage_writer=writer, no_dist=self.ranks.world == 1)
+            writer = HuggingFaceStorageWriter(str(temporary), _file_numbers(state), save_distributed=True)
+            save(state, storage_writer=writer, no_dist=self.ranks.world == 1)
 
     def _finish(self, temporary: Path, final: Path, progress: Progress) -> None:
         files = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
@@ -218,7 +234,7 @@ def _manifest(path: Path) -> Manifest:
 def _check_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
     """Raise `UserError` unless the files hold exactly the tensors of `state`, in name, shape and type."""
     try:
-        stored = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+        stored = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     except (SafetensorError, OSError, ValueError, TypeError, LookupError) as error:
         raise UserError(f"{path}: damaged checkpoint: {' '.join(str(error).split())[:200]}; {_REMEDY}") from error
     for name in sorted(state.keys() ^ stored.keys()):

@@ -67,11 +67,11 @@ def _loop_matrices(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _grouped_rows(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    return F.grouped_mm(x, weight, offs=offsets)  # type: ignore[no-any-return]
+    return F.grouped_mm(x, weight, offs=offsets)
 
 
 def _grouped_matrices(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
-    return F.grouped_mm(left.T, right, offs=offsets)  # type: ignore[no-any-return]
+    return F.grouped_mm(left.T, right, offs=offsets)
 
 
 GROUPED: dict[str, GroupedProduct] = {
@@ -92,7 +92,8 @@ def combine(sorted_rows: Tensor, routing: Routing, top_k: int) -> Tensor:
     `dispatch` and `combine` are each other's gradients.
     """
     rows = sorted_rows.index_select(0, routing.places).unflatten(0, (-1, top_k))
-    return rows.to(torch.promote_types(rows.dtype, torch.float32)).sum(1).to(rows.dtype)
+    found: Tensor = rows.to(torch.promote_types(rows.dtype, torch.float32)).sum(1).to(rows.dtype)
+    return found
 
 
 def _gated(gate_up: Tensor, weights: Tensor) -> Tensor:
@@ -109,8 +110,8 @@ def _gated_backward(gate_up: Tensor, weights: Tensor, upstream: Tensor) -> tuple
     silu = gate * sigmoid
     activated = silu * up
     weighted = gradient * weights[:, None]
-    slope = sigmoid * (1 + gate * (1 - sigmoid))
-    gate_up_gradient = torch.cat([weighted * up * slope, weighted * silu], -1).to(gate_up.dtype)
+    silu_gradient = sigmoid * (1 + gate * (1 - sigmoid))
+    gate_up_gradient = torch.cat([weighted * up * silu_gradient, weighted * silu], -1).to(gate_up.dtype)
     return gate_up_gradient, (gradient * activated).sum(-1), (activated * weights[:, None]).to(gate_up.dtype)
 
 
@@ -123,8 +124,17 @@ class _Mixture(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, tokens: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, order: Tensor, places: Tensor, offsets: Tensor, top_k: int, backend: str
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        tokens: Tensor,
+        weights: Tensor,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        order: Tensor,
+        places: Tensor,
+        offsets: Tensor,
+        top_k: int,
+        backend: str,
+    ) -> Tensor:
         product, routing = GROUPED[backend], Routing(order, places, offsets)
         gate_up = product.rows(dispatch(tokens, routing, top_k), gate_up_proj.transpose(-2, -1), offsets)
         outputs = product.rows(_gated(gate_up, weights.reshape(-1).index_select(0, order)), down_proj.transpose(-2, -1), offsets)
@@ -165,4 +175,5 @@ def mixture(
         ``[N, H]``.
     """
     routing = sort_by_expert(experts, gate_up_proj.shape[0])
-    return _Mixture.apply(tokens, weights, gate_up_proj, down_proj, *routing, experts.shape[-1], backend)  # type: ignore[no-any-return]
+    found: Tensor = _Mixture.apply(tokens, weights, gate_up_proj, down_proj, *routing, experts.shape[-1], backend)
+    return found

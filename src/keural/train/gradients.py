@@ -63,15 +63,18 @@ def step_tokens_per_expert(trainer: Trainer, micros: Sequence[MicroBatch]) -> Te
     """Assignments per layer and expert ``[L, E]`` of the whole step, from a forward pass ahead where they cannot be known
     otherwise.
 
-    None when the loss can take them from its own forward pass: one micro-batch per rank, the published scope, or no balance loss.
+    With `router.load: lagged` it is that of the step before, and even before the first. None when the loss can take them from its
+    own forward pass: one micro-batch per rank, the published scope, or no balance loss.
     """
     router = trainer.stage.router
+    if router.load == "lagged":
+        return trainer.previous_load()
     if len(micros) == 1 or router.scope == "micro_batch" or router.balance_coef == 0:
         return None
     with torch.no_grad():
         counts = [
             router_statistics(
-                trainer.policy(micro.input_ids, micro.position_ids, None).router_logits, micro.token_mask.flatten(), trainer.top_k
+                trainer.policy(micro, with_labels=False).router_logits, micro.token_mask.flatten(), trainer.top_k
             ).counts
             for micro in micros
         ]
@@ -80,7 +83,7 @@ def step_tokens_per_expert(trainer: Trainer, micros: Sequence[MicroBatch]) -> Te
 
 def forward_backward(trainer: Trainer, micro: MicroBatch, totals: Totals, tokens_per_expert: Tensor | None) -> Tensor:
     """Add one micro-batch's gradients; returns the sums that the step's losses are made of, see `unpack`."""
-    output = trainer.policy(micro.input_ids, micro.position_ids, micro.labels)
+    output = trainer.policy(micro)
     statistics = router_statistics(output.router_logits, micro.token_mask.flatten(), trainer.top_k)
     terms = trainer.objective(output.logprobs, micro, trainer.references)
     balance, z = router_losses(trainer, statistics, totals, tokens_per_expert)

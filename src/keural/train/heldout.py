@@ -30,7 +30,7 @@ def evaluate(trainer: Trainer, stream: Stream, references: References | None) ->
     sums = torch.zeros(2 + len(names), dtype=torch.float64)
     for batch in heldout_batches(trainer.stage, stream, ranks):
         for micro in micro_batches(batch, None, ranks.device):
-            terms = trainer.objective(trainer.policy(micro.input_ids, micro.position_ids, micro.labels).logprobs, micro, references)
+            terms = trainer.objective(trainer.policy(micro).logprobs, micro, references)
             sums[1:] += torch.stack([terms.loss, *(terms.metrics[name] for name in names)]).double().cpu()
         sums[0] += trainer.objective.denominator(batch)
     reshard(trainer.policy)

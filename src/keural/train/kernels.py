@@ -10,11 +10,15 @@ from torch import Tensor
 
 
 @triton.jit
-def _softmax_slope(logits, labels, logprobs, stride, VOCABULARY: tl.constexpr, COLUMNS: tl.constexpr, WITH_SLOPE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # fmt: skip
-    """One program per row: a running maximum and sum over the row, then the slope in place of the logits."""
+def _logprobs_with_gradient(  # type: ignore[no-untyped-def]
+    logits, labels, logprobs, stride,
+    VOCABULARY: tl.constexpr, COLUMNS: tl.constexpr, WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per row: a running maximum and sum over the row, then the gradient in place of the logits."""
     row = tl.program_id(0)
     label = tl.load(labels + row)
     start = logits + row.to(tl.int64) * stride
+    chosen = tl.load(start + tl.maximum(label, 0)).to(tl.float32)  # here: further down another warp may have replaced it
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, VOCABULARY, BLOCK):
@@ -27,30 +31,29 @@ def _softmax_slope(logits, labels, logprobs, stride, VOCABULARY: tl.constexpr, C
     top = tl.max(highest, 0)
     normalizer = top + tl.log(tl.sum(tl.where(highest == float("-inf"), 0.0, total * tl.exp(highest - top)), 0))
     counted = label >= 0
-    chosen = tl.load(start + tl.maximum(label, 0)).to(tl.float32)
     tl.store(logprobs + row, tl.where(counted, chosen - normalizer, 0.0))
-    if WITH_SLOPE:
+    if WITH_GRADIENT:
         for first in range(0, COLUMNS, BLOCK):
             column = first + tl.arange(0, BLOCK)
             score = tl.load(start + column, mask=column < VOCABULARY, other=float("-inf")).to(tl.float32)
-            slope = tl.where(column == label, 1.0, 0.0) - tl.exp(score - normalizer)
-            slope = tl.where(counted, slope, 0.0)
-            tl.store(start + column, slope.to(logits.dtype.element_ty), mask=column < COLUMNS)
+            gradient = tl.where(column == label, 1.0, 0.0) - tl.exp(score - normalizer)
+            gradient = tl.where(counted, gradient, 0.0)
+            tl.store(start + column, gradient.to(logits.dtype.element_ty), mask=column < COLUMNS)
 
 
-def softmax_slope(logits: Tensor, labels: Tensor, vocabulary: int, with_slope: bool) -> Tensor:
-    """See `keural.train.head.plain_logprobs_and_slope`."""
+def logprobs_with_gradient(logits: Tensor, labels: Tensor, vocabulary: int, with_gradient: bool) -> Tensor:
+    """See `keural.train.head.plain_logprobs_and_gradient`."""
     logprobs = torch.empty(len(labels), dtype=torch.float32, device=logits.device)
     if len(labels):
         block = min(4096, triton.next_power_of_2(logits.shape[1]))
-        _softmax_slope[(len(labels),)](
+        _logprobs_with_gradient[(len(labels),)](
             logits,
             labels,
             logprobs,
             logits.stride(0),
             VOCABULARY=vocabulary,
             COLUMNS=logits.shape[1],
-            WITH_SLOPE=with_slope,
+            WITH_GRADIENT=with_gradient,
             BLOCK=block,
             num_warps=8,
         )
@@ -113,13 +116,15 @@ ROWS = 8
 
 
 def split_adamw(
-    weight: Tensor, remainder: Tensor | None, gradient: Tensor, moment: Tensor, square: Tensor, moment_scale: Tensor, square_scale: Tensor,
-    factor: Tensor, skip: Tensor, block: int, decay: float, step_size: float, root_correction: float, beta1: float, beta2: float, eps: float,
+    weight: Tensor, remainder: Tensor | None, gradient: Tensor, moment: Tensor, square: Tensor,
+    moment_scale: Tensor, square_scale: Tensor, factor: Tensor, skip: Tensor,
+    block: int, decay: float, step_size: float, root_correction: float, beta1: float, beta2: float, eps: float,
 ) -> None:  # fmt: skip
     """See `keural.train.split.plain_update`; all tensors flat and contiguous."""
     number = weight.numel()
     grid = (triton.cdiv(triton.cdiv(number, block), ROWS),)
     _split_adamw[grid](
-        weight, moment if remainder is None else remainder, gradient, moment, square, moment_scale, square_scale, factor, skip, number,
-        decay, step_size, root_correction, beta1, beta2, eps, MASTER=remainder is not None, ROWS=ROWS, BLOCK=block, num_warps=4,
+        weight, moment if remainder is None else remainder, gradient, moment, square,
+        moment_scale, square_scale, factor, skip, number, decay, step_size, root_correction, beta1, beta2, eps,
+        MASTER=remainder is not None, ROWS=ROWS, BLOCK=block, num_warps=4,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from keural.errors import UserError
 from keural.recipe import StageSpec
 from keural.train.gradients import accumulate_gradients
 from keural.train.losses import balance_loss, z_loss
-from keural.train.optimizer import clip_gradients, gradient_norm, set_learning_rate
+from keural.train.optimizer import gradient_norm, take_step
 from keural.train.trainer import Trainer
 
 
@@ -47,9 +47,8 @@ def train_step(trainer: Trainer, step: int) -> StepReport:
     parameters = list(trainer.policy.parameters())
     norm = gradient_norm(parameters)
     check_finite(trainer.stage, step, loss=losses.loss, balance_loss=balance, z_loss=z, gradient_norm=float(norm))
-    clip_gradients(parameters, norm, trainer.stage.train.clip_norm)
-    set_learning_rate(trainer.optimizer, trainer.learning_rate(step))
-    trainer.optimizer.step()
+    take_step(trainer.optimizer, parameters, trainer.learning_rate(step), norm, trainer.stage.train.clip_norm)
+    trainer.previous.counts = router.counts
     return StepReport(
         step=step,
         loss=losses.loss,

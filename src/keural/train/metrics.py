@@ -1,38 +1,69 @@
 """What a stage says while it runs: `metrics.jsonl`, a progress bar or plain lines, and TensorBoard when asked for.
 
 In: one `StepReport` per optimizer step, and evaluations. Out: a file with each step exactly once, also after any number of
-restarts. A step's number is the one that `keural data show --step` takes; an evaluation has the number of the last step before
-it.
+restarts; every line states a checksum of itself. A step's number is the one that `keural data show --step` takes; an evaluation has
+the number of the last step before it.
 """
 
 import contextlib
 import json
-import sys
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from keural.errors import UserError
-from keural.files import write_atomic
+from keural.files import CHECKSUM, fingerprint, write_atomic
+from keural.parsing import Malformed, parse_json
+from keural.terminal import is_terminal, note, note_above, progress, say
 from keural.train.loop import StepReport
 
 SECONDS_BETWEEN_LINES = 5.0
 
 
+Line = dict[str, Any]
+
+
+def read_metrics(path: Path) -> tuple[list[Line], int]:
+    """The lines of a metrics file that are what was written, in order, and how many are not; none where there is no file.
+
+    A last line that has no end is one that a killed process left, and no damage.
+    """
+    if not path.is_file():
+        return [], 0
+    *whole, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = [line for text in whole if (line := _parsed(text)) is not None]
+    return lines, len(whole) - len(lines)
+
+
+def _parsed(text: str) -> Line | None:
+    """A line's values; None when its checksum is not theirs."""
+    try:
+        line = parse_json(text)
+        return line if line.pop(CHECKSUM) == _checksum(line) and isinstance(line["step"], int) else None
+    except (Malformed, KeyError, TypeError, AttributeError):
+        return None
+
+
+def line_text(line: Line) -> str:
+    """A line as it is written, with its checksum."""
+    return json.dumps(line | {CHECKSUM: _checksum(line)}) + "\n"
+
+
+def _checksum(line: Line) -> str:
+    return fingerprint(line)[:16]
+
+
 def keep_until(path: Path, step: int) -> None:
-    """Cut a metrics file back to the steps before `step`; a line that a killed process left unfinished goes too."""
+    """Cut a metrics file back to the steps before `step`; damaged lines go too, and that is said."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
-            if json.loads(line)["step"] < step:
-                kept.append(line)
-    write_atomic(path, "".join(f"{line}\n" for line in kept))
+    lines, damaged = read_metrics(path)
+    if damaged:
+        say(f"{path}: {damaged} lines are damaged, and left out")
+    write_atomic(path, "".join(line_text(line) for line in lines if line["step"] < step))
 
 
 class Metrics:
@@ -62,7 +93,7 @@ class Metrics:
         if self.active:
             keep_until(self.path, self.first_step)
             self._file = self.path.open("a", encoding="utf-8")
-            kind = _Bar if sys.stderr.isatty() else _Lines
+            kind = _Bar if is_terminal("stderr") else _Lines
             self._display = kind(self.name, self.first_step, self.steps)
         return self
 
@@ -106,7 +137,7 @@ class Metrics:
         if not self.active:
             return
         try:
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(line_text(line))
             self._file.flush()
         except OSError as error:
             raise UserError(
@@ -123,13 +154,13 @@ class _Bar:
 
     def __init__(self, name: str, first_step: int, steps: int) -> None:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        self._progress = Progress(*columns, TextColumn("{task.fields[figures]}"), console=Console(stderr=True))
+        self._progress = progress(*columns, TextColumn("{task.fields[figures]}", markup=False))
         self._task = self._progress.add_task(name, total=steps, completed=first_step, figures="")
         self._progress.start()
 
@@ -137,7 +168,7 @@ class _Bar:
         self._progress.update(self._task, completed=done, figures=figures)
 
     def log(self, text: str) -> None:
-        self._progress.console.print(text, highlight=False)
+        note_above(self._progress, text)
 
     def close(self) -> None:
         self._progress.stop()
@@ -159,7 +190,7 @@ class _Lines:
         self.log(f"{self._name}: step {done}/{self._steps} {figures} {_clock(left)} left")
 
     def log(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        note(text)
 
     def close(self) -> None:
         pass

@@ -36,6 +36,8 @@ class MicroBatch:
     labels: Tensor
     token_mask: Tensor
     """True where there is a token, False on padding."""
+    positions: Array
+    """`position_ids` on the CPU, where documents are found by them."""
     pairs: PairIndices
 
 
@@ -63,6 +65,7 @@ def to_device(batch: Batch, device: torch.device) -> MicroBatch:
         position_ids=move(batch.position_ids),
         labels=move(batch.labels),
         token_mask=move(batch.segment_ids > 0),
+        positions=np.ascontiguousarray(batch.position_ids),
         pairs=PairIndices(batch.pair_sequences, move(positions), move(sides)),
     )
 

@@ -1,18 +1,21 @@
 """AdamW over float32 master weights, with weight decay on matrices only.
 
-In: a model's named parameters (plain or sharded) and the stage's settings. Out: a `torch.optim.AdamW` whose moments exist from
-the start, so that a checkpoint has the same tensors at every step.
+In: a model and the stage's settings. Out: an optimizer whose state exists from the start, so that a checkpoint has the same tensors
+at every step: `torch.optim.AdamW` over float32 parameters (plain or sharded), or `SplitAdamW` over bfloat16 ones and remainders.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from keural.recipe import TrainSpec
+from keural.train.split import SplitAdamW, halve, wide_norm
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+Optimizer = torch.optim.AdamW | SplitAdamW
 
 
 def is_decayed(parameter: Tensor) -> bool:
@@ -24,9 +27,9 @@ def is_decayed(parameter: Tensor) -> bool:
     return parameter.ndim >= 2
 
 
-def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], spec: TrainSpec) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.AdamW:
     """AdamW with the betas, epsilon and weight decay of `spec`; the learning rate is set before every step."""
-    parameters = [parameter for _, parameter in named_parameters if parameter.requires_grad]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert all(parameter.dtype == torch.float32 for parameter in parameters), "master weights are float32"
     groups = [
         {"params": [p for p in parameters if is_decayed(p)], "weight_decay": spec.weight_decay},
@@ -43,8 +46,29 @@ def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], spec: 
     return optimizer
 
 
-def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
+def build_split_optimizer(model: nn.Module, spec: TrainSpec, device: torch.device) -> SplitAdamW:
+    """The same for `train.precision: split` and `split-host`. The model, float32 on the CPU, is on `device` afterwards, its
+    matrices in bfloat16 and the routers in float32.
+    """
+    routers = {id(parameter) for name, parameter in model.named_parameters() if name.endswith("gate.weight")}
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    exact = [parameter.ndim >= 2 and id(parameter) not in routers for parameter in parameters]
+    return SplitAdamW(
+        parameters,
+        betas=(spec.betas[0], spec.betas[1]),
+        eps=spec.eps,
+        weight_decay=spec.weight_decay,
+        host=spec.precision == "split-host",
+        masters=(halve(parameter, device, is_exact) for parameter, is_exact in zip(parameters, exact, strict=True)),
+        is_decayed=is_decayed,
+    )
+
+
+def set_step(optimizer: Optimizer, step: int) -> None:
     """Say that `step` steps were taken, and create moments (zero) where there are none yet."""
+    if isinstance(optimizer, SplitAdamW):
+        optimizer.steps = step
+        return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]
@@ -53,17 +77,47 @@ def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
                 state.setdefault(name, torch.zeros_like(parameter))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Use `value` in the next step."""
+def forget(optimizer: Optimizer) -> None:
+    """Set all moments to zero, and the number of steps taken."""
+    if isinstance(optimizer, SplitAdamW):
+        optimizer.forget()
+    else:
+        for state in optimizer.state.values():
+            for name in MOMENTS:
+                state[name].zero_()
+        set_step(optimizer, 0)
+
+
+def state_tensors(optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
+    """What a checkpoint keeps beside the parameters, sharing memory with the optimizer: `exp_avg.<name>` and `exp_avg_sq.<name>`,
+    or what `SplitAdamW.state_tensors` gives.
+    """
+    if isinstance(optimizer, SplitAdamW):
+        return optimizer.state_tensors(names)
+    return {f"{moment}.{name}": optimizer.state[parameter][moment] for parameter, name in names.items() for moment in MOMENTS}
+
+
+def take_step(
+    optimizer: Optimizer, parameters: Sequence[nn.Parameter], learning_rate: float, norm: Tensor, clip_norm: float
+) -> None:
+    """Change the parameters by their gradients, whose common norm is `norm`, scaled down where it is larger than `clip_norm`."""
+    if isinstance(optimizer, SplitAdamW):
+        optimizer.step(learning_rate, clip_norm, norm)
+        return
+    clip_gradients(parameters, norm, clip_norm)
     for group in optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = learning_rate
+    optimizer.step()
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """L2 norm of all gradients together, of whole tensors even where they are sharded over ranks; a scalar, the same on all
-    ranks.
+    ranks. Gradients in bfloat16 are summed in float32.
     """
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if any(gradient.dtype == torch.bfloat16 for gradient in gradients):
+        return wide_norm(gradients)
+    norm = nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 

@@ -14,9 +14,22 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from keural.errors import UserError
 from keural.model import KeuralMoECausalLM
-from keural.recipe import TrainSpec
+from keural.recipe import StageSpec, TrainSpec
 from keural.train.ranks import Ranks
+
+
+def check_ranks(stage: StageSpec, world: int) -> None:
+    """Refuse what cannot be sharded. Raises `UserError`."""
+    alone = {"precision": ("split", "split-host"), "recompute": ("selective",)}
+    for key, values in alone.items():
+        value = getattr(stage.train, key)
+        if world > 1 and value in values:
+            raise UserError(
+                f"{stage.name}: train.{key} {value} is for one process, and there are {world}; start one, or set train.{key} to "
+                f"{'fp32' if key == 'precision' else 'full'}"
+            )
 
 
 def experts_implementation(device: torch.device, compiled: bool) -> str:
@@ -29,7 +42,7 @@ def experts_implementation(device: torch.device, compiled: bool) -> str:
 
 def prepare_layers(model: KeuralMoECausalLM, spec: TrainSpec) -> None:
     """Activation checkpointing and compilation of every decoder layer, in this order."""
-    if spec.gradient_checkpointing:
+    if spec.recompute == "full":
         renamed = hasattr(model, "activation_checkpointing_enable")  # from transformers 5.23 on
         enable: Any = model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable
         enable({"use_reentrant": False})

@@ -1,15 +1,19 @@
-"""The model as training sees it: one forward pass from a packed batch to log-probabilities and router logits.
+"""The model as training sees it: one forward pass from a packed micro-batch to log-probabilities and router logits.
 
 It is a module of its own so that the head's weight is used inside the outermost forward pass, which is where FSDP2 has it whole.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from keural.model import KeuralMoECausalLM
+from keural.recipe import TrainSpec
 from keural.train.losses import token_logprobs
+from keural.train.micro_batches import MicroBatch
+from keural.train.ranks import Ranks
 
 
 class PolicyOutput(NamedTuple):
@@ -21,21 +25,41 @@ class PolicyOutput(NamedTuple):
     router_logits: tuple[Tensor, ...]
 
 
-class Policy(nn.Module):
-    """A `KeuralMoECausalLM` that is trained, computing in `compute_dtype` over whatever its weights are stored in."""
+Compute = Callable[[KeuralMoECausalLM, MicroBatch, bool], PolicyOutput]
+"""A forward pass: a model, packed rows, and whether the log-probabilities of their labels are wanted."""
 
-    def __init__(self, model: KeuralMoECausalLM, compute_dtype: torch.dtype) -> None:
+
+class Policy(nn.Module):
+    """A `KeuralMoECausalLM` that is trained, computing in `compute_dtype` over whatever its weights are stored in; by the model's
+    own layers, or by an `engine`.
+    """
+
+    def __init__(self, model: KeuralMoECausalLM, compute_dtype: torch.dtype, engine: Compute | None = None) -> None:
         super().__init__()
         self.model = model
         self.compute_dtype = compute_dtype
+        self.engine = engine
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor | None) -> PolicyOutput:
-        """Run packed rows ``[rows, T]``; `position_ids` restart per document. Without labels the head is not used."""
-        autocast = torch.autocast(input_ids.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
+    def forward(self, micro: MicroBatch, with_labels: bool = True) -> PolicyOutput:
+        """Run packed rows ``[rows, T]``. Without labels the head is not used, and log-probabilities are 0."""
+        if self.engine is not None:
+            return self.engine(self.model, micro, with_labels)
+        autocast = torch.autocast(micro.input_ids.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
+        ids, positions = micro.input_ids, micro.position_ids
         with autocast:
-            outputs = self.model.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, output_router_logits=True)
+            outputs = self.model.model(input_ids=ids, position_ids=positions, use_cache=False, output_router_logits=True)
         hidden = outputs.last_hidden_state.to(self.compute_dtype)
-        if labels is None:
-            return PolicyOutput(torch.zeros(input_ids.shape, device=input_ids.device), outputs.router_logits)
-        logprobs = token_logprobs(hidden.flatten(0, 1), self.model.get_output_embeddings().weight, labels.flatten())
-        return PolicyOutput(logprobs.view_as(labels), outputs.router_logits)
+        if not with_labels:
+            return PolicyOutput(torch.zeros(ids.shape, device=ids.device), outputs.router_logits)
+        logprobs = token_logprobs(hidden.flatten(0, 1), self.model.get_output_embeddings().weight, micro.labels.flatten())
+        return PolicyOutput(logprobs.view_as(micro.labels), outputs.router_logits)
+
+
+def needs_engine(spec: TrainSpec, ranks: Ranks) -> bool:
+    """Whether a stage is computed by the training engine: on an accelerator in bfloat16, and wherever only it can do what is asked
+    for. Sharded over several ranks it is not.
+    """
+    if ranks.world > 1:
+        return False
+    fast = ranks.device.type == "cuda" and spec.compute_dtype == "bfloat16"
+    return fast or spec.precision != "fp32" or spec.recompute == "selective"

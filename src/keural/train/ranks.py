@@ -6,7 +6,7 @@ In: torchrun's environment. Out: the process group, and this process among all.
 import contextlib
 import datetime
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from keural.errors import UserError
+from keural.terminal import say
 
 T = TypeVar("T")
 
@@ -44,7 +45,7 @@ class Ranks:
     def log_once(self, text: str) -> None:
         """Print a line, once for all ranks."""
         if self.is_main:
-            print(text, flush=True)
+            say(text)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum of a tensor over all ranks, the same on each; it replaces the tensor's values."""
@@ -54,7 +55,11 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set on any rank."""
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+        return self.any_of([flag])[0]
+
+    def any_of(self, flags: Sequence[bool]) -> list[bool]:
+        """For each of some flags whether it is set on any rank; asked for at once."""
+        return [bool(number > 0) for number in self.sum(torch.tensor([float(flag) for flag in flags], device=self.device)).tolist()]
 
     def gather(self, value: T) -> list[T]:
         """The (picklable) values of all ranks, on every rank."""
@@ -65,7 +70,7 @@ class Ranks:
         return values
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """Run `function` on rank 0 and give its (picklable) result, or its `UserError`, to every rank."""
+        """Run `function` on rank 0 and give its (picklable) result, or its `UserError` (one it tells itself), to every rank."""
         if self.world == 1:
             return function()
         outcome: list[Any] = [None, None]
@@ -76,8 +81,9 @@ class Ranks:
                 outcome[1] = str(error)
         dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
-            raise UserError(outcome[1])
-        return outcome[0]
+            raise UserError(outcome[1], told=True)
+        found: T = outcome[0]
+        return found
 
 
 def pick_device() -> torch.device:

@@ -3,26 +3,43 @@
 In: the policy before its first step, and the batches that training is going to see. Out: one float32 per sequence of a pairs
 store. They come from the same code, rows and micro-batches as training's own forward passes, so at step 0 policy and reference
 agree to the last bit and the DPO loss is ln 2. A computation that was stopped goes on where it was.
+
+Each value stands beside a checksum of itself, its place and what it was computed from, so that one that a killed process wrote by
+half, or that was damaged since, is known and computed again.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from keural.data.loading.batch import Batch
+from keural.data.permutation import mixed
 from keural.errors import UserError
-from keural.files import atomic_directory, read_json, sha256_file, write_json
+from keural.files import CheckedFile, atomic_directory
+from keural.files import fingerprint as fingerprint_of
+from keural.terminal import say
 from keural.train.micro_batches import micro_batches
 from keural.train.objectives.preference import pair_logprobs
 from keural.train.parallel import reshard
 from keural.train.policy import Policy
 from keural.train.ranks import Ranks
 
-MANIFEST, VALUES = "manifest.json", "logprobs.npy"
+MANIFEST, VALUES, CHECKSUMS = "manifest.json", "logprobs.npy", "checksums.npy"
+
+
+class ReferenceManifest(CheckedFile):
+    """`manifest.json` of a directory of reference values."""
+
+    remedy: ClassVar[str] = "delete the directory that it is in and run the same command again"
+
+    fingerprint: str
+    """Of the initial weights, the store and the stage."""
+    sequences: int
 
 
 class ReferenceCache:
@@ -37,8 +54,7 @@ class ReferenceCache:
 
     def __init__(self, directory: Path, fingerprint: str, sequences: int, ranks: Ranks) -> None:
         self.directory, self.fingerprint, self.ranks = directory, fingerprint, ranks
-        self._noted = False  # whether the manifest has a checksum of the values as they are
-        self._file: np.memmap
+        self._files: dict[str, np.memmap] = {}
         self.values: np.ndarray = ranks.on_main(lambda: self._open(sequences))
 
     def __call__(self, sequences: np.ndarray) -> Tensor:
@@ -76,7 +92,7 @@ class ReferenceCache:
             self._store(found)
             computed += 1
         reshard(policy)
-        self.ranks.on_main(self._complete)
+        self.ranks.on_main(self._flush)
         return computed
 
     def _missing(self, batch: Batch) -> bool:
@@ -86,7 +102,7 @@ class ReferenceCache:
 
     def _logprobs(self, policy: Policy, batch: Batch, limit: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for micro in micro_batches(batch, limit, self.ranks.device):
-            logprobs = policy(micro.input_ids, micro.position_ids, micro.labels).logprobs
+            logprobs = policy(micro).logprobs
             yield micro.pairs.sequences.ravel(), pair_logprobs(logprobs.detach(), micro.pairs).flatten().cpu().numpy()
 
     def _store(self, found: list[tuple[np.ndarray, np.ndarray]]) -> None:
@@ -96,38 +112,41 @@ class ReferenceCache:
         new = np.isnan(self.values[sequences])
         self.values[sequences[new]] = values[new]
         if self.ranks.is_main:
-            if self._noted:  # until all is there again, the file is not what its checksum says
-                write_json(self.directory / MANIFEST, {"fingerprint": self.fingerprint, "sha256": None})
-                self._noted = False
-            self._file[sequences[new]] = values[new]
+            self._files[VALUES][sequences[new]] = values[new]
+            self._files[CHECKSUMS][sequences[new]] = self._checksums(sequences[new], values[new])
 
     def _open(self, sequences: int) -> np.ndarray:
-        manifest = self._manifest()
-        if manifest is None or manifest.get("fingerprint") != self.fingerprint:
+        """The values that are there and are what was written; NaN for the others."""
+        manifest = ReferenceManifest(fingerprint=self.fingerprint, sequences=sequences)
+        if ReferenceManifest.find(self.directory / MANIFEST) != manifest:
             with atomic_directory(self.directory) as directory:
-                np.save(directory / VALUES, np.full(sequences, np.nan, dtype=np.float32))
-                write_json(directory / MANIFEST, {"fingerprint": self.fingerprint, "sha256": None})
-            manifest = self._manifest()
-        path = self.directory / VALUES
-        self._noted = manifest is not None and manifest["sha256"] is not None
-        if manifest is not None and manifest["sha256"] not in (None, sha256_file(path)):
-            raise UserError(f"{path}: damaged (its checksum differs); delete {self.directory} and run the same command again")
+                np.save(directory / VALUES, np.full(sequences, np.nan, dtype="<f4"))
+                np.save(directory / CHECKSUMS, np.zeros(sequences, dtype="<u4"))
+                manifest.write(directory / MANIFEST)
+        self._files = {name: self._mapped(name, sequences) for name in (VALUES, CHECKSUMS)}
+        values, checksums = np.array(self._files[VALUES]), np.array(self._files[CHECKSUMS])
+        right = checksums == self._checksums(np.arange(sequences), values)
+        if damaged := int((~right & ~(np.isnan(values) & (checksums == 0))).sum()):
+            say(f"{self.directory / VALUES}: {damaged} values are damaged or half-written, and computed again")
+        values[~right] = np.nan
+        return values
+
+    def _flush(self) -> None:
+        for file in self._files.values():
+            file.flush()
+
+    def _mapped(self, name: str, sequences: int) -> np.memmap:
+        path, dtype = self.directory / name, np.dtype("<f4" if name == VALUES else "<u4")
         try:
-            self._file = np.load(path, mmap_mode="r+")
-        except (OSError, ValueError, EOFError) as error:
+            file = np.load(path, mmap_mode="r+", allow_pickle=False)
+            if (file.dtype, file.shape) != (dtype, (sequences,)):
+                raise ValueError(f"{file.dtype} {file.shape} instead of {dtype} {(sequences,)}")
+        except (OSError, ValueError, TypeError, EOFError, OverflowError) as error:
             raise UserError(f"{path}: damaged ({error}); delete {self.directory} and run the same command again") from error
-        return np.array(self._file)
+        assert isinstance(file, np.memmap)
+        return file
 
-    def _manifest(self) -> dict[str, Any] | None:
-        path = self.directory / MANIFEST
-        manifest = read_json(path) if path.is_file() else None
-        if manifest is not None and not (isinstance(manifest, dict) and {"fingerprint", "sha256"} <= manifest.keys()):
-            raise UserError(f"{path}: damaged; delete {self.directory} and run the same command again")
-        return manifest
-
-    def _complete(self) -> None:
-        """Note the checksum of what was computed."""
-        self._file.flush()
-        path = self.directory / VALUES
-        write_json(self.directory / MANIFEST, {"fingerprint": self.fingerprint, "sha256": sha256_file(path)})
-        self._noted = True
+    def _checksums(self, sequences: np.ndarray, values: np.ndarray) -> NDArray[np.uint32]:
+        """Of each value, at its place, computed from what the fingerprint says."""
+        keys = sequences.astype(np.uint64) << np.uint64(32) | values.astype("<f4").view("<u4")
+        return (mixed(mixed(keys) ^ np.uint64(int(fingerprint_of(self.fingerprint)[:16], 16))) >> np.uint64(32)).astype(np.uint32)

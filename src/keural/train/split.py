@@ -1,9 +1,10 @@
 """AdamW over weights that are kept in two parts: bfloat16, which the network computes with, and a 16-bit remainder.
 
 In: parameters with gradients. Out: changed parameters. A bfloat16 weight and its int16 remainder together are a float32 master
-weight, bit for bit, so steps of any size count (at learning rate 2e-7 bfloat16 weights, and a 24-bit master too, lose most of them).
-Moments are 8-bit, with a scale for each block of 256. 8.03 bytes per parameter with a bfloat16 gradient, of which remainder, moments
-and scales (4.03) may lie in pinned host memory. Parameters in float32 (norms, routers) have the same moments and no remainder.
+weight, bit for bit, so steps of any size count (at learning rate 2e-7 bfloat16 weights, and a 24-bit master too, lose most of
+them). Moments are 8-bit, with a scale for each block of 256. 8.03 bytes per parameter with a bfloat16 gradient, of which
+remainder, moments and scales (4.03) may lie in pinned host memory. Parameters in float32
+(norms, routers) have the same moments and no remainder.
 
 An 8-bit moment is a power of a number between 0 and 1, times the block's largest value: m = sign(c) (c/127)^2 and v = (c/255)^4,
 so that small values beside a large one stay apart from zero; a second moment that is not zero is never stored as zero, which would
@@ -11,7 +12,7 @@ make the next step as large as epsilon allows.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,20 @@ def split(master: Tensor) -> tuple[Tensor, Tensor]:
 def join(weight: Tensor, remainder: Tensor) -> Tensor:
     """The float32 tensor that `split` took apart."""
     return ((weight.view(torch.int16).to(torch.int32) << 16) + remainder.to(torch.int32)).view(torch.float32)
+
+
+def halve(parameter: nn.Parameter, device: torch.device, exact: bool) -> Tensor:
+    """Move a float32 parameter to `device`, in bfloat16 if `exact`; returns its float32 values for `SplitAdamW`."""
+    master = parameter.data
+    parameter.data = (split(master)[0] if exact else master.clone()).to(device)
+    return master
+
+
+def wide_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """L2 norm of all gradients together, a scalar on the device; summed in float32."""
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    found: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return found
 
 
 @dataclass(frozen=True)
@@ -183,7 +198,8 @@ class Chunk:
 class SplitAdamW:
     """AdamW whose state is split into chunks; with `host` the state lies in pinned host memory and visits the device in each step.
 
-    `masters` gives float32 values to start from, in the order of the parameters; without it the bfloat16 weights are the masters.
+    `masters` gives float32 values to start from, one after another in the order of the parameters, so that none is kept longer than
+    needed; without it the bfloat16 weights are the masters.
     """
 
     def __init__(
@@ -199,11 +215,14 @@ class SplitAdamW:
     ) -> None:
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self.betas, self.eps, self.weight_decay, self.host, self.steps = betas, eps, weight_decay, host, 0
-        self.chunks = [chunk for parameter in self.parameters for chunk in self._chunks(parameter, is_decayed(parameter))]
-        self._staging: list[ChunkState] = []
-        if masters is not None:
-            for parameter, master in zip(self.parameters, masters, strict=True):
-                self._set_master(parameter, master)
+        self.chunks: list[Chunk] = []
+        given = iter(masters) if masters is not None else None
+        for parameter in self.parameters:
+            master = next(given) if given is not None else None  # it may be what makes the parameter bfloat16
+            chunks = list(self._chunks(parameter, is_decayed(parameter)))
+            self.chunks += chunks
+            if master is not None:
+                _set_master(chunks, master)
 
     def _chunks(self, parameter: nn.Parameter, decayed: bool) -> Iterator[Chunk]:
         assert parameter.is_contiguous(), "a parameter must lie in one piece"
@@ -212,17 +231,6 @@ class SplitAdamW:
         for start in range(0, parameter.numel(), CHUNK):
             number = min(CHUNK, parameter.numel() - start)
             yield Chunk(parameter, start, number, new_state(number, exact, device, self.host and parameter.is_cuda), decayed)
-
-    def _set_master(self, parameter: nn.Parameter, master: Tensor) -> None:
-        for chunk in self.chunks:
-            if chunk.parameter is parameter:
-                piece = master.reshape(-1)[chunk.start : chunk.start + chunk.number].to(parameter.device)
-                if chunk.state.remainder is None:
-                    chunk.weight.copy_(piece)
-                else:
-                    weight, remainder = split(piece.float())
-                    chunk.weight.copy_(weight)
-                    chunk.state.remainder.copy_(remainder)
 
     def master(self, parameter: nn.Parameter) -> Tensor:
         """The float32 master of a parameter, whole, on its device."""
@@ -233,19 +241,47 @@ class SplitAdamW:
                 pieces.append(chunk.weight if remainder is None else join(chunk.weight, remainder.to(parameter.device)))
         return torch.cat(pieces).view(parameter.shape)
 
-    def gradient_norm(self) -> Tensor:
-        """L2 norm of all gradients, a scalar on the device; summed in float32."""
-        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in self.parameters if p.grad is not None]
-        return torch.linalg.vector_norm(torch.stack(norms))
+    def restore_masters(self) -> None:
+        """Make every parameter its float32 master again. The optimizer cannot be used afterwards."""
+        for parameter in self.parameters:
+            parameter.grad = None
+            parameter.data = self.master(parameter)
+        self.chunks = []
 
-    def step(self, lr: float, clip_norm: float = math.inf) -> Tensor:
-        """Do one step at learning rate `lr`; returns the gradient norm, on the device.
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, or set them to zero."""
+        for parameter in self.parameters:
+            if set_to_none:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                parameter.grad.zero_()
+
+    def forget(self) -> None:
+        """Set all moments to zero, and the number of steps taken."""
+        self.steps = 0
+        for chunk in self.chunks:
+            for tensor in (chunk.state.moment, chunk.state.square, chunk.state.moment_scale, chunk.state.square_scale):
+                tensor.zero_()
+
+    def state_tensors(self, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
+        """All state by name, sharing memory: `<kind>.<parameter's name>.<number of the chunk in it>`, the kinds being the fields of
+        `ChunkState`.
+        """
+        found = {}
+        for chunk in self.chunks:
+            for kind, tensor in vars(chunk.state).items():
+                if tensor is not None:
+                    found[f"{kind}.{names[chunk.parameter]}.{chunk.start // CHUNK}"] = tensor
+        return found
+
+    def step(self, lr: float, clip_norm: float = math.inf, norm: Tensor | None = None) -> Tensor:
+        """Do one step at learning rate `lr`; returns the gradient norm (`norm` where it is known already), on the device.
 
         Gradients longer than `clip_norm` are shortened to it. When the norm is not finite nothing changes, neither weights nor
         moments. Nothing is read back from the device.
         """
         self.steps += 1
-        norm = self.gradient_norm()
+        norm = wide_norm(p.grad for p in self.parameters if p.grad is not None) if norm is None else norm
         factor, skip = (clip_norm / (norm + 1e-6)).clamp(max=1.0), (~norm.isfinite()).to(torch.int32)
         run = self._step_on_host if self.host and norm.is_cuda else self._step_in_place
         run(lr, factor, skip)
@@ -287,6 +323,18 @@ class SplitAdamW:
                 _copy(state, chunk.state)
                 free[slot] = going.record_event()
         here.wait_stream(going)
+
+
+def _set_master(chunks: Sequence[Chunk], master: Tensor) -> None:
+    """Write a parameter's float32 values into its chunks."""
+    for chunk in chunks:
+        piece = master.reshape(-1)[chunk.start : chunk.start + chunk.number].to(chunk.parameter.device)
+        if chunk.state.remainder is None:
+            chunk.weight.copy_(piece)
+        else:
+            weight, remainder = split(piece.float())
+            chunk.weight.copy_(weight)
+            chunk.state.remainder.copy_(remainder)
 
 
 def _first(staging: ChunkState, chunk: Chunk) -> ChunkState:

@@ -26,26 +26,31 @@ from keural.errors import UserError
 from keural.files import fingerprint as fingerprint_of
 from keural.files import sha256_file
 from keural.model import KeuralConfig, KeuralMoECausalLM
-from keural.recipe import OBJECTIVES, StageSpec
+from keural.recipe import OBJECTIVES, StageSpec, length_of
 from keural.train import step_plan
-from keural.train.checkpoint import Checkpoints, Progress
+from keural.train.checkpoint import Checkpoints, Progress, Stored, newest_progress
 from keural.train.heldout import evaluate, heldout_batches
 from keural.train.initial_weights import initial_model
 from keural.train.loop import StepReport, train_step
 from keural.train.metrics import Metrics
 from keural.train.objectives.base import References
 from keural.train.objectives.registry import LOSSES
-from keural.train.optimizer import build_optimizer
-from keural.train.parallel import full_state_dict, prepare_layers, reshard, shard
-from keural.train.policy import Policy
+from keural.train.optimizer import Optimizer, build_optimizer, build_split_optimizer
+from keural.train.parallel import check_ranks, full_state_dict, prepare_layers, reshard, shard
+from keural.train.policy import Compute, Policy, needs_engine
 from keural.train.ranks import Ranks, session
 from keural.train.reference import ReferenceCache
 from keural.train.schedule import learning_rate
+from keural.train.split import SplitAdamW
 from keural.train.trainer import Trainer
 
 __all__ = ["StageJob", "StageResult", "full_state_dict", "train_stage"]
 
 LOSSES_KEPT = 10
+SAVE_SECONDS = 600.0
+"""Without `train.save_every`: so long after a checkpoint the next one is written."""
+SAVE_SHARE = 0.05
+""".. but saving may take no larger share of the time: a checkpoint that takes a minute is written every twenty."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class StageJob:
     tokenizer_sha: str
     run_dir: Path
     fingerprint: str
-    """Of everything that determines the stage's weights; checkpoints with another one are refused."""
+    """Of everything that determines a step of the stage, whatever their number; checkpoints with another one are refused."""
     budget_seconds: float | None = None
     """Time for the stage, where it has a `budget_share`."""
     tensorboard: bool = False
@@ -72,7 +77,7 @@ class StageJob:
 class StageResult:
     """What came out. `seconds`, `tokens` (non-padding tokens seen) and `steps` include earlier runs of an interrupted stage;
     `loss_first` and `loss_last` are the mean task loss of the first and last tenth of the steps, at most ten of each; `model`
-    is sharded under torchrun.
+    has float32 weights in every precision, and is sharded under torchrun.
     """
 
     name: str
@@ -87,7 +92,7 @@ class StageResult:
 
 
 def train_stage(job: StageJob, ranks: Ranks | None = None) -> StageResult:
-    """Train a stage to its end, or until SIGINT or SIGTERM: then the step is finished and saved, and `interrupted` is True.
+    """Train a stage to its end, or until SIGINT, SIGTERM or SIGHUP: then the step is finished and saved; `interrupted` is True.
 
     Under torchrun every rank calls it, inside a `ranks.session` whose ranks are given if the model is used afterwards.
 
@@ -107,20 +112,23 @@ def open_stage(job: StageJob, ranks: Ranks, stop: "StopSignals", started: float)
     `started` is when this process began with it (`time.monotonic`). Raises `UserError` as `train_stage` does.
     """
     stage = job.stage
+    check_ranks(stage, ranks.world)
     stream = _stream(job, job.train_store)
     heldout = _stream(job, job.heldout_store) if job.heldout_store else None
     checkpoints = Checkpoints(job.run_dir / "checkpoints", stage, job.fingerprint, ranks)
-    policy, optimizer = _policy(job, ranks)
-    make_trainer = partial(Trainer, stage, policy, optimizer, LOSSES[stage.objective](stage), stream, ranks)
+    objective = LOSSES[stage.objective](stage)
+    policy, optimizer = _policy(job, objective.uniform, ranks)
+    make_trainer = partial(Trainer, stage, policy, optimizer, objective, stream, ranks)
 
     def make_plan() -> step_plan.StepPlan:
         measured = make_trainer(learning_rate=step_plan.no_learning, references=step_plan.no_references(ranks.device))
         return _make_plan(job, measured, heldout, started)
 
-    plan = step_plan.load_or_make(job.run_dir / "plan.json", job.fingerprint, ranks, make_plan)
+    latest = ranks.on_main(lambda: newest_progress(checkpoints.directory))
+    plan = _plan(job, latest, ranks, make_plan)
     references, heldout_references = _references(job, plan, policy, stream, heldout, stop, ranks)
     trainer = make_trainer(learning_rate=_schedule(stage, plan), references=references)
-    progress = _resume(job, plan, checkpoints, trainer)
+    progress = _resume(job, plan, latest, checkpoints, trainer)
     return StageRun(job, trainer, plan, heldout, heldout_references, checkpoints, progress, started - progress.seconds)
 
 
@@ -141,12 +149,14 @@ class StageRun:
     def train(self, stop: "StopSignals") -> bool:
         """Do the remaining steps; True when a signal came before the last one was begun."""
         progress, spec, steps = self.progress, self.job.stage.train, self.plan.steps
-        saved = progress.step
+        saved, pause = progress.step, Pause()
         with self._metrics() as metrics:
             while progress.step < steps:
-                if self.trainer.ranks.any(stop.requested):
-                    if saved != progress.step:
-                        self._save()
+                stopped, late = self.trainer.ranks.any_of([stop.requested, spec.save_every is None and pause.over()])
+                if saved != progress.step and (stopped or late):
+                    self._save(pause)
+                    saved = progress.step
+                if stopped:
                     return True
                 report = train_step(self.trainer, progress.step)
                 self._advance(report)
@@ -154,7 +164,7 @@ class StageRun:
                 if progress.step == steps or _due(spec.evaluate_every, progress.step):
                     self._evaluate(metrics)
                 if progress.step == steps or _due(spec.save_every, progress.step):
-                    self._save()
+                    self._save(pause)
                     saved = progress.step
         return False
 
@@ -164,6 +174,8 @@ class StageRun:
         number = max(1, min(LOSSES_KEPT, progress.step // 10))
         first, latest = progress.first_losses[:number], progress.last_losses[-number:]
         self.trainer.optimizer.zero_grad(set_to_none=True)
+        if isinstance(self.trainer.optimizer, SplitAdamW):
+            self.trainer.optimizer.restore_masters()
         reshard(self.trainer.policy)
         return StageResult(
             name=self.job.stage.name,
@@ -181,6 +193,8 @@ class StageRun:
         progress = self.progress
         progress.step += 1
         progress.tokens += report.tokens
+        if self.trainer.previous.counts is not None:
+            progress.tokens_per_expert = self.trainer.previous.counts.tolist()
         progress.seconds = time.monotonic() - self.began
         if len(progress.first_losses) < LOSSES_KEPT:
             progress.first_losses.append(report.loss)
@@ -191,9 +205,11 @@ class StageRun:
             self.progress.heldout = evaluate(self.trainer, self.heldout, self.heldout_references)
             metrics.evaluation(self.progress.step - 1, self.progress.heldout)
 
-    def _save(self) -> None:
-        self.progress.seconds = time.monotonic() - self.began
+    def _save(self, pause: "Pause") -> None:
+        started = time.monotonic()
+        self.progress.seconds = started - self.began
         self.checkpoints.save(self.trainer.policy.model, self.trainer.optimizer, self.progress)
+        pause.begin(time.monotonic() - started)
 
     def _metrics(self) -> Metrics:
         return Metrics(
@@ -204,6 +220,21 @@ class StageRun:
             active=self.trainer.ranks.is_main,
             tensorboard=self.job.tensorboard,
         )
+
+
+class Pause:
+    """The time between checkpoints that are written by the clock."""
+
+    def __init__(self) -> None:
+        self.begin(0.0)
+
+    def begin(self, cost: float) -> None:
+        """A checkpoint has been written, which took `cost` seconds."""
+        self._end = time.monotonic() + max(SAVE_SECONDS, cost / SAVE_SHARE)
+
+    def over(self) -> bool:
+        """Whether it is time for the next."""
+        return time.monotonic() >= self._end
 
 
 def _due(every: int | None, step: int) -> bool:
@@ -223,17 +254,41 @@ def _stream(job: StageJob, store: Path | Corpus) -> Stream:
     return corpus.stream(*settings, job.tokenizer_sha, job.model_config.vocab_size)
 
 
-def _policy(job: StageJob, ranks: Ranks) -> tuple[Policy, torch.optim.Optimizer]:
+def _policy(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, Optimizer]:
     """Model and optimizer with their initial values, sharded over the ranks."""
     spec = job.stage.train
-    policy = Policy(
-        initial_model(job.model_config, job.init, job.seed, ranks.device, spec.compile, ranks.log_once),
-        getattr(torch, spec.compute_dtype),
-    )
-    policy.train().to(ranks.device)
-    prepare_layers(policy.model, spec)
-    shard(policy, policy.model, spec, ranks)
-    return policy, build_optimizer(policy.model.named_parameters(), spec)
+    model = initial_model(job.model_config, job.init, job.seed, ranks.device, spec.compile, ranks.log_once)
+    policy = Policy(model, getattr(torch, spec.compute_dtype), _engine(job, uniform, ranks)).train()
+    if spec.precision != "fp32":
+        optimizer = build_split_optimizer(model, spec, ranks.device)
+        policy.to(ranks.device)  # what are no parameters
+        return policy, optimizer
+    policy.to(ranks.device)
+    if policy.engine is None:
+        prepare_layers(model, spec)
+    shard(policy, model, spec, ranks)
+    return policy, build_optimizer(model, spec)
+
+
+def _engine(job: StageJob, uniform: bool, ranks: Ranks) -> Compute | None:
+    """The training engine, where the stage needs it; importing it takes seconds."""
+    if not needs_engine(job.stage.train, ranks):
+        return None
+    from keural.train.engine import engine_for
+
+    return engine_for(job.stage.train, job.model_config, ranks.device, uniform)
+
+
+def _plan(job: StageJob, latest: Stored | None, ranks: Ranks, make: Callable[[], step_plan.StepPlan]) -> step_plan.StepPlan:
+    """The plan as it was made before the first step.
+
+    Of a stage with a budget a checkpoint has it, too, for where the file is gone.
+    """
+    wanted = fingerprint_of([job.fingerprint, length_of(job.stage.train)])
+    if latest is not None and job.stage.train.budget_share is not None:
+        known = step_plan.StepPlan(**latest.progress.plan)
+        return step_plan.load_or_make(job.run_dir / "plan.json", wanted, ranks, lambda: known)
+    return step_plan.load_or_make(job.run_dir / "plan.json", wanted, ranks, make)
 
 
 def _make_plan(job: StageJob, measured: Trainer, heldout: Stream | None, started: float) -> step_plan.StepPlan:
@@ -286,17 +341,21 @@ def _references(
     return references, compute("heldout", heldout, heldout_batches(job.stage, heldout, ranks)) if heldout else None
 
 
-def _resume(job: StageJob, plan: step_plan.StepPlan, checkpoints: Checkpoints, trainer: Trainer) -> Progress:
-    """Take up the newest checkpoint, where there is one. Raises `UserError` when it was made for another plan."""
-    latest = checkpoints.latest()
+def _resume(job: StageJob, plan: step_plan.StepPlan, latest: Stored | None, checkpoints: Checkpoints, trainer: Trainer) -> Progress:
+    """Take up the newest checkpoint, where there is one. Raises `UserError` when it was made for a plan that begins otherwise."""
     if latest is None:
         return Progress(plan=asdict(plan))
-    progress = checkpoints.load(latest, trainer.policy.model, trainer.optimizer)
-    if progress.plan != asdict(plan):
+    progress = checkpoints.load(latest.path, trainer.policy.model, trainer.optimizer)
+    if progress.tokens_per_expert:
+        trainer.previous.counts = torch.tensor(progress.tokens_per_expert, device=trainer.ranks.device)
+    made_for = step_plan.StepPlan(**progress.plan)
+    if why_not := step_plan.why_not_continued(made_for, plan, progress.step, job.stage.train):
         raise UserError(
-            f"{latest}: was made for {progress.plan}, {job.run_dir / 'plan.json'} says {asdict(plan)}; "
-            "restore that file or delete the checkpoints"
+            f"{latest.path}: was made for {made_for.steps} steps, {made_for.warmup_steps} of warm-up, and "
+            f"{job.run_dir / 'plan.json'} says {plan.steps}, {plan.warmup_steps} of warm-up: {why_not}; delete that "
+            "file, or the checkpoints"
         )
+    progress.plan = asdict(plan)
     trainer.ranks.log_once(f"{job.stage.name}: resumed at step {progress.step} of {plan.steps}")
     return progress
 
@@ -308,9 +367,10 @@ def _weights_fingerprint(job: StageJob) -> str:
 
 
 class StopSignals:
-    """Notes SIGINT and SIGTERM instead of dying of them; only the main thread can listen.
+    """Notes SIGINT, SIGTERM and SIGHUP (a closed terminal) instead of dying of them; only the main thread can listen.
 
-    A second signal has its usual effect, except among several ranks: torchrun sends every worker another one at once.
+    A second signal has its usual effect, except among several ranks: torchrun sends every worker another one at once. SIGHUP
+    stays ignored where it is, as under nohup.
     """
 
     def __init__(self, world: int = 1) -> None:
@@ -320,7 +380,10 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
+            self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -1,6 +1,7 @@
 """How many steps a stage has: given, from epochs, or measured to fit a time budget; fixed before step 0.
 
-The plan is written to `plan.json` before the first step and read by every later start, so the schedule of a stage never changes.
+The plan is written to `plan.json` before the first step and read by every later start, so the schedule of a stage never changes,
+unless it is made longer and the steps that were done are those that the longer one begins with.
 """
 
 import math
@@ -15,14 +16,15 @@ import torch
 
 from keural.data.loading.stream import Stream
 from keural.errors import UserError
-from keural.files import read_json, write_json
-from keural.recipe import OBJECTIVES, StageSpec
+from keural.files import CheckedFile
+from keural.recipe import OBJECTIVES, StageSpec, TrainSpec
 from keural.train.loop import train_step
 from keural.train.micro_batches import micro_batches
 from keural.train.objectives.base import References
-from keural.train.optimizer import MOMENTS, set_step
+from keural.train.optimizer import forget
 from keural.train.parallel import reshard
 from keural.train.ranks import Ranks
+from keural.train.schedule import learning_rate
 from keural.train.trainer import Trainer
 
 MEASURED_STEPS = 3
@@ -36,6 +38,15 @@ RESERVE = 0.97
 class StepPlan:
     """Optimizer steps of the stage, and how many of them warm up."""
 
+    steps: int
+    warmup_steps: int
+
+
+class PlanFile(CheckedFile):
+    """`plan.json`."""
+
+    fingerprint: str
+    """Of what the plan is for."""
     steps: int
     warmup_steps: int
 
@@ -62,6 +73,24 @@ def fixed_plan(stage: StageSpec, stream: Stream) -> StepPlan:
             "lower warmup_steps or train longer"
         )
     return StepPlan(steps, spec.warmup_steps)
+
+
+def why_not_continued(old: StepPlan, new: StepPlan, done: int, spec: TrainSpec) -> str | None:
+    """Why a stage of plan `old` that has done `done` steps cannot go on as one of plan `new`; None when it can.
+
+    It can when the steps that were done are those that the other plan begins with: their learning rates are the same.
+    """
+    if done > new.steps:
+        return f"{done} steps are done already, more than {new.steps}"
+    rate = partial(learning_rate, peak=spec.lr, minimum=spec.min_lr)
+    other = next((step for step in range(done) if rate(step, **asdict(old)) != rate(step, **asdict(new))), None)
+    if other is None:
+        return None
+    return (
+        f"{done} steps are done, and with {new.steps} steps instead of {old.steps} the learning rate would have been another from "
+        f"step {other} on (it falls to train.min_lr at the last step); a stage can be made longer while it warms up, or where "
+        "train.min_lr is train.lr"
+    )
 
 
 def budget_plan(stage: StageSpec, seconds: float, costs: Costs, epoch: int) -> StepPlan:
@@ -92,14 +121,17 @@ def budget_plan(stage: StageSpec, seconds: float, costs: Costs, epoch: int) -> S
 
 
 def load_or_make(path: Path, fingerprint: str, ranks: Ranks, make: Callable[[], StepPlan]) -> StepPlan:
-    """The plan in `path` when it belongs to this stage, else a new one, written before it is used. All ranks must call it."""
-    known = ranks.on_main(lambda: read_json(path) if path.is_file() else None)
-    if known is not None and known.get("fingerprint") == fingerprint:
-        return StepPlan(known["steps"], known["warmup_steps"])
+    """The plan in `path` when it belongs to this stage, else a new one, written before it is used. All ranks must call it.
+
+    Raises `UserError` when the file is damaged.
+    """
+    known = ranks.on_main(lambda: PlanFile.find(path))
+    if known is not None and known.fingerprint == fingerprint:
+        return StepPlan(known.steps, known.warmup_steps)
     made = make()
 
     def write() -> StepPlan:
-        write_json(path, {"fingerprint": fingerprint, **asdict(made)})
+        PlanFile(fingerprint=fingerprint, **asdict(made)).write(path)
         return made
 
     return ranks.on_main(write)  # rank 0's: clocks differ
@@ -128,10 +160,7 @@ def measure(trainer: Trainer, evaluation_rows: int, budget_seconds: float) -> Co
         seconds.append(_timed(partial(train_step, trainer, len(seconds))))
     forward_seconds, rows = _timed_forward(trainer)
     trainer.optimizer.zero_grad(set_to_none=True)
-    for state in trainer.optimizer.state.values():
-        for moment in MOMENTS:
-            state[moment].zero_()
-    set_step(trainer.optimizer, 0)
+    forget(trainer.optimizer)
     share = evaluation_rows / (rows * trainer.ranks.world)
     return trainer.ranks.on_main(lambda: Costs(mean(seconds), forward_seconds, forward_seconds * share))
 
@@ -153,7 +182,7 @@ def _timed_forward(trainer: Trainer) -> tuple[float, int]:
 
     def forward() -> None:
         for micro in micros:
-            trainer.policy(micro.input_ids, micro.position_ids, micro.labels)
+            trainer.policy(micro)
 
     seconds = _timed(forward)
     reshard(trainer.policy)

@@ -1,15 +1,24 @@
 """What an optimizer step works on: `Trainer`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from keural.data.loading.stream import Stream
 from keural.recipe import OBJECTIVES, StageSpec
 from keural.train.objectives.base import Objective, References
+from keural.train.optimizer import Optimizer
 from keural.train.policy import Policy
 from keural.train.ranks import Ranks
+
+
+@dataclass
+class PreviousLoad:
+    """Assignments per layer and expert ``[L, E]`` of the step before, over all ranks; None before the first step."""
+
+    counts: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -18,7 +27,7 @@ class Trainer:
 
     stage: StageSpec
     policy: Policy
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     objective: Objective
     stream: Stream
     ranks: Ranks
@@ -26,6 +35,15 @@ class Trainer:
     """Of each step, counted from 0."""
     references: References | None = None
     """Of the sequences of `stream`'s store, where the objective needs them."""
+    previous: PreviousLoad = field(default_factory=PreviousLoad)
+    """What `router.load: lagged` balances by."""
+
+    def previous_load(self) -> Tensor:
+        """Assignments per layer and expert ``[L, E]`` of the step before; even before the first step."""
+        if self.previous.counts is not None:
+            return self.previous.counts
+        config = self.policy.model.config
+        return torch.ones(config.num_hidden_layers, config.num_local_experts, device=self.ranks.device)
 
     @property
     def top_k(self) -> int:

@@ -5,7 +5,6 @@ recipe. Every drop, an adapter's or a filter's, is counted by source and reason,
 examples per reason.
 """
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from datatrove.pipeline.readers import JsonlReader
 
 from keural.data.adapters.base import WRONG_SCHEMA
 from keural.data.cleaning.measures import normalize
+from keural.data.cleaning.summary import TaskDrop, TaskDrops
 from keural.data.records import Document as Text
 from keural.data.records import Drop
 from keural.data.sources import Source, SourceFile, schema_error
@@ -71,10 +71,11 @@ class Account:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None and self._drops:
-            rows = [[place, reason, count, self._first[place, reason]] for (place, reason), count in sorted(self._drops.items())]
-            path = self._directory / f"{self._step}-{self._rank:05d}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"drops": rows, "examples": self._shown}, ensure_ascii=False), encoding="utf-8")
+            drops = [
+                TaskDrop(place=place, reason=reason, count=count, first=self._first[place, reason])
+                for (place, reason), count in sorted(self._drops.items())
+            ]
+            TaskDrops(drops=drops, examples=dict(self._shown)).write(self._directory / f"{self._step}-{self._rank:05d}.json")
 
 
 class SourceReader(PipelineStep):

@@ -21,19 +21,19 @@ from keural.data.cleaning.executors import Step, check_executor, run_steps
 from keural.data.cleaning.filters import FILTER_SETS, QualityFilter
 from keural.data.cleaning.formatters import Formatter
 from keural.data.cleaning.language import FastTextFilter, ScriptFilter
+from keural.data.cleaning.summary import SUMMARY, CleanedSource, CleaningFile, TaskDrops, TaskKept
 from keural.data.cleaning.words import EOJEOL
 from keural.data.licenses import language_of
 from keural.data.readers.formats import DataFile, open_text
 from keural.data.records import Document, SourceCount
-from keural.data.sources import FileHashes, Source
+from keural.data.sources import Source
 from keural.errors import UserError, nearest
-from keural.files import fingerprint, read_json, write_json
+from keural.files import FileHashes, fingerprint, sha256_file
 from keural.recipe import VERSION as RECIPE_VERSION
 from keural.recipe import CleaningSpec, SourceSpec
 
 VERSION = 1
 """Raised when the same sources give other documents than before."""
-SUMMARY = "cleaning.json"
 
 
 class Cleaned:
@@ -41,19 +41,21 @@ class Cleaned:
 
     def __init__(self, directory: Path, sources: Sequence[Source]) -> None:
         self.directory = directory
-        self.summary = read_json(directory / SUMMARY)
+        self.summary = CleaningFile.read(directory / SUMMARY)
         self._places = {source.name: place for place, source in enumerate(sources)}
 
     def documents(self, name: str) -> Iterator[Document]:
         """The cleaned documents of a source, in the order of its tasks."""
         for file in sorted((self.directory / "documents" / f"{self._places[name]:03d}").glob("*.jsonl.zst")):
+            if sha256_file(file) != self.summary.files.get(file.relative_to(self.directory).as_posix()):
+                raise UserError(f"{file}: does not match its checksum; delete {self.directory} and clean again")
             for row in _rows(file):
                 yield Document(row["text"], row["metadata"]["where"], row["metadata"].get("language"))
 
     def count(self, name: str) -> SourceCount:
         """The account of a source."""
-        row = self.summary["sources"][name]
-        return SourceCount(row["rows"], Counter(row["drops"]), Counter(row["unreadable"]), row["first"])
+        row = self.summary.sources[name]
+        return SourceCount(row.rows, Counter(row.drops), Counter(row.unreadable), row.first)
 
 
 def check_cleaning(spec: CleaningSpec, sources: Sequence[Source], data_dir: Path | None) -> None:
@@ -77,14 +79,14 @@ def clean(
     """
     check_cleaning(spec, sources, data_dir)
     directory = out_root / f"cleaned-{cleaning_fingerprint(spec, sources, data_dir, seed, hashes)[:16]}"
-    if not (directory / SUMMARY).is_file():
+    if CleaningFile.find(directory / SUMMARY) is None:
         directory.mkdir(parents=True, exist_ok=True)
         parts = [
             SourcePart(source, place, _kind(source.spec), file) for place, source in enumerate(sources) for file in source.parts()
         ]
         model = _model(spec, data_dir) if spec.language_id == "fasttext" else None
         run_steps(_steps(spec, parts, model, directory.absolute(), seed), spec.executor)
-        write_json(directory / SUMMARY, _summary(directory, sources, spec.examples))
+        _summary(directory, sources, spec.examples).write(directory / SUMMARY)
         shutil.rmtree(directory / "work")
     return Cleaned(directory, sources)
 
@@ -193,34 +195,37 @@ class _Foldered:
 
         yield from self._writer(placed(), rank, world_size)
         path = Path(self._writer.output_folder.path).with_name("work") / "kept" / f"{rank:05d}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(kept), encoding="utf-8")
+        TaskKept(kept={str(place): count for place, count in kept.items()}).write(path)
 
 
-def _summary(directory: Path, sources: Sequence[Source], limit: int) -> dict[str, Any]:
+def _summary(directory: Path, sources: Sequence[Source], limit: int) -> CleaningFile:
     """The account: rows, kept and dropped by source, and by reason the first `limit` examples."""
     rows: list[dict[str, Any]] = [{"kept": 0, "drops": Counter(), "unreadable": Counter(), "first": {}} for _ in sources]
     examples: dict[str, list[dict[str, Any]]] = {}
     for file in sorted((directory / "work" / "kept").glob("*.json")):
-        for place, count in read_json(file).items():
+        for place, count in TaskKept.read(file).kept.items():
             rows[int(place)]["kept"] += count
     for file in sorted((directory / "work" / "drops").glob("*.json")):
-        made = read_json(file)
-        for place, reason, count, where in made["drops"]:
-            rows[place]["drops"][reason] += count
+        made = TaskDrops.read(file)
+        for drop in made.drops:
+            row = rows[drop.place]
+            row["drops"][drop.reason] += drop.count
             if file.name.startswith("read-"):
-                rows[place]["unreadable"][reason] += count
-            rows[place]["first"].setdefault(reason, where)
-        for reason, shown in made["examples"].items():
+                row["unreadable"][drop.reason] += drop.count
+            row["first"].setdefault(drop.reason, drop.first)
+        for reason, shown in made.examples.items():
             named = [example | {"source": sources[example["source"]].name} for example in shown]
             examples[reason] = (examples.get(reason, []) + named)[:limit]
     for row in rows:
         row["rows"] = row["kept"] + row["drops"].total()
         row["drops"] = dict(row["drops"].most_common())
-    return {
-        "sources": {source.name: row for source, row in zip(sources, rows, strict=True)},
-        "examples": dict(sorted(examples.items())),
-    }
+    return CleaningFile(
+        sources={source.name: CleanedSource(**row) for source, row in zip(sources, rows, strict=True)},
+        examples=dict(sorted(examples.items())),
+        files={
+            file.relative_to(directory).as_posix(): sha256_file(file) for file in sorted((directory / "documents").rglob("*.zst"))
+        },
+    )
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:

@@ -7,23 +7,21 @@ of one, a missing part, a password, names that lead out of it, and members that 
 
 import io
 import re
+import struct
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from keural.data.readers.formats import DataFile
-from keural.errors import UserError
+from keural.data.readers.formats import MAX_WHOLE_BYTES, DataFile
+from keural.data.readers.unpacking import check_ratio
+from keural.errors import UserError, quoted
 
 ARCHIVE = "zip"
 """Name of the format, beside those of `keural.data.readers.formats`."""
-MAX_MEMBER_BYTES = 8 << 30
-"""Largest unpacked size of one member; JSON is read whole."""
-MAX_RATIO = 200
-"""Largest unpacked size of a member against its packed one; labelled JSON is near 10 to 30, the format allows 1,030."""
-SMALL_MEMBER_BYTES = 1 << 20
-"""Members up to this size may have any ratio."""
+MAX_MEMBER_BYTES = MAX_WHOLE_BYTES
+"""Largest unpacked size of one member."""
 _PART = re.compile(r"(.+\.zip)\.part\d+", re.IGNORECASE)
 _UTF8_NAME = 0x800
 _ENCRYPTED = 0x1
@@ -45,7 +43,7 @@ def members(file: DataFile, wanted: Callable[[str], bool]) -> Iterator[DataFile]
         try:
             joined = stack.enter_context(_Joined(file.paths)) if len(file.paths) > 1 else None
             archive = stack.enter_context(zipfile.ZipFile(joined or file.path))
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
             raise UserError(
                 f"{file.path}: not a whole zip archive ({error}); fetch it, or the missing part of it, again"
             ) from error
@@ -141,9 +139,6 @@ def _check_name(file: DataFile, name: str) -> None:
 def _check_member(file: DataFile, info: zipfile.ZipInfo, name: str) -> None:
     if info.flag_bits & _ENCRYPTED:
         raise UserError(f"{file.path}: member {name!r} has a password; unpack the archive and give the directory")
-    ratio = info.file_size / max(1, info.compress_size)
-    if info.file_size > MAX_MEMBER_BYTES or (info.file_size > SMALL_MEMBER_BYTES and ratio > MAX_RATIO):
-        raise UserError(
-            f"{file.path}: member {name!r} unpacks to {info.file_size:,} bytes, {ratio:,.0f} times its size, as in a zip bomb; "
-            "it is not read"
-        )
+    if info.file_size > MAX_MEMBER_BYTES:
+        raise UserError(f"{file.path}: member {quoted(name)} unpacks to {info.file_size:,} bytes, as in a zip bomb; it is not read")
+    check_ratio(f"{file.path}: member {quoted(name)}", info.file_size, info.compress_size)

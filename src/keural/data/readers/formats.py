@@ -2,8 +2,12 @@
 `.zst`.
 
 In: a `DataFile` and the options of its format. Out: `Row`s, each with the place it came from, or a `Drop` where a row or file
-cannot be read. Text is decoded as UTF-8 (with or without byte order mark), UTF-16 (with one) or CP949, whatever fits; bytes
-that fit nothing become lone surrogates, which no adapter lets through. What a row means is the adapters' business.
+cannot be read. Text is decoded as UTF-8 (with or without byte order mark), UTF-16 or UTF-32 (with one) or CP949, whatever fits;
+bytes that fit nothing become lone surrogates, which no adapter lets through. What a row means is the adapters' business.
+
+A file may come from anybody: a packed one that unpacks to far more than it should is refused, a row that is too long is a drop and
+is never held in memory, and what a parser cannot take (nesting, dates, numbers of a thousand digits) costs its row, or the file
+where the file is one value.
 """
 
 import codecs
@@ -20,12 +24,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import IO, Any, NamedTuple
-
-import yaml
+from zoneinfo import ZoneInfo
 
 from keural.data.readers.po import PoError, parse_po
+from keural.data.readers.unpacking import PACKED, check_ratio, unpack
 from keural.data.records import Drop
-from keural.errors import UserError
+from keural.errors import UserError, quoted
+from keural.parsing import Malformed, holds_unreadable, parse_yaml_rows
 
 Options = Mapping[str, Any]
 OptionTypes = Mapping[str, tuple[type, ...]]
@@ -36,11 +41,23 @@ GUTENBERG_END = re.compile(
 )
 GUTENBERG_CREDITS = re.compile(r"\A\s*Produced by .*?\n\s*\n", re.DOTALL)
 
-PACKED = {".gz": "gzip", ".xz": "xz", ".zst": "Zstandard"}
-"""Suffixes of packed files."""
+MAX_ROW_CHARACTERS = 1 << 26
+"""Longest row, cell or paragraph; a longer one is dropped."""
+MAX_WHOLE_BYTES = 8 << 30
+"""Largest file, unpacked, of a format that is read as one value: JSON, YAML, catalogues, Markdown, text as one document."""
+TOO_LONG = "row_too_long"
 _UNDECODED = re.compile("[\udc80-\udcff]")
 
-csv.field_size_limit(1 << 30)
+csv.field_size_limit(MAX_ROW_CHARACTERS)
+
+
+def _as_surrogates(error: UnicodeError) -> tuple[str, int]:
+    """Undecodable bytes as lone surrogates, in every encoding; Python's own handler knows bytes from 0x80 only."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "".join(chr(0xDC00 + byte) for byte in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("keural.surrogates", _as_surrogates)
 
 
 class DataFile(NamedTuple):
@@ -87,6 +104,8 @@ def read_rows(file: DataFile, format_name: str, options: Options) -> Iterator[Ro
         raise UserError(f"{file.path}: damaged {what} ({error}); fetch it again") from error
     except OSError as error:
         raise UserError(f"{file.path}: cannot be read ({error.strerror or error})") from error
+    except MemoryError as error:
+        raise UserError(f"{file.name}: too large for the memory there is; divide the file, or give it as JSON lines") from error
 
 
 def format_of(path: PurePath) -> str | None:
@@ -100,69 +119,19 @@ def open_text(file: DataFile) -> Iterator[IO[str]]:
     """A file as text, unpacked and decoded; line ends stay as they are, undecodable bytes become lone surrogates."""
     with _open_bytes(file) as opened:
         encoding = sniff_encoding(opened.read(SNIFFED_BYTES))
-    with _open_bytes(file) as opened, io.TextIOWrapper(opened, encoding, "surrogateescape", newline="\n") as text:
+    with _open_bytes(file) as opened, io.TextIOWrapper(opened, encoding, "keural.surrogates", newline="\n") as text:
         yield text
 
 
 def _open_bytes(file: DataFile) -> IO[bytes]:
-    if file.open is not None:
-        return file.open()
-    if file.path.suffix == ".gz":
-        return gzip.open(file.path)  # type: ignore[return-value]
-    if file.path.suffix == ".xz":
-        return lzma.open(file.path)
-    return _open_zstandard(file.path) if file.path.suffix == ".zst" else file.path.open("rb")
-
-
-def _open_zstandard(path: Path) -> IO[bytes]:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise UserError(f"{path}: reading Zstandard files needs zstandard; install keural[data]") from error
-    return io.BufferedReader(_Zstandard(path, zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError))
-
-
-class _Zstandard(io.RawIOBase):
-    """A Zstandard file of one or several frames, unpacked while it is read; one cut off does not pass for a shorter one."""
-
-    def __init__(self, path: Path, new_frame: Callable[[], Any], damage: type[Exception]) -> None:
-        self._file = path.open("rb")
-        self._new_frame, self._damage = new_frame, damage
-        self._frame: Any = None
-        self._packed = self._ready = b""
-
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def readinto(self, buffer: Any, /) -> int:
-        """Fill a buffer. Raises `EOFError` where the file is damaged or ends in the middle of a frame."""
-        while not self._ready and (self._packed or self._more()):
-            self._frame = self._frame or self._new_frame()
-            try:
-                self._ready = self._frame.decompress(self._packed)
-            except self._damage as error:
-                raise EOFError(str(error)) from error
-            self._packed = self._frame.unused_data if self._frame.eof else b""
-            self._frame = None if self._frame.eof else self._frame
-        if not self._ready and self._frame is not None:
-            raise EOFError("it ends in the middle of a frame")
-        piece, self._ready = self._ready[: len(buffer)], self._ready[len(buffer) :]
-        buffer[: len(piece)] = piece
-        return len(piece)
-
-    def _more(self) -> bool:
-        self._packed = self._file.read(1 << 16)
-        return bool(self._packed)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-        super().close()
+    opened = file.path.open("rb") if file.open is None else file.open()
+    return unpack(opened, PurePath(file.name if file.open else file.path).suffix, file.name)
 
 
 def sniff_encoding(start: bytes) -> str:
-    """The encoding of text that starts with these bytes: utf-8-sig, utf-16 or cp949."""
+    """The encoding of text that starts with these bytes: utf-8-sig, utf-16, utf-32 or cp949."""
+    if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     decoded = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(start)
@@ -178,15 +147,41 @@ def sniff_encoding(start: bytes) -> str:
 
 
 def _whole_text(file: DataFile) -> str:
+    """All of a file that is one value. Raises `UserError` where it is too large for that."""
+    if file.open is None and file.path.suffix not in PACKED and file.path.stat().st_size > MAX_WHOLE_BYTES:
+        raise _too_large(file)
+    pieces, left = [], MAX_WHOLE_BYTES
     with open_text(file) as text:
-        return text.read().replace("\r\n", "\n")
+        while piece := text.read(1 << 24):
+            pieces.append(piece)
+            left -= len(piece)
+            if left < 0:
+                raise _too_large(file)
+    return "".join(pieces).replace("\r\n", "\n")
+
+
+def _too_large(file: DataFile) -> UserError:
+    return UserError(f"{file.name}: over {MAX_WHOLE_BYTES:,} bytes, which are read as one value; divide it, or use JSON lines")
+
+
+def _lines(text: IO[str]) -> Iterator[tuple[int, str | None]]:
+    """The lines of a text with their numbers; None for one that is too long, which is passed over without being held."""
+    number = 0
+    while line := text.readline(MAX_ROW_CHARACTERS + 1):
+        number += 1
+        if len(line) <= MAX_ROW_CHARACTERS:
+            yield number, line
+            continue
+        while line and not line.endswith("\n"):
+            line = text.readline(MAX_ROW_CHARACTERS)
+        yield number, None
 
 
 def _read_text(file: DataFile, options: Options) -> Iterator[Row | Drop]:
     split = options.get("split", "file")
     if split != "file" and not options.get("gutenberg"):  # such files can be larger than memory
         with open_text(file) as lines:
-            yield from _pieces(file, lines, split, options.get("prefix", ""))
+            yield from _pieces(file, _lines(lines), split, options.get("prefix", ""))
         return
     text = _whole_text(file)
     if options.get("gutenberg"):
@@ -200,26 +195,37 @@ def _read_text(file: DataFile, options: Options) -> Iterator[Row | Drop]:
     if split == "file":
         yield Row(file.name, {"text": text})
     else:
-        yield from _pieces(file, text.splitlines(keepends=True), split, "")
+        yield from _pieces(file, enumerate(text.splitlines(keepends=True), start=1), split, "")
 
 
-def _pieces(file: DataFile, lines: Iterable[str], split: str, prefix: str) -> Iterator[Row]:
+def _pieces(file: DataFile, lines: Iterable[tuple[int, str | None]], split: str, prefix: str) -> Iterator[Row | Drop]:
     """Lines that hold something, or runs of them between empty ones, each with the number of its (first) line."""
     piece: list[str] = []
-    start = 0
-    for number, raw in enumerate(lines, start=1):
-        line = raw.removesuffix("\n").removesuffix("\r")
-        if not line.startswith(prefix):
+    start = size = 0
+
+    def finished() -> Row | Drop:
+        where = f"{file.name}:{start}"
+        return Drop(TOO_LONG, where) if size > MAX_ROW_CHARACTERS else Row(where, {"text": "\n".join(piece)})
+
+    for number, raw in lines:
+        line = None if raw is None else raw.removesuffix("\n").removesuffix("\r")
+        if line is not None and not line.startswith(prefix):
             continue
-        line = line.removeprefix(prefix)
-        if piece and (split == "line" or not line.strip()):
-            yield Row(f"{file.name}:{start}", {"text": "\n".join(piece)})
+        line = None if line is None else line.removeprefix(prefix)
+        empty = line is not None and not line.strip()
+        if start and (split == "line" or empty):
+            yield finished()
+            piece, start, size = [], 0, 0
+        if empty:
+            continue
+        start = start or number
+        size += MAX_ROW_CHARACTERS + 1 if line is None else len(line) + 1
+        if line is None or size > MAX_ROW_CHARACTERS:
             piece = []
-        if line.strip():
-            start = start if piece else number
+        else:
             piece.append(line)
-    if piece:
-        yield Row(f"{file.name}:{start}", {"text": "\n".join(piece)})
+    if start:
+        yield finished()
 
 
 def _read_markdown(file: DataFile, options: Options) -> Iterator[Row | Drop]:
@@ -228,7 +234,10 @@ def _read_markdown(file: DataFile, options: Options) -> Iterator[Row | Drop]:
 
 def _read_jsonl(file: DataFile, options: Options) -> Iterator[Row | Drop]:
     with open_text(file) as text:
-        for number, line in enumerate(text, start=1):
+        for number, line in _lines(text):
+            if line is None:
+                yield Drop(TOO_LONG, f"{file.name}:{number}")
+                continue
             if not line.strip():
                 continue
             try:
@@ -251,12 +260,13 @@ def _read_json(file: DataFile, options: Options) -> Iterator[Row | Drop]:
 
 def _read_yaml(file: DataFile, options: Options) -> Iterator[Row | Drop]:
     try:
-        value = yaml.load(_whole_text(file), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        yield Drop("malformed_file", f"{file.name}:{mark.line + 1}" if mark else file.name)
+        value, partly = parse_yaml_rows(_whole_text(file))
+    except Malformed as error:
+        yield Drop("malformed_file", f"{file.name}:{error.line}" if error.line else file.name)
         return
-    yield from _items(file, value, options)
+    for item in _items(file, value, options):
+        bad = partly and isinstance(item, Row) and holds_unreadable(item.value)
+        yield Drop("malformed_row", item.where) if bad else item
 
 
 def _items(file: DataFile, value: Any, options: Options) -> Iterator[Row | Drop]:
@@ -277,15 +287,64 @@ def _read_parquet(file: DataFile, options: Options) -> Iterator[Row | Drop]:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise UserError(f"{file.path}: reading Parquet needs pyarrow; install keural[data]") from error
+    if file.open is not None or file.path.suffix in PACKED:
+        raise UserError(f"{file.name}: Parquet is not read inside other packing; unpack it")
     try:
         with ParquetFile(file.path) as table:
+            _check_parquet(file, table)
             number = 0
             for batch in table.iter_batches(batch_size=1024):
-                for value in batch.to_pylist():
+                for value in _parquet_rows(batch):
                     number += 1
-                    yield Row(f"{file.name}#{number}", value)
-    except ArrowException as error:
+                    where = f"{file.name}#{number}"
+                    yield Drop("malformed_row", where) if value is None else Row(where, value)
+    except MemoryError:
+        raise
+    except (ArrowException, *_BAD_CELL) as error:
         raise UserError(f"{file.path}: not a readable Parquet file ({error}); fetch it again") from error
+
+
+_BAD_CELL = (ValueError, OverflowError, LookupError, TypeError)
+"""What pyarrow and Python's dates raise of a cell: bytes that are no UTF-8, a day outside the calendar."""
+
+
+def _parquet_rows(batch: Any) -> Iterator[dict[str, Any] | None]:
+    """The rows of a batch; None for one with a cell that cannot be read."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except _BAD_CELL:
+        pass
+    for number in range(batch.num_rows):
+        try:
+            yield batch.slice(number, 1).to_pylist()[0]
+        except _BAD_CELL:
+            yield None
+
+
+def _check_parquet(file: DataFile, table: Any) -> None:
+    """Refuse a file whose columns are packed far too well, and one with a time zone that nobody knows."""
+    for number in range(table.metadata.num_row_groups):
+        group = table.metadata.row_group(number)
+        columns = [group.column(place) for place in range(group.num_columns)]
+        unpacked = sum(column.total_uncompressed_size for column in columns)
+        check_ratio(file.name, unpacked, sum(column.total_compressed_size for column in columns))
+    for name, zone in _zones(table.schema_arrow):
+        try:
+            ZoneInfo(zone)
+        except (ValueError, LookupError, OSError) as error:
+            if not re.fullmatch(r"[+-]\d\d:\d\d", zone):
+                raise UserError(f"{file.name}: column {name!r} has the time zone {quoted(zone)}, which nobody knows") from error
+
+
+def _zones(fields: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Columns of a schema, or fields inside one, that hold times with a zone."""
+    for number in range(len(fields) if hasattr(fields, "names") else fields.num_fields):
+        field = fields.field(number)
+        if zone := getattr(field.type, "tz", None):
+            yield prefix + field.name, zone
+        if getattr(field.type, "num_fields", 0):
+            yield from _zones(field.type, f"{prefix}{field.name}.")
 
 
 def _read_table(file: DataFile, options: Options, delimiter: str, quotes: bool) -> Iterator[Row | Drop]:
@@ -308,19 +367,38 @@ def _read_table(file: DataFile, options: Options, delimiter: str, quotes: bool) 
 def _cells(text: IO[str], delimiter: str, quotes: bool) -> Iterator[tuple[int, list[str] | None]]:
     """Line number and cells of every record; None where quotation is broken."""
     if not quotes:
-        for number, line in enumerate(text, start=1):
-            yield number, line.rstrip("\r\n").split(delimiter)
+        for number, line in _lines(text):
+            yield number, None if line is None else line.rstrip("\r\n").split(delimiter)
         return
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    lines = _CsvLines(text)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error:
-            yield reader.line_num, None
+            yield lines.number, None
         else:
-            yield reader.line_num, cells
+            yield lines.number, cells
+
+
+class _CsvLines:
+    """The lines of a text for csv's reader, which begins a new record after an error. `number` is that of the latest."""
+
+    def __init__(self, text: IO[str]) -> None:
+        self._lines = _lines(text)
+        self.number = 0
+
+    def __iter__(self) -> "_CsvLines":
+        return self
+
+    def __next__(self) -> str:
+        """The next line. Raises `csv.Error` for one that is too long."""
+        self.number, line = next(self._lines)
+        if line is None:
+            raise csv.Error("a line is too long")
+        return line
 
 
 def _unescape(text: str) -> str:

@@ -8,8 +8,8 @@ that of the GNU gettext manual, section "The Format of PO Files": comments, `msg
 import re
 from dataclasses import dataclass, field
 
-_KEYWORD = re.compile(r'(msgctxt|msgid_plural|msgid|msgstr)(?:\[(\d+)\])?\s*("[^\n]*)')
-_QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
+_KEYWORD = re.compile(r'(msgctxt|msgid_plural|msgid|msgstr)(?:\[(\d{1,3})\])?\s*("[^\n]*)')
+_QUOTED = re.compile(r'"((?:[^"\\]++|\\.)*+)"')
 _ESCAPE = re.compile(r"\\(x[0-9A-Fa-f]{1,2}|[0-7]{1,3}|.)")
 _SIMPLE = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "f": "\f", "v": "\v", '"': '"', "\\": "\\", "'": "'", "?": "?"}
 
@@ -66,7 +66,7 @@ class _Entry:
     def __init__(self) -> None:
         self.line = 0
         self.fuzzy = False
-        self._strings: dict[str, str] = {}
+        self._strings: dict[str, list[str]] = {}
         self._current = ""
 
     @property
@@ -89,22 +89,21 @@ class _Entry:
         if name not in ("msgctxt", "msgid") and "msgid" not in self._strings:
             raise PoError(number, f"{name} without msgid")
         self.line = self.line or number
-        self._strings[self._current] = _unquote(number, quoted)
+        self._strings[self._current] = [_unquote(number, quoted)]
 
     def extend(self, number: int, quoted: str) -> None:
         """Add a further quoted string to the keyword before it."""
         if not self._current:
             raise PoError(number, "a string without a keyword")
-        self._strings[self._current] += _unquote(number, quoted)
+        self._strings[self._current].append(_unquote(number, quoted))
 
     def message(self) -> PoMessage:
         """The finished message."""
         if not self.complete:
             raise PoError(self.line, "a message without msgstr")
-        translations = {int(name[7:-1]): text for name, text in self._strings.items() if name.startswith("msgstr")}
-        return PoMessage(
-            self.line, self._strings["msgid"], self._strings.get("msgid_plural"), translations, self._strings.get("msgctxt")
-        )
+        texts = {name: "".join(pieces) for name, pieces in self._strings.items()}
+        translations = {int(name[7:-1]): text for name, text in texts.items() if name.startswith("msgstr")}
+        return PoMessage(self.line, texts["msgid"], texts.get("msgid_plural"), translations, texts.get("msgctxt"))
 
 
 def _unquote(number: int, quoted: str) -> str:

@@ -133,7 +133,8 @@ class _TextIds:
         self.ids = ids
 
     def encode(self, text: str) -> list[int]:
-        return self.ids[text].tolist()
+        found: list[int] = self.ids[text].tolist()
+        return found
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> Rendered:
         return render(cast(KeuralTokenizer, self), messages, add_generation_prompt)

@@ -1,8 +1,8 @@
 """Published shards as training data, without converting them: any sequence at any time, and a survey of what they hold.
 
 In: a directory of shards (`published_format.py` has their format). Out: single sequences with the places of their documents, the
-lost first token of a shard back as BOS. Opening checks the three files of each shard against each other and looks into some of them;
-what is wrong inside another one is refused when it is read.
+lost first token of a shard back as BOS. Opening checks the three files of each shard against each other and looks into some of
+them; what is wrong inside another one is refused when it is read.
 """
 
 import mmap
@@ -114,4 +114,5 @@ class PublishedShards:
 
 
 def _mapping(shard: PublishedShard) -> mmap.mmap:
-    return shard.tokens._mmap  # type: ignore[attr-defined]
+    found: mmap.mmap = shard.tokens._mmap  # type: ignore[attr-defined]
+    return found

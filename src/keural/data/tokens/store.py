@@ -16,25 +16,74 @@ import mmap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Literal, Self
+from typing import Annotated, Any, BinaryIO, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from keural.errors import UserError
-from keural.files import fingerprint, read_json, sha256_file, write_json
-from keural.recipe import STORES
-from keural.recipe import StoreKind as Kind
+from keural.files import CHECKSUM, fingerprint, read_object, sha256_file, write_json
+from keural.recipe import STORES, StoreKind
 
 Verify = Literal["auto", "size", "full"]
 FORMAT = "keural-token-store"
-VERSION = 1
+VERSION = 2
+"""2: the manifest states its own checksum."""
 SHARD_TOKENS = 1 << 28
 """A shard is closed when it holds at least so many tokens (1 GiB)."""
 FULL_CHECK_BYTES = 1_000_000_000
 """Stores up to this size are checked byte by byte whenever they are opened."""
 TOKEN = np.dtype("<u4")
 END = np.dtype("<u8")
+
+
+Count = Annotated[int, Field(ge=0)]
+Name = Annotated[str, Field(pattern=r"^[0-9A-Za-z][0-9A-Za-z._-]*$")]
+"""Of a file beside the manifest."""
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    bytes: Count
+    sha256: str
+
+
+class _Shard(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    name: Name
+    tokens: Count
+    sequences: Count
+    trained: Count
+    longest: Count
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    source: str
+    sequences: Count
+    tokens: Count = 0
+
+
+class _Manifest(BaseModel):
+    """What is read of a `manifest.json`; other keys are kept as they are."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    kind: StoreKind
+    num_sequences: Count
+    num_tokens: Count
+    longest: Count
+    vocab_size: Count
+    tokenizer_sha256: str
+    fingerprint: str
+    shards: list[_Shard]
+    files: dict[Name, _Entry]
+    sections: list[_Section] = []
+    sources: list[dict[str, Any]] = []
 
 
 class _File:
@@ -67,7 +116,7 @@ class StoreWriter:
         directory: Path,
         tokenizer_sha: str,
         vocab_size: int,
-        kind: Kind,
+        kind: StoreKind,
         meta: dict[str, Any] | None = None,
         shard_tokens: int = SHARD_TOKENS,
     ) -> None:
@@ -176,6 +225,7 @@ class StoreWriter:
             **self.meta,
         }
         manifest["fingerprint"] = content_fingerprint(manifest)
+        manifest[CHECKSUM] = fingerprint(manifest)
         write_json(self.directory / "manifest.json", manifest)
         self._closed = True
 
@@ -191,7 +241,7 @@ class TokenStore:
 
     def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
         self.directory, self.manifest = directory, manifest
-        self.kind: Kind = manifest["kind"]
+        self.kind: StoreKind = manifest["kind"]
         self.num_sequences: int = manifest["num_sequences"]
         self.num_tokens: int = manifest["num_tokens"]
         self.longest: int = manifest["longest"]
@@ -264,6 +314,19 @@ class TokenStore:
                 f"{sequences} of {tokens}; prepare the data again"
             )
         return store
+
+    @property
+    def files(self) -> dict[str, dict[str, Any]]:
+        """Size (`bytes`) and `sha256` of every file of the store, by name."""
+        return dict(self.manifest["files"])
+
+    def read_checked(self, name: str) -> bytes:
+        """The content of one file of the store. Raises `UserError` when it is not what was written."""
+        path, expected = self.directory / name, self.files[name]["sha256"]
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != expected:
+            raise _differs(path, self.directory)
+        return content
 
     def _check_ids(self) -> None:
         for shard, tokens in zip(self.manifest["shards"], self._tokens, strict=True):
@@ -375,24 +438,34 @@ class TokenStore:
 
 
 def _mapping(array: np.memmap[Any, Any]) -> mmap.mmap:
-    return array._mmap  # type: ignore[attr-defined]
+    found: mmap.mmap = array._mmap  # type: ignore[attr-defined]
+    return found
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / "manifest.json"
     if not path.is_file():
         raise UserError(f"{directory}: no finished token store (manifest.json is missing); prepare the data again")
-    manifest = read_json(path)
+    manifest = read_object(path)
+    if CHECKSUM not in manifest and (manifest.get("format"), manifest.get("version")) == (FORMAT, 1):
+        raise UserError(
+            f"{path}: of an earlier version of keural, whose manifests have no checksum; prepare or import the data again"
+        )
+    if manifest.get(CHECKSUM) != fingerprint({name: value for name, value in manifest.items() if name != CHECKSUM}):
+        raise UserError(f"{path}: damaged (its checksum differs); delete {directory} and prepare the data again")
+    if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
+        raise UserError(
+            f"{path}: format {manifest.get('format')!r} version {manifest.get('version')!r} is not known; prepare the data again"
+        )
     try:
-        if manifest["format"] != FORMAT or manifest["version"] != VERSION:
-            raise UserError(
-                f"{path}: format {manifest['format']!r} version {manifest['version']!r} is not known; prepare the data again"
-            )
-        if manifest["fingerprint"] != content_fingerprint(manifest):
-            raise UserError(f"{path}: damaged (its fingerprint does not match); delete {directory} and prepare the data again")
-        return dict(manifest)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged ({error}); delete {directory} and prepare the data again") from error
+        _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: damaged (key {key!r}: {first['msg']}); delete {directory} and prepare the data again") from error
+    if manifest["fingerprint"] != content_fingerprint(manifest):
+        raise UserError(f"{path}: damaged (its fingerprint does not match); delete {directory} and prepare the data again")
+    return manifest
 
 
 def _check_sizes(directory: Path, manifest: dict[str, Any]) -> None:
@@ -407,6 +480,8 @@ def _check_sizes(directory: Path, manifest: dict[str, Any]) -> None:
 def _check_sums(directory: Path, manifest: dict[str, Any]) -> None:
     for name, expected in manifest["files"].items():
         if sha256_file(directory / name) != expected["sha256"]:
-            raise UserError(
-                f"{directory / name}: checksum differs, the file is damaged; delete {directory} and prepare the data again"
-            )
+            raise _differs(directory / name, directory)
+
+
+def _differs(path: Path, store: Path) -> UserError:
+    return UserError(f"{path}: checksum differs, the file is damaged; delete {store} and prepare the data again")

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from keural.data.permutation import Permutation, mixed
 from keural.data.records import Document
 from keural.data.tokens.encode import Encoded
-from keural.data.tokens.store import TOKEN, Kind, StoreWriter
-from keural.recipe import STORES
+from keural.data.tokens.store import TOKEN, StoreWriter
+from keural.recipe import STORES, StoreKind
 
 BLOCK_RECORDS = 1024
 """So many records are written at a time."""
@@ -34,7 +34,7 @@ class StoreBuilder:
     too, with `sections` its sources stay apart.
     """
 
-    def __init__(self, stem: Path, kind: Kind, keep_texts: bool = False, sections: bool = False) -> None:
+    def __init__(self, stem: Path, kind: StoreKind, keep_texts: bool = False, sections: bool = False) -> None:
         self._stem, self._kind, self._keep_texts = stem, kind, keep_texts
         self._per_record = STORES[kind].sequences_per_record
         self._files: dict[str, BinaryIO] = {}

@@ -3,11 +3,13 @@
 In: a path, perhaps the name of an engine. Out: an `Engine`. An engine's libraries are imported when it is opened, not before.
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 from keural.card import SamplingDefaults
-from keural.errors import UserError, nearest
+from keural.errors import UserError, nearest, quoted
+from keural.limits import EVERY_MACHINES_THREADS
 from keural.pretrained.lineage import read_record
 from keural.serve.engines.base import Engine, EngineKind
 from keural.serve.engines.paths import gguf_file, is_model_directory, looks_like_gguf, transformers_directory
@@ -25,6 +27,9 @@ def open_engine(path: Path, name: str | None = None, threads: int | None = None)
     Raises:
         UserError: when the engine is unknown, not installed or does not run what is there, or the files are damaged.
     """
+    most = max(EVERY_MACHINES_THREADS, 2 * (os.cpu_count() or 1))
+    if threads is not None and not 1 <= threads <= most:
+        raise UserError(f"{quoted(threads)} threads: this machine has {os.cpu_count()} processors; give a number from 1 to {most}")
     kind, found = _find(path, name)
     return kind.open(found, threads)
 

@@ -3,11 +3,12 @@
 In: what a command line or a model's record says. Out: settings that are possible, or `UserError`.
 """
 
-import math
 from dataclasses import dataclass
+from typing import Any
 
 from keural.card import CARD
-from keural.errors import UserError
+from keural.errors import UserError, quoted
+from keural.limits import LARGEST_ANSWER, LARGEST_PENALTY, LARGEST_SEED, LARGEST_TEMPERATURE, SMALLEST_PENALTY
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,19 @@ class SamplingParams:
     """Makes sampling repeatable; None draws a new seed for every answer."""
 
     def __post_init__(self) -> None:
-        finite = math.isfinite(self.temperature) and math.isfinite(self.repetition_penalty)
-        possible = self.temperature >= 0 and 0 <= self.top_p <= 1 and self.repetition_penalty > 0 and self.max_new_tokens >= 1
-        if not (finite and possible and 0 <= (self.seed or 0) < 2**63):
-            raise UserError(
-                f"impossible sampling settings {self}: use temperature >= 0, 0 <= top_p <= 1, repetition_penalty > 0, "
-                "max_new_tokens >= 1, 0 <= seed < 2**63"
-            )
+        for name, (kinds, low, high) in _RANGES.items():
+            value: Any = getattr(self, name)
+            if name == "seed" and value is None:
+                continue
+            if not isinstance(value, kinds) or isinstance(value, bool) or not low <= value <= high:
+                raise UserError(f"impossible sampling settings: {name} {quoted(value)}; use a number from {low} to {high:,}")
+
+
+_NUMBER = (int, float)
+_RANGES: dict[str, tuple[Any, float, float]] = {
+    "temperature": (_NUMBER, 0, LARGEST_TEMPERATURE),
+    "top_p": (_NUMBER, 0, 1),
+    "repetition_penalty": (_NUMBER, SMALLEST_PENALTY, LARGEST_PENALTY),
+    "max_new_tokens": ((int,), 1, LARGEST_ANSWER),
+    "seed": ((int,), 0, LARGEST_SEED),
+}

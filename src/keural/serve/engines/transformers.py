@@ -79,7 +79,8 @@ class TransformersEngine:
             # An interrupt in the middle leaves some layers with the new keys and some without.
             self._forget()
             raise
-        return output.logits[0, -1].float()
+        found: Tensor = output.logits[0, -1].float()
+        return found
 
     def _forget(self) -> None:
         self._cached_ids: list[int] = []

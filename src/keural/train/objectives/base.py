@@ -26,6 +26,12 @@ class LossTerms:
 class Objective(Protocol):
     """What a stage trains for."""
 
+    @property
+    def uniform(self) -> bool:
+        """Whether the loss is a multiple of the sum of all labels' log-probabilities, so that one pass over the head serves both
+        directions.
+        """
+
     def denominator(self, batch: Batch) -> int:
         """How many labels or pairs the batch's loss is a sum over."""
 

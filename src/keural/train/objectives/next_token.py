@@ -10,6 +10,8 @@ from keural.train.objectives.base import LossTerms, References
 class NextToken:
     """Negative log-likelihood of every labelled token; SFT is the same, with labels on the assistant's turns only."""
 
+    uniform = True
+
     def denominator(self, batch: Batch) -> int:
         """Labelled tokens."""
         return batch.num_labels

@@ -1,6 +1,7 @@
 """Preference optimization: losses over the summed log-probabilities of pairs."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ class Dpo:
     """Direct preference optimization, summed over pairs; see `dpo_loss`."""
 
     beta: float
+    uniform: ClassVar[bool] = False
 
     def denominator(self, batch: Batch) -> int:
         """Pairs."""

@@ -5,7 +5,7 @@ fused layers in their place; what does not match still runs, but slower. Each pr
 entry of `BREAKS` is a change of the modelling file that costs a property, and the tests show that it is noticed.
 
 With KEURAL_VLLM_SOURCE set to the `vllm` directory of an unpacked release, the backend's own matchers run on the network and on
-every broken variant too (`vllm_release.py`).
+every broken variant too (`tests/helpers/vllm_release.py`).
 """
 
 import ast
@@ -23,18 +23,26 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from engine_trace import bare, calls_of, forward_tree, function_name, functions, module_calls, result, the_input, trace
 from torch import fx, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from vllm_release import Findings, load_matchers
 
 import keural.model
 from keural.model import KeuralMoEModel
+from tests.helpers.engine_trace import (
+    bare,
+    calls_of,
+    forward_tree,
+    function_name,
+    functions,
+    module_calls,
+    result,
+    the_input,
+    trace,
+)
+from tests.helpers.shapes import TINY
+from tests.helpers.tiny_network import decoder_layers
+from tests.helpers.vllm_release import Findings, load_matchers
 
-SHAPE = {
-    "vocab_size": 61, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 5, "sliding_window": 9,
-}  # fmt: skip
 ENGINE = "an_engines_own"
 """Name under which the attention of an engine is registered with transformers here, as vLLM registers "vllm"."""
 LENGTHS = (23, 14)
@@ -42,7 +50,7 @@ LENGTHS = (23, 14)
 
 
 def attend_to_one_row(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Any, None]:
     """The attention of an engine: `LENGTHS` sequences in one row, its own window and scale, output ``[T, heads · D]``."""
     if isinstance(query, fx.Proxy):
@@ -125,7 +133,9 @@ def attention_is_called_once(model: PreTrainedModel) -> None:
     fetched = [
         ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
         for node in ast.walk(tree)
-        if isinstance(node, ast.Assign | ast.AnnAssign) and ast.unparse(node.value).startswith("ALL_ATTENTION_FUNCTIONS")
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        and node.value is not None
+        and ast.unparse(node.value).startswith("ALL_ATTENTION_FUNCTIONS")
     ]
     assert len(fetched) == 1
     assert len(calls_of(tree, fetched[0])) == 1
@@ -141,13 +151,13 @@ def attention_scale_is_an_attribute(model: PreTrainedModel) -> None:
     }
     match = re.fullmatch(r"self\.(\w+)", keywords["scaling"])
     assert match is not None
-    assert getattr(attention, match[1]) == SHAPE["head_dim"] ** -0.5
+    assert getattr(attention, match[1]) == TINY["head_dim"] ** -0.5
     assert "s_aux" not in keywords
 
 
 def attention_knows_its_layer(model: PreTrainedModel) -> None:
     """`layer_idx` is the layer's number, each once; no module says it is not causal. (base.py, `_create_attention_instances`)"""
-    assert [getattr(layer.self_attn, "layer_idx", None) for layer in model.layers] == list(range(SHAPE["num_hidden_layers"]))
+    assert [getattr(layer.self_attn, "layer_idx", None) for layer in model.layers] == list(range(TINY["num_hidden_layers"]))
     assert all(getattr(module, "is_causal", True) for module in model.modules())
 
 
@@ -278,7 +288,9 @@ BREAKS: dict[str, Break] = {
 @pytest.fixture
 def base_model() -> KeuralMoEModel:
     """The network as an engine builds it: the base model alone, with the engine's attention."""
-    return build(keural.model)
+    model = build(keural.model)
+    assert isinstance(model, KeuralMoEModel)
+    return model
 
 
 @pytest.fixture
@@ -303,7 +315,7 @@ def broken_model(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: py
 
 def build(module: types.ModuleType) -> PreTrainedModel:
     torch.manual_seed(0)
-    model: PreTrainedModel = module.KeuralMoEModel(module.KeuralConfig(**SHAPE, initializer_range=0.3)).eval()
+    model: PreTrainedModel = module.KeuralMoEModel(module.KeuralConfig(**TINY, initializer_range=0.3)).eval()
     model.config._attn_implementation = ENGINE
     return model
 
@@ -325,10 +337,11 @@ def test_an_engines_attention_over_a_flat_row_gives_the_same_hidden_states(base_
     """Called as in base.py, `forward`: one row of several sequences, no mask, no cache; windows from `layer_types` and
     `sliding_window` of the configuration, scale from the module."""
     config = base_model.config
-    for layer, layer_type in zip(base_model.layers, config.layer_types, strict=True):
+    for layer, layer_type in zip(decoder_layers(base_model), config.layer_types, strict=True):
+        attention: Any = layer.self_attn
         window = config.sliding_window if layer_type == "sliding_attention" else None
-        layer.self_attn.engine = SimpleNamespace(window=window, scale=layer.self_attn.scaling)
-    sequences = [torch.randint(0, SHAPE["vocab_size"], (1, length)) for length in LENGTHS]
+        attention.engine = SimpleNamespace(window=window, scale=attention.scaling)
+    sequences = [torch.randint(0, TINY["vocab_size"], (1, length)) for length in LENGTHS]
     positions = torch.cat([torch.arange(length) for length in LENGTHS]).unsqueeze(0)
 
     row = base_model(

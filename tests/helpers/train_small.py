@@ -1,6 +1,6 @@
 """A model of a few thousand weights, stores of random sequences, and jobs on them: small enough to train in a second.
 
-Run as a program it trains the job that a JSON file describes: `torchrun ... train_small.py spec.json`.
+Run as a program it trains the job that a JSON file describes: `torchrun ... -m tests.helpers.train_small spec.json`.
 """
 
 import contextlib
@@ -30,6 +30,7 @@ from keural.train.parallel import full_state_dict
 from keural.train.ranks import Ranks, session
 from keural.train.stage import StageJob, StageResult, StageRun, StopSignals, open_stage, train_stage
 from keural.train.trainer import Trainer
+from tests.helpers.shapes import SMALL
 
 VOCAB = 96
 LENGTH = 32
@@ -38,20 +39,7 @@ KIND = {"next_token": "documents", "sft": "conversations", "dpo": "pairs"}
 
 
 def small_config(**changes: Any) -> KeuralConfig:
-    shape: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "sliding_window": 8,
-        "max_position_embeddings": 64,
-    }
-    return KeuralConfig(**(shape | changes))
+    return KeuralConfig(**(SMALL | {"vocab_size": VOCAB, "sliding_window": 8, "max_position_embeddings": 64} | changes))
 
 
 def random_model(seed: int = 0, scale: float = 1.0, **changes: Any) -> KeuralMoECausalLM:
@@ -137,7 +125,7 @@ def step_gradients(trainer: Trainer, step: int = 0) -> tuple[dict[str, torch.Ten
     found = accumulate_gradients(trainer, step)
     router = {name: getattr(found.router, name) for name in ("counts", "probabilities", "squares")}
     losses = {name: torch.tensor(value) for name, value in {"loss": found.loss, **found.metrics}.items()} | router
-    gradients = {name: parameter.grad.clone() for name, parameter in trainer.policy.model.named_parameters()}  # type: ignore[union-attr]
+    gradients = {name: parameter.grad.clone() for name, parameter in trainer.policy.model.named_parameters()}
     return losses, gradients
 
 
@@ -161,7 +149,7 @@ def start(spec: dict[str, Any], **environment: str) -> ForkServerProcess:
     The processes are forked from one that has imported everything, so that starting one takes no time.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_small"])
+    context.set_forkserver_preload([__name__])  # found from the root of the repository; elsewhere each process imports anew
     process = context.Process(target=_in_process, args=(spec, environment))
     process.start()
     return process

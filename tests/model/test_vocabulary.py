@@ -1,16 +1,13 @@
 """Rows for added tokens start at the mean of the others."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
-from keural.model import KeuralMoECausalLM, grow_vocabulary
+from keural.model import grow_vocabulary
+from tests.helpers.tiny_network import MakeModel, Tokens
 
 
-def test_new_embedding_rows_start_at_the_mean_of_the_others(
-    tiny_model: Callable[..., KeuralMoECausalLM], tokens: Callable[..., torch.Tensor]
-) -> None:
+def test_new_embedding_rows_start_at_the_mean_of_the_others(tiny_model: MakeModel, tokens: Tokens) -> None:
     model, ids = tiny_model(), tokens(1, 20)
     before, embedding = model(ids).logits, model.get_input_embeddings().weight.detach().clone()
 
@@ -25,6 +22,6 @@ def test_new_embedding_rows_start_at_the_mean_of_the_others(
     torch.testing.assert_close(model(ids).logits[..., -1], before.mean(-1))
 
 
-def test_a_vocabulary_does_not_shrink(tiny_model: Callable[..., KeuralMoECausalLM]) -> None:
+def test_a_vocabulary_does_not_shrink(tiny_model: MakeModel) -> None:
     with pytest.raises(ValueError, match="cannot shrink"):
         grow_vocabulary(tiny_model(), 10)

@@ -14,16 +14,20 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import keural.model
 from keural.model import KeuralConfig, KeuralMoECausalLM, KeuralMoEModel
+from tests.helpers.tiny_network import MakeConfig, MakeModel, Tokens, decoder_layers
+
+Saved = tuple[KeuralMoECausalLM, Path]
+"""A model, and the directory it is saved in."""
 
 
 @pytest.fixture
-def saved(tiny_model, tmp_path):
+def saved(tiny_model: MakeModel, tmp_path: Path) -> Saved:
     model = tiny_model()
     model.save_pretrained(tmp_path)
     return model, tmp_path
 
 
-def test_every_expert_is_three_matrices_on_disk_and_the_head_is_not_saved(saved):
+def test_every_expert_is_three_matrices_on_disk_and_the_head_is_not_saved(saved: Saved) -> None:
     model, path = saved
     with safe_open(path / "model.safetensors", "pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -45,36 +49,36 @@ def test_every_expert_is_three_matrices_on_disk_and_the_head_is_not_saved(saved)
     assert shapes == expected
 
 
-def test_gate_rows_come_first_in_the_fused_tensor(saved):
+def test_gate_rows_come_first_in_the_fused_tensor(saved: Saved) -> None:
     model, path = saved
-    experts = model.model.layers[1].mlp.experts
+    experts = decoder_layers(model)[1].mlp.experts
     with safe_open(path / "model.safetensors", "pt") as file:
         assert torch.equal(file.get_tensor("model.layers.1.mlp.experts.3.gate_proj.weight"), experts.gate_up_proj[3, :20])
         assert torch.equal(file.get_tensor("model.layers.1.mlp.experts.3.up_proj.weight"), experts.gate_up_proj[3, 20:])
         assert torch.equal(file.get_tensor("model.layers.1.mlp.experts.3.down_proj.weight"), experts.down_proj[3])
 
 
-def test_reloading_gives_every_weight_back_and_keeps_the_tie(saved):
+def test_reloading_gives_every_weight_back_and_keeps_the_tie(saved: Saved) -> None:
     model, path = saved
     loaded = KeuralMoECausalLM.from_pretrained(path)
     assert all(torch.equal(weight, loaded.state_dict()[name]) for name, weight in model.state_dict().items())
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
-def test_auto_classes_know_the_model_once_the_package_is_imported(saved):
+def test_auto_classes_know_the_model_once_the_package_is_imported(saved: Saved) -> None:
     _, path = saved
     assert isinstance(AutoConfig.from_pretrained(path), KeuralConfig)
     assert isinstance(AutoModel.from_pretrained(path), KeuralMoEModel)
     assert isinstance(AutoModelForCausalLM.from_pretrained(path), KeuralMoECausalLM)
 
 
-def test_the_base_model_loads_the_same_weights(saved):
+def test_the_base_model_loads_the_same_weights(saved: Saved) -> None:
     model, path = saved
     base = KeuralMoEModel.from_pretrained(path)
     assert all(torch.equal(weight, base.state_dict()[name]) for name, weight in model.model.state_dict().items())
 
 
-def test_a_model_made_without_memory_initialises_every_weight_and_buffer(tiny_config, tmp_path):
+def test_a_model_made_without_memory_initialises_every_weight_and_buffer(tiny_config: MakeConfig, tmp_path: Path) -> None:
     """from_pretrained builds on the meta device: what the file lacks must be drawn, and the rotary buffers computed."""
     expected = KeuralMoECausalLM(tiny_config())
     expected.save_pretrained(tmp_path)
@@ -86,7 +90,7 @@ def test_a_model_made_without_memory_initialises_every_weight_and_buffer(tiny_co
         assert weight.eq(1).all() if "norm" in name else spread == pytest.approx(0.3, rel=0.25), name
 
 
-def test_initialisation_is_normal_with_one_width_everywhere(tiny_config):
+def test_initialisation_is_normal_with_one_width_everywhere(tiny_config: MakeConfig) -> None:
     torch.manual_seed(0)
     model = KeuralMoECausalLM(tiny_config(hidden_size=128, intermediate_size=64, initializer_range=0.02, vocab_size=500))
     for name, weight in model.named_parameters():
@@ -114,7 +118,7 @@ assert "keural" not in sys.modules
 """
 
 
-def test_the_two_files_work_beside_the_weights_without_the_package(saved, tokens, tmp_path):
+def test_the_two_files_work_beside_the_weights_without_the_package(saved: Saved, tokens: Tokens, tmp_path: Path) -> None:
     model, path = saved
     for name in ("configuration_keural.py", "modeling_keural.py"):
         shutil.copy(Path(keural.model.__path__[0]) / name, path)

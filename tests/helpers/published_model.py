@@ -9,17 +9,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tests.helpers.shapes import SMALL
+
 Tensors = dict[str, Tensor]
 
-SHAPE = {
+SHAPE = SMALL | {
     "vocab_size": 402,
-    "hidden_size": 32,
-    "intermediate_size": 24,
     "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "num_local_experts": 4,
     "num_experts_per_tok": 2,
     "max_position_embeddings": 160,
     "sliding_window": 8,
@@ -56,7 +52,8 @@ class Attention(nn.Module):
         for head in range(q.shape[1]):
             scores = q[:, head] @ k[:, head // group].T / math.sqrt(width)
             heads.append(scores.masked_fill(blocked, -math.inf).softmax(-1) @ v[:, head // group])
-        return self.o_proj(torch.cat(heads, dim=-1))
+        mixed: Tensor = self.o_proj(torch.cat(heads, dim=-1))
+        return mixed
 
 
 class Expert(nn.Module):
@@ -68,7 +65,8 @@ class Expert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate = self.gate_proj(x)
-        return self.down_proj(gate * torch.sigmoid(gate) * self.up_proj(x))
+        y: Tensor = self.down_proj(gate * torch.sigmoid(gate) * self.up_proj(x))
+        return y
 
 
 class Experts(nn.Module):
@@ -102,6 +100,11 @@ class Block(nn.Module):
         self.attn_norm, self.attn = Norm(int(c["hidden_size"])), Attention(c)
         self.moe_norm, self.moe = Norm(int(c["hidden_size"])), Experts(c)
 
+    def forward(self, x: Tensor, slides: bool) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), slides=slides)
+        y: Tensor = x + self.moe(self.moe_norm(x))
+        return y
+
 
 class PublishedModel(nn.Module):
     """Ids `[T]` to logits `[T, V]`."""
@@ -118,9 +121,9 @@ class PublishedModel(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed_tokens(ids)
         for index, block in enumerate(self.layers):
-            x = x + block.attn(block.attn_norm(x), slides=index % 2 == 0)
-            x = x + block.moe(block.moe_norm(x))
-        return self.norm(x) @ self.embed_tokens.weight.T
+            x = block(x, slides=index % 2 == 0)
+        logits: Tensor = self.norm(x) @ self.embed_tokens.weight.T
+        return logits
 
 
 def training_checkpoint(state_dict: Tensors, config: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ class LeadingShape(fx.Proxy):
         return 2
 
     def __iter__(self) -> Iterator[fx.Proxy]:
-        return iter((self[0], self[1]))
+        return iter([self.tracer.create_proxy("call_function", operator.getitem, (self, index), {}) for index in (0, 1)])
 
 
 class EngineTracer(fx.Tracer):
@@ -29,7 +29,7 @@ class EngineTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
-    def keys(self, obj: fx.Proxy) -> Iterator[str]:
+    def keys(self, obj: fx.Proxy) -> Any:
         """Engines pass no further keyword arguments on."""
         return iter(())
 
@@ -80,7 +80,8 @@ def result(graph: fx.Graph) -> Any:
 
 
 def the_input(graph: fx.Graph) -> fx.Node:
-    return next(node for node in graph.nodes if node.op == "placeholder")
+    node: fx.Node = next(node for node in graph.nodes if node.op == "placeholder")
+    return node
 
 
 def forward_tree(module: nn.Module) -> ast.FunctionDef:

@@ -1,18 +1,19 @@
 """PEFT's adapters around the network: whatever name it passes the cache under, generating is recomputing."""
 
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from keural.model import KeuralMoECausalLM
+from tests.helpers.tiny_network import MakeModel, Tokens
 
 peft = pytest.importorskip("peft")
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "disable_compile": True}
 
 
-def adapted(model: KeuralMoECausalLM) -> torch.nn.Module:
+def adapted(model: KeuralMoECausalLM) -> Any:
     """A LoRA adapter on the attention, large enough to change the text."""
     torch.manual_seed(1)
     config = peft.LoraConfig(
@@ -22,9 +23,7 @@ def adapted(model: KeuralMoECausalLM) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def test_generating_with_an_adapter_is_recomputing(
-    tiny_model: Callable[..., KeuralMoECausalLM], tokens: Callable[..., torch.Tensor]
-) -> None:
+def test_generating_with_an_adapter_is_recomputing(tiny_model: MakeModel, tokens: Tokens) -> None:
     ids = tokens(1, 12)
     plain = tiny_model(eos_token_id=None).generate(ids, **GREEDY)
     model = adapted(tiny_model(eos_token_id=None))
@@ -38,9 +37,7 @@ def test_generating_with_an_adapter_is_recomputing(
     assert not torch.equal(generated, plain)
 
 
-def test_a_learned_prefix_reaches_the_network_as_a_cache(
-    tiny_model: Callable[..., KeuralMoECausalLM], tokens: Callable[..., torch.Tensor]
-) -> None:
+def test_a_learned_prefix_reaches_the_network_as_a_cache(tiny_model: MakeModel, tokens: Tokens) -> None:
     """Prefix tuning hands its keys and values over as a cache; a dropped one would change nothing and learn nothing."""
     torch.manual_seed(1)
     ids = tokens(2, 6)

@@ -5,7 +5,7 @@ calls the cache; `make test-transformers` runs this file under each release that
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,13 +14,11 @@ from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfi
 
 from keural.model import KeuralMoECausalLM
 from keural.model.modeling_keural import CACHE_NAME, CACHE_NAMES, KNOWN_ARGUMENTS
-
-Make = Callable[..., KeuralMoECausalLM]
-Tokens = Callable[..., torch.Tensor]
+from tests.helpers.tiny_network import MakeModel, Tokens
 
 NEW = 12
 """Tokens to generate: the prompts end before the window of 9 keys is full and after it."""
-GREEDY = {"max_new_tokens": NEW, "do_sample": False, "disable_compile": True}
+GREEDY: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "disable_compile": True}
 
 
 @torch.no_grad()
@@ -52,7 +50,7 @@ def padded_batch(long: torch.Tensor, short: torch.Tensor) -> tuple[torch.Tensor,
     return torch.cat((long, torch.nn.functional.pad(short, (padding, 0)))), mask
 
 
-CACHES = {
+CACHES: dict[str, dict[str, Any]] = {
     "none": {"use_cache": False},
     "dynamic": {"cache_implementation": "dynamic"},
     "static": {"cache_implementation": "static"},
@@ -60,7 +58,7 @@ CACHES = {
 
 
 @pytest.fixture
-def model(tiny_model: Make) -> KeuralMoECausalLM:
+def model(tiny_model: MakeModel) -> KeuralMoECausalLM:
     return tiny_model(eos_token_id=None)
 
 
@@ -101,7 +99,7 @@ def test_a_cache_of_ones_own_goes_on_where_it_ended(model: KeuralMoECausalLM, lo
 
 @pytest.mark.parametrize("assistant", ["another model", "prompt lookup"])
 def test_assisted_decoding_is_greedy_decoding(
-    model: KeuralMoECausalLM, tiny_model: Make, long: torch.Tensor, short: torch.Tensor, assistant: str
+    model: KeuralMoECausalLM, tiny_model: MakeModel, long: torch.Tensor, short: torch.Tensor, assistant: str
 ) -> None:
     options: dict[str, Any] = {"prompt_lookup_num_tokens": 3}
     if assistant == "another model":
@@ -124,7 +122,9 @@ def test_beam_search_finds_with_a_cache_what_it_finds_without(
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_continuous_batching_is_greedy_decoding(tiny_model: Make, long: torch.Tensor, short: torch.Tensor, attention: str) -> None:
+def test_continuous_batching_is_greedy_decoding(
+    tiny_model: MakeModel, long: torch.Tensor, short: torch.Tensor, attention: str
+) -> None:
     model = tiny_model(eos_token_id=None, attn_implementation=attention)
     expected = [greedy_by_recomputing(model, prompt, NEW)[0, prompt.shape[1] :].tolist() for prompt in (long, short)]
     assert batched_continuously(model, [long, short]) == expected
@@ -171,7 +171,7 @@ def ways_to_generate(model: KeuralMoECausalLM, other: KeuralMoECausalLM, prompt:
 
 
 def test_every_argument_of_generate_is_known(
-    model: KeuralMoECausalLM, tiny_model: Make, passed: set[str], long: torch.Tensor
+    model: KeuralMoECausalLM, tiny_model: MakeModel, passed: set[str], long: torch.Tensor
 ) -> None:
     """None of the calls is refused, and what has no parameter of its own is on the list."""
     assert all(generated is not None for generated in ways_to_generate(model, tiny_model(eos_token_id=None), long))
@@ -262,7 +262,7 @@ def test_generation_ends_at_the_end_of_turn(model: KeuralMoECausalLM, tokens: To
     assert generated.shape[1] <= 9
 
 
-def test_sampling_repeats_with_its_seed(tiny_model: Make, tokens: Tokens) -> None:
+def test_sampling_repeats_with_its_seed(tiny_model: MakeModel, tokens: Tokens) -> None:
     model, ids, runs = tiny_model(eos_token_id=None, initializer_range=0.02), tokens(1, 6), []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)

@@ -1,0 +1,60 @@
+"""The training engine behind a `Policy`: the forward pass by `keural.train.block` instead of by the model's own layers.
+
+In: a model and a micro-batch. Out: what the policy gives. The numbers are those of the model's layers; dtypes are stated instead of
+left to autocast, and what the backward pass computes again is chosen layer by layer (`train.recompute`).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from keural.model import KeuralConfig, KeuralMoECausalLM
+from keural.recipe import TrainSpec
+from keural.train.attention import choose_attention, packing
+from keural.train.block import forward, network_of, settings_of, windows_of
+from keural.train.head import label_logprobs
+from keural.train.micro_batches import MicroBatch
+from keural.train.policy import PolicyOutput
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a forward pass is computed."""
+
+    dtype: torch.dtype
+    """Of the residual stream and the matrix products."""
+    recompute: str
+    """Of every layer, a key of `keural.train.recompute.RECOMPUTE`."""
+    compiled: bool
+    attention: str
+    """A key of `keural.train.attention.ATTENTION`."""
+    experts: str
+    """A key of `keural.train.experts.GROUPED`."""
+    uniform: bool
+    """See `Objective.uniform`."""
+
+    def __call__(self, model: KeuralMoECausalLM, micro: MicroBatch, with_labels: bool) -> PolicyOutput:
+        """Run packed rows ``[rows, T]``; without labels the head is not used."""
+        config = model.config
+        settings, modes = settings_of(config, self.attention, self.experts), [self.recompute] * config.num_hidden_layers
+        packed = packing(torch.from_numpy(micro.positions), micro.input_ids.device)
+        network, ids = network_of(model), micro.input_ids.flatten()
+        hidden, logits = forward(network, ids, packed, windows_of(config), settings, self.dtype, modes, self.compiled)
+        if not with_labels:
+            return PolicyOutput(torch.zeros(micro.input_ids.shape, device=hidden.device), logits.unbind(0))
+        logprobs = label_logprobs(hidden, network.embed_tokens, micro.labels.flatten(), uniform=self.uniform)
+        return PolicyOutput(logprobs.view_as(micro.labels), logits.unbind(0))
+
+
+def engine_for(spec: TrainSpec, config: KeuralConfig, device: torch.device, uniform: bool) -> Engine:
+    """The engine for a stage on this device.
+
+    Expert by expert on a CPU, where that is faster, and in float32, for which accelerators have no grouped product.
+    """
+    dtype = getattr(torch, spec.compute_dtype)
+    assert config.head_dim is not None  # filled in by the configuration
+    attention = choose_attention(device, dtype, config.head_dim)
+    grouped = spec.compile or (device.type == "cuda" and dtype == torch.bfloat16)
+    if spec.compile:
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return Engine(dtype, spec.recompute, spec.compile, attention, "grouped_mm" if grouped else "loop", uniform)

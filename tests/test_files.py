@@ -1,0 +1,170 @@
+"""Files are whole or absent, and believed only when they are what was written."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from keural.errors import UserError
+from keural.files import (
+    CheckedFile,
+    FileHashes,
+    FileState,
+    fingerprint,
+    read_checked_text,
+    read_object,
+    remembered_check,
+    write_checked_text,
+    write_json,
+)
+
+
+class Marker(CheckedFile):
+    """A file with one value of each kind that markers have."""
+
+    name: str
+    steps: int
+    losses: dict[str, float]
+    files: list[str]
+
+
+MARKER = Marker(name="chat 한", steps=12, losses={"loss": 0.1, "other": float("nan")}, files=["a", "b"])
+
+
+def test_a_checked_file_reads_back_as_it_was_written(tmp_path: Path) -> None:
+    MARKER.write(tmp_path / "marker.json")
+    assert repr(Marker.read(tmp_path / "marker.json")) == repr(MARKER)
+    assert Marker.find(tmp_path / "other.json") is None
+
+
+def test_every_flipped_bit_of_it_is_refused_in_one_line_or_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "marker.json"
+    MARKER.write(path)
+    content = path.read_bytes()
+    refused, told = 0, set()
+    for place in range(8 * len(content)):
+        damaged = bytearray(content)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        try:
+            assert repr(Marker.read(path)) == repr(MARKER)  # white space between values
+        except UserError as error:
+            refused += 1
+            told.add((str(error).startswith(f"{path}: "), "delete it and run the same command again" in str(error)))
+    assert told == {(True, True)}
+    assert refused > 7 * len(content)
+
+
+def test_a_file_without_a_checksum_is_not_a_checked_one(tmp_path: Path) -> None:
+    write_json(tmp_path / "marker.json", MARKER.model_dump())
+    with pytest.raises(UserError, match="written by an earlier version of keural"):
+        Marker.read(tmp_path / "marker.json")
+
+
+@pytest.mark.parametrize("change", [{"steps": "12"}, {"steps": 1.5}, {"more": 1}, {"losses": []}, {"name": None}])
+def test_wrong_types_are_refused_whatever_the_checksum_says(tmp_path: Path, change: dict[str, object]) -> None:
+    content = MARKER.model_dump() | change
+    write_json(tmp_path / "marker.json", {"checksum": fingerprint(content), **content})
+    with pytest.raises(UserError, match=f"key '{next(iter(change))}"):
+        Marker.read(tmp_path / "marker.json")
+
+
+def test_a_checked_text_is_what_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    write_checked_text(path, "name: 한\nsteps: 3\n")
+    assert read_checked_text(path) == "name: 한\nsteps: 3\n"
+    for text in (path.read_text().replace("3\n", "4\n"), "name: 한\nsteps: 3\n", ""):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"recipe\.yaml: is not what keural wrote there"):
+            read_checked_text(path)
+
+
+class TestFileHashes:
+    """Checksums of big files are remembered, and never believed of a file that has changed."""
+
+    @pytest.fixture
+    def data(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A file that was written some time ago."""
+        path = tmp_path / "data.jsonl"
+        path.write_text("the sea")
+        monkeypatch.setattr("keural.files.SETTLED_NS", -1)
+        return path
+
+    def remembered(self, directory: Path, data: Path) -> FileHashes:
+        hashes = FileHashes(directory / "hashes.json")
+        hashes.of(data)
+        hashes.save()
+        return FileHashes(directory / "hashes.json")
+
+    def test_a_file_is_read_once(self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        hashes = self.remembered(tmp_path, data)
+        monkeypatch.setattr("keural.files.sha256_file", lambda path: 1 / 0)
+        assert hashes.of(data) == FileHashes(tmp_path / "hashes.json").of(data)
+
+    def test_a_change_of_equal_size_and_time_is_noticed(self, data: Path, tmp_path: Path) -> None:
+        hashes, before = self.remembered(tmp_path, data), data.stat()
+        digest = hashes.of(data)
+        data.write_text("the zea")
+        os.utime(data, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert (data.stat().st_size, data.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+        assert hashes.of(data) != digest
+
+    def test_so_is_another_file_in_its_place(self, data: Path, tmp_path: Path) -> None:
+        hashes, digest = self.remembered(tmp_path, data), self.remembered(tmp_path, data).of(data)
+        other = tmp_path / "other"
+        other.write_text("the zea")
+        os.utime(other, ns=(data.stat().st_atime_ns, data.stat().st_mtime_ns))
+        other.replace(data)
+        assert hashes.of(data) != digest
+
+    def test_a_file_that_may_change_within_one_tick_of_the_clock_is_read_again(self, tmp_path: Path) -> None:
+        path = tmp_path / "data.jsonl"
+        path.write_text("fresh")
+        assert not FileState.of(path).is_settled(time.time_ns())
+        hashes = FileHashes(tmp_path / "hashes.json")
+        hashes.of(path)
+        hashes.save()
+        assert read_object(tmp_path / "hashes.json")["files"] == {}
+
+    @pytest.mark.parametrize("content", ["", "[]", '{"checksum": "x", "files": {}}', '{"a.jsonl": [7, 7, "0"]}'])
+    def test_a_damaged_memory_is_said_and_made_again(
+        self, content: str, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        digest = self.remembered(tmp_path, data).of(data)
+        (tmp_path / "hashes.json").write_text(content)
+        again = FileHashes(tmp_path / "hashes.json")
+        assert "hashes.json: damaged" in capfd.readouterr().out
+        assert again.of(data) == digest
+        again.save()
+        assert FileHashes(tmp_path / "hashes.json").of(data) == digest
+        assert capfd.readouterr().out == ""
+
+
+def test_a_check_is_done_again_only_when_a_file_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("keural.files.SETTLED_NS", -1)
+    directory, memory, done = tmp_path / "model", tmp_path / "checked.json", []
+    directory.mkdir()
+    (directory / "a").write_text("1")
+    for change, times in ((lambda: None, 1), (lambda: None, 1), (lambda: (directory / "a").write_text("2"), 2)):
+        change()
+        remembered_check(directory, memory, lambda: done.append(1))
+        assert len(done) == times
+    (directory / "b").touch()
+    remembered_check(directory, memory, lambda: done.append(1))
+    memory.write_text("[]")
+    remembered_check(directory, memory, lambda: done.append(1))
+    assert len(done) == 4
+
+
+def test_a_check_that_fails_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("keural.files.SETTLED_NS", -1)
+
+    def fail() -> None:
+        raise UserError("damaged")
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "a").touch()
+    for _ in range(2):
+        with pytest.raises(UserError):
+            remembered_check(tmp_path / "model", tmp_path / "checked.json", fail)

@@ -1,0 +1,31 @@
+"""The check for an accelerator runs whole on a CPU with small shapes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.py"
+
+
+@pytest.mark.slow
+def test_every_part_runs_small_and_finds_the_engine_right(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    subprocess.run([sys.executable, str(BENCHMARK), "--small", "--seconds", "1200", "--out", str(out)], check=True, timeout=1300)
+    found = json.loads(out.read_text())
+    assert list(found) == ["check", "stack", "whole", "baselines", "parts", "toy"]
+    failed = {
+        f"{part}/{name}": values["error"]
+        for part, results in found.items()
+        for name, values in results.items()
+        if "error" in values
+    }
+    assert failed == {}
+    check = found["check"]
+    assert check["engine_float32"]["to_float64"] < 1e-5
+    assert check["engine_bfloat16_selective_compiled"]["ratio_to_plain"] < 2
+    assert check["split"]["same_bits_as_float32"] is True
+    assert all(check[f"discipline_{mode}"]["waiting_operations"] == 0 for mode in ("none", "selective", "full"))
+    assert [found["toy"][mode]["exit_code"] for mode in ("fp32", "split")] == [0, 0]

@@ -97,6 +97,13 @@ def test_a_row_that_is_not_to_be_learned_is_counted(adapter: str, flag: dict[str
     assert kept(convert(adapter, ADAPTERS[adapter].example | good))
 
 
+def test_a_flag_of_another_name_is_declared() -> None:
+    row = chat(ASKED, {"role": "assistant", "content": "wrong", "mask": 1}, ASKED, ANSWERED | {"learn": True})
+    assert reason(convert("messages", row))[0] == "undeclared_value", "1 may mean trained or hidden"
+    assert trained(convert("messages", row, flags={"mask": False})) == ["a"]
+    assert trained(convert("messages", row, flags={"mask": True, "learn": False})) == ["wrong"]
+
+
 def test_flags_that_disagree_or_leave_nothing_are_counted() -> None:
     assert reason(convert("messages", chat(ASKED, ANSWERED | {"weight": 0, "train": True}))) == ("fields_differ", "train, weight")
     assert reason(convert("messages", chat(ASKED, ANSWERED | {"weight": 0})))[0] == "nothing_trained"
@@ -113,6 +120,8 @@ def test_labels_of_good_answers_and_other_labels() -> None:
     row = chat(ASKED, ANSWERED)
     assert reason(convert("messages", row | {"label": 0}))[0] == "undeclared_value", "it could be a class"
     assert reason(convert("messages", row | {"label": 0}, label="label"))[0] == "label_false"
+    assert reason(convert("messages", row, label="label"))[0] == "missing_label"
+    assert reason(convert("sharegpt", {"conversations": [ASKED, ANSWERED], "kto_tag": False}))[0] == "label_false"
     assert kept(convert("messages", row | {"label": 1}, label="label"))
     assert kept(convert("messages", row | {"label": "geography"})), "listed as not read"
     assert reason(convert("messages", row | {"label": "geography"}, label="label"))[0] == "undeclared_value"
@@ -405,6 +414,7 @@ def test_dialogues_of_pairs_keep_their_sides() -> None:
     [
         ("messages", {"roles": {"bot": "robot"}}, "'robot' is no role"),
         ("messages", {"roles": "guess"}, "in_order"),
+        ("qa", {"flags": {"mask": 1}}, "must be true"),
         ("messages", {"reasoning": "hide"}, "must be one of drop, keep, train"),
         ("messages", {"assistant_first": True}, "must be a text"),
         ("qa", {"prompt": "p", "question": "q"}, "'question' has no effect"),

@@ -25,7 +25,16 @@ from keural.data.adapters.base import (
     text_of,
     trimmed,
 )
-from keural.data.adapters.turns import CHOICES, ROW_OPTIONS, TURN_OPTIONS, TurnReader, check_turns, listing, reads
+from keural.data.adapters.turns import (
+    CHOICES,
+    ROW_OPTIONS,
+    TURN_OPTIONS,
+    TurnReader,
+    check_row_options,
+    check_turns,
+    listing,
+    reads,
+)
 from keural.data.readers.formats import OptionTypes
 from keural.data.records import Conversation, Drop
 from keural.recipe import SourceSpec
@@ -147,6 +156,8 @@ def _names(options: Mapping[str, Any], *names: str) -> list[Any]:
 
 def _check_qa(source: SourceSpec) -> str | None:
     options = source.options
+    if problem := check_row_options(source):
+        return problem
     if "prompt" in options and (given := [name for name in ("question", "template") if name in options]):
         return f"option {given[0]!r} has no effect beside 'prompt', which is the question of all rows"
     if "{question}" not in options.get("template", "{question}"):
@@ -255,7 +266,9 @@ def _reads_dialogue(source: SourceSpec) -> Reads:
     return reads(source, [source.options.get("field", "dialogue")])
 
 
-def _adapter(convert: Any, options: OptionTypes, reads: Callable[[SourceSpec], Reads], example: Any, check: Any = None) -> Adapter:
+def _adapter(
+    convert: Any, options: OptionTypes, reads: Callable[[SourceSpec], Reads], example: Any, check: Any = check_row_options
+) -> Adapter:
     """An adapter of conversations; the options of all are added."""
     known = {**ROW_OPTIONS, "unfold": (list,), **options}
     choices = {name: values for name, values in CHOICES.items() if name in known}

@@ -73,7 +73,10 @@ FLAGS = {
 TOOLS = ("tools", "functions")
 CALLS = ("tool_calls", "function_call")
 REASONING = ("reasoning_content", "reasoning", "thinking")
-LABEL = "label"
+AMBIGUOUS = "mask"
+"""Such a field, of which 1 means trained in some sets and hidden in others; option `flags` says which."""
+LABELS = ("label", "kto_tag")
+"""Fields of a row that say whether its answer is good."""
 _SPANS = "train_detail"
 _CALL_ID = "tool_call_id"
 _SPECIAL = frozenset((*FLAGS, *CALLS, *REASONING, _SPANS, _CALL_ID))
@@ -85,7 +88,7 @@ REASONING_LEFT_OUT, GREETING_LEFT_OUT, QUESTION_TRAINED = "reasoning_left_out", 
 ITEMS_LEFT_OUT = "other_items_left_out"
 """Notes of kept conversations."""
 
-ROW_OPTIONS: OptionTypes = {"system": NAME, "tools": NAME, "label": NAME, "reasoning": (str,), "ignore": (list,)}
+ROW_OPTIONS: OptionTypes = {"system": NAME, "tools": NAME, "label": NAME, "reasoning": (str,), "flags": (dict,), "ignore": (list,)}
 """Options of every adapter of conversations."""
 TURN_OPTIONS: OptionTypes = {
     **ROW_OPTIONS,
@@ -105,8 +108,18 @@ CHOICES = {
 }
 
 
+def check_row_options(source: SourceSpec) -> str | None:
+    """What is wrong with the option `flags`."""
+    flags = source.options.get("flags", {})
+    if wrong := next((name for name, value in flags.items() if not isinstance(value, bool)), None):
+        return f"option 'flags': {wrong!r} must be true (a true field is trained) or false (a true field is not)"
+    return None
+
+
 def check_turns(source: SourceSpec) -> str | None:
-    """What is wrong with the option `roles`."""
+    """What is wrong with the options `flags` and `roles`."""
+    if problem := check_row_options(source):
+        return problem
     roles = source.options.get("roles", {})
     if isinstance(roles, str):
         return None if roles == IN_ORDER else f"option 'roles' must be a map of names or {IN_ORDER}, got {roles!r}"
@@ -120,7 +133,7 @@ def reads(source: SourceSpec, keys: Sequence[Any], turns: Sequence[str | int] = 
     """What an adapter of conversations reads: `keys` are names of fields or lists of them; `turns` those that hold turns."""
     options = source.options
     named = [name for key in keys for name in (key if isinstance(key, list) else [key])]
-    named += [options.get("system", "system"), *FLAGS, *REASONING, *_ignored(options)]
+    named += [options.get("system", "system"), *_flags(options), *REASONING, *_ignored(options)]
     named += [options["label"]] if "label" in options else []
     named += [options["tools"]] if "tools" in options else TOOLS
     role, content = (
@@ -130,10 +143,15 @@ def reads(source: SourceSpec, keys: Sequence[Any], turns: Sequence[str | int] = 
     return Reads(
         frozenset(part for name in (*named, *turns) for part in (str(name), str(name).split(".")[0])),
         tuple(turns),
-        _SPECIAL | {str(name).split(".")[0] for name in (*role, *content, *_ignored(options))},
-        booleans=frozenset((LABEL,)),
+        _SPECIAL | _flags(options).keys() | {str(name).split(".")[0] for name in (*role, *content, *_ignored(options))},
+        booleans=frozenset(LABELS),
         optional=("system", "tools", "label", *optional),
     )
+
+
+def _flags(options: Mapping[str, Any]) -> dict[str, bool | None]:
+    """Fields that say what is trained, and which value says that it is; None: nobody knows."""
+    return {AMBIGUOUS: None, **FLAGS, **{str(name): value for name, value in options.get("flags", {}).items()}}
 
 
 def _ignored(options: Mapping[str, Any]) -> list[str]:
@@ -187,8 +205,14 @@ class TurnReader:
         return frozenset(_ignored(self.options))
 
     @cached_property
+    def _flags(self) -> dict[str, bool | None]:
+        return _flags(self.options)
+
+    @cached_property
     def _special(self) -> frozenset[str]:
-        return _SPECIAL - self._ignore | (frozenset(CONTENT_KEYS) if "reasoning" in self.options else frozenset())
+        return (_SPECIAL | self._flags.keys()) - self._ignore | (
+            frozenset(CONTENT_KEYS) if "reasoning" in self.options else frozenset()
+        )
 
     @cached_property
     def _roles(self) -> Mapping[str, str]:
@@ -207,9 +231,14 @@ class TurnReader:
         names = {str(name) for each in used for name in (each if isinstance(each, list) else [each])}
         if self._flag(row, names) is False:
             raise BadRow("not_trained")
-        label = self.options.get("label", LABEL)
-        if str(label) not in names | self._ignore and self.label(lookup(row, label), label) is False:
-            raise BadRow("label_false")
+        for label in [self.options["label"]] if "label" in self.options else LABELS:
+            if str(label) in names | self._ignore:
+                continue
+            good = self.label(lookup(row, label), label)
+            if good is False:
+                raise BadRow("label_false")
+            if good is None and "label" in self.options:
+                raise BadRow("missing_label")
 
     def label(self, value: Any, name: str | int, required: bool = False) -> bool | None:
         """Whether a row's answer is good, where its label says so: true or false, also as text. Where a recipe or an adapter says
@@ -241,7 +270,8 @@ class TurnReader:
 
     def _flag(self, value: dict[str, Any], used: set[str] | frozenset[str] = frozenset()) -> bool | None:
         """What a turn or row says of itself: trained, not trained, or nothing."""
-        said = {name: _flag_value(name, value[name]) for name in FLAGS.keys() & value.keys() - self._ignore - used}
+        known = self._flags
+        said = {name: _flag_value(name, value[name], known[name]) for name in known.keys() & value.keys() - self._ignore - used}
         flags = {flag for flag in said.values() if flag is not None}
         if len(flags) > 1:
             raise BadRow("fields_differ", ", ".join(sorted(name for name, flag in said.items() if flag is not None)))
@@ -453,13 +483,16 @@ def messages_of(value: Any) -> list[Message]:
 _BARE = SourceSpec(name="turns", adapter="messages")
 
 
-def _flag_value(name: str, value: Any) -> bool | None:
+def _flag_value(name: str, value: Any, trained: bool | None) -> bool | None:
     if value is None or value == "":
         return None
     text = str(value).strip().lower()
+    if trained is None:
+        how = f"options: {{flags: {{{name}: true}}}} where 1 means trained, {{{name}: false}} where it means hidden"
+        raise Undeclared(name, value, f"{how}; {MEANS_SOMETHING_ELSE}")
     if text not in (*_YES, *_NO):
         raise Undeclared(name, value, f"1 or true and 0 or false say what is trained; {MEANS_SOMETHING_ELSE}")
-    return (text in _YES) == FLAGS[name]
+    return (text in _YES) == trained
 
 
 def _content(value: Any, role: str) -> str:

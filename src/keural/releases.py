@@ -49,4 +49,6 @@ def _version(library: str) -> str:
 
 
 if __name__ == "__main__":
-    print(installed_releases())
+    from keural.terminal import show
+
+    show(installed_releases())

@@ -41,7 +41,7 @@ def read_recipe(place: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "settings",
     [
-        ("train.micro_batch_tokens=128", "train.gradient_checkpointing=true"),
+        ("train.micro_batch_tokens=128", "train.recompute=full"),
         ("train.save_every=1", "train.keep_checkpoints=3", "train.evaluate_every=2"),
         ("chat.notes=[said later]",),
     ],

@@ -68,6 +68,7 @@ def test_kill_9_at_many_random_moments(tmp_path: Path, objective: str) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_finishes_the_step_and_saves(tmp_path: Path, number: signal.Signals) -> None:
     job = small_job(tmp_path, **SETTINGS)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # who started the tests may have asked for it to be ignored
     handlers = [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
     with calling_before_each_step(lambda step: os.kill(os.getpid(), number) if step == 6 else None):
         result = train_stage(job)

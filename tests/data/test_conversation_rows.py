@@ -475,6 +475,14 @@ class Shown:
         self.data = data
 
 
+def test_reasoning_beside_a_row_is_read_or_listed(prepared: Prepare) -> None:
+    assert prepared("messages", [chat(ASKED, ANSWERED, reasoning="why")]).table[0].not_read == ("reasoning",)
+    (row,) = prepared("qa", [{"question": "q", "answer": "a", "thinking": "why"}], options={"reasoning": "keep"}).table
+    assert (row.not_read, row.noted) == (None, {})
+    both = {"prompt": "q", "completion": [ANSWERED | {"reasoning": "x"}], "reasoning": "y"}
+    assert reason(convert("prompt_completion", both, reasoning="keep"))[0] == "fields_differ"
+
+
 def test_unknown_roles_are_named_in_the_table(prepared: Prepare, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [chat(ASKED, ANSWERED), *(chat(ASKED, {"role": role, "content": "x"}) for role in ("ipython", "critic", "ipython"))]
     done = prepared("messages", rows, max_drop=1.0)

@@ -246,24 +246,26 @@ def _items(value: Any, names: list[str]) -> Iterator[Any]:
             yield outside | inside
 
 
-def _reads(*fields: str, turns: tuple[str, ...] = (), optional: tuple[str, ...] = ()) -> Callable[[SourceSpec], Reads]:
+def _reads(
+    *fields: str, turns: tuple[str, ...] = (), optional: tuple[str, ...] = (), reasoning: tuple[str, ...] = REASONING
+) -> Callable[[SourceSpec], Reads]:
     """Fields by the options that name them; of `turns`, those that hold turns, the option may be `field`."""
 
     def of(source: SourceSpec) -> Reads:
         options = source.options
         lists = [options.get("field", options.get(name, name)) for name in turns]
         keys = [options.get(name, name) for name in fields if name != "question" or "prompt" not in options]
-        return reads(source, keys, lists, optional)
+        return reads(source, [*keys, *reasoning], lists, optional)
 
     return of
 
 
 def _reads_kto(source: SourceSpec) -> Reads:
-    return reads(source, [source.options.get("label", "label")], _names(source.options, "prompt", "completion"))
+    return reads(source, [source.options.get("label", "label"), *REASONING], _names(source.options, "prompt", "completion"))
 
 
 def _reads_dialogue(source: SourceSpec) -> Reads:
-    return reads(source, [source.options.get("field", "dialogue")])
+    return reads(source, [source.options.get("field", "dialogue"), *REASONING])
 
 
 def _adapter(
@@ -299,9 +301,9 @@ _SQUAD = replace(
     split_option=None,
 )
 ADAPTERS = {
-    "messages": _adapter(_messages, {**TURN_OPTIONS, "field": NAME}, _reads(turns=("messages",)), {"messages": _CHAT}, check_turns),
+    "messages": _adapter(_messages, {**TURN_OPTIONS, "field": NAME}, _reads(turns=("messages",), reasoning=()), {"messages": _CHAT}, check_turns),
     "sharegpt": _adapter(
-        _sharegpt, {**TURN_OPTIONS, "field": NAME}, _reads(turns=("conversations",)), {"conversations": _HEARD}, check_turns
+        _sharegpt, {**TURN_OPTIONS, "field": NAME}, _reads(turns=("conversations",), reasoning=()), {"conversations": _HEARD}, check_turns
     ),
     "prompt_completion": _adapter(
         _prompt_completion,

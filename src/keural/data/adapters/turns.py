@@ -133,7 +133,7 @@ def reads(source: SourceSpec, keys: Sequence[Any], turns: Sequence[str | int] = 
     """What an adapter of conversations reads: `keys` are names of fields or lists of them; `turns` those that hold turns."""
     options = source.options
     named = [name for key in keys for name in (key if isinstance(key, list) else [key])]
-    named += [options.get("system", "system"), *_flags(options), *REASONING, *_ignored(options)]
+    named += [options.get("system", "system"), *_flags(options), *_ignored(options)]
     named += [options["label"]] if "label" in options else []
     named += [options["tools"]] if "tools" in options else TOOLS
     role, content = (
@@ -301,7 +301,7 @@ class TurnReader:
         options = self.options
         role = self._role(item)
         found = lookup(item, options["content"]) if "content" in options else one_of(item, CONTENT_KEYS)
-        text = _content(found, role)
+        text = _content(self._without_nulls(found), role)
         if role == TOOL_CALL:
             text = with_calls("", [self._call(call) for call in _calls_in(text)])
         turn = Message(role, trimmed(text))
@@ -395,6 +395,8 @@ class TurnReader:
             reasoning, content = reasoning or inside, trimmed(content)
         if not reasoning:
             return turn
+        if turn.reasoning and turn.reasoning != reasoning:
+            raise BadRow("fields_differ", "reasoning of the row, of its last turn")
         if turn.role != "assistant":
             raise BadRow("reasoning_outside_answer", turn.role)
         policy = self.options.get("reasoning", "drop")
@@ -406,7 +408,7 @@ class TurnReader:
     def system(self, row: Any) -> str:
         """The system text beside the turns, where the row has one."""
         name = self.options.get("system", "system")
-        return "" if str(name) in self._ignore else text_of(row, name, required=False)
+        return "" if str(name) in self._ignore else trimmed(text_of(row, name, required=False))
 
     def tools(self, row: Any) -> list[dict[str, Any]]:
         """The tool definitions beside the turns, where the row has them: `{name, ..}`, also under `function`, also as JSON text."""

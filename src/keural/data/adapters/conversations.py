@@ -27,6 +27,7 @@ from keural.data.adapters.base import (
 )
 from keural.data.adapters.turns import (
     CHOICES,
+    REASONING,
     ROW_OPTIONS,
     TURN_OPTIONS,
     TurnReader,
@@ -301,9 +302,15 @@ _SQUAD = replace(
     split_option=None,
 )
 ADAPTERS = {
-    "messages": _adapter(_messages, {**TURN_OPTIONS, "field": NAME}, _reads(turns=("messages",), reasoning=()), {"messages": _CHAT}, check_turns),
+    "messages": _adapter(
+        _messages, {**TURN_OPTIONS, "field": NAME}, _reads(turns=("messages",), reasoning=()), {"messages": _CHAT}, check_turns
+    ),
     "sharegpt": _adapter(
-        _sharegpt, {**TURN_OPTIONS, "field": NAME}, _reads(turns=("conversations",), reasoning=()), {"conversations": _HEARD}, check_turns
+        _sharegpt,
+        {**TURN_OPTIONS, "field": NAME},
+        _reads(turns=("conversations",), reasoning=()),
+        {"conversations": _HEARD},
+        check_turns,
     ),
     "prompt_completion": _adapter(
         _prompt_completion,

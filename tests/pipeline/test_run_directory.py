@@ -97,6 +97,15 @@ class TestEarlierVersions:
         change(place.run / "run.json", format=99, keural="9.0")
         assert "a run of keural 9.0" in place.refused()
 
+    @pytest.mark.parametrize("command", [("data", "prepare"), ("tokenizer", "train")])
+    def test_a_marker_that_is_gone_is_proved_after_every_command(self, place: Any, command: tuple[str, str]) -> None:
+        arguments = (*command, place.root / "recipe", "--out", place.root / "new")
+        assert place.command(*arguments)[0] == 0
+        (place.root / "new" / "run.json").write_text("[]")
+        assert place.command(*arguments)[0] == 2
+        (place.root / "new" / "run.json").unlink()  # as it says
+        assert place.command(*arguments)[0] == 0
+
     def test_a_marker_that_is_gone_is_proved_by_the_recipe_that_the_run_wrote(self, place: Any, damage: Damage) -> None:
         damage(place.run / "run.json", 30)
         assert "run.json: damaged" in place.refused()
@@ -148,6 +157,20 @@ class TestChecked:
         assert "resumed at step 4 of 6" in interrupted.again("--until", "chat")
         assert not list(interrupted.run.glob("*.old-*"))
 
+    def test_before_the_first_checkpoint_it_begins_again(self, interrupted: Any, damage: Damage, finished: Path) -> None:
+        shutil.rmtree(interrupted.run / "chat" / "checkpoints")
+        damage(interrupted.run / "chat" / "stage.json", 30)
+        interrupted.refused("--until", "chat")
+        (interrupted.run / "chat" / "stage.json").unlink()
+        assert "others, which are not known" in interrupted.again("--until", "chat")
+        assert interrupted.weights("chat") == (finished / "run/chat/model/model.safetensors").read_bytes()
+
+    def test_a_stage_that_was_killed_before_its_first_file_begins(self, interrupted: Any) -> None:
+        shutil.rmtree(interrupted.run / "chat")
+        (interrupted.run / "chat").mkdir()
+        (interrupted.run / "chat" / ".stage.json.1-00000000.tmp").touch()
+        interrupted.again("--until", "chat")
+
     def test_a_damaged_plan_is_refused_and_made_again(self, interrupted: Any, finished: Path) -> None:
         plan = interrupted.run / "chat" / "plan.json"
         plan.write_text(plan.read_text().replace('"steps": 6', '"steps": 7'))
@@ -181,10 +204,11 @@ class TestChecked:
             path.write_text(json.dumps(content | {key: []}))
         assert "manifest.json: damaged (its checksum differs)" in place.refused()
 
-    def test_a_tokenizer_is_all_of_its_files(self, place: Any, damage: Damage) -> None:
-        damage(place.run / "tokenizer" / "chat_template.jinja", 5)
-        assert "chat_template.jinja: damaged" in place.refused()
+    @pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.model", "done.json"])
+    def test_a_tokenizer_is_all_of_its_files(self, name: str, place: Any, damage: Damage) -> None:
         before = (place.run / "tokenizer" / "tokenizer.model").read_bytes()
+        damage(place.run / "tokenizer" / name, 40)
+        assert f"{name}: damaged" in place.refused()
         shutil.rmtree(place.run / "tokenizer")  # as it says
         assert place.again().count("finished already") == 3
         assert (place.run / "tokenizer" / "tokenizer.model").read_bytes() == before

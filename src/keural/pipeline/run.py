@@ -72,7 +72,7 @@ def run(recipe: Recipe, out: Path, *, until: str | None = None, only: str | None
         for stage in stages:
             check_ranks(stage, ranks.world)
         ranks.on_main(lambda: check_inputs(recipe, stages, out))
-        ranks.on_main(lambda: claim(out))
+        ranks.on_main(lambda: claim(out, recipe))
         ranks.on_main(lambda: stack.enter_context(only_run_in(out)))
         ranks.on_main(lambda: _open_run(recipe, stages, out))
         workspace = prepare_all(recipe, stages, out)

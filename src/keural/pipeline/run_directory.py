@@ -35,7 +35,7 @@ import secrets
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import yaml
 
@@ -66,6 +66,8 @@ class RunMarker(CheckedFile):
 
 class TokenizerMarker(CheckedFile):
     """`tokenizer/done.json`."""
+
+    remedy: ClassVar[str] = "delete the directory that it is in and run the same command again"
 
     fingerprint: str
     """Of the settings."""
@@ -145,8 +147,8 @@ def only_run_in(out: Path) -> Iterator[None]:
         yield
 
 
-def claim(out: Path) -> None:
-    """Make `out` a run directory, or make sure that it is one.
+def claim(out: Path, recipe: Recipe) -> None:
+    """Make `out` a run directory, with the resolved recipe that proves it, too, or make sure that it is one.
 
     Raises `UserError` when it holds anything that a run has not put there, or is a run of an earlier version.
     """
@@ -158,6 +160,7 @@ def claim(out: Path) -> None:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _unwritable(out, error) from error
+        write_recipe(out, recipe)
         RunMarker(format=FORMAT, keural=_version()).write(out / RUN)
     final = out / FINAL
     if os.path.lexists(final) and not _is_our_link(final):

@@ -4,13 +4,14 @@ In: a stage directory and the settings of the stage as they are now. Out: whethe
 which the stage goes on or begins, and a line that says what became of earlier work, and why.
 """
 
+import contextlib
 import os
 from pathlib import Path
 
 import yaml
 
 from keural.errors import UserError
-from keural.files import fingerprint, remembered_check, write_checked_text
+from keural.files import fingerprint, read_checked_text, remembered_check, write_checked_text
 from keural.pipeline.run_directory import (
     CHECKPOINTS,
     DONE,
@@ -62,7 +63,7 @@ def _adopt(directory: Path, settings: Settings, trajectory: str) -> StageMarker 
     A marker that is gone is written again where another file shows that the directory was made from these very settings. Raises
     `UserError` when nothing shows that this package has made the directory.
     """
-    if not os.path.lexists(directory):
+    if not os.path.lexists(directory) or _is_empty(directory):
         return None
     marker = StageMarker.find(directory / STAGE)
     if marker is not None:
@@ -73,9 +74,17 @@ def _adopt(directory: Path, settings: Settings, trajectory: str) -> StageMarker 
         marker = StageMarker.of(settings)
         marker.write(directory / STAGE)
         return marker
+    with contextlib.suppress(UserError):
+        read_checked_text(directory / STAGE_TEXT)
+        return StageMarker.of({})  # its settings are not known, or are others
     if done is not None or made_from is not None or PlanFile.find(directory / PLAN) is not None:
-        return StageMarker.of({})  # its settings are not known, and are others
+        return StageMarker.of({})
     raise UserError(f"{directory}: is in the way: nothing there shows that a run has made it (no {STAGE}); move it away")
+
+
+def _is_empty(directory: Path) -> bool:
+    """Whether there is nothing but what a killed process began to write."""
+    return directory.is_dir() and not directory.is_symlink() and all(path.name.startswith(".") for path in directory.iterdir())
 
 
 def _write_stage(directory: Path, stage: StageSpec, settings: Settings) -> None:

@@ -139,7 +139,7 @@ def init_directory(out: Path, stage: StageSpec) -> Path:
 
 def prepare_all(recipe: Recipe, stages: Iterable[StageSpec], out: Path) -> Workspace:
     """Tokenizer and token stores of the given stages and of those they start from; what is already there is only opened."""
-    claim(out)
+    claim(out, recipe)
     tokenizer = prepare_tokenizer(recipe, out)
     needed = {name: stage for stage in stages for name, stage in with_ancestors(recipe, stage).items()}
     data = {name: _prepare_stage(recipe, stage, tokenizer, out) for name, stage in needed.items()}
@@ -186,7 +186,7 @@ def prepare_tokenizer(recipe: Recipe, out: Path) -> KeuralTokenizer:
     One of other settings is set aside, and that is said. Raises `UserError` when `out` is no run directory, or what is there is
     damaged.
     """
-    claim(out)
+    claim(out, recipe)
     spec, directory = recipe.spec.tokenizer, out / TOKENIZER
     if spec.path:
         return KeuralTokenizer.load((data_directory(recipe) or Path()) / spec.path)

@@ -39,7 +39,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow --timeout 3600
+	$(BIN)/python -m pytest -m slow --timeout 3600 --hypothesis-profile=random
 
 # What needs llama.cpp: the tests that the quick suite skips where it is not installed.
 test-llama: $(VENV)/.ready-llama

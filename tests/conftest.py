@@ -6,6 +6,7 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -30,6 +31,11 @@ def pytest_report_header() -> str:
     """So that a failure is seen beside the releases it came with."""
     return f"releases: {installed_releases()}"
 
+
+# The quick suite tries the same examples each time; `--hypothesis-profile=random`, which the slow suite has, tries others.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.register_profile("random", derandomize=False)
+hypothesis.settings.load_profile("repeatable")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

@@ -691,9 +691,10 @@ def check_honoured(record: Any, row: dict[str, Any], options: dict[str, Any]) ->
         if turn.get("tool_calls"):
             assert f'"call{place}x"' in whole
         if turn.get("reasoning"):
-            assert (f"thought{place}x" in whole) == (options.get("reasoning", "drop") != "drop")
-            assert "reasoning_left_out" in record.notes or f"thought{place}x" in whole
-            assert f"thought{place}x" not in learned or options["reasoning"] == "train"
+            thought = f"<think>\n{turn['reasoning']}\n</think>"
+            assert (thought in whole) == (options.get("reasoning", "drop") != "drop")
+            assert "reasoning_left_out" in record.notes or thought in whole
+            assert thought not in learned or options["reasoning"] == "train"
 
 
 MEANINGFUL = {

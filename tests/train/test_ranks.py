@@ -43,7 +43,10 @@ def compare(tmp_path: Path, objective: str, world: int, **changes: Any) -> None:
     many = small_job(tmp_path, objective, run="many", **changes)
     assert losses_of(many) == pytest.approx(losses_of(one), abs=1e-5)
     for ours, theirs in zip(metrics_of(many), metrics_of(one), strict=True):
-        for name in set(ours) & {"gradient_norm", "balance_loss", "z_loss", "reward_margin", "reward_accuracy"}:
+        names = {"gradient_norm", "balance_loss", "z_loss", "reward_margin"}
+        if theirs.get("step", 0) > 1:  # the first step's policy is its reference: margins of zero, whose signs are rounding
+            names.add("reward_accuracy")
+        for name in set(ours) & names:
             assert ours[name] == pytest.approx(theirs[name], abs=1e-4), name
     for name, value in expected.items():
         torch.testing.assert_close(outcome["weights"][name], value, atol=1e-4, rtol=1e-3)

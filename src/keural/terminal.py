@@ -154,6 +154,13 @@ def marks(stream: _Stream | None = None) -> tuple[str, str]:
     return MARKS
 
 
+def underline_words() -> str:
+    """What underlined text is, for a reader of standard output."""
+    if _can_underline(_out()):
+        return "underlined"
+    return "between {} and {}".format(*marks())
+
+
 def show(text: str, style: str = "") -> None:
     """A line of what was asked for."""
     _print(_out(), [(text, style)])

@@ -76,7 +76,7 @@ class Source:
         """As `read`, for evaluation sets too."""
         spec, adapter = self.spec, self.adapter
         split, look = adapter.splitter(spec), (lambda value: None) if fields is None else fields.look
-        for number, row in enumerate(self._rows(seed, file), start=1):
+        for number, row in enumerate(self.rows(seed, file), start=1):
             if isinstance(row, Drop):
                 yield row
             elif split is None:
@@ -87,7 +87,8 @@ class Source:
                     look(value)
                     yield _identified(adapter(value, spec, f"{row.where}#{place}"), value, spec, number)
 
-    def _rows(self, seed: int, file: SourceFile | None) -> Iterator[Row | Drop]:
+    def rows(self, seed: int, file: SourceFile | None = None) -> Iterator[Row | Drop]:
+        """Every row as it is read, before an adapter sees it; with `file` only those of that one."""
         spec, adapter = self.spec, self.adapter
         if is_hub(spec):
             yield from hub_rows(spec, self.data_dir)

@@ -19,7 +19,7 @@ from keural.data.readers.formats import FORMATS, DataFile, Row, format_of, read_
 from keural.data.readers.hub import check_hub, hub_content, hub_rows, is_hub
 from keural.data.readers.options import Option
 from keural.data.records import AnyRecord, Document, Drop, EvaluationItem, Kind, Record
-from keural.errors import UserError, nearest
+from keural.errors import UserError, for_all, nearest
 from keural.files import FileHashes
 from keural.recipe import SourceSpec
 
@@ -114,8 +114,8 @@ class Source:
 
 
 def open_sources(specs: Iterable[SourceSpec], data_dir: Path | None) -> list[Source]:
-    """The sources of these settings. Raises `UserError` as `open_source` does."""
-    return [open_source(spec, data_dir) for spec in specs]
+    """The sources of these settings. Raises `UserError` as `open_source` does, for all that cannot be read at once."""
+    return for_all(specs, lambda spec: open_source(spec, data_dir))
 
 
 def open_source(spec: SourceSpec, data_dir: Path | None) -> Source:

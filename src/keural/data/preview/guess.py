@@ -15,7 +15,7 @@ from keural.data.adapters import ADAPTERS, Adapter, conversations, documents, pr
 from keural.data.adapters.base import holds, lookup, plain
 from keural.data.adapters.evaluation import SCHEMAS
 from keural.data.adapters.turns import CONTENT_KEYS, IN_ORDER, ROLE_KEYS, ROLES, listing
-from keural.data.readers.formats import Row
+from keural.data.readers.datafile import Row
 from keural.data.records import Drop
 from keural.data.source_counts import NOT_DEFECTS
 from keural.errors import UserError

@@ -17,7 +17,9 @@ from keural.data.field_use import FieldUse
 from keural.data.filtering.gates import GATES, MIN_SHARE, Gatekeeper, check_gates, hangul_share
 from keural.data.filtering.holdout import Splitter
 from keural.data.preview.guess import Guess, Rows, benchmark_of, guesses
-from keural.data.readers.formats import FORMATS, DataFile, Row, format_of, open_text, sniff_encoding
+from keural.data.readers.datafile import DataFile, FileShape, Row
+from keural.data.readers.formats import FORMATS, format_of, open_text
+from keural.data.readers.sniff import describe
 from keural.data.records import Document, Drop, EvaluationItem, Record
 from keural.data.source_counts import SourceCounter
 from keural.data.sources import Source, open_source
@@ -116,7 +118,7 @@ def sources_in(path: Path) -> list[SourceSpec]:
 def _try_source(spec: SourceSpec, data_dir: Path) -> Trial:
     """A source as a recipe has it."""
     source = open_source(spec, data_dir)
-    what = [_what(file, format_name) for file, format_name in source.files[:1]]
+    what = [_what(file.path, describe(file.path)) for file, _ in source.files[:1]]
     if len(source.files) > 1:
         what = [f"{len(source.files):,} files, the first {what[0]}"]
     trial = Trial(spec, data_dir.absolute(), what or [spec.hub or f"rows that adapter {spec.adapter} makes"])
@@ -129,7 +131,8 @@ def _try_files(path: Path, adapter: str | None, options: Mapping[str, Any], data
     """A file, or the files of a directory, of which nothing is known."""
     base = (data_dir or path.parent).absolute()
     found = _Files.below(path, adapter)
-    reading = {name: value for name, value in options.items() if name in FORMATS[found.format_name].options}
+    known = FORMATS[found.format_name].options if found.format_name in FORMATS else {}
+    reading = {name: value for name, value in options.items() if name in known}
     chosen = {name: value for name, value in options.items() if name not in reading}
     sources = [_carrier(file, found.format_name, adapter, reading, base) for file in _spread(found.files)]
     rows, whole = _first_rows(sources)
@@ -150,10 +153,10 @@ def _try_files(path: Path, adapter: str | None, options: Mapping[str, Any], data
         name=re.sub(r"[^\w.-]+", "-", path.name.split(".")[0]).strip("-") or "data",
         adapter=best.adapter,
         path=_relative(path, base) + found.pattern(best.adapter),
-        format=None if found.suffix_says else found.format_name,
+        format=None if format_of(found.files[0]) is not None else found.format_name,
         options={**reading, **best.options},
     )
-    trial = Trial(spec, base, [found.described()], fitting, hints=found.hints)
+    trial = Trial(spec, base, [found.described()], fitting, hints=[*found.hints, *found.shape.assumed])
     _read(trial, open_source(spec, base), rows, whole)
     _add_language(trial)
     if (benchmark := benchmark_of(looked_at)) is not None:
@@ -167,17 +170,25 @@ class _Files:
 
     path: Path
     files: list[Path]
-    format_name: str
-    suffix_says: bool
+    shape: FileShape
+    """Of the first."""
     others: Counter[str]
+    """How many there are of other formats."""
     hints: list[str]
+
+    @property
+    def format_name(self) -> str:
+        """Their format."""
+        return self.shape.format or "text"
 
     @classmethod
     def below(cls, path: Path, adapter: str | None) -> "_Files":
-        """A file, or of a directory those of the format that most of its bytes are of."""
+        """A file, or of a directory those of the format that most of its bytes are of.
+
+        Raises `UserError` for what cannot be read, and where no file of a directory is of a format that is known.
+        """
         if path.is_file():
-            name = format_of(path)
-            return cls(path, [path], name or "text", name is not None, Counter(), [])
+            return cls(path, [path], _shape_of(path), Counter(), [])
         everything = [file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file, path)]
         known: dict[str, list[Path]] = {}
         for file in everything:
@@ -192,7 +203,8 @@ class _Files:
         others = Counter({name: len(files) for name, files in known.items() if name != chosen})
         unknown = len(everything) - sum(map(len, known.values()))
         left = [f"{count:,} {name}" for name, count in others.items()] + ([f"{unknown:,} of no known format"] if unknown else [])
-        return cls(path, known[chosen], chosen, True, others, [f"files that were not looked at: {', '.join(left)}"] if left else [])
+        hints = [f"files that were not looked at: {', '.join(left)}"] if left else []
+        return cls(path, known[chosen], _shape_of(known[chosen][0]), others, hints)
 
     def pattern(self, adapter: str) -> str:
         """What is added to a directory's path where the adapter would read its other files, too."""
@@ -202,7 +214,7 @@ class _Files:
 
     def described(self) -> str:
         """The files in a line."""
-        first = _what(DataFile(self.files[0], self.files[0].name), self.format_name)
+        first = _what(self.files[0], self.shape)
         return first if len(self.files) == 1 else f"{len(self.files):,} files, the first {first}"
 
 
@@ -218,19 +230,24 @@ def _spread(files: Sequence[Any]) -> list[Any]:
 
 def _carrier(file: Path, format_name: str, adapter: str | None, options: Mapping[str, Any], base: Path) -> Source:
     """A source that gives the rows of a file, whatever they mean; of a large file that is one value those of its beginning."""
-    name = adapter or next(name for name, known in ADAPTERS.items() if format_name in known.formats)
+    name = adapter or next((name for name, known in ADAPTERS.items() if format_name in known.formats), "text")
     spec = SourceSpec(name=file.stem or "data", adapter=name, path=str(file.absolute()), format=format_name, options=dict(options))
     return open_source(spec, base)
 
 
-def _what(file: DataFile, format_name: str) -> str:
+def _shape_of(path: Path) -> FileShape:
+    shape = describe(path)
+    if shape.problem is not None:
+        raise UserError(f"{path}: {shape.problem}")
+    return shape
+
+
+def _what(path: Path, shape: FileShape) -> str:
     """A file in a line: its name, format, encoding and size."""
-    size = sum(path.stat().st_size for path in file.paths)
-    how = [format_name]
-    if format_name not in ("parquet", "zip"):
-        with file.path.open("rb") as opened:
-            how.append(sniff_encoding(opened.read(1 << 16)))
-    return f"{file.name} ({', '.join([*how, _size(size)])})"
+    cells = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}.get(shape.delimiter or "", f"{shape.delimiter!r}")
+    how = [shape.format or "no known format", shape.packing, (shape.encoding or "").removesuffix("-sig")]
+    how += [f"cells divided by {cells}"] if shape.delimiter else []
+    return f"{path.name} ({', '.join([*filter(None, how), _size(path.stat().st_size)])})"
 
 
 def _size(count: int) -> str:

@@ -14,7 +14,8 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from keural.data.readers.formats import MAX_WHOLE_BYTES, DataFile
+from keural.data.readers.datafile import DataFile
+from keural.data.readers.formats import MAX_WHOLE_BYTES
 from keural.data.readers.unpacking import check_ratio
 from keural.errors import UserError, quoted
 

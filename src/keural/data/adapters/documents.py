@@ -40,6 +40,6 @@ def _paragraph(message: PoMessage, side: str) -> str:
 
 ADAPTERS = {
     "text": Adapter("documents", guarded(_text), ("text", "markdown", *TABLES), {"field": NAMES}),
-    "markdown": Adapter("documents", guarded(_markdown), ("markdown", "text")),
+    "markdown": Adapter("documents", guarded(_markdown), ("markdown", "text"), directory=("markdown",)),
     "po": Adapter("documents", _po, ("po",), {"side": (str,)}, {"side": ("ko", "en", "both")}),
 }

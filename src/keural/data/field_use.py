@@ -11,6 +11,8 @@ from keural.recipe import SourceSpec
 
 MAX_NAMES = 50
 """More are not remembered: rows may have names as keys."""
+MAX_ROWS = 100
+"""Of so many rows all fields are remembered, to be named where the source cannot be used."""
 
 
 class FieldUse:
@@ -20,6 +22,9 @@ class FieldUse:
         self._reads = adapter.reads(source) if adapter.reads else None
         self._booleans = self._reads.booleans if self._reads else frozenset[str]()
         self.unread: set[str] = set()
+        self.keys: dict[str, None] = {}
+        """Fields of the first rows, in their order."""
+        self._rows = 0
         named = self._reads.optional if self._reads else ()
         self.unseen: dict[str, list[Any]] = {}
         """By option, the fields that it names, as long as no row had one."""
@@ -30,6 +35,10 @@ class FieldUse:
 
     def look(self, value: Any) -> None:
         """Take note of a row's fields."""
+        if self._rows < MAX_ROWS:
+            self._rows += 1
+            if isinstance(value, dict) and len(self.keys) < MAX_NAMES:
+                self.keys.update(dict.fromkeys(map(str, value)))
         if self._reads is None:
             return
         if isinstance(value, dict):

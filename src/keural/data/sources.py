@@ -20,13 +20,14 @@ from keural.data.field_use import FieldUse
 from keural.data.readers.archives import ARCHIVE, ARCHIVES, archive_of, members
 from keural.data.readers.datafile import DataFile, FileShape, Row
 from keural.data.readers.dialects import NO_QUOTE
-from keural.data.readers.formats import FORMATS, OptionTypes, format_of, read_rows
+from keural.data.readers.formats import FILE_OPTIONS, FORMATS, format_of, read_rows
 from keural.data.readers.hub import check_hub, hub_content, hub_rows, is_hub
 from keural.data.readers.notes import ReadingNotes
+from keural.data.readers.options import Option
 from keural.data.readers.sniff import sniff, sniff_member
 from keural.data.readers.tables import COLUMNS
 from keural.data.records import AnyRecord, Document, Drop, EvaluationItem, Kind, Record
-from keural.errors import UserError, nearest
+from keural.errors import UserError, for_all, nearest
 from keural.files import FileHashes
 from keural.recipe import SourceSpec
 
@@ -96,7 +97,7 @@ class Source:
         spec, adapter = self.spec, self.adapter
         notes = notes or ReadingNotes()
         split, look = adapter.splitter(spec), (lambda value: None) if fields is None else fields.look
-        for number, row in enumerate(self._rows(seed, file, notes), start=1):
+        for number, row in enumerate(self.rows(seed, file, notes), start=1):
             if isinstance(row, Drop):
                 yield row
             elif split is None:
@@ -107,7 +108,9 @@ class Source:
                     look(value)
                     yield _finished(adapter(value, spec, f"{row.where}#{place}"), value, spec, number, notes)
 
-    def _rows(self, seed: int, file: SourceFile | None, notes: ReadingNotes) -> Iterator[Row | Drop]:
+    def rows(self, seed: int, file: SourceFile | None = None, notes: ReadingNotes | None = None) -> Iterator[Row | Drop]:
+        """Every row as it is read, before an adapter sees it; with `file` only those of that one."""
+        notes = notes or ReadingNotes()
         spec, adapter = self.spec, self.adapter
         if is_hub(spec):
             yield from hub_rows(spec, self.data_dir)
@@ -133,8 +136,8 @@ class Source:
 
 
 def open_sources(specs: Iterable[SourceSpec], data_dir: Path | None) -> list[Source]:
-    """The sources of these settings. Raises `UserError` as `open_source` does."""
-    return [open_source(spec, data_dir) for spec in specs]
+    """The sources of these settings. Raises `UserError` as `open_source` does, for all that cannot be read at once."""
+    return for_all(specs, lambda spec: open_source(spec, data_dir))
 
 
 def open_source(spec: SourceSpec, data_dir: Path | None) -> Source:
@@ -212,7 +215,7 @@ def _reader_options(spec: SourceSpec, adapter: Adapter, format_name: str) -> dic
     """Options of the reader, and the columns that the recipe names by number."""
     wanted = adapter.reading | spec.options
     options = {name: value for name, value in wanted.items() if name in FORMATS[format_name].options}
-    given = [value for name, value in spec.options.items() if int in adapter.options.get(name, ()) and str in adapter.options[name]]
+    given = [value for name, value in spec.options.items() if name in adapter.options and adapter.options[name].names_fields]
     named = [item for value in given for item in (value if isinstance(value, list) else [value])]
     return options | {COLUMNS: [name for name in named if isinstance(name, int)]}
 
@@ -408,20 +411,18 @@ def _check_format(spec: SourceSpec, adapter: Adapter) -> None:
 
 
 def _check_options(spec: SourceSpec, adapter: Adapter, formats: Iterable[str]) -> None:
-    known: dict[str, tuple[type, ...]] = dict(adapter.options)
+    known: dict[str, Option] = dict(adapter.options)
     read = set(formats)
     for name in set(adapter.formats) & FORMATS.keys() if read & {*ARCHIVES} else read:
         known |= FORMATS[name].options
     if read:
-        known[SUFFIXES] = (list,)
-    choices: Mapping[str, tuple[str, ...]] = adapter.choices | {"split": ("file", "paragraph", "line")}
+        known |= FILE_OPTIONS
     for name, value in spec.options.items():
         if name not in known:
             listed = f"; it has {', '.join(sorted(known))}" if known else "; it has none"
             raise _error(spec, f"unknown option {name!r} of adapter {spec.adapter}{nearest(name, known)}{listed}")
-        _check_type(spec, name, value, known)
-        if name in choices and value not in choices[name]:
-            raise _error(spec, f"option {name!r} must be one of {', '.join(choices[name])}, got {value!r}")
+        if problem := known[name].problem(value):
+            raise _error(spec, f"option {name!r} {problem}")
     _check_reader_options(spec)
     if adapter.check is not None and (problem := adapter.check(spec)):
         raise _error(spec, problem)
@@ -455,22 +456,6 @@ def _check_reader_options(spec: SourceSpec) -> None:
         if value is not None and (len(value) != 1 or value in "\r\n") and (name, value) != ("quote", NO_QUOTE):
             other = f", or {NO_QUOTE}" if name == "quote" else ""
             raise _error(spec, f"option {name!r} must be one character{other}, got {value!r}")
-
-
-def _check_type(spec: SourceSpec, name: str, value: Any, known: OptionTypes) -> None:
-    fits = isinstance(value, known[name]) and isinstance(value, bool) == (known[name] == (bool,))
-    if isinstance(value, list):
-        fits = fits and bool(value) and all(isinstance(item, str | int) and not isinstance(item, bool) for item in value)
-    if not fits:
-        names = {
-            bool: "true or false",
-            str: "a text",
-            int: "a column number",
-            list: "a list of names",
-            float: "a number",
-            dict: "a map of names",
-        }
-        raise _error(spec, f"option {name!r} must be {' or '.join(names[kind] for kind in known[name])}, got {value!r}")
 
 
 def _shown(path: Path, base: Path) -> str:

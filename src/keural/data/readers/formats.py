@@ -26,6 +26,7 @@ from keural.data.readers import lines as lines_of
 from keural.data.readers.datafile import DataFile, FileShape, Joined, Row, open_bytes
 from keural.data.readers.lines import numbered_lines
 from keural.data.readers.notes import ReadingNotes
+from keural.data.readers.options import LIST, SWITCH, TEXT, Option, OptionTable
 from keural.data.readers.po import PoError, parse_po
 from keural.data.readers.sniff import DAMAGE, SUFFIXES, codec_of, damaged, format_of, read_start, sniff_start
 from keural.data.readers.tables import read_table
@@ -34,10 +35,9 @@ from keural.data.records import Drop
 from keural.errors import UserError, quoted
 from keural.parsing import Malformed, holds_unreadable, parse_yaml_rows
 
-__all__ = ["FORMATS", "DataFile", "Format", "OptionTypes", "Options", "Row", "format_of", "open_text", "read_rows"]
+__all__ = ["FORMATS", "DataFile", "Format", "Options", "Row", "format_of", "open_text", "read_rows"]
 
 Options = Mapping[str, Any]
-OptionTypes = Mapping[str, tuple[type, ...]]
 GUTENBERG_START = re.compile(r"^\s*\*{3}\s*START OF TH(?:E|IS) PROJECT GUTENBERG.*$", re.MULTILINE)
 GUTENBERG_END = re.compile(
     r"^\s*(?:\*{3}\s*END OF TH(?:E|IS) PROJECT GUTENBERG|End of (?:the )?Project Gutenberg).*$", re.MULTILINE
@@ -97,7 +97,7 @@ class Format:
 
     read: Reader
     suffixes: tuple[str, ...]
-    options: OptionTypes = field(default_factory=dict)
+    options: OptionTable = field(default_factory=dict)
 
 
 def read_rows(file: DataFile, format_name: str, options: Options, notes: ReadingNotes | None = None) -> Iterator[Row | Drop]:
@@ -434,30 +434,38 @@ def _read_po(opened: _Opened) -> Iterator[Row | Drop]:
         yield Drop("malformed_file", f"{opened.name}:{error.line}")
 
 
-_TEXT: dict[str, tuple[type, ...]] = {"encoding": (str,)}
-_TABLE: dict[str, tuple[type, ...]] = _TEXT | {"header": (bool,), "delimiter": (str,), "quote": (str,), "unescape": (bool,)}
+_ENCODING: OptionTable = {
+    "encoding": Option(
+        TEXT, "how the text is encoded (cp949, utf-16-le); not given: it is found out, and said where it is not UTF-8"
+    )
+}
+_PIECES: OptionTable = {
+    "split": Option(
+        TEXT, "what becomes a row: the file, a run of lines between empty ones, or a line", "file", ("file", "paragraph", "line")
+    ),
+    "prefix": Option(TEXT, "only lines that begin so are read, and without it"),
+    "gutenberg": Option(SWITCH, "only what stands between the markers of Project Gutenberg is read", False),
+}
+_ROWS: OptionTable = {"rows": Option(TEXT, "where the list of rows is inside the file's object: data.items")}
+_TABLE: OptionTable = {
+    "header": Option(SWITCH, "whether the first line names the columns; without one they are called 0, 1, 2", True),
+    "delimiter": Option(TEXT, "the character between cells; not given: it is found out, and said where it is not the usual one"),
+    "quote": Option(TEXT, "the character around cells, or none; not given: it is found out"),
+    "unescape": Option(SWITCH, r"cells hold \n, \t and \\ for a line end, a tab and a backslash", False),
+}
 FORMATS: dict[str, Format] = {
-    "text": Format(_read_text, SUFFIXES["text"], _TEXT | {"split": (str,), "prefix": (str,), "gutenberg": (bool,)}),
-    "markdown": Format(_read_markdown, SUFFIXES["markdown"], _TEXT),
-    "jsonl": Format(_read_jsonl, SUFFIXES["jsonl"], _TEXT),
-    "json": Format(_read_json, SUFFIXES["json"], _TEXT | {"rows": (str,)}),
-    "yaml": Format(_read_yaml, SUFFIXES["yaml"], _TEXT | {"rows": (str,)}),
+    "text": Format(_read_text, SUFFIXES["text"], {**_ENCODING, **_PIECES}),
+    "markdown": Format(_read_markdown, SUFFIXES["markdown"], _ENCODING),
+    "jsonl": Format(_read_jsonl, SUFFIXES["jsonl"], _ENCODING),
+    "json": Format(_read_json, SUFFIXES["json"], {**_ENCODING, **_ROWS}),
+    "yaml": Format(_read_yaml, SUFFIXES["yaml"], {**_ENCODING, **_ROWS}),
     "parquet": Format(_read_parquet, SUFFIXES["parquet"]),
-    "csv": Format(_read_table, SUFFIXES["csv"], _TABLE),
-    "tsv": Format(_read_table, SUFFIXES["tsv"], _TABLE),
-    "po": Format(_read_po, SUFFIXES["po"], _TEXT),
+    "csv": Format(_read_table, SUFFIXES["csv"], {**_ENCODING, **_TABLE}),
+    "tsv": Format(_read_table, SUFFIXES["tsv"], {**_ENCODING, **_TABLE}),
+    "po": Format(_read_po, SUFFIXES["po"], _ENCODING),
 }
 """Formats by name."""
-OPTIONS: dict[str, str] = {
-    "encoding": "how the text is encoded (`cp949`, `utf-16-le`); by default it is found out, and said where it is not UTF-8",
-    "split": "`file`: a text file is one document; `paragraph`, `line`: its paragraphs or lines are",
-    "prefix": "keep only lines that begin so, without it",
-    "gutenberg": "keep only what stands between the markers of Project Gutenberg",
-    "rows": "where the list of rows is inside the object that the file holds: `data.items`",
-    "header": "false: the first line is a row, and columns are called 0, 1, ..",
-    "delimiter": "the character between cells; by default it is found out, and said where it is no comma (CSV) or tab (TSV)",
-    "quote": 'the character around cells, or `none`; by default `"` in CSV, and in TSV where cells are clearly written so',
-    "unescape": "cells hold `\\\\n`, `\\\\t` and `\\\\\\\\` for a line end, a tab and a backslash",
-    "suffixes": "read only files whose names end so (`[.py, .md]`), those of no known format as text",
+FILE_OPTIONS: OptionTable = {
+    "suffixes": Option(LIST, "only files whose names end so are read ([.py, .md]), those of no known format as text")
 }
-"""What each option of the readers does."""
+"""Options of sources that are read from several files, whatever their format."""

@@ -127,6 +127,7 @@ def _data_row(row: SourceRow) -> tuple[str, ...]:
     drops = "\n".join(listed)
     drops += "".join(f"\n{reason} {count:,} (kept)" for reason, count in row.noted.items())
     drops += f"\nnot read: {', '.join(row.not_read)}" if row.not_read else ""
+    drops += "".join(f"\n{line}" for line in row.assumed or ())
     drops = f"left out: {row.left_out}" if row.left_out else drops.strip()
     return row.source, f"{row.rows:,}", f"{row.kept:,}", f"{row.tokens:,}", drops
 

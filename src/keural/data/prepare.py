@@ -148,7 +148,9 @@ class _Reading:
         """The records of a source, cleaned where the recipe says so; what cleaning dropped is counted."""
         if self.cleaned is None:
             counter.fields = FieldUse(source.adapter, source.spec)
-            return source.read(self.seed, fields=counter.fields)
+            return source.read(self.seed, fields=counter.fields, notes=counter.notes)
+        for file, _ in source.files:
+            counter.notes.file(file.name, file.shape)
         counter.clean(self.cleaned.count(source.name))
         return self.cleaned.documents(source.name)
 

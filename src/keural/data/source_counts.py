@@ -20,6 +20,7 @@ from keural.data.filtering.decontamination import REASON
 from keural.data.filtering.holdout import Split
 from keural.data.licenses import flags_of, language_of, license_of
 from keural.data.loading.mixture import Share
+from keural.data.readers.notes import ReadingNotes
 from keural.data.records import Drop, PreferencePair, SourceCount
 from keural.data.sources import schema_error
 from keural.data.tokens.encode import Encoded
@@ -86,6 +87,9 @@ class SourceRow:
     """What was found in rows that were dropped, by reason: an unknown role, a wrong type, the keys that a row has."""
     not_read: tuple[str, ...] | None = None
     """Fields of rows, and of turns in them, that hold something and that the adapter does not read."""
+    assumed: tuple[str, ...] | None = None
+    """What was assumed of its files (an encoding other than UTF-8, another format or delimiter than the name says) and changed in
+    its texts, a line each."""
     length_ratio: float | None = None
     """Characters of chosen answers for each of rejected ones; None where there are no pairs."""
     warning: str | None = None
@@ -96,8 +100,9 @@ class SourceRow:
     """What published shards hold, in one line."""
 
     def to_json(self) -> dict[str, Any]:
-        """The row as plain data; `mixture`, `survey`, `details` and `not_read` only where there are any."""
+        """The row as plain data; `mixture`, `survey`, `details`, `not_read` and `assumed` only where there are any."""
         values = asdict(self) | {"flags": list(self.flags), "not_read": self.not_read and list(self.not_read)}
+        values["assumed"] = self.assumed and list(self.assumed)
         return {name: value for name, value in values.items() if value is not None or name not in _OPTIONAL}
 
     @classmethod
@@ -118,7 +123,7 @@ class SourceRow:
         return row
 
 
-_OPTIONAL = ("mixture", "survey", "details", "not_read")
+_OPTIONAL = ("mixture", "survey", "details", "not_read", "assumed")
 _REQUIRED = [each.name for each in fields(SourceRow) if each.name not in (*_OPTIONAL, "text_kind")]
 _ROWS = TypeAdapter(SourceRow)
 
@@ -147,6 +152,7 @@ class SourceCounter:
     details: dict[str, Counter[str]] = field(default_factory=dict)
     undeclared: dict[str, str] = field(default_factory=dict)
     fields: FieldUse | None = None
+    notes: ReadingNotes = field(default_factory=ReadingNotes)
     noted: Counter[str] = field(default_factory=Counter)
     chosen_characters: int = 0
     rejected_characters: int = 0
@@ -255,6 +261,7 @@ class SourceCounter:
             noted=dict(self.noted.most_common()),
             details={reason: dict(found.most_common()) for reason, found in self.details.items() if found} or None,
             not_read=tuple(sorted(self.fields.unread)) or None if self.fields else None,
+            assumed=self.notes.lines() or None,
             length_ratio=self.chosen_characters / self.rejected_characters if self.rejected_characters else None,
         )
         return replace(row, warning=warning_of(source, row))

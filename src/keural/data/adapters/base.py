@@ -83,6 +83,8 @@ class Adapter:
     it is called, before the first row. None: rows are read."""
     content: Callable[[], list[Path]] = list
     """The files that determine rows which the adapter makes."""
+    directory: tuple[str, ...] = ()
+    """Those of its formats that a directory or an archive is searched for; none: all."""
 
     def __call__(self, value: Any, source: SourceSpec, where: str) -> AnyRecord | Drop:
         """The record that a row holds, or why it holds none."""

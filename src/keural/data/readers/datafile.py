@@ -3,6 +3,7 @@
 In: paths, or members that an archive opens. Out: `DataFile`s, their bytes unpacked, and `Row`s with the place each came from.
 """
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ class FileShape:
     """What it is packed with: `gzip`, `bzip2`, `xz`, `Zstandard`, or None."""
     encoding: str | None = None
     """Python's name of the encoding; None for what is no text, and where the evidence does not decide."""
+    shows: str | None = None
+    """The format that the text shows by itself, whatever its name; None for prose and what is no text."""
     delimiter: str | None = None
     """What stands between the cells of a CSV or TSV file."""
     quote: str | None = None
@@ -67,3 +70,31 @@ def open_bytes(file: DataFile) -> tuple[IO[bytes], str | None]:
     Raises `OSError` where it cannot be opened; reading raises what `unpack` says.
     """
     return unpack(file.path.open("rb") if file.open is None else file.open(), file.name)
+
+
+class Joined(io.RawIOBase):
+    """What was read of a stream already, and the rest of it."""
+
+    def __init__(self, start: bytes, rest: IO[bytes]) -> None:
+        self._start: bytes | None = start
+        self._rest = rest
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Fill a buffer."""
+        if self._start is not None:
+            size = min(len(buffer), len(self._start))
+            buffer[:size] = self._start[:size]
+            self._start = self._start[size:] or None
+            return size
+        piece = self._rest.read(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def close(self) -> None:
+        """Close the stream."""
+        self._rest.close()
+        super().close()

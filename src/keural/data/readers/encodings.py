@@ -1,10 +1,10 @@
 """How text is encoded, judged by what it says when it is read so: not by the absence of an error.
 
 In: the first bytes of a file, perhaps with samples from further in. Out: a `Guess`: an encoding and the evidence for it, or none
-with what was found. A byte order mark decides, valid UTF-8 decides, zero bytes decide between the forms of UTF-16 and UTF-32. Anything
-else is read in every encoding that people still use, and each reading is compared with how a language looks: how much of it the
-most frequent characters make up, which are rare, which do not stand inside words. CP949 reads almost any bytes, and most of them
-as Hangul that nobody writes.
+with what was found. A byte order mark decides, valid UTF-8 decides, zero bytes decide between the forms of UTF-16 and UTF-32.
+Anything else is read in every encoding that people still use, and each reading is compared with how a language looks: how much of
+it the most frequent characters make up, which are rare, which do not stand inside words. CP949 reads almost any bytes, and
+most of them as Hangul that nobody writes.
 
 The comparison is a naive Bayes classifier over characters with hand-made classes of characters; the frequent ones of each language
 are common knowledge. It answers only where the best reading looks like its language and is far from the second.

@@ -23,7 +23,7 @@ from typing import IO, Any
 from zoneinfo import ZoneInfo
 
 from keural.data.readers import lines as lines_of
-from keural.data.readers.datafile import DataFile, FileShape, Row, open_bytes
+from keural.data.readers.datafile import DataFile, FileShape, Joined, Row, open_bytes
 from keural.data.readers.lines import numbered_lines
 from keural.data.readers.notes import ReadingNotes
 from keural.data.readers.options import LIST, SWITCH, TEXT, Option, OptionTable
@@ -142,33 +142,10 @@ class _Opened:
             if shape.problem or shape.encoding is None:
                 raise UserError(f"{self.name}: {shape.problem or 'is no text'}")
             codec = codec_of(shape.encoding, start or opened.peek(4))  # type: ignore[attr-defined]
-            joined: Any = _Joined(start, opened) if start else opened
+            joined: Any = Joined(start, opened) if start else opened
             counted = _Undecoded(joined, shape.encoding, self.notes)
             with io.TextIOWrapper(counted, codec, "keural.surrogates", newline=None if shape.newline == "\r" else "\n") as text:
                 yield text, shape
-
-
-class _Joined(io.RawIOBase):
-    """What was read of a stream already, and the rest of it."""
-
-    def __init__(self, start: bytes, rest: IO[bytes]) -> None:
-        self._start: bytes | None = start
-        self._rest = rest
-
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def readinto(self, buffer: Any, /) -> int:
-        """Fill a buffer."""
-        if self._start is not None:
-            size = min(len(buffer), len(self._start))
-            buffer[:size] = self._start[:size]
-            self._start = self._start[size:] or None
-            return size
-        piece = self._rest.read(len(buffer))
-        buffer[: len(piece)] = piece
-        return len(piece)
 
 
 @contextmanager

@@ -30,8 +30,11 @@ class ReadingNotes:
                 self.assumed[clause] = first, count + 1
 
     def lines(self) -> tuple[str, ...]:
-        """A line for each thing that was assumed."""
-        return tuple(
+        """A line for each thing that was assumed or changed."""
+        lines = [
             f"{first} {clause}" if count == 1 else f"{count:,} files (first {first}) {clause}"
             for clause, (first, count) in self.assumed.items()
-        )
+        ]
+        if self.composed:
+            lines.append(f"{self.composed:,} records held Hangul written letter by letter, which is composed (NFC)")
+        return tuple(lines)

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import IO, Any
 
-from keural.data.readers.datafile import DataFile, FileShape, open_bytes
+from keural.data.readers.datafile import DataFile, FileShape, Joined, open_bytes
 from keural.data.readers.dialects import DELIMITERS, DIALECTS, sniff_dialect
 from keural.data.readers.encodings import guess_encoding
 from keural.data.readers.magic import TAR, ZIP, content_of, content_of_zip
@@ -78,6 +78,18 @@ def sniff(file: DataFile, declared: str | None = None, options: Options | None =
         raise damaged(file, error) from error
     except OSError as error:
         raise UserError(f"{file.path}: cannot be read ({error.strerror or error})") from error
+
+
+def sniff_member(file: DataFile, options: Options) -> DataFile:
+    """A member of an archive with its shape; it can be opened once. Raises `UserError` where it is damaged."""
+    try:
+        opened, packing = open_bytes(file)
+        start = read_start(opened)
+    except DAMAGE as error:
+        raise damaged(file, error) from error
+    shape = sniff_start(start, file, packing, None, options)
+    joined: Any = io.BufferedReader(Joined(start, opened))
+    return file._replace(open=lambda: joined, shape=shape)
 
 
 def damaged(file: DataFile, error: Exception | str) -> UserError:
@@ -141,7 +153,11 @@ def _known_content(start: bytes, declared: str | None, named: str | None, packin
     if content.format is None:
         return FileShape(None, evidence=evidence, problem=f"is {content.name}; {content.remedy}")
     if declared not in (None, content.format):
-        inside = "its files are then read by their own suffixes" if content.format in (ZIP, TAR) else f"it is {content.format}"
+        inside = (
+            "its files are then read by their own suffixes (others: option suffixes)"
+            if content.format in (ZIP, TAR)
+            else f"it is {content.format}"
+        )
         return FileShape(
             content.format, evidence=evidence, problem=f"is {content.name}, not {declared}; leave format out: {inside}"
         )
@@ -208,7 +224,7 @@ def _further(file: DataFile, start: bytes, complete: bool) -> bytes:
 def _text_format(shape: FileShape, text: str, complete: bool, options: Options) -> FileShape:
     """The shape with the format that the text is of, and the dialect of a table."""
     found, why = _format_in(text, complete)
-    expected = shape.format
+    expected, shape = shape.format, replace(shape, shows=found)
     if expected in _DATA and re.match(r"\s*<(?:!doctype\s+html|html)\b", text, re.IGNORECASE):
         return replace(
             shape, format=None, problem=f"is an HTML page, not {expected}: perhaps an error in place of the file; fetch it again"

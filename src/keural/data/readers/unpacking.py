@@ -43,7 +43,7 @@ def unpack(opened: IO[bytes], name: str) -> tuple[IO[bytes], str | None]:
     """
     packing = None
     for _ in range(_MAX_LAYERS):
-        peekable: Any = opened if hasattr(opened, "peek") else io.BufferedReader(opened)  # type: ignore[type-var]
+        peekable: Any = opened if hasattr(opened, "peek") else io.BufferedReader(opened)
         layer = packing_of(peekable.peek(16)[:16])
         if layer is None:
             return peekable, packing
@@ -168,7 +168,7 @@ class _Zstandard(io.RawIOBase):
 
 _STREAMS: dict[str, Callable[[_Counted, str], Any]] = {
     "gzip": lambda packed, name: gzip.GzipFile(fileobj=packed),
-    "bzip2": lambda packed, name: _Bzip2(packed),  # type: ignore[arg-type]
+    "bzip2": lambda packed, name: _Bzip2(packed),
     "xz": lambda packed, name: lzma.LZMAFile(packed),  # type: ignore[arg-type]  # noqa: SIM115
     "Zstandard": _zstandard,
 }

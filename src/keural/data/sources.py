@@ -17,7 +17,7 @@ from keural.data.field_use import FieldUse
 from keural.data.readers.archives import ARCHIVE, archive_of, members
 from keural.data.readers.formats import FORMATS, DataFile, OptionTypes, Row, format_of, read_rows
 from keural.data.readers.hub import check_hub, hub_content, hub_rows, is_hub
-from keural.data.records import AnyRecord, Document, Drop, EvaluationItem, Kind, Record
+from keural.data.records import AnyRecord, Document, Drop, EvaluationItem, Kind, PreferencePair, Record
 from keural.errors import UserError, nearest
 from keural.files import FileHashes
 from keural.recipe import SourceSpec
@@ -84,7 +84,7 @@ class Source:
             else:
                 for place, value in enumerate(split(row.value, spec), start=1):
                     look(value)
-                    yield _identified(adapter(value, spec, f"{row.where}#{place}"), value, spec, number)
+                    yield _identified(adapter(value, spec, f"{row.where}#{place}"), value, spec, number, place)
 
     def _rows(self, seed: int, file: SourceFile | None) -> Iterator[Row | Drop]:
         spec, adapter = self.spec, self.adapter
@@ -148,11 +148,13 @@ def _check_hub_keys(spec: SourceSpec) -> None:
         raise _error(spec, "revision is of a hub's data set; give hub, too")
 
 
-def _identified(record: AnyRecord | Drop, value: Any, spec: SourceSpec, number: int) -> AnyRecord | Drop:
-    """The record with the id that its row has, where the recipe names the field."""
+def _identified(record: AnyRecord | Drop, value: Any, spec: SourceSpec, number: int, place: int | None = None) -> AnyRecord | Drop:
+    """The record with the id that its row has, where the recipe names the field; pairs of one row are told apart by their place."""
     if spec.id_field is None or isinstance(record, Drop | Document | EvaluationItem):
         return record
-    return replace(record, id=str(number) if spec.id_field == ROW_NUMBER else scalar(lookup(value, spec.id_field)))
+    found = str(number) if spec.id_field == ROW_NUMBER else scalar(lookup(value, spec.id_field))
+    several = found is not None and place is not None and isinstance(record, PreferencePair)
+    return replace(record, id=f"{found}#{place}" if several else found)
 
 
 def _file_rows(spec: SourceSpec, adapter: Adapter, file: DataFile, format_name: str) -> Iterator[Row | Drop]:

@@ -539,7 +539,7 @@ ADAPTERS = {
             "scores": Option(NAMES, "fields with a number for each answer, or one field with a list of them; higher is better"),
             "order": Option(TEXT, "how the answers stand that have neither label nor scores", choices=ORDERS),
             "lower_is_better": Option(SWITCH, "whether scores are ranks: 1 is the best", False),
-            "min_margin": Option((float, int), "least difference of scores; pairs with a smaller one are dropped", 0),
+            "min_margin": Option((float, int), "least difference of scores; pairs with a smaller one are dropped"),
             "pairs": Option(TEXT, "which pairs several answers give", "best_vs_worst", POLICIES),
             "booleans": Option(LIST, "two texts: how answers that are true and false are written"),
             "content": Option(NAME, "field of an answer or turn with its text", (*ANSWER_KEYS, "value")),

@@ -16,6 +16,7 @@ from keural.data.adapters.base import UNDECLARED, holds, lookup, plain
 from keural.data.adapters.evaluation import SCHEMAS, Schema
 from keural.data.adapters.turns import CONTENT_KEYS, IN_ORDER, ROLE_KEYS, ROLES, listing
 from keural.data.readers.datafile import Row
+from keural.data.readers.magic import TAR, ZIP
 from keural.data.records import Drop
 from keural.data.source_counts import NOT_DEFECTS
 from keural.errors import UserError
@@ -23,6 +24,9 @@ from keural.recipe import SourceSpec
 
 MAX_ROWS = 200
 """So many rows every adapter is tried on."""
+ARCHIVES = (ZIP, TAR)
+"""Formats of which the rows are those of the files inside, of whatever format these are."""
+CHATS = {**conversations.ADAPTERS, **preferences.ADAPTERS}
 GENERAL = {**conversations.ADAPTERS, **preferences.ADAPTERS, **documents.ADAPTERS}
 """Adapters of shapes; the others are of sets by name."""
 SIDE_FIELDS = re.compile(
@@ -53,12 +57,19 @@ REPAIRS: dict[str, dict[str, Any]] = {
     "assistant_first": {"assistant_first": "keep"},
     "system_inside": {"system_inside": "merge"},
     "not_alternating": {"consecutive": "merge"},
+    "several_answers": {"pairs": "all"},
 }
 """Options that keep rows of which an adapter says why it drops them."""
 _ORDER = {name: place for place, name in enumerate(sorted(GENERAL, key=lambda name: name != "kto"))}
 """Which of several that fit alike is named."""
 _RUNNING = 0.5
 """How much less running text is worth that only happens to be the longest field."""
+_FIRST_OF_SEVERAL = 0.2
+"""How much less it is worth to take the first of a list."""
+_SHAPE_ALONE = 0.3
+"""What it is worth to read every field of rows that are dropped for what is in them: it is said why, and what can be done."""
+_WHOLE_SHAPE = 0.9
+"""The same where the adapter has a name for every field; another that drops nothing may have left out what carries meaning."""
 _SPEAKERS = ("speaker", "author", "sender", "user", "name", "who", "화자")
 _UTTERANCES = ("text", "message", "utterance", "body", "said", "발화", "내용")
 _LANGUAGES = {"en": "영어", "ko": "한국어", "english": "영어", "korean": "한국어", "kor": "한국어", "eng": "영어"}
@@ -87,9 +98,15 @@ class Guess:
 
     @property
     def fits(self) -> bool:
-        """Whether it keeps a row, or would if the recipe said what a field's values mean."""
+        """Whether it keeps a row, or reads most of the fields although something in every row is not as it should be."""
         undeclared = any(reason == UNDECLARED for reason, _ in self.reasons)
-        return self.kept > 0 or (undeclared and len(self.fields) > len(self.unread))
+        reads_most = len(self.fields) > len(self.unread) and (undeclared or len(self.fields) > 1) and not self.lacks
+        return self.kept > 0 or (reads_most and self.adapter in CHATS)
+
+    @property
+    def lacks(self) -> bool:
+        """Whether rows are not of the adapter's shape: most often they have not what it needs."""
+        return bool(self.reasons) and self.reasons[0][0].startswith(("missing_", "wrong_schema", "malformed_row"))
 
     @property
     def score(self) -> float:
@@ -100,7 +117,10 @@ class Guess:
             general += 0.5
         if self.adapter == "text" and str(self.options.get("field", "text")).lower() not in _TEXTS:
             general -= _RUNNING
-        return self.understood / self.rows * (0.5 + read / 2) + general - 0.01 * len(self.options)
+        general -= _FIRST_OF_SEVERAL if any(re.search(r"\.0\b", str(value)) for value in self.options.values()) else 0.0
+        whole = not self.unread and not self.options and not self.lacks
+        shape = 0.0 if self.adapter not in CHATS else _WHOLE_SHAPE if whole else _SHAPE_ALONE * read
+        return max(self.understood / self.rows * (0.5 + read / 2), shape) + general - 0.01 * len(self.options)
 
     def described(self) -> str:
         """The guess in a line."""
@@ -159,14 +179,16 @@ def guesses(rows: Rows, only: str | None = None, options: Mapping[str, Any] | No
             continue
         guess = found[name, repr(given)] = _tried(rows, name, given)
         if options is None:
+            known = ADAPTERS[name].options.keys() - given.keys()
             repairs = [REPAIRS[reason] for reason, _ in guess.reasons if reason in REPAIRS]
-            waiting += [(name, {**given, **repair}) for repair in repairs if not repair.keys() & given.keys()]
+            waiting += [(name, {**given, **repair}) for repair in repairs if repair.keys() <= known]
     fitting = [guess for guess in found.values() if guess.fits]
     return sorted(fitting, key=lambda guess: (-round(guess.score, 3), _ORDER.get(guess.adapter, len(_ORDER))))
 
 
 def _proposals(rows: Rows, only: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    wanted = [name for name in ADAPTERS if only in (None, name) and (only or rows.format_name in ADAPTERS[name].formats)]
+    formats = {"text", "jsonl"} if rows.format_name in ARCHIVES else {rows.format_name}
+    wanted = [only] if only else [name for name, known in ADAPTERS.items() if formats & set(known.formats)]
     for name in wanted:
         if ADAPTERS[name].rows is None:
             yield name, {}
@@ -328,6 +350,8 @@ def _pairs(rows: Rows) -> Iterator[tuple[str, dict[str, Any]]]:
     for compared in _compared(rows):
         yield "preference", compared
         yield from (("preference", {"prompt": question, **compared}) for question in asked[:2])
+    if rejected and not chosen:
+        chosen = [name for name in _named(rows, _ANSWERS) if name not in rejected]
     for better in chosen[:2]:
         for worse in rejected[:2]:
             options = {} if better == "chosen" else {"chosen": better}
@@ -350,7 +374,7 @@ def _compared(rows: Rows) -> Iterator[dict[str, Any]]:
         items = listing(rows.first(name))
         inside = items[0] if isinstance(items[0], dict) else {}
         yield from ({"answers": name, "scores": str(key)} for key in inside if _plain_name(str(key)) in _SCORES)
-        yield {"answers": name}
+        yield {"answers": name, "order": "best_first"}
 
 
 def _twins(names: Sequence[str]) -> list[tuple[str, str]]:

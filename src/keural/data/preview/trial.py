@@ -16,7 +16,7 @@ from keural.data.adapters import ADAPTERS, adapter_of
 from keural.data.field_use import FieldUse
 from keural.data.filtering.gates import GATES, MIN_SHARE, Gatekeeper, check_gates, hangul_share
 from keural.data.filtering.holdout import Splitter
-from keural.data.preview.guess import Guess, Rows, benchmark_of, guesses
+from keural.data.preview.guess import ARCHIVES, Guess, Rows, benchmark_of, guesses
 from keural.data.readers.datafile import DataFile, FileShape, Row
 from keural.data.readers.formats import FORMATS, format_of, open_text
 from keural.data.readers.sniff import describe, sniff
@@ -45,6 +45,8 @@ MOST_WORDS = 5
 """A name of so many words is a cell, too."""
 EXAMPLES = 3
 """Kept rows, and dropped rows of each reason, that are shown."""
+FOREIGN = 0.02
+"""Share of other letters that English text may have."""
 SAMPLE = 100
 """Records of which the language is looked at."""
 EXCERPT = 300
@@ -162,7 +164,7 @@ def _try_files(path: Path, adapter: str | None, options: Mapping[str, Any], data
         name=re.sub(r"[^\w.-]+", "-", path.name.split(".")[0]).strip("-") or "data",
         adapter=best.adapter,
         path=_relative(found.files[0] if len(found.files) == 1 else path, base) + found.pattern(best.adapter),
-        format=None if format_of(found.files[0]) not in (None, "text") or found.format_name == "text" else found.format_name,
+        format=found.format_to_give,
         options={**reading, **best.options},
     )
     trial = Trial(spec, base, [found.described()], fitting, hints=[*found.hints, *found.shape.assumed])
@@ -189,6 +191,12 @@ class _Files:
     def format_name(self) -> str:
         """Their format."""
         return self.shape.format or "text"
+
+    @property
+    def format_to_give(self) -> str | None:
+        """The format as a source must give it; None where the files' suffix, or what is in them, says it by itself."""
+        named = format_of(self.files[0])
+        return self.format_name if named is None or (named == "text" and named != self.format_name) else None
 
     @classmethod
     def below(cls, path: Path, adapter: str | None) -> "_Files":
@@ -256,8 +264,11 @@ def _spread(files: Sequence[Any]) -> list[Any]:
 
 def _carrier(file: Path, format_name: str, adapter: str | None, options: Mapping[str, Any], base: Path) -> Source:
     """A source that gives the rows of a file, whatever they mean; of a large file that is one value those of its beginning."""
-    name = adapter or next((name for name, known in ADAPTERS.items() if format_name in known.formats), "text")
-    spec = SourceSpec(name=file.stem or "data", adapter=name, path=str(file.absolute()), format=format_name, options=dict(options))
+    reading = [name for name, known in ADAPTERS.items() if format_name in known.formats and format_name not in ARCHIVES]
+    name = adapter or (reading[0] if reading else "text")
+    spec = SourceSpec(name=file.stem or "data", adapter=name, path=str(file.absolute()), options=dict(options))
+    if format_name not in ARCHIVES:
+        spec = spec.model_copy(update={"format": format_name})
     return open_source(spec, base)
 
 
@@ -459,9 +470,12 @@ def _add_language(trial: Trial) -> None:
 
 def _language(records: Sequence[Record]) -> str | None:
     hangul = [share for record in records if (share := hangul_share(_text(record))) is not None]
-    if not hangul or 0.02 < sum(hangul) / len(hangul) < MIN_SHARE:
+    mean = sum(hangul) / len(hangul) if hangul else 0.0
+    letters = [character for record in records for character in _text(record)[:1000] if character.isalpha()]
+    is_english = mean < FOREIGN and sum(map(str.isascii, letters)) > (1 - FOREIGN) * len(letters)
+    if not hangul or not (mean >= MIN_SHARE or is_english):
         return None
-    language = "ko" if sum(hangul) / len(hangul) >= MIN_SHARE else "en"
+    language = "ko" if mean >= MIN_SHARE else "en"
     check = GATES["language"].check
     assert check is not None
     chats = [replace(record, language=language) for record in records if not isinstance(record, Document)]

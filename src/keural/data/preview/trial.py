@@ -4,7 +4,6 @@ In: a file, a directory, or a source as a recipe has it. Out: a `Trial`, for `ke
 nothing is written, and of a large file only the beginning is read.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from keural.data.adapters import ADAPTERS, adapter_of
-from keural.data.field_use import FieldUse
+from keural.data.field_use import FieldUse, excerpt
 from keural.data.filtering.gates import GATES, MIN_SHARE, Gatekeeper, check_gates, hangul_share
 from keural.data.filtering.holdout import Splitter
 from keural.data.preview.guess import ARCHIVES, Guess, Rows, benchmark_of, guesses
@@ -406,7 +405,7 @@ def _read(trial: Trial, source: Source, rows: Sequence[Row | Drop], whole: bool)
             if isinstance(result, Drop):
                 examples = trial.drops.setdefault(result.reason, [])
                 if len(examples) < EXAMPLES:
-                    examples.append((result, excerpt(value)))
+                    examples.append((result, excerpt(value, EXCERPT)))
                 counter.drop(result)
                 continue
             counter.rows += 1
@@ -444,22 +443,6 @@ def _passed(record: Record | Drop, spec: SourceSpec, keeper: Gatekeeper, splitte
         return Drop(reason, record.where)
     split = splitter.assign(record, False, spec.id_space or spec.name, keeper.actions["duplicate_prompts"])
     return split if isinstance(split, Drop) else record
-
-
-def excerpt(value: Any, length: int = EXCERPT) -> str:
-    """The beginning of a value as JSON, without writing all of it out."""
-    text = json.dumps(_shortened(value, length), ensure_ascii=False, default=str)
-    return text if len(text) <= length else f"{text[: length - 1]}…"
-
-
-def _shortened(value: Any, length: int) -> Any:
-    if isinstance(value, str):
-        return value if len(value) <= length else f"{value[:length]}…"
-    if isinstance(value, dict):
-        return {str(key): _shortened(inner, length // 2 + 20) for key, inner in list(value.items())[:20]}
-    if isinstance(value, list | tuple):
-        return [_shortened(inner, length // 2 + 20) for inner in value[:10]]
-    return value
 
 
 def _add_language(trial: Trial) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from keural.data.filtering.gates import gate_of
 from keural.data.loading.batch import Batch
 from keural.data.source_counts import SourceRow
 from keural.pipeline.run_directory import SUMMARY, Done, Summary
@@ -91,8 +92,8 @@ def print_data(workspace: Workspace) -> None:
         for row in prepared.table:
             if row.survey:
                 show(row.survey)
-            if row.warning:
-                show(f"warning: {row.warning}")
+            for warning in (row.warning or "").splitlines():
+                show(f"warning: {warning}")
             if "benchmark" in row.flags and not row.left_out:
                 show(
                     f"warning: source {row.source!r} is a benchmark; after training on it scores of its family mean nothing "
@@ -101,12 +102,21 @@ def print_data(workspace: Workspace) -> None:
 
 
 def _data_row(row: SourceRow) -> tuple[str, ...]:
-    listed = (f"{reason} {count:,} (first: {row.first_drop[reason]}{_details(row, reason)})" for reason, count in row.drops.items())
+    listed = (
+        f"{reason} {count:,} ({_gate(row, reason)}first: {row.first_drop[reason]}{_details(row, reason)})"
+        for reason, count in row.drops.items()
+    )
     drops = "\n".join(listed)
     drops += "".join(f"\n{reason} {count:,} (kept)" for reason, count in row.noted.items())
     drops += f"\nnot read: {', '.join(row.not_read)}" if row.not_read else ""
     drops = f"left out: {row.left_out}" if row.left_out else drops.strip()
     return row.source, f"{row.rows:,}", f"{row.kept:,}", f"{row.tokens:,}", drops
+
+
+def _gate(row: SourceRow, reason: str) -> str:
+    """The gate that dropped rows for a reason, and their share; nothing for other reasons."""
+    gate = gate_of(reason)
+    return f"gate {gate}, {row.drops[reason] / row.rows:.1%}; " if gate else ""
 
 
 def _details(row: SourceRow, reason: str) -> str:

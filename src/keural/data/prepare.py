@@ -225,8 +225,8 @@ def _gated(records: Iterable[Record | Drop], keeper: Gatekeeper, decontaminator:
     for record in records:
         if isinstance(record, Drop):
             yield record
-        elif reason := next(keeper.reasons(record, "drop"), None):
-            yield Drop(reason, record.where)
+        elif finding := next(keeper.findings(record, "drop"), None):
+            yield Drop(finding.reason, record.where, finding.detail)
         elif dropped and (hit := dropped.hit_in(record)):
             yield Contaminated(REASON, record.where, hit=hit)  # counted when it is used: reading runs ahead
         else:

@@ -17,6 +17,7 @@ from keural.data.adapters.base import UNDECLARED, WRONG_SCHEMA
 from keural.data.adapters.corpora import OTHER_LANGUAGE, OTHER_LICENSE
 from keural.data.field_use import FieldUse
 from keural.data.filtering.decontamination import REASON
+from keural.data.filtering.gates import gate_of
 from keural.data.filtering.holdout import Split
 from keural.data.licenses import flags_of, language_of, license_of
 from keural.data.loading.mixture import Share
@@ -28,6 +29,8 @@ from keural.recipe import SourceSpec
 
 OVER_LIMIT = "over_limit"
 """Reason of cleaned documents beyond a source's limit."""
+SUSPICIOUS_SHARE = 0.05
+"""A gate that drops a larger share of a source is likely to judge what the source is made of."""
 MAX_DETAILS = 12
 """So many different things that were found are remembered of each reason."""
 NOT_DEFECTS = {
@@ -89,7 +92,7 @@ class SourceRow:
     length_ratio: float | None = None
     """Characters of chosen answers for each of rejected ones; None where there are no pairs."""
     warning: str | None = None
-    """What differs from the count that the recipe expects."""
+    """What differs from the count that the recipe expects, and which gates drop a suspicious share: a line each."""
     mixture: Share | None = None
     """What an epoch holds of it, where sources are mixed by weight."""
     survey: str | None = None
@@ -278,7 +281,25 @@ def _worst(row: SourceRow, drops: dict[str, int]) -> str:
 
 
 def warning_of(source: SourceSpec, row: SourceRow) -> str | None:
-    """What differs from the count that the recipe expects of a source that it uses."""
-    if row.left_out is not None or source.expect in (None, row.kept):
+    """What is to be looked at in a source that is used, a line each: a count that the recipe does not expect, a gate that drops
+    more than `SUSPICIOUS_SHARE` of its rows.
+    """
+    if row.left_out is not None:
         return None
-    return f"source {source.name!r}: {row.kept:,} records kept, {source.expect:,} expected"
+    found = [_eager_gate(row, reason, count) for reason, count in row.drops.items() if count > SUSPICIOUS_SHARE * row.rows]
+    if source.expect not in (None, row.kept):
+        found.insert(0, f"source {source.name!r}: {row.kept:,} records kept, {source.expect:,} expected")
+    return "\n".join(filter(None, found)) or None
+
+
+def _eager_gate(row: SourceRow, reason: str, count: int) -> str | None:
+    """What a gate drops of a source, with an example and how to keep it; None for other reasons."""
+    gate = gate_of(reason)
+    if gate is None:
+        return None
+    detail = next(iter((row.details or {}).get(reason, {})), "")
+    keep = "skip" if gate == "duplicate_prompts" else "count"
+    return (
+        f"source {row.source!r}: {reason} drops {count / row.rows:.0%} of its rows; "
+        f"e.g. {row.first_drop[reason]}{f': {detail}' if detail else ''}; gates: {{{gate}: {keep}}} keeps them"
+    )

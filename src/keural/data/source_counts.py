@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from keural.data.adapters.aihub import OTHER_PART
 from keural.data.adapters.base import UNDECLARED, WRONG_SCHEMA
 from keural.data.adapters.corpora import OTHER_LANGUAGE, OTHER_LICENSE
+from keural.data.adapters.reasons import reason_of
 from keural.data.field_use import FieldUse
 from keural.data.filtering.decontamination import REASON
 from keural.data.filtering.gates import gate_of
@@ -270,7 +271,7 @@ def check_drops(source: SourceSpec, row: SourceRow) -> None:
         raise UserError(
             f"source {source.name!r}: {defects / row.rows:.1%} of {row.rows:,} rows are dropped, more than "
             f"max_drop {source.max_drop:g}; most often {_worst(row, row.defects)}; "
-            f"mend the data or the options of adapter {source.adapter}, or raise max_drop"
+            f"{_remedy(row)}mend the data or the options of adapter {source.adapter}, or raise max_drop"
         )
 
 
@@ -278,6 +279,12 @@ def _worst(row: SourceRow, drops: dict[str, int]) -> str:
     reason, count = next(iter(drops.items()))
     found = ", ".join(list((row.details or {}).get(reason, {}))[:3])
     return f"{reason} ({count:,} rows, first {row.first_drop[reason]}{f': {found}' if found else ''})"
+
+
+def _remedy(row: SourceRow) -> str:
+    """What a recipe can do about the most frequent defect, if anything."""
+    reason = reason_of(next(iter(row.defects)))
+    return f"{reason.remedy}; or " if reason and reason.remedy else ""
 
 
 def warning_of(source: SourceSpec, row: SourceRow) -> str | None:

@@ -152,6 +152,9 @@ REASONS: dict[str, Reason] = {
     "unanswered_turns_cut": Reason("turns after the last answer are left out"),
     "greeting_left_out": Reason("what the assistant says before the user spoke is left out", "option assistant_first"),
     "reasoning_left_out": Reason("the reasoning of an answer is left out", "options: {reasoning: train} or keep"),
+    "input_left_out": Reason(
+        "an input that is only none, N/A or 없음 is taken for no input", "adapter qa with question: [instruction, input] keeps it"
+    ),
     "other_items_left_out": Reason("a field takes one item of a list that has more", "option unfold makes a record of each"),
     "question_trained": Reason("a turn that is no answer is trained, as the row says", "name the field in the option ignore"),
 }

@@ -38,13 +38,15 @@ _VARIABLE = (
 )
 """Names that prompts have for what is filled in; single braces hold anything else, too: sets, formulas, quotations."""
 _NO_LINK = r"(?![(\[:])"
-_PLACEHOLDER = re.compile(
-    r"<[Nn][Oo][ _-]?(?:[Ii]nput|[Oo]utput|INPUT|OUTPUT)>"
-    rf"|<{_ENTITY}>|<{_MEDIUM}>|<\|{_MEDIUM}\|>"
-    rf"|\[(?:{_ENTITY}|{_MEDIUM}|{_MEDIUM_KO})\]{_NO_LINK}"
-    r"|\bNAME_\d{1,3}\b|#@[가-힣]{2,12}#|&(?:name|company-?name|address|tel-num|affiliation|others|account|online-account)\d{0,3}&"
-    r"|(?<![\w\\^}{$%#])\{\{ ?[A-Za-z가-힣_][\w가-힣.-]{0,30}(?: [\w가-힣.-]{1,20}){0,3} ?\}\}(?!\})"
-    rf"|(?<![\w\\^}}{{%#])\{{(?:{_VARIABLE})\}}(?![}}{{\w(])"
+_NO_CELL_INSIDE = re.compile(r"<[Nn][Oo][ _-]?(?:[Ii]nput|[Oo]utput|INPUT|OUTPUT)>")
+_CUT_MEDIUM = re.compile(rf"<{_MEDIUM}>|<\|{_MEDIUM}\|>|\[(?:{_MEDIUM}|{_MEDIUM_KO})\]{_NO_LINK}")
+_CUT_ENTITY = re.compile(
+    rf"<{_ENTITY}>|\[{_ENTITY}\]{_NO_LINK}|\bNAME_\d{{1,3}}\b|#@[가-힣]{{2,12}}#"
+    r"|&(?:name|company-?name|address|tel-num|affiliation|others|account|online-account)\d{0,3}&"
+)
+_UNFILLED = re.compile(
+    r"(?<![\w\\^}{$%#])\{\{ ?[A-Za-z가-힣_][\w가-힣.-]{0,30}(?: [\w가-힣.-]{1,20}){0,3} ?\}\}(?!\})"
+    rf"|(?<![\w\\^}}{{%#])\{{(?i:{_VARIABLE})\}}(?![}}{{\w(])"
 )
 _BLANK = re.compile(
     r"(?<![\w\])}])(?:<(?:your|insert|enter) [^\]\[<>\n]{1,50}>"
@@ -66,16 +68,32 @@ _NO_CELL = re.compile(
 )
 _NOTHING = re.compile(r"\W{0,2}(n/?a|none|null|nan|nil|tbd|to ?do|not applicable|없음|해당 ?(?:사항 ?)?없음)\W{0,2}", re.IGNORECASE)
 _LONGEST_NOTHING = 24
-_OF_MARKUP = re.compile(r"</(?!(?:tools|tool_call|think)>)[A-Za-z]|<[A-Za-z][^<>\n]{0,200}/>|<[A-Za-z]{1,20} [a-z-]{1,20}=")
-_OF_SIGNS = re.compile(
-    r"(?<![a-z])(?:x?html5?|xml|xslt|svg|rss|jsx|tsx|markdown|markup|dom|tags?|placeholders?|templates?|templating|jinja2?|mustache"
-    r"|handlebars|django|liquid|angular|vue|react|f-strings?|format strings?|curly|braces|brackets|latex|regex|syntax|variables?"
-    r"|interpolat\w{1,4})(?![a-z])"
+_OF_MARKUP = re.compile(
+    r"</(?!(?:tools|tool_call|think)>)[A-Za-z]|<[A-Za-z][^<>\n]{0,200}/>|<[A-Za-z]{1,20} [a-z-]{1,20}="
+    r"|(?<![a-z])(?:x?html5?|xml|xslt|svg|rss|jsx|tsx|markdown|markup|dom|tags?|placeholders?|angular|vue|react|syntax)(?![a-z])"
     r"|[>\]}][\"'`”’]? (?:element|attribute|component|token|character|symbol)"
-    r"|태그|마크업|마크다운|엘리먼트|템플릿|서식|양식|자리 ?표시자|플레이스홀더|변수|중괄호|대괄호|괄호|토큰|치환|문법",
+    r"|태그|마크업|마크다운|엘리먼트|자리 ?표시자|플레이스홀더|대괄호|토큰",
     re.IGNORECASE,
 )
-"""Words of a conversation that is about such signs, or that asks for a text with gaps."""
+"""Signs and words of a conversation that is about tags and brackets."""
+_OF_COMMANDS = re.compile(
+    r"(?<![a-z])(?:shell|terminal|command[ -]?lines?|bash|git|docker|kubectl|regex)(?![a-z])|\busage:|명령어|터미널|정규식",
+    re.IGNORECASE,
+)
+_OF_TEMPLATES = re.compile(
+    r"(?<![a-z])(?:placeholders?|templates?|templating|jinja2?|mustache|handlebars|django|liquid|angular|vue|react|jsx|latex|syntax"
+    r"|f-strings?|format strings?|curly|braces|variables?|interpolat\w{1,4}|regex|git|docker|kubectl)(?![a-z])"
+    r"|템플릿|서식|양식|자리 ?표시자|플레이스홀더|변수|중괄호|괄호|치환|문법",
+    re.IGNORECASE,
+)
+"""Words of a conversation that is about variables in braces, or asks for a text with gaps."""
+_PLACEHOLDERS: tuple[tuple[re.Pattern[str], tuple[re.Pattern[str], ...]], ...] = (
+    (_NO_CELL_INSIDE, ()),
+    (_CUT_MEDIUM, (_OF_MARKUP,)),
+    (_CUT_ENTITY, (_OF_MARKUP, _OF_COMMANDS)),
+    (_UNFILLED, (_OF_TEMPLATES,)),
+)
+"""Each kind, and what a conversation speaks of in which the same signs are none."""
 _SIGNS = re.compile(r"[<\[{&#]|NAME_\d")
 
 
@@ -84,8 +102,13 @@ def placeholder(record: Chat) -> str | None:
     for place, turn in enumerate(turns_of(record)):
         if len(turn.content) <= _LONGEST_NOTHING and turn.role in ("user", "assistant") and _is_no_cell(turn, first=place == 0):
             return turn.content
-    found = _first(_PLACEHOLDER, record)
-    return None if found is None or _is_about_signs(record) else found
+    if not any(_SIGNS.search(text) for text in _texts(record)):
+        return None
+    for pattern, subjects in _PLACEHOLDERS:
+        found = _first(pattern, record)
+        if found is not None and not any(subject.search(text) for subject in subjects for text in _texts(record)):
+            return found
+    return None
 
 
 def _is_no_cell(turn: Message, first: bool) -> bool:
@@ -133,10 +156,6 @@ def _first(pattern: re.Pattern[str], record: Chat) -> str | None:
         if _SIGNS.search(text) and pattern.search(text) and (found := pattern.search(without_code(text))):
             return found[0]
     return None
-
-
-def _is_about_signs(record: Chat) -> bool:
-    return any(_OF_MARKUP.search(text) or _OF_SIGNS.search(text) for text in _texts(record))
 
 
 def _texts(record: Chat) -> Iterator[str]:

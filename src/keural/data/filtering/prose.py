@@ -20,14 +20,21 @@ _BLOCK = re.compile(
 _ADDRESS = re.compile(r"(?:https?|ftp)://\S+|\bwww\.\S+|[\w.+-]{1,64}@[\w-]{1,64}\.[\w.-]{1,64}|(?:/[\w.-]{1,64}){2,10}")
 _LINK = re.compile(r"!?\[([^\[\]\n]{0,200})\]\([^()\n]{0,500}\)")
 """A link of Markdown; what stands in the brackets is read."""
-_TAG = re.compile(r"</?[A-Za-z][^<>\n]{0,200}>")
+_TAG = re.compile(r"<[!?/]?[A-Za-z][^<>\n]{0,200}>")
+_MANY_TAGS = 3
+"""A text with so many closing tags is a page or a file, from the first to the last."""
+_LIST_ITEM = re.compile(r"\s*-\s")
 _NAME = re.compile(r"\b[A-Za-z]{1,40}(?:_[A-Za-z0-9]{1,40}){1,8}\b|\b[a-z]{1,40}(?:[A-Z][a-z0-9]{1,40}){1,8}\b|\b\w{1,40}\(\)")
 """snake_case, camelCase, call()."""
 _CODE_LINE = re.compile(
     r"""\s*(?:
-      ["'][\w .:-]{1,60}["']\s*:                                        # a line of an object
+      [\[{]?\s*["'][\w .:-]{1,60}["']\s*:                               # a line of an object
     | [\[\]{}();,]+\s*$
-    | (?=.*[(=\[{]).*[;{}]\s*$
+    | (?=.*[(=\[{]).*[;{]\s*$
+    | .*;\s*\}\s*$
+    | (?:for|while|until|if|elif)\b.*;\s*(?:do|then)\s*$
+    | (?:done|fi|esac|else|then|do|end|EOF)\s*;?\s*$
+    | (?:echo|printf|puts|console\.log)\b
     | (?:def|class|import|from|return|for|while|if|elif|else|try|except|with|print|public|private|static|void|int|const|let|var
         |function|struct|package|using|namespace|export|async|await|fn|func|end)\b(?=.*[(){}=:;.]).*[(){};:=\]]\s*$
     | (?:import|from|using|package|export)\s+[\w.*{}"'<>/ ,-]+(?:\s+(?:import|as|from)\s+.*)?;?\s*$
@@ -43,7 +50,8 @@ _CODE_LINE = re.compile(
 )
 """A line that a programmer wrote for a machine."""
 _COMMENT = re.compile(r"\s*(?:#|--|\*|%)")
-_KEY = re.compile(r"\s*-?\s*[A-Za-z_][\w-]{0,40}:(?:\s|$)")
+_KEY = re.compile(r"\s*(?:-\s*)?[a-z_][\w-]{0,40}:(?:\s|$)")
+_CELL_END = re.compile(r",(?=\S)|\t")
 _DECODER = json.JSONDecoder()
 _MAX_FAILURES = 30
 """So many brackets that open no JSON are tried in a text."""
@@ -58,14 +66,35 @@ def prose_of(text: str) -> str:
 
 def without_code(text: str) -> str:
     """The text without code, formulas and JSON, in fences or not; tags, links and addresses stay."""
-    text = _without_json(_BLOCK.sub(" ", text))
+    text = _without_page(_without_json(_BLOCK.sub(" ", text)))
     lines = [line for line in text.split("\n") if line.strip()]
-    if len(lines) > 1 and all(map(_KEY.match, lines)):
-        return ""  # YAML and the like
+    if len(lines) > 1 and not HANGUL.search(text) and (_is_yaml(lines) or _is_table(lines)):
+        return ""
     kept = _prose_lines(lines)
     if 2 * len(kept) <= len(lines):  # a program, whose other lines are its comments
         kept = [line for line in kept if not _COMMENT.match(line) or HANGUL.search(line)]
     return "\n".join(kept)
+
+
+def _is_yaml(lines: list[str]) -> bool:
+    keys = sum(_KEY.match(line) is not None for line in lines)
+    return keys > 1 and all(_KEY.match(line) or _LIST_ITEM.match(line) for line in lines)
+
+
+def _is_table(lines: list[str]) -> bool:
+    """Whether all lines have as many cells, and more than two, with commas that no space follows, or tabs between them."""
+    cells = {len(_CELL_END.findall(line)) for line in lines}
+    return len(cells) == 1 and cells.pop() > 1
+
+
+def _without_page(text: str) -> str:
+    """The text without HTML or XML, if it is more than a few tags; lines of it with Hangul stay."""
+    first = _TAG.search(text) if text.count("</") >= _MANY_TAGS else None
+    if first is None:
+        return text
+    end = text.rfind(">") + 1
+    page = (line for line in text[first.start() : end].split("\n") if HANGUL.search(line))
+    return "\n".join((text[: first.start()], *page, text[end:]))
 
 
 def _prose_lines(lines: list[str]) -> list[str]:

@@ -4,11 +4,10 @@ import re
 from typing import Any
 
 from keural.data.adapters.base import (
-    NAME,
-    NAMES,
     TABLES,
     Adapter,
     BadRow,
+    described,
     guarded,
     lookup,
     placeholder_free,
@@ -18,6 +17,7 @@ from keural.data.adapters.base import (
     with_system,
 )
 from keural.data.adapters.turns import message_of, messages_of
+from keural.data.readers.options import LIST, NAME, NAMES, Option
 from keural.data.records import Drop, PreferencePair
 from keural.recipe import SourceSpec
 from keural.tokenizer.message import Message
@@ -127,11 +127,20 @@ def _same_history(prompt: list[Message], history: list[Message]) -> bool:
 
 ADAPTERS = {
     # to refuse is what its harmless part teaches
-    "hh_rlhf": Adapter("pairs", guarded(_hh_rlhf), TABLES, license="MIT", gates={"refusals": "count"}),
+    "hh_rlhf": Adapter("pairs", guarded(_hh_rlhf), TABLES, meaning=described(_hh_rlhf), license="MIT", gates={"refusals": "count"}),
     "preference": Adapter(
         "pairs",
         guarded(_preference),
         TABLES,
-        {"prompt": NAMES, "chosen": NAME, "rejected": NAME, "system": NAME, "input": NAMES, "answers": (list,), "label": NAME},
+        {
+            "prompt": Option(NAMES, "field with the text or the turns before the answers", PROMPT_FIELDS),
+            "chosen": Option(NAME, "field with the better answer", "chosen"),
+            "rejected": Option(NAME, "field with the worse answer", "rejected"),
+            "system": Option(NAME, "field with a system text", "system"),
+            "input": Option(NAMES, "field with what an instruction is asked of, put below it", "input"),
+            "answers": Option(LIST, "two fields with answers, of which the label says which is the better"),
+            "label": Option(NAME, "field that says which of two answers is the better: 1 or 2", "label"),
+        },
+        meaning=described(_preference),
     ),
 }

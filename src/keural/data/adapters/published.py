@@ -124,12 +124,17 @@ def _adapter(known: PublishedSet) -> Adapter:
     return replace(
         shape,
         convert=guarded(convert),
+        meaning=f"The set as published: rows of adapter `{known.shape}`{_defects(known)}.",
         license=known.license,
         gates=known.gates,
         check=None if shape.check is None else lambda source: shape.check(merged(source)),  # type: ignore[misc]
         reads=None if shape.reads is None else reads,
         example=None,
     )
+
+
+def _defects(known: PublishedSet) -> str:
+    return ", without those with the defects that it is known for" if known.rules else ""
 
 
 def _check_keys(value: Any, keys: Iterable[tuple[str, ...]]) -> None:

@@ -14,7 +14,7 @@ from keural.data.filtering import gaps
 from keural.data.filtering.gaps import Chat, learned, turns_of
 from keural.data.filtering.languages import disguised_word, foreign_side
 from keural.data.filtering.personal import kinds_in
-from keural.data.records import Document, Kind, PreferencePair, Record
+from keural.data.records import Document, Drop, Kind, PreferencePair, Record
 from keural.data.sources import Source
 from keural.errors import UserError, nearest
 from keural.recipe import GateAction, SourceSpec
@@ -234,6 +234,11 @@ class Gatekeeper:
     def reasons(self, record: Record, action: GateAction) -> Iterator[str]:
         """The reasons of `findings`."""
         return (finding.reason for finding in self.findings(record, action))
+
+    def drop_of(self, record: Record) -> Drop | None:
+        """The first of what the gates drop the record for, as a drop; None where they let it through."""
+        found = next(self.findings(record, "drop"), None)
+        return Drop(found.reason, record.where, found.detail) if found else None
 
     def findings(self, record: Record, action: GateAction) -> Iterator[Finding]:
         """What the gates find that have this action (the limits of length drop); nothing for documents."""

@@ -11,7 +11,7 @@ Nothing is a gap in code, formulas or JSON; no tag, link or variable is one wher
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from keural.data.filtering.prose import without_code
 from keural.data.records import Conversation, PreferencePair
@@ -94,7 +94,9 @@ _PLACEHOLDERS: tuple[tuple[re.Pattern[str], tuple[re.Pattern[str], ...]], ...] =
     (_UNFILLED, (_OF_TEMPLATES,)),
 )
 """Each kind, and what a conversation speaks of in which the same signs are none."""
-_SIGNS = re.compile(r"[<\[{&#]|NAME_\d")
+_SIGNS = re.compile(r"[<\[{]|NAME_\d|#@|&[a-z-]+\d*&")
+_MASK_SIGNS = ("○", "◯", "〇", "△", "◇", "□", "OO", "XX", "××", "ＯＯ", "ＸＸ", "xxx", "***")
+"""Without one of these no pattern is looked for, which takes much longer."""
 
 
 def placeholder(record: Chat) -> str | None:
@@ -102,11 +104,11 @@ def placeholder(record: Chat) -> str | None:
     for place, turn in enumerate(turns_of(record)):
         if len(turn.content) <= _LONGEST_NOTHING and turn.role in ("user", "assistant") and _is_no_cell(turn, first=place == 0):
             return turn.content
-    if not any(_SIGNS.search(text) for text in _texts(record)):
-        return None
-    for pattern, subjects in _PLACEHOLDERS:
-        found = _first(pattern, record)
-        if found is not None and not any(subject.search(text) for subject in subjects for text in _texts(record)):
+    texts = _texts(record)
+    signed = [text for text in texts if _SIGNS.search(text)]
+    for pattern, subjects in _PLACEHOLDERS if signed else ():
+        found = _first(pattern, signed)
+        if found is not None and not any(subject.search(text) for subject in subjects for text in texts):
             return found
     return None
 
@@ -128,12 +130,13 @@ def empty_answer(record: Chat) -> str | None:
 
 def blank(record: Chat) -> str | None:
     """What a reader is to fill in."""
-    return _first(_BLANK, record)
+    return _first(_BLANK, [text for text in _texts(record) if "[" in text or "<" in text])
 
 
 def mask(record: Chat) -> str | None:
     """Signs for a name or a number that its writer does not give."""
-    return next((found[0] for turn in turns_of(record) if (found := _MASK.search(turn.text))), None)
+    signed = (text for text in _texts(record) if any(sign in text for sign in _MASK_SIGNS))
+    return next((found[0] for text in signed if (found := _MASK.search(text))), None)
 
 
 def turns_of(record: Chat) -> Sequence[Message]:
@@ -150,13 +153,13 @@ def learned(record: Chat) -> list[str]:
     return [turn.content for turn in record.messages if turn.role == "assistant" and turn.is_trained]
 
 
-def _first(pattern: re.Pattern[str], record: Chat) -> str | None:
+def _first(pattern: re.Pattern[str], texts: Sequence[str]) -> str | None:
     """The first place outside code where a pattern is found."""
-    for text in _texts(record):  # looking for code takes longer than looking for a gap
-        if _SIGNS.search(text) and pattern.search(text) and (found := pattern.search(without_code(text))):
+    for text in texts:  # looking for code takes longer than looking for a gap
+        if pattern.search(text) and (found := pattern.search(without_code(text))):
             return found[0]
     return None
 
 
-def _texts(record: Chat) -> Iterator[str]:
-    return (turn.text for turn in turns_of(record))
+def _texts(record: Chat) -> list[str]:
+    return [turn.text if turn.reasoning else turn.content for turn in turns_of(record)]

@@ -44,13 +44,26 @@ class Language:
     script: re.Pattern[str]
     wanted_other: re.Pattern[str]
     """Questions whose answers are in another language."""
+    is_sure: Callable[[str], bool]
+    """Whether a text is in the language for sure: most texts are, and the rest takes long."""
     without: Callable[[str], str] = str
     """Prose without words that are the same in this language and others."""
 
 
+def _is_surely_korean(text: str) -> bool:
+    return len(HANGUL.findall(text)) >= MIN_SHARE["ko"] * len(text)
+
+
+def _is_surely_english(text: str) -> bool:
+    """Whether there are more letters of ASCII than of anything else."""
+    ascii_text = text.encode("ascii", "ignore")
+    return len(ascii_text.translate(None, _NO_LETTERS)) >= len(text) - len(ascii_text)
+
+
+_NO_LETTERS = bytes(code for code in range(128) if not chr(code).isalpha())
 LANGUAGES = {
-    "ko": Language(HANGUL, _FOREIGN_WANTED, lambda prose: _PROPER.sub(" ", prose)),
-    "en": Language(LATIN, _KOREAN_WANTED),
+    "ko": Language(HANGUL, _FOREIGN_WANTED, _is_surely_korean, lambda prose: _PROPER.sub(" ", prose)),
+    "en": Language(LATIN, _KOREAN_WANTED, _is_surely_english),
 }
 
 
@@ -86,6 +99,8 @@ def hangul_share(text: str) -> float | None:
 
 
 def _is_foreign(text: str, language: Language, least: float) -> bool:
+    if language.is_sure(text):
+        return False
     share = script_share(text, language.script, MIN_LETTERS)
     if share is None or share >= least:  # what is not prose has hardly Hangul, and to find it takes long
         return False

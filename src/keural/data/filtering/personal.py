@@ -20,6 +20,7 @@ PHONE = re.compile(
     r"(?<![\d-])(?:(?:\+82[- ]?|0)1[016789]([-. ]?)\d{3,4}\1\d{4}|0(?:2|[3-6][1-5]|70)[-.)] ?\d{3,4}[-.]\d{4})(?![\d-]*\d)"
 )
 ACCOUNT = re.compile(r"((?:계좌(?:번호)?|은행|농협|뱅크|우체국|새마을금고|신협)[ :：]{0,3})\d{2,6}-\d{2,6}-\d{2,8}(?:-\d{1,4})?")
+_DIGITS = re.compile(r"\d{4}")
 _CENTURIES = {"1": 1900, "2": 1900, "5": 1900, "6": 1900}
 _WEIGHTS = (2, 3, 4, 5, 6, 7, 8, 9, 2, 3, 4, 5)
 
@@ -28,6 +29,8 @@ def kinds_in(text: str) -> Iterator[str]:
     """The kinds of personal data that a text surely holds."""
     if "@" in text and EMAIL.search(text):
         yield "an e-mail address"
+    if not _DIGITS.search(text):
+        return
     if any(match[2] == "-" and is_resident(match) for match in RESIDENT.finditer(text)):
         yield "a resident registration number"
     if PHONE.search(text):

@@ -286,7 +286,7 @@ def _formats() -> str:
 def _gates() -> str:
     lines = [
         "## Gates of conversations and pairs\n",
-        "For each a source says what is done with a record in which it finds something: `gates: {placeholders: count}`. `drop` leaves "
+        "For each a source says what is done with a record in which it finds something: `gates: {blanks: drop}`. `drop` leaves "
         "the record out, `count` keeps it and shows how many there are, `skip` does not look. A gate that drops over "
         f"{SUSPICIOUS_SHARE:.0%} of a source is warned about.\n",
         "| gate | finds | does not find | by default | counted as |",

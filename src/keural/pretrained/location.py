@@ -8,12 +8,15 @@ from typing import Any
 
 from keural.errors import UserError
 from keural.files import read_object
+from keural.pretrained.kinds import what_is
 
 CONFIG = "config.json"
 CHECKPOINTS = "a .pt or .safetensors file, or a directory with one"
 """What can be imported."""
 MODEL_TYPE = "keural"
 """`model_type` of `config.json`."""
+EXPORTED_TYPE = "granitemoe_swa"
+"""That of `keural export --format granite`."""
 
 
 def check_there(path: Path, wanted: str) -> None:
@@ -27,6 +30,11 @@ def check_kind(directory: Path) -> dict[str, Any]:
     file = directory / CONFIG
     values = read_object(file)
     if (kind := values.get("model_type")) != MODEL_TYPE:
+        if kind == EXPORTED_TYPE and values.get("shared_intermediate_size") == 0:
+            raise UserError(
+                f"{directory}: is a model for programs that know {kind} (transformers, vLLM, SGLang), as `keural export --format "
+                "granite` writes one; give the model directory that it was exported from"
+            )
         raise UserError(f"{file}: describes a {kind!r} model, not {MODEL_TYPE!r}; give a directory that this package has written")
     return values
 
@@ -43,4 +51,4 @@ def model_directory(path: Path) -> Path:
         raise UserError(f"{path}: points to {path.readlink()}, which does not exist; run the stage that makes it")
     if not path.exists():
         raise UserError(f"{path}: no such directory; give a model directory, e.g. runs/toy/final")
-    raise UserError(f"{path}: is not a model directory (no config.json); give one such as runs/toy/final")
+    raise UserError(f"{path}: {what_is(path)} (it is not a model directory: no {CONFIG}; give one such as runs/toy/final)")

@@ -24,7 +24,7 @@ from keural.model.config_fields import FIELDS
 from keural.model.configuration_keural import PUBLISHED_BASE_VOCABULARY
 from keural.pretrained.directory import configuration, write_model_directory
 from keural.pretrained.lineage import read_record
-from keural.pretrained.location import CONFIG
+from keural.pretrained.location import CONFIG, check_type
 from keural.pretrained.tensor_names import EMBEDDING, HEAD, is_published, stored_name
 from keural.pretrained.weights import TensorInfo, Weights, expected_tensors
 from keural.tokenizer import KeuralTokenizer
@@ -140,11 +140,7 @@ def _configuration(
 ) -> KeuralConfig:
     """The configuration of the checkpoint in this package's conventions; what is not said is as published."""
     values = dict(values or {})
-    kind = values.get("model_type", KeuralConfig.model_type)
-    if kind != KeuralConfig.model_type:
-        raise UserError(
-            f"{checkpoint.where}: its configuration describes a {kind!r} model, not 'keural'; only Keural can be imported"
-        )
+    check_type(checkpoint.where, {"model_type": KeuralConfig.model_type, **values})
     unknown = sorted(str(key) for key, value in values.items() if not _understood(key, value))
     if unknown:
         raise UserError(

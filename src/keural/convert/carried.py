@@ -202,10 +202,10 @@ def problems(config: KeuralConfig, format_name: str) -> list[str]:
     return list(dict.fromkeys(problem for problem in found if problem is not None))
 
 
-def check_carried(config: KeuralConfig, format_name: str) -> None:
-    """Raise `UserError`, naming every field that the format cannot hold as it is."""
+def check_carried(config: KeuralConfig, format_name: str, where: str = "the model") -> None:
+    """Raise `UserError`, naming every field that the format cannot hold as it is; `where` says which model."""
     if found := problems(config, format_name):
-        raise UserError(f"this model cannot be exported as {format_name}: {'; '.join(found)}; `--format hf` holds every model")
+        raise UserError(f"{where} cannot be exported as {format_name}: {'; '.join(found)}; `--format hf` holds every model")
 
 
 def carried(config: KeuralConfig, format_name: str) -> dict[str, Any]:

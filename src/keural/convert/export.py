@@ -79,7 +79,7 @@ def export(
     from keural.pretrained.stored_model import open_model, open_network
 
     model = open_model(path) if chosen.needs_tokenizer else open_network(path)
-    check_carried(model.config, format_name)
+    check_carried(model.config, format_name, str(path))
     if model.notice:
         say(model.notice)
     for line in left_behind(model.config, format_name):

@@ -23,7 +23,7 @@ from keural.model import CHATML_IDS, KeuralConfig, mean_row
 from keural.model.config_fields import FIELDS
 from keural.model.configuration_keural import PUBLISHED_BASE_VOCABULARY
 from keural.pretrained.directory import configuration, write_model_directory
-from keural.pretrained.lineage import read_record
+from keural.pretrained.lineage import UNKNOWN, read_record
 from keural.pretrained.location import CONFIG, check_type
 from keural.pretrained.tensor_names import EMBEDDING, HEAD, is_published, stored_name
 from keural.pretrained.weights import TensorInfo, Weights, expected_tensors
@@ -111,7 +111,7 @@ def import_checkpoint(
         "source": {"file": checkpoint.where.name, **checkpoint.progress},
         "chain": [f"import {checkpoint.where.name}"],
         # Rows for the ChatML ids that are made here have been taught nothing: what grows is a base model.
-        "objectives": ["next_token"] if grow_vocabulary else _objectives(checkpoint) if verify else [],
+        "objectives": ["next_token"] if grow_vocabulary else _objectives(checkpoint) if verify else [UNKNOWN],
     }
     write_model_directory(out, shape, _finite(checkpoint.where, weights.watched(advance)), found, lineage)
     say(f"{out}: {len(weights.infos):,} tensors, {weights.nbytes / 1e9:.2f} GB")
@@ -119,8 +119,8 @@ def import_checkpoint(
 
 
 def _objectives(checkpoint: Checkpoint) -> list[str]:
-    """What the record beside a checkpoint says that it was trained for; nothing where there is none."""
-    return list(read_record(checkpoint.directory).get("objectives") or [])
+    """What the record beside a checkpoint says that it was trained for."""
+    return list(read_record(checkpoint.directory).get("objectives", [UNKNOWN]))
 
 
 def _renamed(checkpoint: Checkpoint) -> Weights:

@@ -179,7 +179,7 @@ def _objectives(workspace: Workspace, stage: StageSpec) -> list[str]:
     stages = list(reversed(with_ancestors(workspace.recipe, stage).values()))
     before: list[str] = []
     if stages[0].starts_from_directory:
-        before = read_record(init_directory(workspace.out, stages[0])).get("objectives") or [UNKNOWN]
+        before = read_record(init_directory(workspace.out, stages[0])).get("objectives", [UNKNOWN])
     return [*before, *(stage.objective for stage in stages)]
 
 

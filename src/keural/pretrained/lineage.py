@@ -75,7 +75,7 @@ class Lineage(BaseModel):
     chain: list[str] = Field(default_factory=list)
     """The stages that made the weights, oldest first."""
     objectives: list[str] = Field(default_factory=list)
-    """What each stage of the chain was trained for; `unknown` stands for stages of which no record says so."""
+    """What each stage of the chain was trained for, none for random weights; `unknown` stands for stages that no record tells of."""
     source: Source | None = None
     chat: ChatSpec | None = None
     record: int | None = None
@@ -96,8 +96,8 @@ UNKNOWN = "unknown"
 
 def is_base(lineage: Mapping[str, Any]) -> bool:
     """Whether a model is known to have been trained on documents alone, so that it ends a text with `</s>` and no turn."""
-    objectives = lineage.get("objectives") or [UNKNOWN]
-    return all(name in OBJECTIVES and OBJECTIVES[name].store == "documents" for name in objectives)
+    objectives = lineage.get("objectives", [])
+    return bool(objectives) and all(name in OBJECTIVES and OBJECTIVES[name].store == "documents" for name in objectives)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class Lineage(BaseModel):
     chain: list[str] = Field(default_factory=list)
     """The stages that made the weights, oldest first."""
     objectives: list[str] = Field(default_factory=list)
-    """What each stage of the chain was trained for, none for random weights; `unknown` stands for stages that no record tells of."""
+    """What each stage of the chain was trained for, none for random weights; `unknown` stands for stages that no record tells."""
     source: Source | None = None
     chat: ChatSpec | None = None
     record: int | None = None

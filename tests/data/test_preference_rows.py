@@ -20,6 +20,7 @@ from keural.data.prepare import prepare
 from keural.data.prepared import Prepared
 from keural.data.records import Drop, PreferencePair, Record
 from keural.data.sources import open_source
+from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
 from keural.recipe import DataSpec, SourceSpec
 from keural.tokenizer import KeuralTokenizer
@@ -522,6 +523,18 @@ def test_columns_of_lists_give_the_same_pairs_as_lines(tmp_path: Path) -> None:
         source = open_source(SourceSpec(name="s", adapter="preference", path=f"rows.{suffix}", options=options), tmp_path)
         found[suffix] = [(answers(record), kept(record).notes) for record in source.read(0)]
     assert found["parquet"] == found["jsonl"] == [(("b", "a"), ()), (("c", "e"), ("unranked_answer_left_out",))]
+
+
+def test_the_store_has_the_weight_of_every_pair(prepared: Any) -> None:
+    rows = [RANKED | {"prompt": f"q{n}"} for n in range(3)] + [
+        RANKED | {"prompt": "r", "completions": ["a", "b"], "ratings": [1, 2]}
+    ]
+    found = prepared(rows, options={"answers": "completions", "scores": "ratings", "pairs": "all"})
+    weights = TokenStore.open(found.train).pair_weights
+    assert weights is not None
+    assert weights.tolist() == pytest.approx([1 / 3] * 9 + [1])
+    best = prepared(rows, options={"answers": "completions", "scores": "ratings"})
+    assert TokenStore.open(best.train).pair_weights is None
 
 
 def test_pairs_of_one_row_are_no_duplicates_by_its_id(prepared: Any) -> None:

@@ -24,7 +24,7 @@ PREPARED = "prepared.json"
 """What a directory of prepared data was made from and holds, written last."""
 TEXTS = "texts.jsonl"
 """The held-out documents' texts, a file of the held-out store."""
-VERSION = 3
+VERSION = 4
 """Raised when the same sources give other bytes than before."""
 
 

@@ -9,6 +9,7 @@ work goes; losing their reader must not lose the work, so they fall silent.
 
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 
 Piece = tuple[str, str]
 """A text and rich's style for it, e.g. `dim`."""
+UNDERLINE = "underline"
+"""The one style that says something that the text does not."""
+MARKS, PLAIN_MARKS = ("⟦", "⟧"), ("[[", "]]")
+"""What stands around underlined text where nothing can be underlined, and where these characters cannot be written."""
 
 
 def open_streams() -> None:
@@ -124,6 +129,9 @@ def _console(stream: _Stream) -> "Console":
 def _print(stream: _Stream, pieces: Iterable[Piece]) -> None:
     """A line of styled pieces. Rich is asked only for a terminal: it would take tabs and long lines for layout."""
     made = [(visible(text), style) for text, style in pieces]
+    if not _can_underline(stream):
+        before, after = marks(stream)
+        made = [(f"{before}{text}{after}" if style == UNDERLINE else text, style) for text, style in made]
     if not stream.isatty():
         stream.write("".join(text for text, _ in made) + "\n")
     else:
@@ -131,6 +139,26 @@ def _print(stream: _Stream, pieces: Iterable[Piece]) -> None:
 
         _console(stream).print(Text.assemble(*made), soft_wrap=True)
     stream.flush()
+
+
+def _can_underline(stream: _Stream) -> bool:
+    return stream.isatty() and _console(stream).color_system is not None
+
+
+def marks(stream: _Stream | None = None) -> tuple[str, str]:
+    """What stands around underlined text in a stream, standard output if none is given, that cannot underline."""
+    try:
+        "".join(MARKS).encode((stream or _out()).encoding)
+    except (UnicodeEncodeError, LookupError):
+        return PLAIN_MARKS
+    return MARKS
+
+
+def underline_words() -> str:
+    """What underlined text is, for a reader of standard output."""
+    if _can_underline(_out()):
+        return "underlined"
+    return "between {} and {}".format(*marks())
 
 
 def show(text: str, style: str = "") -> None:
@@ -161,9 +189,10 @@ def json_text(value: Any) -> str:
     return "".join(json.dumps(part)[1:-1] if part != "\n" and is_hidden(part) else part for part in text) + "\n"
 
 
-def yaml_text(value: Any) -> str:
-    """A value as YAML, hidden characters as YAML's escapes, so that the text still holds the value."""
-    text: str = yaml.dump(value, Dumper=_Dumper, allow_unicode=True, sort_keys=False)
+def yaml_text(value: Any, flow: bool = False) -> str:
+    """A value as YAML, with `flow` on one line; hidden characters as YAML's escapes, so that the text still holds the value."""
+    layout: dict[str, Any] = {"default_flow_style": True, "width": math.inf} if flow else {}
+    text: str = yaml.dump(value, Dumper=_Dumper, allow_unicode=True, sort_keys=False, **layout)
     return "".join(_yaml_escape(part) if part != "\n" and is_hidden(part) else part for part in text)
 
 

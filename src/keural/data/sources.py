@@ -5,7 +5,7 @@ user can get wrong about a source (adapter, option, format, path) is found by `o
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path, PurePosixPath
@@ -15,8 +15,9 @@ from keural.data.adapters import Adapter, adapter_of
 from keural.data.adapters.base import lookup, scalar
 from keural.data.field_use import FieldUse
 from keural.data.readers.archives import ARCHIVE, archive_of, members
-from keural.data.readers.formats import FORMATS, DataFile, OptionTypes, Row, format_of, read_rows
+from keural.data.readers.formats import FORMATS, DataFile, Row, format_of, read_rows
 from keural.data.readers.hub import check_hub, hub_content, hub_rows, is_hub
+from keural.data.readers.options import Option
 from keural.data.records import AnyRecord, Document, Drop, EvaluationItem, Kind, PreferencePair, Record
 from keural.errors import UserError, nearest
 from keural.files import FileHashes
@@ -75,7 +76,7 @@ class Source:
         """As `read`, for evaluation sets too."""
         spec, adapter = self.spec, self.adapter
         split, look = adapter.splitter(spec), (lambda value: None) if fields is None else fields.look
-        for number, row in enumerate(self._rows(seed, file), start=1):
+        for number, row in enumerate(self.rows(seed, file), start=1):
             if isinstance(row, Drop):
                 yield row
             elif split is None:
@@ -86,7 +87,8 @@ class Source:
                     look(value)
                     yield _identified(adapter(value, spec, f"{row.where}#{place}"), value, spec, number, place)
 
-    def _rows(self, seed: int, file: SourceFile | None) -> Iterator[Row | Drop]:
+    def rows(self, seed: int, file: SourceFile | None = None) -> Iterator[Row | Drop]:
+        """Every row as it is read, before an adapter sees it; with `file` only those of that one."""
         spec, adapter = self.spec, self.adapter
         if is_hub(spec):
             yield from hub_rows(spec, self.data_dir)
@@ -261,35 +263,17 @@ def _check_format(spec: SourceSpec, adapter: Adapter) -> None:
 
 
 def _check_options(spec: SourceSpec, adapter: Adapter, formats: Iterable[str]) -> None:
-    known: dict[str, tuple[type, ...]] = dict(adapter.options)
+    known: dict[str, Option] = dict(adapter.options)
     for name in set(formats) - {ARCHIVE}:
         known |= FORMATS[name].options
-    choices: Mapping[str, tuple[str, ...]] = adapter.choices | {"split": ("file", "paragraph", "line")}
     for name, value in spec.options.items():
         if name not in known:
             listed = f"; it has {', '.join(sorted(known))}" if known else "; it has none"
             raise _error(spec, f"unknown option {name!r} of adapter {spec.adapter}{nearest(name, known)}{listed}")
-        _check_type(spec, name, value, known)
-        if name in choices and value not in choices[name]:
-            raise _error(spec, f"option {name!r} must be one of {', '.join(choices[name])}, got {value!r}")
+        if problem := known[name].problem(value):
+            raise _error(spec, f"option {name!r} {problem}")
     if adapter.check is not None and (problem := adapter.check(spec)):
         raise _error(spec, problem)
-
-
-def _check_type(spec: SourceSpec, name: str, value: Any, known: OptionTypes) -> None:
-    fits = isinstance(value, known[name]) and isinstance(value, bool) == (known[name] == (bool,))
-    if isinstance(value, list):
-        fits = fits and bool(value) and all(isinstance(item, str | int) and not isinstance(item, bool) for item in value)
-    if not fits:
-        names = {
-            bool: "true or false",
-            str: "a text",
-            int: "a column number",
-            list: "a list of names",
-            float: "a number",
-            dict: "a map of names",
-        }
-        raise _error(spec, f"option {name!r} must be {' or '.join(names[kind] for kind in known[name])}, got {value!r}")
 
 
 def _shown(path: Path, base: Path) -> str:

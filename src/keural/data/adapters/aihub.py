@@ -16,12 +16,12 @@ from typing import Any
 from keural.data.adapters import preferences
 from keural.data.adapters.base import (
     ASSISTANT_FIRST,
-    NAME,
     Adapter,
     BadRow,
     Undeclared,
     WrongSchema,
     conversation,
+    described,
     guarded,
     lookup,
     merged,
@@ -33,7 +33,7 @@ from keural.data.adapters.base import (
     with_system,
 )
 from keural.data.adapters.judgements import POLICIES, UNRANKED, number_of, ranked_pairs
-from keural.data.readers.formats import OptionTypes
+from keural.data.readers.options import NAME, SWITCH, TEXT, Option, OptionTable
 from keural.data.records import Conversation, Drop, PreferencePair
 from keural.recipe import SourceSpec
 from keural.tokenizer.message import Message
@@ -89,7 +89,7 @@ class Talk:
     foreign: Mapping[str, str] = field(default_factory=dict)
     """Keys of other families' rows, and the adapter for them."""
     system: Callable[[Any, SourceSpec], str] | None = None
-    extra: OptionTypes = field(default_factory=dict)
+    extra: OptionTable = field(default_factory=dict)
     """Options that `system` and `heard` look at."""
     heard: Callable[[Any, SourceSpec], str] | None = None
     """What is added to an utterance."""
@@ -125,6 +125,11 @@ def _references(utterance: Any, source: SourceSpec) -> str:
 
 
 _SESSION_KEYS = {"sessionPersonaSummary": "aihub_141", "prevAggregatedpersonaSummary": "aihub_141"}
+_MEMORY: OptionTable = {"memory": Option(SWITCH, "put what earlier sessions said into a system turn", False)}
+_PART: OptionTable = {"part": Option(TEXT, "which part of the set is read", "training", PARTS)}
+_PEOPLE: OptionTable = {
+    "people": Option(SWITCH, "train on talk of two people all the same; without it the source is refused", False)
+}
 _MULTISESSION = Talk(
     lists=("dialog",),
     speakers=("speaker",),
@@ -134,7 +139,7 @@ _MULTISESSION = Talk(
     merge=False,
     foreign=_SESSION_KEYS,
     system=_summary,
-    extra={"memory": (bool,)},
+    extra=_MEMORY,
 )
 _UTTERANCES = ("utterances", "dialog", "dialogue", "conversation", "lines")
 _ROLE_NAMES = ("role", "speaker", "speaker_role")
@@ -144,7 +149,7 @@ _KNOWLEDGE = Talk(
     texts=("text", "utterance"),
     roles={"질문자": "user", "전문가": "assistant"},
     heard=_references,
-    extra={"references": (bool,)},
+    extra={"references": Option(SWITCH, "put the texts that an expert read after what was said", False)},
 )
 _LINES = ("annotations.lines",)
 TALKS = {
@@ -158,7 +163,7 @@ TALKS = {
         people=True,
         foreign={"prevAggregatedSummary": "aihub_multisession", "sessionSummary": "aihub_multisession"},
         system=_summary,
-        extra={"memory": (bool,)},
+        extra=_MEMORY,
     ),
     "aihub_020": Talk(lists=_LINES, speakers=("speaker",), texts=("norm_text", "text"), records="info", people=True),
     "aihub_021": Talk(
@@ -170,7 +175,11 @@ TALKS = {
         drops_opening=True,
     ),
     "aihub_044": Talk(
-        lists=("utterances",), speakers=("persona_id",), texts=("text",), system=_persona, extra={"persona": (bool,)}
+        lists=("utterances",),
+        speakers=("persona_id",),
+        texts=("text",),
+        system=_persona,
+        extra={"persona": Option(SWITCH, "put the second speaker's persona into a system turn", False)},
     ),
     "aihub_045": _KNOWLEDGE,
     "aihub_expert_qa": _KNOWLEDGE,
@@ -389,13 +398,15 @@ def _best_and_worst(label: Any, keys: list[str], name: str | int) -> tuple[str, 
 
 
 def _talk_adapter(talk: Talk) -> Adapter:
-    options: dict[str, tuple[type, ...]] = {"part": (str,), **talk.extra, **({"people": (bool,)} if talk.people else {})}
+    options = {**_PART, **talk.extra, **(_PEOPLE if talk.people else {})}
+    speakers = "two people" if talk.people else "a person and an assistant"
+    lists = " or ".join(f"`{name}`" for name in talk.lists)
     return Adapter(
         "conversations",
         _talk(talk),
         FORMATS,
         options,
-        {"part": PARTS},
+        f"Dialogues of {speakers}, as the archives of the set hold them: a list of utterances in {lists}.",
         split=_records(talk),
         selects=selects,
         license=LICENSE,
@@ -408,8 +419,8 @@ ADAPTERS = {
         "pairs",
         guarded(_ranking),
         FORMATS,
-        {"part": (str,), "pairs": (str,)},
-        {"part": PARTS, "pairs": POLICIES},
+        {**_PART, "pairs": Option(TEXT, "which pairs are made of the answers to a question", "best_vs_worst", POLICIES)},
+        described(_ranking),
         split=_rankings,
         selects=selects,
         license=LICENSE,
@@ -418,8 +429,8 @@ ADAPTERS = {
         "pairs",
         guarded(_reliability),
         FORMATS,
-        {"part": (str,), "label": NAME},
-        {"part": PARTS},
+        {**_PART, "label": Option(NAME, "field that says which of the candidate answers is best")},
+        described(_reliability),
         split=lambda value, source: value if isinstance(value, list) else [value],
         selects=selects,
         license=LICENSE,

@@ -8,16 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from keural.data.readers.formats import OptionTypes
+from keural.data.readers.options import OptionTable
 from keural.data.records import AnyRecord, Conversation, Document, Drop, Kind, PreferencePair
 from keural.recipe import GateAction, SourceSpec
 from keural.tokenizer.message import ROLES as CHAT_ROLES
 from keural.tokenizer.message import Message
 
-NAME = (str, int)
-"""Types of an option that names a field, or a column by number."""
-NAMES = (str, int, list)
-"""Types of an option that names a field, or several whose texts are joined by line ends."""
 TABLES = ("jsonl", "json", "yaml", "parquet", "csv", "tsv")
 PLACEHOLDERS = {"<noinput>", "noinput", "no input", "n/a", "none", "<no input>"}
 """What public instruction sets write where there is no input."""
@@ -57,9 +53,9 @@ class Adapter:
     convert: Callable[[Any, SourceSpec, str], AnyRecord | Drop]
     formats: tuple[str, ...]
     """Formats it reads; none where it makes the rows."""
-    options: OptionTypes = field(default_factory=dict)
-    choices: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Options that must have one of some values."""
+    options: OptionTable = field(default_factory=dict)
+    meaning: str = ""
+    """What rows it reads, and what they become, in plain words."""
     split: Callable[[Any, SourceSpec], Iterable[Any]] | None = None
     """Takes a row that holds several records (a file of sessions, a ranking) apart; none: a row is a record."""
     split_option: str | Callable[[SourceSpec], bool] | None = None
@@ -128,6 +124,11 @@ class Undeclared(BadRow):
 
     def __init__(self, field: str | int, value: Any, remedy: str) -> None:
         super().__init__(UNDECLARED, f"{field} is {value!r:.40}", remedy)
+
+
+def described(convert: Callable[..., Any]) -> str:
+    """The meaning of an adapter, as the docstring of its function says it, on one line."""
+    return " ".join((convert.__doc__ or "").split())
 
 
 def missing(value: Any, *keys: str, hint: str = "") -> WrongSchema:

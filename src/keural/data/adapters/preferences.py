@@ -11,12 +11,11 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from keural.data.adapters.base import (
-    NAME,
-    NAMES,
     TABLES,
     Adapter,
     BadRow,
     Reads,
+    described,
     guarded,
     holds,
     lookup,
@@ -31,6 +30,7 @@ from keural.data.adapters.base import (
 )
 from keural.data.adapters.judgements import (
     FIRST,
+    LABELS,
     POLICIES,
     UNRANKED,
     check_labels,
@@ -40,7 +40,18 @@ from keural.data.adapters.judgements import (
     ranked_pairs,
     said,
 )
-from keural.data.adapters.turns import REASONING_LEFT_OUT, ROLE_KEYS, TurnReader, check_turns, listing, one_of, reads
+from keural.data.adapters.turns import (
+    CONTENT_KEYS,
+    REASONING_LEFT_OUT,
+    ROLE_KEYS,
+    TURN_OPTIONS,
+    TurnReader,
+    check_turns,
+    listing,
+    one_of,
+    reads,
+)
+from keural.data.readers.options import LIST, MAP, NAME, NAMES, NUMBER, SWITCH, TEXT, Option, OptionTable
 from keural.data.records import Drop, PreferencePair
 from keural.recipe import SourceSpec
 from keural.tokenizer.message import Message, with_tools
@@ -495,6 +506,41 @@ def _reads(source: SourceSpec) -> Reads:
     return replace(read, turn_keys=read.turn_keys | {*inside, *score_keys}, optional=("system", "tools", "input"))
 
 
+OPTIONS: OptionTable = {
+    "prompt": Option(NAMES, "field with the text or the turns before the answers", (*PROMPT_FIELDS, "input")),
+    "prompt_text": Option(TEXT, "prompt that all rows share and none of them holds"),
+    "input": Option(NAMES, "field with what an instruction is asked of, put below it", "input"),
+    **{name: TURN_OPTIONS[name] for name in ("system", "tools", "flags", "ignore")},
+    "chosen": Option(NAME, "field with the better answer", "chosen"),
+    "rejected": Option(NAME, "field with the worse answer", "rejected"),
+    "answers": Option(NAMES, "fields with an answer each, or one with a list of them, instead of chosen and rejected"),
+    "label": Option(NAME, "field that says which of two answers is the better", "label"),
+    "labels": Option(
+        MAP,
+        "what each value of the label means: first, second, tie or none; any other value refuses the source",
+        {int(value): meaning for value, meaning in LABELS.items()},
+    ),
+    "scores": Option(
+        NAMES,
+        "fields with a number for each answer, or one with a list of them or inside the answers; beside chosen and rejected two "
+        "fields, which must prefer the chosen one",
+        tuple(name for names in SCORES for name in names),
+    ),
+    "lower_is_better": Option(SWITCH, "the scores are ranks or losses: the lower is the better", False),
+    "min_margin": Option(NUMBER, "rows whose scores differ by less are dropped"),
+    "order": Option(TEXT, "the answers stand in order, and no field scores them", choices=ORDERS),
+    "pairs": Option(
+        TEXT,
+        "which pairs several answers give: the best with the worst, each with the next worse, or all; all alone, where several are "
+        "chosen or rejected; pairs of one row share its weight in the loss",
+        "best_vs_worst",
+        POLICIES,
+    ),
+    "booleans": Option(LIST, "two texts: how answers that are true and false are written"),
+    "content": Option(NAME, "field of a turn, or of an answer that is an object, with its text", (*CONTENT_KEYS, *ANSWER_KEYS)),
+    "role": TURN_OPTIONS["role"],
+    "roles": Option(MAP, "what names of roles stand for (system, user, assistant, tool, tool_call), beside the usual names"),
+}
 _TWO = {"prompt": "Name a tree.", "chosen": "An oak.", "rejected": "A spoon."}
 ADAPTERS = {
     # to refuse is what its harmless part teaches
@@ -502,6 +548,7 @@ ADAPTERS = {
         "pairs",
         guarded(_hh_rlhf),
         TABLES,
+        meaning=described(_hh_rlhf),
         reads=lambda source: Reads(frozenset(("chosen", "rejected"))),
         example={
             "chosen": "\n\nHuman: Name a tree.\n\nAssistant: An oak.",
@@ -514,30 +561,8 @@ ADAPTERS = {
         "pairs",
         guarded(_preference),
         TABLES,
-        {
-            "prompt": NAMES,
-            "prompt_text": (str,),
-            "input": NAMES,
-            "system": NAME,
-            "tools": NAME,
-            "chosen": NAME,
-            "rejected": NAME,
-            "answers": NAMES,
-            "label": NAME,
-            "labels": (dict,),
-            "scores": NAMES,
-            "order": (str,),
-            "lower_is_better": (bool,),
-            "min_margin": (float, int),
-            "pairs": (str,),
-            "booleans": (list,),
-            "content": NAME,
-            "role": NAME,
-            "roles": (dict,),
-            "flags": (dict,),
-            "ignore": (list,),
-        },
-        {"order": ORDERS, "pairs": POLICIES},
+        OPTIONS,
+        described(_preference),
         split=_pairs_of,
         split_option=_takes_apart,
         check=_check,

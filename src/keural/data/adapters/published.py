@@ -139,6 +139,7 @@ def _adapter(known: PublishedSet) -> Adapter:
     return replace(
         shape,
         convert=guarded(convert),
+        meaning=f"The set as published: rows of adapter `{known.shape}`{_defects(known)}.",
         license=known.license,
         gates=known.gates,
         split=None if shape.split is None else split,
@@ -147,6 +148,10 @@ def _adapter(known: PublishedSet) -> Adapter:
         reads=None if shape.reads is None else reads,
         example=None,
     )
+
+
+def _defects(known: PublishedSet) -> str:
+    return ", without those with the defects that it is known for" if known.rules else ""
 
 
 def _check_keys(value: Any, keys: Iterable[tuple[str, ...]]) -> None:

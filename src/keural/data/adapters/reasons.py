@@ -154,15 +154,17 @@ REASONS: dict[str, Reason] = {
     "unranked_answer_left_out": Reason("an answer without a score or rank is in no pair"),
     "question_trained": Reason("a turn that is no answer is trained, as the row says", "name the field in the option ignore"),
 }
-_OF_FIELDS = (
-    ("missing_", "", "missing_FIELD"),
-    ("", "_is_not_text", "FIELD_is_not_text"),
-    ("", "_is_no_list_of_pairs", "FIELD_is_no_list_of_pairs"),
-)
+PATTERNS = {
+    "missing_": "missing_FIELD",
+    "_is_not_text": "FIELD_is_not_text",
+    "_is_no_list_of_pairs": "FIELD_is_no_list_of_pairs",
+}
+"""Reasons that name a field, by the part of them that is always there."""
 
 
 def reason_of(name: str) -> Reason | None:
     """What a reason means; None for one that is not in the table, such as those of a corpus' filters."""
     if name in REASONS:
         return REASONS[name]
-    return next((REASONS[known] for start, end, known in _OF_FIELDS if name.startswith(start) and name.endswith(end)), None)
+    found = (known for part, known in PATTERNS.items() if (name.startswith if part.endswith("_") else name.endswith)(part))
+    return next((REASONS[known] for known in found), None)

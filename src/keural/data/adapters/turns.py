@@ -15,7 +15,6 @@ from typing import Any
 from keural.data.adapters.base import (
     ASSISTANT_FIRST,
     CUT,
-    NAME,
     SYSTEM_INSIDE,
     BadRow,
     Reads,
@@ -31,7 +30,7 @@ from keural.data.adapters.base import (
     with_system,
 )
 from keural.data.adapters.judgements import said
-from keural.data.readers.formats import OptionTypes
+from keural.data.readers.options import LIST, MAP, NAME, TEXT, Option, OptionTable
 from keural.data.records import Conversation, Drop
 from keural.recipe import SourceSpec
 from keural.tokenizer.message import CALLED, Message, ToolCall, parse_answer, split_reasoning, with_calls, with_tools
@@ -89,24 +88,48 @@ REASONING_LEFT_OUT, GREETING_LEFT_OUT, QUESTION_TRAINED = "reasoning_left_out", 
 ITEMS_LEFT_OUT = "other_items_left_out"
 """Notes of kept conversations."""
 
-ROW_OPTIONS: OptionTypes = {"system": NAME, "tools": NAME, "label": NAME, "reasoning": (str,), "flags": (dict,), "ignore": (list,)}
+ROW_OPTIONS: OptionTable = {
+    "system": Option(NAME, "field of the row with a system text, which is put before the turns", "system"),
+    "tools": Option(NAME, "field of the row with the tool definitions", TOOLS),
+    "label": Option(
+        NAME, "field of the row that says whether its answer is good: true or 1; rows of false or 0 are dropped", LABELS
+    ),
+    "reasoning": Option(
+        TEXT,
+        "what becomes of an answer's reasoning: left out, kept without being trained, or trained; where it is not given, a field "
+        "of reasoning is left out and <think> in a text is text",
+        choices=("drop", "keep", "train"),
+    ),
+    "flags": Option(MAP, "fields that say what is trained: true where a true value means trained, false where it means hidden"),
+    "ignore": Option(LIST, "fields of rows or turns that mean something else here than they do elsewhere, and are not read"),
+}
 """Options of every adapter of conversations."""
-TURN_OPTIONS: OptionTypes = {
+TURN_OPTIONS: OptionTable = {
     **ROW_OPTIONS,
-    "role": NAME,
-    "content": NAME,
-    "roles": (dict, str),
-    "assistant_first": (str,),
-    "system_inside": (str,),
-    "consecutive": (str,),
+    "role": Option(NAME, "field of a turn with its role", ROLE_KEYS),
+    "content": Option(NAME, "field of a turn with its text", CONTENT_KEYS),
+    "roles": Option(
+        (dict, str),
+        "what names of roles stand for (system, user, assistant, tool, tool_call), beside the usual names; in_order: who speaks "
+        "first is the user, the other the assistant",
+    ),
+    "assistant_first": Option(
+        TEXT,
+        "where the assistant speaks first: the row is dropped, or what it says before the user is cut or kept",
+        "drop",
+        ("drop", "cut", "keep"),
+    ),
+    "system_inside": Option(
+        TEXT,
+        "where a system turn stands after others: the row is dropped, or the turn is merged with the user's beside it or kept",
+        "drop",
+        ("drop", "merge", "keep"),
+    ),
+    "consecutive": Option(
+        TEXT, "where one side has several turns in a row: the row is dropped, or they are merged", "drop", ("drop", "merge")
+    ),
 }
 """Options of adapters whose rows hold turns."""
-CHOICES = {
-    "reasoning": ("drop", "keep", "train"),
-    "assistant_first": ("drop", "cut", "keep"),
-    "system_inside": ("drop", "merge", "keep"),
-    "consecutive": ("drop", "merge"),
-}
 
 
 def check_row_options(source: SourceSpec) -> str | None:

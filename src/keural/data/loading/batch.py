@@ -87,7 +87,7 @@ def empty_batch(rows: int, length: int) -> Batch:
     """Rows of nothing but padding."""
     arrays = {name: np.full((rows, length), fill, dtype=np.int64) for name, fill in EMPTY.items()}
     arrays["position_ids"][:] = np.arange(length)
-    return Batch(**arrays)
+    return Batch(**arrays, pair_weights=None)
 
 
 def fill(batch: Batch, row: int, begin: int, tokens: NDArray[np.uint32], labels: Array, segment: int, sequence: int) -> None:

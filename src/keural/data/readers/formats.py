@@ -26,6 +26,7 @@ from pathlib import Path, PurePath
 from typing import IO, Any, NamedTuple
 from zoneinfo import ZoneInfo
 
+from keural.data.readers.options import SWITCH, TEXT, Option, OptionTable
 from keural.data.readers.po import PoError, parse_po
 from keural.data.readers.unpacking import PACKED, check_ratio, unpack
 from keural.data.records import Drop
@@ -33,7 +34,6 @@ from keural.errors import UserError, quoted
 from keural.parsing import Malformed, holds_unreadable, parse_yaml_rows
 
 Options = Mapping[str, Any]
-OptionTypes = Mapping[str, tuple[type, ...]]
 SNIFFED_BYTES = 1 << 20
 GUTENBERG_START = re.compile(r"^\s*\*{3}\s*START OF TH(?:E|IS) PROJECT GUTENBERG.*$", re.MULTILINE)
 GUTENBERG_END = re.compile(
@@ -92,7 +92,7 @@ class Format:
 
     read: Reader
     suffixes: tuple[str, ...]
-    options: OptionTypes = field(default_factory=dict)
+    options: OptionTable = field(default_factory=dict)
 
 
 def read_rows(file: DataFile, format_name: str, options: Options) -> Iterator[Row | Drop]:
@@ -421,19 +421,32 @@ def _read_po(file: DataFile, options: Options) -> Iterator[Row | Drop]:
         yield Drop("malformed_file", f"{file.name}:{error.line}")
 
 
-_TABLE_OPTIONS: OptionTypes = {"header": (bool,), "quotes": (bool,), "unescape": (bool,)}
+def _quotes(default: bool) -> Option:
+    return Option(SWITCH, "whether quotation marks enclose cells", default)
+
+
+_TEXT_OPTIONS: OptionTable = {
+    "split": Option(
+        TEXT, "what becomes a row: the file, a run of lines between empty ones, or a line", "file", ("file", "paragraph", "line")
+    ),
+    "prefix": Option(TEXT, "only lines that begin so are read, and without it"),
+    "gutenberg": Option(SWITCH, "only what stands between the markers of Project Gutenberg is read", False),
+}
+_ROWS: OptionTable = {"rows": Option(TEXT, "where the list of rows is inside the file's object: data.items")}
+_TABLE_OPTIONS: OptionTable = {
+    "header": Option(SWITCH, "whether the first line names the columns; without one they are called 0, 1, 2", True),
+    "unescape": Option(SWITCH, r"cells hold \n, \t and \\ for a line end, a tab and a backslash", False),
+}
+
 FORMATS: dict[str, Format] = {
-    "text": Format(_read_text, (".txt", ".text"), {"split": (str,), "prefix": (str,), "gutenberg": (bool,)}),
+    "text": Format(_read_text, (".txt", ".text"), _TEXT_OPTIONS),
     "markdown": Format(_read_markdown, (".md", ".mdx", ".markdown")),
     "jsonl": Format(_read_jsonl, (".jsonl", ".ndjson")),
-    "json": Format(_read_json, (".json",), {"rows": (str,)}),
-    "yaml": Format(_read_yaml, (".yml", ".yaml"), {"rows": (str,)}),
+    "json": Format(_read_json, (".json",), _ROWS),
+    "yaml": Format(_read_yaml, (".yml", ".yaml"), _ROWS),
     "parquet": Format(_read_parquet, (".parquet",)),
-    "csv": Format(_read_csv, (".csv",), _TABLE_OPTIONS),
-    "tsv": Format(_read_tsv, (".tsv",), _TABLE_OPTIONS),
+    "csv": Format(_read_csv, (".csv",), {**_TABLE_OPTIONS, "quotes": _quotes(True)}),
+    "tsv": Format(_read_tsv, (".tsv",), {**_TABLE_OPTIONS, "quotes": _quotes(False)}),
     "po": Format(_read_po, (".po",)),
 }
-"""Formats by name. Options: `split` (file, paragraph, line), `prefix` (keep only lines that start so, without it), `gutenberg`
-(only what stands between the Project Gutenberg markers); `rows` (where the list is); `header` (false: columns are called 0, 1,
-..), `quotes`
-(whether quotation marks enclose cells), `unescape` (cells hold `\\n` for a line end)."""
+"""Formats by name."""

@@ -162,7 +162,7 @@ def _preference(value: Any, source: SourceSpec, where: str) -> PreferencePair | 
 def _judging_fields(options: Mapping[str, Any]) -> list[Any]:
     """Fields that say which answer is the better, where the options make them say it."""
     if "answers" not in options or "order" in options:
-        return []
+        return [options["label"]] if "label" in options else []
     return [options["scores"]] if "scores" in options else [options.get("label", "label")]
 
 

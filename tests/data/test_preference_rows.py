@@ -603,11 +603,12 @@ def odd_rows(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
     row: dict[str, Any] = {}
     options: dict[str, Any] = {}
     chats, inside = draw(st.integers(1, 4)) == 1, draw(st.sampled_from([""] * 5 + ["systemx", "elsex"]))
-    prompts = draw(st.lists(st.sampled_from(["prompt", "question", "instruction", "messages"]), max_size=2, unique=True))
+    prompts = draw(st.lists(st.sampled_from(["prompt", "question", "messages"]), max_size=2, unique=True))
     for name in prompts or ["prompt"]:
         text = draw(st.sampled_from(["askedx"] * 12 + ["otherx"]))
         turn = {"role": "user", "content": text}
-        shape = st.sampled_from([[turn], [system(inside), turn]] if inside else [[turn]]) if name == "messages" else st.just(text)
+        before = [system(draw(st.sampled_from([inside, "elsex"])))] if draw(st.integers(1, 4)) == 1 else []
+        shape = st.just([*before, turn] if name == "messages" else text)
         row[name] = mostly(shape)
     sometimes("input", st.sampled_from(["inputx", "<noinput>"]), 6)
     sometimes("system", st.just("systemx"))
@@ -616,15 +617,15 @@ def odd_rows(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
     sometimes("train", st.booleans(), 8)
     sometimes("kto_tag", st.booleans(), 8)
     mode = draw(st.sampled_from(["sides", "label", "scores", "list"]))
-    numbers = st.sampled_from([1, 2, 3, "2", 2.5])
+    numbers = draw(st.permutations([1, 2, "3", 2.5, 1]))
     if mode == "sides":
         row |= {"chosen": mostly(st.just(side("onex"))), "rejected": mostly(st.just(side("twox")))}
-        for name in draw(st.sampled_from(SCORES)):
-            sometimes(name, numbers, 2)
+        if draw(st.booleans()):
+            row |= {name: mostly(st.just(numbers[place])) for place, name in enumerate(draw(st.sampled_from(SCORES)))}
     elif mode == "list":
         count = draw(st.integers(2, 4))
         row |= {"list": mostly(st.just([side(f"item{n}x") for n in range(count)]))}
-        row["scores"] = mostly(st.lists(numbers | st.none(), min_size=count, max_size=count))
+        row["scores"] = mostly(st.just([mostly(st.just(number)) for number in numbers[:count]]))
         options |= {"answers": "list", "scores": "scores", "pairs": draw(st.sampled_from(["best_vs_worst", "adjacent", "all"]))}
     else:
         row |= {"a": mostly(st.just(side("onex"))), "b": mostly(st.just(side("twox")))}
@@ -632,9 +633,9 @@ def odd_rows(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
         if mode == "label":
             labels = draw(st.sampled_from(LABEL_OPTIONS))
             options |= {"labels": labels} if labels else {}
-            row["label"] = draw(st.sampled_from(list(labels) or [1, 2, 1.0, "2", "1 "])) if draw(st.booleans()) else draw(ODD)
+            row["label"] = draw(ODD) if draw(st.integers(1, 4)) == 1 else draw(st.sampled_from(list(labels) or [1, 2, 1.0, "2"]))
         else:
-            row |= {"x": mostly(numbers), "y": mostly(numbers)}
+            row |= {"x": mostly(st.just(numbers[0])), "y": mostly(st.just(numbers[1]))}
             options["scores"] = ["x", "y"]
     if mode != "label" and mode != "sides" and draw(st.integers(1, 3)) == 1:
         options["lower_is_better"] = True
@@ -668,8 +669,8 @@ def check_honoured(record: PreferencePair, row: dict[str, Any], options: dict[st
     if "list" in row:
         better, worse = (float(row["scores"][int(text[4])]) for text in said_as)
         assert (better < worse) if options.get("lower_is_better") else (better > worse)
-        ranked = [score for score in row["scores"] if score is not None]
-        assert len(ranked) == len(row["scores"]) or record.notes == ("unranked_answer_left_out",)
+        unranked = any(score is None or score != score or score in ("", " ") for score in row["scores"])
+        assert record.notes == (("unranked_answer_left_out",) if unranked else ())
     elif "label" in row:
         labels = options.get("labels", {1: "first", 2: "second"})
         meanings = {meaning for value, meaning in labels.items() if same(value, row["label"])}

@@ -209,6 +209,15 @@ def test_options_that_have_no_effect_or_contradict_each_other_are_refused(
         open_source(SourceSpec(name="p", adapter="preference", path="rows.jsonl", options=options), tmp_path)
 
 
+def test_a_refused_source_names_what_can_be_done(prepared: Any) -> None:
+    with pytest.raises(UserError, match=r"several_answers .*options: \{pairs: all\} takes each chosen one"):
+        prepared([SEVERAL | {"prompt": f"q{n}"} for n in range(3)])
+    with pytest.raises(
+        UserError, match=r"no label\); name the field in the option label, or fields with numbers in the option scores"
+    ):
+        prepared([SCORED | {"x": 1, "y": 2}], options={"answers": ["a", "b"]})
+
+
 # Scores, ranks and lists
 
 SCORED = {"prompt": "q", "a": "one", "b": "two"}
@@ -319,6 +328,13 @@ def test_no_pair_of_a_ranking_prefers_a_lower_score(scores: list[int], policy: s
         == len(pairs)
         == {"best_vs_worst": 1, "adjacent": len(scores) - 1}.get(policy, len(scores) * (len(scores) - 1) // 2)
     )
+
+
+def test_items_of_a_list_that_no_name_takes_are_noted() -> None:
+    row = {"prompt": "q", "list": ["one", "two", "three"], "label": 2}
+    assert kept(convert(row, chosen="list.1", rejected="list.0")).notes == ("other_items_left_out",)
+    assert kept(convert(row, answers=["list.0", "list.1"])).notes == ("other_items_left_out",)
+    assert kept(convert(row | {"list": ["one", "two"]}, answers=["list.0", "list.1"])).notes == ()
 
 
 SEVERAL = {"prompt": "q", "chosen": ["red", "blue"], "rejected": ["a table", "a chair", "a lamp"]}

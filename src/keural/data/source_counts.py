@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from keural.data.adapters.aihub import OTHER_PART
 from keural.data.adapters.base import UNDECLARED, WRONG_SCHEMA
 from keural.data.adapters.corpora import OTHER_LANGUAGE, OTHER_LICENSE
+from keural.data.adapters.reasons import reason_of
 from keural.data.field_use import FieldUse
 from keural.data.filtering.decontamination import REASON
 from keural.data.filtering.holdout import Split
@@ -291,8 +292,14 @@ def check_drops(source: SourceSpec, row: SourceRow) -> None:
         raise UserError(
             f"source {source.name!r}: {defects / row.rows:.1%} of {row.rows:,} rows are dropped, more than "
             f"max_drop {source.max_drop:g}; most often {_worst(row, row.defects)}; "
-            f"mend the data or the options of adapter {source.adapter}, or raise max_drop"
+            f"{_remedy(row)}mend the data or the options of adapter {source.adapter}, or raise max_drop"
         )
+
+
+def _remedy(row: SourceRow) -> str:
+    """What can be done about the most frequent defect, where something can."""
+    known = reason_of(next(iter(row.defects)))
+    return f"{known.remedy}; " if known and known.remedy else ""
 
 
 def _counted(found: Counter[str]) -> str:

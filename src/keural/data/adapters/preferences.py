@@ -22,6 +22,7 @@ from keural.data.adapters.base import (
     missing,
     normalized,
     placeholder_free,
+    plain,
     preference_pair,
     scalar,
     text_of,
@@ -42,6 +43,7 @@ from keural.data.adapters.judgements import (
 )
 from keural.data.adapters.turns import (
     CONTENT_KEYS,
+    ITEMS_LEFT_OUT,
     REASONING_LEFT_OUT,
     ROLE_KEYS,
     TURN_OPTIONS,
@@ -199,7 +201,7 @@ def _sides(row: Any, options: Mapping[str, Any]) -> Iterator[Judged]:
         raise missing(row, *map(str, names), hint=_kto_hint(row))
     texts = (str(names[0]), str(names[1]))
     if "pairs" not in options:
-        yield Judged(chosen, rejected, texts)
+        yield Judged(chosen, rejected, texts, notes=_items_left(row, texts))
         return
     sides = [_several(chosen, options), _several(rejected, options)]
     if not all(sides):
@@ -248,7 +250,8 @@ def _labelled(row: Any, options: Mapping[str, Any]) -> Judged:
     field = options.get("label", "label")
     value = lookup(row, field)
     chosen = 0 if meaning_of(value, field, options.get("labels"), names) == FIRST else 1
-    return Judged(answers[chosen], answers[1 - chosen], (names[chosen], names[1 - chosen]), said(field, value))
+    pair = (names[chosen], names[1 - chosen])
+    return Judged(answers[chosen], answers[1 - chosen], pair, said(field, value), notes=_items_left(row, names))
 
 
 def _ranked(row: Any, options: Mapping[str, Any]) -> Iterator[Judged | BadRow]:
@@ -271,7 +274,7 @@ def _ranked(row: Any, options: Mapping[str, Any]) -> Iterator[Judged | BadRow]:
         except BadRow as bad:
             yield bad
     for first, second in pairs:
-        notes = (UNRANKED,) if left else ()
+        notes = (*((UNRANKED,) if left else ()), *_items_left(row, names))
         label = f"{names[first]} is the better" if len(answers) == 2 and "scores" in options else ""
         yield Judged(answers[first], answers[second], (names[first], names[second]), label, 1 / len(pairs), notes)
 
@@ -286,6 +289,18 @@ def _answers(row: Any, options: Mapping[str, Any]) -> tuple[list[Any], list[str]
     if not isinstance(found, list):
         raise BadRow(f"missing_{name}") if found is None else BadRow("malformed_row", f"{name} is a {type(found).__name__}")
     return found, [f"{name}.{place}" for place in range(len(found))]
+
+
+def _items_left(row: Any, names: Sequence[str]) -> tuple[str, ...]:
+    """The note of a row of which names such as `answers.0` and `answers.1` take some items of a list that has more."""
+    taken: dict[str, set[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        for place, part in enumerate(parts):
+            if place and part.isdecimal():
+                taken.setdefault(".".join(parts[:place]), set()).add(part)
+    lists = ((plain(lookup(row, name)), places) for name, places in taken.items())
+    return (ITEMS_LEFT_OUT,) if any(isinstance(found, list) and len(found) > len(places) for found, places in lists) else ()
 
 
 def _scores(row: Any, options: Mapping[str, Any], answers: Sequence[Any]) -> list[float | None]:

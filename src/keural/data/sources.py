@@ -37,7 +37,7 @@ ROW_NUMBER = "row_number"
 """The `id_field` of rows that have no id but stand in the same order as the set they translate."""
 SUFFIXES = "suffixes"
 """Option with the ends of the names that are read, of a directory or an archive."""
-PROSE = ("text", "markdown")
+PROSE = ("text", "markdown", "srt", "conllu")
 """Formats whose files are documents; those of the others hold rows."""
 INVALID = "invalid_unicode"
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"

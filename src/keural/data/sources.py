@@ -147,6 +147,7 @@ def open_source(spec: SourceSpec, data_dir: Path | None) -> Source:
     does not exist or holds no file that the adapter reads, and an empty file.
     """
     adapter = adapter_of(spec)
+    _check_reader_options(spec)
     files: list[SourceFile] = []
     if is_hub(spec):
         if spec.format is not None:
@@ -423,14 +424,13 @@ def _check_options(spec: SourceSpec, adapter: Adapter, formats: Iterable[str]) -
             raise _error(spec, f"unknown option {name!r} of adapter {spec.adapter}{nearest(name, known)}{listed}")
         if problem := known[name].problem(value):
             raise _error(spec, f"option {name!r} {problem}")
-    _check_reader_options(spec)
     if adapter.check is not None and (problem := adapter.check(spec)):
         raise _error(spec, problem)
 
 
 def _check_reader_options(spec: SourceSpec) -> None:
     """Refuse an encoding that Python does not know, and delimiters and quotation marks that are no character."""
-    options = spec.options
+    options = {name: value for name, value in spec.options.items() if isinstance(value, str)}  # other types are refused later
     if (encoding := options.get("encoding")) is not None:
         try:
             is_text = codecs.lookup(encoding)._is_text_encoding and encoding.lower() not in ("idna", "punycode", "undefined")

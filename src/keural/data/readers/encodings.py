@@ -11,6 +11,7 @@ are common knowledge. It answers only where the best reading looks like its lang
 """
 
 import codecs
+import contextlib
 import math
 import re
 from collections import Counter
@@ -256,7 +257,7 @@ _ASCII = -3.0
 _UNKNOWN = -18.0
 _LATIN_ODD = (
     r"(?<=[a-zà-öø-ÿ])[À-ÖØ-ÞŠŒŽŸ]|(?<=[A-Za-zà-öø-ÿ])[^\x00-\x7fÀ-ÖØ-öø-ÿŒœŠšŽžŸ’\xa0–—…·°®©‘](?=[A-Za-zà-öø-ÿ])"
-    r"|[ÂÃ][^\x00-\x7f]|â€|(?<=[¢-ª¬-º¼-¾])[¢-ª¬-º¼-¾]"  # UTF-8 read as if it were not; signs in a row
+    r"|[ÂÃ][^\x00-\x7f]|â€|(?<=[¢-ª¬-º¼-¾])[¢-ª¬-º¼-¾]|[€™](?=[a-z])"  # UTF-8 read as if it were not; signs in a row
     r"|(?<=[À-ÿ]{2})[À-ÿ]|(?<=[À-ÿ])[’‘“”](?=[À-ÿ])|(?<=[a-z])[§¿¡£€]|(?<=[A-Z])[À-ÖØ-ÞŠŒŽŸ](?=[a-z])"
 )
 _CENTRAL_ODD = (
@@ -296,6 +297,10 @@ _ENCODINGS: dict[str, tuple[str, float]] = {
     "johab": ("Korean", -6.0),
 }
 """Encodings that are tried, each with its language and how likely it is before the text is looked at (nats)."""
+
+
+_WIDE = -4.0
+"""How likely UTF-16 without a mark and without zero bytes is; it is never taken, but keeps others from being taken."""
 
 
 class _Fit(NamedTuple):
@@ -358,6 +363,11 @@ def _readings(sample: bytes, whole: bool) -> Iterator[_Reading]:
             continue
         fit = _fit(text, _LANGUAGES[name])
         yield _Reading(fit.total + prior, encoding, text, fit.per_character >= _LANGUAGES[name].least)
+    for encoding in ("utf-16-le", "utf-16-be") if len(sample) % 2 == 0 else ():  # without one space or line end
+        with contextlib.suppress(UnicodeDecodeError):
+            text = sample.decode(encoding)
+            best = max(_fit(text, language).total for language in _LANGUAGES.values())
+            yield _Reading(best + _WIDE, encoding, text, False)
 
 
 def _sample(start: bytes, complete: bool) -> tuple[bytes, bool]:

@@ -331,6 +331,8 @@ def _read_yaml(opened: _Opened) -> Iterator[Row | Drop]:
     except Malformed as error:
         yield Drop("malformed_file", f"{opened.name}:{error.line}" if error.line else opened.name)
         return
+    if value is None and "rows" not in opened.options:
+        return
     for item in _items(opened, value):
         bad = partly and isinstance(item, Row) and holds_unreadable(item.value)
         yield Drop("malformed_row", item.where) if bad else item

@@ -40,5 +40,6 @@ class ReadingNotes:
             for clause, (first, count) in self.assumed.items()
         ]
         if self.composed:
-            lines.append(f"{self.composed:,} records held Hangul written letter by letter, which is composed (NFC)")
+            records = "1 record" if self.composed == 1 else f"{self.composed:,} records"
+            lines.append(f"{records} held Hangul written letter by letter, which is composed (NFC)")
         return tuple(lines)

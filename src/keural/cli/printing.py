@@ -115,6 +115,8 @@ def print_data(workspace: Workspace) -> None:
                 show(row.survey)
             if row.warning:
                 show(f"warning: {row.warning}")
+            for line in row.suspicions or ():
+                show(f"warning: source {row.source!r}: {line}")
             if "benchmark" in row.flags and not row.left_out:
                 show(
                     f"warning: source {row.source!r} is a benchmark; after training on it scores of its family mean nothing "

@@ -26,7 +26,7 @@ from keural.data.readers.notes import ReadingNotes
 from keural.data.readers.options import Option
 from keural.data.readers.sniff import sniff, sniff_member
 from keural.data.readers.tables import COLUMNS
-from keural.data.records import AnyRecord, Document, Drop, EvaluationItem, Kind, Record
+from keural.data.records import AnyRecord, Document, Drop, EvaluationItem, Kind, PreferencePair, Record
 from keural.errors import UserError, for_all, nearest
 from keural.files import FileHashes
 from keural.recipe import SourceSpec
@@ -107,7 +107,7 @@ class Source:
             else:
                 for place, value in enumerate(split(row.value, spec), start=1):
                     look(value)
-                    yield _finished(adapter(value, spec, f"{row.where}#{place}"), value, spec, number, notes)
+                    yield _finished(adapter(value, spec, f"{row.where}#{place}"), value, spec, number, notes, place)
 
     def rows(self, seed: int, file: SourceFile | None = None, notes: ReadingNotes | None = None) -> Iterator[Row | Drop]:
         """Every row as it is read, before an adapter sees it; with `file` only those of that one."""
@@ -174,15 +174,21 @@ def _check_hub_keys(spec: SourceSpec) -> None:
         raise _error(spec, "revision is of a hub's data set; give hub, too")
 
 
-def _finished(record: AnyRecord | Drop, value: Any, spec: SourceSpec, number: int, notes: ReadingNotes) -> AnyRecord | Drop:
-    """The record with the id that its row has, where the recipe names the field, and its Hangul composed; or the drop."""
+def _finished(
+    record: AnyRecord | Drop, value: Any, spec: SourceSpec, number: int, notes: ReadingNotes, place: int | None = None
+) -> AnyRecord | Drop:
+    """The record with the id that its row has, where the recipe names the field (pairs of one row are told apart by their place),
+    and its Hangul composed; or the drop.
+    """
     if isinstance(record, Drop):
         is_bare = record.reason == INVALID and not record.detail
         return replace(record, detail=notes.undecodable) if is_bare and notes.undecodable else record
     record = composed(record, notes)
     if spec.id_field is None or isinstance(record, Document | EvaluationItem):
         return record
-    return replace(record, id=str(number) if spec.id_field == ROW_NUMBER else scalar(lookup(value, spec.id_field)))
+    found = str(number) if spec.id_field == ROW_NUMBER else scalar(lookup(value, spec.id_field))
+    several = found is not None and place is not None and isinstance(record, PreferencePair)
+    return replace(record, id=f"{found}#{place}" if several else found)
 
 
 def _file_rows(spec: SourceSpec, adapter: Adapter, file: DataFile, format_name: str, notes: ReadingNotes) -> Iterator[Row | Drop]:

@@ -58,8 +58,8 @@ class Adapter:
     """What rows it reads, and what they become, in plain words."""
     split: Callable[[Any, SourceSpec], Iterable[Any]] | None = None
     """Takes a row that holds several records (a file of sessions, a ranking) apart; none: a row is a record."""
-    split_option: str | None = None
-    """Rows are taken apart only where a recipe gives this option."""
+    split_option: str | Callable[[SourceSpec], bool] | None = None
+    """Rows are taken apart only where a recipe gives this option, or where its options are so."""
     check: Callable[[SourceSpec], str | None] | None = None
     """What is wrong with a source's options together; their types and names are checked before."""
     reads: Callable[[SourceSpec], Reads] | None = None
@@ -96,7 +96,10 @@ class Adapter:
 
     def splitter(self, source: SourceSpec) -> Callable[[Any, SourceSpec], Iterable[Any]] | None:
         """What takes the rows of `source` apart; None: a row is a record."""
-        return self.split if self.split_option is None or self.split_option in source.options else None
+        wanted = self.split_option
+        if callable(wanted):
+            return self.split if wanted(source) else None
+        return self.split if wanted is None or wanted in source.options else None
 
 
 class BadRow(Exception):

@@ -45,12 +45,14 @@ REASONS: dict[str, Reason] = {
     "FIELD_is_no_list_of_pairs": Reason("the field is not a list of questions with their answers", "mend the rows"),
     "missing_messages": Reason("the row has no list of turns", "name it in the option field"),
     "missing_dialogue": Reason("the row has no list of turns", "name it in the option field"),
-    "missing_label": Reason("the row does not say whether its answer is good", "name the field in the option label"),
+    "missing_label": Reason(
+        "the row does not say whether its answer is good, or which of two is the better", "name the field in the option label"
+    ),
     "missing_prompt": Reason("the row has no prompt, neither by itself nor inside its answers", "name it in the option prompt"),
     "missing_speaker": Reason("an utterance does not say who speaks"),
     "missing_system": Reason("the row lacks the system turn that makes one answer the better"),
-    "missing_score": Reason("the row lacks the scores that its set has"),
-    "missing_ranking": Reason("fewer than two answers have a rank"),
+    "missing_score": Reason("the row lacks one of two scores", "name the fields in the option scores, or in ignore"),
+    "missing_ranking": Reason("fewer than two answers have a score or rank", "name the field in the option scores"),
     "fields_differ": Reason(
         "two fields say different things of one matter", "name one in its option, or the other in the option ignore"
     ),
@@ -87,7 +89,9 @@ REASONS: dict[str, Reason] = {
     "tool_results_out_of_order": Reason("results of several calls stand in another order than the calls"),
     "reasoning_is_not_text": Reason("the reasoning of an answer is no text", "name its field in the option ignore"),
     "reasoning_outside_answer": Reason("a turn that is no answer holds reasoning"),
-    "has_reasoning": Reason("an answer holds reasoning, which this adapter does not read"),
+    "has_reasoning": Reason(
+        "an answer of a pair holds reasoning, which pairs do not train", "options: {ignore: [reasoning_content]} leaves it out"
+    ),
     "prompt_does_not_end_with_user": Reason("the prompt ends with an answer, or is empty"),
     "completion_does_not_begin_with_assistant": Reason("the completion does not begin with an answer"),
     "unanswerable": Reason("the question has no answer, as the set says"),
@@ -102,11 +106,20 @@ REASONS: dict[str, Reason] = {
         "a turn says which characters of it are trained, which is not read", "name train_detail in the option ignore"
     ),
     # pairs
-    "no_preference": Reason("the row does not say which answer is the better"),
+    "no_preference": Reason("the label says that nobody preferred an answer", "option labels says which values mean it"),
+    "label_tie": Reason("the label says that neither answer is the better", "option labels says which values mean it"),
     "chosen_equals_rejected": Reason("both answers are the same"),
-    "history_differs": Reason("the answers follow different turns"),
+    "history_differs": Reason("the answers follow different turns, or others than the prompt beside them"),
     "score_tie": Reason("both answers are of equal worth"),
-    "score_reversed": Reason("the scores prefer the rejected answer"),
+    "score_reversed": Reason(
+        "the scores prefer the rejected answer",
+        "options: {lower_is_better: true}, or {ignore: [..]} where they are no scores of it",
+    ),
+    "small_margin": Reason("the scores differ by less than the option min_margin"),
+    "several_answers": Reason(
+        "chosen or rejected holds several answers", "options: {pairs: all} takes each chosen one with each rejected one"
+    ),
+    "not_two_answers": Reason("a label says which of two answers is the better, and the row has another number of them"),
     "answer_equals_question": Reason("an answer repeats the question"),
     "in_gsm8k_train": Reason("the question is of the GSM8K training set"),
     # corpora
@@ -149,6 +162,8 @@ REASONS: dict[str, Reason] = {
     "greeting_left_out": Reason("what the assistant says before the user spoke is left out", "option assistant_first"),
     "reasoning_left_out": Reason("the reasoning of an answer is left out", "options: {reasoning: train} or keep"),
     "other_items_left_out": Reason("a field takes one item of a list that has more", "option unfold makes a record of each"),
+    "history_not_trained": Reason("a turn before the answers of a pair is to be trained, as the row says; pairs train answers"),
+    "unranked_answer_left_out": Reason("an answer without a score or rank is in no pair"),
     "question_trained": Reason("a turn that is no answer is trained, as the row says", "name the field in the option ignore"),
 }
 PATTERNS = {

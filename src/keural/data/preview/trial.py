@@ -16,10 +16,10 @@ from keural.data.adapters import ADAPTERS, adapter_of
 from keural.data.field_use import FieldUse
 from keural.data.filtering.gates import GATES, MIN_SHARE, Gatekeeper, check_gates, hangul_share
 from keural.data.filtering.holdout import Splitter
-from keural.data.preview.guess import Guess, Rows, benchmark_of, guesses
+from keural.data.preview.guess import ARCHIVES, Guess, Rows, benchmark_of, guesses
 from keural.data.readers.datafile import DataFile, FileShape, Row
 from keural.data.readers.formats import FORMATS, format_of, open_text
-from keural.data.readers.sniff import describe
+from keural.data.readers.sniff import describe, sniff
 from keural.data.records import Document, Drop, EvaluationItem, Record
 from keural.data.source_counts import SourceCounter
 from keural.data.sources import Source, open_source
@@ -39,8 +39,14 @@ MAX_WHOLE_BYTES = 32 << 20
 """Of a larger file of a format that is read as one value only the beginning is looked at."""
 HEAD_CHARACTERS = 4 << 20
 """The beginning of such a file."""
+LONGEST_NAME = 60
+"""Characters of a column's name; a longer one is a cell."""
+MOST_WORDS = 5
+"""A name of so many words is a cell, too."""
 EXAMPLES = 3
 """Kept rows, and dropped rows of each reason, that are shown."""
+FOREIGN = 0.02
+"""Share of other letters that English text may have."""
 SAMPLE = 100
 """Records of which the language is looked at."""
 EXCERPT = 300
@@ -137,6 +143,11 @@ def _try_files(path: Path, adapter: str | None, options: Mapping[str, Any], data
     sources = [_carrier(file, found.format_name, adapter, reading, base) for file in _spread(found.files)]
     rows, whole = _first_rows(sources)
     values = [row for row in rows if isinstance(row, Row)]
+    if "header" in known and "header" not in reading and values and _is_headless(values):
+        reading["header"] = False
+        found.hints.append("its first line looks like a row, not like names of columns: options header")
+        rows, whole = _first_rows([_carrier(file, found.format_name, adapter, reading, base) for file in _spread(found.files)])
+        values = [row for row in rows if isinstance(row, Row)]
     if not values:
         raise _nothing_read(path, found.format_name, rows)
     looked_at = Rows(found.format_name, str(path), values)
@@ -152,8 +163,8 @@ def _try_files(path: Path, adapter: str | None, options: Mapping[str, Any], data
     spec = SourceSpec(
         name=re.sub(r"[^\w.-]+", "-", path.name.split(".")[0]).strip("-") or "data",
         adapter=best.adapter,
-        path=_relative(path, base) + found.pattern(best.adapter),
-        format=None if format_of(found.files[0]) is not None else found.format_name,
+        path=_relative(found.files[0] if len(found.files) == 1 else path, base) + found.pattern(best.adapter),
+        format=found.format_to_give,
         options={**reading, **best.options},
     )
     trial = Trial(spec, base, [found.described()], fitting, hints=[*found.hints, *found.shape.assumed])
@@ -181,6 +192,12 @@ class _Files:
         """Their format."""
         return self.shape.format or "text"
 
+    @property
+    def format_to_give(self) -> str | None:
+        """The format as a source must give it; None where the files' suffix, or what is in them, says it by itself."""
+        named = format_of(self.files[0])
+        return self.format_name if named is None or (named == "text" and named != self.format_name) else None
+
     @classmethod
     def below(cls, path: Path, adapter: str | None) -> "_Files":
         """A file, or of a directory those of the format that most of its bytes are of.
@@ -188,13 +205,16 @@ class _Files:
         Raises `UserError` for what cannot be read, and where no file of a directory is of a format that is known.
         """
         if path.is_file():
-            return cls(path, [path], _shape_of(path), Counter(), [])
+            shape, hints = _shape_of(path)
+            return cls(path, [path], shape, Counter(), hints)
         everything = [file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file, path)]
         known: dict[str, list[Path]] = {}
         for file in everything:
             name = format_of(file)
             if name is not None and (adapter is None or name in ADAPTERS[adapter].formats):
                 known.setdefault(name, []).append(file)
+        if not known and (unnamed := cls._unnamed(path, everything)) is not None:
+            return unnamed
         if not known:
             suffixes = Counter(file.suffix or "none" for file in everything)
             there = ", ".join(f"{count:,} of {suffix}" for suffix, count in suffixes.most_common(5)) or "no files"
@@ -204,7 +224,21 @@ class _Files:
         unknown = len(everything) - sum(map(len, known.values()))
         left = [f"{count:,} {name}" for name, count in others.items()] + ([f"{unknown:,} of no known format"] if unknown else [])
         hints = [f"files that were not looked at: {', '.join(left)}"] if left else []
-        return cls(path, known[chosen], _shape_of(known[chosen][0]), others, hints)
+        return cls(path, known[chosen], _shape_of(known[chosen][0])[0], others, hints)
+
+    @classmethod
+    def _unnamed(cls, path: Path, everything: Sequence[Path]) -> "_Files | None":
+        """The files of the suffix with most bytes, where the first of them shows what it is; None where it is only text."""
+        by_suffix: dict[str, list[Path]] = {}
+        for file in everything:
+            by_suffix.setdefault(file.suffix, []).append(file)
+        chosen = max(by_suffix.values(), key=lambda files: sum(file.stat().st_size for file in files), default=[])
+        largest = max(chosen, key=lambda file: file.stat().st_size, default=None)
+        shape = describe(largest) if largest is not None else None
+        if largest is None or shape is None or shape.problem is not None or shape.format in (None, "text"):
+            return None
+        left = [f"the suffix of its files is of no known format; give the files by a glob: {path.name}/*{largest.suffix}"]
+        return cls(path, [largest], shape, Counter(), left)
 
     def pattern(self, adapter: str) -> str:
         """What is added to a directory's path where the adapter would read its other files, too."""
@@ -230,16 +264,27 @@ def _spread(files: Sequence[Any]) -> list[Any]:
 
 def _carrier(file: Path, format_name: str, adapter: str | None, options: Mapping[str, Any], base: Path) -> Source:
     """A source that gives the rows of a file, whatever they mean; of a large file that is one value those of its beginning."""
-    name = adapter or next((name for name, known in ADAPTERS.items() if format_name in known.formats), "text")
-    spec = SourceSpec(name=file.stem or "data", adapter=name, path=str(file.absolute()), format=format_name, options=dict(options))
+    reading = [name for name, known in ADAPTERS.items() if format_name in known.formats and format_name not in ARCHIVES]
+    name = adapter or (reading[0] if reading else "text")
+    spec = SourceSpec(name=file.stem or "data", adapter=name, path=str(file.absolute()), options=dict(options))
+    if format_name not in ARCHIVES:
+        spec = spec.model_copy(update={"format": format_name})
     return open_source(spec, base)
 
 
-def _shape_of(path: Path) -> FileShape:
+def _shape_of(path: Path) -> tuple[FileShape, list[str]]:
+    """What a file is; of text that is clearly a table or JSON, that, and what to say of it."""
     shape = describe(path)
     if shape.problem is not None:
         raise UserError(f"{path}: {shape.problem}")
-    return shape
+    if format_of(path) != "text":
+        return shape, []
+    inside = sniff(DataFile(path, path.stem, open=lambda: path.open("rb")))
+    if inside.problem is not None or inside.format in (None, "text", "markdown"):
+        return shape, []
+    return inside, [
+        f"its suffix is of text, but {next(iter(inside.evidence[1:] or inside.evidence))}; hence the format in the source"
+    ]
 
 
 def _what(path: Path, shape: FileShape) -> str:
@@ -302,13 +347,18 @@ def _beginning(file: DataFile, format_name: str) -> Iterator[Row | Drop] | None:
     return (Row(f"{file.name}#{number}", item) for number, item in enumerate(items, start=1))
 
 
+def _is_headless(rows: Sequence[Row]) -> bool:
+    """Whether the names of columns look like a row's cells: sentences, numbers, or as long as what stands below them."""
+    names = [str(name) for name in rows[0].value] if isinstance(rows[0].value, dict) else []
+    return any(len(name) > LONGEST_NAME or len(name.split()) >= MOST_WORDS or re.search(r"\s.*[.?!]\s*$", name) for name in names)
+
+
 def _rows_inside(rows: Rows) -> tuple[str, Rows] | None:
     """The list of objects inside the one object that a file is, with the name of its field."""
     if rows.format_name not in ("json", "yaml") or len(rows.rows) != 1 or not rows.records:
         return None
-    lists = {
-        key: value for key, value in rows.records[0].items() if isinstance(value, list) and value and isinstance(value[0], dict)
-    }
+    fields = rows.records[0].items()
+    lists = {key: value for key, value in fields if isinstance(value, list) and value and isinstance(value[0], dict | list)}
     if not lists:
         return None
     key = max(lists, key=lambda name: len(lists[name]))
@@ -420,9 +470,12 @@ def _add_language(trial: Trial) -> None:
 
 def _language(records: Sequence[Record]) -> str | None:
     hangul = [share for record in records if (share := hangul_share(_text(record))) is not None]
-    if not hangul or 0.02 < sum(hangul) / len(hangul) < MIN_SHARE:
+    mean = sum(hangul) / len(hangul) if hangul else 0.0
+    letters = [character for record in records for character in _text(record)[:1000] if character.isalpha()]
+    is_english = mean < FOREIGN and sum(map(str.isascii, letters)) > (1 - FOREIGN) * len(letters)
+    if not hangul or not (mean >= MIN_SHARE or is_english):
         return None
-    language = "ko" if sum(hangul) / len(hangul) >= MIN_SHARE else "en"
+    language = "ko" if mean >= MIN_SHARE else "en"
     check = GATES["language"].check
     assert check is not None
     chats = [replace(record, language=language) for record in records if not isinstance(record, Document)]

@@ -302,12 +302,6 @@ def check_drops(source: SourceSpec, row: SourceRow) -> None:
         )
 
 
-def _remedy(row: SourceRow) -> str:
-    """What can be done about the most frequent defect, where something can."""
-    known = reason_of(next(iter(row.defects)))
-    return f"{known.remedy}; " if known and known.remedy else ""
-
-
 def _counted(found: Counter[str]) -> str:
     return ", ".join(f"{each} ({count:,} rows)" for each, count in found.most_common(MAX_DETAILS))
 

@@ -168,12 +168,22 @@ def test_a_seed_gives_the_same_numbers_and_none_gives_others() -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_logits_that_are_not_finite_are_refused(way: str, wrong: float) -> None:
     logits = torch.zeros(2, 9)
     logits[1, 4] = wrong
     with pytest.raises(UserError, match="logits are not finite"):
         WAYS[way](logits, [Sampler(SamplingParams(), [], 9) for _ in range(2)])
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_logit_of_minus_infinity_never_comes(way: str, temperature: float) -> None:
+    logits = torch.full((1, 5000), float("-inf"))
+    logits[0, [7, 4000]] = torch.tensor([1.0, 1.5])
+    samplers = [At(place / 50, SamplingParams(temperature, 1.0, 1.3), [7, 9], 5000) for place in range(50)]
+
+    assert set(WAYS[way](logits.expand(50, -1), samplers)) == ({7, 4000} if temperature else {4000})
 
 
 @pytest.mark.parametrize("way", WAYS)

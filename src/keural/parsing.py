@@ -39,8 +39,8 @@ class Unreadable:
 UNREADABLE = Unreadable()
 
 
-def parse_json(text: str | bytes) -> Any:
-    """The value that JSON text holds. Raises `Malformed`."""
+def parse_json(text: str | bytes, depth: int = MAX_DEPTH) -> Any:
+    """The value that JSON text holds, with lists and objects inside each other down to `depth`. Raises `Malformed`."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -51,7 +51,7 @@ def parse_json(text: str | bytes) -> Any:
         raise Malformed(f"nested deeper than {MAX_DEPTH} levels") from error
     except ValueError as error:  # a number with too many digits
         raise Malformed("a number has too many digits") from error
-    _check_depth(value)
+    _check_depth(value, depth)
     return value
 
 
@@ -119,9 +119,9 @@ def _parts(value: Any) -> Any:
             waiting.extend((inner, depth + 1) for inner in part)
 
 
-def _check_depth(value: Any) -> None:
-    if any(depth >= MAX_DEPTH and isinstance(part, dict | list) for part, depth in _parts(value)):
-        raise Malformed(f"nested deeper than {MAX_DEPTH} levels")
+def _check_depth(value: Any, most: int) -> None:
+    if any(depth >= most and isinstance(part, dict | list) for part, depth in _parts(value)):
+        raise Malformed(f"nested deeper than {most} levels")
 
 
 _MERGE = "tag:yaml.org,2002:merge"

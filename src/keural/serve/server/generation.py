@@ -1,0 +1,74 @@
+"""From the fields that all generating addresses share to requests for the network.
+
+In: fields, prompts as ids. Out: requests, `n` for each prompt.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from keural.limits import LARGEST_SEED
+from keural.serve.batching.requests import Request
+from keural.serve.engines.sampling_params import SamplingParams
+from keural.serve.server.errors import ApiError
+from keural.serve.server.fields import MOST_ANSWERS, Generation
+from keural.serve.server.service import Service
+
+TIMEOUT_HEADER = "x-request-timeout"
+
+
+def sampling_of(service: Service, fields: Generation, max_tokens: int | None) -> SamplingParams:
+    """The settings of a request; where it gives none, the model's."""
+    given = {
+        "temperature": fields.temperature,
+        "top_p": fields.top_p,
+        "repetition_penalty": fields.repetition_penalty,
+        "max_new_tokens": max_tokens,
+        "seed": fields.seed,
+    }
+    return replace(service.defaults, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+
+
+def requests_of(
+    service: Service,
+    fields: Generation,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingParams,
+    top_logprobs: int | None,
+    headers: Mapping[str, str],
+) -> list[Request]:
+    """Requests for every prompt; of several answers to one, each has the next seed."""
+    n = fields.n or 1
+    if n * len(prompts) > min(MOST_ANSWERS, service.limits.waiting + service.slots.count):
+        most = min(MOST_ANSWERS, service.limits.waiting + service.slots.count)
+        raise ApiError(400, f"{len(prompts)} prompts with {n} answers each; at most {most} answers", "n", "invalid_value")
+    bias = fields.logit_bias or {}
+    if any(token >= service.tokenizer.vocab_size for token in bias):
+        raise ApiError(400, f"`logit_bias`: token ids go up to {service.tokenizer.vocab_size - 1}", "logit_bias", "invalid_value")
+    if fields.stream_options is not None and not fields.stream:
+        raise ApiError(400, "`stream_options` is only for `stream: true`", "stream_options", "invalid_value")
+    return [
+        Request(
+            prompt_ids=prompt,
+            sampling=sampling if sampling.seed is None else replace(sampling, seed=(sampling.seed + choice) % (LARGEST_SEED + 1)),
+            stop_ids={service.tokenizer.im_end_id, service.tokenizer.eos_id},
+            logit_bias=bias,  # type: ignore[arg-type]
+            top_logprobs=top_logprobs,
+            seconds=_seconds(service, headers),
+        )
+        for prompt in prompts
+        for choice in range(n)
+    ]
+
+
+def _seconds(service: Service, headers: Mapping[str, str]) -> float:
+    """The deadline of a request, which a header may lower."""
+    asked = headers.get(TIMEOUT_HEADER)
+    if asked is None:
+        return service.limits.deadline
+    try:
+        seconds = float(asked)
+    except ValueError:
+        seconds = 0
+    if not seconds > 0:
+        raise ApiError(400, "the header X-Request-Timeout is not a number of seconds", TIMEOUT_HEADER, "invalid_value")
+    return min(seconds, service.limits.deadline)

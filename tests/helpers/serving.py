@@ -1,6 +1,7 @@
 """A server on a free port of this machine, and a network that writes what a test wants."""
 
 import contextlib
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -76,6 +77,7 @@ def service_of(tokenizer: KeuralTokenizer, slots: Slots, **settings: Any) -> Ser
 def serving(service: Service) -> Iterator[httpx.Client]:
     """The service on a free port; gives a client of it."""
     listener = bind("127.0.0.1", 0)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)  # the system takes no megabytes for a client who reads nothing
     server = Server(service, listener)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()

@@ -1,5 +1,7 @@
 """Stop strings: the same text, however it comes in pieces."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +23,7 @@ def shown(stops: list[str], pieces: list[str]) -> str:
 @given(text=WORDS, stops=STOPS, cuts=st.lists(st.integers(0, 24)))
 def test_pieces_do_not_matter(text: str, stops: list[str], cuts: list[int]) -> None:
     places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    pieces = [text[start:end] for start, end in zip(places, places[1:], strict=False)]
+    pieces = [text[start:end] for start, end in pairwise(places)]
 
     assert shown(stops, pieces) == shown(stops, [text]) == shown(stops, list(text))
 

@@ -5,7 +5,7 @@ it cannot change an answer (`Accepted`), or has to be absent or the value that s
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
@@ -52,11 +52,10 @@ def _stops(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _ids(value: Mapping[str, float]) -> dict[int, float]:
-    """JSON's keys are texts; here they are token ids."""
+def _ids(value: dict[str, float]) -> dict[str, float]:
     if not all(re.fullmatch(r"[0-9]{1,9}", key) for key in value):
         raise PydanticCustomError("token_id", "its keys must be token ids", {})
-    return {int(key): bias for key, bias in value.items()}
+    return value
 
 
 Stop = Annotated[

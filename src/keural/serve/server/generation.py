@@ -41,7 +41,7 @@ def requests_of(
     if n * len(prompts) > min(MOST_ANSWERS, service.limits.waiting + service.slots.count):
         most = min(MOST_ANSWERS, service.limits.waiting + service.slots.count)
         raise ApiError(400, f"{len(prompts)} prompts with {n} answers each; at most {most} answers", "n", "invalid_value")
-    bias = fields.logit_bias or {}
+    bias = {int(token): value for token, value in (fields.logit_bias or {}).items()}
     if any(token >= service.tokenizer.vocab_size for token in bias):
         raise ApiError(400, f"`logit_bias`: token ids go up to {service.tokenizer.vocab_size - 1}", "logit_bias", "invalid_value")
     if fields.stream_options is not None and not fields.stream:
@@ -51,7 +51,7 @@ def requests_of(
             prompt_ids=prompt,
             sampling=sampling if sampling.seed is None else replace(sampling, seed=(sampling.seed + choice) % (LARGEST_SEED + 1)),
             stop_ids={service.tokenizer.im_end_id, service.tokenizer.eos_id},
-            logit_bias=bias,  # type: ignore[arg-type]
+            logit_bias=bias,
             top_logprobs=top_logprobs,
             seconds=_seconds(service, headers),
         )

@@ -25,7 +25,7 @@ class GuardedProtocol(H11Protocol):
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
-        self.conn = _Connection(h11.SERVER, self.limits.header_bytes)
+        self.conn: _Connection = _Connection(h11.SERVER, self.limits.header_bytes)
         self._head_timer: asyncio.TimerHandle | None = None
         self._send_timer: asyncio.TimerHandle | None = None
 
@@ -36,8 +36,10 @@ class GuardedProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """A client is gone."""
-        self._head_timer = _stopped(self._head_timer)
-        self._send_timer = _stopped(self._send_timer)
+        _stop(self._head_timer)
+        self._head_timer = None
+        _stop(self._send_timer)
+        self._send_timer = None
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -46,7 +48,8 @@ class GuardedProtocol(H11Protocol):
             self._await_head()
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
-            self._head_timer = _stopped(self._head_timer)
+            _stop(self._head_timer)
+            self._head_timer = None
 
     def on_response_complete(self) -> None:
         """An answer is sent; the next request may already be there in part."""
@@ -70,7 +73,8 @@ class GuardedProtocol(H11Protocol):
 
     def resume_writing(self) -> None:
         """The client has taken what waited for it."""
-        self._send_timer = _stopped(self._send_timer)
+        _stop(self._send_timer)
+        self._send_timer = None
         super().resume_writing()
 
     def timeout_keep_alive_handler(self) -> None:
@@ -126,6 +130,6 @@ class _Connection(h11.Connection):
         return event
 
 
-def _stopped(timer: asyncio.TimerHandle | None) -> None:
+def _stop(timer: asyncio.TimerHandle | None) -> None:
     if timer is not None:
         timer.cancel()

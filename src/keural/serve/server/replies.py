@@ -7,7 +7,7 @@ event, and the stream ends. Whatever ends a reply, its slots are free at the nex
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Awaitable, Coroutine, MutableMapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Coroutine, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -28,7 +28,8 @@ SHUTTING_DOWN = "the server is shutting down"
 Finish = Literal["stop", "length"]
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """What came of one choice."""
 
     index: int
@@ -138,7 +139,7 @@ class Reply(Response):
                 await self._begin(send)
                 await _send_events(send, [*first, *self._writer.part(part)])
         usage = self._usage(tickets)
-        self._log |= {"prompt_tokens": usage.prompt, "cached_tokens": usage.cached, "answer_tokens": usage.answer}
+        self._log.update(prompt_tokens=usage.prompt, cached_tokens=usage.cached, answer_tokens=usage.answer)
         self._log["finish"] = [choice.finish for choice in self._choices]
         if self._streamed:
             await _send_events(send, self._writer.end(self._choices, usage), last=True)
@@ -181,16 +182,16 @@ class Reply(Response):
         try:
             left = len(asked)
             while left:
-                part = await queue.get()
-                if isinstance(part, ApiError):
-                    raise part
-                left -= part.finish is not None
-                yield part
+                found = await queue.get()
+                if isinstance(found, ApiError):
+                    raise found
+                left -= found.finish is not None
+                yield found
         finally:
             for follower in followers:
                 follower.cancel()
 
-    async def _follow(self, index: int, ticket: Ticket, answer: Answer) -> AsyncIterator[Part]:
+    async def _follow(self, index: int, ticket: Ticket, answer: Answer) -> AsyncGenerator[Part, None]:
         """The parts of one choice; the last one, perhaps an empty one, says why it ended."""
         pieces = self._choices[index].pieces
         while True:

@@ -1,8 +1,8 @@
 """The network of this package as slots: every slot's keys and values in one tensor a layer, one forward pass for all answers.
 
-In: a model. Out: `Slots`. Of each slot the columns `start` to `end` of its row hold its keys, all of them also in sliding layers, so
-that a slot can be cut back to any length. Answers under way end in the same column: their newest keys lie side by side, the batch
-is a view, and a step copies nothing. Prompts are read one by one, each in its own columns.
+In: a model. Out: `Slots`. Of each slot the columns `start` to `end` of its row hold its keys, all of them also in sliding layers,
+so that a slot can be cut back to any length. Answers under way end in the same column: their newest keys lie side by side, the
+batch is a view, and a step copies nothing. Prompts are read one by one, each in its own columns.
 """
 
 from collections.abc import Sequence
@@ -169,9 +169,8 @@ class TransformersSlots:
             return None
         mask = mask.to(self.model.device)
         if self.model.config._attn_implementation == "eager":
-            return torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device).masked_fill_(
-                ~mask, torch.finfo(self.model.dtype).min
-            )
+            added = torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device)
+            return added.masked_fill_(~mask, torch.finfo(added.dtype).min)
         return mask
 
 

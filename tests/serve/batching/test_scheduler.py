@@ -94,7 +94,7 @@ def request(prompt: Sequence[int], tokens: int = 5, seed: int = 0, temperature: 
 PROMPTS = st.lists(st.integers(0, 3), min_size=1, max_size=39)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(
     asked=st.lists(
         st.tuples(PROMPTS, st.integers(1, 12), st.integers(0, 5), st.sampled_from([0.0, 0.7]), st.integers(0, 4)),
@@ -123,7 +123,7 @@ def test_together_as_alone_and_no_slot_is_lost(asked: list[Any], count: int, bat
         assert started == sorted(started), "first come, first served"
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(
     asked=st.lists(st.tuples(PROMPTS, st.integers(1, 30), st.integers(0, 3), st.booleans()), min_size=1, max_size=10),
     broken=st.sets(st.integers(0, 30), max_size=2),

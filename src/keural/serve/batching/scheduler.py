@@ -27,7 +27,7 @@ from keural.serve.engines.sampling import NOT_FINITE, Sampler, choose
 FAILURES_IN_A_ROW = 3
 """Failed steps after which the network is taken for broken."""
 WORTH_WAITING = 16
-"""Tokens: a request waits for another one to read a beginning that both share if it would have to read so many itself."""
+"""Tokens of a beginning that two requests share from which one waits for the other to read it."""
 RATE_SPAN = 32
 """Finished requests that the rate is taken from which `retry_after` follows."""
 
@@ -209,7 +209,7 @@ class Scheduler:
             prompt = ticket.request.prompt_ids
             shared = [common_prefix(held, prompt) for held in self._held]
             promised = max((common_prefix(other.request.prompt_ids, prompt) for other in self._reading()), default=0)
-            if promised - max(shared) >= WORTH_WAITING:
+            if promised >= WORTH_WAITING and promised > max(shared):
                 return  # somebody is just reading what this one needs
             self._waiting.popleft()
             slot, held = self._place(shared)
@@ -226,7 +226,7 @@ class Scheduler:
         longest time, so that a short beginning that all share does not cost somebody's long conversation.
         """
         free = [slot for slot in range(self.slots.count) if slot not in self._active]
-        source = max(range(self.slots.count), key=lambda slot: (shared[slot], slot in free))
+        source = max(range(self.slots.count), key=lambda slot: (shared[slot], slot in free, -len(self._held[slot])))
         target = min(free, key=lambda slot: self._used[slot])
         if source in free and 2 * shared[source] >= len(self._held[source]):
             target = source

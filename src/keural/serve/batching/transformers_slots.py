@@ -1,8 +1,8 @@
 """The network of this package as slots: every slot's keys and values in one tensor a layer, one forward pass for all answers.
 
-In: a model. Out: `Slots`. Of each slot the columns `start` to `end` of its row hold its keys, all of them also in sliding layers, so
-that a slot can be cut back to any length. Answers under way end in the same column: their newest keys lie side by side, the batch
-is a view, and a step copies nothing. Prompts are read one by one, each in its own columns.
+In: a model. Out: `Slots`. Of each slot the columns `start` to `end` of its row hold its keys, all of them also in sliding layers,
+so that a slot can be cut back to any length. Answers under way end in the same column: their newest keys lie side by side, the
+batch is a view, and a step copies nothing. Prompts are read one by one, each in its own columns.
 """
 
 from collections.abc import Sequence
@@ -30,9 +30,10 @@ class TransformersSlots:
         self.context_length = context_length or config.max_position_embeddings
         self._cache = _Columns(count, config.num_hidden_layers, config.num_key_value_heads, config.head_dim, model)
         self._start, self._end = [0] * count, [0] * count
-        self._counts = [torch.zeros(config.num_local_experts, dtype=torch.int64, device=model.device) for _ in model.model.layers]
-        for layer, counts in zip(model.model.layers, self._counts, strict=True):
-            layer.mlp.gate.register_forward_hook(_counting(counts))
+        routers = [module for module in model.modules() if isinstance(module, KeuralTopKRouter)]
+        self._counts = [torch.zeros(router.num_experts, dtype=torch.int64, device=model.device) for router in routers]
+        for router, counts in zip(routers, self._counts, strict=True):
+            router.register_forward_hook(_counting(counts))
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Row]) -> Tensor:
@@ -135,27 +136,26 @@ class TransformersSlots:
             self._cache.move(slot, self._start[slot], slot, end - length, length)
             self._start[slot], self._end[slot] = end - length, end
 
+    def _windows(self) -> dict[str, int]:
+        """How many keys a token of each layer type sees at most, itself among them."""
+        sizes = {"full_attention": self.context_length, "sliding_attention": self.model.config.sliding_window}
+        return {layer_type: sizes[layer_type] or self.context_length for layer_type in self.model.config.layer_types}
+
     def _causal(self, held: int, new: int) -> dict[str, Any]:
         """Masks of `new` tokens after `held` ones, for each layer type."""
         masks: dict[str, Any] = {}
-        window = self.model.config.sliding_window
-        for layer_type in set(self.model.config.layer_types):
-            seen = held + new if layer_type == "full_attention" else min(held + new, window - 1 + new)
+        for layer_type, window in self._windows().items():
+            seen = min(held + new, window - 1 + new)
             key = torch.arange(held + new - seen, held + new)
             query = torch.arange(held, held + new)[:, None]
-            mask = key <= query
-            if layer_type != "full_attention":
-                mask &= key > query - window
-            masks[layer_type] = self._form(mask[None, None])
+            masks[layer_type] = self._form(((key <= query) & (key > query - window))[None, None])
         return masks
 
     def _padded(self, lengths: list[int], longest: int) -> dict[str, Any]:
         """Masks of one new token after `lengths` ones that end in the same column, for each layer type."""
         masks: dict[str, Any] = {}
-        for layer_type in set(self.model.config.layer_types):
-            seen = longest + 1
-            if layer_type != "full_attention":
-                seen = min(seen, self.model.config.sliding_window)
+        for layer_type, window in self._windows().items():
+            seen = min(longest + 1, window)
             if all(length + 1 >= seen for length in lengths):
                 masks[layer_type] = None
                 continue
@@ -169,9 +169,8 @@ class TransformersSlots:
             return None
         mask = mask.to(self.model.device)
         if self.model.config._attn_implementation == "eager":
-            return torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device).masked_fill_(
-                ~mask, torch.finfo(self.model.dtype).min
-            )
+            added = torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device)
+            return added.masked_fill_(~mask, torch.finfo(added.dtype).min)
         return mask
 
 

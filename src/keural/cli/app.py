@@ -225,7 +225,7 @@ def serve(
     path: ModelPath,
     host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 for other machines, with --api-key-file")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
-    engine: Annotated[str, typer.Option(help="transformers")] = "transformers",
+    engine: EngineName = None,
     slots: Annotated[int, typer.Option(min=1, max=MOST_SLOTS, help="answers at once; others wait")] = 4,
     name: Annotated[str | None, typer.Option(help="of the model in the API (default: its recipe's, else its directory's)")] = None,
     system: System = None,

@@ -15,12 +15,12 @@ from keural.tokenizer import KeuralTokenizer
 from tests.helpers.serving import Writing, service_of, serving
 
 HELLO = [{"role": "user", "content": "hello"}]
-FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 
 HONOURED: dict[str, Any] = {
     "messages": HELLO, "model": "tiny", "prompt": "a", "logit_bias": {"300": 1}, "logprobs": True, "max_completion_tokens": 2,
     "max_tokens": 2, "n": 2, "seed": 1, "stop": ["x"], "stream_options": {"include_usage": True}, "temperature": 0.5,
+    "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a+"},
     "top_logprobs": 1, "top_p": 0.5, "stream": True, "repetition_penalty": 1.2,
 }  # fmt: skip
 """What the other tests show to be honoured, each with a value."""
@@ -35,7 +35,6 @@ NEUTRAL: dict[str, tuple[Any, Any]] = {
     "store": (False, True),
     "modalities": (["text"], ["text", "audio"]),
     "audio": (None, {"voice": "x", "format": "mp3"}),
-    "response_format": ({"type": "text"}, FORMAT),
     "tools": ([], [TOOL]),
     "tool_choice": ("none", "required"),
     "parallel_tool_calls": (True, "yes"),

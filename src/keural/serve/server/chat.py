@@ -13,14 +13,13 @@ from pydantic import Discriminator, Field, Tag
 from keural.serve.batching.requests import Chosen
 from keural.serve.server.errors import ApiError
 from keural.serve.server.fields import MOST_LOGPROBS, PREFIX, Accepted, Count, Fields, Generation, only
-from keural.serve.server.generation import requests_of, sampling_of
+from keural.serve.server.generation import form_of, requests_of, sampling_of
 from keural.serve.server.replies import Choice, Part, Reply, Usage, event
 from keural.serve.server.service import Service
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt
 
 NO_TOOLS = "calls of tools are not supported here"
 NO_MEDIA = "this model reads and writes text alone"
-NO_FORMAT = "answers of a given form are not supported here"
 
 
 class TextPart(Fields):
@@ -77,6 +76,54 @@ class Conversation(Fields):
     messages: Annotated[list[Turn], Field(min_length=1)]
 
 
+class PlainText(Fields):
+    """An answer of any form."""
+
+    type: Literal["text"]
+
+
+class AnyObject(Fields):
+    """An answer that is a JSON object."""
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(Fields):
+    """A JSON schema with its name; answers follow it whether it is called strict or not."""
+
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class OfASchema(Fields):
+    """An answer that follows a JSON schema."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+def _kind(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else None
+    return f"{PREFIX}{kind if kind in ('json_object', 'json_schema') else 'text'}"
+
+
+Format = Annotated[
+    Annotated[PlainText, Tag(f"{PREFIX}text")]
+    | Annotated[AnyObject, Tag(f"{PREFIX}json_object")]
+    | Annotated[OfASchema, Tag(f"{PREFIX}json_schema")],
+    Discriminator(_kind),
+]
+
+
+def schema_of(form: PlainText | AnyObject | OfASchema | None) -> Mapping[str, Any] | None:
+    """The schema that answers follow; None for any text."""
+    if form is None or isinstance(form, PlainText):
+        return None
+    return (isinstance(form, OfASchema) and form.json_schema.schema_) or {"type": "object"}
+
+
 class ChatRequest(Generation, Conversation):
     """The fields of a request."""
 
@@ -92,7 +139,7 @@ class ChatRequest(Generation, Conversation):
     store: only(False, why="nothing is kept")  # type: ignore[valid-type]
     modalities: only(["text"], why=NO_MEDIA)  # type: ignore[valid-type]
     audio: only(why=NO_MEDIA)  # type: ignore[valid-type]
-    response_format: only({"type": "text"}, why=NO_FORMAT)  # type: ignore[valid-type]
+    response_format: Format | None = Field(None, description="What the answer must be.")
     tools: only([], why=NO_TOOLS)  # type: ignore[valid-type]
     tool_choice: only("none", "auto", why=NO_TOOLS)  # type: ignore[valid-type]
     parallel_tool_calls: only(True, False, why=NO_TOOLS)  # type: ignore[valid-type]
@@ -125,7 +172,9 @@ async def answer_chat(service: Service, fields: ChatRequest, headers: Mapping[st
     sampling = sampling_of(service, fields, fields.max_completion_tokens or fields.max_tokens)
     prompt = await prompt_of(service, fields.messages)
     service.check_room(prompt, "messages")
-    requests = requests_of(service, fields, [prompt], sampling, (fields.top_logprobs or 0) if fields.logprobs else None, headers)
+    form = await form_of(service, fields, schema_of(fields.response_format), "response_format")
+    top = (fields.top_logprobs or 0) if fields.logprobs else None
+    requests = requests_of(service, fields, [prompt], sampling, top, headers, form)
     options = fields.stream_options
     writer = ChatWriter(service, bool(fields.logprobs), options is not None and bool(options.include_usage), len(requests))
     return Reply(service, requests, len(requests), fields.stop or (), writer, bool(fields.stream))

@@ -15,7 +15,7 @@ from keural.serve.batching.requests import Chosen
 from keural.serve.server.chat import DONE, finite, usage_of
 from keural.serve.server.errors import ApiError
 from keural.serve.server.fields import MOST_ANSWERS, MOST_LOGPROBS, PREFIX, Generation, only
-from keural.serve.server.generation import requests_of, sampling_of
+from keural.serve.server.generation import form_of, requests_of, sampling_of
 from keural.serve.server.replies import Choice, Part, Reply, Usage, event
 from keural.serve.server.service import Service
 from keural.tokenizer import KeuralTokenizer
@@ -63,7 +63,8 @@ async def answer_completion(service: Service, fields: CompletionRequest, headers
     for prompt in prompts:
         service.check_room(prompt, "prompt")
     sampling = sampling_of(service, fields, fields.max_tokens)
-    requests = requests_of(service, fields, prompts, sampling, fields.logprobs, headers)
+    form = await form_of(service, fields)
+    requests = requests_of(service, fields, prompts, sampling, fields.logprobs, headers, form)
     options = fields.stream_options
     writer = CompletionWriter(service, fields.logprobs is not None, options is not None and bool(options.include_usage))
     return Reply(service, requests, fields.n or 1, fields.stop or (), writer, bool(fields.stream))

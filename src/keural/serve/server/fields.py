@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from keural.errors import quoted
@@ -20,6 +20,8 @@ MOST_ANSWERS = 8
 MOST_LOGPROBS = 20
 MOST_STOPS, LONGEST_STOP = 16, 256
 MOST_BIASES = 1024
+LONGEST_REGEX, LONGEST_SCHEMA = 4096, 64 * 1024
+MOST_CHOICES = 256
 
 
 class Fields(BaseModel):
@@ -86,6 +88,20 @@ class StreamOptions(Fields):
     include_obfuscation: Accepted
 
 
+class Form(Fields):
+    """What an answer must be: one of these."""
+
+    json_schema: dict[str, Any] | None = Field(None, alias="json", description="JSON that this schema describes.")
+    regex: Annotated[str, Field(min_length=1, max_length=LONGEST_REGEX)] | None = None
+    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MOST_CHOICES)] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> "Form":
+        if sum(value is not None for value in (self.json_schema, self.regex, self.choice)) != 1:
+            raise PydanticCustomError("one_of", "give one of `json`, `regex`, `choice`")
+        return self
+
+
 class Generation(Fields):
     """What all that generate have in common."""
 
@@ -100,6 +116,7 @@ class Generation(Fields):
     logit_bias: LogitBias = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    structured_outputs: Form | None = Field(None, description="The answer has this form.")
     user: Accepted
     frequency_penalty: only(0, why="there is no penalty by frequency, only `repetition_penalty`")  # type: ignore[valid-type]
     presence_penalty: only(0, why="there is no penalty by presence, only `repetition_penalty`")  # type: ignore[valid-type]

@@ -3,14 +3,17 @@
 In: fields, prompts as ids. Out: requests, `n` for each prompt.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from keural.limits import LARGEST_SEED
 from keural.serve.batching.requests import Request
+from keural.serve.constrain import Form
 from keural.serve.engines.sampling_params import SamplingParams
-from keural.serve.server.errors import ApiError
-from keural.serve.server.fields import MOST_ANSWERS, Generation
+from keural.serve.server.errors import ApiError, to_json
+from keural.serve.server.fields import LONGEST_SCHEMA, MOST_ANSWERS, Generation
 from keural.serve.server.service import Service
 
 TIMEOUT_HEADER = "x-request-timeout"
@@ -35,6 +38,7 @@ def requests_of(
     sampling: SamplingParams,
     top_logprobs: int | None,
     headers: Mapping[str, str],
+    form: Form | None = None,
 ) -> list[Request]:
     """Requests for every prompt; of several answers to one, each has the next seed."""
     n = fields.n or 1
@@ -53,11 +57,33 @@ def requests_of(
             stop_ids={service.tokenizer.im_end_id, service.tokenizer.eos_id},
             logit_bias=bias,
             top_logprobs=top_logprobs,
+            constraint=None if form is None else form.fresh(),
             seconds=_seconds(service, headers),
         )
         for prompt in prompts
         for choice in range(n)
     ]
+
+
+async def form_of(service: Service, fields: Generation, schema: Mapping[str, Any] | None = None, param: str = "") -> Form | None:
+    """The form that answers must have, by `structured_outputs` or a schema. Raises `ApiError` for one that cannot be followed."""
+    asked = fields.structured_outputs
+    if asked is not None and schema is not None:
+        raise ApiError(400, f"give either `structured_outputs` or `{param}`", "structured_outputs", "invalid_value")
+    if asked is not None:
+        schema, param = asked.json_schema, "structured_outputs"
+    if schema is not None:
+        if len(to_json(schema)) > LONGEST_SCHEMA:
+            raise ApiError(400, f"`{param}`: a schema may have {LONGEST_SCHEMA:,} bytes", param, "invalid_value")
+        return await service.read(service.grammars.json, schema, param=param)
+    if asked is None:
+        return None
+    pattern = asked.regex or "|".join(_LITERAL.sub(r"\\\g<0>", choice) for choice in asked.choice or ())
+    return await service.read(service.grammars.regex, pattern, param=param)
+
+
+_LITERAL = re.compile(r"[\\.+*?()|\[\]{}^$#&~-]")
+"""Characters that mean something in a regular expression."""
 
 
 def _seconds(service: Service, headers: Mapping[str, str]) -> float:

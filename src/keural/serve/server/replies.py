@@ -199,6 +199,7 @@ class Reply(Response):
             piece = pieces.push(tokens)
             if pieces.stopped_by is None and ended is not None:
                 _check_end(ended)
+                _check_form(ticket.request)
                 rest = pieces.finish()
                 piece = Piece(piece.text + rest.text, piece.tokens + rest.tokens, piece.starts + rest.starts)
             if pieces.stopped_by is not None:
@@ -219,6 +220,13 @@ def _check_end(ended: Event) -> None:
         raise ApiError(503, SHUTTING_DOWN, code="shutting_down", headers={"Retry-After": "5"})
     if ended.end == "error":
         raise ApiError(500, ended.error or "the model failed", code="model_error")
+
+
+def _check_form(request: Request) -> None:
+    """Raise `ApiError` where an answer ended because nothing could follow in its form."""
+    failure = getattr(request.constraint, "failure", None)
+    if failure is not None:
+        raise ApiError(400, f"the answer's form cannot be followed to its end: {failure}", code="form_too_complex")
 
 
 def _queue_full(error: QueueFull) -> ApiError:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import uvicorn
 
+from keural.errors import UserError
 from keural.pretrained.cached_step import check_cached_step
 from keural.pretrained.lineage import read_record
 from keural.pretrained.network_code import other_code_line
@@ -54,15 +55,33 @@ def load_transformers(path: Path, slots: int, threads: int | None) -> Loaded:
     return Loaded(TransformersSlots(model, slots), stored.tokenizer, stored.notice)
 
 
-LOADERS: dict[str, Callable[[Path, int, int | None], Loaded]] = {"transformers": load_transformers}
+def load_llama(path: Path, slots: int, threads: int | None) -> Loaded:
+    """A GGUF file in llama.cpp. Raises `UserError`."""
+    try:
+        from keural.serve.batching.llama_slots import LlamaSlots
+    except ModuleNotFoundError as error:
+        if error.name != "llama_cpp":
+            raise
+        raise UserError("the llama.cpp engine is not installed; install it with `pip install 'keural[llama]'`") from error
+    loaded = LlamaSlots(path, slots, threads)
+    return Loaded(loaded, loaded.tokenizer, loaded.unverified)
+
+
+LOADERS: dict[str, Callable[[Path, int, int | None], Loaded]] = {"transformers": load_transformers, "llama.cpp": load_llama}
 """By engine: loads a path with so many slots, to run on so many threads."""
 
 
 def serve(
-    path: Path, settings: Settings, defaults: SamplingParams, system: str | None, keys: Keys | None, listener: socket.socket
+    engine: str,
+    path: Path,
+    settings: Settings,
+    defaults: SamplingParams,
+    system: str | None,
+    keys: Keys | None,
+    listener: socket.socket,
 ) -> int:
     """Load a model and answer at `listener` until a signal ends it; returns the exit code. Raises `UserError`."""
-    loaded = LOADERS[settings.engine](path, settings.slots, settings.threads)
+    loaded = LOADERS[engine](path, settings.slots, settings.threads)
     for remark in (loaded.unverified, other_code_line(path)):
         if remark is not None:
             note(f"({remark})")

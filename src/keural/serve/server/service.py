@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from keural.errors import UserError
 from keural.serve.batching.slots import Slots
+from keural.serve.constrain import Grammars
 from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.jamo import Jamo
 from keural.serve.server.answers import Answers
@@ -56,6 +57,7 @@ class Service:
         self.metrics = Metrics(self.metrics_prefix, self.name)
         self.answers = Answers(self.slots, self.tokenizer.vocab_size, self.limits.waiting, self.metrics.observe)
         self.metrics.watch(self.answers.scheduler, lambda: self.answers.open)
+        self.grammars = Grammars(self.tokenizer)
         self.spell = speller(self.tokenizer, self.jamo)
         self._readers = ThreadPoolExecutor(READERS, "keural-text")
 
@@ -64,12 +66,12 @@ class Service:
         """Tokens of a prompt and its answer together."""
         return self.slots.context_length
 
-    async def read(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Call what turns text into ids, beside the loop. Raises `ApiError` where the text cannot be encoded."""
+    async def read(self, function: Callable[..., Result], *arguments: Any, param: str | None = None) -> Result:
+        """Call what turns text into ids, or a form into a constraint, beside the loop. Raises `ApiError` where that cannot be."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._readers, function, *arguments)
         except UserError as error:
-            raise ApiError(400, str(error), code="invalid_value") from error
+            raise ApiError(400, str(error), param, "invalid_value") from error
 
     def check_room(self, prompt_ids: Sequence[int], param: str) -> None:
         """Raise `ApiError` unless the prompt leaves room for an answer."""

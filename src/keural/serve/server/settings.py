@@ -39,7 +39,8 @@ class Settings:
 
     host: str = "127.0.0.1"
     port: int = 8000
-    engine: str = "transformers"
+    engine: str | None = None
+    """None takes what runs what the path holds."""
     slots: int = 4
     name: str | None = None
     """Of the model; None takes that of its recipe, else of its directory."""

@@ -8,16 +8,13 @@ import ipaddress
 import socket
 from pathlib import Path
 
-from keural.errors import UserError, nearest
-from keural.serve.engines.paths import transformers_directory
-from keural.serve.engines.registry import chat_defaults
+from keural.errors import UserError
+from keural.serve.engines.registry import chat_defaults, find_engine
 from keural.serve.server.keys import Keys, read_keys
 from keural.serve.server.settings import Settings
 
 NEEDED = ("fastapi", "uvicorn", "h11", "prometheus_client")
 """Packages of the extra `serve`."""
-SERVED = {"transformers": transformers_directory}
-"""Engines that can be served, and what each would run of a path."""
 BACKLOG = 2048
 
 
@@ -30,10 +27,7 @@ def run_serve(path: Path, settings: Settings) -> int:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"the server needs {', '.join(missing)}; install it with `pip install 'keural[serve]'`")
-    if settings.engine not in SERVED:
-        hint = nearest(settings.engine, SERVED)
-        raise UserError(f"engine {settings.engine!r} cannot be served{hint}; use one of {', '.join(SERVED)}")
-    found = SERVED[settings.engine](path)
+    engine, found = find_engine(path, settings.engine)
     defaults, system = chat_defaults(path, settings.engine)
     keys = read_keys(settings.api_key_file) if settings.api_key_file is not None else None
     with bind(settings.host, settings.port) as listener:
@@ -41,7 +35,7 @@ def run_serve(path: Path, settings: Settings) -> int:
         from keural.serve.server.running import serve
 
         system = system if settings.system is None else settings.system or None
-        return serve(found, settings, defaults, system, keys, listener)
+        return serve(engine, found, settings, defaults, system, keys, listener)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -20,6 +20,8 @@ from keural.serve.server.completions import CompletionRequest, answer_completion
 from keural.serve.server.errors import ApiError, json_response, of_status
 from keural.serve.server.fields import refusal
 from keural.serve.server.gate import Gate
+from keural.serve.server.messages import CountRequest, MessagesRequest, answer_messages, count_tokens
+from keural.serve.server.responses import ResponsesRequest, answer_responses
 from keural.serve.server.service import Service
 from keural.serve.server.tokens import (
     DetokenizeRequest,
@@ -55,6 +57,21 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def create_completion(request: Request, fields: Annotated[CompletionRequest, Body()]) -> Response:
         """What follows a text, or token ids."""
         return await answer_completion(service, fields, request.headers)
+
+    @app.post("/v1/responses")
+    async def create_response(request: Request, fields: Annotated[ResponsesRequest, Body()]) -> Response:
+        """The assistant's next turn, in the newer API, without a memory."""
+        return await answer_responses(service, fields, request.headers)
+
+    @app.post("/v1/messages")
+    async def create_message(request: Request, fields: Annotated[MessagesRequest, Body()]) -> Response:
+        """The assistant's next turn, in Anthropic's API."""
+        return await answer_messages(service, fields, request.headers)
+
+    @app.post("/v1/messages/count_tokens")
+    async def count_message_tokens(fields: Annotated[CountRequest, Body()]) -> Response:
+        """The tokens of a prompt, in Anthropic's API."""
+        return json_response(await count_tokens(service, fields))
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
@@ -127,19 +144,20 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
-    async def refused(_: Request, error: ApiError) -> Response:
-        return error.response()
+    async def refused(request: Request, error: ApiError) -> Response:
+        return error.response(request.url.path)
 
     @app.exception_handler(HTTPException)
-    async def refused_by_the_framework(_: Request, error: HTTPException) -> Response:
-        return of_status(error.status_code, str(error.detail), error.headers).response()
+    async def refused_by_the_framework(request: Request, error: HTTPException) -> Response:
+        return of_status(error.status_code, str(error.detail), error.headers).response(request.url.path)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         found: Any = error.errors()
+        path = request.url.path
         if found[0]["loc"] == ("body",) and not request.headers.get("content-type", "").startswith("application/json"):
-            return ApiError(400, "send JSON, with the header `Content-Type: application/json`", code="invalid_json").response()
-        return refusal(found).response()
+            return ApiError(400, "send JSON, with the header `Content-Type: application/json`", code="invalid_json").response(path)
+        return refusal(found).response(path)
 
 
 def _route_class(depth: int) -> type[APIRoute]:

@@ -154,9 +154,15 @@ class ChatRequest(Generation, Conversation):
 
 async def prompt_of(service: Service, turns: Sequence[Said | Answered]) -> list[int]:
     """The ids of a conversation, with the model's own system message where it begins with none. Raises `ApiError`."""
-    messages = [Message("system" if turn.role == "developer" else turn.role, _text(turn.content)) for turn in turns]
+    return await prompt_of_messages(
+        service, [Message("system" if turn.role == "developer" else turn.role, _text(turn.content)) for turn in turns]
+    )
+
+
+async def prompt_of_messages(service: Service, messages: list[Message]) -> list[int]:
+    """See `prompt_of`."""
     if service.system and messages[0].role != "system":
-        messages.insert(0, Message("system", service.system))
+        messages = [Message("system", service.system), *messages]
     return await service.read(render_prompt, service.tokenizer, messages)
 
 
@@ -229,18 +235,22 @@ class ChatWriter:
         return event({**self._head, "object": CHUNK, "choices": [choice], **usage})
 
     def _of_tokens(self, tokens: Sequence[Chosen]) -> dict[str, Any]:
-        content = [
-            {
-                **_named(self._tokenizer, token.id, token.logprob),
-                "top_logprobs": [_named(self._tokenizer, other, logprob) for other, logprob in token.top],
-            }
-            for token in tokens
-        ]
-        return {"content": content, "refusal": None}
+        return {"content": named_logprobs(self._tokenizer, tokens), "refusal": None}
 
 
 CHUNK = "chat.completion.chunk"
 DONE = b"data: [DONE]\n\n"
+
+
+def named_logprobs(tokenizer: KeuralTokenizer, tokens: Sequence[Chosen]) -> list[dict[str, Any]]:
+    """Tokens with their log-probabilities and those of others."""
+    return [
+        {
+            **_named(tokenizer, token.id, token.logprob),
+            "top_logprobs": [_named(tokenizer, other, logprob) for other, logprob in token.top],
+        }
+        for token in tokens
+    ]
 
 
 def _named(tokenizer: KeuralTokenizer, token: int, logprob: float | None) -> dict[str, Any]:

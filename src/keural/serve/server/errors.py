@@ -15,6 +15,10 @@ from keural.errors import UserError
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 """By status; other ones from 400 on are `invalid_request_error`, and from 500 on `server_error`."""
 
+MESSAGES = "/v1/messages"
+MESSAGES_TYPES = TYPES | {413: "request_too_large", 503: "overloaded_error", 504: "timeout_error"}
+"""The same in Anthropic's API, where others are `invalid_request_error` and `api_error`."""
+
 
 class ApiError(HTTPException):
     """A refusal: `status`, one line for a person, the field it is about, and a word for programs."""
@@ -30,9 +34,15 @@ class ApiError(HTTPException):
         """The error as the API has it."""
         return error_body(self.status, self.message, self.param, self.code)
 
-    def response(self) -> Response:
-        """The answer that says so."""
-        return json_response(self.body(), self.status, self.headers)
+    def response(self, path: str) -> Response:
+        """The answer that says so, in the shape of the API that the address belongs to."""
+        return json_response(of_messages(self) if path.startswith(MESSAGES) else self.body(), self.status, self.headers)
+
+
+def of_messages(error: ApiError) -> dict[str, Any]:
+    """The error as Anthropic's API has it."""
+    kind = MESSAGES_TYPES.get(error.status) or ("api_error" if error.status >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

@@ -102,15 +102,20 @@ class Form(Fields):
         return self
 
 
-class Generation(Fields):
-    """What all that generate have in common."""
+class Settings(Fields):
+    """How tokens are chosen; what is left out is as the model was saved."""
 
-    model: str | None = Field(None, description="The name that `/v1/models` gives; it may be left out.")
-    max_tokens: Count | None = Field(None, description="Most tokens of an answer; the model's own setting where it is left out.")
     temperature: Temperature | None = Field(None, description="0 is greedy.")
     top_p: Probability | None = None
     repetition_penalty: Penalty | None = Field(None, description="Of the tokens of prompt and answer; 1 is none.")
     seed: Seed | None = Field(None, description="The same request with the same seed gives the same answer.")
+
+
+class Generation(Settings):
+    """What both older addresses of OpenAI's API have in common."""
+
+    model: str | None = Field(None, description="The name that `/v1/models` gives; it may be left out.")
+    max_tokens: Count | None = Field(None, description="Most tokens of an answer; the model's own setting where it is left out.")
     n: N | None = None
     stop: Stop = None
     logit_bias: LogitBias = None

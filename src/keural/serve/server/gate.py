@@ -51,7 +51,7 @@ class Gate:
         try:
             refusal = self._refusal(scope, headers)
             if refusal is not None:
-                await refusal.response()(scope, body.receive, reply.send)
+                await refusal.response(scope["path"])(scope, body.receive, reply.send)
             else:
                 await self._app(scope, body.receive, reply.send)
         except ClientDisconnect:
@@ -60,7 +60,7 @@ class Gate:
             log.exception("a request failed")
             scope[LOG_ENTRY]["error"] = type(error).__name__
             if not reply.begun:
-                await ApiError(500, "the server failed; its log says more", code="internal_error").response()(
+                await ApiError(500, "the server failed; its log says more", code="internal_error").response(scope["path"])(
                     scope, body.receive, reply.send
                 )
 

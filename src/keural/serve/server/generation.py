@@ -13,13 +13,13 @@ from keural.serve.batching.requests import Request
 from keural.serve.constrain import Form
 from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.server.errors import ApiError, to_json
-from keural.serve.server.fields import LONGEST_SCHEMA, MOST_ANSWERS, Generation
+from keural.serve.server.fields import LONGEST_SCHEMA, MOST_ANSWERS, Generation, Settings
 from keural.serve.server.service import Service
 
 TIMEOUT_HEADER = "x-request-timeout"
 
 
-def sampling_of(service: Service, fields: Generation, max_tokens: int | None) -> SamplingParams:
+def sampling_of(service: Service, fields: Settings, max_tokens: int | None) -> SamplingParams:
     """The settings of a request; where it gives none, the model's."""
     given = {
         "temperature": fields.temperature,
@@ -29,6 +29,11 @@ def sampling_of(service: Service, fields: Generation, max_tokens: int | None) ->
         "seed": fields.seed,
     }
     return replace(service.defaults, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+
+
+def settings_of(fields: Settings) -> Generation:
+    """The settings of a request that has none of the other fields."""
+    return Generation.model_validate(fields.model_dump(include={*Settings.model_fields}))
 
 
 def requests_of(

@@ -7,7 +7,7 @@ event, and the stream ends. Whatever ends a reply, its slots are free at the nex
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Coroutine, MutableMapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Coroutine, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -122,22 +122,23 @@ class Reply(Response):
                 await self._answer([ticket for ticket, _ in asked], self._parts(asked), send)
         except QueueFull as error:
             self._service.metrics.rejected("queue_full")
-            await _queue_full(error).response()(scope, receive, send)
+            await _queue_full(error).response(scope["path"])(scope, receive, send)
         except (ApiError, UserError) as error:
             refusal = error if isinstance(error, ApiError) else ApiError(503, str(error), code="unavailable")
             self._log["error"] = refusal.code
             if self._begun:
                 await _send_events(send, self._writer.failure(refusal), last=True)
             else:
-                await refusal.response()(scope, receive, send)
+                await refusal.response(scope["path"])(scope, receive, send)
 
-    async def _answer(self, tickets: Sequence[Ticket], parts: AsyncIterator[Part], send: Send) -> None:
-        async for part in parts:
-            self._choices[part.index].add(part)
-            if self._streamed:
-                first = [] if self._begun else self._writer.begin(self._usage(tickets))
-                await self._begin(send)
-                await _send_events(send, [*first, *self._writer.part(part)])
+    async def _answer(self, tickets: Sequence[Ticket], parts: AsyncGenerator[Part, None], send: Send) -> None:
+        async with contextlib.aclosing(parts):
+            async for part in parts:
+                self._choices[part.index].add(part)
+                if self._streamed:
+                    first = [] if self._begun else self._writer.begin(self._usage(tickets))
+                    await self._begin(send)
+                    await _send_events(send, [*first, *self._writer.part(part)])
         usage = self._usage(tickets)
         self._log.update(prompt_tokens=usage.prompt, cached_tokens=usage.cached, answer_tokens=usage.answer)
         self._log["finish"] = [choice.finish for choice in self._choices]
@@ -162,7 +163,7 @@ class Reply(Response):
         answer = sum(choice.pieces.count for choice in self._choices)
         return Usage(prompt, answer, sum(ticket.cached_tokens for ticket in firsts))
 
-    async def _parts(self, asked: Sequence[tuple[Ticket, Answer]]) -> AsyncIterator[Part]:
+    async def _parts(self, asked: Sequence[tuple[Ticket, Answer]]) -> AsyncGenerator[Part, None]:
         """The parts of all choices as they come; raises `ApiError` where one fails."""
         if len(asked) == 1:
             async with contextlib.aclosing(self._follow(0, *asked[0])) as parts:

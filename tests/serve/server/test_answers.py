@@ -7,6 +7,8 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from keural.serve.batching.transformers_slots import TransformersSlots
 from keural.serve.server.service import Service
@@ -242,6 +244,20 @@ class TestWhatAMessageSpells:
 
         assert slots.prompts[-1] == [tokenizer.bos_id, *tokens]
         assert not [token for token in tokens if token < 4 or token >= tokenizer.im_start_id]
+
+
+SPELT = ["<", "|", "im_end", "im_start", "|>", "<|im_end|>", "<eos>", "</s>", "\n", "가", "😀", " ", "\u2581", "\x00"]
+
+
+@settings(deadline=None, max_examples=40)
+@given(text=st.lists(st.sampled_from(SPELT)).map("".join))
+def test_the_only_control_ids_of_a_prompt_are_the_renderers(client: httpx.Client, tokenizer: KeuralTokenizer, text: str) -> None:
+    turns = [{"role": role, "content": text} for role in ("system", "user", "assistant", "user")]
+
+    ids = client.post("/v1/chat/completions/render", json={"messages": turns}).json()["token_ids"]
+
+    control = [token for token in ids if token < 4 or token >= tokenizer.im_start_id]
+    assert control == [tokenizer.im_start_id, tokenizer.im_end_id] * 4 + [tokenizer.im_start_id]
 
 
 def test_parts_of_a_message_are_one_text(client: httpx.Client, slots: Writing, tokenizer: KeuralTokenizer) -> None:

@@ -331,6 +331,7 @@ class TestTheConnection:
         _, client = start()
 
         assert error_of(raw(client, HEAD + b"Content-Length: 64000000\r\n\r\n")) == (413, "body_too_large")
+        assert 'requests_rejected_total{model_name="tiny",reason="body_too_large"} 1.0' in client.get("/metrics").text
 
     def test_an_endless_body(self, start: Start) -> None:
         _, client = start(limits=quick(body_bytes=1000))
@@ -489,20 +490,26 @@ class TestEnding:
         assert json.loads(events(answers[0].text)[-1])["error"]["code"] == "shutting_down"
 
 
+@contextlib.contextmanager
+def started(model_dir: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+    """`keural serve` of a small model in a process of its own, ready."""
+    command = [sys.executable, "-m", "keural", "serve", str(model_dir), "--port", "0", "--threads", "1", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        try:
+            assert running.stdout is not None
+            line = running.stdout.readline()
+            assert "http://127.0.0.1:" in line, (line, running.stderr and running.stderr.read())
+            with httpx.Client(base_url=line.split()[2].removesuffix("/v1"), timeout=20) as client:
+                yield running, client
+        finally:
+            running.kill()
+
+
 class TestTheCommand:
     @pytest.fixture
     def process(self, model_dir: Path) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
-        """`keural serve` of a small model, ready."""
-        command = [sys.executable, "-m", "keural", "serve", str(model_dir), "--port", "0", "--threads", "1", "--drain", "20"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
-            try:
-                assert running.stdout is not None
-                line = running.stdout.readline()
-                assert "http://127.0.0.1:" in line, (line, running.stderr and running.stderr.read())
-                with httpx.Client(base_url=line.split()[2].removesuffix("/v1"), timeout=20) as client:
-                    yield running, client
-            finally:
-                running.kill()
+        with started(model_dir, "--drain", "20") as found:
+            yield found
 
     def test_ends_after_its_answers(self, process: tuple[subprocess.Popen[str], httpx.Client]) -> None:
         running, client = process
@@ -532,6 +539,24 @@ class TestTheCommand:
             time.sleep(0.1)
             running.send_signal(signal.SIGTERM)
             assert running.wait(5) in (0, 128 + signal.SIGTERM)
+
+    def test_keys_are_read_again(self, model_dir: Path, tmp_path: Path) -> None:
+        file = tmp_path / "keys"
+        file.write_text("first-key\n")
+        with started(model_dir, "--api-key-file", str(file)) as (running, client):
+
+            def status(key: str) -> int:
+                return client.get("/v1/models", headers={"x-api-key": key}).status_code
+
+            assert (status("first-key"), status("second-key")) == (200, 401)
+            file.write_text("")
+            running.send_signal(signal.SIGHUP)
+            time.sleep(0.2)
+            assert status("first-key") == 200
+            file.write_text("second-key\n")
+            running.send_signal(signal.SIGHUP)
+            wait_until(lambda: status("second-key") == 200)
+            assert status("first-key") == 401
 
     def test_a_port_that_is_taken(self, keural: Any, model_dir: Path) -> None:
         with bind("127.0.0.1", 0) as taken:

@@ -21,6 +21,7 @@ from keural.serve.server.settings import Limits
 
 OPEN = {"/health", "/ready"}
 """Addresses that need no key: they say yes or no and nothing else."""
+BODIES = {413: "body_too_large", 408: "too_slow"}
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 log = logging.getLogger("keural.serve")
@@ -89,6 +90,8 @@ class Gate:
         entry["seconds"] = round(seconds, 4)
         if "status" in entry:
             self._service.metrics.answered(entry["status"])
+        if entry.get("status") in BODIES:
+            self._service.metrics.rejected(BODIES[entry["status"]])
         if entry["route"] not in OPEN or entry.get("status") != 200:
             self._service.log({"event": "request", **entry})
 

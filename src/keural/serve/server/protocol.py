@@ -86,8 +86,8 @@ class GuardedProtocol(H11Protocol):
         self._head_timer = self.loop.call_later(self.limits.header_seconds, self._too_slow)
 
     def _too_slow(self) -> None:
-        self.rejected("too_slow")
         if self.conn.trailing_data[0]:
+            self.rejected("too_slow")
             self._refuse(408, f"the head of the request was not whole after {self.limits.header_seconds:.0f} s", "too_slow")
         else:
             self.transport.close()

@@ -5,6 +5,7 @@ In: a model's directory, settings, a socket. Out: the exit code.
 
 import asyncio
 import os
+import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from keural.serve.batching.slots import Slots
 from keural.serve.batching.transformers_slots import TransformersSlots
 from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.server.app import make_app
-from keural.serve.server.keys import Keys
+from keural.serve.server.keys import Keys, read_keys
 from keural.serve.server.log import set_up_logging, write_entry
 from keural.serve.server.protocol import guarded_protocol
 from keural.serve.server.service import Service
@@ -99,7 +100,7 @@ def serve(
         log=write_entry,
     )
     set_up_logging()
-    Server(service, listener).run(sockets=[listener])
+    Server(service, listener, settings.api_key_file).run(sockets=[listener])
     return 0
 
 
@@ -119,7 +120,7 @@ def host_names(listener: socket.socket, settings: Settings) -> frozenset[str] | 
 class Server(uvicorn.Server):
     """uvicorn that ends gently: at the first signal what runs may end, at the second the process does."""
 
-    def __init__(self, service: Service, listener: socket.socket) -> None:
+    def __init__(self, service: Service, listener: socket.socket, key_file: Path | None = None) -> None:
         limits = service.limits
         config: dict[str, Any] = {
             "http": guarded_protocol(limits, service.metrics.rejected),
@@ -136,12 +137,15 @@ class Server(uvicorn.Server):
             "timeout_graceful_shutdown": AFTER_DRAIN,
         }
         super().__init__(uvicorn.Config(make_app(service), **config))
+        self._key_file = key_file
         self._service, self._address = service, listener.getsockname()
         self._draining: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to answer."""
         self._service.answers.start()
+        if self._key_file is not None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._read_keys_again, self._key_file)
         await super().startup(sockets)
         host, port = self._address[:2]
         where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -159,6 +163,15 @@ class Server(uvicorn.Server):
         if self._service.draining and self._draining is None:
             self._draining = asyncio.create_task(self._drain())
         return await super().on_tick(counter)
+
+    def _read_keys_again(self, file: Path) -> None:
+        """The file of keys was changed, as SIGHUP says; where it cannot be read, the old ones hold."""
+        try:
+            self._service.keys = read_keys(file)
+        except UserError as error:
+            write_entry({"event": "keys", "error": str(error)})
+        else:
+            write_entry({"event": "keys"})
 
     async def _drain(self) -> None:
         """Let answers under way end; new requests are turned away, and `/ready` says no."""

@@ -94,6 +94,7 @@ class Service:
         scheduler = self.answers.scheduler
         if not scheduler.alive:
             return scheduler.broken or "the network's thread has ended"
-        if self.answers.open and time.monotonic() - self.answers.last_news > STALLED:
+        last = max(self.answers.last_news, scheduler.stats.last_step or 0.0)
+        if self.answers.open and time.monotonic() - last > STALLED:
             return f"no step of the network for more than {STALLED:.0f} s"
         return None

@@ -5,6 +5,7 @@ recurse, and so does whoever walks the value), aliases of YAML may not unfold to
 anything.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Hashable
@@ -63,6 +64,42 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
         raise Malformed(f"key {quoted(twice)} is given twice")
     return found
+
+
+def json_beginning(text: str) -> tuple[list[Any], str | None]:
+    """The whole items of the list that JSON text, cut off somewhere, begins with; and the key that the list has in an object.
+
+    There are none where it begins with something else.
+    """
+    decode = json.JSONDecoder().raw_decode
+    place, key, items = _past_blanks(text, 0), None, []
+    with contextlib.suppress(ValueError, RecursionError, IndexError):  # where it is cut, or no JSON at all
+        while text[place] == "{":
+            key, place = decode(text, _past_blanks(text, place + 1))
+            place = _past_blanks(text, _past_blanks(text, place) + 1)  # the colon
+            if text[place] not in "[{":
+                _, place = decode(text, place)
+                place = _past_blanks(text, place)
+                if text[place] != ",":
+                    return [], None
+                text, place = "{" + text[place + 1 :], 0
+        if text[place] != "[":
+            return [], None
+        place += 1
+        while True:
+            item, place = decode(text, _past_blanks(text, place))
+            items.append(item)
+            place = _past_blanks(text, place)
+            if text[place] != ",":
+                break
+            place += 1
+    return items, key
+
+
+def _past_blanks(text: str, place: int) -> int:
+    while place < len(text) and text[place] in " \t\r\n\ufeff":
+        place += 1
+    return place
 
 
 def parse_yaml(text: str) -> Any:

@@ -9,8 +9,10 @@ work goes; losing their reader must not lose the work, so they fall silent.
 
 import contextlib
 import json
+import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
@@ -24,6 +26,12 @@ if TYPE_CHECKING:
 
 Piece = tuple[str, str]
 """A text and rich's style for it, e.g. `dim`."""
+SECONDS_BETWEEN_LINES = 60.0
+"""How often a log is told of work that goes on."""
+UNDERLINE = "underline"
+"""The one style that says something that the text does not."""
+MARKS, PLAIN_MARKS = ("⟦", "⟧"), ("[[", "]]")
+"""What stands around underlined text where nothing can be underlined, and where these characters cannot be written."""
 
 
 def open_streams() -> None:
@@ -124,6 +132,9 @@ def _console(stream: _Stream) -> "Console":
 def _print(stream: _Stream, pieces: Iterable[Piece]) -> None:
     """A line of styled pieces. Rich is asked only for a terminal: it would take tabs and long lines for layout."""
     made = [(visible(text), style) for text, style in pieces]
+    if not _can_underline(stream):
+        before, after = marks(stream)
+        made = [(f"{before}{text}{after}" if style == UNDERLINE else text, style) for text, style in made]
     if not stream.isatty():
         stream.write("".join(text for text, _ in made) + "\n")
     else:
@@ -131,6 +142,26 @@ def _print(stream: _Stream, pieces: Iterable[Piece]) -> None:
 
         _console(stream).print(Text.assemble(*made), soft_wrap=True)
     stream.flush()
+
+
+def _can_underline(stream: _Stream) -> bool:
+    return stream.isatty() and _console(stream).color_system is not None
+
+
+def marks(stream: _Stream | None = None) -> tuple[str, str]:
+    """What stands around underlined text in a stream, standard output if none is given, that cannot underline."""
+    try:
+        "".join(MARKS).encode((stream or _out()).encoding)
+    except (UnicodeEncodeError, LookupError):
+        return PLAIN_MARKS
+    return MARKS
+
+
+def underline_words() -> str:
+    """What underlined text is, for a reader of standard output."""
+    if _can_underline(_out()):
+        return "underlined"
+    return "between {} and {}".format(*marks())
 
 
 def show(text: str, style: str = "") -> None:
@@ -161,9 +192,10 @@ def json_text(value: Any) -> str:
     return "".join(json.dumps(part)[1:-1] if part != "\n" and is_hidden(part) else part for part in text) + "\n"
 
 
-def yaml_text(value: Any) -> str:
-    """A value as YAML, hidden characters as YAML's escapes, so that the text still holds the value."""
-    text: str = yaml.dump(value, Dumper=_Dumper, allow_unicode=True, sort_keys=False)
+def yaml_text(value: Any, flow: bool = False) -> str:
+    """A value as YAML, with `flow` on one line; hidden characters as YAML's escapes, so that the text still holds the value."""
+    layout: dict[str, Any] = {"default_flow_style": True, "width": math.inf} if flow else {}
+    text: str = yaml.dump(value, Dumper=_Dumper, allow_unicode=True, sort_keys=False, **layout)
     return "".join(_yaml_escape(part) if part != "\n" and is_hidden(part) else part for part in text)
 
 
@@ -234,6 +266,29 @@ def progress(*columns: "ProgressColumn", transient: bool = False) -> "Progress":
 def note_above(bar: "Progress", text: str) -> None:
     """A line about the work above a bar that is shown."""
     bar.console.print(visible(text), highlight=False, markup=False)
+
+
+@contextlib.contextmanager
+def work_progress() -> Iterator[Callable[[str], None]]:
+    """Shows on a terminal what work has come to; gives the function that is told of it, as often as one likes.
+
+    Where standard error is no terminal, what it is told is a line once a minute: a long job leaves a trace in its log.
+    """
+    from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with progress(*columns, transient=True) as shown:
+        task, said = shown.add_task("", total=None), time.monotonic()
+
+        def tell(text: str) -> None:
+            nonlocal said
+            if not shown.disable:
+                shown.update(task, description=visible(text))
+            elif (now := time.monotonic()) - said >= SECONDS_BETWEEN_LINES:
+                said = now
+                note(text)
+
+        yield tell
 
 
 @contextlib.contextmanager

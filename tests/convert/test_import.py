@@ -424,7 +424,7 @@ def test_another_tokenizer_of_the_same_size_than_the_record_names_is_refused(
     other = train_tokenizer((text[::-1] for text in TEXTS), spec, tmp_path / "other", seed=0)
     assert other.vocab_size == tokenizer.vocab_size
 
-    with pytest.raises(UserError, match="is another tokenizer .* though of the same size"):
+    with pytest.raises(UserError, match=r"is another tokenizer .* though of the same size"):
         import_checkpoint(model_dir, tmp_path / "out", tokenizer=tmp_path / "other", say=quiet)
     assert not (tmp_path / "out").exists()
     out = import_checkpoint(model_dir, tmp_path / "out", tokenizer=tmp_path / "other", verify=False, say=quiet)

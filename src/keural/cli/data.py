@@ -22,7 +22,31 @@ def data_prepare(recipe: RecipeDir, overrides: Overrides = None, out: Out = None
 
     loaded, directory = open_recipe(recipe, overrides, out)
     workspace.check_inputs(loaded, loaded.stages, directory)
-    printing.print_data(workspace.prepare_all(loaded, loaded.stages, directory))
+    with printing.tables_of_unusable():
+        printing.print_data(workspace.prepare_all(loaded, loaded.stages, directory))
+
+
+@app.command("try")
+def data_try(
+    path: Annotated[Path, typer.Argument(metavar="SOURCE.yaml|FILE|DIR", help="data, or a YAML file with a source or a stage")],
+    given: Annotated[
+        list[str] | None, typer.Argument(metavar="[data=DIR] [OPTION=VALUE]...", help="what paths are relative to; options to try")
+    ] = None,
+    adapter: Annotated[str | None, typer.Option(help="the adapter to try (default: the one that fits best)")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="count tokens with this one: a directory, a run or a .model file")] = None,
+) -> None:
+    """Say what data is before there is a recipe: format, adapter, rows that are kept and dropped, and the YAML to paste."""
+    from keural.cli import data_try
+
+    data_try.show_trials(path, adapter, given or [], tokenizer)
+
+
+@app.command("adapters")
+def data_adapters(name: Annotated[str | None, typer.Argument(help="one of them")] = None) -> None:
+    """List the adapters; or say what one reads, its options, and why it drops a row."""
+    from keural.data.preview import reference
+
+    show_text(reference.listing() if name is None else reference.explain(name))
 
 
 @app.command("import")

@@ -252,7 +252,7 @@ def _tokenizer(
         )
     if named not in (None, tokenizer.sha256):
         raise UserError(
-            f"{path}: is another tokenizer (SHA-256 {tokenizer.sha256[:12]}…) than the one that keural.json beside the checkpoint names "
+            f"{path}: is another tokenizer (SHA-256 {tokenizer.sha256[:12]}…) than keural.json beside the checkpoint names "
             f"({str(named)[:12]}…), though of the same size; give the model's own, or --no-verify to take this one"
         )
     say(f"tokenizer: {path}, {tokenizer.kind}")

@@ -8,6 +8,7 @@ again; what was done with earlier work, and why, is always said. `run_directory`
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,12 +62,20 @@ class Outcome:
     interrupted: bool
 
 
-def run(recipe: Recipe, out: Path, *, until: str | None = None, only: str | None = None, tensorboard: bool = False) -> Outcome:
+def run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    until: str | None = None,
+    only: str | None = None,
+    tensorboard: bool = False,
+    on_data: Callable[[Workspace], object] | None = None,
+) -> Outcome:
     """Run a recipe's stages in order into `out`; finished parts are skipped, an interrupted stage is resumed.
 
     `until` stops after that stage, `only` runs just that stage (the one it starts from must be finished). Under torchrun
-    every rank calls this; rank 0 prepares and exports. Raises `UserError` for anything the user can mend, before the first
-    step where possible.
+    every rank calls this; rank 0 prepares and exports, and shows `on_data` what there is to train on. Raises `UserError` for
+    anything the user can mend, before the first step where possible.
     """
     stages = select_stages(recipe, until=until, only=only)
     with session() as ranks, contextlib.ExitStack() as stack:
@@ -76,7 +85,7 @@ def run(recipe: Recipe, out: Path, *, until: str | None = None, only: str | None
         ranks.on_main(lambda: check_inputs(recipe, stages, out))
         ranks.on_main(lambda: claim(out, recipe))
         ranks.on_main(lambda: stack.enter_context(only_run_in(out)))
-        ranks.on_main(lambda: _open_run(recipe, stages, out))
+        ranks.on_main(lambda: _open_run(recipe, stages, out, on_data))
         workspace = prepare_all(recipe, stages, out)
         for stage in stages:
             if _train(workspace, stage, ranks, tensorboard):
@@ -85,11 +94,13 @@ def run(recipe: Recipe, out: Path, *, until: str | None = None, only: str | None
     return Outcome(out, interrupted=False)
 
 
-def _open_run(recipe: Recipe, stages: list[StageSpec], out: Path) -> None:
+def _open_run(recipe: Recipe, stages: list[StageSpec], out: Path, on_data: Callable[[Workspace], object] | None) -> None:
     """Keep the resolved recipe, prepare the data: once, before other ranks open it."""
     write_recipe(out, recipe)
     check_starts(recipe, stages, prepare_tokenizer(recipe, out), out)
     workspace = prepare_all(recipe, stages, out)
+    if on_data is not None:
+        on_data(workspace)
     check_measurable(recipe, workspace.data)
 
 

@@ -8,19 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from keural.data.readers.formats import OptionTypes
+from keural.data.readers.options import OptionTable
 from keural.data.records import AnyRecord, Conversation, Document, Drop, Kind, PreferencePair
 from keural.recipe import GateAction, SourceSpec
 from keural.tokenizer.message import ROLES as CHAT_ROLES
 from keural.tokenizer.message import Message
 
-NAME = (str, int)
-"""Types of an option that names a field, or a column by number."""
-NAMES = (str, int, list)
-"""Types of an option that names a field, or several whose texts are joined by line ends."""
 TABLES = ("jsonl", "json", "yaml", "parquet", "csv", "tsv")
-PLACEHOLDERS = {"<noinput>", "noinput", "no input", "n/a", "none", "<no input>"}
+NO_INPUT = re.compile(r"[<\[(]?\s*(?:no[ _-]?input|입력 ?없음)\s*[>\])]?", re.IGNORECASE)
 """What public instruction sets write where there is no input."""
+NOTHING = frozenset({"n/a", "none", "없음", "해당 없음"})
+"""What they write there, too, and what may be an input all the same."""
 WRONG_SCHEMA = "wrong_schema"
 """Reason of rows that do not have the adapter's schema; a source that begins with one is refused."""
 UNDECLARED = "undeclared_value"
@@ -57,13 +55,13 @@ class Adapter:
     convert: Callable[[Any, SourceSpec, str], AnyRecord | Drop]
     formats: tuple[str, ...]
     """Formats it reads; none where it makes the rows."""
-    options: OptionTypes = field(default_factory=dict)
-    choices: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Options that must have one of some values."""
+    options: OptionTable = field(default_factory=dict)
+    meaning: str = ""
+    """What rows it reads, and what they become, in plain words."""
     split: Callable[[Any, SourceSpec], Iterable[Any]] | None = None
     """Takes a row that holds several records (a file of sessions, a ranking) apart; none: a row is a record."""
-    split_option: str | None = None
-    """Rows are taken apart only where a recipe gives this option."""
+    split_option: str | Callable[[SourceSpec], bool] | None = None
+    """Rows are taken apart only where a recipe gives this option, or where its options are so."""
     check: Callable[[SourceSpec], str | None] | None = None
     """What is wrong with a source's options together; their types and names are checked before."""
     reads: Callable[[SourceSpec], Reads] | None = None
@@ -87,6 +85,8 @@ class Adapter:
     it is called, before the first row. None: rows are read."""
     content: Callable[[], list[Path]] = list
     """The files that determine rows which the adapter makes."""
+    directory: tuple[str, ...] = ()
+    """Those of its formats that a directory or an archive is searched for; none: all."""
 
     def __call__(self, value: Any, source: SourceSpec, where: str) -> AnyRecord | Drop:
         """The record that a row holds, or why it holds none."""
@@ -98,7 +98,10 @@ class Adapter:
 
     def splitter(self, source: SourceSpec) -> Callable[[Any, SourceSpec], Iterable[Any]] | None:
         """What takes the rows of `source` apart; None: a row is a record."""
-        return self.split if self.split_option is None or self.split_option in source.options else None
+        wanted = self.split_option
+        if callable(wanted):
+            return self.split if wanted(source) else None
+        return self.split if wanted is None or wanted in source.options else None
 
 
 class BadRow(Exception):
@@ -125,6 +128,11 @@ class Undeclared(BadRow):
 
     def __init__(self, field: str | int, value: Any, remedy: str) -> None:
         super().__init__(UNDECLARED, f"{field} is {value!r:.40}", remedy)
+
+
+def described(convert: Callable[..., Any]) -> str:
+    """The meaning of an adapter, as the docstring of its function says it, on one line."""
+    return " ".join((convert.__doc__ or "").split())
 
 
 def missing(value: Any, *keys: str, hint: str = "") -> WrongSchema:
@@ -225,7 +233,12 @@ def trimmed(text: str) -> str:
 
 def placeholder_free(text: str) -> str:
     """The text of an optional input, empty where it only says that there is none."""
-    return "" if text.strip().lower() in PLACEHOLDERS else text
+    return "" if NO_INPUT.fullmatch(text.strip()) or says_nothing(text) else text
+
+
+def says_nothing(text: str) -> bool:
+    """Whether an optional input is a word for nothing that could be meant: it is left out, and to be noted."""
+    return text.strip().lower() in NOTHING
 
 
 def with_system(system: str, messages: Sequence[Message]) -> list[Message]:

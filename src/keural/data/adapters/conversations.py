@@ -10,23 +10,21 @@ from dataclasses import replace
 from typing import Any
 
 from keural.data.adapters.base import (
-    NAME,
-    NAMES,
     TABLES,
     Adapter,
     BadRow,
     Reads,
+    described,
     guarded,
     holds,
     lookup,
-    placeholder_free,
     plain,
     scalar,
     text_of,
     trimmed,
 )
+from keural.data.adapters.judgements import said
 from keural.data.adapters.turns import (
-    CHOICES,
     REASONING,
     ROW_OPTIONS,
     TURN_OPTIONS,
@@ -36,7 +34,7 @@ from keural.data.adapters.turns import (
     listing,
     reads,
 )
-from keural.data.readers.formats import OptionTypes
+from keural.data.readers.options import LIST, NAME, NAMES, TEXT, Option, OptionTable
 from keural.data.records import Conversation, Drop
 from keural.recipe import SourceSpec
 from keural.tokenizer.message import Message
@@ -84,6 +82,7 @@ def _kto(value: Any, source: SourceSpec, where: str) -> Conversation | Drop:
     good = reader.label(lookup(value, name), name, required=True)
     if good is None:
         raise BadRow("missing_label")
+    reader.said = said(name, lookup(value, name))
     return Drop("label_false", where) if not good else _completed(reader, value, name)
 
 
@@ -118,7 +117,7 @@ def _alpaca(value: Any, source: SourceSpec, where: str) -> Conversation | Drop:
     reader.check_row(value, names)
     reader.check_items(value, names)
     instruction = trimmed(text_of(value, names[0]))
-    given = trimmed(placeholder_free(text_of(value, names[1], required=False)))
+    given = reader.optional_input(text_of(value, names[1], required=False))
     question = f"{instruction}\n\n{given}" if given else instruction
     return _exchange(reader, value, [*_history(value, names[3]), question, text_of(value, names[2])])
 
@@ -270,17 +269,15 @@ def _reads_dialogue(source: SourceSpec) -> Reads:
 
 
 def _adapter(
-    convert: Any, options: OptionTypes, reads: Callable[[SourceSpec], Reads], example: Any, check: Any = check_row_options
+    convert: Any, options: OptionTable, reads: Callable[[SourceSpec], Reads], example: Any, check: Any = check_row_options
 ) -> Adapter:
     """An adapter of conversations; the options of all are added."""
-    known = {**ROW_OPTIONS, "unfold": (list,), **options}
-    choices = {name: values for name, values in CHOICES.items() if name in known}
     return Adapter(
         "conversations",
         guarded(convert),
         TABLES,
-        known,
-        choices,
+        {**OF_ALL, **options},
+        meaning=described(convert),
         split=unfolded,
         split_option="unfold",
         check=check,
@@ -289,12 +286,33 @@ def _adapter(
     )
 
 
+OF_ALL: OptionTable = {
+    **ROW_OPTIONS,
+    "unfold": Option(
+        LIST, "lists of the row, one inside another, of which each item is a record; `a, b`: lists whose items belong together"
+    ),
+}
+"""Options of every adapter here."""
+_COMPLETION = {
+    "prompt": Option(NAME, "field with the text or the turns before the answer", "prompt"),
+    "completion": Option(NAME, "field with the answer, a text or turns", "completion"),
+}
+
+
+def _field(default: str) -> Option:
+    return Option(NAME, "field with the list of turns", default)
+
+
 _CHAT = [{"role": "user", "content": "Name a tree."}, {"role": "assistant", "content": "An oak."}]
 _HEARD = [{"from": "human", "value": "Name a tree."}, {"from": "gpt", "value": "An oak."}]
 _SQUAD = replace(
     _adapter(
         _squad,
-        {"context": NAMES, "question": NAMES, "answers": NAME},
+        {
+            "context": Option(NAMES, "field with the text that the question is about", "context"),
+            "question": Option(NAMES, "field with the question", "question"),
+            "answers": Option(NAME, "field with the answers, of which the first is taken", "answers"),
+        },
         _reads("context", "question", "answers", "is_impossible"),
         {"context": "The mill stands by the river.", "question": "Where is the mill?", "answers": [{"text": "by the river"}]},
     ),
@@ -303,42 +321,57 @@ _SQUAD = replace(
 )
 ADAPTERS = {
     "messages": _adapter(
-        _messages, {**TURN_OPTIONS, "field": NAME}, _reads(turns=("messages",), reasoning=()), {"messages": _CHAT}, check_turns
+        _messages,
+        {**TURN_OPTIONS, "field": _field("messages")},
+        _reads(turns=("messages",), reasoning=()),
+        {"messages": _CHAT},
+        check_turns,
     ),
     "sharegpt": _adapter(
         _sharegpt,
-        {**TURN_OPTIONS, "field": NAME},
+        {**TURN_OPTIONS, "field": _field("conversations")},
         _reads(turns=("conversations",), reasoning=()),
         {"conversations": _HEARD},
         check_turns,
     ),
     "prompt_completion": _adapter(
         _prompt_completion,
-        {**TURN_OPTIONS, "prompt": NAME, "completion": NAME},
+        {**TURN_OPTIONS, **_COMPLETION},
         _reads(turns=("prompt", "completion")),
         {"prompt": "Name a tree.", "completion": "An oak."},
         check_turns,
     ),
     "kto": _adapter(
         _kto,
-        {**TURN_OPTIONS, "prompt": NAME, "completion": NAME},
+        {**TURN_OPTIONS, **_COMPLETION, "label": Option(NAME, "field that says whether the completion is good", "label")},
         _reads_kto,
         {"prompt": _CHAT[:1], "completion": _CHAT[1:], "label": True},
         check_turns,
     ),
     "alpaca": _adapter(
         _alpaca,
-        {"instruction": NAMES, "input": NAMES, "output": NAMES, "history": NAME},
+        {
+            "instruction": Option(NAMES, "field with what is asked", "instruction"),
+            "input": Option(NAMES, "field with what it is asked of, put below it", "input"),
+            "output": Option(NAMES, "field with the answer", "output"),
+            "history": Option(NAME, "field with a list of earlier questions with their answers", "history"),
+        },
         _reads("instruction", "input", "output", "history", optional=("input", "history")),
         {"instruction": "Add.", "input": "1, 2", "output": "3", "history": [["Name a tree.", "An oak."]]},
     ),
     "qa": _adapter(
         _qa,
-        {"question": NAMES, "answer": NAMES, "template": (str,), "prompt": (str,), "booleans": (list,)},
+        {
+            "question": Option(NAMES, "field with the question", "question"),
+            "answer": Option(NAMES, "field with the answer", "answer"),
+            "template": Option(TEXT, "sentence that the question is put into, at {question}"),
+            "prompt": Option(TEXT, "question that all rows share and none of them holds"),
+            "booleans": Option(LIST, "two texts: how answers that are true and false are written"),
+        },
         _reads("question", "answer"),
         {"question": "Name a tree.", "answer": "An oak."},
         _check_qa,
     ),
     "squad": _SQUAD,
-    "dialogue": _adapter(_dialogue, {"field": NAME}, _reads_dialogue, {"dialogue": [["Name a tree.", "An oak."]]}),
+    "dialogue": _adapter(_dialogue, {"field": _field("dialogue")}, _reads_dialogue, {"dialogue": [["Name a tree.", "An oak."]]}),
 }

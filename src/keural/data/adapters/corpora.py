@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from keural.data.adapters.base import TABLES, Adapter, BadRow, document, guarded, lookup, missing, scalar, text_of
-from keural.data.readers.formats import OptionTypes
+from keural.data.adapters.base import TABLES, Adapter, BadRow, described, document, guarded, lookup, missing, scalar, text_of
+from keural.data.readers.options import LIST, NUMBER, SWITCH, Option, OptionTable
 from keural.data.records import Document, Drop
 from keural.recipe import SourceSpec
 
@@ -157,29 +157,33 @@ class Corpus:
     license: str | None = None
     rules: tuple[Rule, ...] = ()
     mend: Mend | None = None
-    options: OptionTypes = field(default_factory=dict)
+    options: OptionTable = field(default_factory=dict)
     plain: bool = False
     """Also published as plain text files."""
     reading: dict[str, Any] = field(default_factory=dict)
     """How plain text files are read, where the recipe does not say."""
 
 
-_SCORE: OptionTypes = {"min_language_score": (float,)}
-_PAPER: OptionTypes = {"abstract": (bool,)}
+_SCORE: OptionTable = {"min_language_score": Option(NUMBER, "least certainty of the language, 0 to 1, that a document must have")}
+_PAPER: OptionTable = {"abstract": Option(SWITCH, "put the abstract before the text", False)}
+_TITLE: OptionTable = {"title": Option(SWITCH, "put the title before the text", False)}
 CORPORA = {
     "fineweb": Corpus(("text",), "en", "ODC-By", (_in_language("en"),), options=_SCORE),
     "fineweb2_ko": Corpus(("text",), "ko", "ODC-By", (_in_language("kor", "Hang"),), options=_SCORE),
     "korean_webtext": Corpus(("text",), "ko"),
     # the original is one file with a paragraph per line and an empty line between documents
     "cc100_ko": Corpus(("text",), "ko", plain=True, reading={"split": "paragraph"}),
-    "wikipedia_ko": Corpus(("text", "title"), "ko", "CC-BY-SA-3.0", (_is_article,), _without_wiki_ends, options={"title": (bool,)}),
+    "wikipedia_ko": Corpus(("text", "title"), "ko", "CC-BY-SA-3.0", (_is_article,), _without_wiki_ends, options=_TITLE),
     "wanjuan_korean": Corpus(("content",), "ko", "CC-BY-4.0"),
     "the_stack": Corpus(
         ("content", "lang"),
         None,
         "other",
         (_is_wanted_code, _is_written_code),
-        options={"lang": (str, list), "licenses": (list,)},
+        options={
+            "lang": Option((str, list), "programming languages, as the set names them; not given: all"),
+            "licenses": Option(LIST, "patterns, of which every licence of a file must match one", ("*",)),
+        },
     ),
     "arxiv": Corpus(("article", "abstract"), "en", mend=_without_paper_marks, options=_PAPER),
     "pubmed": Corpus(("article", "abstract"), "en", mend=_without_paper_marks, options=_PAPER),
@@ -199,7 +203,8 @@ def _adapter(corpus: Corpus) -> Adapter:
 
     formats = ("text", *TABLES) if corpus.plain else TABLES
     known: dict[str, Any] = {"license": corpus.license, "language": corpus.language, "reading": corpus.reading}
-    return Adapter("documents", guarded(convert), formats, corpus.options, **known)
+    meaning = f"The corpus as published, its text in `{corpus.keys[0]}`. {described(corpus.mend) if corpus.mend else ''}".strip()
+    return Adapter("documents", guarded(convert), formats, corpus.options, meaning, **known)
 
 
 def _text(value: Any, corpus: Corpus) -> str:

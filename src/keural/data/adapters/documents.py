@@ -3,7 +3,8 @@
 import re
 from typing import Any
 
-from keural.data.adapters.base import NAMES, TABLES, Adapter, document, guarded, text_of
+from keural.data.adapters.base import TABLES, Adapter, described, document, guarded, text_of
+from keural.data.readers.options import NAMES, TEXT, Option
 from keural.data.readers.po import PoMessage
 from keural.data.records import Document, Drop
 from keural.recipe import SourceSpec
@@ -12,19 +13,19 @@ _FRONT_MATTER = re.compile(r"\A(---|\+\+\+)[ \t]*\n.*?^\1[ \t]*(?:\n|\Z)", re.DO
 
 
 def _text(value: Any, source: SourceSpec, where: str) -> Document | Drop:
-    """Option `field` (default `text`): the field, or several joined by line ends."""
+    """Running text: a file, a paragraph or line of one, or a field of a table."""
     if isinstance(value, str):
         return document(value, where, source.language)
     return document(text_of(value, source.options.get("field", "text")), where, source.language)
 
 
 def _markdown(value: Any, source: SourceSpec, where: str) -> Document | Drop:
-    """The text as it stands, code and indentation included, without front matter."""
+    """A Markdown file: the text as it stands, code and indentation included, without front matter."""
     return document(_FRONT_MATTER.sub("", text_of(value, "text"), count=1).lstrip("\n"), where, source.language)
 
 
 def _po(value: Any, source: SourceSpec, where: str) -> Document | Drop:
-    """Option `side`: `ko` (translations, the default), `en` (the original) or `both` (each original with its translation)."""
+    """A gettext catalogue as one document."""
     side = source.options.get("side", "ko")
     paragraphs = [paragraph for message in value["messages"] if (paragraph := _paragraph(message, side))]
     return document("\n\n".join(paragraphs), where, source.language if side == "both" else side)
@@ -39,7 +40,21 @@ def _paragraph(message: PoMessage, side: str) -> str:
 
 
 ADAPTERS = {
-    "text": Adapter("documents", guarded(_text), ("text", "markdown", *TABLES), {"field": NAMES}),
-    "markdown": Adapter("documents", guarded(_markdown), ("markdown", "text")),
-    "po": Adapter("documents", _po, ("po",), {"side": (str,)}, {"side": ("ko", "en", "both")}),
+    "text": Adapter(
+        "documents",
+        guarded(_text),
+        ("text", "markdown", *TABLES),
+        {"field": Option(NAMES, "field with the text, where rows are not texts themselves", "text")},
+        meaning=described(_text),
+    ),
+    "markdown": Adapter(
+        "documents", guarded(_markdown), ("markdown", "text"), meaning=described(_markdown), directory=("markdown",)
+    ),
+    "po": Adapter(
+        "documents",
+        _po,
+        ("po",),
+        {"side": Option(TEXT, "translations, originals, or each original with its translation", "ko", ("ko", "en", "both"))},
+        meaning=described(_po),
+    ),
 }

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from keural.data.adapters.base import NAMES, TABLES, Adapter, guarded, lookup, missing, scalar
+from keural.data.adapters.base import TABLES, Adapter, described, guarded, lookup, missing, scalar
+from keural.data.readers.options import NAMES, Option
 from keural.data.records import Drop, EvaluationItem
 from keural.recipe import SourceSpec
 
@@ -108,7 +109,8 @@ def _known(schema: Schema) -> Adapter:
     def convert(value: Any, source: SourceSpec, where: str) -> EvaluationItem | Drop:
         return _item(value, schema, where)
 
-    return Adapter("evaluation", guarded(convert), TABLES)
+    question = " or ".join(f"`{name}`" for name in schema.question)
+    return Adapter("evaluation", guarded(convert), TABLES, meaning=f"The benchmark as published; the question is in {question}.")
 
 
 def _named(source: SourceSpec, option: str, default: tuple[str, ...] = ()) -> tuple[str, ...]:
@@ -117,14 +119,23 @@ def _named(source: SourceSpec, option: str, default: tuple[str, ...] = ()) -> tu
 
 
 def _by_options(value: Any, source: SourceSpec, where: str) -> EvaluationItem | Drop:
-    """Fields named by the options `question` (default: `question`), `passage`, `choices` and `answers`."""
+    """Items of a benchmark whose fields the options name."""
     passage, choices, answers = (_named(source, name) for name in ("passage", "choices", "answers"))
     return _item(value, Schema(_named(source, "question", ("question",)), passage, choices, answers), where)
 
 
 ADAPTERS: dict[str, Adapter] = {
     "evaluation": Adapter(
-        "evaluation", guarded(_by_options), TABLES, dict.fromkeys(("question", "passage", "choices", "answers"), NAMES)
+        "evaluation",
+        guarded(_by_options),
+        TABLES,
+        {
+            "question": Option(NAMES, "field with the question", "question"),
+            "passage": Option(NAMES, "field with the text that the question is about"),
+            "choices": Option(NAMES, "fields with the choices"),
+            "answers": Option(NAMES, "fields with the answers"),
+        },
+        meaning=described(_by_options),
     ),
     **{name: _known(schema) for name, schema in SCHEMAS.items()},
 }

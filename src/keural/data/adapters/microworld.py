@@ -6,6 +6,7 @@ from typing import Any
 from keural import microworld
 from keural.data.adapters.base import Adapter, conversation, document, guarded, preference_pair, text_of
 from keural.data.adapters.turns import message_of, messages_of
+from keural.data.readers.options import COUNT, LIST, TEXT, Option, OptionTable
 from keural.data.records import Drop, Kind, Record
 from keural.recipe import GateAction, SourceSpec
 
@@ -38,6 +39,26 @@ def _content() -> list[Path]:
     return sorted(Path(str(microworld.__file__)).parent.glob("*.py"))
 
 
+_OPTIONS: OptionTable = {
+    "part": Option(TEXT, "what is made: documents, conversations or pairs; must be given", choices=tuple(PARTS)),
+    "count": Option(COUNT, "how many rows are made; must be given"),
+    "split": Option(TEXT, "of which content: what is trained on, or what evaluation asks for", "train", ("train", "heldout")),
+    "phase": Option(COUNT, "stages with different numbers get different rows", 1),
+    "tasks": Option(LIST, "what rows are about", choices=tuple(microworld.TASKS)),
+    "languages": Option(LIST, "languages of rows", choices=microworld.LANGUAGES),
+    "forms": Option(LIST, "prose: how statements are written down", ("plain",), microworld.FORMS),
+    "register": Option(TEXT, "instructions: how Korean answers address the user", "mirror", microworld.REGISTERS),
+    "contrasts": Option(LIST, "pairs: what is wrong with the rejected answer", choices=microworld.CONTRASTS),
+}
 ADAPTERS = {
-    "microworld": Adapter(_kind, guarded(_microworld), (), gates=_SKIPPED, rows=microworld.rows, content=_content),
+    "microworld": Adapter(
+        _kind,
+        guarded(_microworld),
+        (),
+        _OPTIONS,
+        "Makes rows of the package's own toy world; takes no path.",
+        gates=_SKIPPED,
+        rows=microworld.rows,
+        content=_content,
+    ),
 }

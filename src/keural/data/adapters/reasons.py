@@ -35,12 +35,14 @@ REASONS: dict[str, Reason] = {
     "FIELD_is_no_list_of_pairs": Reason("the field is not a list of questions with their answers", "mend the rows"),
     "missing_messages": Reason("the row has no list of turns", "name it in the option field"),
     "missing_dialogue": Reason("the row has no list of turns", "name it in the option field"),
-    "missing_label": Reason("the row does not say whether its answer is good", "name the field in the option label"),
+    "missing_label": Reason(
+        "the row does not say whether its answer is good, or which of two is the better", "name the field in the option label"
+    ),
     "missing_prompt": Reason("the row has no prompt, neither by itself nor inside its answers", "name it in the option prompt"),
     "missing_speaker": Reason("an utterance does not say who speaks"),
     "missing_system": Reason("the row lacks the system turn that makes one answer the better"),
-    "missing_score": Reason("the row lacks the scores that its set has"),
-    "missing_ranking": Reason("fewer than two answers have a rank"),
+    "missing_score": Reason("the row lacks one of two scores", "name the fields in the option scores, or in ignore"),
+    "missing_ranking": Reason("fewer than two answers have a score or rank", "name the field in the option scores"),
     "fields_differ": Reason(
         "two fields say different things of one matter", "name one in its option, or the other in the option ignore"
     ),
@@ -75,7 +77,9 @@ REASONS: dict[str, Reason] = {
     "tool_results_out_of_order": Reason("results of several calls stand in another order than the calls"),
     "reasoning_is_not_text": Reason("the reasoning of an answer is no text", "name its field in the option ignore"),
     "reasoning_outside_answer": Reason("a turn that is no answer holds reasoning"),
-    "has_reasoning": Reason("an answer holds reasoning, which this adapter does not read"),
+    "has_reasoning": Reason(
+        "an answer of a pair holds reasoning, which pairs do not train", "options: {ignore: [reasoning_content]} leaves it out"
+    ),
     "prompt_does_not_end_with_user": Reason("the prompt ends with an answer, or is empty"),
     "completion_does_not_begin_with_assistant": Reason("the completion does not begin with an answer"),
     "unanswerable": Reason("the question has no answer, as the set says"),
@@ -90,11 +94,20 @@ REASONS: dict[str, Reason] = {
         "a turn says which characters of it are trained, which is not read", "name train_detail in the option ignore"
     ),
     # pairs
-    "no_preference": Reason("the row does not say which answer is the better"),
+    "no_preference": Reason("the label says that nobody preferred an answer", "option labels says which values mean it"),
+    "label_tie": Reason("the label says that neither answer is the better", "option labels says which values mean it"),
     "chosen_equals_rejected": Reason("both answers are the same"),
-    "history_differs": Reason("the answers follow different turns"),
+    "history_differs": Reason("the answers follow different turns, or others than the prompt beside them"),
     "score_tie": Reason("both answers are of equal worth"),
-    "score_reversed": Reason("the scores prefer the rejected answer"),
+    "score_reversed": Reason(
+        "the scores prefer the rejected answer",
+        "options: {lower_is_better: true}, or {ignore: [..]} where they are no scores of it",
+    ),
+    "small_margin": Reason("the scores differ by less than the option min_margin"),
+    "several_answers": Reason(
+        "chosen or rejected holds several answers", "options: {pairs: all} takes each chosen one with each rejected one"
+    ),
+    "not_two_answers": Reason("a label says which of two answers is the better, and the row has another number of them"),
     "answer_equals_question": Reason("an answer repeats the question"),
     "in_gsm8k_train": Reason("the question is of the GSM8K training set"),
     # corpora
@@ -109,13 +122,29 @@ REASONS: dict[str, Reason] = {
     "few_letters": Reason("the file is mostly not letters"),
     "mostly_formulas": Reason("the paper is mostly placeholders of formulas"),
     # gates
-    "placeholder": Reason("a turn is or holds a placeholder", "gates: {placeholders: skip}"),
+    "placeholder": Reason(
+        "something was taken out of a turn, or never filled in: a picture, a name, a variable of a template",
+        "gates: {placeholders: count}",
+    ),
+    "empty_answer": Reason(
+        "an answer is only none, N/A or 없음, which the question does not name: a label, or the lack of an answer",
+        "gates: {empty_answers: drop}, or skip",
+    ),
+    "blank": Reason("a turn has something to fill in: [Your Name], [회사명]", "gates: {blanks: drop}, or skip"),
+    "masked_name": Reason("a turn has signs for a name or number: 김○○, 010-XXXX-XXXX", "gates: {masked_names: drop}, or skip"),
     "self_identification": Reason("an answer says that it is another model", "gates: {self_identification: skip}"),
     "refusal": Reason("the better answer refuses", "gates: {refusals: skip}"),
     "control_string": Reason("a turn spells a marker of some chat format", "gates: {control_strings: skip}"),
     "personal_data": Reason("a turn holds a resident number, telephone number or e-mail address", "gates: {personal_data: skip}"),
-    "not_korean": Reason("a side of the record is not Korean", "gates: {language: skip}, or mend the source's language"),
-    "not_english": Reason("a side of the record is not English", "gates: {language: skip}, or mend the source's language"),
+    "not_korean": Reason(
+        "the prose of a side of the record is not Korean", "gates: {language: skip}, or mend the source's language"
+    ),
+    "not_english": Reason(
+        "the prose of a side of the record is not in Latin letters", "gates: {language: skip}, or mend the source's language"
+    ),
+    "disguised_letters": Reason(
+        "words hold letters of another script that look like Latin ones", "gates: {language: skip}, for conversations and pairs"
+    ),
     "answer_too_short": Reason("an answer is shorter than min_characters", "min_characters"),
     "turn_too_long": Reason("a turn is longer than max_characters", "max_characters"),
     "length_ratio": Reason("one answer is much longer than the other", "max_length_ratio"),
@@ -136,18 +165,25 @@ REASONS: dict[str, Reason] = {
     "unanswered_turns_cut": Reason("turns after the last answer are left out"),
     "greeting_left_out": Reason("what the assistant says before the user spoke is left out", "option assistant_first"),
     "reasoning_left_out": Reason("the reasoning of an answer is left out", "options: {reasoning: train} or keep"),
+    "input_left_out": Reason(
+        "an input that is only none, N/A or 없음 is taken for no input", "adapter qa with question: [instruction, input] keeps it"
+    ),
     "other_items_left_out": Reason("a field takes one item of a list that has more", "option unfold makes a record of each"),
+    "history_not_trained": Reason("a turn before the answers of a pair is to be trained, as the row says; pairs train answers"),
+    "unranked_answer_left_out": Reason("an answer without a score or rank is in no pair"),
     "question_trained": Reason("a turn that is no answer is trained, as the row says", "name the field in the option ignore"),
 }
-_OF_FIELDS = (
-    ("missing_", "", "missing_FIELD"),
-    ("", "_is_not_text", "FIELD_is_not_text"),
-    ("", "_is_no_list_of_pairs", "FIELD_is_no_list_of_pairs"),
-)
+PATTERNS = {
+    "missing_": "missing_FIELD",
+    "_is_not_text": "FIELD_is_not_text",
+    "_is_no_list_of_pairs": "FIELD_is_no_list_of_pairs",
+}
+"""Reasons that name a field, by the part of them that is always there."""
 
 
 def reason_of(name: str) -> Reason | None:
     """What a reason means; None for one that is not in the table, such as those of a corpus' filters."""
     if name in REASONS:
         return REASONS[name]
-    return next((REASONS[known] for start, end, known in _OF_FIELDS if name.startswith(start) and name.endswith(end)), None)
+    found = (known for part, known in PATTERNS.items() if (name.startswith if part.endswith("_") else name.endswith)(part))
+    return next((REASONS[known] for known in found), None)

@@ -8,14 +8,13 @@ are parts of an assistant's turn.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from keural.data.adapters.base import (
     ASSISTANT_FIRST,
     CUT,
-    NAME,
     SYSTEM_INSIDE,
     BadRow,
     Reads,
@@ -24,13 +23,16 @@ from keural.data.adapters.base import (
     holds,
     leaves_items,
     lookup,
+    placeholder_free,
     plain,
+    says_nothing,
     scalar,
     text_of,
     trimmed,
     with_system,
 )
-from keural.data.readers.formats import OptionTypes
+from keural.data.adapters.judgements import said
+from keural.data.readers.options import LIST, MAP, NAME, TEXT, Option, OptionTable
 from keural.data.records import Conversation, Drop
 from keural.recipe import SourceSpec
 from keural.tokenizer.message import CALLED, Message, ToolCall, parse_answer, split_reasoning, with_calls, with_tools
@@ -85,27 +87,52 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 MEANS_SOMETHING_ELSE = "where the field means something else, name it in the option ignore"
 
 REASONING_LEFT_OUT, GREETING_LEFT_OUT, QUESTION_TRAINED = "reasoning_left_out", "greeting_left_out", "question_trained"
+INPUT_LEFT_OUT = "input_left_out"
 ITEMS_LEFT_OUT = "other_items_left_out"
 """Notes of kept conversations."""
 
-ROW_OPTIONS: OptionTypes = {"system": NAME, "tools": NAME, "label": NAME, "reasoning": (str,), "flags": (dict,), "ignore": (list,)}
+ROW_OPTIONS: OptionTable = {
+    "system": Option(NAME, "field of the row with a system text, which is put before the turns", "system"),
+    "tools": Option(NAME, "field of the row with the tool definitions", TOOLS),
+    "label": Option(
+        NAME, "field of the row that says whether its answer is good: true or 1; rows of false or 0 are dropped", LABELS
+    ),
+    "reasoning": Option(
+        TEXT,
+        "what becomes of an answer's reasoning: left out, kept without being trained, or trained; where it is not given, a field "
+        "of reasoning is left out and <think> in a text is text",
+        choices=("drop", "keep", "train"),
+    ),
+    "flags": Option(MAP, "fields that say what is trained: true where a true value means trained, false where it means hidden"),
+    "ignore": Option(LIST, "fields of rows or turns that mean something else here than they do elsewhere, and are not read"),
+}
 """Options of every adapter of conversations."""
-TURN_OPTIONS: OptionTypes = {
+TURN_OPTIONS: OptionTable = {
     **ROW_OPTIONS,
-    "role": NAME,
-    "content": NAME,
-    "roles": (dict, str),
-    "assistant_first": (str,),
-    "system_inside": (str,),
-    "consecutive": (str,),
+    "role": Option(NAME, "field of a turn with its role", ROLE_KEYS),
+    "content": Option(NAME, "field of a turn with its text", CONTENT_KEYS),
+    "roles": Option(
+        (dict, str),
+        "what names of roles stand for (system, user, assistant, tool, tool_call), beside the usual names; in_order: who speaks "
+        "first is the user, the other the assistant",
+    ),
+    "assistant_first": Option(
+        TEXT,
+        "where the assistant speaks first: the row is dropped, or what it says before the user is cut or kept",
+        "drop",
+        ("drop", "cut", "keep"),
+    ),
+    "system_inside": Option(
+        TEXT,
+        "where a system turn stands after others: the row is dropped, or the turn is merged with the user's beside it or kept",
+        "drop",
+        ("drop", "merge", "keep"),
+    ),
+    "consecutive": Option(
+        TEXT, "where one side has several turns in a row: the row is dropped, or they are merged", "drop", ("drop", "merge")
+    ),
 }
 """Options of adapters whose rows hold turns."""
-CHOICES = {
-    "reasoning": ("drop", "keep", "train"),
-    "assistant_first": ("drop", "cut", "keep"),
-    "system_inside": ("drop", "merge", "keep"),
-    "consecutive": ("drop", "merge"),
-}
 
 
 def check_row_options(source: SourceSpec) -> str | None:
@@ -192,6 +219,8 @@ class TurnReader:
     """Whether rows hold turns; of those a label of 1 or 0 is likely one of good and bad answers, elsewhere one of anything."""
     notes: list[str] = field(default_factory=list)
     """What the record will not have of the row, or is unusual in it."""
+    said: str = ""
+    """What the row's label says, where it has one."""
     _speakers: dict[str, str] = field(default_factory=dict)
     _call_ids: list[str] = field(default_factory=list)
 
@@ -239,6 +268,8 @@ class TurnReader:
                 raise BadRow("label_false")
             if good is None and "label" in self.options:
                 raise BadRow("missing_label")
+            if good:
+                self.said = said(label, lookup(row, label))
 
     def label(self, value: Any, name: str | int, required: bool = False) -> bool | None:
         """Whether a row's answer is good, where its label says so: true or false, also as text. Where a recipe or an adapter says
@@ -267,6 +298,12 @@ class TurnReader:
         """Note a row of which a field takes one item of several."""
         if any(leaves_items(row, name) for each in names for name in (each if isinstance(each, list) else [each])):
             self.notes.append(ITEMS_LEFT_OUT)
+
+    def optional_input(self, text: str) -> str:
+        """The text of an input beside the question; empty where it says that there is none, which is noted where it may be one."""
+        if says_nothing(text):
+            self.notes.append(INPUT_LEFT_OUT)
+        return trimmed(placeholder_free(text))
 
     def _flag(self, value: dict[str, Any], used: set[str] | frozenset[str] = frozenset()) -> bool | None:
         """What a turn or row says of itself: trained, not trained, or nothing."""
@@ -429,7 +466,8 @@ class TurnReader:
         allowed = {name for name in (ASSISTANT_FIRST, SYSTEM_INSIDE) if self.options.get(name) == "keep"}
         tools = self.tools(row) if isinstance(row, dict) else []
         notes = tuple(dict.fromkeys(self.notes))
-        return conversation(with_tools(arranged, tools), self.where, self.source.language, notes, allowed)
+        record = conversation(with_tools(arranged, tools), self.where, self.source.language, notes, allowed)
+        return replace(record, label=self.said) if self.said and isinstance(record, Conversation) else record
 
     def _arranged(self, turns: list[Message]) -> list[Message]:
         options = self.options

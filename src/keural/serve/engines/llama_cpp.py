@@ -28,6 +28,7 @@ from keural.serve.engines.decoding import check_prompt, common_prefix, decode
 from keural.serve.engines.paths import gguf_file
 from keural.serve.engines.sampling_params import SamplingParams
 from keural.tokenizer import KeuralTokenizer
+from keural.tokenizer.model_file import FIRST_NORMAL_ID
 
 ARCHITECTURE = "granite_swa"
 """The architecture of llama.cpp that this network is a case of."""
@@ -176,16 +177,27 @@ def _load(file: Path) -> Any:
 
 
 def _check_model(file: Path, model: Any, tokenizer: KeuralTokenizer) -> None:
-    """Raise `UserError` unless the file holds our architecture with the tokenizer's vocabulary."""
+    """Raise `UserError` unless the file holds our architecture with the tokenizer's vocabulary, piece by piece.
+
+    Control and byte pieces are the same in every tokenizer; the file has some of the latter under other names.
+    """
     architecture = _metadata(model, "general.architecture")
     if architecture != ARCHITECTURE:
         raise UserError(f"{file}: holds a {architecture!r} model, not {ARCHITECTURE!r}; export one with `keural export`")
-    size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+    vocabulary = llama_cpp.llama_model_get_vocab(model)
+    size = llama_cpp.llama_vocab_n_tokens(vocabulary)
     if size != tokenizer.vocab_size:
         raise UserError(
             f"{file.parent}: the tokenizer has {tokenizer.vocab_size} ids and {file.name} {size}; "
             "put the tokenizer.model there that the model was trained with"
         )
+    for token_id, piece in list(enumerate(tokenizer.proto.pieces))[FIRST_NORMAL_ID:]:
+        named = llama_cpp.llama_vocab_get_text(vocabulary, token_id)
+        if named != piece.piece.encode():
+            raise UserError(
+                f"{file.parent}: the tokenizer is not that of {file.name}: id {token_id} is {piece.piece!r} in the one and "
+                f"{named.decode(errors='replace')!r} in the other; put the tokenizer.model there that the model was trained with"
+            )
 
 
 def _new_context(file: Path, model: Any, context_length: int, threads: int, sequences: int = 1) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -157,9 +158,12 @@ def test_labels_outside_the_declared_ones_refuse_the_source_with_all_values_and_
     message = str(refused.value)
     assert "label is 'x' (4 rows), label is 0 (4 rows)" in message
     assert "(beside label is 1 (4 rows))" in message
-    assert "options: {labels: {'x': ..., 0: ..., 1: ...}} says what each means: first (a), second (b), tie or none" in message
+    assert "options: {labels: {'x': ..., '0': ..., '1': ...}} says what each means: first (a), second (b), tie or none" in message
     assert "rows.jsonl:1" in message
-    found = prepared(rows, options={"answers": ["a", "b"], "labels": {"x": "tie", 0: "first", "1": "second"}})
+    pasted = message.partition("options: ")[2].partition(" says")[0]
+    for meaning in ("tie", "first", "second"):
+        pasted = pasted.replace("...", meaning, 1)
+    found = prepared(rows, options={"answers": ["a", "b"], **yaml.safe_load(pasted)})
     assert (found.table[0].kept, found.table[0].drops) == (8, {"label_tie": 4})
     assert found.table[0].details == {"label_tie": {"label is 'x'": 4}}
 

@@ -247,7 +247,7 @@ class SourceCounter:
         values = f"{_counted(found)}{f' and others ({others:,} rows)' if others else ''}"
         beside = f" (beside {_counted(declared)})" if declared else ""
         remedies = dict.fromkeys(filter(None, self.undeclared.values()))
-        wanted = ", ".join(f"{each.partition(' is ')[2]}: ..." for each in (*found, *declared))
+        wanted = ", ".join(f"{_quoted(each.partition(' is ')[2])}: ..." for each in (*found, *declared))
         remedy = "; ".join(remedies).replace("VALUES", wanted)
         return f"{values}, first {self.first_drop[UNDECLARED]}: not a declared meaning{beside}; {remedy}"
 
@@ -300,6 +300,11 @@ def _remedy(row: SourceRow) -> str:
     """What can be done about the most frequent defect, where something can."""
     known = reason_of(next(iter(row.defects)))
     return f"{known.remedy}; " if known and known.remedy else ""
+
+
+def _quoted(value: str) -> str:
+    """A value as the key of a map in YAML; recipes have texts as keys."""
+    return value if value[:1] in ("'", '"') else f"'{value}'"
 
 
 def _counted(found: Counter[str]) -> str:

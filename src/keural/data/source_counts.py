@@ -18,10 +18,12 @@ from keural.data.adapters.corpora import OTHER_LANGUAGE, OTHER_LICENSE
 from keural.data.adapters.reasons import reason_of
 from keural.data.field_use import FieldUse
 from keural.data.filtering.decontamination import REASON
+from keural.data.filtering.gates import gate_of
 from keural.data.filtering.holdout import Split
 from keural.data.filtering.suspicions import Seen, suspicions
 from keural.data.licenses import flags_of, language_of, license_of
 from keural.data.loading.mixture import Share
+from keural.data.readers.notes import ReadingNotes
 from keural.data.records import Drop, PreferencePair, SourceCount
 from keural.data.sources import schema_error
 from keural.data.tokens.encode import Encoded
@@ -30,6 +32,8 @@ from keural.recipe import SourceSpec
 
 OVER_LIMIT = "over_limit"
 """Reason of cleaned documents beyond a source's limit."""
+SUSPICIOUS_SHARE = 0.05
+"""A gate that drops a larger share of a source is likely to judge what the source is made of."""
 MAX_DETAILS = 12
 """So many different things that were found are remembered of each reason."""
 NOT_DEFECTS = {
@@ -89,10 +93,13 @@ class SourceRow:
     """What was found in rows that were dropped, by reason: an unknown role, a wrong type, the keys that a row has."""
     not_read: tuple[str, ...] | None = None
     """Fields of rows, and of turns in them, that hold something and that the adapter does not read."""
+    assumed: tuple[str, ...] | None = None
+    """What was assumed of its files (an encoding other than UTF-8, another format or delimiter than the name says) and changed in
+    its texts, a line each."""
     length_ratio: float | None = None
     """Characters of chosen answers for each of rejected ones; None where there are no pairs."""
     warning: str | None = None
-    """What differs from the count that the recipe expects."""
+    """What differs from the count that the recipe expects, and which gates drop a suspicious share: a line each."""
     suspicions: tuple[str, ...] | None = None
     """What is unusual in it, a line each: shares and lengths that a misread field would have."""
     mixture: Share | None = None
@@ -101,12 +108,9 @@ class SourceRow:
     """What published shards hold, in one line."""
 
     def to_json(self) -> dict[str, Any]:
-        """The row as plain data; `mixture`, `survey`, `details`, `not_read` and `suspicions` only where there are any."""
-        values = asdict(self) | {
-            "flags": list(self.flags),
-            "not_read": self.not_read and list(self.not_read),
-            "suspicions": self.suspicions and list(self.suspicions),
-        }
+        """The row as plain data; what there need not be any of (`_OPTIONAL`) only where there is."""
+        values = asdict(self) | {"flags": list(self.flags)}
+        values |= {name: list(lines) for name in ("not_read", "assumed", "suspicions") if (lines := values[name]) is not None}
         return {name: value for name, value in values.items() if value is not None or name not in _OPTIONAL}
 
     @classmethod
@@ -127,7 +131,7 @@ class SourceRow:
         return row
 
 
-_OPTIONAL = ("mixture", "survey", "details", "not_read", "suspicions")
+_OPTIONAL = ("mixture", "survey", "details", "not_read", "assumed", "suspicions")
 _REQUIRED = [each.name for each in fields(SourceRow) if each.name not in (*_OPTIONAL, "text_kind")]
 _ROWS = TypeAdapter(SourceRow)
 
@@ -156,6 +160,7 @@ class SourceCounter:
     details: dict[str, Counter[str]] = field(default_factory=dict)
     undeclared: dict[str, str] = field(default_factory=dict)
     fields: FieldUse | None = None
+    notes: ReadingNotes = field(default_factory=ReadingNotes)
     noted: Counter[str] = field(default_factory=Counter)
     seen: Seen = field(default_factory=Seen)
     chosen_characters: int = 0
@@ -279,6 +284,7 @@ class SourceCounter:
             noted=dict(self.noted.most_common()),
             details={reason: dict(found.most_common()) for reason, found in self.details.items() if found} or None,
             not_read=tuple(sorted(self.fields.unread)) or None if self.fields else None,
+            assumed=self.notes.lines() or None,
             length_ratio=self.chosen_characters / self.rejected_characters if self.rejected_characters else None,
         )
         unusual = None if self.left_out else suspicions(self.seen, self.rows, self.drops) or None
@@ -296,12 +302,6 @@ def check_drops(source: SourceSpec, row: SourceRow) -> None:
         )
 
 
-def _remedy(row: SourceRow) -> str:
-    """What can be done about the most frequent defect, where something can."""
-    known = reason_of(next(iter(row.defects)))
-    return f"{known.remedy}; " if known and known.remedy else ""
-
-
 def _quoted(value: str) -> str:
     """A value as the key of a map in YAML; recipes have texts as keys."""
     return value if value[:1] in ("'", '"') else f"'{value}'"
@@ -317,8 +317,32 @@ def _worst(row: SourceRow, drops: dict[str, int]) -> str:
     return f"{reason} ({count:,} rows, first {row.first_drop[reason]}{f': {found}' if found else ''})"
 
 
+def _remedy(row: SourceRow) -> str:
+    """What a recipe can do about the most frequent defect, if anything."""
+    reason = reason_of(next(iter(row.defects)))
+    return f"{reason.remedy}; or " if reason and reason.remedy else ""
+
+
 def warning_of(source: SourceSpec, row: SourceRow) -> str | None:
-    """What differs from the count that the recipe expects of a source that it uses."""
-    if row.left_out is not None or source.expect in (None, row.kept):
+    """What is to be looked at in a source that is used, a line each: a count that the recipe does not expect, a gate that drops
+    more than `SUSPICIOUS_SHARE` of its rows.
+    """
+    if row.left_out is not None:
         return None
-    return f"source {source.name!r}: {row.kept:,} records kept, {source.expect:,} expected"
+    found = [_eager_gate(row, reason, count) for reason, count in row.drops.items() if count > SUSPICIOUS_SHARE * row.rows]
+    if source.expect not in (None, row.kept):
+        found.insert(0, f"source {source.name!r}: {row.kept:,} records kept, {source.expect:,} expected")
+    return "\n".join(filter(None, found)) or None
+
+
+def _eager_gate(row: SourceRow, reason: str, count: int) -> str | None:
+    """What a gate drops of a source, with an example and how to keep it; None for other reasons."""
+    gate = gate_of(reason)
+    if gate is None:
+        return None
+    detail = next(iter((row.details or {}).get(reason, {})), "")
+    keep = "skip" if gate == "duplicate_prompts" else "count"
+    return (
+        f"source {row.source!r}: {reason} drops {count / row.rows:.0%} of its rows; "
+        f"e.g. {row.first_drop[reason]}{f': {detail}' if detail else ''}; gates: {{{gate}: {keep}}} keeps them"
+    )

@@ -22,6 +22,16 @@ REASONS: dict[str, Reason] = {
         "the row is not of its format, or not of the adapter's shape", "see what was found, and the adapter's example"
     ),
     "malformed_file": Reason("the file is not of its format", f"give format, or {_FETCH}"),
+    "row_too_long": Reason("the row, cell or paragraph is longer than any text", "check what divides rows and cells"),
+    "ragged_row": Reason(
+        "the row has more or fewer cells than the header", "quote cells that hold the delimiter, or options delimiter, quote"
+    ),
+    "unclosed_quote": Reason(
+        "a quotation mark opens in the line that is named and never closes, or closes far below; each line that it holds counts",
+        "mend that line; options: {quote: none} where marks are ordinary characters",
+    ),
+    "repeated_key": Reason("an object has two values under one name, and a row could keep only one", "mend the rows"),
+    "no_rows": Reason("a file of an archive holds nothing", "option suffixes names those to read"),
     "no_gutenberg_markers": Reason("the text has no Project Gutenberg markers", "leave out the option gutenberg"),
     # fields
     "wrong_schema": Reason(
@@ -55,7 +65,9 @@ REASONS: dict[str, Reason] = {
     "empty_turn": Reason("a turn is empty or white space"),
     "empty_list": Reason("a list that option unfold names holds nothing"),
     "empty_question": Reason("an evaluation item has no question"),
-    "invalid_unicode": Reason("the text holds bytes that are no characters", "say how the file is encoded, or fetch it again"),
+    "invalid_unicode": Reason(
+        "the text holds bytes that are no characters; the first are named", "options: {encoding: cp949}, or fetch the file again"
+    ),
     "null_text": Reason("the text is the word of an export for nothing"),
     # turns
     "unknown_role": Reason("a turn is of a role that is not known", "say what it is in the option roles: {name: user}"),
@@ -123,13 +135,29 @@ REASONS: dict[str, Reason] = {
     "few_letters": Reason("the file is mostly not letters"),
     "mostly_formulas": Reason("the paper is mostly placeholders of formulas"),
     # gates
-    "placeholder": Reason("a turn is or holds a placeholder", "gates: {placeholders: skip}"),
+    "placeholder": Reason(
+        "something was taken out of a turn, or never filled in: a picture, a name, a variable of a template",
+        "gates: {placeholders: count}",
+    ),
+    "empty_answer": Reason(
+        "an answer is only none, N/A or 없음, which the question does not name: a label, or the lack of an answer",
+        "gates: {empty_answers: drop}, or skip",
+    ),
+    "blank": Reason("a turn has something to fill in: [Your Name], [회사명]", "gates: {blanks: drop}, or skip"),
+    "masked_name": Reason("a turn has signs for a name or number: 김○○, 010-XXXX-XXXX", "gates: {masked_names: drop}, or skip"),
     "self_identification": Reason("an answer says that it is another model", "gates: {self_identification: skip}"),
     "refusal": Reason("the better answer refuses", "gates: {refusals: skip}"),
     "control_string": Reason("a turn spells a marker of some chat format", "gates: {control_strings: skip}"),
     "personal_data": Reason("a turn holds a resident number, telephone number or e-mail address", "gates: {personal_data: skip}"),
-    "not_korean": Reason("a side of the record is not Korean", "gates: {language: skip}, or mend the source's language"),
-    "not_english": Reason("a side of the record is not English", "gates: {language: skip}, or mend the source's language"),
+    "not_korean": Reason(
+        "the prose of a side of the record is not Korean", "gates: {language: skip}, or mend the source's language"
+    ),
+    "not_english": Reason(
+        "the prose of a side of the record is not in Latin letters", "gates: {language: skip}, or mend the source's language"
+    ),
+    "disguised_letters": Reason(
+        "words hold letters of another script that look like Latin ones", "gates: {language: skip}, for conversations and pairs"
+    ),
     "answer_too_short": Reason("an answer is shorter than min_characters", "min_characters"),
     "turn_too_long": Reason("a turn is longer than max_characters", "max_characters"),
     "length_ratio": Reason("one answer is much longer than the other", "max_length_ratio"),
@@ -150,6 +178,9 @@ REASONS: dict[str, Reason] = {
     "unanswered_turns_cut": Reason("turns after the last answer are left out"),
     "greeting_left_out": Reason("what the assistant says before the user spoke is left out", "option assistant_first"),
     "reasoning_left_out": Reason("the reasoning of an answer is left out", "options: {reasoning: train} or keep"),
+    "input_left_out": Reason(
+        "an input that is only none, N/A or 없음 is taken for no input", "adapter qa with question: [instruction, input] keeps it"
+    ),
     "other_items_left_out": Reason("a field takes one item of a list that has more", "option unfold makes a record of each"),
     "history_not_trained": Reason("a turn before the answers of a pair is to be trained, as the row says; pairs train answers"),
     "unranked_answer_left_out": Reason("an answer without a score or rank is in no pair"),

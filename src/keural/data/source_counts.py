@@ -241,6 +241,10 @@ class SourceCounter:
                 f"check its spelling, or leave the option out{self._left_fields()}"
             )
 
+    def unusual(self) -> tuple[str, ...]:
+        """What is unusual in the source so far, a line each."""
+        return suspicions(self.seen, self.rows, self.drops)
+
     def _undeclared(self) -> str:
         """The values of no declared meaning, those beside them, and how to declare them (`VALUES` of a remedy are all of them)."""
         found, declared = (
@@ -287,7 +291,7 @@ class SourceCounter:
             assumed=self.notes.lines() or None,
             length_ratio=self.chosen_characters / self.rejected_characters if self.rejected_characters else None,
         )
-        unusual = None if self.left_out else suspicions(self.seen, self.rows, self.drops) or None
+        unusual = None if self.left_out else self.unusual() or None
         return replace(row, warning=warning_of(source, row), suspicions=unusual)
 
 

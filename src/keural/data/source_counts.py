@@ -241,6 +241,10 @@ class SourceCounter:
                 f"check its spelling, or leave the option out{self._left_fields()}"
             )
 
+    def unusual(self) -> tuple[str, ...]:
+        """What is unusual in the source so far, a line each."""
+        return suspicions(self.seen, self.rows, self.drops)
+
     def _undeclared(self) -> str:
         """The values of no declared meaning, those beside them, and how to declare them (`VALUES` of a remedy are all of them)."""
         found, declared = (
@@ -252,7 +256,7 @@ class SourceCounter:
         values = f"{_counted(found)}{f' and others ({others:,} rows)' if others else ''}"
         beside = f" (beside {_counted(declared)})" if declared else ""
         remedies = dict.fromkeys(filter(None, self.undeclared.values()))
-        wanted = ", ".join(f"{each.partition(' is ')[2]}: ..." for each in (*found, *declared))
+        wanted = ", ".join(f"{_quoted(each.partition(' is ')[2])}: ..." for each in (*found, *declared))
         remedy = "; ".join(remedies).replace("VALUES", wanted)
         return f"{values}, first {self.first_drop[UNDECLARED]}: not a declared meaning{beside}; {remedy}"
 
@@ -287,7 +291,7 @@ class SourceCounter:
             assumed=self.notes.lines() or None,
             length_ratio=self.chosen_characters / self.rejected_characters if self.rejected_characters else None,
         )
-        unusual = None if self.left_out else suspicions(self.seen, self.rows, self.drops) or None
+        unusual = None if self.left_out else self.unusual() or None
         return replace(row, warning=warning_of(source, row), suspicions=unusual)
 
 
@@ -300,6 +304,11 @@ def check_drops(source: SourceSpec, row: SourceRow) -> None:
             f"max_drop {source.max_drop:g}; most often {_worst(row, row.defects)}; "
             f"{_remedy(row)}mend the data or the options of adapter {source.adapter}, or raise max_drop"
         )
+
+
+def _quoted(value: str) -> str:
+    """A value as the key of a map in YAML; recipes have texts as keys."""
+    return value if value[:1] in ("'", '"') else f"'{value}'"
 
 
 def _counted(found: Counter[str]) -> str:

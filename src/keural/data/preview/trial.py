@@ -413,9 +413,11 @@ def _read(trial: Trial, source: Source, rows: Sequence[Row | Drop], whole: bool)
             counter.kept += 1
             counter.noted.update(keeper.reasons(result, "count"))
             counter.noted.update(getattr(result, "notes", ()))
+            counter.seen.keep(result)
             if len(trial.sample) < SAMPLE:
                 trial.sample.append(result)
         counter.check()
+        trial.hints += counter.unusual()
     except UserError as refused:
         trial.refusal = str(refused)
     trial.not_read = tuple(sorted(counter.fields.unread))

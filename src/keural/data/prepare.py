@@ -283,8 +283,8 @@ def _gated(records: Iterable[Record | Drop], keeper: Gatekeeper, decontaminator:
     for record in records:
         if isinstance(record, Drop):
             yield record
-        elif reason := next(keeper.reasons(record, "drop"), None):
-            yield Drop(reason, record.where)
+        elif drop := keeper.drop_of(record):
+            yield drop
         elif dropped and (hit := dropped.hit_in(record)):
             yield Contaminated(REASON, record.where, hit=hit)  # counted when it is used: reading runs ahead
         else:

@@ -26,6 +26,7 @@ from keural.data.readers.notes import ReadingNotes
 from keural.data.readers.options import Option
 from keural.data.readers.sniff import sniff, sniff_member
 from keural.data.readers.tables import COLUMNS
+from keural.data.readers.unpacking import PACKED
 from keural.data.records import AnyRecord, Document, Drop, EvaluationItem, Kind, PreferencePair, Record
 from keural.errors import UserError, for_all, nearest
 from keural.files import FileHashes
@@ -323,7 +324,7 @@ def _check_mixture(spec: SourceSpec, adapter: Adapter, place: str, seen: Mapping
     named = ", ".join(f"{name} (first {seen[name]})" for name in (*prose, *tables))
     raise _error(
         spec,
-        f"{place} holds running text and tables: {named}; say which with format: {prose[0]}, or with "
+        f"{place} holds running text and tables: {named}; say which with format: {prose[0]} or {tables[0]}, or with "
         f"options: {{suffixes: [{PurePath(seen[prose[0]]).suffix}]}}",
     )
 
@@ -333,7 +334,10 @@ def _listed(suffixes: Mapping[str, int]) -> str:
     if not suffixes:
         return ""
     named = ", ".join(f"{suffix} ({count:,})" for suffix, count in Counter(suffixes).most_common(6))
+    packed = next((suffix for suffix in suffixes if format_of(PurePath(f"a{suffix}")) in ARCHIVES or suffix in PACKED), None)
     example = next((suffix for suffix in suffixes if suffix.startswith(".")), None)
+    if packed:
+        return f", but {named}; name an archive by its own path"
     return f", but {named}" + (f"; name those to read: options: {{suffixes: [{example}]}}" if example else "; give format")
 
 

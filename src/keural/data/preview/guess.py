@@ -14,7 +14,7 @@ from typing import Any
 from keural.data.adapters import ADAPTERS, Adapter, conversations, documents, preferences
 from keural.data.adapters.base import UNDECLARED, holds, lookup, plain
 from keural.data.adapters.evaluation import SCHEMAS, Schema
-from keural.data.adapters.turns import CONTENT_KEYS, IN_ORDER, ROLE_KEYS, ROLES, listing
+from keural.data.adapters.turns import CONTENT_KEYS, IN_ORDER, ROLE_KEYS, ROLES, TOOLS, listing
 from keural.data.readers.datafile import Row
 from keural.data.readers.magic import TAR, ZIP
 from keural.data.records import Drop
@@ -197,7 +197,10 @@ def _proposals(rows: Rows, only: str | None) -> Iterator[tuple[str, dict[str, An
     for name, options in [*_turns(rows), *_exchanges(rows), *_pairs(rows), *_texts(rows)]:
         if name in wanted and set(options) <= set(ADAPTERS[name].options):
             yield name, options
-    for key in [key for key in rows.keys if _objects(rows.first(key)) and not list(_turns_in(key, _objects(rows.first(key))))]:
+    for key in rows.keys:
+        items = _objects(rows.first(key))
+        if not items or key in TOOLS or list(_turns_in(key, items)):
+            continue
         inner = Rows(rows.format_name, rows.path, [*_unfolded(rows, key)])
         for name, options in [*((name, {}) for name in conversations.ADAPTERS), *_exchanges(inner)]:
             if name in wanted and "unfold" in ADAPTERS[name].options:
@@ -392,7 +395,7 @@ def _twins(names: Sequence[str]) -> list[tuple[str, str]]:
 def _texts(rows: Rows) -> Iterator[tuple[str, dict[str, Any]]]:
     """The field with the running text."""
     named = [name for name in _named(rows, _TEXTS) if rows.mean_length(name)]
-    longest = max((key for key in rows.keys if not SIDE_FIELDS.fullmatch(key)), key=rows.mean_length, default=None)
+    longest = max((key for key in rows.telling if not SIDE_FIELDS.fullmatch(key)), key=rows.mean_length, default=None)
     if not named and longest is not None and rows.mean_length(longest):
         named = [longest]
     for name in named[:2]:

@@ -4,7 +4,6 @@ In: a file, a directory, or a source as a recipe has it. Out: a `Trial`, for `ke
 nothing is written, and of a large file only the beginning is read.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from keural.data.adapters import ADAPTERS, adapter_of
-from keural.data.field_use import FieldUse
-from keural.data.filtering.gates import GATES, MIN_SHARE, Gatekeeper, check_gates, hangul_share
+from keural.data.field_use import FieldUse, excerpt
+from keural.data.filtering.gates import GATES, Gatekeeper, check_gates
 from keural.data.filtering.holdout import Splitter
+from keural.data.filtering.languages import MIN_SHARE, hangul_share
 from keural.data.preview.guess import ARCHIVES, Guess, Rows, benchmark_of, guesses
 from keural.data.readers.datafile import DataFile, FileShape, Row
 from keural.data.readers.formats import FORMATS, format_of, open_text
@@ -406,7 +406,7 @@ def _read(trial: Trial, source: Source, rows: Sequence[Row | Drop], whole: bool)
             if isinstance(result, Drop):
                 examples = trial.drops.setdefault(result.reason, [])
                 if len(examples) < EXAMPLES:
-                    examples.append((result, excerpt(value)))
+                    examples.append((result, excerpt(value, EXCERPT)))
                 counter.drop(result)
                 continue
             counter.rows += 1
@@ -440,26 +440,10 @@ def _passed(record: Record | Drop, spec: SourceSpec, keeper: Gatekeeper, splitte
     """The record, if gates and earlier ones let it through."""
     if isinstance(record, Drop):
         return record
-    if reason := next(keeper.reasons(record, "drop"), None):
-        return Drop(reason, record.where)
+    if drop := keeper.drop_of(record):
+        return drop
     split = splitter.assign(record, False, spec.id_space or spec.name, keeper.actions["duplicate_prompts"])
     return split if isinstance(split, Drop) else record
-
-
-def excerpt(value: Any, length: int = EXCERPT) -> str:
-    """The beginning of a value as JSON, without writing all of it out."""
-    text = json.dumps(_shortened(value, length), ensure_ascii=False, default=str)
-    return text if len(text) <= length else f"{text[: length - 1]}…"
-
-
-def _shortened(value: Any, length: int) -> Any:
-    if isinstance(value, str):
-        return value if len(value) <= length else f"{value[:length]}…"
-    if isinstance(value, dict):
-        return {str(key): _shortened(inner, length // 2 + 20) for key, inner in list(value.items())[:20]}
-    if isinstance(value, list | tuple):
-        return [_shortened(inner, length // 2 + 20) for inner in value[:10]]
-    return value
 
 
 def _add_language(trial: Trial) -> None:
@@ -473,9 +457,9 @@ def _language(records: Sequence[Record]) -> str | None:
     mean = sum(hangul) / len(hangul) if hangul else 0.0
     letters = [character for record in records for character in _text(record)[:1000] if character.isalpha()]
     is_english = mean < FOREIGN and sum(map(str.isascii, letters)) > (1 - FOREIGN) * len(letters)
-    if not hangul or not (mean >= MIN_SHARE or is_english):
+    if not hangul or not (mean >= MIN_SHARE["ko"] or is_english):
         return None
-    language = "ko" if mean >= MIN_SHARE else "en"
+    language = "ko" if mean >= MIN_SHARE["ko"] else "en"
     check = GATES["language"].check
     assert check is not None
     chats = [replace(record, language=language) for record in records if not isinstance(record, Document)]

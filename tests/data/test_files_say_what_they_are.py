@@ -441,6 +441,12 @@ class TestFilesWithoutRows:
         put(data_dir, "a.txt", "one\ntwo\n")
         assert "no line begins with '# text = '" in refusal(data_dir, source("a.txt", "text", split="line", prefix="# text = "))
 
+    def test_a_prefix_chooses_among_many_files(self, data_dir: Path) -> None:
+        put(data_dir, "d/a.txt", "# text = one\n")
+        put(data_dir, "d/b.txt", "two\n")
+        found = read(data_dir, source("d", "text", split="line", prefix="# text = "))
+        assert found == [Document("one", "d/a.txt:1"), Drop("no_rows", "d/b.txt")]
+
     def test_a_member_without_rows_is_counted(self, data_dir: Path) -> None:
         put(data_dir, "a.zip", zipped(a_dot_csv="q,a\n", b_dot_csv=QA))
         assert read(data_dir, source("a.zip")) == [Drop("no_rows", "a.zip/a.csv"), *BOTH]

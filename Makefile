@@ -80,6 +80,8 @@ test-wheel:
 docs: $(READY)
 	$(BIN)/python -m keural.recipe.reference > docs/recipes.md.new
 	mv docs/recipes.md.new docs/recipes.md
+	$(BIN)/python -m keural.data.preview.reference > docs/adapters.md.new
+	mv docs/adapters.md.new docs/adapters.md
 
 # What computes, as on processors without AVX-512 and without AVX2: sums are rounded elsewhere there, and no result may hang on it.
 NUMERIC := tests/model tests/serve tests/train tests/evaluate tests/convert

@@ -9,9 +9,11 @@ import difflib
 import errno
 import reprlib
 import unicodedata
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
+T = TypeVar("T")
+U = TypeVar("U")
 MAX_MESSAGE = 1000
 """Characters of a message; of a longer one the middle is left out."""
 MAX_NAME = 100
@@ -33,6 +35,42 @@ class UserError(Exception):
             line = f"{line[: MAX_MESSAGE * 3 // 4]} … {line[-MAX_MESSAGE // 4 :]}"
         super().__init__(line)
         self.told = told
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """What is said, a line for each mistake."""
+        return (str(self),)
+
+
+class UserErrors(UserError):
+    """Several mistakes that were found at once; each has a line of its own."""
+
+    def __init__(self, errors: Iterable[UserError]) -> None:
+        self._lines = tuple(dict.fromkeys(line for error in errors for line in error.lines))
+        super().__init__("; ".join(self._lines))
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """What is said, a line for each mistake."""
+        return self._lines
+
+
+def for_all(values: Iterable[T], action: Callable[[T], U]) -> list[U]:
+    """What the action makes of every value. Raises the `UserError`s of all for which it fails, once all are tried."""
+    made, errors = [], []
+    for value in values:
+        try:
+            made.append(action(value))
+        except UserError as error:
+            errors.append(error)
+    raise_all(errors)
+    return made
+
+
+def raise_all(errors: Sequence[UserError]) -> None:
+    """Raise what went wrong, if anything did; one mistake as it is."""
+    if errors:
+        raise errors[0] if len(errors) == 1 else UserErrors(errors)
 
 
 def visible(text: str, keep: str = "\n\t") -> str:

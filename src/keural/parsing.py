@@ -8,6 +8,7 @@ anything.
 import contextlib
 import json
 import re
+from collections import Counter
 from collections.abc import Hashable
 from typing import Any
 
@@ -39,10 +40,12 @@ class Unreadable:
 UNREADABLE = Unreadable()
 
 
-def parse_json(text: str | bytes) -> Any:
-    """The value that JSON text holds. Raises `Malformed`."""
+def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
+    """The value that JSON text holds; with `unique` an object in which a key is given twice is refused. Raises `Malformed`."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique if unique else None)
+    except Malformed:
+        raise
     except json.JSONDecodeError as error:
         raise Malformed(error.msg, error.lineno) from error
     except UnicodeDecodeError as error:
@@ -89,6 +92,15 @@ def _past_blanks(text: str, place: int) -> int:
     while place < len(text) and text[place] in " \t\r\n\ufeff":
         place += 1
     return place
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs, unless one of its keys is given twice: readers differ in which one they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise Malformed(f"key {quoted(twice)} is given twice")
+    return found
 
 
 def parse_yaml(text: str) -> Any:
@@ -224,6 +236,25 @@ class _RowLoader(_Loader):
             self.failed = True
             self.recursive_objects.pop(node, None)
             return UNREADABLE
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping; what stands twice under one name with two values is `UNREADABLE`."""
+        written = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE)
+        twice = [name for name, count in written.items() if count > 1 and self._differ(node, name)]
+        value = dict(super().construct_mapping(node, deep))
+        if twice:
+            self.failed = True
+            value |= {key: UNREADABLE for key in value if str(key) in twice}
+        return value
+
+    @staticmethod
+    def _differ(node: yaml.MappingNode, name: str) -> bool:
+        first, *others = (value for key, value in node.value if key.value == name)
+        same = (
+            isinstance(first, yaml.ScalarNode) and isinstance(other, yaml.ScalarNode) and first.value == other.value
+            for other in others
+        )
+        return not all(same)
 
 
 def _load(text: str, kind: type[_Loader]) -> tuple[Any, _Loader]:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 Piece = tuple[str, str]
 """A text and rich's style for it, e.g. `dim`."""
+SECONDS_BETWEEN_LINES = 60.0
+"""How often a log is told of work that goes on."""
 UNDERLINE = "underline"
 """The one style that says something that the text does not."""
 MARKS, PLAIN_MARKS = ("⟦", "⟧"), ("[[", "]]")
@@ -263,6 +266,29 @@ def progress(*columns: "ProgressColumn", transient: bool = False) -> "Progress":
 def note_above(bar: "Progress", text: str) -> None:
     """A line about the work above a bar that is shown."""
     bar.console.print(visible(text), highlight=False, markup=False)
+
+
+@contextlib.contextmanager
+def work_progress() -> Iterator[Callable[[str], None]]:
+    """Shows on a terminal what work has come to; gives the function that is told of it, as often as one likes.
+
+    Where standard error is no terminal, what it is told is a line once a minute: a long job leaves a trace in its log.
+    """
+    from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with progress(*columns, transient=True) as shown:
+        task, said = shown.add_task("", total=None), time.monotonic()
+
+        def tell(text: str) -> None:
+            nonlocal said
+            if not shown.disable:
+                shown.update(task, description=visible(text))
+            elif (now := time.monotonic()) - said >= SECONDS_BETWEEN_LINES:
+                said = now
+                note(text)
+
+        yield tell
 
 
 @contextlib.contextmanager

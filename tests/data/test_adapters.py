@@ -223,7 +223,7 @@ SHAPES = [
         "rejected": {"from": "gpt", "value": "bad"},
     },
     {"instruction": "q", "input": "", "output": "good", "chosen": "good", "rejected": "bad"},
-    {"prompt": "q", "chosen": ["good", "better"], "rejected": ["bad", "worse"]},
+    {"prompt": "q", "chosen": ["good"], "rejected": ["bad"]},
 ]
 
 
@@ -245,7 +245,7 @@ def test_a_label_says_which_of_two_answers_is_better() -> None:
     options = {"prompt": "input", "answers": ["one", "two"], "label": "better"}
     assert pair(convert("preference", row, **options)) == ([("user", "q")], "y", "x")
     assert pair(convert("preference", row | {"better": "1"}, **options)) == ([("user", "q")], "x", "y")
-    assert reason(convert("preference", row | {"better": 0}, **options)) == "no_preference"
+    assert reason(convert("preference", row | {"better": 0}, **options)) == "undeclared_value"
 
 
 @pytest.mark.parametrize(

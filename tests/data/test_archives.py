@@ -186,6 +186,6 @@ def test_an_archive_is_neither_unpacked_nor_read_whole(data_dir: Path, monkeypat
 def test_a_member_that_is_no_json_is_a_drop(data_dir: Path) -> None:
     put(data_dir, "set/TL1.zip", packed(("1.json", b'{"utterances": ['), ("2.json", b"[" * 100_000)))
     assert list(open_source(source(), data_dir).read(seed=0)) == [
-        Drop("malformed_file", "set/TL1.zip/1.json:1"),
-        Drop("malformed_file", "set/TL1.zip/2.json"),
+        Drop("malformed_file", "set/TL1.zip/1.json:1", "expecting value"),
+        Drop("malformed_file", "set/TL1.zip/2.json", "brackets without end"),
     ]

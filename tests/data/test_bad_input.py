@@ -34,7 +34,7 @@ TALK_BYTES = json.dumps(TALK).encode()
 CASES: list[tuple[str, bytes, str, list[str]]] = [
     ("bad.jsonl", b'{"body": "a"}\n', "fineweb", ["bad.jsonl:1", "adapter fineweb", "no key 'text'", "body"]),
     ("bad.jsonl", GOOD.encode()[:200] + b"\xff\xfe\x00\x01" * 500, "fineweb", ["bad", "bad.jsonl"]),
-    ("bad.jsonl", bytes(range(256)) * 40, "fineweb", ["bad.jsonl", "malformed_row"]),
+    ("bad.jsonl", bytes(range(256)) * 40, "fineweb", ["bad.jsonl", "not clear how it is encoded", "options: {encoding: NAME}"]),
     ("bad.zip", zipped("../x.json", TALK_BYTES), "aihub_045", ["bad.zip", "leads out of the archive"]),
     ("bad.zip", zipped("x.json", b" " * (1 << 22)), "aihub_045", ["bad.zip", "zip bomb"]),
     ("bad.zip", half(zipped("x.json", TALK_BYTES)), "aihub_045", ["bad.zip", "not a whole zip archive"]),

@@ -1,6 +1,6 @@
 """Files that are meant to hurt, or are badly hurt: a bad row is a counted drop, a bad file one line, and memory stays small."""
 
-import bz2
+import csv
 import gzip
 import io
 import json
@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from keural.data.readers import formats, unpacking
-from keural.data.readers.formats import DataFile, Row, format_of, read_rows
+from keural.data.readers import formats, lines, unpacking
+from keural.data.readers.datafile import DataFile, Row
+from keural.data.readers.formats import format_of, read_rows
 from keural.data.readers.po import PoError, parse_po
 from keural.data.records import Drop
 from keural.errors import UserError
@@ -25,7 +26,8 @@ MEGABYTE = 1 << 20
 
 def rows(path: Path, content: bytes, format_name: str | None = None, **options: Any) -> list[Row | Drop]:
     path.write_bytes(content)
-    return list(read_rows(DataFile(path, path.name), format_name or format_of(path) or "text", options))
+    found = read_rows(DataFile(path, path.name), format_name or format_of(path) or "text", options)
+    return [Drop(row.reason, row.where) if isinstance(row, Drop) else row for row in found]
 
 
 def zstandard(content: bytes) -> bytes:
@@ -63,7 +65,7 @@ class TestPacked:
             rows(tmp_path / f"a.jsonl{suffix}", one * 4)
 
     @pytest.mark.parametrize("suffix", PACKERS)
-    @pytest.mark.parametrize("damage", ["cut", "flipped", "other", "empty frame"])
+    @pytest.mark.parametrize("damage", ["cut", "flipped", "zeros"])
     def test_damage_is_one_line(self, tmp_path: Path, suffix: str, damage: str) -> None:
         content = bytearray(PACKERS[suffix](json.dumps({"text": "sea " * 5000}).encode()))
         if damage == "cut":
@@ -71,7 +73,7 @@ class TestPacked:
         elif damage == "flipped":
             content[len(content) // 2] ^= 0xFF
         else:
-            content = bytearray(bz2.compress(b"x") if damage == "other" else b"\0" * 64)
+            content = bytearray(64)
         with pytest.raises(UserError, match=r"damaged .* file"):
             rows(tmp_path / f"a.jsonl{suffix}", bytes(content))
 
@@ -101,10 +103,10 @@ class TestPacked:
 class TestLongRows:
     @pytest.fixture(autouse=True)
     def short(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(formats, "MAX_ROW_CHARACTERS", 1000)
-        before = formats.csv.field_size_limit(1000)
+        monkeypatch.setattr(lines, "MAX_ROW_CHARACTERS", 1000)
+        before = csv.field_size_limit(1000)
         yield
-        formats.csv.field_size_limit(before)
+        csv.field_size_limit(before)
 
     @pytest.mark.parametrize("name", ["a.jsonl", "a.tsv", "a.csv", "a.txt"])
     def test_a_line_that_is_too_long_is_dropped_and_the_next_are_read(self, tmp_path: Path, name: str) -> None:
@@ -142,10 +144,10 @@ class TestLongRows:
             rows(tmp_path / f"{name}.gz", gzip.compress(b"x" * 1001))
 
     def test_no_memory_is_one_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def full(text: str) -> None:
+        def full(pairs: list[tuple[str, Any]]) -> None:
             raise MemoryError
 
-        monkeypatch.setattr(formats.json, "loads", full)
+        monkeypatch.setattr(formats, "_once", full)
         with pytest.raises(UserError, match="too large for the memory"):
             rows(tmp_path / "a.jsonl", b"{}\n")
 

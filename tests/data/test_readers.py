@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keural.data.readers.formats import DataFile, Row, format_of, read_rows, sniff_encoding
+from keural.data.readers.datafile import DataFile, Row
+from keural.data.readers.encodings import guess_encoding
+from keural.data.readers.formats import format_of, read_rows
 from keural.data.records import Drop
 from keural.errors import UserError
 
@@ -21,7 +23,8 @@ CELL = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\n
 
 def rows(path: Path, content: str | bytes, format_name: str | None = None, **options: Any) -> list[Row | Drop]:
     path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-    return list(read_rows(DataFile(path, path.name), format_name or format_of(path) or "text", options))
+    found = read_rows(DataFile(path, path.name), format_name or format_of(path) or "text", options)
+    return [Drop(row.reason, row.where) if isinstance(row, Drop) else row for row in found]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp949", "utf-16"])
@@ -33,10 +36,10 @@ def test_text_in_any_of_the_encodings_packed_or_not(tmp_path: Path, encoding: st
 
 
 def test_a_few_bad_bytes_do_not_make_it_another_encoding() -> None:
-    assert sniff_encoding(KOREAN.encode() * 20 + b"\xff" + KOREAN.encode()) == "utf-8-sig"
-    assert sniff_encoding(KOREAN.encode("cp949")) == "cp949"
-    assert sniff_encoding(KOREAN.encode()[:-30][:50]) == "utf-8-sig"
-    assert sniff_encoding(b"plain") == "utf-8-sig"
+    assert guess_encoding(KOREAN.encode() * 20 + b"\xff" + KOREAN.encode()).encoding == "utf-8"
+    assert guess_encoding(KOREAN.encode("cp949")).encoding == "cp949"
+    assert guess_encoding(KOREAN.encode()[:-30][:50]).encoding == "utf-8"
+    assert guess_encoding(b"plain").encoding == "utf-8"
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r")))
@@ -120,7 +123,7 @@ def test_tables_come_back(tmp_path_factory: pytest.TempPathFactory, table: list[
 def test_cells_may_hold_line_ends_and_bad_rows_are_drops(tmp_path: Path) -> None:
     assert rows(tmp_path / "a.csv", 'Q,A\n"two\nlines",b\nonly one\nc,d\n') == [
         Row("a.csv:3", {"Q": "two\nlines", "A": "b"}),
-        Drop("malformed_row", "a.csv:4"),
+        Drop("ragged_row", "a.csv:4"),
         Row("a.csv:5", {"Q": "c", "A": "d"}),
     ]
     broken = rows(tmp_path / "b.csv", 'Q,A\n"a"x,b\nc,d\n')
@@ -145,7 +148,7 @@ def test_parquet(tmp_path: Path) -> None:
 
 def test_a_damaged_gzip_file_is_one_line(tmp_path: Path) -> None:
     whole = gzip.compress(json.dumps({"text": list(range(5000))}).encode())
-    for content in (b"not gzip", whole[: len(whole) // 2]):
+    for content in (b"\xff\x93\x88 no gzip \0\x01", whole[: len(whole) // 2]):
         with pytest.raises(UserError, match=r"a\.jsonl\.gz: damaged gzip file"):
             rows(tmp_path / "a.jsonl.gz", content)
 
@@ -158,6 +161,8 @@ def test_suffixes() -> None:
         "a.jsonl.gz": "jsonl",
         "a.tsv": "tsv",
         "a": None,
-        "a.tar.gz": None,
+        "a.tar.gz": "tar",
+        "a.TGZ": "tar",
+        "a.csv.bz2": "csv",
     }
     assert {name: format_of(Path(name)) for name in named} == named

@@ -51,7 +51,7 @@ def test_rows_become_records_with_their_places(data_dir: Path) -> None:
     assert found == [
         Document("하나", "a.jsonl.gz:1", "ko"),
         Drop("missing_text", "a.jsonl.gz:2"),
-        Drop("malformed_row", "a.jsonl.gz:3"),
+        Drop("malformed_row", "a.jsonl.gz:3", "expecting value"),
     ]
 
 
@@ -64,7 +64,7 @@ def test_rows_become_records_with_their_places(data_dir: Path) -> None:
         ({"adapter": "hh_rlhf", "format": "markdown"}, ["does not read markdown"]),
         ({"adapter": "alpaca"}, ["adapter alpaca does not read text", "jsonl"]),
         ({"options": {"feld": "text"}}, ["unknown option 'feld'", "did you mean 'field'?"]),
-        ({"adapter": "markdown", "format": "markdown", "options": {"x": 1}}, ["unknown option 'x'", "has none"]),
+        ({"adapter": "markdown", "format": "markdown", "options": {"x": 1}}, ["unknown option 'x'", "it has encoding"]),
         ({"options": {"gutenberg": "yes"}}, ["option 'gutenberg' must be true or false", "'yes'"]),
         ({"options": {"field": True}}, ["option 'field' must be a text or a column number or a list"]),
         ({"options": {"field": []}}, ["option 'field'"]),

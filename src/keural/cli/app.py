@@ -84,9 +84,7 @@ def run(
     """Run a recipe's whole pipeline; finished stages are skipped, an interrupted one is resumed."""
     loaded, directory = open_recipe(recipe, overrides, out)
     _check(loaded, directory, until=until)
-    from keural.pipeline.run import run as run_recipe
-
-    _end(run_recipe(loaded, directory, until=until, tensorboard=tensorboard))
+    _run(loaded, directory, until=until, tensorboard=tensorboard)
 
 
 @app.command(rich_help_panel=RECIPES)
@@ -99,9 +97,7 @@ def train(
     """Run one stage (with torchrun: on many processes); the stage it starts from must be finished."""
     loaded, name, directory = open_stage(stage, overrides, out)
     _check(loaded, directory, only=name)
-    from keural.pipeline.run import run as run_recipe
-
-    _end(run_recipe(loaded, directory, only=name, tensorboard=tensorboard))
+    _run(loaded, directory, only=name, tensorboard=tensorboard)
 
 
 def _check(recipe: "Recipe", directory: Path, *, until: str | None = None, only: str | None = None) -> None:
@@ -110,6 +106,15 @@ def _check(recipe: "Recipe", directory: Path, *, until: str | None = None, only:
 
     if "LOCAL_RANK" not in os.environ:
         workspace.check_inputs(recipe, workspace.select_stages(recipe, until=until, only=only), directory)
+
+
+def _run(recipe: "Recipe", directory: Path, **settings: Any) -> None:
+    """Run stages of a recipe; print what was prepared for them, and how it ended."""
+    from keural.cli import printing
+    from keural.pipeline.run import run as run_recipe
+
+    with printing.tables_of_unusable():
+        _end(run_recipe(recipe, directory, on_data=printing.print_made, **settings))
 
 
 def _end(outcome: "Outcome") -> None:

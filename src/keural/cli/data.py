@@ -22,7 +22,8 @@ def data_prepare(recipe: RecipeDir, overrides: Overrides = None, out: Out = None
 
     loaded, directory = open_recipe(recipe, overrides, out)
     workspace.check_inputs(loaded, loaded.stages, directory)
-    printing.print_data(workspace.prepare_all(loaded, loaded.stages, directory))
+    with printing.tables_of_unusable():
+        printing.print_data(workspace.prepare_all(loaded, loaded.stages, directory))
 
 
 @app.command("try")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from keural.data.adapters.reasons import reason_of
-from keural.data.preview.guess import Guess
+from keural.data.preview.guess import GENERAL, Guess
 from keural.data.preview.marked import Span, spans_of
 from keural.data.preview.trial import EXAMPLES, Trial, try_path
 from keural.data.records import Conversation, Document, PreferencePair, Record
@@ -97,6 +97,7 @@ def _show_guesses(guesses: list[Guess]) -> None:
     show(f"adapter {best.described()}{f', not {_names(best.unread)}' if best.unread else ''}")
     if best.adapter == "text" and best.score < 0.9:
         show("  only as running text: no adapter of conversations or pairs reads these fields")
+    others = sorted(others, key=lambda guess: guess.adapter not in GENERAL)
     second = next((guess for guess in others if guess.adapter != best.adapter or guess.fields != best.fields), None)
     if second is not None:
         show(f"  next: {second.described()}{f', not {_names(second.unread)}' if second.unread else ''}")

@@ -54,7 +54,8 @@ def _rank() -> int:
 
 def _refuse(error: UserError) -> int:
     if _rank() == 0:
-        note(f"keural: error: {error}")
+        for line in error.lines:
+            note(f"keural: error: {line}")
     if "LOCAL_RANK" in os.environ and not error.told:
         _tell_torchrun(f"keural: error: {error}")
     return USER_ERROR

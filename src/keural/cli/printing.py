@@ -1,7 +1,9 @@
 """What the commands print: the end of a run, the data table, the batch of a step, what a model is, how far a conversion is."""
 
+import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,9 +11,9 @@ from keural.data.filtering.gates import gate_of
 from keural.data.loading.batch import Batch
 from keural.data.source_counts import SourceRow
 from keural.pipeline.run_directory import SUMMARY, Done, Summary
-from keural.pipeline.workspace import Workspace, open_stream
+from keural.pipeline.workspace import UnusableData, Workspace, open_stream
 from keural.recipe import StageSpec
-from keural.terminal import Piece, say, show, show_pieces, show_table
+from keural.terminal import UNDERLINE, Piece, say, show, show_pieces, show_table, underline_words
 
 Side = Literal["left", "right"]
 
@@ -79,11 +81,31 @@ def _figures(evaluation: dict[str, Any]) -> list[str]:
     return lines
 
 
+def print_made(workspace: Workspace) -> None:
+    """The data that was prepared just now; what was there before was shown then."""
+    print_data(replace(workspace, data={name: prepared for name, prepared in workspace.data.items() if prepared.made}))
+
+
+@contextlib.contextmanager
+def tables_of_unusable() -> Iterator[None]:
+    """Print what was counted of sources where some cannot be used; the error goes on."""
+    try:
+        yield
+    except UnusableData as refused:
+        for name, table in refused.tables.items():
+            _show_sources(name, table)
+        raise
+
+
+def _show_sources(name: str, table: Sequence[SourceRow]) -> None:
+    names = ("source", "rows", "kept", "tokens", "dropped")
+    show_table(name, _columns(names, ("source", "dropped")), [_data_row(row) for row in table])
+
+
 def print_data(workspace: Workspace) -> None:
     """Per stage and source: rows, kept, tokens, every reason of a drop with its count and first place, and what an epoch holds."""
     for name, prepared in workspace.data.items():
-        names = ("source", "rows", "kept", "tokens", "dropped")
-        show_table(name, _columns(names, ("source", "dropped")), [_data_row(row) for row in prepared.table])
+        _show_sources(name, prepared.table)
         if any(row.mixture for row in prepared.table):
             _show_mixture(name, prepared.table)
         for evaluation_set, found in (prepared.contamination or {}).items():
@@ -94,6 +116,8 @@ def print_data(workspace: Workspace) -> None:
                 show(row.survey)
             for warning in (row.warning or "").splitlines():
                 show(f"warning: {warning}")
+            for line in row.suspicions or ():
+                show(f"warning: source {row.source!r}: {line}")
             if "benchmark" in row.flags and not row.left_out:
                 show(
                     f"warning: source {row.source!r} is a benchmark; after training on it scores of its family mean nothing "
@@ -109,6 +133,7 @@ def _data_row(row: SourceRow) -> tuple[str, ...]:
     drops = "\n".join(listed)
     drops += "".join(f"\n{reason} {count:,} (kept)" for reason, count in row.noted.items())
     drops += f"\nnot read: {', '.join(row.not_read)}" if row.not_read else ""
+    drops += "".join(f"\n{line}" for line in row.assumed or ())
     drops = f"left out: {row.left_out}" if row.left_out else drops.strip()
     return row.source, f"{row.rows:,}", f"{row.kept:,}", f"{row.tokens:,}", drops
 
@@ -145,11 +170,12 @@ def print_counts(title: str, counts: Mapping[str, int]) -> None:
 
 
 def show_batch(workspace: Workspace, stage: StageSpec, step: int, rows: int) -> None:
-    """Print the first rows of the batch of `step`: trained tokens are underlined, documents of a row are apart."""
+    """Print the first rows of the batch of `step`: trained tokens are marked, documents of a row are apart."""
     stream = open_stream(workspace, stage)
     batch = stream.batch(step)
     count, length = batch.input_ids.shape
-    show(f"{stage.name} step {step}: {count} rows of {length} tokens, {int((batch.labels >= 0).sum())} trained")
+    trained = f"{int((batch.labels >= 0).sum())} trained, {underline_words()}"
+    show(f"{stage.name} step {step}: {count} rows of {length} tokens, {trained}")
     for row in range(min(rows, count)):
         for segment in range(1, int(batch.segment_ids[row].max()) + 1):
             show_pieces(_segment(workspace, batch, row, segment))
@@ -165,7 +191,7 @@ def _segment(workspace: Workspace, batch: Batch, row: int, segment: int) -> list
     for end in range(1, len(ids) + 1):
         if end == len(ids) or trained[end] != trained[start]:
             piece = workspace.tokenizer.decode(ids[start:end], skip_special_tokens=False)
-            pieces.append((piece, "underline" if trained[start] else ""))
+            pieces.append((piece, UNDERLINE if trained[start] else ""))
             start = end
     return pieces
 
@@ -184,7 +210,7 @@ def print_inspection(values: Mapping[str, Any]) -> None:
     lineage = values.get("lineage", {})
     if lineage:
         show(f"lineage: {' -> '.join(lineage.get('chain', []))}")
-        for name in ("recipe", "stage", "source", "fingerprint", "keural", "transformers"):
+        for name in ("recipe", "stage", "objectives", "source", "fingerprint", "keural", "transformers"):
             if name in lineage:
                 show(f"  {name}: {lineage[name]}")
     if values.get("ledger"):

@@ -1,8 +1,10 @@
 """Which fields of a source's rows nothing reads, and which fields that its options name no row has.
 
-In: an adapter, a source's options and its rows. Out: names, to be listed once per source, or to refuse an option without effect.
+In: an adapter, a source's options and its rows. Out: names, to be listed once per source, or to refuse an option without effect;
+and the beginning of a row, to be shown.
 """
 
+import json
 from typing import Any
 
 from keural.data.adapters.base import Adapter, holds, lookup
@@ -11,6 +13,8 @@ from keural.recipe import SourceSpec
 
 MAX_NAMES = 50
 """More are not remembered: rows may have names as keys."""
+MAX_ROWS = 100
+"""Of so many rows all fields are remembered, to be named where the source cannot be used."""
 
 
 class FieldUse:
@@ -20,6 +24,9 @@ class FieldUse:
         self._reads = adapter.reads(source) if adapter.reads else None
         self._booleans = self._reads.booleans if self._reads else frozenset[str]()
         self.unread: set[str] = set()
+        self.keys: dict[str, None] = {}
+        """Fields of the first rows, in their order."""
+        self._rows = 0
         named = self._reads.optional if self._reads else ()
         self.unseen: dict[str, list[Any]] = {}
         """By option, the fields that it names, as long as no row had one."""
@@ -30,6 +37,10 @@ class FieldUse:
 
     def look(self, value: Any) -> None:
         """Take note of a row's fields."""
+        if self._rows < MAX_ROWS:
+            self._rows += 1
+            if isinstance(value, dict) and len(self.keys) < MAX_NAMES:
+                self.keys.update(dict.fromkeys(map(str, value)))
         if self._reads is None:
             return
         if isinstance(value, dict):
@@ -50,6 +61,36 @@ class FieldUse:
             meant = key in self._booleans and str(value[key]).lower() in ("true", "false")
             if not meant and len(self.unread) < MAX_NAMES and holds(value[key]):
                 self.unread.add(f"{before}{key}")
+
+
+def excerpt(value: Any, length: int) -> str:
+    """The beginning of a row as JSON, for people; of a huge or deep one no more is looked at than is shown."""
+    text = json.dumps(_shortened(value, [length]), ensure_ascii=False, default=str)
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def _shortened(value: Any, room: list[int]) -> Any:
+    """As much of a value as there is room for."""
+    room[0] -= 2
+    if isinstance(value, str):
+        cut = value[: max(room[0], 0)]
+        room[0] -= len(cut)
+        return cut if len(cut) == len(value) else f"{cut}…"
+    if isinstance(value, dict):
+        made: dict[str, Any] = {}
+        for key, inner in value.items():
+            if room[0] <= 0:
+                return made | {"…": "…"}
+            made[str(key)[:100]] = _shortened(inner, room)
+        return made
+    if isinstance(value, list | tuple):
+        items: list[Any] = []
+        for inner in value:
+            if room[0] <= 0:
+                return [*items, "…"]
+            items.append(_shortened(inner, room))
+        return items
+    return value
 
 
 def _has(value: dict[Any, Any], name: str | int) -> bool:

@@ -14,10 +14,11 @@ import contextlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from keural.data.field_use import FieldUse
 from keural.data.filtering.decontamination import REASON, Contaminated, Decontaminator, check_evaluation
@@ -34,19 +35,24 @@ from keural.data.prepared import (
     open_prepared,
 )
 from keural.data.records import Drop, Record
-from keural.data.source_counts import SourceCounter, SourceRow
+from keural.data.source_counts import NOT_DEFECTS, SourceCounter, SourceRow
 from keural.data.sources import Source
 from keural.data.stage_sources import StageSources, open_stage_sources
 from keural.data.tokens.encode import Encoded, Encoder
 from keural.data.tokens.encoding_cache import EncodingCache
 from keural.data.tokens.store_builder import StoreBuilder
-from keural.errors import UserError
+from keural.errors import UserError, UserErrors
 from keural.files import FileHashes, atomic_directory
 from keural.recipe import OBJECTIVES, DataSpec, Objective
+from keural.terminal import work_progress
 from keural.tokenizer.load import KeuralTokenizer
 
 if TYPE_CHECKING:
     from keural.data.cleaning.run import Cleaned
+
+T = TypeVar("T")
+ROWS_BETWEEN_SIGNS = 256
+"""So often progress is shown."""
 
 
 def prepare(
@@ -62,7 +68,8 @@ def prepare(
     _check_kinds(sources, objective)
     wanted = data_fingerprint(sources, objective, tokenizer, out_root, seed)
     directory = out_root / wanted[:16]
-    if not is_prepared(directory, wanted):
+    made = not is_prepared(directory, wanted)
+    if made:
         cleaned = _clean(sources, out_root, seed)
         with atomic_directory(directory) as temporary:
             with _encoding_cache(out_root / f".{wanted[:16]}.parts", tokenizer) as cache:
@@ -78,7 +85,7 @@ def prepare(
                 cleaned=cleaned.directory.name if cleaned else None,
                 contamination=decontaminator.report() if decontaminator else None,
             ).write(temporary / PREPARED)
-    return open_prepared(directory, spec, wanted)
+    return replace(open_prepared(directory, spec, wanted), made=made)
 
 
 def _check_kinds(sources: StageSources, objective: Objective) -> None:
@@ -141,7 +148,9 @@ class _Reading:
         """The records of a source, cleaned where the recipe says so; what cleaning dropped is counted."""
         if self.cleaned is None:
             counter.fields = FieldUse(source.adapter, source.spec)
-            return source.read(self.seed, fields=counter.fields)
+            return source.read(self.seed, fields=counter.fields, notes=counter.notes)
+        for file, _ in source.files:
+            counter.notes.file(file.name, file.shape)
         counter.clean(self.cleaned.count(source.name))
         return self.cleaned.documents(source.name)
 
@@ -155,7 +164,8 @@ def _make(
     sections = spec.mixing is not None
     held = StoreBuilder(directory / ".heldout", kind, keep_texts=True)
     with StoreBuilder(directory / ".train", kind, sections=sections) as train, held as heldout:
-        table = _read_all(reading, encoder, {"train": train, "heldout": heldout})
+        with work_progress() as tell:
+            table = _read_all(reading, encoder, {"train": train, "heldout": heldout}, tell)
         _check_splits(spec, train.num_records, heldout.num_records)
         meta = {"sources": [row.to_json() for row in table]}
         for builder, name in ((train, "train"), (heldout, "heldout")):
@@ -164,17 +174,58 @@ def _make(
         return table, heldout.num_records > 0
 
 
-def _read_all(reading: _Reading, encoder: Encoder, stores: dict[Split, StoreBuilder]) -> list[SourceRow]:
-    """Put every used record into the store of its split. Returns the table, in the order of the recipe."""
+def _read_all(
+    reading: _Reading, encoder: Encoder, stores: dict[Split, StoreBuilder], tell: Callable[[str], None]
+) -> list[SourceRow]:
+    """Put every used record into the store of its split. Returns the table, in the order of the recipe.
+
+    A source that cannot be used does not end it: the others are still read, though no longer tokenised. Raises `UnusableSources`
+    when all were.
+    """
     sources, spec = reading.sources, reading.sources.spec
     splitter = Splitter(spec.heldout_per_mille)
     train = [SourceCounter(source, "train", left_out(spec, source)) for source in spec.sources]
     heldout = [SourceCounter(source, "heldout", left_out(spec, source)) for source in spec.heldout_sources]
     used = [counter for counter in (*heldout, *train) if counter.left_out is None]
-    for source, counter in zip(sources.heldout_first, used, strict=True):
-        for split, encoded in _kept(source, counter, encoder, splitter, reading):
-            stores[split].add(encoded, repeat=source.spec.repeat if split == "train" else 1, source=source.name)
-    return [counter.row() for counter in (*train, *heldout)]
+    refused: list[UserError] = []
+    for number, (source, counter) in enumerate(zip(sources.heldout_first, used, strict=True), start=1):
+        show = partial(_tell, tell, f"source {number} of {len(used)}, {source.name}")
+        encode = encoder.encode if not refused else _unencoded
+        for split, encoded in _until_refused(_kept(source, counter, encode, splitter, reading, show), counter, refused):
+            if not refused:
+                stores[split].add(encoded, repeat=source.spec.repeat if split == "train" else 1, source=source.name)
+    table = [counter.row() for counter in (*train, *heldout)]
+    if refused:
+        raise UnusableSources(refused, table)
+    return table
+
+
+class UnusableSources(UserErrors):
+    """Sources that cannot be used, each with its reason; `table` is what was counted of all of them."""
+
+    def __init__(self, errors: Iterable[UserError], table: list[SourceRow]) -> None:
+        super().__init__(errors)
+        self.table = table
+
+
+def _until_refused(records: Iterator[T], counter: SourceCounter, refused: list[UserError]) -> Iterator[T]:
+    """The records until their source is refused, which is remembered with the fields that its rows have."""
+    try:
+        yield from records
+    except UserError as error:
+        keys = list(counter.fields.keys) if counter.fields else []
+        said = "its keys: " in str(error) or not counter.drops.keys() - NOT_DEFECTS
+        named = "" if said or not keys else f" (fields of its rows: {', '.join(keys[:12])})"
+        refused.append(UserError(f"{error}{named}"))
+
+
+def _tell(tell: Callable[[str], None], what: str, counter: SourceCounter) -> None:
+    tell(f"{what}: {counter.rows:,} rows, {counter.kept:,} kept, {counter.tokens:,} tokens")
+
+
+def _unencoded(records: Iterable[Record | Drop]) -> Iterator[Encoded | Drop]:
+    """Records as they are, where there will be no store."""
+    return (record if isinstance(record, Drop) else Encoded(record, ()) for record in records)
 
 
 def _check_splits(spec: DataSpec, train: int, heldout: int) -> None:
@@ -187,7 +238,12 @@ def _check_splits(spec: DataSpec, train: int, heldout: int) -> None:
 
 
 def _kept(
-    source: Source, counter: SourceCounter, encoder: Encoder, splitter: Splitter, reading: _Reading
+    source: Source,
+    counter: SourceCounter,
+    encode: Callable[[Iterable[Record | Drop]], Iterator[Encoded | Drop]],
+    splitter: Splitter,
+    reading: _Reading,
+    show: Callable[[SourceCounter], None],
 ) -> Iterator[tuple[Split, Encoded]]:
     """The records of one source that are used, each with its split; everything else is counted."""
     spec = source.spec
@@ -195,7 +251,9 @@ def _kept(
     prompts = keeper.actions["duplicate_prompts"]
     # what is held out may be an evaluation set itself
     decontaminator = reading.decontaminator if counter.split == "train" else None
-    for encoded in encoder.encode(_gated(reading.records(source, counter), keeper, decontaminator)):
+    for encoded in encode(_gated(reading.records(source, counter), keeper, decontaminator)):
+        if counter.rows % ROWS_BETWEEN_SIGNS == 0:
+            show(counter)
         split = (
             encoded
             if isinstance(encoded, Drop)

@@ -1,7 +1,7 @@
 """What was prepared: the stores of a stage, the table of its sources, and the fingerprint by which it is found again."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -55,6 +55,8 @@ class Prepared:
     """Where the data is that was tokenised before; None: in `train`."""
     contamination: dict[str, dict[str, Any]] | None = None
     """By evaluation set (`Decontaminator.report`); the records that were found are listed in `contamination.jsonl`."""
+    made: bool = field(default=False, compare=False)
+    """Whether it was not there before."""
 
     @property
     def corpus(self) -> Corpus:

@@ -24,7 +24,7 @@ class Conversation:
     """A dialogue for supervised fine-tuning: perhaps a system turn, then user, assistant and tool turns, an assistant's last.
 
     `id` is what the source calls it, where the recipe says which field that is; a translation has the same. `notes` say what of the
-    row the record does not have, to be counted.
+    row the record does not have, to be counted; `label` is what the row says of its answer, where a label does.
     """
 
     messages: tuple[Message, ...]
@@ -32,12 +32,16 @@ class Conversation:
     language: str | None = None
     id: str | None = None
     notes: tuple[str, ...] = ()
+    label: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """Two answers to one prompt. `prompt` ends with a user turn; `chosen` and `rejected` are the assistant's contents; `id` as of a
-    conversation.
+    """Two answers to one prompt. `prompt` ends with a user turn; `chosen` and `rejected` are the assistant's contents; `id` and
+    `notes` as of a conversation.
+
+    `label` is what the row says in favour of the chosen one, where a label or scores decide. `weight` is what the pair counts in
+    the loss: several pairs of one row share a weight of 1.
     """
 
     prompt: tuple[Message, ...]
@@ -46,6 +50,9 @@ class PreferencePair:
     where: str
     language: str | None = None
     id: str | None = None
+    label: str = ""
+    weight: float = 1.0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,10 @@ from keural.data.field_use import FieldUse
 from keural.data.filtering.decontamination import REASON
 from keural.data.filtering.gates import gate_of
 from keural.data.filtering.holdout import Split
+from keural.data.filtering.suspicions import Seen, suspicions
 from keural.data.licenses import flags_of, language_of, license_of
 from keural.data.loading.mixture import Share
+from keural.data.readers.notes import ReadingNotes
 from keural.data.records import Drop, PreferencePair, SourceCount
 from keural.data.sources import schema_error
 from keural.data.tokens.encode import Encoded
@@ -37,7 +39,8 @@ MAX_DETAILS = 12
 NOT_DEFECTS = {
     OVER_LIMIT,
     "duplicate", "duplicate_after_cut", "duplicate_id", "duplicate_prompt", "held_out",
-    "label_false", "not_trained", "nothing_trained", "unanswerable", OTHER_PART, OTHER_LANGUAGE, OTHER_LICENSE, REASON
+    "label_false", "not_trained", "nothing_trained", "unanswerable", OTHER_PART, OTHER_LANGUAGE, OTHER_LICENSE, REASON,
+    "label_tie", "no_preference", "score_tie", "small_margin",
 }  # fmt: skip
 """Drops that say nothing about a source's quality; they do not count against `max_drop`."""
 
@@ -90,18 +93,24 @@ class SourceRow:
     """What was found in rows that were dropped, by reason: an unknown role, a wrong type, the keys that a row has."""
     not_read: tuple[str, ...] | None = None
     """Fields of rows, and of turns in them, that hold something and that the adapter does not read."""
+    assumed: tuple[str, ...] | None = None
+    """What was assumed of its files (an encoding other than UTF-8, another format or delimiter than the name says) and changed in
+    its texts, a line each."""
     length_ratio: float | None = None
     """Characters of chosen answers for each of rejected ones; None where there are no pairs."""
     warning: str | None = None
     """What differs from the count that the recipe expects, and which gates drop a suspicious share: a line each."""
+    suspicions: tuple[str, ...] | None = None
+    """What is unusual in it, a line each: shares and lengths that a misread field would have."""
     mixture: Share | None = None
     """What an epoch holds of it, where sources are mixed by weight."""
     survey: str | None = None
     """What published shards hold, in one line."""
 
     def to_json(self) -> dict[str, Any]:
-        """The row as plain data; `mixture`, `survey`, `details` and `not_read` only where there are any."""
-        values = asdict(self) | {"flags": list(self.flags), "not_read": self.not_read and list(self.not_read)}
+        """The row as plain data; what there need not be any of (`_OPTIONAL`) only where there is."""
+        values = asdict(self) | {"flags": list(self.flags)}
+        values |= {name: list(lines) for name in ("not_read", "assumed", "suspicions") if (lines := values[name]) is not None}
         return {name: value for name, value in values.items() if value is not None or name not in _OPTIONAL}
 
     @classmethod
@@ -122,7 +131,7 @@ class SourceRow:
         return row
 
 
-_OPTIONAL = ("mixture", "survey", "details", "not_read")
+_OPTIONAL = ("mixture", "survey", "details", "not_read", "assumed", "suspicions")
 _REQUIRED = [each.name for each in fields(SourceRow) if each.name not in (*_OPTIONAL, "text_kind")]
 _ROWS = TypeAdapter(SourceRow)
 
@@ -151,7 +160,9 @@ class SourceCounter:
     details: dict[str, Counter[str]] = field(default_factory=dict)
     undeclared: dict[str, str] = field(default_factory=dict)
     fields: FieldUse | None = None
+    notes: ReadingNotes = field(default_factory=ReadingNotes)
     noted: Counter[str] = field(default_factory=Counter)
+    seen: Seen = field(default_factory=Seen)
     chosen_characters: int = 0
     rejected_characters: int = 0
     cleaned: SourceCount | None = None
@@ -179,6 +190,7 @@ class SourceCounter:
         repeat = self.source.repeat if split == "train" else 1
         self.tokens += repeat * sum(len(ids) for ids, _ in encoded.sequences)
         self.shortened += encoded.cut_turns > 0
+        self.seen.keep(encoded.record)
         if isinstance(encoded.record, PreferencePair):
             self.chosen_characters += len(encoded.record.chosen)
             self.rejected_characters += len(encoded.record.rejected)
@@ -221,15 +233,28 @@ class SourceCounter:
         """Refuse a source of which a field may have been misread, or an option had no effect."""
         name = self.source.name
         if self.undeclared:
-            values = ", ".join(f"{found} ({count:,} rows)" for found, count in self.details[UNDECLARED].most_common())
-            remedy = "; ".join(dict.fromkeys(filter(None, self.undeclared.values())))
-            raise UserError(f"source {name!r}: {values}, first {self.first_drop[UNDECLARED]}: not a declared meaning; {remedy}")
+            raise UserError(f"source {name!r}: {self._undeclared()}")
         if self.fields and self.fields.unseen and self.kept != self.source.limit:
             option, names = next(iter(self.fields.unseen.items()))
             raise UserError(
                 f"source {name!r}: option {option!r} has no effect: no row has a field {' or '.join(map(repr, names))}; "
                 f"check its spelling, or leave the option out{self._left_fields()}"
             )
+
+    def _undeclared(self) -> str:
+        """The values of no declared meaning, those beside them, and how to declare them (`VALUES` of a remedy are all of them)."""
+        found, declared = (
+            self.details[UNDECLARED],
+            self.seen.labels
+            + sum((self.details.get(reason, Counter()) for reason in ("label_tie", "no_preference")), Counter[str]()),
+        )
+        others = self.drops[UNDECLARED] - found.total()
+        values = f"{_counted(found)}{f' and others ({others:,} rows)' if others else ''}"
+        beside = f" (beside {_counted(declared)})" if declared else ""
+        remedies = dict.fromkeys(filter(None, self.undeclared.values()))
+        wanted = ", ".join(f"{each.partition(' is ')[2]}: ..." for each in (*found, *declared))
+        remedy = "; ".join(remedies).replace("VALUES", wanted)
+        return f"{values}, first {self.first_drop[UNDECLARED]}: not a declared meaning{beside}; {remedy}"
 
     def _left_fields(self) -> str:
         left = sorted(self.fields.unread) if self.fields else []
@@ -259,9 +284,11 @@ class SourceCounter:
             noted=dict(self.noted.most_common()),
             details={reason: dict(found.most_common()) for reason, found in self.details.items() if found} or None,
             not_read=tuple(sorted(self.fields.unread)) or None if self.fields else None,
+            assumed=self.notes.lines() or None,
             length_ratio=self.chosen_characters / self.rejected_characters if self.rejected_characters else None,
         )
-        return replace(row, warning=warning_of(source, row))
+        unusual = None if self.left_out else suspicions(self.seen, self.rows, self.drops) or None
+        return replace(row, warning=warning_of(source, row), suspicions=unusual)
 
 
 def check_drops(source: SourceSpec, row: SourceRow) -> None:
@@ -273,6 +300,10 @@ def check_drops(source: SourceSpec, row: SourceRow) -> None:
             f"max_drop {source.max_drop:g}; most often {_worst(row, row.defects)}; "
             f"{_remedy(row)}mend the data or the options of adapter {source.adapter}, or raise max_drop"
         )
+
+
+def _counted(found: Counter[str]) -> str:
+    return ", ".join(f"{each} ({count:,} rows)" for each, count in found.most_common(MAX_DETAILS))
 
 
 def _worst(row: SourceRow, drops: dict[str, int]) -> str:

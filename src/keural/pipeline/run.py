@@ -8,6 +8,7 @@ again; what was done with earlier work, and why, is always said. `run_directory`
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,15 @@ from keural.pipeline.stage_directory import find_done, is_finished, model_proble
 from keural.pipeline.workspace import (
     Workspace,
     check_inputs,
+    check_starts,
     init_directory,
     prepare_all,
+    prepare_tokenizer,
     select_stages,
     with_ancestors,
 )
 from keural.pretrained.directory import save_model_directory
-from keural.pretrained.lineage import check_sums
+from keural.pretrained.lineage import UNKNOWN, check_sums, read_record
 from keural.recipe import VERSION, Recipe, StageSpec, parse_duration
 from keural.report.html import write_report
 from keural.train.parallel import check_ranks, full_state_dict
@@ -59,12 +62,20 @@ class Outcome:
     interrupted: bool
 
 
-def run(recipe: Recipe, out: Path, *, until: str | None = None, only: str | None = None, tensorboard: bool = False) -> Outcome:
+def run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    until: str | None = None,
+    only: str | None = None,
+    tensorboard: bool = False,
+    on_data: Callable[[Workspace], object] | None = None,
+) -> Outcome:
     """Run a recipe's stages in order into `out`; finished parts are skipped, an interrupted stage is resumed.
 
     `until` stops after that stage, `only` runs just that stage (the one it starts from must be finished). Under torchrun
-    every rank calls this; rank 0 prepares and exports. Raises `UserError` for anything the user can mend, before the first
-    step where possible.
+    every rank calls this; rank 0 prepares and exports, and shows `on_data` what there is to train on. Raises `UserError` for
+    anything the user can mend, before the first step where possible.
     """
     stages = select_stages(recipe, until=until, only=only)
     with session() as ranks, contextlib.ExitStack() as stack:
@@ -74,7 +85,7 @@ def run(recipe: Recipe, out: Path, *, until: str | None = None, only: str | None
         ranks.on_main(lambda: check_inputs(recipe, stages, out))
         ranks.on_main(lambda: claim(out, recipe))
         ranks.on_main(lambda: stack.enter_context(only_run_in(out)))
-        ranks.on_main(lambda: _open_run(recipe, stages, out))
+        ranks.on_main(lambda: _open_run(recipe, stages, out, on_data))
         workspace = prepare_all(recipe, stages, out)
         for stage in stages:
             if _train(workspace, stage, ranks, tensorboard):
@@ -83,10 +94,13 @@ def run(recipe: Recipe, out: Path, *, until: str | None = None, only: str | None
     return Outcome(out, interrupted=False)
 
 
-def _open_run(recipe: Recipe, stages: list[StageSpec], out: Path) -> None:
+def _open_run(recipe: Recipe, stages: list[StageSpec], out: Path, on_data: Callable[[Workspace], object] | None) -> None:
     """Keep the resolved recipe, prepare the data: once, before other ranks open it."""
     write_recipe(out, recipe)
+    check_starts(recipe, stages, prepare_tokenizer(recipe, out), out)
     workspace = prepare_all(recipe, stages, out)
+    if on_data is not None:
+        on_data(workspace)
     check_measurable(recipe, workspace.data)
 
 
@@ -153,7 +167,8 @@ def export_stage(workspace: Workspace, stage: StageSpec, result: StageResult, wa
 def _save_stage(workspace: Workspace, stage: StageSpec, result: StageResult, weights: dict[str, Tensor], wanted: str) -> None:
     directory, spec = workspace.out / stage.name, workspace.recipe.spec
     chain = list(reversed(with_ancestors(workspace.recipe, stage)))
-    lineage = {"recipe": spec.name, "stage": stage.name, "fingerprint": wanted, "chain": chain}
+    trained = {"chain": chain, "objectives": _objectives(workspace, stage)}
+    lineage = {"recipe": spec.name, "stage": stage.name, "fingerprint": wanted, **trained}
     save_model_directory(directory / MODEL, workspace.model_config, weights, workspace.tokenizer, lineage, spec.chat)
     Done(
         name=stage.name,
@@ -168,6 +183,15 @@ def _save_stage(workspace: Workspace, stage: StageSpec, result: StageResult, wei
         loss_last=result.loss_last,
         heldout=result.heldout,
     ).write(directory / DONE)
+
+
+def _objectives(workspace: Workspace, stage: StageSpec) -> list[str]:
+    """What a stage's model was trained for, oldest first, with what is known of the directory that its first stage started from."""
+    stages = list(reversed(with_ancestors(workspace.recipe, stage).values()))
+    before: list[str] = []
+    if stages[0].starts_from_directory:
+        before = read_record(init_directory(workspace.out, stages[0])).get("objectives", [UNKNOWN])
+    return [*before, *(stage.objective for stage in stages)]
 
 
 def _finish(workspace: Workspace, started: float) -> None:

@@ -1,21 +1,22 @@
 """What a recipe's stages work on: tokenizer, data, and the models they start from."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from keural.data.filtering.decontamination import check_evaluation
 from keural.data.loading.stream import Stream
-from keural.data.prepare import check_cleaning, prepare
+from keural.data.prepare import UnusableSources, check_cleaning, prepare
 from keural.data.prepared import HASHES, Prepared, find_prepared
 from keural.data.pretokenized import check_pretokenized, open_pretokenized
 from keural.data.sources import Source, open_sources
 from keural.data.stage_sources import open_stage_sources
 from keural.data.tokenizer_texts import iter_texts
-from keural.errors import UserError
-from keural.files import FileHashes, atomic_directory, fingerprint, read_object, sha256_file
+from keural.errors import UserError, UserErrors, for_all
+from keural.files import FileHashes, atomic_directory, fingerprint, sha256_file
 from keural.pipeline.run_directory import (
     DATA,
     DONE,
@@ -29,8 +30,10 @@ from keural.pipeline.run_directory import (
     set_aside,
     tokenizer_files,
 )
-from keural.recipe import VERSION, Recipe, StageSpec
-from keural.terminal import say
+from keural.pretrained.lineage import LINEAGE, read_record
+from keural.pretrained.location import check_kind, model_directory
+from keural.recipe import OBJECTIVES, VERSION, Recipe, StageSpec
+from keural.terminal import say, work_progress
 from keural.tokenizer import KeuralTokenizer
 from keural.tokenizer.train import train_tokenizer
 
@@ -78,11 +81,7 @@ class Workspace:
         if stage.init_from == "random":
             return "random"
         if stage.starts_from_directory:
-            lineage = init_directory(self.out, stage) / "keural.json"
-            files = read_object(lineage).get("files")
-            if not isinstance(files, dict):
-                raise UserError(f"{lineage}: names no files; give a model directory that this package has written")
-            return fingerprint(sorted(files.items()))
+            return fingerprint(sorted(_record_files(init_directory(self.out, stage)).items()))
         return self.stage_fingerprint(self.recipe.stage(stage.init_from))
 
 
@@ -111,15 +110,35 @@ def select_stages(recipe: Recipe, *, until: str | None = None, only: str | None 
 
 
 def check_inputs(recipe: Recipe, stages: Sequence[StageSpec], out: Path) -> None:
-    """Refuse what cannot work before anything is written: unknown adapters, missing paths, a model directory that is none."""
-    open_sources(recipe.spec.tokenizer.sources, data_directory(recipe))
-    opened = [open_stage_sources(stage.data, data_directory(recipe)) for stage in stages]
-    for stage, sources in zip(stages, opened, strict=True):
-        check_evaluation(sources.evaluation)
-        check_cleaning(sources)
-        check_pretokenized(stage.data, data_directory(recipe))
-        if stage.starts_from_directory and not (init_directory(out, stage) / "config.json").is_file():
-            raise UserError(f"{stage.name}: init_from {stage.init_from!r} is not a model directory (no config.json there)")
+    """Refuse what cannot work before anything is written: unknown adapters, missing paths, a model directory that is none.
+
+    All that is wrong is said at once.
+    """
+    directory = data_directory(recipe)
+    checks: list[Callable[[], object]] = [lambda: open_sources(recipe.spec.tokenizer.sources, directory)]
+    checks += [partial(_check_stage, stage, directory, out) for stage in stages]
+    for_all(checks, lambda check: check())
+
+
+def _check_stage(stage: StageSpec, directory: Path | None, out: Path) -> None:
+    sources = open_stage_sources(stage.data, directory)
+    check_evaluation(sources.evaluation)
+    check_cleaning(sources)
+    check_pretokenized(stage.data, directory)
+    if stage.starts_from_directory:
+        start = init_directory(out, stage)
+        check_kind(start)
+        _record_files(start)
+
+
+def check_starts(recipe: Recipe, stages: Iterable[StageSpec], tokenizer: KeuralTokenizer, out: Path) -> None:
+    """Refuse model directories that are not of the recipe's network or tokenizer, before data is prepared for them."""
+    from keural.pretrained.agreement import check_agreement
+
+    for stage in stages:
+        if stage.starts_from_directory:
+            chats = OBJECTIVES[stage.objective].store != "documents"
+            check_agreement(init_directory(out, stage), build_config(recipe, tokenizer), tokenizer.sha256, chats=chats)
 
 
 def data_directory(recipe: Recipe) -> Path | None:
@@ -133,17 +152,55 @@ def data_directory(recipe: Recipe) -> Path | None:
 
 
 def init_directory(out: Path, stage: StageSpec) -> Path:
-    """The model directory a stage starts from: another stage's, or the one it names."""
-    return Path(stage.init_from).expanduser() if stage.starts_from_directory else out / stage.init_from / MODEL
+    """The model directory a stage starts from: another stage's, or what it names: a model, stage or run directory.
+
+    Raises `UserError` when there is no model where the stage says.
+    """
+    if not stage.starts_from_directory:
+        return out / stage.init_from / MODEL
+    try:
+        return model_directory(Path(stage.init_from).expanduser())
+    except UserError as error:
+        raise UserError(f"{stage.name}: init_from {error}") from error
+
+
+def _record_files(directory: Path) -> dict[str, str]:
+    """The checksums of a model directory's files, by which a stage knows the weights that it started from."""
+    files: dict[str, str] = read_record(directory).get("files", {})
+    if not files:
+        raise UserError(
+            f"{directory}: has no record ({LINEAGE}), by which a stage knows its weights again; `keural import {directory} NEW` "
+            "makes a directory with one"
+        )
+    return files
 
 
 def prepare_all(recipe: Recipe, stages: Iterable[StageSpec], out: Path) -> Workspace:
-    """Tokenizer and token stores of the given stages and of those they start from; what is already there is only opened."""
+    """Tokenizer and token stores of the given stages and of those they start from; what is already there is only opened.
+
+    A stage whose data cannot be used does not keep the others from being prepared. Raises `UnusableData` when all were tried.
+    """
     claim(out, recipe)
     tokenizer = prepare_tokenizer(recipe, out)
     needed = {name: stage for stage in stages for name, stage in with_ancestors(recipe, stage).items()}
-    data = {name: _prepare_stage(recipe, stage, tokenizer, out) for name, stage in needed.items()}
+    data: dict[str, Prepared] = {}
+    refused: dict[str, UserError] = {}
+    for name, stage in needed.items():
+        try:
+            data[name] = _prepare_stage(recipe, stage, tokenizer, out)
+        except UserError as error:
+            refused[name] = error
+    if refused:
+        raise UnusableData(refused)
     return Workspace(recipe, out, tokenizer, data)
+
+
+class UnusableData(UserErrors):
+    """Stages whose data cannot be used; `tables` is what was counted of the sources of those that were read."""
+
+    def __init__(self, refused: Mapping[str, UserError]) -> None:
+        super().__init__(refused.values())
+        self.tables = {name: error.table for name, error in refused.items() if isinstance(error, UnusableSources)}
 
 
 def with_ancestors(recipe: Recipe, stage: StageSpec) -> dict[str, StageSpec]:
@@ -197,7 +254,8 @@ def prepare_tokenizer(recipe: Recipe, out: Path) -> KeuralTokenizer:
         return _load_tokenizer(directory, marker)
     texts = iter_texts(sources, spec.max_bytes, recipe.spec.seed)
     with atomic_directory(directory) as temporary:
-        tokenizer = train_tokenizer(texts, spec, temporary, recipe.spec.seed)
+        with work_progress() as tell:
+            tokenizer = train_tokenizer(_told(texts, recipe, tell), spec, temporary, recipe.spec.seed)
         files = tokenizer_files(temporary)
         TokenizerMarker(fingerprint=fingerprint(settings), settings=settings, sha256=tokenizer.sha256, files=files).write(
             temporary / DONE
@@ -206,6 +264,18 @@ def prepare_tokenizer(recipe: Recipe, out: Path) -> KeuralTokenizer:
             told = "; ".join(changes(marker.settings, settings))
             say(f"tokenizer: other settings ({told}); another one was trained, the old one is kept as {set_aside(directory)}")
     return tokenizer
+
+
+def _told(texts: Iterable[str], recipe: Recipe, tell: Callable[[str], None]) -> Iterator[str]:
+    """The texts that a tokenizer is trained on, told of as they are read, and once more when the training begins."""
+    read = count = 0
+    for text in texts:
+        count, read = count + 1, read + len(text)
+        if count % 100 == 1:
+            tell(f"tokenizer: reading, {count:,} texts, {read / 1e6:,.1f} million characters")
+        yield text
+    spec = recipe.spec.tokenizer
+    tell(f"tokenizer: training {spec.vocab_size:,} pieces on {count:,} texts, {read / 1e6:,.1f} million characters")
 
 
 def _tokenizer_marker(directory: Path) -> TokenizerMarker | None:

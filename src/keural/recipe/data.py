@@ -1,5 +1,6 @@
 """A stage's data: sources, gates, mixing, cleaning, decontamination."""
 
+import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -61,6 +62,22 @@ class SourceSpec(Spec):
     """Field with the id of a row, or `row_number`: a record whose id was there before in the same `id_space` is a duplicate."""
     id_space: str | None = None
     """Name that sources share whose ids mean the same, e.g. a set and its translation; the default is the source's own."""
+
+    @field_validator("options")
+    @classmethod
+    def _text_keys(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return {name: _with_text_keys(value) if isinstance(value, dict) else value for name, value in options.items()}
+
+
+def _with_text_keys(value: dict[Any, Any]) -> dict[str, Any]:
+    """A map whose keys are texts, as its JSON has them: what YAML reads as numbers and truths, too."""
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        text = json.dumps(key) if key is None or isinstance(key, int | float) else str(key)
+        if text in found:
+            raise ValueError(f"key {text} is there twice, as a text and not")
+        found[text] = item
+    return found
 
 
 GATE_SETTINGS = ("gates", "min_characters", "max_characters", "max_length_ratio", "id_field", "id_space")

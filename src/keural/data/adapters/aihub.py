@@ -9,8 +9,7 @@ again), and training and validation are kept apart by option `part`.
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import combinations, pairwise
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -19,6 +18,7 @@ from keural.data.adapters.base import (
     ASSISTANT_FIRST,
     Adapter,
     BadRow,
+    Undeclared,
     WrongSchema,
     conversation,
     described,
@@ -32,6 +32,7 @@ from keural.data.adapters.base import (
     text_of,
     with_system,
 )
+from keural.data.adapters.judgements import POLICIES, UNRANKED, number_of, ranked_pairs
 from keural.data.readers.options import NAME, SWITCH, TEXT, Option, OptionTable
 from keural.data.records import Conversation, Drop, PreferencePair
 from keural.recipe import SourceSpec
@@ -43,7 +44,6 @@ PARTS = ("training", "validation", "all")
 OTHER_PART = "other_part"
 """Reason of rows of another part of the same set, e.g. a corpus beside rankings; not a defect."""
 ANSWERS = tuple(f"answer{number:02d}" for number in range(1, 6))
-POLICIES = ("best_vs_worst", "adjacent", "all")
 _RAW = re.compile(r"원천|^(?:T|V)S(?![a-z])")
 _LABELLED = re.compile(r"라벨|^(?:T|V)L(?![a-z])")
 _VALIDATION = re.compile(r"validation|^V[SL](?![a-z])", re.IGNORECASE)
@@ -295,19 +295,28 @@ def _rankings(value: Any, source: SourceSpec) -> Iterator[Any]:
         if not isinstance(item, dict) or not any(name in item for name in ANSWERS):
             yield item
             continue
-        ranked = [(rank, item[name]) for name in ANSWERS if (rank := _rank(lookup(item.get(name), "ranking"))) is not None]
-        ranked.sort(key=lambda entry: entry[0])
-        if len(ranked) < 2:
-            yield {"question": item.get("question"), "better": None, "worse": None}
-            continue
-        policy = source.options.get("pairs", "best_vs_worst")
-        chosen = {
-            "best_vs_worst": [(ranked[0], ranked[-1])],
-            "adjacent": list(pairwise(ranked)),
-            "all": list(combinations(ranked, 2)),
-        }[policy if policy in POLICIES else "best_vs_worst"]
-        for (high, better), (low, worse) in chosen:
-            yield {"question": item.get("question"), "better": better, "worse": worse, "tie": high == low}
+        try:
+            yield from _ranked(item, source.options.get("pairs", POLICIES[0]))
+        except BadRow as bad:
+            yield bad
+
+
+def _ranked(item: dict[str, Any], policy: str) -> Iterator[Any]:
+    found = [(_rank(lookup(item[name], "ranking")), item[name]) for name in ANSWERS if name in item]
+    ranks, answers = [rank for rank, _ in found if rank is not None], [answer for rank, answer in found if rank is not None]
+    if len(ranks) < 2:
+        raise BadRow("missing_ranking")
+    left = any(rank is None and scalar(lookup(answer, "contents")) for rank, answer in found)
+    pairs = ranked_pairs([-rank for rank in ranks], policy)
+    untied = sum(ranks[better] != ranks[worse] for better, worse in pairs)
+    for better, worse in pairs:
+        yield item | {
+            "better": answers[better],
+            "worse": answers[worse],
+            "tie": ranks[better] == ranks[worse],
+            "weight": 1 / max(untied, 1),
+            "left": left,
+        }
 
 
 def _items(value: Any, key: str) -> Iterator[Any]:
@@ -316,23 +325,20 @@ def _items(value: Any, key: str) -> Iterator[Any]:
         yield from found if isinstance(found, list) else [item]
 
 
-def _rank(value: Any) -> int | None:
-    text = scalar(value)
-    return int(text) if text is not None and re.fullmatch(r"\d{1,3}", text.strip()) else None
+def _rank(value: Any) -> float | None:
+    return number_of(value, "ranking", "ranks are numbers, 1 is the best; mend the rows")
 
 
 def _ranking(value: Any, source: SourceSpec, where: str) -> PreferencePair | Drop:
     """71748: the better (lower ranking) of two answers to a question against the worse. Option `pairs`: best_vs_worst (one of each
-    question), adjacent or all; options other than the first give questions with more answers more weight.
+    question), adjacent or all; the pairs of a question are weighted so that each question counts once.
     """
-    if not isinstance(value, dict) or "question" not in value:
+    if not isinstance(value, dict) or not {"question", "better"} & value.keys():
         if isinstance(value, dict) and ("contents" in value or "data_id" in value):
             raise BadRow(OTHER_PART)
         raise missing(value, "question", *ANSWERS)
     if "better" not in value:
         raise BadRow(OTHER_PART)  # the set's SFT and PPO parts: one answer, or none
-    if value["better"] is None:
-        raise BadRow("missing_ranking")
     if value.get("tie"):
         raise BadRow("score_tie")
     question, better, worse = (
@@ -341,7 +347,9 @@ def _ranking(value: Any, source: SourceSpec, where: str) -> PreferencePair | Dro
     )
     if normalized(question) in (normalized(better), normalized(worse)):
         raise BadRow("answer_equals_question")
-    return preference_pair([Message("user", question)], better, worse, where, source.language)
+    pair = preference_pair([Message("user", question)], better, worse, where, source.language)
+    notes = (UNRANKED,) if value.get("left") else ()
+    return pair if isinstance(pair, Drop) else replace(pair, weight=value.get("weight", 1.0), notes=notes)
 
 
 def _reliability(value: Any, source: SourceSpec, where: str) -> PreferencePair | Drop:
@@ -357,31 +365,35 @@ def _reliability(value: Any, source: SourceSpec, where: str) -> PreferencePair |
         raise missing(value, "chosen", hint="; option label must name the field that says which of Candidate_answer is best")
     if not isinstance(candidates, dict):
         raise BadRow("malformed_row")
-    label = lookup(value, source.options["label"])
+    name = source.options["label"]
+    label = lookup(value, name)
     if label is None:
-        raise missing(value, str(source.options["label"]))
-    best, worst = _best_and_worst(label, list(candidates))
+        raise missing(value, str(name))
+    best, worst = _best_and_worst(label, list(candidates), name)
     prompt = scalar(_found(value, ("Prompt", "prompt")))
     answers = [scalar(candidates[key]) for key in (best, worst)]
     if prompt is None or None in answers:
         raise BadRow("malformed_row")
     chosen, rejected = (str(answer) for answer in answers)
-    return preference_pair([Message("user", prompt)], chosen, rejected, where, source.language)
+    pair = preference_pair([Message("user", prompt)], chosen, rejected, where, source.language)
+    alone = len(candidates) > 2 and not isinstance(label, list | dict)  # the best is known, the worst is any other
+    return replace(pair, notes=(UNRANKED,)) if alone and isinstance(pair, PreferencePair) else pair
 
 
-def _best_and_worst(label: Any, keys: list[str]) -> tuple[str, str]:
+def _best_and_worst(label: Any, keys: list[str], name: str | int) -> tuple[str, str]:
     if isinstance(label, dict):
         ranks = {key: rank for key in keys if (rank := _rank(label.get(key))) is not None}
         order = sorted(ranks, key=lambda key: ranks[key])
         if len(order) > 1 and ranks[order[0]] == ranks[order[-1]]:
             raise BadRow("score_tie")
-    elif isinstance(label, list):
-        order = [key for item in label if (key := scalar(item)) in keys and key is not None]
     else:
-        best = scalar(label)
-        order = [str(best), *(key for key in keys if key != best)] if best in keys else []
+        order = [scalar(item) or "" for item in (label if isinstance(label, list) else [label])]
+        if unknown := [item for item in order if item not in keys]:
+            raise Undeclared(name, unknown[0], "it is one of the keys of Candidate_answer; name another field in the option label")
+        if not isinstance(label, list):
+            order += [key for key in keys if key != order[0]]
     if len(order) < 2 or order[0] == order[-1]:
-        raise BadRow("no_preference")
+        raise BadRow("missing_ranking")
     return order[0], order[-1]
 
 

@@ -60,8 +60,8 @@ class Adapter:
     """What rows it reads, and what they become, in plain words."""
     split: Callable[[Any, SourceSpec], Iterable[Any]] | None = None
     """Takes a row that holds several records (a file of sessions, a ranking) apart; none: a row is a record."""
-    split_option: str | None = None
-    """Rows are taken apart only where a recipe gives this option."""
+    split_option: str | Callable[[SourceSpec], bool] | None = None
+    """Rows are taken apart only where a recipe gives this option, or where its options are so."""
     check: Callable[[SourceSpec], str | None] | None = None
     """What is wrong with a source's options together; their types and names are checked before."""
     reads: Callable[[SourceSpec], Reads] | None = None
@@ -85,6 +85,8 @@ class Adapter:
     it is called, before the first row. None: rows are read."""
     content: Callable[[], list[Path]] = list
     """The files that determine rows which the adapter makes."""
+    directory: tuple[str, ...] = ()
+    """Those of its formats that a directory or an archive is searched for; none: all."""
 
     def __call__(self, value: Any, source: SourceSpec, where: str) -> AnyRecord | Drop:
         """The record that a row holds, or why it holds none."""
@@ -96,7 +98,10 @@ class Adapter:
 
     def splitter(self, source: SourceSpec) -> Callable[[Any, SourceSpec], Iterable[Any]] | None:
         """What takes the rows of `source` apart; None: a row is a record."""
-        return self.split if self.split_option is None or self.split_option in source.options else None
+        wanted = self.split_option
+        if callable(wanted):
+            return self.split if wanted(source) else None
+        return self.split if wanted is None or wanted in source.options else None
 
 
 class BadRow(Exception):
@@ -212,9 +217,14 @@ def text_of(
         found = lookup(value, name)
         text = booleans[not found] if booleans and isinstance(found, bool) else scalar(found)
         if text is None and (required or holds(found)):
-            raise BadRow(f"missing_{name}") if found is None else BadRow(f"{name}_is_not_text", type(found).__name__)
+            raise BadRow(f"missing_{name}") if found is None else BadRow(f"{name}_is_not_text", _called(found))
         texts.append(text or "")
     return "\n".join(text for text in texts if text)
+
+
+def _called(value: Any) -> str:
+    """What a value is that is no text: its type, or what it is instead of a number."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else type(value).__name__
 
 
 def trimmed(text: str) -> str:

@@ -23,6 +23,7 @@ from keural.data.adapters.base import (
     text_of,
     trimmed,
 )
+from keural.data.adapters.judgements import said
 from keural.data.adapters.turns import (
     REASONING,
     ROW_OPTIONS,
@@ -81,6 +82,7 @@ def _kto(value: Any, source: SourceSpec, where: str) -> Conversation | Drop:
     good = reader.label(lookup(value, name), name, required=True)
     if good is None:
         raise BadRow("missing_label")
+    reader.said = said(name, lookup(value, name))
     return Drop("label_false", where) if not good else _completed(reader, value, name)
 
 

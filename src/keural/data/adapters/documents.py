@@ -43,11 +43,13 @@ ADAPTERS = {
     "text": Adapter(
         "documents",
         guarded(_text),
-        ("text", "markdown", *TABLES),
+        ("text", "markdown", "srt", "conllu", *TABLES),
         {"field": Option(NAMES, "field with the text, where rows are not texts themselves", "text")},
         meaning=described(_text),
     ),
-    "markdown": Adapter("documents", guarded(_markdown), ("markdown", "text"), meaning=described(_markdown)),
+    "markdown": Adapter(
+        "documents", guarded(_markdown), ("markdown", "text"), meaning=described(_markdown), directory=("markdown",)
+    ),
     "po": Adapter(
         "documents",
         _po,

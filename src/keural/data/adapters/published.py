@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from keural.data.adapters import conversations, preferences
-from keural.data.adapters.base import Adapter, BadRow, Reads, guarded, lookup, missing, scalar
+from keural.data.adapters.base import Adapter, BadRow, Reads, Undeclared, guarded, lookup, missing, scalar
+from keural.data.adapters.judgements import label_key, number_of
 from keural.data.records import Conversation, Drop, PreferencePair, Record
 from keural.recipe import GateAction, SourceSpec
 
@@ -53,17 +54,27 @@ def _has_system(row: Any) -> None:
 
 
 def _has_scores(row: Any) -> None:
-    scores = (row["score_chosen"], row["score_rejected"])
-    if not all(isinstance(score, int | float) and not isinstance(score, bool) for score in scores):
+    if None in [number_of(row[name], name) for name in ("score_chosen", "score_rejected")]:
         raise BadRow("missing_score")
 
 
 def _not_found_wanting(row: Any) -> None:
     """Marks that the cleaned copies of orca_dpo_pairs carry: answers of equal worth, questions of the GSM8K training set."""
-    if row.get("status") == "tie":
+    if _known(row, "status", _STATUSES) == "tie":
         raise BadRow("score_tie")
-    if row.get("in_gsm8k_train") is True:
+    if _known(row, "in_gsm8k_train", _TRUTHS) in ("true", "1"):
         raise BadRow("in_gsm8k_train")
+
+
+_STATUSES, _TRUTHS = ("tie", "swapped", "unchanged"), ("true", "false", "1", "0")
+
+
+def _known(row: Any, name: str, values: tuple[str, ...]) -> str | None:
+    """A mark of a row; None where it has none. Raises `Undeclared` for one that the set does not document."""
+    found = label_key(row.get(name))
+    if found is not None and found not in values:
+        raise Undeclared(name, row[name], f"the set has {', '.join(values)}; mend the rows, or use adapter preference")
+    return found
 
 
 RULED = frozenset(("prompt", "status", "in_gsm8k_train"))
@@ -116,6 +127,10 @@ def _adapter(known: PublishedSet) -> Adapter:
     def merged(source: SourceSpec) -> SourceSpec:
         return source.model_copy(update={"options": known.options | source.options})
 
+    def split(value: Any, source: SourceSpec) -> Iterable[Any]:
+        assert shape.split is not None
+        return shape.split(value, merged(source))
+
     def reads(source: SourceSpec) -> Reads:
         assert shape.reads is not None
         read = shape.reads(merged(source))
@@ -127,6 +142,8 @@ def _adapter(known: PublishedSet) -> Adapter:
         meaning=f"The set as published: rows of adapter `{known.shape}`{_defects(known)}.",
         license=known.license,
         gates=known.gates,
+        split=None if shape.split is None else split,
+        split_option=(lambda source: shape.splitter(merged(source)) is not None),
         check=None if shape.check is None else lambda source: shape.check(merged(source)),  # type: ignore[misc]
         reads=None if shape.reads is None else reads,
         example=None,

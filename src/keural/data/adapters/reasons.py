@@ -22,6 +22,16 @@ REASONS: dict[str, Reason] = {
         "the row is not of its format, or not of the adapter's shape", "see what was found, and the adapter's example"
     ),
     "malformed_file": Reason("the file is not of its format", f"give format, or {_FETCH}"),
+    "row_too_long": Reason("the row, cell or paragraph is longer than any text", "check what divides rows and cells"),
+    "ragged_row": Reason(
+        "the row has more or fewer cells than the header", "quote cells that hold the delimiter, or options delimiter, quote"
+    ),
+    "unclosed_quote": Reason(
+        "a quotation mark opens in the line that is named and never closes, or closes far below; each line that it holds counts",
+        "mend that line; options: {quote: none} where marks are ordinary characters",
+    ),
+    "repeated_key": Reason("an object has two values under one name, and a row could keep only one", "mend the rows"),
+    "no_rows": Reason("a file of an archive holds nothing", "option suffixes names those to read"),
     "no_gutenberg_markers": Reason("the text has no Project Gutenberg markers", "leave out the option gutenberg"),
     # fields
     "wrong_schema": Reason(
@@ -35,12 +45,15 @@ REASONS: dict[str, Reason] = {
     "FIELD_is_no_list_of_pairs": Reason("the field is not a list of questions with their answers", "mend the rows"),
     "missing_messages": Reason("the row has no list of turns", "name it in the option field"),
     "missing_dialogue": Reason("the row has no list of turns", "name it in the option field"),
-    "missing_label": Reason("the row does not say whether its answer is good", "name the field in the option label"),
+    "missing_label": Reason(
+        "the row does not say whether its answer is good, or which of two is the better",
+        "name the field in the option label, or fields with numbers in the option scores",
+    ),
     "missing_prompt": Reason("the row has no prompt, neither by itself nor inside its answers", "name it in the option prompt"),
     "missing_speaker": Reason("an utterance does not say who speaks"),
     "missing_system": Reason("the row lacks the system turn that makes one answer the better"),
-    "missing_score": Reason("the row lacks the scores that its set has"),
-    "missing_ranking": Reason("fewer than two answers have a rank"),
+    "missing_score": Reason("the row lacks one of two scores", "name the fields in the option scores, or in ignore"),
+    "missing_ranking": Reason("fewer than two answers have a score or rank", "name the field in the option scores"),
     "fields_differ": Reason(
         "two fields say different things of one matter", "name one in its option, or the other in the option ignore"
     ),
@@ -52,7 +65,9 @@ REASONS: dict[str, Reason] = {
     "empty_turn": Reason("a turn is empty or white space"),
     "empty_list": Reason("a list that option unfold names holds nothing"),
     "empty_question": Reason("an evaluation item has no question"),
-    "invalid_unicode": Reason("the text holds bytes that are no characters", "say how the file is encoded, or fetch it again"),
+    "invalid_unicode": Reason(
+        "the text holds bytes that are no characters; the first are named", "options: {encoding: cp949}, or fetch the file again"
+    ),
     "null_text": Reason("the text is the word of an export for nothing"),
     # turns
     "unknown_role": Reason("a turn is of a role that is not known", "say what it is in the option roles: {name: user}"),
@@ -75,7 +90,9 @@ REASONS: dict[str, Reason] = {
     "tool_results_out_of_order": Reason("results of several calls stand in another order than the calls"),
     "reasoning_is_not_text": Reason("the reasoning of an answer is no text", "name its field in the option ignore"),
     "reasoning_outside_answer": Reason("a turn that is no answer holds reasoning"),
-    "has_reasoning": Reason("an answer holds reasoning, which this adapter does not read"),
+    "has_reasoning": Reason(
+        "an answer of a pair holds reasoning, which pairs do not train", "options: {ignore: [reasoning_content]} leaves it out"
+    ),
     "prompt_does_not_end_with_user": Reason("the prompt ends with an answer, or is empty"),
     "completion_does_not_begin_with_assistant": Reason("the completion does not begin with an answer"),
     "unanswerable": Reason("the question has no answer, as the set says"),
@@ -90,11 +107,20 @@ REASONS: dict[str, Reason] = {
         "a turn says which characters of it are trained, which is not read", "name train_detail in the option ignore"
     ),
     # pairs
-    "no_preference": Reason("the row does not say which answer is the better"),
+    "no_preference": Reason("the label says that nobody preferred an answer", "option labels says which values mean it"),
+    "label_tie": Reason("the label says that neither answer is the better", "option labels says which values mean it"),
     "chosen_equals_rejected": Reason("both answers are the same"),
-    "history_differs": Reason("the answers follow different turns"),
+    "history_differs": Reason("the answers follow different turns, or others than the prompt beside them"),
     "score_tie": Reason("both answers are of equal worth"),
-    "score_reversed": Reason("the scores prefer the rejected answer"),
+    "score_reversed": Reason(
+        "the scores prefer the rejected answer",
+        "options: {lower_is_better: true}, or {ignore: [..]} where they are no scores of it",
+    ),
+    "small_margin": Reason("the scores differ by less than the option min_margin"),
+    "several_answers": Reason(
+        "chosen or rejected holds several answers", "options: {pairs: all} takes each chosen one with each rejected one"
+    ),
+    "not_two_answers": Reason("a label says which of two answers is the better, and the row has another number of them"),
     "answer_equals_question": Reason("an answer repeats the question"),
     "in_gsm8k_train": Reason("the question is of the GSM8K training set"),
     # corpora
@@ -156,6 +182,8 @@ REASONS: dict[str, Reason] = {
         "an input that is only none, N/A or 없음 is taken for no input", "adapter qa with question: [instruction, input] keeps it"
     ),
     "other_items_left_out": Reason("a field takes one item of a list that has more", "option unfold makes a record of each"),
+    "history_not_trained": Reason("a turn before the answers of a pair is to be trained, as the row says; pairs train answers"),
+    "unranked_answer_left_out": Reason("an answer without a score or rank is in no pair"),
     "question_trained": Reason("a turn that is no answer is trained, as the row says", "name the field in the option ignore"),
 }
 PATTERNS = {

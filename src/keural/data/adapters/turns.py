@@ -8,7 +8,7 @@ are parts of an assistant's turn.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -31,6 +31,7 @@ from keural.data.adapters.base import (
     trimmed,
     with_system,
 )
+from keural.data.adapters.judgements import said
 from keural.data.readers.options import LIST, MAP, NAME, TEXT, Option, OptionTable
 from keural.data.records import Conversation, Drop
 from keural.recipe import SourceSpec
@@ -218,6 +219,8 @@ class TurnReader:
     """Whether rows hold turns; of those a label of 1 or 0 is likely one of good and bad answers, elsewhere one of anything."""
     notes: list[str] = field(default_factory=list)
     """What the record will not have of the row, or is unusual in it."""
+    said: str = ""
+    """What the row's label says, where it has one."""
     _speakers: dict[str, str] = field(default_factory=dict)
     _call_ids: list[str] = field(default_factory=list)
 
@@ -265,6 +268,8 @@ class TurnReader:
                 raise BadRow("label_false")
             if good is None and "label" in self.options:
                 raise BadRow("missing_label")
+            if good:
+                self.said = said(label, lookup(row, label))
 
     def label(self, value: Any, name: str | int, required: bool = False) -> bool | None:
         """Whether a row's answer is good, where its label says so: true or false, also as text. Where a recipe or an adapter says
@@ -461,7 +466,8 @@ class TurnReader:
         allowed = {name for name in (ASSISTANT_FIRST, SYSTEM_INSIDE) if self.options.get(name) == "keep"}
         tools = self.tools(row) if isinstance(row, dict) else []
         notes = tuple(dict.fromkeys(self.notes))
-        return conversation(with_tools(arranged, tools), self.where, self.source.language, notes, allowed)
+        record = conversation(with_tools(arranged, tools), self.where, self.source.language, notes, allowed)
+        return replace(record, label=self.said) if self.said and isinstance(record, Conversation) else record
 
     def _arranged(self, turns: list[Message]) -> list[Message]:
         options = self.options

@@ -12,10 +12,11 @@ from functools import cached_property
 from typing import Any
 
 from keural.data.adapters import ADAPTERS, Adapter, conversations, documents, preferences
-from keural.data.adapters.base import holds, lookup, plain
-from keural.data.adapters.evaluation import SCHEMAS
-from keural.data.adapters.turns import CONTENT_KEYS, IN_ORDER, ROLE_KEYS, ROLES, listing
-from keural.data.readers.formats import Row
+from keural.data.adapters.base import UNDECLARED, holds, lookup, plain
+from keural.data.adapters.evaluation import SCHEMAS, Schema
+from keural.data.adapters.turns import CONTENT_KEYS, IN_ORDER, ROLE_KEYS, ROLES, TOOLS, listing
+from keural.data.readers.datafile import Row
+from keural.data.readers.magic import TAR, ZIP
 from keural.data.records import Drop
 from keural.data.source_counts import NOT_DEFECTS
 from keural.errors import UserError
@@ -23,6 +24,9 @@ from keural.recipe import SourceSpec
 
 MAX_ROWS = 200
 """So many rows every adapter is tried on."""
+ARCHIVES = (ZIP, TAR)
+"""Formats of which the rows are those of the files inside, of whatever format these are."""
+CHATS = {**conversations.ADAPTERS, **preferences.ADAPTERS}
 GENERAL = {**conversations.ADAPTERS, **preferences.ADAPTERS, **documents.ADAPTERS}
 """Adapters of shapes; the others are of sets by name."""
 SIDE_FIELDS = re.compile(
@@ -45,17 +49,27 @@ _TEXTS = (
 )  # fmt: skip
 _CHOSEN = ("chosen", "preferred", "better", "accepted", "winner", "win", "positive", "good", "선택", "선호")
 _REJECTED = ("rejected", "dispreferred", "worse", "refused", "loser", "lose", "negative", "bad", "거절", "비선호")
-_TITLES = ("title", "headline", "제목")
+_PASSAGES = ("context", "passage", "paragraph", "document", "text", "article", "지문", "본문", "문맥", "문서")
+_PREFERRED = ("label", "preference", "preferred", "winner", "choice", "better", "best", "annotator", "선호", "선택")
+_SCORES = ("score", "rating", "reward", "rank", "ranking", "점수", "순위")
+_SEVERAL = ("response", "answer", "completion", "output", "candidate", "choice", "generation", "답변", "응답")
 REPAIRS: dict[str, dict[str, Any]] = {
     "assistant_first": {"assistant_first": "keep"},
     "system_inside": {"system_inside": "merge"},
     "not_alternating": {"consecutive": "merge"},
+    "several_answers": {"pairs": "all"},
 }
 """Options that keep rows of which an adapter says why it drops them."""
 _ORDER = {name: place for place, name in enumerate(sorted(GENERAL, key=lambda name: name != "kto"))}
 """Which of several that fit alike is named."""
 _RUNNING = 0.5
 """How much less running text is worth that only happens to be the longest field."""
+_FIRST_OF_SEVERAL = 0.2
+"""How much less it is worth to take the first of a list."""
+_SHAPE_ALONE = 0.3
+"""What it is worth to read every field of rows that are dropped for what is in them: it is said why, and what can be done."""
+_WHOLE_SHAPE = 0.9
+"""The same where the adapter has a name for every field; another that drops nothing may have left out what carries meaning."""
 _SPEAKERS = ("speaker", "author", "sender", "user", "name", "who", "화자")
 _UTTERANCES = ("text", "message", "utterance", "body", "said", "발화", "내용")
 _LANGUAGES = {"en": "영어", "ko": "한국어", "english": "영어", "korean": "한국어", "kor": "한국어", "eng": "영어"}
@@ -77,17 +91,36 @@ class Guess:
     """Fields that say what a row is, and that it does not read."""
     named: bool
     """Whether the path names the set that the adapter is of."""
+    format_name: str
+    """Of the rows; some formats have an adapter of their own."""
     reasons: tuple[tuple[str, int], ...] = ()
     """Why rows are dropped, most frequent first."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether it keeps a row, or reads most of the fields although something in every row is not as it should be."""
+        undeclared = any(reason == UNDECLARED for reason, _ in self.reasons)
+        reads_most = len(self.fields) > len(self.unread) and (undeclared or len(self.fields) > 1) and not self.lacks
+        return self.kept > 0 or (reads_most and self.adapter in CHATS)
+
+    @property
+    def lacks(self) -> bool:
+        """Whether rows are not of the adapter's shape: most often they have not what it needs."""
+        return bool(self.reasons) and self.reasons[0][0].startswith(("missing_", "wrong_schema", "malformed_row"))
 
     @property
     def score(self) -> float:
         """How well it fits: rows that are understood, weighted by how much of them is read."""
         read = len(self.fields) / (len(self.fields) + len(self.unread)) if self.fields or self.unread else 0.5
         general = 0.0 if self.adapter in GENERAL else 0.5 if self.named else -0.03
+        if self.adapter == self.format_name:
+            general += 0.5
         if self.adapter == "text" and str(self.options.get("field", "text")).lower() not in _TEXTS:
             general -= _RUNNING
-        return self.understood / self.rows * (0.5 + read / 2) + general - 0.01 * len(self.options)
+        general -= _FIRST_OF_SEVERAL if any(re.search(r"\.0\b", str(value)) for value in self.options.values()) else 0.0
+        whole = not self.unread and not self.options and not self.lacks
+        shape = 0.0 if self.adapter not in CHATS else _WHOLE_SHAPE if whole else _SHAPE_ALONE * read
+        return max(self.understood / self.rows * (0.5 + read / 2), shape) + general - 0.01 * len(self.options)
 
     def described(self) -> str:
         """The guess in a line."""
@@ -146,14 +179,16 @@ def guesses(rows: Rows, only: str | None = None, options: Mapping[str, Any] | No
             continue
         guess = found[name, repr(given)] = _tried(rows, name, given)
         if options is None:
+            known = ADAPTERS[name].options.keys() - given.keys()
             repairs = [REPAIRS[reason] for reason, _ in guess.reasons if reason in REPAIRS]
-            waiting += [(name, {**given, **repair}) for repair in repairs if not repair.keys() & given.keys()]
-    fitting = [guess for guess in found.values() if guess.kept]
+            waiting += [(name, {**given, **repair}) for repair in repairs if repair.keys() <= known]
+    fitting = [guess for guess in found.values() if guess.fits]
     return sorted(fitting, key=lambda guess: (-round(guess.score, 3), _ORDER.get(guess.adapter, len(_ORDER))))
 
 
 def _proposals(rows: Rows, only: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    wanted = [name for name in ADAPTERS if only in (None, name) and (only or rows.format_name in ADAPTERS[name].formats)]
+    formats = {"text", "jsonl"} if rows.format_name in ARCHIVES else {rows.format_name}
+    wanted = [only] if only else [name for name, known in ADAPTERS.items() if formats & set(known.formats)]
     for name in wanted:
         if ADAPTERS[name].rows is None:
             yield name, {}
@@ -162,7 +197,10 @@ def _proposals(rows: Rows, only: str | None) -> Iterator[tuple[str, dict[str, An
     for name, options in [*_turns(rows), *_exchanges(rows), *_pairs(rows), *_texts(rows)]:
         if name in wanted and set(options) <= set(ADAPTERS[name].options):
             yield name, options
-    for key in [key for key in rows.keys if _objects(rows.first(key)) and not list(_turns_in(key, _objects(rows.first(key))))]:
+    for key in rows.keys:
+        items = _objects(rows.first(key))
+        if not items or key in TOOLS or list(_turns_in(key, items)):
+            continue
         inner = Rows(rows.format_name, rows.path, [*_unfolded(rows, key)])
         for name, options in [*((name, {}) for name in conversations.ADAPTERS), *_exchanges(inner)]:
             if name in wanted and "unfold" in ADAPTERS[name].options:
@@ -180,20 +218,22 @@ def _tried(rows: Rows, name: str, options: dict[str, Any]) -> Guess:
     source = SourceSpec(name=name, adapter=name, options=options)
     adapter = ADAPTERS[name]
     if adapter.check is not None and adapter.check(source):
-        return Guess(name, options, 0, 0, 1, (), (), False)
+        return Guess(name, options, 0, 0, 1, (), (), False, rows.format_name)
     kept = understood = total = 0
     reasons: Counter[str] = Counter()
     for record in converted(adapter, source, rows.rows[:MAX_ROWS]):
         total += 1
         kept += not isinstance(record, Drop)
-        understood += not isinstance(record, Drop) or record.reason in NOT_DEFECTS
+        understood += not isinstance(record, Drop) or record.reason in NOT_DEFECTS or record.reason == UNDECLARED
         if isinstance(record, Drop):
             reasons[record.reason] += 1
     read = fields_read(adapter, source)
     fields = tuple(key for key in rows.keys if key in read)
     unread = tuple(key for key in rows.telling if key not in read)
     named = name not in GENERAL and _letters(name) in _letters(rows.path)
-    return Guess(name, options, kept, understood, max(total, 1), fields, unread, named, tuple(reasons.most_common()))
+    return Guess(
+        name, options, kept, understood, max(total, 1), fields, unread, named, rows.format_name, tuple(reasons.most_common())
+    )
 
 
 def converted(adapter: Adapter, source: SourceSpec, rows: Iterable[Row]) -> Iterator[Any]:
@@ -211,7 +251,7 @@ def fields_read(adapter: Adapter, source: SourceSpec) -> frozenset[str]:
     """Fields of a row that an adapter reads with these options, first parts of paths included."""
     if adapter.reads is not None:
         return adapter.reads(source).keys | {str(name) for name in source.options.get("unfold", ())}
-    found: set[str] = set()
+    found: set[str] = {"markdown": {"text"}, "po": {"messages"}}.get(source.adapter, set())
     for name, option in adapter.options.items():
         if option.names_fields or name in source.options:
             given = source.options.get(name, option.default)
@@ -268,6 +308,13 @@ def _exchanges(rows: Rows) -> Iterator[tuple[str, dict[str, Any]]]:
                     "alpaca",
                     ({"input": given} if given not in (None, "input") else {}) | ({"output": answer} if answer != "output" else {}),
                 )
+    if not asked and not answered and (columns := [key for key in rows.keys if key.isdecimal() and key in rows.telling]):
+        yield from (("qa", {"question": columns[0], "answer": column}) for column in columns[1:3])
+        yield "text", {"field": columns[0]}
+    for passage in _named(rows, _PASSAGES)[:2]:
+        for question in [name for name in asked if name != passage][:1]:
+            for answer in [name for name in answered if name not in (question, passage)][:1]:
+                yield "squad", {"context": passage, "question": question, "answers": answer}
     languages = [key for key in rows.keys if key.lower() in _LANGUAGES]
     if len(languages) == 2:
         first, second = sorted(languages, key=lambda key: _LANGUAGES[key.lower()] == "한국어")
@@ -303,6 +350,11 @@ def _pairs(rows: Rows) -> Iterator[tuple[str, dict[str, Any]]]:
     """Fields named like a better and a worse answer."""
     chosen, rejected = _named(rows, _CHOSEN), _named(rows, _REJECTED)
     asked = _named(rows, _QUESTIONS)
+    for compared in _compared(rows):
+        yield "preference", compared
+        yield from (("preference", {"prompt": question, **compared}) for question in asked[:2])
+    if rejected and not chosen:
+        chosen = [name for name in _named(rows, _ANSWERS) if name not in rejected]
     for better in chosen[:2]:
         for worse in rejected[:2]:
             options = {} if better == "chosen" else {"chosen": better}
@@ -312,10 +364,38 @@ def _pairs(rows: Rows) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield "preference", {"prompt": question, **options}
 
 
+def _compared(rows: Rows) -> Iterator[dict[str, Any]]:
+    """Options for several answers beside what says which is the better: two columns, or a list."""
+    labels, scores = _named(rows, _PREFERRED), _named(rows, _SCORES)
+    for first, second in _twins(rows.keys):
+        if isinstance(rows.first(first), str) and not SIDE_FIELDS.fullmatch(first):
+            yield from ({"answers": [first, second], "label": label} for label in labels[:2] if label not in (first, second))
+            yield from ({"answers": [first, second], "scores": list(pair)} for pair in _twins(scores)[:1])
+    lists = [name for name in _named(rows, _SEVERAL) if isinstance(value := listing(rows.first(name)), list) and len(value) > 1]
+    for name in lists[:2]:
+        yield from ({"answers": name, "scores": score} for score in scores[:2] if score != name)
+        items = listing(rows.first(name))
+        inside = items[0] if isinstance(items[0], dict) else {}
+        yield from ({"answers": name, "scores": str(key)} for key in inside if _plain_name(str(key)) in _SCORES)
+        yield {"answers": name, "order": "best_first"}
+
+
+def _twins(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Pairs of names that differ in a number or letter at their end: answer_a and answer_b, response1 and response2."""
+    ends = [("1", "2"), ("0", "1"), ("a", "b"), ("A", "B")]
+    found = []
+    for name in names:
+        for first, second in ends:
+            other = name.removesuffix(first) + second
+            if name.endswith(first) and other in names and other != name:
+                found.append((name, other))
+    return found
+
+
 def _texts(rows: Rows) -> Iterator[tuple[str, dict[str, Any]]]:
     """The field with the running text."""
     named = [name for name in _named(rows, _TEXTS) if rows.mean_length(name)]
-    longest = max(rows.keys, key=rows.mean_length, default=None)
+    longest = max((key for key in rows.telling if not SIDE_FIELDS.fullmatch(key)), key=rows.mean_length, default=None)
     if not named and longest is not None and rows.mean_length(longest):
         named = [longest]
     for name in named[:2]:
@@ -325,8 +405,10 @@ def _texts(rows: Rows) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _named(rows: Rows, names: Sequence[str]) -> list[str]:
     """Fields whose name is one of some, or has one as a part, in the order of these."""
-    exact = [key for name in names for key in rows.keys if _plain_name(key) in (name, f"{name}s")]
-    parts = [key for name in names for key in rows.keys if len(name) > 1 and name in re.split(r"[\W_\d]+", _plain_name(key))]
+    ids = re.compile(r"(?:.*[_ -])?(?:ids?|idx|index|count|len|length|type)", re.IGNORECASE)
+    known = [key for key in rows.keys if not ids.fullmatch(key)]
+    exact = [key for name in names for key in known if _plain_name(key) in (name, f"{name}s")]
+    parts = [key for name in names for key in known if len(name) > 1 and name in re.split(r"[\W_\d]+", _plain_name(key))]
     return list(dict.fromkeys([*exact, *parts]))
 
 
@@ -341,14 +423,12 @@ def _letters(text: str) -> str:
 def benchmark_of(rows: Rows) -> str | None:
     """The benchmark of whose fields the rows have every one: question, choices and the rest."""
     for name, schema in SCHEMAS.items():
-        groups = [schema.question, schema.choices[:1] if len(schema.choices) > 1 else schema.choices]
-        fields = [*schema.choices[1:4], *schema.answers]
-        if schema.choices and rows.records and all(_has_all(row, groups, fields) for row in rows.records[:3]):
+        if schema.choices and rows.records and all(_is_item(row, schema) for row in rows.records[:3]):
             return name
     return None
 
 
-def _has_all(row: Any, groups: Iterable[Sequence[str]], fields: Iterable[str]) -> bool:
-    return all(any(lookup(row, name) is not None for name in group) for group in groups) and all(
-        lookup(row, name) is not None for name in fields
-    )
+def _is_item(row: Any, schema: Schema) -> bool:
+    there = [name for name in schema.choices if lookup(row, name) is not None]
+    asked = any(lookup(row, name) is not None for name in schema.question)
+    return asked and len(there) >= min(2, len(schema.choices)) and all(lookup(row, name) is not None for name in schema.answers)

@@ -132,7 +132,7 @@ def _texts_within(start: Any) -> set[str]:
         elif (rules := getattr(value, "rules", None)) is not None or hasattr(value, "mend"):
             waiting += [*(rules or ()), getattr(value, "mend", None)]
         for known in classes:
-            waiting += [method for name, method in vars(known).items() if name in names and isfunction(method)]
+            waiting += [method for name, method in vars(known).items() if name in (*names, "__init__") and isfunction(method)]
     return texts
 
 

@@ -234,6 +234,40 @@ SHAPES = (
         },
     ),
     Shape(
+        "two answers, and which of them is the better",
+        "preference",
+        {"prompt": "Name a tree.", "answer_a": "An oak.", "answer_b": "A rose.", "winner": "model_a"},
+        {
+            "answers": ["answer_a", "answer_b"],
+            "label": "winner",
+            "labels": {"model_a": "first", "model_b": "second", "tie": "tie"},
+        },
+    ),
+    Shape(
+        "two answers with a score each",
+        "preference",
+        {"prompt": "Name a tree.", "response_1": "A rose.", "response_2": "An oak.", "score_1": 2.5, "score_2": 9},
+        {"answers": ["response_1", "response_2"], "scores": ["score_1", "score_2"]},
+    ),
+    Shape(
+        "a list of answers with scores, all pairs of them",
+        "preference",
+        {"prompt": "Name a tree.", "responses": ["An oak.", "A rose.", "A spoon."], "scores": [9, 4, 1]},
+        {"answers": "responses", "scores": "scores", "pairs": "all"},
+    ),
+    Shape(
+        "a list of answers, the best first",
+        "preference",
+        {"prompt": "Name a tree.", "completions": ["An oak.", "A rose.", "A spoon."]},
+        {"answers": "completions", "order": "best_first"},
+    ),
+    Shape(
+        "several chosen and rejected answers",
+        "preference",
+        {"prompt": "Name a tree.", "chosen": ["An oak.", "A birch."], "rejected": ["A rose.", "A spoon."]},
+        {"pairs": "all"},
+    ),
+    Shape(
         "two transcripts",
         "hh_rlhf",
         {"chosen": "\n\nHuman: Name a tree.\n\nAssistant: An oak.", "rejected": "\n\nHuman: Name a tree.\n\nAssistant: A rose."},

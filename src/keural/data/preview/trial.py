@@ -4,7 +4,6 @@ In: a file, a directory, or a source as a recipe has it. Out: a `Trial`, for `ke
 nothing is written, and of a large file only the beginning is read.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from keural.data.adapters import ADAPTERS, adapter_of
-from keural.data.field_use import FieldUse
+from keural.data.field_use import FieldUse, excerpt
 from keural.data.filtering.gates import GATES, Gatekeeper, check_gates
 from keural.data.filtering.holdout import Splitter
 from keural.data.filtering.languages import MIN_SHARE, hangul_share
-from keural.data.preview.guess import Guess, Rows, benchmark_of, guesses
-from keural.data.readers.formats import FORMATS, DataFile, Row, format_of, open_text, sniff_encoding
+from keural.data.preview.guess import ARCHIVES, Guess, Rows, benchmark_of, guesses
+from keural.data.readers.datafile import DataFile, FileShape, Row
+from keural.data.readers.formats import FORMATS, format_of, open_text
+from keural.data.readers.sniff import describe, sniff
 from keural.data.records import Document, Drop, EvaluationItem, Record
 from keural.data.source_counts import SourceCounter
 from keural.data.sources import Source, open_source
@@ -38,8 +39,14 @@ MAX_WHOLE_BYTES = 32 << 20
 """Of a larger file of a format that is read as one value only the beginning is looked at."""
 HEAD_CHARACTERS = 4 << 20
 """The beginning of such a file."""
+LONGEST_NAME = 60
+"""Characters of a column's name; a longer one is a cell."""
+MOST_WORDS = 5
+"""A name of so many words is a cell, too."""
 EXAMPLES = 3
 """Kept rows, and dropped rows of each reason, that are shown."""
+FOREIGN = 0.02
+"""Share of other letters that English text may have."""
 SAMPLE = 100
 """Records of which the language is looked at."""
 EXCERPT = 300
@@ -117,7 +124,7 @@ def sources_in(path: Path) -> list[SourceSpec]:
 def _try_source(spec: SourceSpec, data_dir: Path) -> Trial:
     """A source as a recipe has it."""
     source = open_source(spec, data_dir)
-    what = [_what(file, format_name) for file, format_name in source.files[:1]]
+    what = [_what(file.path, describe(file.path)) for file, _ in source.files[:1]]
     if len(source.files) > 1:
         what = [f"{len(source.files):,} files, the first {what[0]}"]
     trial = Trial(spec, data_dir.absolute(), what or [spec.hub or f"rows that adapter {spec.adapter} makes"])
@@ -130,11 +137,17 @@ def _try_files(path: Path, adapter: str | None, options: Mapping[str, Any], data
     """A file, or the files of a directory, of which nothing is known."""
     base = (data_dir or path.parent).absolute()
     found = _Files.below(path, adapter)
-    reading = {name: value for name, value in options.items() if name in FORMATS[found.format_name].options}
+    known = FORMATS[found.format_name].options if found.format_name in FORMATS else {}
+    reading = {name: value for name, value in options.items() if name in known}
     chosen = {name: value for name, value in options.items() if name not in reading}
     sources = [_carrier(file, found.format_name, adapter, reading, base) for file in _spread(found.files)]
     rows, whole = _first_rows(sources)
     values = [row for row in rows if isinstance(row, Row)]
+    if "header" in known and "header" not in reading and values and _is_headless(values):
+        reading["header"] = False
+        found.hints.append("its first line looks like a row, not like names of columns: options header")
+        rows, whole = _first_rows([_carrier(file, found.format_name, adapter, reading, base) for file in _spread(found.files)])
+        values = [row for row in rows if isinstance(row, Row)]
     if not values:
         raise _nothing_read(path, found.format_name, rows)
     looked_at = Rows(found.format_name, str(path), values)
@@ -150,11 +163,11 @@ def _try_files(path: Path, adapter: str | None, options: Mapping[str, Any], data
     spec = SourceSpec(
         name=re.sub(r"[^\w.-]+", "-", path.name.split(".")[0]).strip("-") or "data",
         adapter=best.adapter,
-        path=_relative(path, base) + found.pattern(best.adapter),
-        format=None if found.suffix_says else found.format_name,
+        path=_relative(found.files[0] if len(found.files) == 1 else path, base) + found.pattern(best.adapter),
+        format=found.format_to_give,
         options={**reading, **best.options},
     )
-    trial = Trial(spec, base, [found.described()], fitting, hints=found.hints)
+    trial = Trial(spec, base, [found.described()], fitting, hints=[*found.hints, *found.shape.assumed])
     _read(trial, open_source(spec, base), rows, whole)
     _add_language(trial)
     if (benchmark := benchmark_of(looked_at)) is not None:
@@ -168,23 +181,40 @@ class _Files:
 
     path: Path
     files: list[Path]
-    format_name: str
-    suffix_says: bool
+    shape: FileShape
+    """Of the first."""
     others: Counter[str]
+    """How many there are of other formats."""
     hints: list[str]
+
+    @property
+    def format_name(self) -> str:
+        """Their format."""
+        return self.shape.format or "text"
+
+    @property
+    def format_to_give(self) -> str | None:
+        """The format as a source must give it; None where the files' suffix, or what is in them, says it by itself."""
+        named = format_of(self.files[0])
+        return self.format_name if named is None or (named == "text" and named != self.format_name) else None
 
     @classmethod
     def below(cls, path: Path, adapter: str | None) -> "_Files":
-        """A file, or of a directory those of the format that most of its bytes are of."""
+        """A file, or of a directory those of the format that most of its bytes are of.
+
+        Raises `UserError` for what cannot be read, and where no file of a directory is of a format that is known.
+        """
         if path.is_file():
-            name = format_of(path)
-            return cls(path, [path], name or "text", name is not None, Counter(), [])
+            shape, hints = _shape_of(path)
+            return cls(path, [path], shape, Counter(), hints)
         everything = [file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file, path)]
         known: dict[str, list[Path]] = {}
         for file in everything:
             name = format_of(file)
             if name is not None and (adapter is None or name in ADAPTERS[adapter].formats):
                 known.setdefault(name, []).append(file)
+        if not known and (unnamed := cls._unnamed(path, everything)) is not None:
+            return unnamed
         if not known:
             suffixes = Counter(file.suffix or "none" for file in everything)
             there = ", ".join(f"{count:,} of {suffix}" for suffix, count in suffixes.most_common(5)) or "no files"
@@ -193,7 +223,22 @@ class _Files:
         others = Counter({name: len(files) for name, files in known.items() if name != chosen})
         unknown = len(everything) - sum(map(len, known.values()))
         left = [f"{count:,} {name}" for name, count in others.items()] + ([f"{unknown:,} of no known format"] if unknown else [])
-        return cls(path, known[chosen], chosen, True, others, [f"files that were not looked at: {', '.join(left)}"] if left else [])
+        hints = [f"files that were not looked at: {', '.join(left)}"] if left else []
+        return cls(path, known[chosen], _shape_of(known[chosen][0])[0], others, hints)
+
+    @classmethod
+    def _unnamed(cls, path: Path, everything: Sequence[Path]) -> "_Files | None":
+        """The files of the suffix with most bytes, where the first of them shows what it is; None where it is only text."""
+        by_suffix: dict[str, list[Path]] = {}
+        for file in everything:
+            by_suffix.setdefault(file.suffix, []).append(file)
+        chosen = max(by_suffix.values(), key=lambda files: sum(file.stat().st_size for file in files), default=[])
+        largest = max(chosen, key=lambda file: file.stat().st_size, default=None)
+        shape = describe(largest) if largest is not None else None
+        if largest is None or shape is None or shape.problem is not None or shape.format in (None, "text"):
+            return None
+        left = [f"the suffix of its files is of no known format; give the files by a glob: {path.name}/*{largest.suffix}"]
+        return cls(path, [largest], shape, Counter(), left)
 
     def pattern(self, adapter: str) -> str:
         """What is added to a directory's path where the adapter would read its other files, too."""
@@ -203,7 +248,7 @@ class _Files:
 
     def described(self) -> str:
         """The files in a line."""
-        first = _what(DataFile(self.files[0], self.files[0].name), self.format_name)
+        first = _what(self.files[0], self.shape)
         return first if len(self.files) == 1 else f"{len(self.files):,} files, the first {first}"
 
 
@@ -219,19 +264,35 @@ def _spread(files: Sequence[Any]) -> list[Any]:
 
 def _carrier(file: Path, format_name: str, adapter: str | None, options: Mapping[str, Any], base: Path) -> Source:
     """A source that gives the rows of a file, whatever they mean; of a large file that is one value those of its beginning."""
-    name = adapter or next(name for name, known in ADAPTERS.items() if format_name in known.formats)
-    spec = SourceSpec(name=file.stem or "data", adapter=name, path=str(file.absolute()), format=format_name, options=dict(options))
+    reading = [name for name, known in ADAPTERS.items() if format_name in known.formats and format_name not in ARCHIVES]
+    name = adapter or (reading[0] if reading else "text")
+    spec = SourceSpec(name=file.stem or "data", adapter=name, path=str(file.absolute()), options=dict(options))
+    if format_name not in ARCHIVES:
+        spec = spec.model_copy(update={"format": format_name})
     return open_source(spec, base)
 
 
-def _what(file: DataFile, format_name: str) -> str:
+def _shape_of(path: Path) -> tuple[FileShape, list[str]]:
+    """What a file is; of text that is clearly a table or JSON, that, and what to say of it."""
+    shape = describe(path)
+    if shape.problem is not None:
+        raise UserError(f"{path}: {shape.problem}")
+    if format_of(path) != "text":
+        return shape, []
+    inside = sniff(DataFile(path, path.stem, open=lambda: path.open("rb")))
+    if inside.problem is not None or inside.format in (None, "text", "markdown"):
+        return shape, []
+    return inside, [
+        f"its suffix is of text, but {next(iter(inside.evidence[1:] or inside.evidence))}; hence the format in the source"
+    ]
+
+
+def _what(path: Path, shape: FileShape) -> str:
     """A file in a line: its name, format, encoding and size."""
-    size = sum(path.stat().st_size for path in file.paths)
-    how = [format_name]
-    if format_name not in ("parquet", "zip"):
-        with file.path.open("rb") as opened:
-            how.append(sniff_encoding(opened.read(1 << 16)))
-    return f"{file.name} ({', '.join([*how, _size(size)])})"
+    cells = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}.get(shape.delimiter or "", f"{shape.delimiter!r}")
+    how = [shape.format or "no known format", shape.packing, (shape.encoding or "").removesuffix("-sig")]
+    how += [f"cells divided by {cells}"] if shape.delimiter else []
+    return f"{path.name} ({', '.join([*filter(None, how), _size(path.stat().st_size)])})"
 
 
 def _size(count: int) -> str:
@@ -286,13 +347,18 @@ def _beginning(file: DataFile, format_name: str) -> Iterator[Row | Drop] | None:
     return (Row(f"{file.name}#{number}", item) for number, item in enumerate(items, start=1))
 
 
+def _is_headless(rows: Sequence[Row]) -> bool:
+    """Whether the names of columns look like a row's cells: sentences, numbers, or as long as what stands below them."""
+    names = [str(name) for name in rows[0].value] if isinstance(rows[0].value, dict) else []
+    return any(len(name) > LONGEST_NAME or len(name.split()) >= MOST_WORDS or re.search(r"\s.*[.?!]\s*$", name) for name in names)
+
+
 def _rows_inside(rows: Rows) -> tuple[str, Rows] | None:
     """The list of objects inside the one object that a file is, with the name of its field."""
     if rows.format_name not in ("json", "yaml") or len(rows.rows) != 1 or not rows.records:
         return None
-    lists = {
-        key: value for key, value in rows.records[0].items() if isinstance(value, list) and value and isinstance(value[0], dict)
-    }
+    fields = rows.records[0].items()
+    lists = {key: value for key, value in fields if isinstance(value, list) and value and isinstance(value[0], dict | list)}
     if not lists:
         return None
     key = max(lists, key=lambda name: len(lists[name]))
@@ -340,7 +406,7 @@ def _read(trial: Trial, source: Source, rows: Sequence[Row | Drop], whole: bool)
             if isinstance(result, Drop):
                 examples = trial.drops.setdefault(result.reason, [])
                 if len(examples) < EXAMPLES:
-                    examples.append((result, excerpt(value)))
+                    examples.append((result, excerpt(value, EXCERPT)))
                 counter.drop(result)
                 continue
             counter.rows += 1
@@ -380,22 +446,6 @@ def _passed(record: Record | Drop, spec: SourceSpec, keeper: Gatekeeper, splitte
     return split if isinstance(split, Drop) else record
 
 
-def excerpt(value: Any, length: int = EXCERPT) -> str:
-    """The beginning of a value as JSON, without writing all of it out."""
-    text = json.dumps(_shortened(value, length), ensure_ascii=False, default=str)
-    return text if len(text) <= length else f"{text[: length - 1]}…"
-
-
-def _shortened(value: Any, length: int) -> Any:
-    if isinstance(value, str):
-        return value if len(value) <= length else f"{value[:length]}…"
-    if isinstance(value, dict):
-        return {str(key): _shortened(inner, length // 2 + 20) for key, inner in list(value.items())[:20]}
-    if isinstance(value, list | tuple):
-        return [_shortened(inner, length // 2 + 20) for inner in value[:10]]
-    return value
-
-
 def _add_language(trial: Trial) -> None:
     """Write the language into the source where the gate for it would drop none of what was looked at."""
     if adapter_of(trial.spec).language is None and (language := _language(trial.sample)) is not None:
@@ -404,9 +454,12 @@ def _add_language(trial: Trial) -> None:
 
 def _language(records: Sequence[Record]) -> str | None:
     hangul = [share for record in records if (share := hangul_share(_text(record))) is not None]
-    if not hangul or 0.02 < sum(hangul) / len(hangul) < MIN_SHARE["ko"]:
+    mean = sum(hangul) / len(hangul) if hangul else 0.0
+    letters = [character for record in records for character in _text(record)[:1000] if character.isalpha()]
+    is_english = mean < FOREIGN and sum(map(str.isascii, letters)) > (1 - FOREIGN) * len(letters)
+    if not hangul or not (mean >= MIN_SHARE["ko"] or is_english):
         return None
-    language = "ko" if sum(hangul) / len(hangul) >= MIN_SHARE["ko"] else "en"
+    language = "ko" if mean >= MIN_SHARE["ko"] else "en"
     check = GATES["language"].check
     assert check is not None
     chats = [replace(record, language=language) for record in records if not isinstance(record, Document)]

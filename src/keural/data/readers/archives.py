@@ -1,25 +1,35 @@
-"""Files inside zip archives, whole or in parts, read without unpacking them.
+"""Files inside zip and tar archives, whole or in parts, read without unpacking them.
 
-In: a `.zip`, or the `.zip.partN` files of one, in order. Out: its members as `DataFile`s with readable names. A member is
-decompressed while it is read, so neither the disk nor memory holds an archive. What cannot be a good archive is a `UserError`: half
-of one, a missing part, a password, names that lead out of it, and members that unpack to far more than they should (zip bombs).
+In: a `.zip`, the `.zip.partN` files of one in order, or a `.tar`, packed or not. Out: its members as `DataFile`s with readable
+names. A member is decompressed while it is read, so neither the disk nor memory holds an archive. What cannot be a good archive
+is a `UserError`: half of one, a missing part, a password, names that lead out of it, and members that unpack to far more than they
+should (zip bombs).
 """
 
+import gzip
 import io
+import lzma
 import re
 import struct
+import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import IO
 
-from keural.data.readers.formats import MAX_WHOLE_BYTES, DataFile
+from keural.data.readers.datafile import DataFile, open_bytes
+from keural.data.readers.formats import MAX_WHOLE_BYTES
+from keural.data.readers.magic import TAR, ZIP
 from keural.data.readers.unpacking import check_ratio
 from keural.errors import UserError, quoted
 
-ARCHIVE = "zip"
-"""Name of the format, beside those of `keural.data.readers.formats`."""
+ARCHIVE = ZIP
+"""Name of the format whose files may lie in parts."""
+ARCHIVES = (ZIP, TAR)
+"""Names of the formats that hold files, beside those of `keural.data.readers.formats`."""
 MAX_MEMBER_BYTES = MAX_WHOLE_BYTES
 """Largest unpacked size of one member."""
 _PART = re.compile(r"(.+\.zip)\.part\d+", re.IGNORECASE)
@@ -34,11 +44,40 @@ def archive_of(path: Path) -> Path | None:
     return path if path.suffix.lower() == ".zip" else None
 
 
-def members(file: DataFile, wanted: Callable[[str], bool]) -> Iterator[DataFile]:
+def members(file: DataFile, wanted: Callable[[str], bool], format_name: str = ZIP) -> Iterator[DataFile]:
     """The members of an archive whose names (without a leading slash) are wanted, in the archive's order.
 
-    They can be read until the next one is asked for. Raises `UserError` for an archive that cannot be trusted or read.
+    They can be read, once, until the next one is asked for. Raises `UserError` for an archive that cannot be trusted or read.
     """
+    yield from _tar_members(file, wanted) if format_name == TAR else _zip_members(file, wanted)
+
+
+def _tar_members(file: DataFile, wanted: Callable[[str], bool]) -> Iterator[DataFile]:
+    with ExitStack() as stack:
+        opened, _ = open_bytes(file)
+        stack.enter_context(opened)
+        try:
+            archive = stack.enter_context(tarfile.open(fileobj=opened, mode="r|"))
+            for info in archive:
+                _check_name(file, info.name)
+                if not info.isreg() or info.issparse() or not wanted(info.name):
+                    continue
+                if info.size > MAX_MEMBER_BYTES:
+                    raise UserError(f"{file.path}: member {quoted(info.name)} has {info.size:,} bytes; unpack the archive")
+                yield DataFile(
+                    file.path, f"{file.name}/{info.name.removeprefix('./').lstrip('/')}", open=partial(_extracted, archive, info)
+                )
+        except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+            raise UserError(f"{file.path}: not a whole tar archive ({error}); fetch it again") from error
+
+
+def _extracted(archive: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
+    extracted = archive.extractfile(info)
+    assert extracted is not None, "only regular files are opened"
+    return extracted
+
+
+def _zip_members(file: DataFile, wanted: Callable[[str], bool]) -> Iterator[DataFile]:
     with ExitStack() as stack:
         try:
             joined = stack.enter_context(_Joined(file.paths)) if len(file.paths) > 1 else None

@@ -1,19 +1,24 @@
-"""Packed files as streams that cannot unpack to anything: gzip, xz, Zstandard.
+"""Packed files as streams that cannot unpack to anything: gzip, bzip2, xz, Zstandard.
 
-In: an open file and its suffix. Out: an open file with what is packed in it. A stream that gives more than `MAX_RATIO` times the
-bytes that were read for it is a bomb, and a `UserError`; members of zip archives have the same bound.
+In: an open file. Out: an open file with what is packed in it, as its first bytes say, whatever its name is. A stream that gives
+more than `MAX_RATIO` times the bytes that were read for it is a bomb, and a `UserError`; zip archives have the same bound.
 """
 
+import bz2
 import gzip
 import io
 import lzma
+import re
 from collections.abc import Callable
 from typing import IO, Any
 
 from keural.errors import UserError
 
-PACKED = {".gz": "gzip", ".xz": "xz", ".zst": "Zstandard"}
-"""Suffixes of packed files."""
+PACKED = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "Zstandard"}
+"""Suffixes of packed files, and what they are packed with."""
+_FIRST_BYTES = {"gzip": b"\x1f\x8b", "bzip2": b"BZh", "xz": b"\xfd7zXZ\0", "Zstandard": b"\x28\xb5\x2f\xfd"}
+_MAX_LAYERS = 3
+"""A file may be packed several times over, by accident."""
 MAX_RATIO = 200
 """Largest unpacked size against the packed one; text is near 3 to 30, the formats allow a thousand and more."""
 SMALL_BYTES = 1 << 20
@@ -23,22 +28,29 @@ FREE_BYTES = 1 << 26
 _BLOCK = 1 << 16
 
 
-def unpack(opened: IO[bytes], suffix: str, name: str) -> IO[bytes]:
-    """The content of a file that ends with `suffix`, which is `name` in messages: unpacked while it is read, or as it is.
+def packing_of(start: bytes) -> str | None:
+    """What a file that begins with these bytes is packed with: `gzip`, `bzip2`, `xz`, `Zstandard`, or None."""
+    if start.startswith(b"BZh") and not re.match(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)", start):
+        return None
+    return next((name for name, first in _FIRST_BYTES.items() if start.startswith(first)), None)
+
+
+def unpack(opened: IO[bytes], name: str) -> tuple[IO[bytes], str | None]:
+    """The content of an open file, called `name` in messages, and what it is packed with: unpacked while it is read, or as it is.
 
     Closing it closes `opened`. Reading raises what the format's library raises of damage, `EOFError` for one that is cut off,
     and `UserError` where it unpacks to far too much.
     """
-    if suffix not in PACKED:
-        return opened
-    packed = _Counted(opened)
-    if suffix == ".gz":
-        stream: Any = gzip.GzipFile(fileobj=packed)
-    elif suffix == ".xz":
-        stream = lzma.LZMAFile(packed)  # type: ignore[arg-type]  # noqa: SIM115
-    else:
-        stream = _zstandard(packed, name)
-    return io.BufferedReader(_Limited(stream, packed, name), _BLOCK)
+    packing = None
+    for _ in range(_MAX_LAYERS):
+        peekable: Any = opened if hasattr(opened, "peek") else io.BufferedReader(opened)
+        layer = packing_of(peekable.peek(16)[:16])
+        if layer is None:
+            return peekable, packing
+        packing = packing or layer
+        packed = _Counted(peekable)
+        opened = io.BufferedReader(_Limited(_STREAMS[layer](packed, name), packed, name), _BLOCK)
+    return opened, packing
 
 
 def check_ratio(name: str, unpacked: int, packed: int) -> None:
@@ -100,6 +112,17 @@ class _Limited(io.RawIOBase):
         super().close()
 
 
+class _Bzip2(bz2.BZ2File):
+    """bzip2, whose damage is no error of the operating system."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        """The next bytes. Raises `EOFError` where the file is damaged."""
+        try:
+            return super().read(-1 if size is None else size)
+        except OSError as error:
+            raise EOFError(str(error)) from error
+
+
 def _zstandard(packed: _Counted, name: str) -> io.RawIOBase:
     try:
         import zstandard
@@ -115,7 +138,8 @@ class _Zstandard(io.RawIOBase):
         self._file = file
         self._new_frame, self._damage = new_frame, damage
         self._frame: Any = None
-        self._packed = self._ready = b""
+        self._packed = b""
+        self._ready = memoryview(b"")  # up to 32 megabytes, of which no copies are made
 
     def readable(self) -> bool:
         """It is."""
@@ -126,7 +150,7 @@ class _Zstandard(io.RawIOBase):
         while not self._ready and (self._packed or self._more()):
             self._frame = self._frame or self._new_frame()
             try:
-                self._ready = self._frame.decompress(self._packed)
+                self._ready = memoryview(self._frame.decompress(self._packed))
             except self._damage as error:
                 raise EOFError(str(error)) from error
             self._packed = self._frame.unused_data if self._frame.eof else b""
@@ -140,3 +164,11 @@ class _Zstandard(io.RawIOBase):
     def _more(self) -> bool:
         self._packed = self._file.read(1 << 10)  # may become 32 megabytes, which are there at once
         return bool(self._packed)
+
+
+_STREAMS: dict[str, Callable[[_Counted, str], Any]] = {
+    "gzip": lambda packed, name: gzip.GzipFile(fileobj=packed),
+    "bzip2": lambda packed, name: _Bzip2(packed),
+    "xz": lambda packed, name: lzma.LZMAFile(packed),  # type: ignore[arg-type]  # noqa: SIM115
+    "Zstandard": _zstandard,
+}

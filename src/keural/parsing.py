@@ -8,6 +8,7 @@ anything.
 import contextlib
 import json
 import re
+from collections import Counter
 from collections.abc import Hashable
 from typing import Any
 
@@ -224,6 +225,25 @@ class _RowLoader(_Loader):
             self.failed = True
             self.recursive_objects.pop(node, None)
             return UNREADABLE
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping; what stands twice under one name with two values is `UNREADABLE`."""
+        written = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE)
+        twice = [name for name, count in written.items() if count > 1 and self._differ(node, name)]
+        value = dict(super().construct_mapping(node, deep))
+        if twice:
+            self.failed = True
+            value |= {key: UNREADABLE for key in value if str(key) in twice}
+        return value
+
+    @staticmethod
+    def _differ(node: yaml.MappingNode, name: str) -> bool:
+        first, *others = (value for key, value in node.value if key.value == name)
+        same = (
+            isinstance(first, yaml.ScalarNode) and isinstance(other, yaml.ScalarNode) and first.value == other.value
+            for other in others
+        )
+        return not all(same)
 
 
 def _load(text: str, kind: type[_Loader]) -> tuple[Any, _Loader]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path, PurePath, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from keural.data.adapters import Adapter, adapter_of
 from keural.data.adapters.base import lookup, scalar
@@ -31,13 +31,14 @@ from keural.errors import UserError, for_all, nearest
 from keural.files import FileHashes
 from keural.recipe import SourceSpec
 
+T = TypeVar("T")
 SourceFile = tuple[DataFile, str]
 """A file of a source and its format."""
 ROW_NUMBER = "row_number"
 """The `id_field` of rows that have no id but stand in the same order as the set they translate."""
 SUFFIXES = "suffixes"
 """Option with the ends of the names that are read, of a directory or an archive."""
-PROSE = ("text", "markdown")
+PROSE = ("text", "markdown", "srt", "conllu")
 """Formats whose files are documents; those of the others hold rows."""
 INVALID = "invalid_unicode"
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -161,6 +162,7 @@ def open_source(spec: SourceSpec, data_dir: Path | None) -> Source:
     does not exist or holds no file that the adapter reads, and an empty file.
     """
     adapter = adapter_of(spec)
+    _check_reader_options(spec)
     files: list[SourceFile] = []
     if is_hub(spec):
         if spec.format is not None:
@@ -210,19 +212,24 @@ def _file_rows(spec: SourceSpec, adapter: Adapter, file: DataFile, format_name: 
         return
     options = _reader_options(spec, adapter, format_name)
     number = 0
-    rows = enumerate(read_rows(file, format_name, options, notes), start=1)
-    while True:
-        try:  # what the caller does with a row stays outside
-            number, row = next(rows)
-        except StopIteration:
-            break
-        except UserError as error:
-            raise _error(spec, str(error)) from error
+    for number, row in enumerate(_refusing(spec, read_rows(file, format_name, options, notes)), start=1):  # noqa: B007
         yield row
     if not number and file.open is None:
         raise _error(spec, f"{file.name} holds no rows{_why_none(file, options)}; fetch it again or leave it out")
     if not number:
         yield Drop("no_rows", file.name)
+
+
+def _refusing(spec: SourceSpec, items: Iterator[T]) -> Iterator[T]:
+    """The items; a `UserError` while they are made names the source. What becomes of an item is not looked at."""
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except UserError as error:
+            raise _error(spec, str(error)) from error
+        yield item
 
 
 def _why_none(file: DataFile, options: Mapping[str, Any]) -> str:
@@ -252,8 +259,8 @@ def _archive_rows(
             others[PurePosixPath(name).suffix or "without suffix"] += 1
         return reads
 
-    for packed in members(file, wanted, format_name):
-        member = sniff_member(packed, spec.options)
+    for packed in _refusing(spec, members(file, wanted, format_name)):
+        member = sniff_member(packed, adapter.reading | spec.options)
         shape = member.shape
         assert shape is not None, "sniff_member gives it"
         named = format_of(PurePosixPath(member.name))
@@ -443,14 +450,13 @@ def _check_options(spec: SourceSpec, adapter: Adapter, formats: Iterable[str]) -
             raise _error(spec, f"unknown option {name!r} of adapter {spec.adapter}{nearest(name, known)}{listed}")
         if problem := known[name].problem(value):
             raise _error(spec, f"option {name!r} {problem}")
-    _check_reader_options(spec)
     if adapter.check is not None and (problem := adapter.check(spec)):
         raise _error(spec, problem)
 
 
 def _check_reader_options(spec: SourceSpec) -> None:
     """Refuse an encoding that Python does not know, and delimiters and quotation marks that are no character."""
-    options = spec.options
+    options = {name: value for name, value in spec.options.items() if isinstance(value, str)}  # other types are refused later
     if (encoding := options.get("encoding")) is not None:
         try:
             is_text = codecs.lookup(encoding)._is_text_encoding and encoding.lower() not in ("idna", "punycode", "undefined")

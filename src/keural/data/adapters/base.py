@@ -215,9 +215,14 @@ def text_of(
         found = lookup(value, name)
         text = booleans[not found] if booleans and isinstance(found, bool) else scalar(found)
         if text is None and (required or holds(found)):
-            raise BadRow(f"missing_{name}") if found is None else BadRow(f"{name}_is_not_text", type(found).__name__)
+            raise BadRow(f"missing_{name}") if found is None else BadRow(f"{name}_is_not_text", _called(found))
         texts.append(text or "")
     return "\n".join(text for text in texts if text)
+
+
+def _called(value: Any) -> str:
+    """What a value is that is no text: its type, or what it is instead of a number."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else type(value).__name__
 
 
 def trimmed(text: str) -> str:

@@ -43,7 +43,7 @@ ADAPTERS = {
     "text": Adapter(
         "documents",
         guarded(_text),
-        ("text", "markdown", *TABLES),
+        ("text", "markdown", "srt", "conllu", *TABLES),
         {"field": Option(NAMES, "field with the text, where rows are not texts themselves", "text")},
         meaning=described(_text),
     ),

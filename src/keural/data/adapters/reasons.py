@@ -22,6 +22,16 @@ REASONS: dict[str, Reason] = {
         "the row is not of its format, or not of the adapter's shape", "see what was found, and the adapter's example"
     ),
     "malformed_file": Reason("the file is not of its format", f"give format, or {_FETCH}"),
+    "row_too_long": Reason("the row, cell or paragraph is longer than any text", "check what divides rows and cells"),
+    "ragged_row": Reason(
+        "the row has more or fewer cells than the header", "quote cells that hold the delimiter, or options delimiter, quote"
+    ),
+    "unclosed_quote": Reason(
+        "a quotation mark opens in the line that is named and never closes, or closes far below; each line that it holds counts",
+        "mend that line; options: {quote: none} where marks are ordinary characters",
+    ),
+    "repeated_key": Reason("an object has two values under one name, and a row could keep only one", "mend the rows"),
+    "no_rows": Reason("a file of an archive holds nothing", "option suffixes names those to read"),
     "no_gutenberg_markers": Reason("the text has no Project Gutenberg markers", "leave out the option gutenberg"),
     # fields
     "wrong_schema": Reason(
@@ -54,7 +64,9 @@ REASONS: dict[str, Reason] = {
     "empty_turn": Reason("a turn is empty or white space"),
     "empty_list": Reason("a list that option unfold names holds nothing"),
     "empty_question": Reason("an evaluation item has no question"),
-    "invalid_unicode": Reason("the text holds bytes that are no characters", "say how the file is encoded, or fetch it again"),
+    "invalid_unicode": Reason(
+        "the text holds bytes that are no characters; the first are named", "options: {encoding: cp949}, or fetch the file again"
+    ),
     "null_text": Reason("the text is the word of an export for nothing"),
     # turns
     "unknown_role": Reason("a turn is of a role that is not known", "say what it is in the option roles: {name: user}"),

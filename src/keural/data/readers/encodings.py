@@ -11,6 +11,7 @@ are common knowledge. It answers only where the best reading looks like its lang
 """
 
 import codecs
+import contextlib
 import math
 import re
 from collections import Counter
@@ -122,8 +123,10 @@ TRADITIONAL = (
     "現當沒動面起看定天分還進好小部其些主樣理心她本前開但因只從想實日"
 )
 KANJI = "日人大年一国会中本事時者出行見上分生月自前言合場今何手学間部子方後思同地気回的文体法当作使用物私語水山食書"
-LATIN = "éèàùâêîôûçëïöüäßñáíóúãõåæøœìòýÿº"
-CENTRAL = "áíéóúýěščřžůąćęłńśźżőűöüä"
+LATIN = "éáíóñüäöèàçß"
+LATIN_TOO = "êâîôûëïùòúãõåæøœì"
+CENTRAL = "ąęłśżźćńěščřžőűů"
+CENTRAL_TOO = "áéíóúýöüä"
 TURKISH = "ıüşğçöİâîû"
 CYRILLIC = "абвгдежзийклмнопрстуфхцчшщъыьэюяё"
 GREEK = "αοιετσνηυρπκμλςάίωόέδγχήύθφώβξζψ"
@@ -199,9 +202,10 @@ def _japanese() -> list[tuple[str, float]]:
 
 def _latin() -> list[tuple[str, float]]:
     return [
-        (LATIN, 0.6),
+        (LATIN, 0.45),
+        (LATIN_TOO, 0.17),
         ("’“”‘–—…«»\xa0°€£©®·§½¿¡„", 0.35),
-        (LATIN.replace("ß", "").upper(), 0.04),
+        ((LATIN.replace("ß", "") + LATIN_TOO).upper(), 0.04),
         ("•™‹›šžŠŽªº¨´¹²³±×¢¥µ¶", 0.002),
         (_between(0xA1, 0xFF) + "‚ƒ†‡ˆ‰˜Ÿ", 0.0003),
     ]
@@ -209,9 +213,10 @@ def _latin() -> list[tuple[str, float]]:
 
 def _central() -> list[tuple[str, float]]:
     return [
-        (CENTRAL, 0.72),
+        (CENTRAL, 0.48),
+        (CENTRAL_TOO, 0.25),
         ("„”“’‘–—…«»\xa0°§", 0.15),
-        (CENTRAL.upper(), 0.06),
+        ((CENTRAL + CENTRAL_TOO).upper(), 0.06),
         ("ďťňôĺľŕăâîșțđ", 0.02),
         (_between(0xA1, 0x17F), 0.001),
     ]
@@ -252,6 +257,7 @@ _ASCII = -3.0
 _UNKNOWN = -18.0
 _LATIN_ODD = (
     r"(?<=[a-zà-öø-ÿ])[À-ÖØ-ÞŠŒŽŸ]|(?<=[A-Za-zà-öø-ÿ])[^\x00-\x7fÀ-ÖØ-öø-ÿŒœŠšŽžŸ’\xa0–—…·°®©‘](?=[A-Za-zà-öø-ÿ])"
+    r"|[ÂÃ][^\x00-\x7f]|â€|(?<=[¢-ª¬-º¼-¾])[¢-ª¬-º¼-¾]|[€™](?=[a-z])"  # UTF-8 read as if it were not; signs in a row
     r"|(?<=[À-ÿ]{2})[À-ÿ]|(?<=[À-ÿ])[’‘“”](?=[À-ÿ])|(?<=[a-z])[§¿¡£€]|(?<=[A-Z])[À-ÖØ-ÞŠŒŽŸ](?=[a-z])"
 )
 _CENTRAL_ODD = (
@@ -291,6 +297,10 @@ _ENCODINGS: dict[str, tuple[str, float]] = {
     "johab": ("Korean", -6.0),
 }
 """Encodings that are tried, each with its language and how likely it is before the text is looked at (nats)."""
+
+
+_WIDE = -4.0
+"""How likely UTF-16 without a mark and without zero bytes is; it is never taken, but keeps others from being taken."""
 
 
 class _Fit(NamedTuple):
@@ -353,6 +363,11 @@ def _readings(sample: bytes, whole: bool) -> Iterator[_Reading]:
             continue
         fit = _fit(text, _LANGUAGES[name])
         yield _Reading(fit.total + prior, encoding, text, fit.per_character >= _LANGUAGES[name].least)
+    for encoding in ("utf-16-le", "utf-16-be") if len(sample) % 2 == 0 else ():  # without one space or line end
+        with contextlib.suppress(UnicodeDecodeError):
+            text = sample.decode(encoding)
+            best = max(_fit(text, language).total for language in _LANGUAGES.values())
+            yield _Reading(best + _WIDE, encoding, text, False)
 
 
 def _sample(start: bytes, complete: bool) -> tuple[bytes, bool]:

@@ -1,5 +1,5 @@
-"""Rows from files: text, Markdown, JSON lines, JSON, YAML, Parquet, CSV, TSV and gettext catalogues, all but Parquet also packed by
-gzip, bzip2, xz and Zstandard.
+"""Rows from files: text, Markdown, JSON lines, JSON, YAML, Parquet, CSV, TSV, gettext catalogues, subtitles and CoNLL-U, all but
+Parquet also packed by gzip, bzip2, xz and Zstandard.
 
 In: a `DataFile` and the options of its format. Out: `Row`s, each with the place it came from, or a `Drop` where a row or file
 cannot be read. How text is encoded and a table divided is found out (`sniff`) or given; bytes that are no text in that
@@ -28,6 +28,7 @@ from keural.data.readers.lines import numbered_lines
 from keural.data.readers.notes import ReadingNotes
 from keural.data.readers.options import LIST, SWITCH, TEXT, Option, OptionTable
 from keural.data.readers.po import PoError, parse_po
+from keural.data.readers.sentences import Sentence, cues, sentences
 from keural.data.readers.sniff import DAMAGE, SUFFIXES, codec_of, damaged, format_of, read_start, sniff_start
 from keural.data.readers.tables import read_table
 from keural.data.readers.unpacking import PACKED, check_ratio
@@ -330,6 +331,8 @@ def _read_yaml(opened: _Opened) -> Iterator[Row | Drop]:
     except Malformed as error:
         yield Drop("malformed_file", f"{opened.name}:{error.line}" if error.line else opened.name)
         return
+    if value is None and "rows" not in opened.options:
+        return
     for item in _items(opened, value):
         bad = partly and isinstance(item, Row) and holds_unreadable(item.value)
         yield Drop("malformed_row", item.where) if bad else item
@@ -362,9 +365,14 @@ def _read_parquet(opened: _Opened) -> Iterator[Row | Drop]:
     try:
         with ParquetFile(file.path) as table:
             _check_parquet(file, table)
+            whole = _whole_columns(table)
+            if whole:
+                opened.notes.assume(
+                    file.name, f"holds whole numbers and empty cells as floats, read as whole numbers: {', '.join(whole)}"
+                )
             number = 0
             for batch in table.iter_batches(batch_size=1024):
-                for value in _parquet_rows(batch):
+                for value in _parquet_rows(_with_whole(batch, whole)):
                     number += 1
                     where = f"{file.name}#{number}"
                     yield Drop("malformed_row", where) if value is None else Row(where, value)
@@ -376,6 +384,34 @@ def _read_parquet(opened: _Opened) -> Iterator[Row | Drop]:
 
 _BAD_CELL = (ValueError, OverflowError, LookupError, TypeError)
 """What pyarrow and Python's dates raise of a cell: bytes that are no UTF-8, a day outside the calendar."""
+
+
+def _whole_columns(table: Any) -> list[str]:
+    """Columns of floats that hold whole numbers and nulls only: whole numbers, as pandas keeps them where some are missing."""
+    import pyarrow.compute as compute
+    from pyarrow import types
+
+    groups = [table.metadata.row_group(number) for number in range(table.metadata.num_row_groups)]
+    found = []
+    for place in range(table.metadata.num_columns if groups else 0):
+        name = groups[0].column(place).path_in_schema
+        statistics = [group.column(place).statistics for group in groups]
+        nulls = sum(part.null_count or 0 for part in statistics if part is not None)
+        if not nulls or name not in table.schema_arrow.names or not types.is_floating(table.schema_arrow.field(name).type):
+            continue
+        parts = (batch.column(0) for batch in table.iter_batches(batch_size=1 << 16, columns=[name]))
+        are_whole = [compute.all(compute.equal(compute.floor(part), part)).as_py() is not False for part in parts]
+        if all(are_whole) and nulls < table.metadata.num_rows:
+            found.append(name)
+    return found
+
+
+def _with_whole(batch: Any, names: list[str]) -> Any:
+    """A batch with these columns as whole numbers."""
+    for name in names:
+        place = batch.schema.get_field_index(name)
+        batch = batch.set_column(place, name, batch.column(place).cast("int64"))
+    return batch
 
 
 def _parquet_rows(batch: Any) -> Iterator[dict[str, Any] | None]:
@@ -434,6 +470,33 @@ def _read_po(opened: _Opened) -> Iterator[Row | Drop]:
         yield Drop("malformed_file", f"{opened.name}:{error.line}")
 
 
+def _reader_of(parse: Callable[[Iterable[tuple[int, str | None]]], Iterator[Sentence]]) -> Reader:
+    """The reader of a format whose text stands in sentences or cues: a document each, or all of a file's in their order."""
+
+    def read(opened: _Opened) -> Iterator[Row | Drop]:
+        name = opened.name
+        by_line = opened.options.get("split", "file") == "line"
+        document: list[str] = []
+        start = 0
+        with opened.text() as (text, _):
+            for sentence in parse(numbered_lines(text)):
+                where = f"{name}:{sentence.line}"
+                if sentence.problem:
+                    yield Drop("malformed_row", where, sentence.problem)
+                elif by_line:
+                    yield Row(where, {"text": sentence.text})
+                else:
+                    if sentence.begins_document and document:
+                        yield Row(f"{name}:{start}", {"text": "\n".join(document)})
+                        document = []
+                    start = start if document else sentence.line
+                    document.append(sentence.text)
+        if document:
+            yield Row(f"{name}:{start}", {"text": "\n".join(document)})
+
+    return read
+
+
 _ENCODING: OptionTable = {
     "encoding": Option(
         TEXT, "how the text is encoded (cp949, utf-16-le); not given: it is found out, and said where it is not UTF-8"
@@ -445,6 +508,11 @@ _PIECES: OptionTable = {
     ),
     "prefix": Option(TEXT, "only lines that begin so are read, and without it"),
     "gutenberg": Option(SWITCH, "only what stands between the markers of Project Gutenberg is read", False),
+}
+_SENTENCES: OptionTable = {
+    "split": Option(
+        TEXT, "what becomes a row: all that a file (or document in it) says, or each cue or sentence", "file", ("file", "line")
+    )
 }
 _ROWS: OptionTable = {"rows": Option(TEXT, "where the list of rows is inside the file's object: data.items")}
 _TABLE: OptionTable = {
@@ -463,6 +531,8 @@ FORMATS: dict[str, Format] = {
     "csv": Format(_read_table, SUFFIXES["csv"], {**_ENCODING, **_TABLE}),
     "tsv": Format(_read_table, SUFFIXES["tsv"], {**_ENCODING, **_TABLE}),
     "po": Format(_read_po, SUFFIXES["po"], _ENCODING),
+    "srt": Format(_reader_of(cues), SUFFIXES["srt"], {**_ENCODING, **_SENTENCES}),
+    "conllu": Format(_reader_of(sentences), SUFFIXES["conllu"], {**_ENCODING, **_SENTENCES}),
 }
 """Formats by name."""
 FILE_OPTIONS: OptionTable = {

@@ -25,9 +25,13 @@ class ReadingNotes:
     def file(self, name: str, shape: FileShape | None) -> None:
         """Take note of a file that is read."""
         for clause in shape.assumed if shape else ():
-            first, count = self.assumed.get(clause, (name, 0))
-            if count or len(self.assumed) < MAX_CLAUSES:
-                self.assumed[clause] = first, count + 1
+            self.assume(name, clause)
+
+    def assume(self, name: str, clause: str) -> None:
+        """Take note of what was assumed of a file, as the end of a sentence that begins with its name."""
+        first, count = self.assumed.get(clause, (name, 0))
+        if count or len(self.assumed) < MAX_CLAUSES:
+            self.assumed[clause] = first, count + 1
 
     def lines(self) -> tuple[str, ...]:
         """A line for each thing that was assumed or changed."""
@@ -36,5 +40,6 @@ class ReadingNotes:
             for clause, (first, count) in self.assumed.items()
         ]
         if self.composed:
-            lines.append(f"{self.composed:,} records held Hangul written letter by letter, which is composed (NFC)")
+            records = "1 record" if self.composed == 1 else f"{self.composed:,} records"
+            lines.append(f"{records} held Hangul written letter by letter, which is composed (NFC)")
         return tuple(lines)

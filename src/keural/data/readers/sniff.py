@@ -42,12 +42,18 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
     "csv": (".csv",),
     "tsv": (".tsv", ".tab"),
     "po": (".po",),
+    "srt": (".srt", ".vtt"),
+    "conllu": (".conllu",),
     ZIP: (".zip",),
     TAR: (".tar",),
 }
 """Formats, and the suffixes that stand for them."""
 _DATA = ("jsonl", "json", "yaml", "csv", "tsv", "po")
-_MARKS = (("po", re.compile(r"(?:\s*#.*\n)*\s*msgid \""), "it begins with a message of a catalogue"),)
+_MARKS = (
+    ("po", re.compile(r"(?:\s*#.*\n)*\s*msgid \""), "it begins with a message of a catalogue"),
+    ("srt", re.compile(r"(?:WEBVTT\b|\s*1\r?\n\d+:\d\d:\d\d,\d+ --> )"), "it begins with a cue of subtitles"),
+    ("conllu", re.compile(r"(?:#.*\n)*1\t(?:[^\t\n]*\t){8}"), "it begins with an annotated sentence"),
+)
 """How text begins that shows its format."""
 DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError)
 """What reading a damaged packed file raises."""

@@ -1,6 +1,7 @@
 """Rows with several answers: which one is the better is what the row says, or the row is counted, or its source refused."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from hypothesis import given
+import yaml
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keural.data.adapters import ADAPTERS
@@ -20,6 +22,7 @@ from keural.data.prepare import prepare
 from keural.data.prepared import Prepared
 from keural.data.records import Drop, PreferencePair, Record
 from keural.data.sources import open_source
+from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
 from keural.recipe import DataSpec, SourceSpec
 from keural.tokenizer import KeuralTokenizer
@@ -155,9 +158,12 @@ def test_labels_outside_the_declared_ones_refuse_the_source_with_all_values_and_
     message = str(refused.value)
     assert "label is 'x' (4 rows), label is 0 (4 rows)" in message
     assert "(beside label is 1 (4 rows))" in message
-    assert "options: {labels: {'x': ..., 0: ..., 1: ...}} says what each means: first (a), second (b), tie or none" in message
+    assert "options: {labels: {'x': ..., '0': ..., '1': ...}} says what each means: first (a), second (b), tie or none" in message
     assert "rows.jsonl:1" in message
-    found = prepared(rows, options={"answers": ["a", "b"], "labels": {"x": "tie", 0: "first", "1": "second"}})
+    pasted = message.partition("options: ")[2].partition(" says")[0]
+    for meaning in ("tie", "first", "second"):
+        pasted = pasted.replace("...", meaning, 1)
+    found = prepared(rows, options={"answers": ["a", "b"], **yaml.safe_load(pasted)})
     assert (found.table[0].kept, found.table[0].drops) == (8, {"label_tie": 4})
     assert found.table[0].details == {"label_tie": {"label is 'x'": 4}}
 
@@ -205,6 +211,15 @@ def test_options_that_have_no_effect_or_contradict_each_other_are_refused(
     (tmp_path / "rows.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match=problem):
         open_source(SourceSpec(name="p", adapter="preference", path="rows.jsonl", options=options), tmp_path)
+
+
+def test_a_refused_source_names_what_can_be_done(prepared: Any) -> None:
+    with pytest.raises(UserError, match=r"several_answers .*options: \{pairs: all\} takes each chosen one"):
+        prepared([SEVERAL | {"prompt": f"q{n}"} for n in range(3)])
+    with pytest.raises(
+        UserError, match=r"no label\); name the field in the option label, or fields with numbers in the option scores"
+    ):
+        prepared([SCORED | {"x": 1, "y": 2}], options={"answers": ["a", "b"]})
 
 
 # Scores, ranks and lists
@@ -317,6 +332,13 @@ def test_no_pair_of_a_ranking_prefers_a_lower_score(scores: list[int], policy: s
         == len(pairs)
         == {"best_vs_worst": 1, "adjacent": len(scores) - 1}.get(policy, len(scores) * (len(scores) - 1) // 2)
     )
+
+
+def test_items_of_a_list_that_no_name_takes_are_noted() -> None:
+    row = {"prompt": "q", "list": ["one", "two", "three"], "label": 2}
+    assert kept(convert(row, chosen="list.1", rejected="list.0")).notes == ("other_items_left_out",)
+    assert kept(convert(row, answers=["list.0", "list.1"])).notes == ("other_items_left_out",)
+    assert kept(convert(row | {"list": ["one", "two"]}, answers=["list.0", "list.1"])).notes == ()
 
 
 SEVERAL = {"prompt": "q", "chosen": ["red", "blue"], "rejected": ["a table", "a chair", "a lamp"]}
@@ -524,6 +546,18 @@ def test_columns_of_lists_give_the_same_pairs_as_lines(tmp_path: Path) -> None:
     assert found["parquet"] == found["jsonl"] == [(("b", "a"), ()), (("c", "e"), ("unranked_answer_left_out",))]
 
 
+def test_the_store_has_the_weight_of_every_pair(prepared: Any) -> None:
+    rows = [RANKED | {"prompt": f"q{n}"} for n in range(3)] + [
+        RANKED | {"prompt": "r", "completions": ["a", "b"], "ratings": [1, 2]}
+    ]
+    found = prepared(rows, options={"answers": "completions", "scores": "ratings", "pairs": "all"})
+    weights = TokenStore.open(found.train).pair_weights
+    assert weights is not None
+    assert weights.tolist() == pytest.approx([1 / 3] * 9 + [1])
+    best = prepared(rows, options={"answers": "completions", "scores": "ratings"})
+    assert TokenStore.open(best.train).pair_weights is None
+
+
 def test_pairs_of_one_row_are_no_duplicates_by_its_id(prepared: Any) -> None:
     rows = [RANKED | {"prompt": f"q{n}", "id": n} for n in range(3)]
     options = {"answers": "completions", "scores": "ratings", "pairs": "all"}
@@ -548,3 +582,157 @@ def test_keys_of_labels() -> None:
         *["1"] * 5, "0.5", "0.5", "true", "true", str(int(1e30))
     ]  # fmt: skip
     assert number_of(" 1.50 ", "x") == 1.5
+
+
+# Whatever rows hold
+
+ODD = (
+    st.none()
+    | st.booleans()
+    | st.sampled_from([0, 1, 2, 3, 0.0, 1.0, 0.5, "0", "2.0", "tie", "x", "", " ", float("nan"), float("inf")])
+    | st.lists(st.just("x"), max_size=2)
+    | st.just({"x": "y"})
+)
+LABEL_OPTIONS: list[dict[Any, str]] = [
+    {},
+    {0: "first", 1: "second"},
+    {"1": "second", "2": "first", "tie": "tie"},
+    {"true": "first", "false": "second", "0.5": "none"},
+]
+
+
+@st.composite
+def odd_rows(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A row with several answers in which every field that carries meaning may be there, mostly with a fitting value; and its
+    options.
+    """
+
+    def mostly(fitting: st.SearchStrategy[Any]) -> Any:
+        return draw(ODD) if draw(st.integers(1, 30)) == 1 else draw(fitting)
+
+    def sometimes(name: str, fitting: st.SearchStrategy[Any], one_in: int = 4) -> None:
+        if draw(st.integers(1, one_in)) == 1:
+            row[name] = mostly(fitting)
+
+    def side(text: str) -> Any:
+        if not chats:
+            return text
+        first = [system(inside)] if inside else []
+        return [*first, {"role": "user", "content": "askedx"}, {"role": "assistant", "content": text}]
+
+    row: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    chats, inside = draw(st.integers(1, 4)) == 1, draw(st.sampled_from([""] * 5 + ["systemx", "elsex"]))
+    prompts = draw(st.lists(st.sampled_from(["prompt", "question", "messages"]), max_size=2, unique=True))
+    for name in prompts or ["prompt"]:
+        text = draw(st.sampled_from(["askedx"] * 12 + ["otherx"]))
+        turn = {"role": "user", "content": text}
+        before = [system(draw(st.sampled_from([inside, "elsex"])))] if draw(st.integers(1, 4)) == 1 else []
+        shape = st.just([*before, turn] if name == "messages" else text)
+        row[name] = mostly(shape)
+    sometimes("input", st.sampled_from(["inputx", "<noinput>"]), 6)
+    sometimes("system", st.just("systemx"))
+    sometimes("tools", st.just([{"name": "toolx"}]))
+    sometimes("weight", st.sampled_from([0, 1]), 8)
+    sometimes("train", st.booleans(), 8)
+    sometimes("kto_tag", st.booleans(), 8)
+    mode = draw(st.sampled_from(["sides", "label", "scores", "list"]))
+    numbers = draw(st.permutations([1, 2, "3", 2.5, 1]))
+    if mode == "sides":
+        row |= {"chosen": mostly(st.just(side("onex"))), "rejected": mostly(st.just(side("twox")))}
+        if draw(st.booleans()):
+            row |= {name: mostly(st.just(numbers[place])) for place, name in enumerate(draw(st.sampled_from(SCORES)))}
+    elif mode == "list":
+        count = draw(st.integers(2, 4))
+        row |= {"list": mostly(st.just([side(f"item{n}x") for n in range(count)]))}
+        row["scores"] = mostly(st.just([mostly(st.just(number)) for number in numbers[:count]]))
+        options |= {"answers": "list", "scores": "scores", "pairs": draw(st.sampled_from(["best_vs_worst", "adjacent", "all"]))}
+    else:
+        row |= {"a": mostly(st.just(side("onex"))), "b": mostly(st.just(side("twox")))}
+        options["answers"] = ["a", "b"]
+        if mode == "label":
+            labels = draw(st.sampled_from(LABEL_OPTIONS))
+            options |= {"labels": labels} if labels else {}
+            row["label"] = draw(ODD) if draw(st.integers(1, 4)) == 1 else draw(st.sampled_from(list(labels) or [1, 2, 1.0, "2"]))
+        else:
+            row |= {"x": mostly(st.just(numbers[0])), "y": mostly(st.just(numbers[1]))}
+            options["scores"] = ["x", "y"]
+    if mode != "label" and mode != "sides" and draw(st.integers(1, 3)) == 1:
+        options["lower_is_better"] = True
+    return row, options
+
+
+def same(value: Any, other: Any) -> bool:
+    """Whether two values of a label are the same, written apart from the reader."""
+
+    def plain(each: Any) -> Any:
+        if isinstance(each, bool):
+            return str(each).lower()
+        try:
+            return float(each)
+        except (TypeError, ValueError):
+            return str(each).strip().lower()
+
+    return bool(plain(value) == plain(other))
+
+
+def text_in(answer: Any) -> str:
+    """The text of an answer: itself, or the last or only item of a list."""
+    last = answer[-1] if isinstance(answer, list) else answer
+    return str(last["content"] if isinstance(last, dict) else last)
+
+
+def check_honoured(record: PreferencePair, row: dict[str, Any], options: dict[str, Any]) -> None:
+    """Assert that a pair has all that its row says, the right way round."""
+    whole = "\n".join(turn.text for turn in record.prompt)
+    said_as = (record.chosen, record.rejected)
+    if "list" in row:
+        better, worse = (float(row["scores"][int(text[4])]) for text in said_as)
+        assert (better < worse) if options.get("lower_is_better") else (better > worse)
+        unranked = any(score is None or score != score or score in ("", " ") for score in row["scores"])
+        assert record.notes == (("unranked_answer_left_out",) if unranked else ())
+    elif "label" in row:
+        labels = options.get("labels", {1: "first", 2: "second"})
+        meanings = {meaning for value, meaning in labels.items() if same(value, row["label"])}
+        assert said_as == tuple(text_in(row[name]) for name in ("ab" if meanings == {"first"} else "ba"))
+        assert meanings in ({"first"}, {"second"})
+    elif "scores" in options:
+        first = (float(row["x"]) > float(row["y"])) != bool(options.get("lower_is_better"))
+        assert said_as == tuple(text_in(row[name]) for name in ("ab" if first else "ba"))
+    else:
+        assert said_as == (text_in(row["chosen"]), text_in(row["rejected"]))
+        for names in SCORES:
+            scores = [row[name] for name in names if row.get(name) not in (None, "", " ") and row[name] == row[name]]
+            assert len(scores) in (0, 2)
+            assert not scores or float(scores[0]) > float(scores[1])
+    for name in ("prompt", "question", "instruction", "input"):
+        if isinstance(row.get(name), str) and row[name].strip() and row[name] != "<noinput>":
+            assert row[name].strip() in whole, name
+    assert [turn.role for turn in record.prompt if turn.role != "system"] == ["user"]
+    said = json.dumps([row.get(name) for name in ("messages", "chosen", "rejected", "a", "b", "list")])
+    for text in ("elsex", "systemx"):
+        assert (text in whole) == (text in said or row.get("system") == text)
+    assert ("toolx" in whole) == (row.get("tools") == [{"name": "toolx"}])
+    assert all(value in (None, "", " ", True, 1, 1.0) for value in (row.get("weight"), row.get("train")))
+    assert row.get("kto_tag") is not False
+
+
+def test_every_field_that_carries_meaning_is_honoured_or_the_row_is_counted() -> None:
+    became: Counter[str] = Counter()
+
+    @settings(deadline=None, max_examples=1500)
+    @given(odd_rows())
+    def run(case: tuple[dict[str, Any], dict[str, Any]]) -> None:
+        records = converted(case[0], **case[1])
+        assert records
+        for record in records:
+            became[type(record).__name__] += 1
+            if isinstance(record, Drop):
+                assert reason_of(record.reason), record.reason
+            else:
+                check_honoured(record, *case)
+        weights = [record.weight for record in records if isinstance(record, PreferencePair)]
+        assert sum(weights) <= 1 + 1e-9
+
+    run()
+    assert min(became["Drop"], became["PreferencePair"]) > 200, became

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keural.data.tokens.store import StoreWriter, TokenStore
+from keural.data.tokens.store import PAIR_WEIGHTS, StoreWriter, TokenStore
 from keural.errors import UserError
 
 SEQUENCES = [[1, 260, 300, 2], [1, 511, 2], [1, 2], [1, 400, 401, 402, 403, 2]]
@@ -163,3 +163,30 @@ def test_a_manifest_that_is_no_json_is_refused(tmp_path: Path) -> None:
 def test_a_token_outside_the_vocabulary_is_never_written(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="vocabulary"):
         StoreWriter(tmp_path, SHA, 512, "documents").add([512])
+
+
+def test_weights_of_pairs_are_checked_and_joined(tmp_path: Path) -> None:
+    def write(name: str, weights: list[float] | None) -> Path:
+        directory = tmp_path / name
+        with StoreWriter(directory, SHA, 512, "pairs") as writer:
+            for _ in range(4):
+                writer.add([1, 2], [0, 1])
+            if weights is not None:
+                (directory / PAIR_WEIGHTS).write_bytes(np.array(weights, dtype="<f4").tobytes())
+                writer.close(extra=[PAIR_WEIGHTS])
+        return directory
+
+    plain, weighted = TokenStore.open(write("plain", None)), TokenStore.open(write("weighted", [0.5, 0.25]))
+    assert plain.pair_weights is None
+    assert (plain.manifest["version"], weighted.manifest["version"]) == (2, 3)
+    assert plain.fingerprint != weighted.fingerprint
+    joined = TokenStore.join({"a": plain, "b": weighted, "c": plain})
+    assert joined.pair_weights is not None
+    assert joined.pair_weights.tolist() == [1, 1, 0.5, 0.25, 1, 1]
+    assert TokenStore.join({"a": plain, "b": plain}).pair_weights is None
+    for name, weights in (("few", [1.0]), ("none", [1.0, 0.0]), ("nan", [1.0, float("nan")])):
+        with pytest.raises(UserError, match="no weight above 0 for each pair"):
+            TokenStore.open(write(name, weights))
+    (tmp_path / "weighted" / PAIR_WEIGHTS).write_bytes(np.array([0.5, 0.5], dtype="<f4").tobytes())
+    with pytest.raises(UserError, match="checksum differs"):
+        TokenStore.open(tmp_path / "weighted")

@@ -57,7 +57,7 @@ EXPECTED: dict[str, tuple[str, dict[str, Any], str]] = {
     "thumbs.jsonl": ("kto", {}, "jsonl, utf-8"),
     "transcripts.jsonl": ("hh_rlhf", {}, "jsonl, utf-8"),
     "vicuna_style.json": ("sharegpt", {}, "json, utf-8"),
-    "which_is_better.jsonl": ("preference", {"answers": ["answer_1", "answer_2"], "label": "label"}, "jsonl, utf-8"),
+    "which_is_better.jsonl": ("preference", {"answers": ["answer_1", "answer_2"]}, "jsonl, utf-8"),
     "이야기.txt": ("text", {}, "text, cp949"),
     "지시.json": ("alpaca", {}, "json, utf-8"),
 }
@@ -113,7 +113,7 @@ def test_what_is_trained_is_marked_where_nothing_can_be_underlined(capsys: Captu
     assert "kept; trained is what is between ⟦ and ⟧" in text
     assert '⟦<tool_call>\n{"name": "tide"' in text
     assert '<|im_start|>tool\n{"high"' in text
-    assert "⟦목포은 5시 40분에 물이 가장 높습니다.<|im_end|>⟧" in text
+    assert "⟦목포에서는 5시 40분에 물이 가장 높습니다.<|im_end|>⟧" in text
     assert "not read: id" in text
     assert "objective sft" in text
 
@@ -121,7 +121,7 @@ def test_what_is_trained_is_marked_where_nothing_can_be_underlined(capsys: Captu
 def test_a_value_of_no_declared_meaning_is_not_guessed(capsys: Capture) -> None:
     text = show(capsys, FILES / "which_is_better.jsonl")
     assert "refused: source 'which_is_better': label is 0 (3 rows)" in text
-    assert "options: {labels: {0: ..." in text
+    assert "options: {labels: {'0': ..." in text
     declared = show(capsys, FILES / "which_is_better.jsonl", "labels={0: second, 1: first}", "answers=[answer_1, answer_2]",
                     adapter="preference")  # fmt: skip
     assert "6 kept" in declared

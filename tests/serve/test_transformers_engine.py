@@ -1,18 +1,26 @@
 """The transformers engine: answers equal to those of transformers, how they end, and the cache that survives between turns."""
 
+import random
 from collections.abc import Generator
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from keural.errors import UserError
 from keural.model import KeuralMoECausalLM
 from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.engines.transformers import TransformersEngine
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt
+from tests.helpers.next_token import token_at
 
 GREEDY = SamplingParams(temperature=0.0, repetition_penalty=1.0, max_new_tokens=30)
 
@@ -45,15 +53,19 @@ def generated(model: KeuralMoECausalLM, prompt: list[int], **options: object) ->
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_sampling_equals_transformers_under_the_same_seed(
+def test_sampling_takes_from_transformers_distribution_the_token_at_the_seeds_number(
     engine: TransformersEngine, model: KeuralMoECausalLM, prompt: list[int], seed: int
 ) -> None:
-    ids, _ = run(engine.stream(prompt, SamplingParams(seed=seed, max_new_tokens=30), set()))
+    ids, _ = run(engine.stream(prompt, SamplingParams(0.7, 0.9, 1.1, max_new_tokens=30, seed=seed), set()))
 
-    torch.manual_seed(seed)
-    assert ids == generated(
-        model, prompt, do_sample=True, temperature=0.7, top_p=0.9, top_k=0, repetition_penalty=1.1, max_new_tokens=30
-    )
+    processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.1), TemperatureLogitsWarper(0.7), TopPLogitsWarper(0.9)])
+    numbers, expected = random.Random(seed), list(prompt)
+    for _ in range(30):
+        read = torch.tensor([expected])
+        with torch.inference_mode():
+            scores = processors(read, model(read).logits[:, -1].double())  # type: ignore[arg-type]
+        expected.append(token_at(scores[0].softmax(-1), numbers.random()))
+    assert ids == expected[len(prompt) :]
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])

@@ -9,12 +9,14 @@ import torch
 
 from keural.data.loading.batch import Batch
 from keural.data.loading.stream import Stream
-from keural.data.tokens.store import TokenStore
+from keural.data.tokens.store import PAIR_WEIGHTS, StoreWriter, TokenStore
+from keural.files import atomic_directory
 from keural.recipe import OBJECTIVES, STORES, Objective, StageSpec, StoreKind
+from keural.train.heldout import evaluate
 from keural.train.micro_batches import micro_batches
 from keural.train.objectives.preference import dpo_loss, pair_logprobs
 from keural.train.objectives.registry import LOSSES
-from tests.helpers.train_small import LENGTH, open_run, small_job, small_stage, write_store
+from tests.helpers.train_small import LENGTH, SHA, VOCAB, open_run, small_job, small_stage, step_gradients, write_store
 
 CPU = torch.device("cpu")
 
@@ -91,3 +93,71 @@ def test_dpo_loss_is_the_formula_of_the_paper() -> None:
 def test_settings_of_another_objective_are_refused() -> None:
     with pytest.raises(ValueError, match="dpo settings have no effect with objective sft"):
         small_stage("sft", dpo={"beta": 0.2})
+
+
+def test_weights_of_pairs_multiply_their_losses_and_metrics() -> None:
+    sides = [torch.tensor(values) for values in ([-3.0, -5.0, -1.0], [-4.0, -4.0, -3.0], [-3.5, -4.0, -1.0], [-4.5, -5.0, -1.0])]
+    whole = dpo_loss(*sides, beta=0.5, weights=torch.tensor([1.0, 0.25, 0.5]))
+    alone = [dpo_loss(*(side[place : place + 1] for side in sides), beta=0.5) for place in range(3)]
+    torch.testing.assert_close(whole.loss, alone[0].loss + 0.25 * alone[1].loss + 0.5 * alone[2].loss)
+    for name, value in whole.metrics.items():
+        torch.testing.assert_close(value, alone[0].metrics[name] + 0.25 * alone[1].metrics[name] + 0.5 * alone[2].metrics[name])
+
+
+def write_weighted(directory: Path, weights: list[float], repeats: list[int]) -> Path:
+    """Pairs of one prompt and two answers, each so many times in the store, with these weights."""
+    draw = np.random.default_rng(3)
+    with atomic_directory(directory) as path, StoreWriter(path, SHA, VOCAB, "pairs") as writer:
+        for repeat in repeats:
+            sides = [draw.integers(4, VOCAB, 9) for _ in range(2)]
+            for side in sides * repeat:
+                writer.add(side, [0] * 4 + [1] * 5)
+        if any(weight != 1 for weight in weights):
+            (path / PAIR_WEIGHTS).write_bytes(np.array(weights, dtype="<f4").tobytes())
+            writer.close(extra=[PAIR_WEIGHTS])
+    return directory
+
+
+@pytest.mark.parametrize("limit", [None, 2 * LENGTH])
+def test_a_pair_of_weight_one_counts_like_four_of_a_quarter(tmp_path: Path, limit: int | None) -> None:
+    """The oracle are stores in which pairs stand so many times as their weights say."""
+    found = []
+    for run, weights, repeats in (
+        ("weighted", [1.0, 0.25, 0.5], [1, 1, 1]),
+        ("repeated", [1.0] * 7, [4, 1, 2]),
+        ("small", [0.02, 0.005, 0.01], [1, 1, 1]),
+    ):
+        directory = tmp_path / run
+        directory.mkdir()
+        write_weighted(directory / "store", weights, repeats)
+        write_weighted(directory / "heldout", weights, repeats)
+        train = {"batch_pairs": sum(repeats), "micro_batch_tokens": limit}
+        job = small_job(directory, "dpo", heldout=True, router={"balance_coef": 0.0, "z_coef": 0.0}, train=train, dpo={"beta": 5.0})
+        opened = open_run(job)
+        with torch.no_grad():
+            for parameter in opened.trainer.policy.model.parameters():
+                parameter.add_(0.01)
+        heldout = Stream(TokenStore.open(directory / "heldout"), "dpo", LENGTH, batch_pairs=1)
+        references = opened.trainer.references
+        found.append((*step_gradients(opened.trainer), evaluate(opened.trainer, heldout, references)))
+    for losses, gradients, figures in found[1:]:
+        for name in ("loss", *OBJECTIVES["dpo"].metrics):
+            torch.testing.assert_close(losses[name], found[0][0][name])
+            assert figures[name] == pytest.approx(found[0][2][name], rel=1e-4)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, found[0][1][name], atol=1e-5, rtol=1e-4)
+    assert found[0][0]["loss"] != pytest.approx(0.6931, abs=1e-3), "the weights matter"
+    assert [figures["items"] for *_, figures in found] == pytest.approx([1.75, 7, 0.035])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_weights_follow_their_pairs_over_ranks_and_micro_batches(tmp_path: Path, world: int) -> None:
+    weights = [1 / (1 + number) for number in range(9)]
+    stream = Stream(TokenStore.open(write_weighted(tmp_path / "s", weights, [1] * 9)), "dpo", LENGTH, batch_pairs=13)
+    seen = 0
+    for rank in range(world):
+        for micro in micro_batches(stream.batch(1, rank, world), LENGTH, CPU):
+            assert micro.pairs.weights is not None
+            assert micro.pairs.weights.tolist() == pytest.approx([weights[pair // 2] for pair in micro.pairs.sequences[0]])
+            seen += len(micro.pairs.weights)
+    assert seen == 13

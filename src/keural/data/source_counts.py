@@ -16,6 +16,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from keural.data.adapters.aihub import OTHER_PART
 from keural.data.adapters.base import UNDECLARED, WRONG_SCHEMA
 from keural.data.adapters.corpora import OTHER_LANGUAGE, OTHER_LICENSE
+from keural.data.adapters.reasons import reason_of
 from keural.data.field_use import FieldUse
 from keural.data.filtering.decontamination import REASON
 from keural.data.filtering.holdout import Split
@@ -260,7 +261,7 @@ class SourceCounter:
         values = f"{_counted(found)}{f' and others ({others:,} rows)' if others else ''}"
         beside = f" (beside {_counted(declared)})" if declared else ""
         remedies = dict.fromkeys(filter(None, self.undeclared.values()))
-        wanted = ", ".join(f"{each.partition(' is ')[2]}: ..." for each in (*found, *declared))
+        wanted = ", ".join(f"{_quoted(each.partition(' is ')[2])}: ..." for each in (*found, *declared))
         remedy = "; ".join(remedies).replace("VALUES", wanted)
         return f"{values}, first {self.first_drop[UNDECLARED]}: not a declared meaning{beside}; {remedy}"
 
@@ -306,8 +307,19 @@ def check_drops(source: SourceSpec, row: SourceRow) -> None:
         raise UserError(
             f"source {source.name!r}: {defects / row.rows:.1%} of {row.rows:,} rows are dropped, more than "
             f"max_drop {source.max_drop:g}; most often {_worst(row, row.defects)}; "
-            f"mend the data or the options of adapter {source.adapter}, or raise max_drop"
+            f"{_remedy(row)}mend the data or the options of adapter {source.adapter}, or raise max_drop"
         )
+
+
+def _remedy(row: SourceRow) -> str:
+    """What can be done about the most frequent defect, where something can."""
+    known = reason_of(next(iter(row.defects)))
+    return f"{known.remedy}; " if known and known.remedy else ""
+
+
+def _quoted(value: str) -> str:
+    """A value as the key of a map in YAML; recipes have texts as keys."""
+    return value if value[:1] in ("'", '"') else f"'{value}'"
 
 
 def _counted(found: Counter[str]) -> str:

@@ -19,11 +19,11 @@ from keural.train.trainer import Trainer
 
 @dataclass(frozen=True)
 class Totals:
-    """Counts of a whole optimizer step over all ranks: what the task loss is divided by (labels or pairs), tokens without padding,
-    forward passes with at least one token.
+    """Counts of a whole optimizer step over all ranks: what the task loss is divided by (labels, pairs or the weights of pairs),
+    tokens without padding, forward passes with at least one token.
     """
 
-    denominator: int
+    denominator: float
     tokens: int
     forwards: int
 
@@ -55,8 +55,9 @@ def accumulate_gradients(trainer: Trainer, step: int) -> StepLosses:
 def count_step(trainer: Trainer, batch: Batch, micros: Sequence[MicroBatch]) -> Totals:
     """The counts that losses are divided by."""
     forwards = sum(bool(micro.token_mask.any()) for micro in micros)
-    counts = torch.tensor([trainer.objective.denominator(batch), batch.num_tokens, forwards], device=trainer.ranks.device)
-    return Totals(*trainer.ranks.sum(counts).tolist())
+    counts = [trainer.objective.denominator(batch), batch.num_tokens, forwards]
+    denominator, tokens, passes = trainer.ranks.sum(torch.tensor(counts, dtype=torch.float64, device=trainer.ranks.device)).tolist()
+    return Totals(denominator, int(tokens), int(passes))
 
 
 def step_tokens_per_expert(trainer: Trainer, micros: Sequence[MicroBatch]) -> Tensor | None:
@@ -88,7 +89,7 @@ def forward_backward(trainer: Trainer, micro: MicroBatch, totals: Totals, tokens
     terms = trainer.objective(output.logprobs, micro, trainer.references)
     balance, z = router_losses(trainer, statistics, totals, tokens_per_expert)
     router = trainer.stage.router
-    (terms.loss / max(totals.denominator, 1) + router.balance_coef * balance + router.z_coef * z).backward()
+    (terms.loss / (totals.denominator or 1) + router.balance_coef * balance + router.z_coef * z).backward()
     scalars = torch.stack([terms.loss.detach(), *(terms.metrics[name] for name in trainer.metrics)])
     routed = [statistics.counts.flatten(), statistics.probabilities.detach().flatten(), statistics.squares.detach()]
     return torch.cat([scalars, *routed])
@@ -99,7 +100,7 @@ def unpack(trainer: Trainer, sums: Tensor, totals: Totals) -> StepLosses:
     names, config = trainer.metrics, trainer.policy.model.config
     layers, experts = config.num_hidden_layers, config.num_local_experts
     scalars, counts, probabilities, squares = sums.split([1 + len(names), layers * experts, layers * experts, layers])
-    loss, *metrics = (scalars / max(totals.denominator, 1)).tolist()
+    loss, *metrics = (scalars / (totals.denominator or 1)).tolist()
     router = RouterStatistics(counts.view(layers, experts), probabilities.view(layers, experts), squares, totals.tokens)
     return StepLosses(loss, dict(zip(names, metrics, strict=True)), router, totals.tokens)
 

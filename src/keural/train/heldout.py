@@ -25,7 +25,9 @@ def heldout_batches(stage: StageSpec, stream: Stream, ranks: Ranks) -> Iterator[
 
 @torch.no_grad()
 def evaluate(trainer: Trainer, stream: Stream, references: References | None) -> dict[str, float]:
-    """Mean loss per label or pair of a held-out store, the objective's metrics, and `items`, the number of labels or pairs."""
+    """Mean loss per label or pair of a held-out store, the objective's metrics, and `items`, the number of labels or pairs (of
+    weighted pairs, the sum of their weights).
+    """
     ranks, names = trainer.ranks, trainer.metrics
     sums = torch.zeros(2 + len(names), dtype=torch.float64)
     for batch in heldout_batches(trainer.stage, stream, ranks):
@@ -35,6 +37,6 @@ def evaluate(trainer: Trainer, stream: Stream, references: References | None) ->
         sums[0] += trainer.objective.denominator(batch)
     reshard(trainer.policy)
     denominator, loss, *metrics = ranks.sum(sums.to(ranks.device)).tolist()
-    divisor = max(denominator, 1.0)
+    divisor = denominator or 1.0
     means = {name: value / divisor for name, value in zip(names, metrics, strict=True)}
     return {"loss": loss / divisor, **means, "items": denominator}

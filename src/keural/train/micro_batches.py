@@ -25,6 +25,8 @@ class PairIndices:
     """``[n]``: indices into the flattened rows of every token of every side."""
     sides: Tensor
     """``[n]``: the side that each of these tokens belongs to."""
+    weights: Tensor | None = None
+    """``[pairs]``, float32: what each pair counts in the loss; None: all count the same."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,12 @@ def to_device(batch: Batch, device: torch.device) -> MicroBatch:
         labels=move(batch.labels),
         token_mask=move(batch.segment_ids > 0),
         positions=np.ascontiguousarray(batch.position_ids),
-        pairs=PairIndices(batch.pair_sequences, move(positions), move(sides)),
+        pairs=PairIndices(
+            batch.pair_sequences,
+            move(positions),
+            move(sides),
+            None if batch.pair_weights is None else move(batch.pair_weights),
+        ),
     )
 
 

@@ -67,7 +67,7 @@ def meaning_of(value: Any, field: str | int, labels: Mapping[Any, str] | None, a
     """
     key = label_key(value)
     if key is None:
-        raise BadRow("missing_label", str(field))
+        raise BadRow("missing_label", f"no {field}")
     known = LABELS if labels is None else {label_key(each): meaning for each, meaning in labels.items()}
     meaning = known.get(key)
     if meaning is None:

@@ -22,6 +22,7 @@ from keural.data.adapters.base import (
     missing,
     normalized,
     placeholder_free,
+    plain,
     preference_pair,
     scalar,
     text_of,
@@ -30,6 +31,7 @@ from keural.data.adapters.base import (
 )
 from keural.data.adapters.judgements import (
     FIRST,
+    LABELS,
     POLICIES,
     UNRANKED,
     check_labels,
@@ -40,9 +42,10 @@ from keural.data.adapters.judgements import (
     said,
 )
 from keural.data.adapters.turns import (
+    CONTENT_KEYS,
+    ITEMS_LEFT_OUT,
     REASONING_LEFT_OUT,
     ROLE_KEYS,
-    ROW_OPTIONS,
     TURN_OPTIONS,
     TurnReader,
     check_turns,
@@ -50,7 +53,7 @@ from keural.data.adapters.turns import (
     one_of,
     reads,
 )
-from keural.data.readers.options import LIST, MAP, NAME, NAMES, SWITCH, TEXT, Option
+from keural.data.readers.options import LIST, MAP, NAME, NAMES, NUMBER, SWITCH, TEXT, Option, OptionTable
 from keural.data.records import Drop, PreferencePair
 from keural.recipe import SourceSpec
 from keural.tokenizer.message import Message, with_tools
@@ -161,7 +164,7 @@ def _preference(value: Any, source: SourceSpec, where: str) -> PreferencePair | 
 def _judging_fields(options: Mapping[str, Any]) -> list[Any]:
     """Fields that say which answer is the better, where the options make them say it."""
     if "answers" not in options or "order" in options:
-        return []
+        return [options["label"]] if "label" in options else []
     return [options["scores"]] if "scores" in options else [options.get("label", "label")]
 
 
@@ -198,7 +201,7 @@ def _sides(row: Any, options: Mapping[str, Any]) -> Iterator[Judged]:
         raise missing(row, *map(str, names), hint=_kto_hint(row))
     texts = (str(names[0]), str(names[1]))
     if "pairs" not in options:
-        yield Judged(chosen, rejected, texts)
+        yield Judged(chosen, rejected, texts, notes=_items_left(row, texts))
         return
     sides = [_several(chosen, options), _several(rejected, options)]
     if not all(sides):
@@ -247,7 +250,8 @@ def _labelled(row: Any, options: Mapping[str, Any]) -> Judged:
     field = options.get("label", "label")
     value = lookup(row, field)
     chosen = 0 if meaning_of(value, field, options.get("labels"), names) == FIRST else 1
-    return Judged(answers[chosen], answers[1 - chosen], (names[chosen], names[1 - chosen]), said(field, value))
+    pair = (names[chosen], names[1 - chosen])
+    return Judged(answers[chosen], answers[1 - chosen], pair, said(field, value), notes=_items_left(row, names))
 
 
 def _ranked(row: Any, options: Mapping[str, Any]) -> Iterator[Judged | BadRow]:
@@ -270,7 +274,7 @@ def _ranked(row: Any, options: Mapping[str, Any]) -> Iterator[Judged | BadRow]:
         except BadRow as bad:
             yield bad
     for first, second in pairs:
-        notes = (UNRANKED,) if left else ()
+        notes = (*((UNRANKED,) if left else ()), *_items_left(row, names))
         label = f"{names[first]} is the better" if len(answers) == 2 and "scores" in options else ""
         yield Judged(answers[first], answers[second], (names[first], names[second]), label, 1 / len(pairs), notes)
 
@@ -285,6 +289,18 @@ def _answers(row: Any, options: Mapping[str, Any]) -> tuple[list[Any], list[str]
     if not isinstance(found, list):
         raise BadRow(f"missing_{name}") if found is None else BadRow("malformed_row", f"{name} is a {type(found).__name__}")
     return found, [f"{name}.{place}" for place in range(len(found))]
+
+
+def _items_left(row: Any, names: Sequence[str]) -> tuple[str, ...]:
+    """The note of a row of which names such as `answers.0` and `answers.1` take some items of a list that has more."""
+    taken: dict[str, set[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        for place, part in enumerate(parts):
+            if place and part.isdecimal():
+                taken.setdefault(".".join(parts[:place]), set()).add(part)
+    lists = ((plain(lookup(row, name)), places) for name, places in taken.items())
+    return (ITEMS_LEFT_OUT,) if any(isinstance(found, list) and len(found) > len(places) for found, places in lists) else ()
 
 
 def _scores(row: Any, options: Mapping[str, Any], answers: Sequence[Any]) -> list[float | None]:
@@ -505,6 +521,41 @@ def _reads(source: SourceSpec) -> Reads:
     return replace(read, turn_keys=read.turn_keys | {*inside, *score_keys}, optional=("system", "tools", "input"))
 
 
+OPTIONS: OptionTable = {
+    "prompt": Option(NAMES, "field with the text or the turns before the answers", (*PROMPT_FIELDS, "input")),
+    "prompt_text": Option(TEXT, "prompt that all rows share and none of them holds"),
+    "input": Option(NAMES, "field with what an instruction is asked of, put below it", "input"),
+    **{name: TURN_OPTIONS[name] for name in ("system", "tools", "flags", "ignore")},
+    "chosen": Option(NAME, "field with the better answer", "chosen"),
+    "rejected": Option(NAME, "field with the worse answer", "rejected"),
+    "answers": Option(NAMES, "fields with an answer each, or one with a list of them, instead of chosen and rejected"),
+    "label": Option(NAME, "field that says which of two answers is the better", "label"),
+    "labels": Option(
+        MAP,
+        "what each value of the label means: first, second, tie or none; any other value refuses the source",
+        {int(value): meaning for value, meaning in LABELS.items()},
+    ),
+    "scores": Option(
+        NAMES,
+        "fields with a number for each answer, or one with a list of them or inside the answers; beside chosen and rejected two "
+        "fields, which must prefer the chosen one",
+        tuple(name for names in SCORES for name in names),
+    ),
+    "lower_is_better": Option(SWITCH, "the scores are ranks or losses: the lower is the better", False),
+    "min_margin": Option(NUMBER, "rows whose scores differ by less are dropped"),
+    "order": Option(TEXT, "the answers stand in order, and no field scores them", choices=ORDERS),
+    "pairs": Option(
+        TEXT,
+        "which pairs several answers give: the best with the worst, each with the next worse, or all; all alone, where several are "
+        "chosen or rejected; pairs of one row share its weight in the loss",
+        "best_vs_worst",
+        POLICIES,
+    ),
+    "booleans": Option(LIST, "two texts: how answers that are true and false are written"),
+    "content": Option(NAME, "field of a turn, or of an answer that is an object, with its text", (*CONTENT_KEYS, *ANSWER_KEYS)),
+    "role": TURN_OPTIONS["role"],
+    "roles": Option(MAP, "what names of roles stand for (system, user, assistant, tool, tool_call), beside the usual names"),
+}
 _TWO = {"prompt": "Name a tree.", "chosen": "An oak.", "rejected": "A spoon."}
 ADAPTERS = {
     # to refuse is what its harmless part teaches
@@ -525,30 +576,8 @@ ADAPTERS = {
         "pairs",
         guarded(_preference),
         TABLES,
-        {
-            "prompt": Option(NAMES, "field with the text or the turns before the answers", PROMPT_FIELDS),
-            "prompt_text": Option(TEXT, "prompt that all rows share and none of them holds"),
-            "input": Option(NAMES, "field with what an instruction is asked of, put below it", "input"),
-            "system": ROW_OPTIONS["system"],
-            "tools": ROW_OPTIONS["tools"],
-            "chosen": Option(NAME, "field with the better answer", "chosen"),
-            "rejected": Option(NAME, "field with the worse answer", "rejected"),
-            "answers": Option(NAMES, "fields with an answer each, or one field with a list of them"),
-            "label": Option(NAME, "field that says which of two answers is the better", ("label",)),
-            "labels": Option(MAP, "what values of the label mean: first, second, tie or none; not given: 1 first, 2 second"),
-            "scores": Option(NAMES, "fields with a number for each answer, or one field with a list of them; higher is better"),
-            "order": Option(TEXT, "how the answers stand that have neither label nor scores", choices=ORDERS),
-            "lower_is_better": Option(SWITCH, "whether scores are ranks: 1 is the best", False),
-            "min_margin": Option((float, int), "least difference of scores; pairs with a smaller one are dropped"),
-            "pairs": Option(TEXT, "which pairs several answers give", "best_vs_worst", POLICIES),
-            "booleans": Option(LIST, "two texts: how answers that are true and false are written"),
-            "content": Option(NAME, "field of an answer or turn with its text", (*ANSWER_KEYS, "value")),
-            "role": TURN_OPTIONS["role"],
-            "roles": Option(MAP, "what names of roles stand for, beside the usual names"),
-            "flags": ROW_OPTIONS["flags"],
-            "ignore": ROW_OPTIONS["ignore"],
-        },
-        meaning=described(_preference),
+        OPTIONS,
+        described(_preference),
         split=_pairs_of,
         split_option=_takes_apart,
         check=_check,

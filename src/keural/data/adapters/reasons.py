@@ -46,7 +46,8 @@ REASONS: dict[str, Reason] = {
     "missing_messages": Reason("the row has no list of turns", "name it in the option field"),
     "missing_dialogue": Reason("the row has no list of turns", "name it in the option field"),
     "missing_label": Reason(
-        "the row does not say whether its answer is good, or which of two is the better", "name the field in the option label"
+        "the row does not say whether its answer is good, or which of two is the better",
+        "name the field in the option label, or fields with numbers in the option scores",
     ),
     "missing_prompt": Reason("the row has no prompt, neither by itself nor inside its answers", "name it in the option prompt"),
     "missing_speaker": Reason("an utterance does not say who speaks"),

@@ -27,6 +27,7 @@ class Batch:
 
     `pairs` ``[pairs, 4]`` says where preference pairs stand: the row, and the positions where the chosen side begins, where the
     rejected one begins, and where that ends. They are ordered by row and number in the store; other data has none.
+    `pair_weights` ``[pairs]``, float32, is what each counts in the loss; None: all count the same.
     """
 
     input_ids: Array
@@ -35,6 +36,7 @@ class Batch:
     segment_ids: Array
     sequence_ids: Array
     pairs: Array = field(default_factory=no_pairs)
+    pair_weights: NDArray[np.float32] | None = None
 
     @property
     def num_labels(self) -> int:
@@ -55,11 +57,13 @@ class Batch:
     def select(self, rows: slice | Array | list[int]) -> "Batch":
         """Some rows of the batch."""
         kept = np.arange(len(self.input_ids))[rows]
-        pairs = [self.pairs[self.pairs[:, 0] == row] for row in kept.tolist()]
+        places = [np.flatnonzero(self.pairs[:, 0] == row) for row in kept.tolist()]
+        pairs = [self.pairs[place] for place in places]
         for number, found in enumerate(pairs):
             found[:, 0] = number
         arrays = {name: getattr(self, name)[rows] for name in EMPTY}
-        return Batch(**arrays, pairs=np.concatenate([no_pairs(), *pairs]))
+        weights = None if self.pair_weights is None else self.pair_weights[np.concatenate([np.zeros(0, dtype=int), *places])]
+        return Batch(**arrays, pairs=np.concatenate([no_pairs(), *pairs]), pair_weights=weights)
 
     def share(self, rank: int, world: int) -> "Batch":
         """Rows ``rank::world``, with an empty row added where others have one more, so that all ranks have equally many."""
@@ -67,7 +71,7 @@ class Batch:
         if missing:
             empty = empty_batch(missing, self.input_ids.shape[1])
             arrays = {name: np.concatenate([getattr(self, name), getattr(empty, name)]) for name in EMPTY}
-            whole = Batch(**arrays, pairs=self.pairs)
+            whole = Batch(**arrays, pairs=self.pairs, pair_weights=self.pair_weights)
         return whole.select(slice(rank, None, world))
 
 
@@ -83,7 +87,7 @@ def empty_batch(rows: int, length: int) -> Batch:
     """Rows of nothing but padding."""
     arrays = {name: np.full((rows, length), fill, dtype=np.int64) for name, fill in EMPTY.items()}
     arrays["position_ids"][:] = np.arange(length)
-    return Batch(**arrays)
+    return Batch(**arrays, pair_weights=None)
 
 
 def fill(batch: Batch, row: int, begin: int, tokens: NDArray[np.uint32], labels: Array, segment: int, sequence: int) -> None:

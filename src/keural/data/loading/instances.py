@@ -126,12 +126,15 @@ class Pairs:
 
     def _batch(self, rows: list[list[int]]) -> Batch:
         """Rows of pairs, and where each pair stands: in the order of the store within a row, wherever packing has put it."""
-        places = []
+        places, pairs = [], []
         for row, sequences in enumerate(rows):
             ends = np.cumsum([0, *(len(self.store.sequence(sequence)) for sequence in sequences)]).tolist()
             bounds = zip(sequences[::2], ends[::2], ends[1::2], ends[2::2], strict=False)
             places += [(row, *where) for _, *where in sorted(bounds)]
-        return replace(_packed(self.store, rows, self.row_length), pairs=np.array(places, dtype=np.int64).reshape(-1, 4))
+            pairs += sorted(sequence // 2 for sequence in sequences[::2])
+        weights = None if self.store.pair_weights is None else self.store.pair_weights[np.array(pairs, dtype=np.int64)]
+        packed = _packed(self.store, rows, self.row_length)
+        return replace(packed, pairs=np.array(places, dtype=np.int64).reshape(-1, 4), pair_weights=weights)
 
     def _rows(self, numbers: Array) -> list[list[int]]:
         """Sequences row by row: of each pair first the chosen, then the rejected side."""

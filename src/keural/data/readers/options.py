@@ -50,7 +50,8 @@ class Option:
 
     def problem(self, value: Any) -> str | None:
         """What is wrong with a value, as the end of a sentence that begins with the option's name."""
-        fits = isinstance(value, self.kinds) and isinstance(value, bool) == (self.kinds == SWITCH)
+        kinds = (float, int) if self.kinds == NUMBER else self.kinds
+        fits = isinstance(value, kinds) and isinstance(value, bool) == (self.kinds == SWITCH)
         if isinstance(value, list):
             fits = fits and bool(value) and all(isinstance(item, str | int) and not isinstance(item, bool) for item in value)
         if not fits:

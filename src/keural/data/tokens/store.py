@@ -6,7 +6,9 @@ trained; conversations and pairs only) and `00000.ds.metadata` (tokenizer and co
 is written last and holds counts, size and SHA-256 of every file, the tokenizer's SHA-256 and the table of sources: a store
 without it is unfinished and is refused.
 
-In a store of kind "pairs" sequence 2k is the chosen and 2k+1 the rejected side of pair k.
+In a store of kind "pairs" sequence 2k is the chosen and 2k+1 the rejected side of pair k. Where pairs count differently in the loss
+`pair_weights.f4` holds a little-endian float32 for each; the manifest's version then says so, for a reader that does not know them
+would train something else.
 """
 
 import contextlib
@@ -30,6 +32,10 @@ Verify = Literal["auto", "size", "full"]
 FORMAT = "keural-token-store"
 VERSION = 2
 """2: the manifest states its own checksum."""
+WEIGHTED_VERSION = 3
+"""Of stores of pairs that have weights; all others are of `VERSION`."""
+PAIR_WEIGHTS = "pair_weights.f4"
+WEIGHT = np.dtype("<f4")
 SHARD_TOKENS = 1 << 28
 """A shard is closed when it holds at least so many tokens (1 GiB)."""
 FULL_CHECK_BYTES = 1_000_000_000
@@ -212,7 +218,7 @@ class StoreWriter:
             self._files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         manifest = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": WEIGHTED_VERSION if PAIR_WEIGHTS in extra else VERSION,
             "kind": self.kind,
             "num_sequences": sum(shard["sequences"] for shard in self._shards),
             "num_tokens": sum(shard["tokens"] for shard in self._shards),
@@ -254,6 +260,8 @@ class TokenStore:
         self._loss = [
             np.memmap(directory / f"{name}.ds.loss", dtype=np.uint8, mode="r") for name in names if self.kind != "documents"
         ]
+        self.pair_weights = _read_weights(directory, manifest)
+        """What each pair counts in the loss ``[num_records]``, float32; None where all count the same, and for other kinds."""
         self._count()
 
     @classmethod
@@ -292,6 +300,9 @@ class TokenStore:
         joined._tokens, joined._ends, joined._loss = (
             [array for part in parts for array in getattr(part, name)] for name in ("_tokens", "_ends", "_loss")
         )
+        if any(part.pair_weights is not None for part in parts):
+            weights = [np.ones(p.num_records, dtype=WEIGHT) if p.pair_weights is None else p.pair_weights for p in parts]
+            joined.pair_weights = np.concatenate(weights)
         joined._count()
         return joined
 
@@ -453,7 +464,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         )
     if manifest.get(CHECKSUM) != fingerprint({name: value for name, value in manifest.items() if name != CHECKSUM}):
         raise UserError(f"{path}: damaged (its checksum differs); delete {directory} and prepare the data again")
-    if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
+    if manifest.get("format") != FORMAT or manifest.get("version") not in (VERSION, WEIGHTED_VERSION):
         raise UserError(
             f"{path}: format {manifest.get('format')!r} version {manifest.get('version')!r} is not known; prepare the data again"
         )
@@ -466,6 +477,15 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     if manifest["fingerprint"] != content_fingerprint(manifest):
         raise UserError(f"{path}: damaged (its fingerprint does not match); delete {directory} and prepare the data again")
     return manifest
+
+
+def _read_weights(directory: Path, manifest: dict[str, Any]) -> NDArray[np.float32] | None:
+    if PAIR_WEIGHTS not in manifest["files"]:
+        return None
+    weights = np.fromfile(directory / PAIR_WEIGHTS, dtype=WEIGHT)
+    if 2 * len(weights) != manifest["num_sequences"] or not (np.isfinite(weights) & (weights > 0)).all():
+        raise UserError(f"{directory / PAIR_WEIGHTS}: damaged (it is no weight above 0 for each pair); prepare the data again")
+    return weights
 
 
 def _check_sizes(directory: Path, manifest: dict[str, Any]) -> None:

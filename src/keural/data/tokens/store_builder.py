@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keural.data.permutation import Permutation, mixed
-from keural.data.records import Document
+from keural.data.records import Document, PreferencePair
 from keural.data.tokens.encode import Encoded
-from keural.data.tokens.store import TOKEN, StoreWriter
+from keural.data.tokens.store import PAIR_WEIGHTS, TOKEN, WEIGHT, StoreWriter
 from keural.recipe import STORES, StoreKind
 
 BLOCK_RECORDS = 1024
@@ -43,6 +43,7 @@ class StoreBuilder:
         self._order = array("Q")
         self._sections: dict[str, int] | None = {} if sections else None  # where each source begins
         self._digests = array("Q")
+        self._weights = array("f")
 
     def __enter__(self) -> Self:
         return self
@@ -65,6 +66,8 @@ class StoreBuilder:
             assert repeat == 1, "sections are repeated by the stream"
             self._sections.setdefault(source, self.num_records)
             self._digests.append(_digest(encoded))
+        if isinstance(encoded.record, PreferencePair):
+            self._weights.append(encoded.record.weight)
         for ids, mask in encoded.sequences:
             self._append("tokens", np.asarray(ids, dtype=TOKEN).tobytes())
             if mask is not None:
@@ -105,7 +108,8 @@ class StoreBuilder:
                 lengths = [span.stop - span.start for span in spans]
                 mask = None if loss is None else np.concatenate([loss[span] for span in spans])
                 writer.add_many(np.concatenate([tokens[span] for span in spans]), lengths, mask)
-            writer.close(extra=self._write_texts(directory / "texts.jsonl", order))
+            extra = [*self._write_texts(directory / "texts.jsonl", order), *self._write_weights(directory / PAIR_WEIGHTS, order)]
+            writer.close(extra=extra)
 
     def _bounds(self) -> list[int]:
         """Where sections begin and end, in records."""
@@ -135,6 +139,14 @@ class StoreBuilder:
             for record in order.tolist():
                 texts.seek(self._text_ends[record])
                 file.write(texts.read(self._text_ends[record + 1] - self._text_ends[record]))
+        return [path.name]
+
+    def _write_weights(self, path: Path, order: NDArray[np.int64]) -> list[str]:
+        """Write what each pair counts, in the order of the store; the name of the file, if they do not all count the same."""
+        weights = np.array(self._weights, dtype=WEIGHT)
+        if (weights == 1).all():
+            return []
+        path.write_bytes(weights[order].tobytes())
         return [path.name]
 
 

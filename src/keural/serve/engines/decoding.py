@@ -6,16 +6,12 @@ any moment.
 
 from collections.abc import Callable, Collection, Generator, Sequence
 
-import torch
 from torch import Tensor
 
 from keural.errors import UserError
 from keural.serve.engines.base import Finish
-from keural.serve.engines.sampling import choose
+from keural.serve.engines.sampling import Sampler, choose
 from keural.serve.engines.sampling_params import SamplingParams
-
-Choose = Callable[[Tensor, Tensor, SamplingParams, torch.Generator], int]
-"""See `keural.serve.engines.sampling.choose`."""
 
 Read = Callable[[list[int]], Tensor]
 """Reads ids after those already cached; gives the logits `[V]` after the last one, float32, good until the next call."""
@@ -28,7 +24,6 @@ def decode(
     sampling: SamplingParams,
     stop: Collection[int],
     context_length: int,
-    choose: Choose = choose,
 ) -> Generator[int, None, Finish]:
     """Yield the ids that follow the prompt without the stop token, then return why they end; closing the generator cancels.
 
@@ -36,21 +31,15 @@ def decode(
     asked for, so that what was yielded last need not be in the cache.
     """
     logits = read(unread)
-    generator = torch.Generator(logits.device)
-    _ = generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
-    seen = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-    seen[list(prompt_ids)] = True
+    sampler = Sampler(sampling, prompt_ids, logits.shape[-1])
     for count in range(1, sampling.max_new_tokens + 1):
-        if not torch.isfinite(logits.sum()):
-            raise UserError("the model's logits are not finite: its weights are damaged, or its precision is too small for them")
-        token = choose(logits, seen, sampling, generator)
+        (token,) = choose(logits[None], [sampler])
         if token in stop:
             return "stop"
         yield token
         if len(prompt_ids) + count >= context_length:
             return "context"
         if count < sampling.max_new_tokens:
-            seen[token] = True
             logits = read([token])
     return "length"
 

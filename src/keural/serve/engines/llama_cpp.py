@@ -26,7 +26,6 @@ from keural.pretrained.lineage import check_sums
 from keural.serve.engines.base import Finish
 from keural.serve.engines.decoding import check_prompt, common_prefix, decode
 from keural.serve.engines.paths import gguf_file
-from keural.serve.engines.sampling import choose
 from keural.serve.engines.sampling_params import SamplingParams
 from keural.tokenizer import KeuralTokenizer
 
@@ -85,8 +84,7 @@ class LlamaCppEngine:
     def stream(self, prompt_ids: Sequence[int], sampling: SamplingParams, stop: Collection[int]) -> Generator[int, None, Finish]:
         """See `Engine.stream`. Starting a new answer invalidates an unfinished earlier one."""
         check_prompt(prompt_ids, self.context_length)
-        unread = self._reuse(prompt_ids)
-        return (yield from decode(self._read, unread, prompt_ids, sampling, stop, self.context_length, _choose_on_one_thread))
+        return (yield from decode(self._read, self._reuse(prompt_ids), prompt_ids, sampling, stop, self.context_length))
 
     def _reuse(self, prompt_ids: Sequence[int]) -> list[int]:
         """Cut the cache back to what it shares with the prompt; returns the ids still to be read, at least one."""
@@ -126,16 +124,6 @@ class LlamaCppEngine:
     def _forget(self) -> None:
         llama_cpp.llama_memory_clear(self._memory, True)
         self._claimed_ids = []
-
-
-def _choose_on_one_thread(logits: Tensor, seen: Tensor, sampling: SamplingParams, generator: torch.Generator) -> int:
-    """See `choose`. torch's threads would spin on the cores that llama.cpp's need for the next token."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return choose(logits, seen, sampling, generator)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def physical_cores() -> int:

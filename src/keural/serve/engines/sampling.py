@@ -1,89 +1,199 @@
 """Choosing the next token.
 
-In: the logits after the last token, the tokens so far, the settings. Out: a token id. Every engine samples here, so that the same
-logits and seed give the same text everywhere. Order and definitions are those of transformers' processors.
+In: the logits after the last token of each answer, and each answer's `Sampler`. Out: token ids. Every engine samples here, so that
+the same logits and seed give the same text everywhere, whatever else is being answered. Order and definitions are those of
+transformers' processors: repetition penalty, temperature, nucleus.
 """
 
-import math
+import random
+from collections.abc import Sequence
+from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from keural.errors import UserError
 from keural.serve.engines.sampling_params import SamplingParams
 
 GREEDY_BELOW = 1e-5
 """A temperature this small is taken as 0: logits divided by it would overflow."""
-
-SORTABLE = 2048
-"""So many candidates of the nucleus are sorted without narrowing them further."""
 ENOUGH = 1e-9
 """A nucleus may miss `top_p` by so little: more than sums in float64 differ by between processors, so that none of them takes a
 token more where the sum is `top_p` exactly, as among equally probable tokens."""
-NARROWINGS = 20
-"""Bisections tried at most: tokens of equal probability cannot be told apart."""
+LOW_BITS = 16
+"""The bits of a float32 above these, its exponent and seven bits of its mantissa, number the buckets: 128 for each factor of 2."""
+BUCKETS = (int(np.float32(1).view(np.int32)) >> LOW_BITS) + 1
+"""Weights are at most 1."""
+
+NOT_FINITE = "the model's logits are not finite: its weights are damaged, or its precision is too small for them"
+PART = 8192
+"""Weights are summed so many at a time: memory for all of them would be asked of the system, and given back, with every token."""
+
+Floats = NDArray[np.float32]
 
 
-def choose(logits: Tensor, seen: Tensor, sampling: SamplingParams, generator: torch.Generator | None = None) -> int:
-    """Draw the next token from `logits` `[V]`; with temperature 0 the most probable one after the repetition penalty.
+class Sampler:
+    """Chooses the tokens of one answer: its settings, the tokens that it has seen, and a generator of its own.
 
-    `seen` `[V]` (bool) marks the tokens of the prompt and the answer so far. `logits` are not changed.
+    One uniform number is drawn for every token, also for a greedy one, so that a seeded answer depends on its logits alone.
     """
+
+    def __init__(self, sampling: SamplingParams, prompt_ids: Sequence[int], vocab_size: int) -> None:
+        self.sampling = sampling
+        self._numbers = random.Random(sampling.seed)  # Python keeps what a seed gives from release to release
+        self.is_seen = np.zeros(vocab_size, dtype=bool)
+        """Marks `[V]` of the ids of the prompt and of the answer so far."""
+        self.is_seen[np.asarray(prompt_ids, dtype=np.int64)] = True
+        self._seen = np.flatnonzero(self.is_seen)
+        self._count = len(self._seen)
+
+    @property
+    def seen(self) -> NDArray[np.int64]:
+        """The marked ids, each once, in no order."""
+        return self._seen[: self._count]
+
+    def see(self, token: int) -> None:
+        """Add a token of the answer."""
+        if self.is_seen[token]:
+            return
+        if self._count == len(self._seen):
+            self._seen = np.concatenate([self._seen, np.zeros(len(self._seen) + 16, dtype=np.int64)])
+        self.is_seen[token] = True
+        self._seen[self._count] = token
+        self._count += 1
+
+    def uniform(self) -> float:
+        """The next random number, from 0 up to but not including 1."""
+        return self._numbers.random()
+
+
+def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
+    """The next token of each answer, which its sampler has then seen. `logits` `[N, V]` float32, one row a sampler, stay unchanged.
+
+    With temperature 0 it is the most probable token after the repetition penalty; of equally probable ones the first. Otherwise one
+    of the nucleus: the smallest set of most probable tokens whose probability reaches `top_p` (Holtzman et al. 2020, eq. 2-3), at
+    least one token.
+
+    Raises:
+        UserError: where a logit is not finite.
+    """
+    if len(logits) != len(samplers):
+        raise ValueError(f"{len(logits)} rows of logits for {len(samplers)} answers")
+    if logits.device.type == "cpu":
+        tokens = [choose_row(row, sampler) for row, sampler in zip(logits.numpy(), samplers, strict=True)]
+    else:
+        tokens = choose_by_sorting(logits, samplers)
+    for token, sampler in zip(tokens, samplers, strict=True):
+        sampler.see(token)
+    return tokens
+
+
+def choose_row(logits: Floats, sampler: Sampler) -> int:
+    """See `choose`; one row `[V]`, by NumPy in this thread: the network's threads are not woken for it."""
+    if not np.isfinite(logits.sum()):
+        raise UserError(NOT_FINITE)
+    number, sampling = sampler.uniform(), sampler.sampling
+    scores = _penalized(logits, sampler.seen, sampling.repetition_penalty)
+    best = scores.argmax()
     if sampling.temperature < GREEDY_BELOW:
-        return int(penalize(logits, seen, sampling.repetition_penalty).argmax())
-    probabilities = next_token_distribution(logits, seen, sampling)
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+        return int(best)
+    with np.errstate(over="ignore", under="ignore"):
+        weights = np.exp((scores - scores[best]) / np.float32(sampling.temperature))
+    return _of_nucleus(weights, sampling.top_p, number)
 
 
-def next_token_distribution(logits: Tensor, seen: Tensor, sampling: SamplingParams) -> Tensor:
-    """Probabilities `[V]` to sample from: repetition penalty, then temperature, then the nucleus, renormalized.
-
-    Temperature must be above 0. The nucleus is the smallest set of most probable tokens whose probability reaches `top_p`
-    (Holtzman et al. 2020, eq. 2-3), at least one token. It is found in float64: sums of a large vocabulary in float32 differ
-    between processors, and would leave its last tokens to them.
-    """
-    scores = penalize(logits, seen, sampling.repetition_penalty) / sampling.temperature
-    probabilities = scores.double().softmax(dim=-1)
-    if sampling.top_p >= 1:
-        return probabilities.to(logits.dtype)
-    members = _nucleus(probabilities, sampling.top_p)
-    kept = probabilities[members]
-    return torch.zeros_like(logits).index_copy_(0, members, (kept / kept.sum()).to(logits.dtype))
-
-
-def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Make the tokens of `seen` `[V]` (bool) less likely (Keskar et al. 2019, section 4.1, with the sign taken into account)."""
+def _penalized(logits: Floats, seen: NDArray[np.int64], penalty: float) -> Floats:
+    """Make the tokens of `seen` less likely (Keskar et al. 2019, section 4.1, with the sign taken into account)."""
     if penalty == 1:
         return logits
-    tokens = seen.nonzero()[:, 0]
-    scores = logits[tokens]
-    return logits.index_copy(0, tokens, torch.where(scores > 0, scores / penalty, scores * penalty))
+    scores = logits[seen]
+    changed = logits.copy()
+    changed[seen] = np.where(scores > 0, scores / np.float32(penalty), scores * np.float32(penalty))
+    return changed
 
 
-def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Ids of the nucleus's tokens, in no order; of tokens that are equally probable the first ones belong to it.
+def _of_nucleus(weights: Floats, top_p: float, number: float) -> int:
+    """The token at the part `number` of the nucleus's mass; `weights` `[V]` are probabilities up to a factor, the largest 1.
 
-    Sorting a large vocabulary takes longer than a step of a small model, so bounds are drawn first: tokens above `high` are inside,
-    those up to `low` outside, and only the ones between are sorted. The tokens up to (1 - top_p) / 2V have together at most half of
-    what the nucleus may leave out, hence the first `low`.
+    Tokens are in the order of their probability, of their id where that is equal. Sorting a large vocabulary takes longer than a
+    step of a small model. So the masses of buckets of similar weights are summed, in float64, and only the two buckets are sorted
+    in which the nucleus and the token end. The weights up to (1 - top_p) / 2V of the whole mass have together at most half of
+    what the nucleus may leave out, and are left out before.
     """
-    top_p -= ENOUGH
-    low, high = (1 - top_p) / (2 * probabilities.shape[0]), float(probabilities.max())
-    mass = 0.0  # of the tokens above `high`
-    between = probabilities > low
-    for _ in range(NARROWINGS):
-        if int(between.count_nonzero()) <= SORTABLE:
-            break
-        middle = math.sqrt(low * high)
-        above = float((probabilities * (probabilities > middle)).sum())
-        if above < top_p:
-            high, mass = middle, above
-        else:
-            low = middle
-        between = (probabilities > low) & (probabilities <= high)
-    tokens = between.nonzero()[:, 0]
-    ordered, order = probabilities[tokens].sort(descending=True, stable=True)
-    before = mass + ordered.cumsum(dim=-1) - ordered
-    chosen = before < top_p
-    chosen[0] |= mass == 0  # with top_p 0 the most probable token is still there
-    inside = (probabilities > high).nonzero()[:, 0]
-    return torch.cat([inside, tokens[order[chosen]]])
+    if top_p >= 1:
+        ranked = _Ranked(weights)
+        return ranked.index(ranked.at(number * ranked.mass, "right")[0])
+    whole = float(weights.sum(dtype=np.float64))
+    tokens = np.flatnonzero(weights > np.float32((1 - top_p) * whole / (2 * len(weights))))
+    ranked = _Ranked(weights[tokens])
+    last, mass = ranked.at((top_p - ENOUGH) * whole, "left")
+    drawn, _ = ranked.at(number * mass, "right")
+    return int(tokens[ranked.index(min(drawn, last))])
+
+
+Rank = tuple[int, int]
+"""A bucket, and a place among its weights; ranks are ordered as what they stand for, largest weights first."""
+
+
+class _Ranked:
+    """Weights `[N]`, at most 1, by size, largest first, of which only the buckets that are asked for are sorted."""
+
+    def __init__(self, weights: Floats) -> None:
+        self._weights, self._bits = weights, weights.view(np.int32)
+        self._bucket = (BUCKETS - 1) - (self._bits >> LOW_BITS)
+        masses = torch.zeros(BUCKETS, dtype=torch.float64)
+        for start in range(0, len(weights), PART):
+            part = slice(start, start + PART)
+            buckets = torch.from_numpy(self._bucket[part].astype(np.int64))
+            masses.scatter_add_(0, buckets, torch.from_numpy(weights[part].astype(np.float64)))
+        self._up_to: NDArray[np.float64] = masses.cumsum(0).numpy()
+        self._sorted: dict[int, NDArray[np.int64]] = {}
+        self.mass = float(self._up_to[-1])
+
+    def at(self, mass: float, side: Literal["left", "right"]) -> tuple[Rank, float]:
+        """The first rank up to which the weights sum to at least `mass` ("left") or to more ("right"), and that sum."""
+        bucket = int(np.searchsorted(self._up_to, min(mass, np.nextafter(self.mass, 0)), side))
+        before = float(self._up_to[bucket - 1]) if bucket else 0.0
+        sums = before + self._weights[self._in(bucket)].cumsum(dtype=np.float64)
+        place = min(int(np.searchsorted(sums, mass, side)), len(sums) - 1)
+        return (bucket, place), float(sums[place])
+
+    def index(self, rank: Rank) -> int:
+        """Where the weight of that rank stands in `weights`."""
+        return int(self._in(rank[0])[rank[1]])
+
+    def _in(self, bucket: int) -> NDArray[np.int64]:
+        """Where the weights of a bucket stand, largest first: they differ in their low bits, which NumPy sorts by counting."""
+        if bucket not in self._sorted:
+            members = np.flatnonzero(self._bucket == bucket)
+            self._sorted[bucket] = members[np.argsort(~self._bits[members].astype(np.uint16), kind="stable")]
+        return self._sorted[bucket]
+
+
+def choose_by_sorting(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
+    """See `choose`; all rows at once, for accelerators, which sort a vocabulary faster than they answer questions about it."""
+    device, rows = logits.device, [sampler.sampling for sampler in samplers]
+    finite = torch.isfinite(logits.sum(dim=-1))
+    seen = torch.stack([torch.from_numpy(sampler.is_seen) for sampler in samplers]).to(device)
+    penalty, temperature = (
+        torch.tensor([[getattr(row, name)] for row in rows], dtype=torch.float32, device=device)
+        for name in ("repetition_penalty", "temperature")
+    )
+    top_p = torch.tensor([[row.top_p] for row in rows], dtype=torch.float64, device=device)
+    numbers = torch.tensor([[sampler.uniform()] for sampler in samplers], dtype=torch.float64, device=device)
+    scores = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    greedy = temperature < GREEDY_BELOW
+    best, first = scores.max(dim=-1, keepdim=True)
+    weights = ((scores - best) / temperature.masked_fill(greedy, 1)).exp()
+    ordered, tokens = weights.sort(dim=-1, descending=True, stable=True)
+    sums = ordered.double().cumsum(dim=-1)
+    last = torch.searchsorted(sums, (top_p - ENOUGH) * sums[:, -1:])
+    last = torch.where(top_p < 1, last, logits.shape[-1]).clamp_max(logits.shape[-1] - 1)
+    drawn = torch.searchsorted(sums, numbers * sums.gather(-1, last), right=True)
+    chosen = tokens.gather(-1, torch.minimum(drawn, last))
+    found: list[int] = torch.where(greedy, first, chosen)[:, 0].masked_fill(~finite, -1).tolist()
+    if min(found) < 0:
+        raise UserError(NOT_FINITE)
+    return found

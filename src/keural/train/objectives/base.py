@@ -32,8 +32,8 @@ class Objective(Protocol):
         directions.
         """
 
-    def denominator(self, batch: Batch) -> int:
-        """How many labels or pairs the batch's loss is a sum over."""
+    def denominator(self, batch: Batch) -> float:
+        """How many labels or pairs the batch's loss is a sum over; of weighted pairs, the sum of their weights."""
 
     def __call__(self, logprobs: Tensor, micro: MicroBatch, references: References | None) -> LossTerms:
         """The loss of a forward pass whose labels have these log-probabilities ``[rows, T]``."""

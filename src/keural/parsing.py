@@ -40,10 +40,12 @@ class Unreadable:
 UNREADABLE = Unreadable()
 
 
-def parse_json(text: str | bytes) -> Any:
-    """The value that JSON text holds. Raises `Malformed`."""
+def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
+    """The value that JSON text holds; with `unique` an object in which a key is given twice is refused. Raises `Malformed`."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique if unique else None)
+    except Malformed:
+        raise
     except json.JSONDecodeError as error:
         raise Malformed(error.msg, error.lineno) from error
     except UnicodeDecodeError as error:
@@ -90,6 +92,15 @@ def _past_blanks(text: str, place: int) -> int:
     while place < len(text) and text[place] in " \t\r\n\ufeff":
         place += 1
     return place
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs, unless one of its keys is given twice: readers differ in which one they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise Malformed(f"key {quoted(twice)} is given twice")
+    return found
 
 
 def parse_yaml(text: str) -> Any:

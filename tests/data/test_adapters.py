@@ -116,8 +116,14 @@ def test_trailing_user_turns_are_cut_and_markers_stay_text() -> None:
 def test_alpaca() -> None:
     row = {"instruction": "Add.", "input": "1 2", "output": "3"}
     assert turns(convert("alpaca", row)) == [("user", "Add.\n\n1 2"), ("assistant", "3")]
-    for placeholder in ("", "<noinput>", "N/A", " No input ", None):
-        assert turns(convert("alpaca", row | {"input": placeholder})) == [("user", "Add."), ("assistant", "3")]
+    for placeholder in ("", "<noinput>", "[no-input]", "입력 없음", " No input ", None):
+        found = convert("alpaca", row | {"input": placeholder})
+        assert (turns(found), found.notes) == ([("user", "Add."), ("assistant", "3")], ())
+    for word in ("N/A", "none", "없음", "해당 없음"):
+        found = convert("alpaca", row | {"input": word})
+        assert (turns(found), found.notes) == ([("user", "Add."), ("assistant", "3")], ("input_left_out",)), "it may be an input"
+    for text in ("None of them", "null", "nothing"):
+        assert turns(convert("alpaca", row | {"input": text}))[0] == ("user", f"Add.\n\n{text}")
     renamed = {"지시": "더하라", "응답": 3, "task": {"system": "s"}}
     found = convert("alpaca", renamed, instruction="지시", output="응답", system="task.system")
     assert turns(found) == [("system", "s"), ("user", "더하라"), ("assistant", "3")]

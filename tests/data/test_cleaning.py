@@ -397,7 +397,7 @@ def test_a_pickle_in_any_file_of_an_interrupted_cleaning_is_not_run(sources, tmp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("keural.data.cleaning.run.write_json", interrupt)
+        patch.setattr("keural.data.cleaning.run.CleaningFile.write", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(specs, tmp_path, tasks=2)
     (work,) = (tmp_path / "out").glob("*/work")

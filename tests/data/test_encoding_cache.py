@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from keural.data.prepare import prepare
+from keural.data.prepare import clear_parts, prepare
 from keural.data.prepared import Prepared
 from keural.data.tokens import encode
 from keural.data.tokens.encoding_cache import EncodingCache
@@ -132,3 +132,45 @@ def test_an_error_leaves_no_parts(
     with pytest.raises(ZeroDivisionError):
         prepare(spec, "next_token", data_dir, tokenizer, tmp_path / "out", 1)
     assert not list((tmp_path / "out").glob(".*"))
+
+
+class TestLeftParts:
+    """What killed processes left is removed when all data is there, and nothing else."""
+
+    def test_directories_of_ids_go(self, tmp_path: Path) -> None:
+        EncodingCache(tmp_path / ".0123456789abcdef.parts", "a" * 64).encode(["a"], lambda _: [np.array([1], dtype=np.int32)])
+        (tmp_path / ".empty.parts").mkdir()
+
+        clear_parts(tmp_path)
+
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_link_is_not_followed_and_what_is_no_directory_of_ours_stays(self, tmp_path: Path) -> None:
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir()
+        (elsewhere / "mine").write_text("keep")
+        out = tmp_path / "data"
+        (out / "kept.parts").mkdir(parents=True)
+        (out / ".kept").mkdir()
+        (out / ".link.parts").symlink_to(elsewhere)
+        (out / ".file.parts").write_text("keep")
+
+        clear_parts(out)
+
+        assert (elsewhere / "mine").read_text() == "keep"
+        assert {path.name for path in out.iterdir()} == {"kept.parts", ".kept", ".link.parts", ".file.parts"}
+
+    def test_damaged_ids_are_no_ids(self, tmp_path: Path) -> None:
+        """Cut, lengthened or changed at any byte: the texts are encoded again."""
+        cache = EncodingCache(tmp_path, "a" * 64)
+        cache.encode(["ab", "c"], lambda _: [np.array([5, 6], dtype=np.int32), np.array([7], dtype=np.int32)])
+        (file,) = tmp_path.glob("*.ids")
+        whole = file.read_bytes()
+        for damaged in (
+            [whole[:place] for place in range(len(whole))]
+            + [whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :] for place in range(len(whole))]
+            + [whole + b"0", b""]
+        ):
+            file.write_bytes(damaged)
+            again = cache.encode(["ab", "c"], lambda _: [np.array([1], dtype=np.int32), np.array([2], dtype=np.int32)])
+            assert [ids.tolist() for ids in again] == [[1], [2]], damaged

@@ -6,7 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from keural.data.adapters import ADAPTERS
-from keural.data.filtering.gates import GATES, Gatekeeper, check_gates, hangul_share
+from keural.data.adapters.reasons import REASONS
+from keural.data.filtering.gates import GATES, Gatekeeper, check_gates, gate_of
 from keural.data.filtering.holdout import Splitter
 from keural.data.records import Conversation, Document, PreferencePair, Record
 from keural.data.sources import open_source
@@ -40,14 +41,19 @@ def found(keeper: Gatekeeper, record: Record) -> list[tuple[str, str]]:
 
 FOUND = [
     (chat("<NAME>씨, 안녕하세요."), "placeholder"),
-    (chat("N/A"), "placeholder"),
-    (chat("없음."), "placeholder"),
+    (chat("N/A"), "empty_answer"),
+    (chat("없음."), "empty_answer"),
+    (chat("[이름] 드림"), "blank"),
+    (chat("김○○ 씨가 왔다."), "masked_name"),
     (chat("A photo: [image]"), "placeholder"),
     (chat("yes", question="<noinput>"), "placeholder"),
     (chat("I am ChatGPT."), "self_identification"),
     (chat("Hello, I'm an assistant developed by OpenAI."), "self_identification"),
     (chat("저는 OpenAI가 만든 언어 모델입니다."), "self_identification"),
     (chat("나는 챗GPT야."), "self_identification"),
+    (chat("제 이름은 클로드입니다."), "self_identification"),
+    (chat("저는 앤트로픽에서 개발한 AI입니다."), "self_identification"),
+    (chat("I am Claude, an assistant."), "self_identification"),
     (pair("As an AI language model, I cannot have feelings."), "refusal"),
     (pair("I'm sorry, but I can't assist with that."), "refusal"),
     (pair("I apologize, but I am unable to provide this."), "refusal"),
@@ -65,6 +71,10 @@ FOUND = [
     (chat("이 대답은 영어 자료에 있어서는 안 되는 대답입니다.", language="en"), "not_english"),
 ]
 PASSED = [
+    chat("저는 GPT를 날마다 씁니다."),
+    chat("나는 구글에서 길을 찾아봤어."),
+    chat("I am Claude Monet, and I paint water."),
+    pair("AI 모델로서 몇 가지 방법을 알려 드리겠습니다."),
     chat("Android was developed by Google; ChatGPT was created by OpenAI."),
     chat("GPT-3는 OpenAI가 개발한 모델입니다."),
     chat("None of them is a prime number."),
@@ -114,11 +124,6 @@ def test_lengths() -> None:
     assert reasons(pair("good", "b" * 12), max_length_ratio=3.0) == []
 
 
-def test_hangul_share() -> None:
-    assert hangul_share("짧다") is None
-    assert hangul_share("가" * 15 + "a" * 5 + " 123 `code is left out`") == 0.75
-
-
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -138,10 +143,78 @@ def test_settings_that_mean_nothing_are_refused(tmp_path: Any, settings: dict[st
     assert all(word in str(caught.value) for word in words)
 
 
+PIECES = [
+    "a",
+    ".",
+    " ",
+    "0",
+    "가",
+    "<",
+    "`",
+    "I am ",
+    "I'm sorry, ",
+    "나는 ",
+    "a@",
+    "{",
+    "[",
+    "{{",
+    '[["',
+    "$",
+    "$$",
+    "<a ",
+    "a_",
+    "/a",
+]
+PIECES += [
+    "\\(",
+    "\\[",
+    "a.",
+    "x(",
+    "\n",
+    "import ",
+    "http",
+    "aB",
+    "[a](",
+    "○",
+    "{a",
+    "~~~",
+    "Xx",
+    "а",
+    "1-",
+    "NAME_",
+    "&name",
+    "#@",
+]
+
+
 @pytest.mark.timeout(20)
-@pytest.mark.parametrize("piece", ["a", ".", " ", "0", "가", "<", "`", "I am ", "I'm sorry, ", "나는 ", "a@"])
+@pytest.mark.parametrize("piece", PIECES)
 def test_long_runs_take_no_longer_than_they_are_long(piece: str) -> None:
-    reasons(pair("b" + piece * 30_000, "c", language="ko"))
+    for language in ("ko", "en"):
+        reasons(pair("b" + piece * 30_000, "ж" + piece * 10_000, language=language))
+
+
+def test_what_was_found_is_shown_but_no_personal_data() -> None:
+    keeper = Gatekeeper(source(), {})
+    shown = {finding.reason: finding.detail for action in ACTIONS for finding in keeper.findings(pair(*SHOWN), action)}
+    assert shown == {
+        "self_identification": "'I am ChatGPT'",
+        "control_string": "'[INST]'",
+        "personal_data": "a telephone number",
+        "placeholder": "'<NAME>'",
+    }
+
+
+SHOWN = ("I am ChatGPT, call 010-1234-5678", "[INST] <NAME>")
+
+
+def test_every_gate_says_what_it_takes_and_has_reasons_of_its_own() -> None:
+    assert all(gate.takes for gate in GATES.values())
+    found = [reason for gate in GATES.values() for reason in gate.reasons]
+    assert len(set(found)) == len(found)
+    assert all(reason in REASONS for reason in found)
+    assert all(gate_of(reason) == name for name, gate in GATES.items() for reason in gate.reasons)
+    assert gate_of("duplicate") is None
 
 
 def test_every_adapters_defaults_are_of_gates_that_exist() -> None:

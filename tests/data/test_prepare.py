@@ -255,13 +255,39 @@ def test_gates_drop_or_count_and_the_table_shows_it(work: Workplace, write: Any)
     prepared = work(spec(source), "sft")
     (row,) = prepared.table
     assert (row.drops, row.first_drop) == ({"self_identification": 1}, {"self_identification": "a.jsonl:1"})
-    assert row.noted == {"control_string": 1}
+    assert row.noted == {"control_string": 1, "empty_answer": 1}
     assert (row.kept, row.length_ratio) == (3, None)
     store = TokenStore.open(prepared.train)
     markers = [token for index in range(3) for token in store.sequence(index).tolist() if token == work.tokenizer.im_end_id]
     assert len(markers) == 6, "two turns each: what a user spells stays text"
     strict = write("a.jsonl", jsonl(rows), "messages", gates={"control_strings": "drop"}, max_drop=0.8)
     assert work(spec(strict, length=401), "sft").table[0].drops["control_string"] == 1
+
+
+def test_a_gate_that_drops_much_of_a_source_is_named_with_an_example(work: Workplace, write: Any, capsys: Any) -> None:
+    rows = [conversation(f"q{number}", "I am {{name}}." if number % 3 == 0 else f"An oak, {number}.") for number in range(30)]
+    source = write("a.jsonl", jsonl(rows), "messages", max_drop=0.5)
+    prepared = work(spec(source), "sft")
+    assert prepared.table[0].details == {"placeholder": {"'{{name}}'": 10}}
+    print_data(SimpleNamespace(data={"sft": prepared}))  # type: ignore[arg-type]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "placeholder drops 33% of its rows; e.g. a.jsonl:1: '{{name}}'; gates: {placeholders: count} keeps them" in shown
+    assert "gate placeholders, 33.3%" in shown
+    kept = work(spec(write("a.jsonl", jsonl(rows), "messages", gates={"placeholders": "count"})), "sft")
+    assert (kept.table[0].kept, kept.table[0].noted, kept.table[0].warning) == (30, {"placeholder": 10}, None)
+
+
+def test_a_gate_that_drops_little_is_in_the_table_alone(work: Workplace, write: Any) -> None:
+    rows = [conversation(f"q{number}", "<nooutput>" if number == 0 else f"An oak, {number}.") for number in range(30)]
+    row = work(spec(write("a.jsonl", jsonl(rows), "messages")), "sft").table[0]
+    assert (row.drops, row.warning) == ({"placeholder": 1}, None)
+
+
+def test_what_too_many_rows_are_dropped_for_has_its_remedy_beside_it(work: Workplace, write: Any) -> None:
+    rows = [{"messages": [{"role": "assistant", "content": "Hello."}, *conversation("q", f"{n}")["messages"]]} for n in range(4)]
+    work.refused(spec(write("a.jsonl", jsonl(rows), "messages")), "sft", "assistant_first (4 rows", "{assistant_first: keep}")
+    named = [conversation("q", f"{{{{name}}}} {n}") for n in range(4)]
+    work.refused(spec(write("a.jsonl", jsonl(named), "messages")), "sft", "placeholder (4 rows", "gates: {placeholders: count}")
 
 
 def test_translations_are_duplicates_by_id(work: Workplace, write: Any) -> None:

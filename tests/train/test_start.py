@@ -25,7 +25,9 @@ CPU = torch.device("cpu")
 def test_random_weights_follow_from_the_seed_and_leave_the_global_state_alone() -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first, second, other = (initial_model(small_config(), None, seed, CPU, compiled=False).state_dict() for seed in (3, 3, 4))
+    first, second, other = (
+        initial_model(small_config(), None, seed, CPU, compiled=False, tokenizer_sha="").state_dict() for seed in (3, 3, 4)
+    )
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
@@ -34,7 +36,7 @@ def test_random_weights_follow_from_the_seed_and_leave_the_global_state_alone() 
 def test_a_model_directory_in_bfloat16_becomes_float32_master_weights(tmp_path: Path) -> None:
     model = random_model()
     model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
-    loaded = initial_model(small_config(), tmp_path / "model", 0, CPU, compiled=False)
+    loaded = initial_model(small_config(), tmp_path / "model", 0, CPU, compiled=False, tokenizer_sha="")
     for (name, ours), theirs in zip(loaded.named_parameters(), model.parameters(), strict=True):
         assert ours.dtype == torch.float32
         assert torch.equal(ours, theirs.float()), name

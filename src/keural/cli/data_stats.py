@@ -14,6 +14,7 @@ from keural.data.tokens import published_format
 from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
 from keural.pipeline.workspace import find_stage_data
+from keural.pretrained.kinds import is_training_checkpoint, what_is
 from keural.recipe import OBJECTIVES, STORES, Recipe, StageSpec, load_recipe
 from keural.recipe.shipped import RECIPE_FILE, names, recipe_directory
 from keural.terminal import json_text, yaml_text
@@ -26,6 +27,8 @@ def describe(path: Path, overrides: list[str], out: Path | None, as_json: bool) 
     """What `path` holds, as text. Raises `UserError` when it is nothing that is known, or damaged."""
     if not path.exists() and str(path) in names():
         path = recipe_directory(path)
+    if path.exists() and not _is_data(path):
+        raise UserError(f"{path}: {what_is(path)} (`keural data stats` takes data and recipes)")
     if (path / RECIPE_FILE).is_file():
         return _mixture(load_recipe(path, overrides), out, as_json)
     if overrides or out:
@@ -42,6 +45,15 @@ def describe(path: Path, overrides: list[str], out: Path | None, as_json: bool) 
     if any(path.glob("keural_*.bin")):
         return _dump({"shards": _shards(path)}, as_json)
     return _dump(TokenStore.open(path).manifest, as_json)
+
+
+def _is_data(path: Path) -> bool:
+    """Whether a path is named like something that is described here; a run holds its recipe, and is none."""
+    if (path / "run.json").is_file() or is_training_checkpoint(path):
+        return False
+    return any((path / name).is_file() for name in (RECIPE_FILE, "prepared.json", SUMMARY, "manifest.json")) or any(
+        any(path.glob(pattern)) for pattern in ("*.ds", "keural_*.bin")
+    )
 
 
 def _dump(value: dict[str, Any], as_json: bool) -> str:

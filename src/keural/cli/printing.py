@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from keural.data.adapters.reasons import reason_of
+from keural.data.filtering.gates import gate_of
 from keural.data.loading.batch import Batch
 from keural.data.prepared import Prepared, read_dropped
 from keural.data.source_counts import SourceRow
@@ -128,8 +129,8 @@ def print_data(workspace: Workspace) -> None:
         for row in prepared.table:
             if row.survey:
                 show(row.survey)
-            if row.warning:
-                show(f"warning: {row.warning}")
+            for warning in (row.warning or "").splitlines():
+                show(f"warning: {warning}")
             for line in row.suspicions or ():
                 show(f"warning: source {row.source!r}: {line}")
             if "benchmark" in row.flags and not row.left_out:
@@ -140,13 +141,22 @@ def print_data(workspace: Workspace) -> None:
 
 
 def _data_row(row: SourceRow) -> tuple[str, ...]:
-    listed = (f"{reason} {count:,} (first: {row.first_drop[reason]}{_details(row, reason)})" for reason, count in row.drops.items())
+    listed = (
+        f"{reason} {count:,} ({_gate(row, reason)}first: {row.first_drop[reason]}{_details(row, reason)})"
+        for reason, count in row.drops.items()
+    )
     drops = "\n".join(listed)
     drops += "".join(f"\n{reason} {count:,} (kept)" for reason, count in row.noted.items())
     drops += f"\nnot read: {', '.join(row.not_read)}" if row.not_read else ""
     drops += "".join(f"\n{line}" for line in row.assumed or ())
     drops = f"left out: {row.left_out}" if row.left_out else drops.strip()
     return row.source, f"{row.rows:,}", f"{row.kept:,}", f"{row.tokens:,}", drops
+
+
+def _gate(row: SourceRow, reason: str) -> str:
+    """The gate that dropped rows for a reason, and their share; nothing for other reasons."""
+    gate = gate_of(reason)
+    return f"gate {gate}, {row.drops[reason] / row.rows:.1%}; " if gate else ""
 
 
 def _details(row: SourceRow, reason: str) -> str:
@@ -235,7 +245,7 @@ def print_inspection(values: Mapping[str, Any]) -> None:
     lineage = values.get("lineage", {})
     if lineage:
         show(f"lineage: {' -> '.join(lineage.get('chain', []))}")
-        for name in ("recipe", "stage", "source", "fingerprint", "keural", "transformers"):
+        for name in ("recipe", "stage", "objectives", "source", "fingerprint", "keural", "transformers"):
             if name in lineage:
                 show(f"  {name}: {lineage[name]}")
     if values.get("ledger"):

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from keural.errors import UserError, nearest
 from keural.files import check_new
 from keural.pretrained.location import check_kind, model_directory
 
 if TYPE_CHECKING:
-    from keural.pretrained.stored_model import StoredModel
+    from keural.pretrained.stored_model import StoredModel, StoredNetwork
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ _FLAGS = {"quantize": "--quantize", "license_id": "--license", "shard_bytes": "-
 """What the options are called on the command line."""
 
 Advance = Callable[[int], None]
-Writer = Callable[["StoredModel", Path, ExportOptions, Advance], Path]
+Writer = Callable[[Any, Path, ExportOptions, Advance], Path]
+"""Gets a `StoredModel`; where no tokenizer is needed, a `StoredNetwork`."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Format:
     readers: str
     options: frozenset[str]
     write: Writer
+    needs_tokenizer: bool = True
+    """Whether a model without one cannot be written."""
     check: Callable[[ExportOptions], None] = lambda options: None
     """Refuses options, or a missing package, before the model is opened."""
 
@@ -58,7 +61,7 @@ def export(
 ) -> Path:
     """Write the model in `path` to the new directory `out`; returns the directory, or the file that is the model.
 
-    `say` is told when not all that is read could be verified.
+    `say` is told when not all that is read could be verified, and what of the model the format leaves behind.
 
     Raises `UserError` for an unknown format, an option that the format does not have, a model that cannot be written in it, damaged
     files, too little disk, and an `out` that is not empty.
@@ -72,11 +75,17 @@ def export(
     chosen.check(options)
     check_new(out)
     check_kind(model_directory(path))
-    from keural.pretrained.stored_model import open_model
+    from keural.convert.carried import check_carried, left_behind
+    from keural.pretrained.stored_model import open_model, open_network
 
-    model = open_model(path)
+    model = open_model(path) if chosen.needs_tokenizer else open_network(path)
+    check_carried(model.config, format_name, str(path))
     if model.notice:
         say(model.notice)
+    for line in left_behind(model.config, format_name):
+        say(line)
+    if not chosen.needs_tokenizer and not model.has_tokenizer:
+        say(f"{path}: has no tokenizer, and so the export has none; whoever imports it to chat names one with --tokenizer")
     return chosen.write(model, out, options, advance)
 
 
@@ -87,7 +96,7 @@ def _write_hf(model: "StoredModel", out: Path, options: ExportOptions, advance: 
     check_new(out, model.weights.nbytes)
     card = model_card(model, "hf", options.license_id)
     write = partial(write_model_directory, shard_bytes=options.shard_bytes or DEFAULT_SHARD_BYTES, card=card)
-    return write(out, model.config, model.watched(advance).weights, model.tokenizer, model.lineage, model.chat)
+    return write(out, model.config, model.watched(advance).weights, model.tokenizer, model.lineage, model.chat, ends=model.ends)
 
 
 def _write_granite(model: "StoredModel", out: Path, options: ExportOptions, advance: Advance) -> Path:
@@ -112,10 +121,12 @@ def _write_gguf(model: "StoredModel", out: Path, options: ExportOptions, advance
     return export_gguf(model, out, options.quantize, advance)
 
 
-def _write_pt(model: "StoredModel", out: Path, options: ExportOptions, advance: Advance) -> Path:
+def _write_pt(model: "StoredNetwork", out: Path, options: ExportOptions, advance: Advance) -> Path:
     from keural.convert.published_pt import export_pt
+    from keural.pretrained.stored_model import load_tokenizer
 
-    return export_pt(model, out, advance)
+    tokenizer = load_tokenizer(model.directory).model_bytes if model.has_tokenizer else None
+    return export_pt(model, tokenizer, out, advance)
 
 
 FORMATS: dict[str, Format] = {
@@ -125,7 +136,7 @@ FORMATS: dict[str, Format] = {
     "granite": Format(
         "transformers, vLLM and SGLang without code of ours", frozenset({"license_id", "shard_bytes"}), _write_granite
     ),
-    "gguf": Format("llama.cpp", frozenset({"quantize"}), _write_gguf, _check_gguf),
-    "pt": Format("the published scripts", frozenset(), _write_pt),
+    "gguf": Format("llama.cpp", frozenset({"quantize"}), _write_gguf, check=_check_gguf),
+    "pt": Format("the published scripts", frozenset(), _write_pt, needs_tokenizer=False),
 }
 """Names of `--format`."""

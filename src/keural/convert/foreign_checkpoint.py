@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from keural.errors import UserError
 from keural.files import read_object
+from keural.pretrained.kinds import is_training_checkpoint, what_is
 from keural.pretrained.lineage import check_sums, read_record
 from keural.pretrained.location import CHECKPOINTS, CONFIG, check_there
 from keural.pretrained.safetensors import DTYPES, INDEX, open_safetensors, weight_files
@@ -59,10 +60,13 @@ def open_checkpoint(path: Path, verify: bool = True) -> Checkpoint:
     it, or when it holds something else than floating-point tensors.
     """
     check_there(path, CHECKPOINTS)
+    if is_training_checkpoint(path):
+        raise UserError(f"{path}: {what_is(path)}")
     file = _only_checkpoint(path) if path.is_dir() else path
     suffix = file.suffix.lower() if file.is_file() else ".safetensors"
     if suffix not in _OPENERS:
-        raise UserError(f"{file}: {suffix or 'a file without suffix'} is no checkpoint; known are {', '.join(_OPENERS)}")
+        what = suffix or "a file without suffix"
+        raise UserError(f"{file}: {what} is no checkpoint ({what_is(file)}); known are {', '.join(_OPENERS)}")
     listed = _check_record(path, file) if verify else ""
     checkpoint = _OPENERS[suffix](file, verify)
     return replace(checkpoint, verified="; ".join(filter(None, (checkpoint.verified, listed))))
@@ -83,7 +87,8 @@ def _only_checkpoint(directory: Path) -> Path:
     if len(files) == 1:
         return files[0]
     found = f"{len(files)} checkpoints ({', '.join(file.name for file in files[:4])}); name one" if files else "no checkpoint"
-    raise UserError(f"{directory}: holds {found}; known are {', '.join(_OPENERS)}")
+    what = "" if files else f" ({what_is(directory)})"
+    raise UserError(f"{directory}: holds {found}{what}; known are {', '.join(_OPENERS)}")
 
 
 def _open_safetensors(path: Path, verify: bool) -> Checkpoint:

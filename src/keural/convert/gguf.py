@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from keural.convert import ggml
+from keural.convert.carried import carried, check_carried
 from keural.convert.ggml import QUANTIZATIONS
-from keural.convert.granite import SILENT_SINK, check_granite_swa
+from keural.convert.granite import SILENT_SINK
 from keural.files import atomic_directory, check_new
 from keural.pretrained.lineage import write_record
 from keural.pretrained.stored_model import StoredModel
@@ -85,7 +86,7 @@ def export_gguf(
     if quantize is None:
         quantize = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[_stored_type(model)]
     ggml.check_known(quantize)
-    check_granite_swa(model.config)
+    check_carried(model.config, "gguf")
     model = model.watched(advance)
     matrices = list(_matrices(model, quantize))
     ggml.check_available({matrix.type for matrix in matrices})
@@ -131,23 +132,9 @@ def _add_shape(writer: GGUFWriter, model: StoredModel, quantize: str) -> None:
     writer.add_name(model.name)
     writer.add_file_type(QUANTIZATIONS[quantize][0])
     writer.add_quantization_version(GGML_QUANT_VERSION)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_expert_count(config.num_local_experts)
-    writer.add_expert_used_count(config.num_experts_per_tok)
-    assert config.sliding_window is not None
-    writer.add_sliding_window(config.sliding_window)
-    writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+    for key, value in carried(config, "gguf").items():
+        add = writer.add_array if isinstance(value, list) else writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add(f"{ARCHITECTURE}.{key}", value)
     writer.add_attention_scale(config.head_dim**-0.5)
     writer.add_logit_scale(1.0)
 
@@ -168,8 +155,11 @@ def _add_tokenizer(writer: GGUFWriter, model: StoredModel) -> None:
     writer.add_token_scores([*scores, 0.0, 0.0])
     writer.add_token_types([*types, TokenType.CONTROL, TokenType.CONTROL])
     writer.add_bos_token_id(tokenizer.bos_id)
-    writer.add_eos_token_id(tokenizer.im_end_id)
-    writer.add_eot_token_id(tokenizer.im_end_id)
+    # A base model ends its texts with </s> and has never been taught to end a turn.
+    ends = model.ends or [tokenizer.im_end_id]
+    writer.add_eos_token_id(ends[0])
+    if tokenizer.im_end_id in ends:
+        writer.add_eot_token_id(tokenizer.im_end_id)
     writer.add_unk_token_id(tokenizer.unk_id)
     writer.add_pad_token_id(tokenizer.pad_id)
     writer.add_add_bos_token(False)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import GraniteMoeSWAConfig
 
+from keural.convert.carried import carried
 from keural.convert.model_card import model_card
-from keural.errors import UserError
 from keural.files import atomic_directory, check_new, write_atomic
-from keural.model import SHAPE, KeuralConfig
+from keural.model import KeuralConfig
 from keural.pretrained.directory import DEFAULT_SHARD_BYTES, generation_config, quiet_transformers
 from keural.pretrained.lineage import write_record
 from keural.pretrained.safetensors import write_shards
@@ -24,22 +24,6 @@ from keural.pretrained.weights import TensorInfo, Weights
 
 SILENT_SINK = -1e4
 """A sink's logit: e to its power is zero in every precision, so the softmax is that of a model without sinks."""
-_SHARED = (
-    *SHAPE,
-    "hidden_act",
-    "rms_norm_eps",
-    "max_position_embeddings",
-    "rope_parameters",
-    "sliding_window",
-    "layer_types",
-    "initializer_range",
-    "tie_word_embeddings",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "router_aux_loss_coef",
-)
-"""Fields that both configurations have with the same meaning."""
 
 
 def export_granite(
@@ -71,33 +55,19 @@ def export_granite(
     with quiet_transformers(), atomic_directory(out) as directory:
         sums = write_shards(directory, weights, shard_bytes)
         config.save_pretrained(directory)
-        generation_config(model.config, model.chat, exported=True).save_pretrained(directory)
+        generation_config(model.config, model.chat, model.ends).save_pretrained(directory)
         model.tokenizer.save(directory)
         write_atomic(directory / "README.md", model_card(model, "granite", license_id))
         write_record(directory, {**model.lineage, "format": "granite"}, model.chat, sums)
     return out
 
 
-def check_granite_swa(config: KeuralConfig) -> None:
-    """Raise `UserError` for what neither GraniteMoeSWA nor llama.cpp's `granite_swa` can say."""
-    kind = config.rope_parameters["rope_type"]
-    if kind != "default":
-        raise UserError(f"positions of rope_type {kind!r} cannot be exported to granite or gguf; only unscaled ones can")
-    if config.sliding_window is None:
-        raise UserError("a model without sliding layers cannot be exported to granite or gguf, which need sliding_window")
-
-
 def granite_config(config: KeuralConfig) -> GraniteMoeSWAConfig:
     """The GraniteMoeSWA configuration of the same network. Raises `UserError` when there is none."""
-    check_granite_swa(config)
+    values = carried(config, "granite")
     assert config.head_dim is not None
-    if config.head_dim * config.num_attention_heads != config.hidden_size:
-        raise UserError(
-            f"heads of width {config.head_dim} do not divide hidden_size {config.hidden_size} into {config.num_attention_heads}; "
-            "engines derive the width from the two, so this shape cannot be exported as granite"
-        )
     return GraniteMoeSWAConfig(
-        **{name: getattr(config, name) for name in _SHARED},
+        **values,
         architectures=["GraniteMoeSWAForCausalLM"],
         shared_intermediate_size=0,
         attention_multiplier=config.head_dim**-0.5,

@@ -20,9 +20,11 @@ from keural.convert.foreign_checkpoint import Checkpoint, open_checkpoint
 from keural.errors import UserError
 from keural.files import check_new, read_object
 from keural.model import CHATML_IDS, KeuralConfig, mean_row
+from keural.model.config_fields import FIELDS
 from keural.model.configuration_keural import PUBLISHED_BASE_VOCABULARY
 from keural.pretrained.directory import configuration, write_model_directory
-from keural.pretrained.location import CONFIG
+from keural.pretrained.lineage import UNKNOWN, read_record
+from keural.pretrained.location import CONFIG, check_type
 from keural.pretrained.tensor_names import EMBEDDING, HEAD, is_published, stored_name
 from keural.pretrained.weights import TensorInfo, Weights, expected_tensors
 from keural.tokenizer import KeuralTokenizer
@@ -32,7 +34,7 @@ PUBLISHED_WINDOW = 512
 TOKENIZER_FILES = ("tokenizer.model", "keural_tokenizer.model")
 _SHOWN = 8
 """Names that a refusal lists of each kind of problem."""
-_CONFIG_KEYS = (frozenset(KeuralConfig.__annotations__) | {"rope_theta", "num_experts"}) - {"eos_token_id"}
+_CONFIG_KEYS = (frozenset(FIELDS) | {"rope_theta", "num_experts"}) - {"eos_token_id"}
 _UNUSED_KEYS = frozenset(PreTrainedConfig().to_dict()) | frozenset(
     {"architectures", "auto_map", "dtype", "model_type", "torch_dtype", "transformers_version", "eos_token_id"}
 )
@@ -105,10 +107,20 @@ def import_checkpoint(
         say(f"vocabulary: {shape.vocab_size - CHATML_IDS:,} ids and {CHATML_IDS} new rows at their mean")
     found = _tokenizer(checkpoint, tokenizer, shape, say)
     check_new(out, weights.nbytes)
-    lineage = {"source": {"file": checkpoint.where.name, **checkpoint.progress}, "chain": [f"import {checkpoint.where.name}"]}
+    lineage = {
+        "source": {"file": checkpoint.where.name, **checkpoint.progress},
+        "chain": [f"import {checkpoint.where.name}"],
+        # Rows for the ChatML ids that are made here have been taught nothing: what grows is a base model.
+        "objectives": ["next_token"] if grow_vocabulary else _objectives(checkpoint) if verify else [UNKNOWN],
+    }
     write_model_directory(out, shape, _finite(checkpoint.where, weights.watched(advance)), found, lineage)
     say(f"{out}: {len(weights.infos):,} tensors, {weights.nbytes / 1e9:.2f} GB")
     return out
+
+
+def _objectives(checkpoint: Checkpoint) -> list[str]:
+    """What the record beside a checkpoint says that it was trained for."""
+    return list(read_record(checkpoint.directory).get("objectives", [UNKNOWN]))
 
 
 def _renamed(checkpoint: Checkpoint) -> Weights:
@@ -128,11 +140,7 @@ def _configuration(
 ) -> KeuralConfig:
     """The configuration of the checkpoint in this package's conventions; what is not said is as published."""
     values = dict(values or {})
-    kind = values.get("model_type", KeuralConfig.model_type)
-    if kind != KeuralConfig.model_type:
-        raise UserError(
-            f"{checkpoint.where}: its configuration describes a {kind!r} model, not 'keural'; only Keural can be imported"
-        )
+    check_type(checkpoint.where, {"model_type": KeuralConfig.model_type, **values})
     unknown = sorted(str(key) for key, value in values.items() if not _understood(key, value))
     if unknown:
         raise UserError(

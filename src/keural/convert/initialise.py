@@ -53,7 +53,7 @@ def initialise(
     """
     weights = random_weights(config, seed, dtype)
     check_new(out, weights.nbytes)
-    lineage = {"recipe": recipe, "stage": "random", "seed": seed, "chain": ["random"]}
+    lineage = {"recipe": recipe, "stage": "random", "seed": seed, "chain": ["random"], "objectives": []}
     return write_model_directory(out, config, weights.watched(advance), tokenizer, lineage, chat)
 
 

@@ -4,7 +4,7 @@ In: a model directory, or a checkpoint that is not imported yet. Out: plain valu
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.resources import files
 from math import prod
 from pathlib import Path
@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from keural.card import SamplingDefaults
+from keural.convert.carried import RULES, problems
 from keural.convert.foreign_checkpoint import Checkpoint, open_checkpoint
 from keural.convert.gguf_header import check_header
-from keural.convert.granite import check_granite_swa, granite_config
-from keural.convert.published_pt import published_config
 from keural.errors import UserError
 from keural.files import read_object
 from keural.model import SHAPE, KeuralConfig, count_parameters
@@ -162,21 +161,8 @@ def ledger(values: Mapping[str, Any]) -> list[Entry]:
 
 def exports(config: KeuralConfig) -> dict[str, str]:
     """What the model can be exported to: for each format `yes`, or why not."""
-    checks: dict[str, Callable[[KeuralConfig], object]] = {
-        "hf": lambda config: None,
-        "granite": granite_config,
-        "gguf": check_granite_swa,
-        "pt": published_config,
-    }
-    return {name: _reason(check, config) for name, check in checks.items()}
-
-
-def _reason(check: Callable[[KeuralConfig], object], config: KeuralConfig) -> str:
-    try:
-        check(config)
-    except UserError as error:
-        return f"no: {error}"
-    return "yes"
+    found = {name: problems(config, name) for name in RULES}
+    return {name: f"no: {'; '.join(reasons)}" if reasons else "yes" for name, reasons in found.items()}
 
 
 def _sizes(config: KeuralConfig, weights: Weights) -> dict[str, Any]:

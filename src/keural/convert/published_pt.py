@@ -1,8 +1,8 @@
 """`keural export --format pt`: back to the checkpoint that the published scripts read.
 
-In: a `StoredModel`. Out: a directory with `checkpoint_STEP.pt` (tensors under the published names, `model_config` in the published
-convention) and the tokenizer under its published name. What the published training script also wants when it resumes, the state of
-its optimizer, does not exist for an exported model.
+In: a `StoredNetwork`. Out: a directory with `checkpoint_STEP.pt` (tensors under the published names, `model_config` in the
+published convention) and, where the model has one, the tokenizer under its published name: the format itself knows none. What the
+published training script also wants when it resumes, the state of its optimizer, does not exist for an exported model.
 """
 
 import zipfile
@@ -13,26 +13,30 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from keural.errors import UserError
+from keural.convert.carried import carried
 from keural.files import atomic_directory, check_new, write_atomic
-from keural.model import SHAPE, KeuralConfig
+from keural.model import KeuralConfig
 from keural.pretrained.lineage import write_record
-from keural.pretrained.stored_model import StoredModel
+from keural.pretrained.stored_model import StoredNetwork
 from keural.pretrained.tensor_names import published_name
 from keural.pretrained.weights import Weights, data_bytes
 
-_CONFIG = (*SHAPE, "router_aux_loss_coef", "router_z_loss_coef", "max_position_embeddings")
-"""Fields of the published `ModelConfig` that mean the same here; the window and theta are written apart."""
-_FIXED = {"rms_norm_eps": 1e-5, "hidden_act": "silu"}
-"""What the published code has as constants."""
 _LOCAL_HEADER, _EXTRA_HEADER, _ZIP64_EXTRA = 30, 4, 20
 """Sizes of the parts of a zip record's header (PKWARE APPNOTE 4.3.7, 4.5.1 and 4.5.3)."""
 _PADDING_ID = 0x4246
 _ALIGNMENT = 64
 
 
-def export_pt(model: StoredModel, out: Path, advance: Callable[[int], None] = lambda count: None) -> Path:
+def export_pt(
+    model: StoredNetwork, tokenizer: bytes | None, out: Path, advance: Callable[[int], None] = lambda count: None
+) -> Path:
     """Write `model` as a published training checkpoint into the directory `out`; at most one tensor is in memory.
+
+    Args:
+        model: what to write.
+        tokenizer: its SentencePiece model; None where it has none.
+        out: must not exist, or be empty.
+        advance: told the bytes of every tensor that was read.
 
     Returns:
         The file.
@@ -47,27 +51,16 @@ def export_pt(model: StoredModel, out: Path, advance: Callable[[int], None] = la
     with atomic_directory(out) as directory:
         file = directory / f"checkpoint_{checkpoint['step']}.pt"
         checkpoint |= {"model_config": model_config, "train_config": {}}
-        _save(file, checkpoint, model.watched(advance).weights)
-        write_atomic(directory / "keural_tokenizer.model", model.tokenizer.model_bytes)
+        _save(file, checkpoint, model.weights.watched(advance))
+        if tokenizer is not None:
+            write_atomic(directory / "keural_tokenizer.model", tokenizer)
         write_record(directory, {**model.lineage, "format": "pt"}, model.chat)
     return out / file.name
 
 
 def published_config(config: KeuralConfig) -> dict[str, Any]:
     """`model_config` of the published checkpoint. Raises `UserError` for a model that the published code cannot build."""
-    default = KeuralConfig(num_hidden_layers=config.num_hidden_layers).layer_types
-    if config.layer_types != default or config.sliding_window is None:
-        raise UserError(
-            "the published code slides on even layers and only there; this model's layer_types cannot be exported as pt"
-        )
-    if config.rope_parameters["rope_type"] != "default":
-        raise UserError("the published code has unscaled positions only; this model's rope_type cannot be exported as pt")
-    for name, value in _FIXED.items():
-        if getattr(config, name) != value:
-            raise UserError(f"the published code has {name} {value}; this model's {getattr(config, name)} cannot be exported as pt")
-    shape = {name: getattr(config, name) for name in _CONFIG}
-    # The published code counts the keys before the token, not the token itself.
-    return {**shape, "sliding_window": config.sliding_window - 1, "rope_theta": config.rope_parameters["rope_theta"]}
+    return carried(config, "pt")
 
 
 def _save(file: Path, checkpoint: Mapping[str, Any], weights: Weights) -> None:

@@ -293,8 +293,8 @@ def _gated(
     for record in records:
         if isinstance(record, Drop):
             yield record
-        elif reason := next(keeper.reasons(record, "drop"), None):
-            yield _shown(Drop(reason, record.where), record, counter)
+        elif drop := keeper.drop_of(record):
+            yield _shown(drop, record, counter)
         elif dropped and (hit := dropped.hit_in(record)):
             # counted when it is used: reading runs ahead
             yield _shown(Contaminated(REASON, record.where, hit=hit), record, counter)

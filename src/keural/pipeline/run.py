@@ -38,13 +38,15 @@ from keural.pipeline.stage_directory import find_done, is_finished, model_proble
 from keural.pipeline.workspace import (
     Workspace,
     check_inputs,
+    check_starts,
     init_directory,
     prepare_all,
+    prepare_tokenizer,
     select_stages,
     with_ancestors,
 )
 from keural.pretrained.directory import save_model_directory
-from keural.pretrained.lineage import check_sums
+from keural.pretrained.lineage import UNKNOWN, check_sums, read_record
 from keural.recipe import VERSION, Recipe, StageSpec, parse_duration
 from keural.report.html import write_report
 from keural.train.parallel import check_ranks, full_state_dict
@@ -95,6 +97,7 @@ def run(
 def _open_run(recipe: Recipe, stages: list[StageSpec], out: Path, on_data: Callable[[Workspace], object] | None) -> None:
     """Keep the resolved recipe, prepare the data: once, before other ranks open it."""
     write_recipe(out, recipe)
+    check_starts(recipe, stages, prepare_tokenizer(recipe, out), out)
     workspace = prepare_all(recipe, stages, out)
     if on_data is not None:
         on_data(workspace)
@@ -164,7 +167,8 @@ def export_stage(workspace: Workspace, stage: StageSpec, result: StageResult, wa
 def _save_stage(workspace: Workspace, stage: StageSpec, result: StageResult, weights: dict[str, Tensor], wanted: str) -> None:
     directory, spec = workspace.out / stage.name, workspace.recipe.spec
     chain = list(reversed(with_ancestors(workspace.recipe, stage)))
-    lineage = {"recipe": spec.name, "stage": stage.name, "fingerprint": wanted, "chain": chain}
+    trained = {"chain": chain, "objectives": _objectives(workspace, stage)}
+    lineage = {"recipe": spec.name, "stage": stage.name, "fingerprint": wanted, **trained}
     save_model_directory(directory / MODEL, workspace.model_config, weights, workspace.tokenizer, lineage, spec.chat)
     Done(
         name=stage.name,
@@ -179,6 +183,15 @@ def _save_stage(workspace: Workspace, stage: StageSpec, result: StageResult, wei
         loss_last=result.loss_last,
         heldout=result.heldout,
     ).write(directory / DONE)
+
+
+def _objectives(workspace: Workspace, stage: StageSpec) -> list[str]:
+    """What a stage's model was trained for, oldest first, with what is known of the directory that its first stage started from."""
+    stages = list(reversed(with_ancestors(workspace.recipe, stage).values()))
+    before: list[str] = []
+    if stages[0].starts_from_directory:
+        before = read_record(init_directory(workspace.out, stages[0])).get("objectives", [UNKNOWN])
+    return [*before, *(stage.objective for stage in stages)]
 
 
 def _finish(workspace: Workspace, started: float) -> None:

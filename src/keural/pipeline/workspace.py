@@ -16,7 +16,7 @@ from keural.data.sources import Source, lacks_directory, open_sources
 from keural.data.stage_sources import open_stage_sources
 from keural.data.tokenizer_texts import iter_texts
 from keural.errors import UserError, UserErrors, for_all
-from keural.files import FileHashes, atomic_directory, fingerprint, read_object, sha256_file
+from keural.files import FileHashes, atomic_directory, fingerprint, sha256_file
 from keural.pipeline.run_directory import (
     DATA,
     DONE,
@@ -30,7 +30,9 @@ from keural.pipeline.run_directory import (
     set_aside,
     tokenizer_files,
 )
-from keural.recipe import VERSION, Recipe, StageSpec
+from keural.pretrained.lineage import LINEAGE, read_record
+from keural.pretrained.location import check_kind, model_directory
+from keural.recipe import OBJECTIVES, VERSION, Recipe, StageSpec
 from keural.terminal import say, work_progress
 from keural.tokenizer import KeuralTokenizer
 from keural.tokenizer.train import train_tokenizer
@@ -79,11 +81,7 @@ class Workspace:
         if stage.init_from == "random":
             return "random"
         if stage.starts_from_directory:
-            lineage = init_directory(self.out, stage) / "keural.json"
-            files = read_object(lineage).get("files")
-            if not isinstance(files, dict):
-                raise UserError(f"{lineage}: names no files; give a model directory that this package has written")
-            return fingerprint(sorted(files.items()))
+            return fingerprint(sorted(_record_files(init_directory(self.out, stage)).items()))
         return self.stage_fingerprint(self.recipe.stage(stage.init_from))
 
 
@@ -130,8 +128,20 @@ def _check_stage(recipe: Recipe, stage: StageSpec, directory: Path | None, out: 
         check_evaluation(sources.evaluation)
         check_cleaning(sources)
         check_pretokenized(stage.data, directory)
-    if stage.starts_from_directory and not (init_directory(out, stage) / "config.json").is_file():
-        raise UserError(f"{stage.name}: init_from {stage.init_from!r} is not a model directory (no config.json there)")
+    if stage.starts_from_directory:
+        start = init_directory(out, stage)
+        check_kind(start)
+        _record_files(start)
+
+
+def check_starts(recipe: Recipe, stages: Iterable[StageSpec], tokenizer: KeuralTokenizer, out: Path) -> None:
+    """Refuse model directories that are not of the recipe's network or tokenizer, before data is prepared for them."""
+    from keural.pretrained.agreement import check_agreement
+
+    for stage in stages:
+        if stage.starts_from_directory:
+            chats = OBJECTIVES[stage.objective].store != "documents"
+            check_agreement(init_directory(out, stage), build_config(recipe, tokenizer), tokenizer.sha256, chats=chats)
 
 
 def data_directory(recipe: Recipe) -> Path | None:
@@ -145,8 +155,27 @@ def data_directory(recipe: Recipe) -> Path | None:
 
 
 def init_directory(out: Path, stage: StageSpec) -> Path:
-    """The model directory a stage starts from: another stage's, or the one it names."""
-    return Path(stage.init_from).expanduser() if stage.starts_from_directory else out / stage.init_from / MODEL
+    """The model directory a stage starts from: another stage's, or what it names: a model, stage or run directory.
+
+    Raises `UserError` when there is no model where the stage says.
+    """
+    if not stage.starts_from_directory:
+        return out / stage.init_from / MODEL
+    try:
+        return model_directory(Path(stage.init_from).expanduser())
+    except UserError as error:
+        raise UserError(f"{stage.name}: init_from {error}") from error
+
+
+def _record_files(directory: Path) -> dict[str, str]:
+    """The checksums of a model directory's files, by which a stage knows the weights that it started from."""
+    files: dict[str, str] = read_record(directory).get("files", {})
+    if not files:
+        raise UserError(
+            f"{directory}: has no record ({LINEAGE}), by which a stage knows its weights again; `keural import {directory} NEW` "
+            "makes a directory with one"
+        )
+    return files
 
 
 def prepare_all(recipe: Recipe, stages: Iterable[StageSpec], out: Path) -> Workspace:

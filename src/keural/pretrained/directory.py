@@ -11,7 +11,7 @@ import contextlib
 import copy
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,7 @@ def write_model_directory(
     chat: ChatSpec | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     card: str | None = None,
+    ends: Sequence[int] | None = None,
 ) -> Path:
     """Write a complete model directory, atomically: `out` appears whole or not at all, and replaces an earlier one.
 
@@ -81,7 +82,9 @@ def write_model_directory(
         lineage: where the weights come from (recipe, stage, fingerprints), kept in `keural.json` beside checksums and versions.
         chat: sampling defaults and system message of the model's chats; None stands for the card's.
         shard_bytes: upper bound of one weight file, unless a single tensor is larger.
-        card: README of a directory that is passed on, whose generation then ends at `<|im_end|>` alone.
+        card: README of a directory that is passed on.
+        ends: ids at which generation ends; None stands for the configuration's and `</s>`: a stage's own directory may hold a base
+            model or one that chats.
 
     Returns:
         `out`.
@@ -106,7 +109,9 @@ def write_model_directory(
     with quiet_transformers(), atomic_directory(out) as directory:
         sums = write_shards(directory, Weights({name: weights.infos[name] for name in expected}, weights.read), shard_bytes)
         described.save_pretrained(directory)
-        generation_config(config, chat, exported=card is not None).save_pretrained(directory)
+        generation_config(config, chat, [*as_ends(config.eos_token_id), EOS_ID] if ends is None else ends).save_pretrained(
+            directory
+        )
         for name in NETWORK_CODE:
             shutil.copyfile(PACKAGE / name, directory / name)
         if tokenizer is not None:
@@ -117,13 +122,14 @@ def write_model_directory(
     return out
 
 
-def generation_config(config: KeuralConfig, chat: ChatSpec, exported: bool = False) -> GenerationConfig:
-    """Sampling defaults. Generation ends at `<|im_end|>`, the only end that the model card allows in a chat.
+def as_ends(token_ids: int | list[int] | None) -> list[int]:
+    """An `eos_token_id` as a list: a configuration may say none, one or several."""
+    return [] if token_ids is None else list(token_ids) if isinstance(token_ids, list) else [token_ids]
 
-    A stage's own directory may hold a base model, which ends a document with `</s>`, so generation ends there, too, unless
-    `exported`.
-    """
-    ends = [config.eos_token_id] if exported else [config.eos_token_id, EOS_ID]
+
+def generation_config(config: KeuralConfig, chat: ChatSpec, ends: Sequence[int]) -> GenerationConfig:
+    """Sampling defaults; generation ends at any of `ends`."""
+    ends = list(dict.fromkeys(ends))
     return GenerationConfig(
         do_sample=chat.temperature > 0,
         temperature=chat.temperature or None,
@@ -131,7 +137,7 @@ def generation_config(config: KeuralConfig, chat: ChatSpec, exported: bool = Fal
         top_k=0 if chat.temperature > 0 else None,  # transformers would otherwise cut at 50
         repetition_penalty=chat.repetition_penalty,
         max_new_tokens=chat.max_new_tokens,
-        eos_token_id=ends[0] if len(set(ends)) == 1 else ends,
+        eos_token_id=(ends[0] if len(ends) == 1 else ends) if ends else None,
         pad_token_id=config.pad_token_id,
         bos_token_id=config.bos_token_id,
     )

@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 import keural
 from keural.errors import UserError
 from keural.files import fingerprint, read_object, sha256_file, write_json
-from keural.recipe import ChatSpec, validate
+from keural.recipe import OBJECTIVES, ChatSpec, validate
 
 LINEAGE = "keural.json"
 RECORD = 2
@@ -74,6 +74,8 @@ class Lineage(BaseModel):
     fingerprint: str | None = None
     chain: list[str] = Field(default_factory=list)
     """The stages that made the weights, oldest first."""
+    objectives: list[str] = Field(default_factory=list)
+    """What each stage of the chain was trained for, none for random weights; `unknown` stands for stages that no record tells."""
     source: Source | None = None
     chat: ChatSpec | None = None
     record: int | None = None
@@ -86,6 +88,16 @@ class Lineage(BaseModel):
     tokenizer_sha256: str | None = None
     files: dict[Annotated[str, AfterValidator(_plain)], str] = Field(default_factory=dict)
     """SHA-256 of every other file of the directory, by name."""
+
+
+UNKNOWN = "unknown"
+"""Objective of stages that no record tells of."""
+
+
+def is_base(lineage: Mapping[str, Any]) -> bool:
+    """Whether a model is known to have been trained on documents alone, so that it ends a text with `</s>` and no turn."""
+    objectives = lineage.get("objectives", [])
+    return bool(objectives) and all(name in OBJECTIVES and OBJECTIVES[name].store == "documents" for name in objectives)
 
 
 @dataclass(frozen=True)

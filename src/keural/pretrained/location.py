@@ -3,17 +3,21 @@
 In: a path that somebody typed. Out: the model directory, or a refusal. Torch is not needed to refuse.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from keural.errors import UserError
 from keural.files import read_object
+from keural.pretrained.kinds import what_is
 
 CONFIG = "config.json"
 CHECKPOINTS = "a .pt or .safetensors file, or a directory with one"
 """What can be imported."""
 MODEL_TYPE = "keural"
 """`model_type` of `config.json`."""
+EXPORTED_TYPE = "granitemoe_swa"
+"""That of `keural export --format granite`."""
 
 
 def check_there(path: Path, wanted: str) -> None:
@@ -26,9 +30,21 @@ def check_kind(directory: Path) -> dict[str, Any]:
     """The values of a model directory's `config.json`. Raises `UserError` when they describe another architecture."""
     file = directory / CONFIG
     values = read_object(file)
-    if (kind := values.get("model_type")) != MODEL_TYPE:
-        raise UserError(f"{file}: describes a {kind!r} model, not {MODEL_TYPE!r}; give a directory that this package has written")
+    check_type(directory, values)
     return values
+
+
+def check_type(where: Path, values: Mapping[str, Any]) -> None:
+    """Raise `UserError` unless a configuration that was found at `where` describes a Keural model."""
+    if (kind := values.get("model_type")) != MODEL_TYPE:
+        if kind == EXPORTED_TYPE and values.get("shared_intermediate_size") == 0:
+            raise UserError(
+                f"{where}: is a model for programs that know {kind} (transformers, vLLM, SGLang), as `keural export --format "
+                "granite` writes one; give the model directory that it was exported from"
+            )
+        raise UserError(
+            f"{where}: its {CONFIG} describes a {kind!r} model, not {MODEL_TYPE!r}; give one that this package has written"
+        )
 
 
 def model_directory(path: Path) -> Path:
@@ -43,4 +59,4 @@ def model_directory(path: Path) -> Path:
         raise UserError(f"{path}: points to {path.readlink()}, which does not exist; run the stage that makes it")
     if not path.exists():
         raise UserError(f"{path}: no such directory; give a model directory, e.g. runs/toy/final")
-    raise UserError(f"{path}: is not a model directory (no config.json); give one such as runs/toy/final")
+    raise UserError(f"{path}: {what_is(path)} (no {CONFIG} there: give a model directory, such as runs/toy/final)")

@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 
 import torch
 
-from keural.errors import UserError
+from keural.errors import UserError, quoted
 from keural.files import read_object, write_json
 from keural.parsing import parse_json
 from keural.pretrained.weights import TensorInfo, Weights, data_bytes, read_tensor
@@ -85,14 +85,14 @@ def read_header(file: Path) -> dict[str, tuple[TensorInfo, int]]:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, _LONGEST_HEADER):
             raise ValueError("the header is longer than the file")
-        entries = parse_json(stream.read(length))
+        entries = parse_json(stream.read(length), unique=True)
     if not isinstance(entries, dict):
         raise ValueError("the header is no JSON object")
     tensors = {name: _entry(name, entry) for name, entry in entries.items() if name != "__metadata__"}
     end = 0
     for name, (info, start) in sorted(tensors.items(), key=lambda item: (item[1][1], item[1][0].nbytes)):
         if start != end:
-            raise ValueError(f"the values of {name} do not begin where the ones before end")
+            raise ValueError(f"the values of {quoted(name)} do not begin where the ones before end")
         end = start + info.nbytes
     if 8 + length + end != size:
         raise ValueError(f"{size} bytes instead of {8 + length + end}")
@@ -104,18 +104,21 @@ def _entry(name: str, entry: Any) -> tuple[TensorInfo, int]:
     """One entry of a header: what the tensor is, and where its values begin behind the header. Raises ValueError."""
     shape, offsets = (entry.get(key) if isinstance(entry, dict) else None for key in ("shape", "data_offsets"))
     if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
-        raise ValueError(f"the entry of {name} is not understood")
-    if entry.get("dtype") not in _BY_NAME:
-        raise ValueError(f"tensor {name} is of type {entry.get('dtype')}; only {', '.join(_BY_NAME)} can be read")
-    info = TensorInfo(tuple(shape), _BY_NAME[entry["dtype"]])
+        raise ValueError(f"the entry of {quoted(name)} is not understood")
+    dtype = entry.get("dtype")
+    if not isinstance(dtype, str) or dtype not in _BY_NAME:
+        raise ValueError(f"tensor {quoted(name)} is of type {quoted(dtype)}; only {', '.join(_BY_NAME)} can be read")
+    info = TensorInfo(tuple(shape), _BY_NAME[dtype])
     if offsets[1] - offsets[0] != info.nbytes:
-        raise ValueError(f"{name} has {offsets[1] - offsets[0]} bytes, its shape {shape} wants {info.nbytes}")
+        raise ValueError(
+            f"{quoted(name)} has {quoted(offsets[1] - offsets[0])} bytes, its shape {quoted(shape)} wants {quoted(info.nbytes)}"
+        )
     return info, offsets[0]
 
 
 def _are_counts(value: Any) -> TypeGuard[list[int]]:
-    """Whether a JSON value is a list of whole numbers that are not negative."""
-    return isinstance(value, list) and all(isinstance(number, int) and number >= 0 for number in value)
+    """Whether a JSON value is a list of whole numbers that are not negative; Python counts truth values as such."""
+    return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
 
 
 def _header(infos: dict[str, TensorInfo]) -> bytes:

@@ -19,14 +19,15 @@ from keural.errors import UserError
 from keural.files import read_object
 from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.model.modeling_keural import KeuralRotaryEmbedding
-from keural.pretrained.directory import GENERATION, quiet_transformers, read_config
-from keural.pretrained.lineage import Coverage, check_sums, file_name, read_record
+from keural.pretrained.directory import GENERATION, as_ends, quiet_transformers, read_config
+from keural.pretrained.lineage import Coverage, check_sums, file_name, is_base, read_record
 from keural.pretrained.location import model_directory
 from keural.pretrained.safetensors import open_safetensors, weight_files
 from keural.pretrained.tensor_names import HEAD
 from keural.pretrained.weights import Weights, expected_tensors, finite, state_dict_weights
 from keural.recipe import ChatSpec
 from keural.tokenizer import KeuralTokenizer
+from keural.tokenizer.model_file import EOS_ID
 
 TOKENIZER = "tokenizer.model"
 
@@ -42,6 +43,19 @@ class StoredNetwork:
     """What `keural.json` says; empty where there is none."""
     coverage: Coverage | None
     """What of the directory was verified; None where that was not asked for."""
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer lies beside the weights."""
+        return (self.directory / TOKENIZER).is_file()
+
+    @property
+    def ends(self) -> list[int]:
+        """Where generation ends when the model is passed on: a base model's text at `</s>`, any other's turn at `<|im_end|>`.
+
+        The latter goes for models whose training is not known, too: the model card allows no other end in a chat.
+        """
+        return [EOS_ID] if is_base(self.lineage) else as_ends(self.config.eos_token_id)
 
     @property
     def notice(self) -> str | None:
@@ -80,25 +94,26 @@ def open_network(path: Path, verify: bool = True) -> StoredNetwork:
 
     Raises:
         UserError: for anything that is not exactly a Keural model: another architecture, a tensor that is missing, left over or
-            mis-shaped, a damaged or changed file, a file that the record does not list.
+            mis-shaped, a damaged or changed file, a file that the record does not list. Reading a tensor that is not finite does
+            so, too.
     """
     directory = model_directory(path)
     coverage = check_sums(directory) if verify else None
     config = read_config(directory)
-    return StoredNetwork(directory, config, directory_weights(directory, config), read_record(directory), coverage)
+    weights = finite(directory, directory_weights(directory, config))
+    return StoredNetwork(directory, config, weights, read_record(directory), coverage)
 
 
 def open_model(path: Path, verify: bool = True) -> StoredModel:
     """Open a model, stage or run directory with its tokenizer. Arguments and errors as for `open_network`.
 
-    Raises `UserError` also when there is no tokenizer or it is another model's. Reading a tensor that is not finite does so, too.
+    Raises `UserError` also when there is no tokenizer or it is another model's.
     """
     network = open_network(path, verify)
-    if not (network.directory / TOKENIZER).is_file():
+    if not network.has_tokenizer:
         raise UserError(f"{network.directory}: has no {TOKENIZER}, which this needs; import the model again with --tokenizer")
     parts = {name: getattr(network, name) for name in ("directory", "config", "lineage", "coverage")}
-    weights = finite(network.directory, network.weights)
-    return StoredModel(**parts, weights=weights, tokenizer=_tokenizer(network.directory, network.config))
+    return StoredModel(**parts, weights=network.weights, tokenizer=_tokenizer(network.directory, network.config))
 
 
 def load_model(path: Path, dtype: torch.dtype | None = torch.float32, *, verify: bool = True) -> KeuralMoECausalLM:
@@ -113,7 +128,7 @@ def load_model(path: Path, dtype: torch.dtype | None = torch.float32, *, verify:
         UserError: as `open_network`, and for a tokenizer of another size.
     """
     stored = open_network(path, verify)
-    if (stored.directory / TOKENIZER).is_file():
+    if stored.has_tokenizer:
         _tokenizer(stored.directory, stored.config)
     return build(stored, dtype)
 

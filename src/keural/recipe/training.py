@@ -130,7 +130,8 @@ class StageSpec(Spec):
     objective: Objective
     """`next_token` on documents, `sft` on the assistant's turns of conversations, `dpo` on pairs of answers."""
     init_from: str = not_for(("weights",), "random")
-    """`random`, the name of an earlier stage, or a model directory; what determines the weights there is in the fingerprint."""
+    """`random`, the name of an earlier stage, or a path with a slash: a model directory, or a stage or run with one, of the same
+    network and tokenizer; what determines the weights there is in the fingerprint."""
     data: DataSpec
     """What the stage trains on."""
     train: TrainSpec

@@ -257,7 +257,9 @@ def _stream(job: StageJob, store: Path | Corpus) -> Stream:
 def _policy(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, Optimizer]:
     """Model and optimizer with their initial values, sharded over the ranks."""
     spec = job.stage.train
-    model = initial_model(job.model_config, job.init, job.seed, ranks.device, spec.compile, ranks.log_once)
+    chats = OBJECTIVES[job.stage.objective].store != "documents"
+    settings = (job.model_config, job.init, job.seed, ranks.device, spec.compile, job.tokenizer_sha)
+    model = initial_model(*settings, chats=chats, say=ranks.log_once)
     policy = Policy(model, getattr(torch, spec.compute_dtype), _engine(job, uniform, ranks)).train()
     if spec.precision != "fp32":
         optimizer = build_split_optimizer(model, spec, ranks.device)

@@ -15,8 +15,10 @@ from keural.tokenizer.message import ROLES as CHAT_ROLES
 from keural.tokenizer.message import Message
 
 TABLES = ("jsonl", "json", "yaml", "parquet", "csv", "tsv")
-PLACEHOLDERS = {"<noinput>", "noinput", "no input", "n/a", "none", "<no input>"}
+NO_INPUT = re.compile(r"[<\[(]?\s*(?:no[ _-]?input|입력 ?없음)\s*[>\])]?", re.IGNORECASE)
 """What public instruction sets write where there is no input."""
+NOTHING = frozenset({"n/a", "none", "없음", "해당 없음"})
+"""What they write there, too, and what may be an input all the same."""
 WRONG_SCHEMA = "wrong_schema"
 """Reason of rows that do not have the adapter's schema; a source that begins with one is refused."""
 UNDECLARED = "undeclared_value"
@@ -236,7 +238,12 @@ def trimmed(text: str) -> str:
 
 def placeholder_free(text: str) -> str:
     """The text of an optional input, empty where it only says that there is none."""
-    return "" if text.strip().lower() in PLACEHOLDERS else text
+    return "" if NO_INPUT.fullmatch(text.strip()) or says_nothing(text) else text
+
+
+def says_nothing(text: str) -> bool:
+    """Whether an optional input is a word for nothing that could be meant: it is left out, and to be noted."""
+    return text.strip().lower() in NOTHING
 
 
 def with_system(system: str, messages: Sequence[Message]) -> list[Message]:

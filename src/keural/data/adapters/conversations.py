@@ -18,7 +18,6 @@ from keural.data.adapters.base import (
     guarded,
     holds,
     lookup,
-    placeholder_free,
     plain,
     scalar,
     text_of,
@@ -118,7 +117,7 @@ def _alpaca(value: Any, source: SourceSpec, where: str) -> Conversation | Drop:
     reader.check_row(value, names)
     reader.check_items(value, names)
     instruction = trimmed(text_of(value, names[0]))
-    given = trimmed(placeholder_free(text_of(value, names[1], required=False)))
+    given = reader.optional_input(text_of(value, names[1], required=False))
     question = f"{instruction}\n\n{given}" if given else instruction
     return _exchange(reader, value, [*_history(value, names[3]), question, text_of(value, names[2])])
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations, pairwise
 from typing import Any
 
-from keural.data.adapters.base import PLACEHOLDERS, BadRow, Undeclared, plain
+from keural.data.adapters.base import NOTHING, BadRow, Undeclared, plain
 
 FIRST, SECOND, TIE, NONE = "first", "second", "tie", "none"
 MEANINGS = (FIRST, SECOND, TIE, NONE)
@@ -23,7 +23,7 @@ POLICIES = ("best_vs_worst", "adjacent", "all")
 UNRANKED = "unranked_answer_left_out"
 """Noted of pairs whose row has an answer without a score."""
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
-_ABSENT = PLACEHOLDERS | {"", "nan", "null"}
+_ABSENT = NOTHING | {"", "nan", "null"}
 _NO_SCORE = "scores are numbers; name another field in the option scores, or this one in the option ignore"
 
 

@@ -135,13 +135,29 @@ REASONS: dict[str, Reason] = {
     "few_letters": Reason("the file is mostly not letters"),
     "mostly_formulas": Reason("the paper is mostly placeholders of formulas"),
     # gates
-    "placeholder": Reason("a turn is or holds a placeholder", "gates: {placeholders: skip}"),
+    "placeholder": Reason(
+        "something was taken out of a turn, or never filled in: a picture, a name, a variable of a template",
+        "gates: {placeholders: count}",
+    ),
+    "empty_answer": Reason(
+        "an answer is only none, N/A or 없음, which the question does not name: a label, or the lack of an answer",
+        "gates: {empty_answers: drop}, or skip",
+    ),
+    "blank": Reason("a turn has something to fill in: [Your Name], [회사명]", "gates: {blanks: drop}, or skip"),
+    "masked_name": Reason("a turn has signs for a name or number: 김○○, 010-XXXX-XXXX", "gates: {masked_names: drop}, or skip"),
     "self_identification": Reason("an answer says that it is another model", "gates: {self_identification: skip}"),
     "refusal": Reason("the better answer refuses", "gates: {refusals: skip}"),
     "control_string": Reason("a turn spells a marker of some chat format", "gates: {control_strings: skip}"),
     "personal_data": Reason("a turn holds a resident number, telephone number or e-mail address", "gates: {personal_data: skip}"),
-    "not_korean": Reason("a side of the record is not Korean", "gates: {language: skip}, or mend the source's language"),
-    "not_english": Reason("a side of the record is not English", "gates: {language: skip}, or mend the source's language"),
+    "not_korean": Reason(
+        "the prose of a side of the record is not Korean", "gates: {language: skip}, or mend the source's language"
+    ),
+    "not_english": Reason(
+        "the prose of a side of the record is not in Latin letters", "gates: {language: skip}, or mend the source's language"
+    ),
+    "disguised_letters": Reason(
+        "words hold letters of another script that look like Latin ones", "gates: {language: skip}, for conversations and pairs"
+    ),
     "answer_too_short": Reason("an answer is shorter than min_characters", "min_characters"),
     "turn_too_long": Reason("a turn is longer than max_characters", "max_characters"),
     "length_ratio": Reason("one answer is much longer than the other", "max_length_ratio"),
@@ -162,6 +178,9 @@ REASONS: dict[str, Reason] = {
     "unanswered_turns_cut": Reason("turns after the last answer are left out"),
     "greeting_left_out": Reason("what the assistant says before the user spoke is left out", "option assistant_first"),
     "reasoning_left_out": Reason("the reasoning of an answer is left out", "options: {reasoning: train} or keep"),
+    "input_left_out": Reason(
+        "an input that is only none, N/A or 없음 is taken for no input", "adapter qa with question: [instruction, input] keeps it"
+    ),
     "other_items_left_out": Reason("a field takes one item of a list that has more", "option unfold makes a record of each"),
     "history_not_trained": Reason("a turn before the answers of a pair is to be trained, as the row says; pairs train answers"),
     "unranked_answer_left_out": Reason("an answer without a score or rank is in no pair"),

@@ -23,7 +23,9 @@ from keural.data.adapters.base import (
     holds,
     leaves_items,
     lookup,
+    placeholder_free,
     plain,
+    says_nothing,
     scalar,
     text_of,
     trimmed,
@@ -85,6 +87,7 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 MEANS_SOMETHING_ELSE = "where the field means something else, name it in the option ignore"
 
 REASONING_LEFT_OUT, GREETING_LEFT_OUT, QUESTION_TRAINED = "reasoning_left_out", "greeting_left_out", "question_trained"
+INPUT_LEFT_OUT = "input_left_out"
 ITEMS_LEFT_OUT = "other_items_left_out"
 """Notes of kept conversations."""
 
@@ -295,6 +298,12 @@ class TurnReader:
         """Note a row of which a field takes one item of several."""
         if any(leaves_items(row, name) for each in names for name in (each if isinstance(each, list) else [each])):
             self.notes.append(ITEMS_LEFT_OUT)
+
+    def optional_input(self, text: str) -> str:
+        """The text of an input beside the question; empty where it says that there is none, which is noted where it may be one."""
+        if says_nothing(text):
+            self.notes.append(INPUT_LEFT_OUT)
+        return trimmed(placeholder_free(text))
 
     def _flag(self, value: dict[str, Any], used: set[str] | frozenset[str] = frozenset()) -> bool | None:
         """What a turn or row says of itself: trained, not trained, or nothing."""

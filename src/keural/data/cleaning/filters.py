@@ -1,7 +1,8 @@
 """The filter sets by kind of text: Korean, English, code.
 
 Korean: FineWeb-2's published `kor_Hang` thresholds in datatrove's own filters, on eojeol, and filters of ours for what those let
-through. English: FineWeb's, which are datatrove's defaults. Code: the heuristics of The Stack and StarCoder (Li et al. 2023, §3.3).
+through. English: FineWeb's, which are datatrove's defaults, and one of ours for letters of another script. Code: the heuristics of
+The Stack and StarCoder (Li et al. 2023, §3.3).
 A filter says of a document that it is kept, or the reason why not.
 """
 
@@ -15,6 +16,7 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 from keural.data.adapters.corpora import LEAST_ALPHANUMERIC, LONGEST_LINE, LONGEST_MEAN_LINE
 from keural.data.cleaning import measures
 from keural.data.cleaning.words import EOJEOL, PLAIN
+from keural.data.filtering.prose import disguised_words
 
 STOP_WORDS_KO = [
     "의", "다", "이", "는", "에", "을", "한", "년", "하", "은", "를", "했", "고", "에서",
@@ -27,6 +29,8 @@ FUNCTION_WORD_SHARE = 0.3
 JAMO_LINE_SHARE = 0.3
 LINE_PUNCT = 0.062
 """Of FineWeb-2's `kor_Hang`: least share of lines that end as sentences do."""
+DISGUISED_SHARE = 0.01
+"""English: more words with letters of another script inside are a text that was disguised or scanned wrong."""
 
 Check = Callable[[str], str | None]
 """The reason to drop a text, or None."""
@@ -54,6 +58,12 @@ def few_sentence_lines(text: str) -> str | None:
 def jamo_lines(text: str) -> str | None:
     """Chat in which many lines are only ㅋㅋㅋ or ㅠㅠ."""
     return "jamo_lines" if measures.jamo_line_share(text) > JAMO_LINE_SHARE else None
+
+
+def disguised_letters(text: str) -> str | None:
+    """Words with Cyrillic, full-width or other letters among Latin ones, which read alike and are other tokens."""
+    words, found = disguised_words(text)
+    return "disguised_letters" if len(found) > max(1, DISGUISED_SHARE * words) else None
 
 
 def code_lines(text: str) -> str | None:
@@ -122,8 +132,11 @@ def korean() -> list[tuple[str, BaseFilter]]:
 
 
 def english() -> list[tuple[str, BaseFilter]]:
-    """Filters of English text with the prefix of their reasons; datatrove's defaults, which are FineWeb's and Gopher's."""
+    """Filters of English text with the prefix of their reasons; datatrove's defaults, which are FineWeb's and Gopher's, see
+    words but no letters.
+    """
     return [
+        ("", Checks(disguised_letters)),
         ("repetition", GopherRepetitionFilter(language=PLAIN)),
         ("quality", FineWebQualityFilter(language=PLAIN)),
         ("quality", GopherQualityFilter(language=PLAIN)),

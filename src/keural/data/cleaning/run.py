@@ -32,7 +32,7 @@ from keural.files import FileHashes, fingerprint, sha256_file
 from keural.recipe import VERSION as RECIPE_VERSION
 from keural.recipe import CleaningSpec, SourceSpec
 
-VERSION = 1
+VERSION = 2
 """Raised when the same sources give other documents than before."""
 
 

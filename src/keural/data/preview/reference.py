@@ -23,6 +23,7 @@ from keural.data.preview.shapes import SHAPES, Shape
 from keural.data.readers.formats import FORMATS
 from keural.data.readers.options import Option, OptionTable
 from keural.data.records import Drop, EvaluationItem
+from keural.data.source_counts import SUSPICIOUS_SHARE
 from keural.data.tokens.encode import Encoder
 from keural.errors import UserError, nearest
 from keural.recipe import SourceSpec
@@ -97,8 +98,9 @@ def reasons_after(kind: str) -> list[str]:
     encode = {"documents": Encoder._document, "conversations": Encoder._conversation, "pairs": Encoder._pair}[kind]
     starts: list[Any] = [*(known.read for known in FORMATS.values()), encode, Splitter.assign]
     if kind != "documents":
-        starts += [Gatekeeper._length, *(gate.check for gate in GATES.values() if gate.check)]
+        starts.append(Gatekeeper._length)
     found = set().union(*map(_texts_within, starts))
+    found |= {reason for name, gate in GATES.items() for reason in gate.reasons if kind != "documents" or name == "contaminated"}
     return [reason for reason in REASONS if reason in found]
 
 
@@ -146,7 +148,7 @@ def markdown() -> str:
     parts = [INTRODUCTION, _shapes(), _options_of_all()]
     for kind, known in GENERAL.items():
         parts += [f"## {TITLES[kind]}\n", *(_section(name) for name in known)]
-    return "\n".join([*parts, _sets(), _benchmarks(), _formats(), _reasons()])
+    return "\n".join([*parts, _sets(), _benchmarks(), _formats(), _gates(), _reasons()])
 
 
 def _shapes() -> str:
@@ -279,6 +281,23 @@ def _formats() -> str:
             rest = ("", "", "", "") if what is None else (f"`{option}`", what.meaning, what.kind, _default(what))
             rows.append(_row(*first, *rest))
     return "\n".join(["## Formats of files\n", "The options stand among those of the source.\n", *rows, ""])
+
+
+def _gates() -> str:
+    lines = [
+        "## Gates of conversations and pairs\n",
+        "For each a source says what is done with a record in which it finds something: `gates: {blanks: drop}`. `drop` leaves "
+        "the record out, `count` keeps it and shows how many there are, `skip` does not look. A gate that drops over "
+        f"{SUSPICIOUS_SHARE:.0%} of a source is warned about.\n",
+        "| gate | finds | does not find | by default | counted as |",
+        "|---|---|---|---|---|",
+    ]
+    for name, gate in GATES.items():
+        others = {adapter: known.gates[name] for adapter, known in ADAPTERS.items() if name in known.gates}
+        default = "; ".join([f"`{gate.action}`", *(f"of `{adapter}` `{action}`" for adapter, action in others.items())])
+        cells = (f"`{name}`", gate.takes, gate.leaves, default, ", ".join(f"`{reason}`" for reason in gate.reasons))
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join([*lines, ""])
 
 
 def _reasons() -> str:

@@ -13,8 +13,9 @@ from typing import Any
 
 from keural.data.adapters import ADAPTERS, adapter_of
 from keural.data.field_use import FieldUse, excerpt
-from keural.data.filtering.gates import GATES, MIN_SHARE, Gatekeeper, check_gates, hangul_share
+from keural.data.filtering.gates import GATES, Gatekeeper, check_gates
 from keural.data.filtering.holdout import Splitter
+from keural.data.filtering.languages import MIN_SHARE, hangul_share
 from keural.data.preview.guess import ARCHIVES, Guess, Rows, benchmark_of, guesses
 from keural.data.readers.datafile import DataFile, FileShape, Row
 from keural.data.readers.formats import FORMATS, format_of, open_text
@@ -426,8 +427,8 @@ def _passed(record: Record | Drop, spec: SourceSpec, keeper: Gatekeeper, splitte
     """The record, if gates and earlier ones let it through."""
     if isinstance(record, Drop):
         return record
-    if reason := next(keeper.reasons(record, "drop"), None):
-        return Drop(reason, record.where)
+    if drop := keeper.drop_of(record):
+        return drop
     split = splitter.assign(record, False, spec.id_space or spec.name, keeper.actions["duplicate_prompts"])
     return split if isinstance(split, Drop) else record
 
@@ -443,9 +444,9 @@ def _language(records: Sequence[Record]) -> str | None:
     mean = sum(hangul) / len(hangul) if hangul else 0.0
     letters = [character for record in records for character in _text(record)[:1000] if character.isalpha()]
     is_english = mean < FOREIGN and sum(map(str.isascii, letters)) > (1 - FOREIGN) * len(letters)
-    if not hangul or not (mean >= MIN_SHARE or is_english):
+    if not hangul or not (mean >= MIN_SHARE["ko"] or is_english):
         return None
-    language = "ko" if mean >= MIN_SHARE else "en"
+    language = "ko" if mean >= MIN_SHARE["ko"] else "en"
     check = GATES["language"].check
     assert check is not None
     chats = [replace(record, language=language) for record in records if not isinstance(record, Document)]

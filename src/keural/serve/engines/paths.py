@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from keural.errors import UserError
+from keural.pretrained.kinds import what_is
 from keural.pretrained.location import check_kind, model_directory
 
 
@@ -15,7 +16,9 @@ def gguf_file(path: Path) -> Path:
         raise UserError(f"{path}: holds {len(found)} GGUF files ({', '.join(file.name for file in found)}); name one of them")
     if not path.exists():
         raise UserError(f"{path}: no such file or directory; give a GGUF file or the directory with one")
-    raise UserError(f"{path}: holds no GGUF file; make one with `keural export {path} OUT --format gguf`")
+    if is_model_directory(path):
+        raise UserError(f"{path}: holds no GGUF file; make one with `keural export {path} OUT --format gguf`")
+    raise UserError(f"{path}: holds no GGUF file, which the llama.cpp engine runs ({what_is(path)})")
 
 
 def _gguf_files(path: Path) -> list[Path]:

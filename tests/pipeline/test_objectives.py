@@ -1,0 +1,65 @@
+"""A model's record says what its stages were trained for, and exports end texts accordingly."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from keural.convert.export import ExportOptions, export
+from keural.pretrained.lineage import is_base
+from keural.pretrained.stored_model import read_lineage
+from keural.tokenizer.model_file import EOS_ID
+
+OBJECTIVES = {"steady": ["next_token"], "chat": ["next_token", "sft"], "align": ["next_token", "sft", "dpo"]}
+
+
+@pytest.mark.parametrize("stage", OBJECTIVES)
+def test_a_stage_lists_the_objectives_of_its_chain(finished: Path, tmp_path: Path, stage: str) -> None:
+    lineage = read_lineage(finished / "run" / stage)
+
+    assert lineage["objectives"] == OBJECTIVES[stage]
+    assert is_base(lineage) == (stage == "steady")
+    out = export(finished / "run" / stage, tmp_path / "out", "hf", ExportOptions())
+    end = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
+    assert (end == EOS_ID) == (stage == "steady")
+
+
+@pytest.mark.parametrize(("start", "before"), [("chat/model", ["next_token", "sft"]), ("steady/model", ["next_token"])])
+def test_what_is_known_of_the_start_comes_along(
+    finished: Path, tmp_path: Path, keural: Callable[..., tuple[int, str, str]], start: str, before: list[str]
+) -> None:
+    """Documents after chats leave a model that chats."""
+    setting = f"steady.init_from={finished / 'run' / start}"
+    code, _, err = keural("run", finished / "recipe", "--until", "steady", setting, "--out", tmp_path / "run")
+
+    assert code == 0, err
+    assert read_lineage(tmp_path / "run")["objectives"] == [*before, "next_token"]
+
+
+def test_random_weights_are_known_to_know_nothing(
+    finished: Path, tmp_path: Path, keural: Callable[..., tuple[int, str, str]]
+) -> None:
+    assert keural("init", finished / "recipe", tmp_path / "m", "--tokenizer", finished / "run" / "tokenizer")[0] == 0
+    assert not is_base(read_lineage(tmp_path / "m"))
+
+    setting = f"steady.init_from={tmp_path / 'm'}"
+    assert keural("run", finished / "recipe", "--until", "steady", setting, "--out", tmp_path / "run")[0] == 0
+
+    assert read_lineage(tmp_path / "run")["objectives"] == ["next_token"]
+
+
+def test_weights_of_which_nothing_is_known_make_no_base_model(
+    finished: Path, tmp_path: Path, keural: Callable[..., tuple[int, str, str]]
+) -> None:
+    export(finished / "run" / "chat", tmp_path / "pt", "pt", ExportOptions())
+    (tmp_path / "pt" / "keural.json").unlink()
+    assert keural("import", tmp_path / "pt", tmp_path / "m")[0] == 0
+    assert read_lineage(tmp_path / "m")["objectives"] == ["unknown"]
+
+    setting = f"steady.init_from={tmp_path / 'm'}"
+    assert keural("run", finished / "recipe", "--until", "steady", setting, "--out", tmp_path / "run")[0] == 0
+
+    lineage = read_lineage(tmp_path / "run")
+    assert lineage["objectives"] == ["unknown", "next_token"]
+    assert not is_base(lineage)

@@ -6,6 +6,7 @@ manifest. A source is refused where too much of it is wrong.
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -209,6 +210,17 @@ class SourceCounter:
             self.undeclared.setdefault(drop.detail, drop.remedy)
         elif self.source.max_drop == 0 and drop.reason not in NOT_DEFECTS:
             raise UserError(f"source {self.source.name!r}: {drop.where} is dropped ({drop.reason}), and max_drop 0 allows none")
+
+    def show(self, drop: Drop, value: Any) -> None:
+        """Keep a row that is dropped, to be looked at, if there are few of its reason. What cleaning gives is not kept."""
+        if self.fields is not None:
+            self.fields.dropped(drop, value)
+
+    def shown(self) -> Iterator[dict[str, Any]]:
+        """The dropped rows to look at, as plain data; reading runs ahead, so some of them may be beyond the limit."""
+        for reason, rows in (self.fields.drops if self.fields else {}).items():
+            if reason in self.drops:
+                yield from ({"source": self.source.name, "split": self.split, "reason": reason, **row._asdict()} for row in rows)
 
     def check(self) -> None:
         """Refuse a source that gives nothing, or too little of what it holds."""

@@ -20,6 +20,7 @@ const at = (id) => document.getElementById(id);
 const [scroll, turns, field] = [at("scroll"), at("turns"), at("prompt")];
 let talk = freshConversation();
 let running = null; // the answer that is being written: its conversation, turn, element and controller
+let latest = null; // the same, or the one that was written last
 let following = true; // whether the end of the page is kept in view
 let drawing = 0; // counts drawings of conversations, so that an old one can see that it is old
 
@@ -34,8 +35,7 @@ function draw() {
   turns.replaceChildren(...elements(older));
   if (all.at(-1)?.role === "user" && !(running?.talk === talk)) turns.append(failure(null));
   at("empty").hidden = all.length > 0;
-  at("title").textContent = talk.title || say("untitled");
-  document.title = talk.title ? `${talk.title} · keural` : "keural";
+  showTitle();
   following = true;
   toTheEnd();
   const more = (deadline) => {
@@ -48,6 +48,11 @@ function draw() {
     pause(more);
   };
   pause(more);
+}
+
+function showTitle() {
+  at("title").textContent = talk.title || say("untitled");
+  document.title = talk.title ? `${talk.title} · keural` : "keural";
 }
 
 function pause(work) {
@@ -76,6 +81,8 @@ async function run(conversation, parent) {
   turn.note = "stopped"; // it is, should the page be closed before the answer ends
   const { article, writing } = turnElement(conversation, turn, true);
   const mine = (running = { talk: conversation, turn, article, controller: new AbortController() });
+  latest = mine;
+  mine.over = new Promise((resolve) => (mine.resolve = resolve));
   for (const old of turns.querySelectorAll(".failure")) old.remove();
   turns.append(article);
   [at("empty").hidden, following] = [true, true];
@@ -128,7 +135,8 @@ async function run(conversation, parent) {
   if (counts.tokens) turn.counts = counts;
   if (trouble) turn.note = "broken";
   running = null;
-  end(conversation, turn, article, writing, trouble);
+  await end(conversation, turn, article, writing, trouble);
+  mine.resolve();
 }
 
 /** An answer has ended, or none has come. */
@@ -172,7 +180,7 @@ function send() {
   const turn = addTurn(talk, last?.id ?? ROOT, "user", text);
   talk.updated = Date.now();
   turns.append(turnElement(talk, turn).article);
-  at("title").textContent = talk.title;
+  showTitle();
   history.replaceState(null, "", `#${talk.id}`);
   run(talk, turn.id).catch(console.error);
   list();
@@ -305,10 +313,9 @@ function fresh() {
 
 async function removeTalk(id, words) {
   if (!confirm(say("removeAsk", words))) return;
-  if (running?.talk.id === id) {
-    stop();
-    while (running) await new Promise((resolve) => setTimeout(resolve, 20));
-    await new Promise((resolve) => setTimeout(resolve, 200)); // it is saved once more
+  if (latest?.talk.id === id) {
+    latest.controller.abort();
+    await latest.over; // it is saved once more at its end
   }
   await store.remove(id);
   if (talk.id === id) fresh();
@@ -405,7 +412,7 @@ async function nameModel() {
 
 function inWords() {
   fill(document);
-  at("title").textContent = talk.title || say("untitled");
+  showTitle();
   for (const { id } of Object.values(talk.turns)) {
     const shown = turns.querySelector(`[data-id="${id}"] .figures`);
     if (shown && running?.turn.id !== id) shown.textContent = figures(talk.turns[id]);

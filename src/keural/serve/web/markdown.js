@@ -87,7 +87,8 @@ function inline(tokens, depth) {
 const BLOCKS = {
   space: () => null,
   def: () => null,
-  heading: (token, depth) => element(`h${Math.min(6, token.depth + 2)}`, {}, ...inline(token.tokens, depth)),
+  // One level for all: a page whose levels jump (an answer may begin with any) is hard to walk through by headings.
+  heading: (token, depth) => element("h3", { class: `depth-${token.depth}` }, ...inline(token.tokens, depth)),
   paragraph: (token, depth) => element("p", {}, ...inline(token.tokens, depth)),
   text: (token, depth) => element("span", {}, ...inline(token.tokens ?? [token], depth)),
   checkbox: (token) => INLINE.checkbox(token)[0],
@@ -103,7 +104,7 @@ const BLOCKS = {
     const head = element("tr", {}, ...token.header.map((found) => cell("th", found)));
     const rows = token.rows.map((row) => element("tr", {}, ...row.map((found) => cell("td", found))));
     const table = element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows));
-    return element("div", { class: "wide-content", tabindex: "0", role: "region", "aria-label": say("table") }, table);
+    return element("div", { class: "wide-content", tabindex: "0", role: "group", "aria-label": say("table") }, table);
   },
 };
 
@@ -119,7 +120,7 @@ function codeBlock(text, language, ...remarks) {
   const name = element("span", {}, language.slice(0, 30) || say("code"), ...remarks);
   const copy = element("button", { type: "button", class: "quiet", "data-copy": true, "data-words": "copy" }, say("copy"));
   const code = element("code", {}, ...highlighted(text, language));
-  const body = element("pre", { tabindex: "0", role: "region", "aria-label": say("code") }, code);
+  const body = element("pre", { tabindex: "0", role: "group", "aria-label": say("code") }, code);
   return element("div", { class: "code" }, element("div", { class: "code-head" }, name, copy), body);
 }
 

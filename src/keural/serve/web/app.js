@@ -10,7 +10,7 @@ import { ROOT, addTurn, freshConversation, fromFile, messagesTo, path, toFile, v
 import { explained, failure, figures, finish, turnElement } from "./turns.js";
 import { fill, number, say, switchLanguage } from "./words.js";
 
-const AT_ONCE = 8; // turns that are drawn before the page is shown; older ones follow in pauses
+const AT_ONCE = 4; // turns that are drawn before the page is shown; older ones follow in pauses
 const SLICE = 6; // milliseconds
 const SAVE_EVERY = 1500;
 const NEAR = 60; // pixels from the end within which the page follows an answer
@@ -37,7 +37,7 @@ function draw() {
   at("empty").hidden = all.length > 0;
   showTitle();
   following = true;
-  toTheEnd();
+  requestAnimationFrame(toTheEnd); // to ask for heights now would lay the page out within this task
   const more = (deadline) => {
     if (mine !== drawing || older === 0) return;
     const begun = performance.now();

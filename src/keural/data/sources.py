@@ -98,19 +98,27 @@ class Source:
         self, seed: int, file: SourceFile | None = None, fields: FieldUse | None = None, notes: ReadingNotes | None = None
     ) -> Iterator[AnyRecord | Drop]:
         """As `read`, for evaluation sets too."""
+        notes, fields = notes or ReadingNotes(), fields or FieldUse(self.adapter, self.spec)
+        for value, record in self.records(self.rows(seed, file, notes), fields, notes):
+            if isinstance(record, Drop):
+                fields.dropped(record, value)
+            yield record
+
+    def records(self, rows: Iterable[Row | Drop], fields: FieldUse, notes: ReadingNotes) -> Iterator[tuple[Any, AnyRecord | Drop]]:
+        """What rows of it become, each with the value that it was made of; None for a row that could not be read."""
         spec, adapter = self.spec, self.adapter
-        notes = notes or ReadingNotes()
-        split, look = adapter.splitter(spec), (lambda value: None) if fields is None else fields.look
-        for number, row in enumerate(self.rows(seed, file, notes), start=1):
+        split = adapter.splitter(spec)
+        for number, row in enumerate(rows, start=1):
             if isinstance(row, Drop):
-                yield row
+                yield None, row
             elif split is None:
-                look(row.value)
-                yield _finished(adapter(row.value, spec, row.where), row.value, spec, number, notes)
+                fields.look(row.value)
+                yield row.value, _finished(adapter(row.value, spec, row.where), row.value, spec, number, notes)
             else:
                 for place, value in enumerate(split(row.value, spec), start=1):
-                    look(value)
-                    yield _finished(adapter(value, spec, f"{row.where}#{place}"), value, spec, number, notes, place)
+                    fields.look(value)
+                    where = f"{row.where}#{place}"
+                    yield value, _finished(adapter(value, spec, where), value, spec, number, notes, place)
 
     def rows(self, seed: int, file: SourceFile | None = None, notes: ReadingNotes | None = None) -> Iterator[Row | Drop]:
         """Every row as it is read, before an adapter sees it; with `file` only those of that one."""
@@ -137,6 +145,12 @@ class Source:
         else:
             paths = [(file.name, path) for file, _ in self.files for path in file.paths]
         return fixed + [[name, path.stat().st_size, hashes.of(path)] for name, path in paths]
+
+
+def lacks_directory(specs: Iterable[SourceSpec], data_dir: Path | None) -> bool:
+    """Whether a path of some sources is relative to a data directory that is not given."""
+    paths = [Path(spec.path).expanduser() for spec in specs if spec.path]
+    return data_dir is None and not all(path.is_absolute() for path in paths)
 
 
 def open_sources(specs: Iterable[SourceSpec], data_dir: Path | None) -> list[Source]:

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -157,9 +158,12 @@ def test_labels_outside_the_declared_ones_refuse_the_source_with_all_values_and_
     message = str(refused.value)
     assert "label is 'x' (4 rows), label is 0 (4 rows)" in message
     assert "(beside label is 1 (4 rows))" in message
-    assert "options: {labels: {'x': ..., 0: ..., 1: ...}} says what each means: first (a), second (b), tie or none" in message
+    assert "options: {labels: {'x': ..., '0': ..., '1': ...}} says what each means: first (a), second (b), tie or none" in message
     assert "rows.jsonl:1" in message
-    found = prepared(rows, options={"answers": ["a", "b"], "labels": {"x": "tie", 0: "first", "1": "second"}})
+    pasted = message.partition("options: ")[2].partition(" says")[0]
+    for meaning in ("tie", "first", "second"):
+        pasted = pasted.replace("...", meaning, 1)
+    found = prepared(rows, options={"answers": ["a", "b"], **yaml.safe_load(pasted)})
     assert (found.table[0].kept, found.table[0].drops) == (8, {"label_tie": 4})
     assert found.table[0].details == {"label_tie": {"label is 'x'": 4}}
 
@@ -497,6 +501,25 @@ def test_what_rows_say_of_training_is_honoured_or_counted() -> None:
 )
 def test_shapes_of_one_pair(row: dict[str, Any], options: dict[str, Any]) -> None:
     assert pair(convert(row, **options)) == ([("user", "q")], "good", "bad")
+
+
+def test_a_fixed_prompt_and_one_of_the_row_are_two() -> None:
+    sides = {"chosen": "good", "rejected": "bad"}
+    assert reason(convert({"question": "other", **sides}, prompt_text="q")) == "fields_differ"
+    assert pair(convert({"question": "q", **sides}, prompt_text="q"))[0] == [("user", "q")]
+    assert pair(convert({"question": "other", **sides}, prompt_text="q", ignore=["question"]))[0] == [("user", "q")]
+    assert reason(convert(CHATS, prompt_text="r")) == "history_differs"
+
+
+def test_answers_may_follow_the_result_of_a_tool(prepared: Any, tokenizer: KeuralTokenizer) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "wind", "arguments": {}}}]}
+    turns = [ASKED, call, {"role": "tool", "content": "3"}]
+    row = {"chosen": [*turns, GOOD], "rejected": [*turns, BAD], "tools": [{"name": "wind"}]}
+    assert [role for role, _ in pair(convert(row))[0]] == ["system", "user", "assistant", "tool"]
+    store = TokenStore.open(prepared([row], max_drop=0).train)
+    trained = [store.sequence(side)[store.loss_mask(side) == 1].tolist() for side in (0, 1)]
+    assert [tokenizer.decode(ids[:-1]) for ids in trained] == ["good", "bad"], "no call and no result, only the answers"
+    assert reason(convert({"chosen": [ASKED, call, GOOD], "rejected": [ASKED, call, BAD]})) == "prompt_does_not_end_with_user"
 
 
 def test_an_answer_that_is_json_stays_text() -> None:

@@ -26,7 +26,7 @@ from keural.tokenizer import KeuralTokenizer
 Capture = pytest.CaptureFixture[str]
 FILES = Path(__file__).parent / "try_files"
 SECONDS = 3.0
-"""So long a look may take; it takes a tenth of it."""
+"""Of the processor, so long a look may take; it takes a tenth of it."""
 EXPECTED: dict[str, tuple[str, dict[str, Any], str]] = {
     "articles.parquet": ("text", {}, "parquet"),
     "assistant_tools.jsonl": ("messages", {}, "jsonl, utf-8"),
@@ -57,7 +57,7 @@ EXPECTED: dict[str, tuple[str, dict[str, Any], str]] = {
     "thumbs.jsonl": ("kto", {}, "jsonl, utf-8"),
     "transcripts.jsonl": ("hh_rlhf", {}, "jsonl, utf-8"),
     "vicuna_style.json": ("sharegpt", {}, "json, utf-8"),
-    "which_is_better.jsonl": ("preference", {"answers": ["answer_1", "answer_2"], "label": "label"}, "jsonl, utf-8"),
+    "which_is_better.jsonl": ("preference", {"answers": ["answer_1", "answer_2"]}, "jsonl, utf-8"),
     "이야기.txt": ("text", {}, "text, cp949"),
     "지시.json": ("alpaca", {}, "json, utf-8"),
 }
@@ -70,9 +70,9 @@ def test_every_file_is_expected_to_be_something() -> None:
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_the_adapter_and_the_encoding_of_a_file(name: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     (trial,) = try_path(FILES / name, None, {}, None)
-    assert time.perf_counter() - started < SECONDS
+    assert time.process_time() - started < SECONDS
     adapter, options, what = EXPECTED[name]
     assert (trial.spec.adapter, trial.spec.options) == (adapter, options)
     assert trial.what[0].startswith(f"{name} ({what}, ")
@@ -113,7 +113,7 @@ def test_what_is_trained_is_marked_where_nothing_can_be_underlined(capsys: Captu
     assert "kept; trained is what is between ⟦ and ⟧" in text
     assert '⟦<tool_call>\n{"name": "tide"' in text
     assert '<|im_start|>tool\n{"high"' in text
-    assert "⟦목포은 5시 40분에 물이 가장 높습니다.<|im_end|>⟧" in text
+    assert "⟦목포에서는 5시 40분에 물이 가장 높습니다.<|im_end|>⟧" in text
     assert "not read: id" in text
     assert "objective sft" in text
 
@@ -121,7 +121,7 @@ def test_what_is_trained_is_marked_where_nothing_can_be_underlined(capsys: Captu
 def test_a_value_of_no_declared_meaning_is_not_guessed(capsys: Capture) -> None:
     text = show(capsys, FILES / "which_is_better.jsonl")
     assert "refused: source 'which_is_better': label is 0 (3 rows)" in text
-    assert "options: {labels: {0: ..." in text
+    assert "(beside label is 1 (3 rows)); options: {labels: {'0': ..., '1': ...}} says what each means" in text
     declared = show(capsys, FILES / "which_is_better.jsonl", "labels={0: second, 1: first}", "answers=[answer_1, answer_2]",
                     adapter="preference")  # fmt: skip
     assert "6 kept" in declared
@@ -187,9 +187,9 @@ def test_only_the_beginning_of_a_large_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "large.json").write_text(json.dumps([row | {"id": n} for n in range(17_000)], indent=1))
     (tmp_path / "large.jsonl").write_text("\n".join(json.dumps(row | {"id": n}) for n in range(17_000)))
     for name in ("large.json", "large.jsonl"):
-        started = time.perf_counter()
+        started = time.process_time()
         (trial,) = try_path(tmp_path / name, None, {}, None)
-        assert time.perf_counter() - started < SECONDS
+        assert time.process_time() - started < SECONDS
         assert trial.counter is not None
         assert trial.counter.rows <= MAX_ROWS
         assert not trial.whole

@@ -105,13 +105,24 @@ def data_show(
     overrides: Overrides = None,
     step: Annotated[int, typer.Option(min=0, max=LARGEST, help="optimizer step, counted from 0")] = 0,
     rows: Annotated[int, typer.Option(min=1, max=LARGEST, help="rows to print")] = 4,
+    dropped: Annotated[
+        str | None, typer.Option(metavar="REASON", help="print rows that were dropped instead; all: for any reason")
+    ] = None,
     out: Out = None,
 ) -> None:
-    """Print the batch of one optimizer step: each row's documents, with trained tokens marked."""
+    """Print the batch of one optimizer step: each row's documents, with trained tokens marked; or dropped rows.
+
+    What is prepared already needs no data=DIR.
+    """
     from keural.cli import printing
     from keural.pipeline import workspace
 
     loaded, name, directory = open_stage(stage, overrides, out)
     shown = loaded.stage(name)
     workspace.check_inputs(loaded, [shown], directory)
-    printing.show_batch(workspace.prepare_all(loaded, [shown], directory), shown, step, rows)
+    prepared = workspace.prepare_all(loaded, [shown], directory)
+    printing.note_unseen(prepared)
+    if dropped is not None:
+        printing.show_dropped(prepared.data[shown.name], dropped)
+    else:
+        printing.show_batch(prepared, shown, step, rows)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from keural.data.adapters.reasons import reason_of
+from keural.cli.printing import meaning_of
 from keural.data.preview.guess import GENERAL, Guess
 from keural.data.preview.marked import Span, spans_of
 from keural.data.preview.trial import EXAMPLES, Trial, try_path
@@ -79,7 +79,7 @@ def _show_trial(trial: Trial, tokenizer: KeuralTokenizer | None) -> None:
         more = f" and {len(trial.not_read) - MAX_NAMES:,} more" if len(trial.not_read) > MAX_NAMES else ""
         show(f"not read: {', '.join(trial.not_read[:MAX_NAMES])}{more}")
     for note, count in counter.noted.most_common():
-        show(f"kept, but {note} ({count:,}){_meaning(note)}")
+        show(f"kept, but {note} ({count:,}){meaning_of(note)}")
     if trial.sample:
         show(f"\nkept; trained is what is {underline_words()}", "bold")
     for record in trial.sample[:EXAMPLES]:
@@ -109,11 +109,6 @@ def _show_guesses(guesses: list[Guess]) -> None:
 def _names(names: Any) -> str:
     listed = list(names)
     return ", ".join(listed[:6]) + (f" and {len(listed) - 6} more" if len(listed) > 6 else "")
-
-
-def _meaning(reason: str) -> str:
-    known = reason_of(reason)
-    return "" if known is None else f": {known.meaning}{f' -> {known.remedy}' if known.remedy else ''}"
 
 
 def _show_record(record: Record, tokenizer: KeuralTokenizer | None) -> None:
@@ -152,7 +147,7 @@ def _show_drops(trial: Trial) -> None:
     counter = trial.counter
     assert counter is not None
     for reason, count in counter.drops.most_common():
-        show(f"\ndropped {count:,}: {reason}{_meaning(reason)}", "bold")
+        show(f"\ndropped {count:,}: {reason}{meaning_of(reason)}", "bold")
         for drop, row in trial.drops.get(reason, ()):
             show(f"[{drop.where}{f': {drop.detail}' if drop.detail else ''}]{f' {row}' if row != 'null' else ''}")
 

@@ -4,16 +4,21 @@ import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from keural.data.adapters.reasons import reason_of
 from keural.data.filtering.gates import gate_of
 from keural.data.loading.batch import Batch
+from keural.data.prepared import Prepared, read_dropped
 from keural.data.source_counts import SourceRow
+from keural.errors import UserError, nearest
 from keural.pipeline.run_directory import SUMMARY, Done, Summary
 from keural.pipeline.workspace import UnusableData, Workspace, open_stream
 from keural.recipe import StageSpec
-from keural.terminal import UNDERLINE, Piece, say, show, show_pieces, show_table, underline_words
+from keural.terminal import UNDERLINE, Piece, note, say, show, show_pieces, show_table, underline_words
 
 Side = Literal["left", "right"]
 
@@ -81,8 +86,17 @@ def _figures(evaluation: dict[str, Any]) -> list[str]:
     return lines
 
 
+def note_unseen(workspace: Workspace) -> None:
+    """Say of which stages the data is taken as it was prepared."""
+    for name, prepared in workspace.data.items():
+        if prepared.unseen:
+            where = prepared.train.parent
+            note(f"{name}: data as prepared in {where}; its sources were not looked at, for no data=DIR is given")
+
+
 def print_made(workspace: Workspace) -> None:
     """The data that was prepared just now; what was there before was shown then."""
+    note_unseen(workspace)
     print_data(replace(workspace, data={name: prepared for name, prepared in workspace.data.items() if prepared.made}))
 
 
@@ -104,6 +118,7 @@ def _show_sources(name: str, table: Sequence[SourceRow]) -> None:
 
 def print_data(workspace: Workspace) -> None:
     """Per stage and source: rows, kept, tokens, every reason of a drop with its count and first place, and what an epoch holds."""
+    note_unseen(workspace)
     for name, prepared in workspace.data.items():
         _show_sources(name, prepared.table)
         if any(row.mixture for row in prepared.table):
@@ -167,6 +182,26 @@ def print_counts(title: str, counts: Mapping[str, int]) -> None:
     width = max(len(f"{count:,}") for count in counts.values())
     for name, count in counts.items():
         show(f"  {count:>{width},}  {name.replace('_', ' ')}")
+
+
+def show_dropped(prepared: Prepared, reason: str) -> None:
+    """Print the dropped rows that were kept, those of one reason or of `all`. Raises `UserError` for a reason that none has."""
+    rows = [row for row in read_dropped(prepared) if reason in ("all", row["reason"])]
+    if not rows:
+        known = dict.fromkeys(name for row in prepared.table for name in row.drops)
+        raise UserError(f"no row was dropped for {reason!r}{nearest(reason, known)}; dropped for: {', '.join(known) or 'nothing'}")
+    counts = {(row.source, row.split, name): count for row in prepared.table for name, count in row.drops.items()}
+    for (source, split, name), group in groupby(rows, key=itemgetter("source", "split", "reason")):
+        show(f"{source}: {counts.get((source, split, name), 0):,} dropped for {name}{meaning_of(name)}", "bold")
+        for row in group:
+            detail = f": {row['detail']}" if row["detail"] else ""
+            show(f"[{row['where']}{detail}] {row['row'] or '(not kept)'}")
+
+
+def meaning_of(reason: str) -> str:
+    """What a reason means and what can be done, as the end of a line."""
+    known = reason_of(reason)
+    return "" if known is None else f": {known.meaning}{f' -> {known.remedy}' if known.remedy else ''}"
 
 
 def show_batch(workspace: Workspace, stage: StageSpec, step: int, rows: int) -> None:

@@ -5,16 +5,31 @@ and the beginning of a row, to be shown.
 """
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from keural.data.adapters.base import Adapter, holds, lookup
 from keural.data.adapters.turns import listing
+from keural.data.records import Drop
 from keural.recipe import SourceSpec
 
 MAX_NAMES = 50
 """More are not remembered: rows may have names as keys."""
 MAX_ROWS = 100
 """Of so many rows all fields are remembered, to be named where the source cannot be used."""
+
+
+MAX_DROPPED, DROPPED_CHARACTERS = 5, 1000
+"""So many dropped rows of each reason are kept to be looked at, and so much of each."""
+SECRET = frozenset(("personal_data",))
+"""Reasons of rows that are dropped so that nothing keeps them."""
+
+
+class DroppedRow(NamedTuple):
+    """A row that was dropped: where it is, what was found, and its beginning as JSON; empty where it is not kept."""
+
+    where: str
+    detail: str
+    row: str
 
 
 class FieldUse:
@@ -27,6 +42,8 @@ class FieldUse:
         self.keys: dict[str, None] = {}
         """Fields of the first rows, in their order."""
         self._rows = 0
+        self.drops: dict[str, list[DroppedRow]] = {}
+        """The first rows that are dropped, by reason."""
         named = self._reads.optional if self._reads else ()
         self.unseen: dict[str, list[Any]] = {}
         """By option, the fields that it names, as long as no row had one."""
@@ -55,6 +72,13 @@ class FieldUse:
                 for turn in turns:
                     if isinstance(turn, dict):
                         self._note(f"{name}.", turn, self._reads.turn_keys)
+
+    def dropped(self, drop: Drop, value: Any) -> None:
+        """Keep the beginning of a row, if it is one of the first that are dropped for its reason."""
+        kept = self.drops.setdefault(drop.reason, [])
+        if len(kept) < MAX_DROPPED and all(row.where != drop.where for row in kept):
+            secret = value is None or drop.reason in SECRET
+            kept.append(DroppedRow(drop.where, drop.detail, "" if secret else excerpt(value, DROPPED_CHARACTERS)))
 
     def _note(self, before: str, value: dict[Any, Any], known: frozenset[str]) -> None:
         for key in value.keys() - known:

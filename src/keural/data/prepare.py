@@ -26,6 +26,7 @@ from keural.data.filtering.gates import Gatekeeper
 from keural.data.filtering.holdout import Split, Splitter
 from keural.data.licenses import left_out
 from keural.data.prepared import (
+    DROPPED,
     HASHES,
     PREPARED,
     Prepared,
@@ -33,8 +34,10 @@ from keural.data.prepared import (
     data_fingerprint,
     is_prepared,
     open_prepared,
+    settings_fingerprint,
+    write_dropped,
 )
-from keural.data.records import Drop, Record
+from keural.data.records import Drop, Record, plain_record
 from keural.data.source_counts import NOT_DEFECTS, SourceCounter, SourceRow
 from keural.data.sources import Source
 from keural.data.stage_sources import StageSources, open_stage_sources
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
     from keural.data.cleaning.run import Cleaned
 
 T = TypeVar("T")
+DropT = TypeVar("DropT", bound=Drop)
 ROWS_BETWEEN_SIGNS = 256
 """So often progress is shown."""
 
@@ -75,15 +79,18 @@ def prepare(
             with _encoding_cache(out_root / f".{wanted[:16]}.parts", tokenizer) as cache:
                 decontaminator = Decontaminator(spec.decontaminate, sources.evaluation) if spec.decontaminate else None
                 reading = _Reading(sources, seed, cleaned, decontaminator)
-                table, heldout = _make(reading, objective, tokenizer, cache, temporary)
+                counters, heldout = _make(reading, objective, tokenizer, cache, temporary)
             if decontaminator is not None:
                 decontaminator.write(temporary)
+            shown = write_dropped(temporary / DROPPED, counters)
             PreparedFile(
                 fingerprint=wanted,
                 heldout=heldout,
-                table=[row.to_json() for row in table],
+                table=[counter.row().to_json() for counter in counters],
                 cleaned=cleaned.directory.name if cleaned else None,
                 contamination=decontaminator.report() if decontaminator else None,
+                dropped=shown,
+                settings=settings_fingerprint(spec, objective, tokenizer, seed),
             ).write(temporary / PREPARED)
     return replace(open_prepared(directory, spec, wanted), made=made)
 
@@ -157,27 +164,27 @@ class _Reading:
 
 def _make(
     reading: _Reading, objective: Objective, tokenizer: KeuralTokenizer, cache: EncodingCache, directory: Path
-) -> tuple[list[SourceRow], bool]:
-    """Read all sources and write the stores into `directory`. Returns the table, and whether anything is held out."""
+) -> tuple[list[SourceCounter], bool]:
+    """Read all sources and write the stores into `directory`. Returns what was counted, and whether anything is held out."""
     spec, kind = reading.sources.spec, OBJECTIVES[objective].store
     encoder = Encoder(tokenizer, spec, threads=len(os.sched_getaffinity(0)), cache=cache)
     sections = spec.mixing is not None
     held = StoreBuilder(directory / ".heldout", kind, keep_texts=True)
     with StoreBuilder(directory / ".train", kind, sections=sections) as train, held as heldout:
         with work_progress() as tell:
-            table = _read_all(reading, encoder, {"train": train, "heldout": heldout}, tell)
+            counters = _read_all(reading, encoder, {"train": train, "heldout": heldout}, tell)
         _check_splits(spec, train.num_records, heldout.num_records)
-        meta = {"sources": [row.to_json() for row in table]}
+        meta = {"sources": [counter.row().to_json() for counter in counters]}
         for builder, name in ((train, "train"), (heldout, "heldout")):
             if builder.num_records:
                 builder.write_store(directory / name, tokenizer.sha256, tokenizer.vocab_size, meta, reading.seed)
-        return table, heldout.num_records > 0
+        return counters, heldout.num_records > 0
 
 
 def _read_all(
     reading: _Reading, encoder: Encoder, stores: dict[Split, StoreBuilder], tell: Callable[[str], None]
-) -> list[SourceRow]:
-    """Put every used record into the store of its split. Returns the table, in the order of the recipe.
+) -> list[SourceCounter]:
+    """Put every used record into the store of its split. Returns what was counted, in the order of the recipe.
 
     A source that cannot be used does not end it: the others are still read, though no longer tokenised. Raises `UnusableSources`
     when all were.
@@ -194,10 +201,10 @@ def _read_all(
         for split, encoded in _until_refused(_kept(source, counter, encode, splitter, reading, show), counter, refused):
             if not refused:
                 stores[split].add(encoded, repeat=source.spec.repeat if split == "train" else 1, source=source.name)
-    table = [counter.row() for counter in (*train, *heldout)]
+    counters = [*train, *heldout]
     if refused:
-        raise UnusableSources(refused, table)
-    return table
+        raise UnusableSources(refused, [counter.row() for counter in counters])
+    return counters
 
 
 class UnusableSources(UserErrors):
@@ -251,7 +258,7 @@ def _kept(
     prompts = keeper.actions["duplicate_prompts"]
     # what is held out may be an evaluation set itself
     decontaminator = reading.decontaminator if counter.split == "train" else None
-    for encoded in encode(_gated(reading.records(source, counter), keeper, decontaminator)):
+    for encoded in encode(_gated(reading.records(source, counter), keeper, decontaminator, counter)):
         if counter.rows % ROWS_BETWEEN_SIGNS == 0:
             show(counter)
         split = (
@@ -261,6 +268,7 @@ def _kept(
         )
         if isinstance(split, Drop):
             counter.drop(split)
+            counter.show(split, plain_record(encoded.record) if isinstance(encoded, Encoded) else None)
             if decontaminator and isinstance(split, Contaminated) and split.hit:
                 decontaminator.count(spec.name, split.where, split.hit)
             continue
@@ -278,14 +286,23 @@ def _kept(
     counter.check()
 
 
-def _gated(records: Iterable[Record | Drop], keeper: Gatekeeper, decontaminator: Decontaminator | None) -> Iterator[Record | Drop]:
+def _gated(
+    records: Iterable[Record | Drop], keeper: Gatekeeper, decontaminator: Decontaminator | None, counter: SourceCounter
+) -> Iterator[Record | Drop]:
     dropped = decontaminator if keeper.actions[REASON] == "drop" else None
     for record in records:
         if isinstance(record, Drop):
             yield record
         elif drop := keeper.drop_of(record):
-            yield drop
+            yield _shown(drop, record, counter)
         elif dropped and (hit := dropped.hit_in(record)):
-            yield Contaminated(REASON, record.where, hit=hit)  # counted when it is used: reading runs ahead
+            # counted when it is used: reading runs ahead
+            yield _shown(Contaminated(REASON, record.where, hit=hit), record, counter)
         else:
             yield record
+
+
+def _shown(drop: DropT, record: Record, counter: SourceCounter) -> DropT:
+    """The drop, once the record can be looked at afterwards."""
+    counter.show(drop, plain_record(record))
+    return drop

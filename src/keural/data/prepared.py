@@ -1,6 +1,7 @@
 """What was prepared: the stores of a stage, the table of its sources, and the fingerprint by which it is found again."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -8,11 +9,11 @@ from typing import Any, ClassVar
 from keural.data.licenses import left_out
 from keural.data.loading.corpus import Corpus
 from keural.data.loading.mixture import Mixture, mix
-from keural.data.source_counts import SourceRow, check_drops, rows_from_json, warning_of
+from keural.data.source_counts import SourceCounter, SourceRow, check_drops, rows_from_json, warning_of
 from keural.data.stage_sources import StageSources, open_stage_sources
 from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
-from keural.files import CheckedFile, FileHashes, fingerprint
+from keural.files import CheckedFile, FileHashes, fingerprint, sha256_file, write_atomic
 from keural.recipe import OBJECTIVES, DataSpec, Objective
 from keural.recipe import VERSION as RECIPE_VERSION
 from keural.terminal import say
@@ -22,6 +23,8 @@ HASHES = "file-hashes.json"
 """Checksums of the sources' files, in the root of prepared data."""
 PREPARED = "prepared.json"
 """What a directory of prepared data was made from and holds, written last."""
+DROPPED = "dropped.jsonl"
+"""The first rows that were dropped of each source and reason, to be looked at."""
 TEXTS = "texts.jsonl"
 """The held-out documents' texts, a file of the held-out store."""
 VERSION = 4
@@ -40,6 +43,10 @@ class PreparedFile(CheckedFile):
     cleaned: str | None
     """Name of the directory with the cleaned documents, beside this one."""
     contamination: dict[str, dict[str, Any]] | None
+    dropped: str | None = None
+    """SHA-256 of `dropped.jsonl`; None in what an earlier version has prepared."""
+    settings: str | None = None
+    """Fingerprint of the settings alone, by which the data is found where its sources are not at hand; None as before."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,8 @@ class Prepared:
     """By evaluation set (`Decontaminator.report`); the records that were found are listed in `contamination.jsonl`."""
     made: bool = field(default=False, compare=False)
     """Whether it was not there before."""
+    unseen: bool = field(default=False, compare=False)
+    """Whether it is taken as it was prepared, without a look at its sources."""
 
     @property
     def corpus(self) -> Corpus:
@@ -101,6 +110,43 @@ def open_prepared(directory: Path, spec: DataSpec, data_fingerprint: str) -> Pre
     )
 
 
+def find_by_settings(
+    spec: DataSpec, objective: Objective, tokenizer: KeuralTokenizer, out_root: Path, seed: int
+) -> Prepared | None:
+    """What was prepared last with these settings, from whatever its sources held then.
+
+    For a command that is not told where the sources are; it must say that it did not look at them.
+    """
+    wanted = settings_fingerprint(spec, objective, tokenizer, seed)
+    found = {path.parent: made for path in out_root.glob(f"*/{PREPARED}") if (made := PreparedFile.read(path)).settings == wanted}
+    if not found:
+        return None
+    directory = max(found, key=lambda path: (path / PREPARED).stat().st_mtime_ns)
+    wanted = found[directory].fingerprint
+    return replace(open_prepared(directory, spec, wanted), unseen=True) if is_prepared(directory, wanted) else None
+
+
+def write_dropped(path: Path, counters: Iterable[SourceCounter]) -> str:
+    """Write the dropped rows that are kept of each source. Returns the file's SHA-256."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for counter in counters for row in counter.shown()]
+    write_atomic(path, "".join(lines).encode("utf-8", "backslashreplace"))
+    return sha256_file(path)
+
+
+def read_dropped(prepared: Prepared) -> list[dict[str, Any]]:
+    """The dropped rows that can be looked at: source, split, reason, where, detail, and the beginning of the row.
+
+    Raises `UserError` when the file is gone or not what was written, and for data that an earlier version has prepared.
+    """
+    directory = prepared.train.parent
+    made, path = PreparedFile.read(directory / PREPARED), directory / DROPPED
+    if made.dropped is None:
+        raise UserError(f"{directory}: an earlier version has prepared it and kept no dropped rows; delete it and prepare it again")
+    if not path.is_file() or sha256_file(path) != made.dropped:
+        raise UserError(f"{path}: damaged (its checksum differs) or gone; {PreparedFile.remedy}")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
 def read_heldout_texts(prepared: Prepared, language: str | None = None) -> list[str]:
     """The held-out documents' texts, shuffled; with `language` only those of that language.
 
@@ -125,19 +171,25 @@ def data_fingerprint(sources: StageSources, objective: Objective, tokenizer: Keu
         cleaning = cleaning_fingerprint(spec.cleaning, sources.heldout_first, sources.data_dir, seed, hashes)
     contents = [source.content(hashes) for source in (*sources.used, *sources.evaluation)]
     hashes.save()
-    return fingerprint(
-        {
-            "version": [VERSION, RECIPE_VERSION],
-            "objective": objective,
-            "spec": spec.determining("data"),
-            "cleaning": cleaning,
-            "sections": spec.mixing is not None,
-            "sequence_length": None if OBJECTIVES[objective].store == "documents" else spec.sequence_length,
-            "contents": contents,
-            "tokenizer": tokenizer.sha256,
-            "seed": seed,
-        }
-    )
+    return fingerprint({**_settings(spec, objective, tokenizer, seed), "cleaning": cleaning, "contents": contents})
+
+
+def settings_fingerprint(spec: DataSpec, objective: Objective, tokenizer: KeuralTokenizer, seed: int) -> str:
+    """Of everything that determines prepared data but the contents of its sources."""
+    cleaning = None if spec.cleaning is None else spec.cleaning.model_dump()
+    return fingerprint({**_settings(spec, objective, tokenizer, seed), "cleaning": cleaning})
+
+
+def _settings(spec: DataSpec, objective: Objective, tokenizer: KeuralTokenizer, seed: int) -> dict[str, Any]:
+    return {
+        "version": [VERSION, RECIPE_VERSION],
+        "objective": objective,
+        "spec": spec.determining("data"),
+        "sections": spec.mixing is not None,
+        "sequence_length": None if OBJECTIVES[objective].store == "documents" else spec.sequence_length,
+        "tokenizer": tokenizer.sha256,
+        "seed": seed,
+    }
 
 
 def is_prepared(directory: Path, wanted: str) -> bool:

@@ -1,8 +1,9 @@
 """What every source is turned into: a document, a conversation, a preference pair, or a counted drop."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from keural.tokenizer.message import Message
 
@@ -37,8 +38,8 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """Two answers to one prompt. `prompt` ends with a user turn; `chosen` and `rejected` are the assistant's contents; `id` and
-    `notes` as of a conversation.
+    """Two answers to one prompt. `prompt` ends with a user turn or a tool's result; `chosen` and `rejected` are the assistant's
+    contents; `id` and `notes` as of a conversation.
 
     `label` is what the row says in favour of the chosen one, where a label or scores decide. `weight` is what the pair counts in
     the loss: several pairs of one row share a weight of 1.
@@ -82,6 +83,19 @@ class EvaluationItem:
 
 Record = Document | Conversation | PreferencePair
 AnyRecord = Record | EvaluationItem
+
+
+def plain_record(record: Record) -> dict[str, Any]:
+    """A record as plain data, for people."""
+    if isinstance(record, Document):
+        return {"text": record.text}
+    if isinstance(record, Conversation):
+        return {"messages": _plain_turns(record.messages)}
+    return {"prompt": _plain_turns(record.prompt), "chosen": record.chosen, "rejected": record.rejected}
+
+
+def _plain_turns(messages: Iterable[Message]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.text} for message in messages]
 
 
 class SourceCount(NamedTuple):

@@ -6,6 +6,7 @@ manifest. A source is refused where too much of it is wrong.
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -210,6 +211,17 @@ class SourceCounter:
         elif self.source.max_drop == 0 and drop.reason not in NOT_DEFECTS:
             raise UserError(f"source {self.source.name!r}: {drop.where} is dropped ({drop.reason}), and max_drop 0 allows none")
 
+    def show(self, drop: Drop, value: Any) -> None:
+        """Keep a row that is dropped, to be looked at, if there are few of its reason. What cleaning gives is not kept."""
+        if self.fields is not None:
+            self.fields.dropped(drop, value)
+
+    def shown(self) -> Iterator[dict[str, Any]]:
+        """The dropped rows to look at, as plain data; reading runs ahead, so some of them may be beyond the limit."""
+        for reason, rows in (self.fields.drops if self.fields else {}).items():
+            if reason in self.drops:
+                yield from ({"source": self.source.name, "split": self.split, "reason": reason, **row._asdict()} for row in rows)
+
     def check(self) -> None:
         """Refuse a source that gives nothing, or too little of what it holds."""
         if self.rows == 0:
@@ -239,6 +251,10 @@ class SourceCounter:
                 f"check its spelling, or leave the option out{self._left_fields()}"
             )
 
+    def unusual(self) -> tuple[str, ...]:
+        """What is unusual in the source so far, a line each."""
+        return suspicions(self.seen, self.rows, self.drops)
+
     def _undeclared(self) -> str:
         """The values of no declared meaning, those beside them, and how to declare them (`VALUES` of a remedy are all of them)."""
         found, declared = (
@@ -250,7 +266,7 @@ class SourceCounter:
         values = f"{_counted(found)}{f' and others ({others:,} rows)' if others else ''}"
         beside = f" (beside {_counted(declared)})" if declared else ""
         remedies = dict.fromkeys(filter(None, self.undeclared.values()))
-        wanted = ", ".join(f"{each.partition(' is ')[2]}: ..." for each in (*found, *declared))
+        wanted = ", ".join(f"{_quoted(each.partition(' is ')[2])}: ..." for each in (*found, *declared))
         remedy = "; ".join(remedies).replace("VALUES", wanted)
         return f"{values}, first {self.first_drop[UNDECLARED]}: not a declared meaning{beside}; {remedy}"
 
@@ -285,7 +301,7 @@ class SourceCounter:
             assumed=self.notes.lines() or None,
             length_ratio=self.chosen_characters / self.rejected_characters if self.rejected_characters else None,
         )
-        unusual = None if self.left_out else (*eager_gates(row), *suspicions(self.seen, self.rows, self.drops)) or None
+        unusual = None if self.left_out else (*eager_gates(row), *self.unusual()) or None
         return replace(row, warning=warning_of(source, row), suspicions=unusual)
 
 
@@ -298,6 +314,11 @@ def check_drops(source: SourceSpec, row: SourceRow) -> None:
             f"max_drop {source.max_drop:g}; most often {_worst(row, row.defects)}; "
             f"{_remedy(row)}mend the data or the options of adapter {source.adapter}, or raise max_drop"
         )
+
+
+def _quoted(value: str) -> str:
+    """A value as the key of a map in YAML; recipes have texts as keys."""
+    return value if value[:1] in ("'", '"') else f"'{value}'"
 
 
 def _counted(found: Counter[str]) -> str:

@@ -9,6 +9,7 @@ know its plan without knowing the pipeline) and listed here.
     tokenizer/done.json       TokenizerMarker; SHA-256 of every file beside it
     data/file-hashes.json     keural.files.FileHashes: checksums of the sources' files, a cache
     data/<id>/prepared.json   keural.data.prepared.PreparedFile
+    data/<id>/dropped.jsonl   the first rows that were dropped for each reason; SHA-256 in prepared.json
     data/<id>/{train,heldout}/manifest.json   keural.data.tokens.store: SHA-256 of every file of the store, and its own
     data/cleaned-<id>/cleaning.json           keural.data.cleaning.summary.CleaningFile; SHA-256 of every file of documents
     <stage>/stage.json        StageMarker: what the stage is made from; stage.yaml the same for people

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from keural.data.filtering.decontamination import check_evaluation
 from keural.data.loading.stream import Stream
 from keural.data.prepare import UnusableSources, check_cleaning, prepare
-from keural.data.prepared import HASHES, Prepared, find_prepared
+from keural.data.prepared import HASHES, Prepared, find_by_settings, find_prepared
 from keural.data.pretokenized import check_pretokenized, open_pretokenized
-from keural.data.sources import Source, open_sources
+from keural.data.sources import Source, lacks_directory, open_sources
 from keural.data.stage_sources import open_stage_sources
 from keural.data.tokenizer_texts import iter_texts
 from keural.errors import UserError, UserErrors, for_all
@@ -115,16 +115,19 @@ def check_inputs(recipe: Recipe, stages: Sequence[StageSpec], out: Path) -> None
     All that is wrong is said at once.
     """
     directory = data_directory(recipe)
-    checks: list[Callable[[], object]] = [lambda: open_sources(recipe.spec.tokenizer.sources, directory)]
-    checks += [partial(_check_stage, stage, directory, out) for stage in stages]
+    checks: list[Callable[[], object]] = []
+    if _kept_tokenizer(recipe, out) is None:
+        checks.append(lambda: open_sources(recipe.spec.tokenizer.sources, directory))
+    checks += [partial(_check_stage, recipe, stage, directory, out) for stage in stages]
     for_all(checks, lambda check: check())
 
 
-def _check_stage(stage: StageSpec, directory: Path | None, out: Path) -> None:
-    sources = open_stage_sources(stage.data, directory)
-    check_evaluation(sources.evaluation)
-    check_cleaning(sources)
-    check_pretokenized(stage.data, directory)
+def _check_stage(recipe: Recipe, stage: StageSpec, directory: Path | None, out: Path) -> None:
+    if _kept_data(recipe, stage, out) is None:
+        sources = open_stage_sources(stage.data, directory)
+        check_evaluation(sources.evaluation)
+        check_cleaning(sources)
+        check_pretokenized(stage.data, directory)
     if stage.starts_from_directory:
         start = init_directory(out, stage)
         check_kind(start)
@@ -135,10 +138,11 @@ def check_starts(recipe: Recipe, stages: Iterable[StageSpec], tokenizer: KeuralT
     """Refuse model directories that are not of the recipe's network or tokenizer, before data is prepared for them."""
     from keural.pretrained.agreement import check_agreement
 
-    for stage in stages:
-        if stage.starts_from_directory:
-            chats = OBJECTIVES[stage.objective].store != "documents"
-            check_agreement(init_directory(out, stage), build_config(recipe, tokenizer), tokenizer.sha256, chats=chats)
+    def check(stage: StageSpec) -> None:
+        chats = OBJECTIVES[stage.objective].store != "documents"
+        check_agreement(init_directory(out, stage), build_config(recipe, tokenizer), tokenizer.sha256, chats=chats)
+
+    for_all([stage for stage in stages if stage.starts_from_directory], check)
 
 
 def data_directory(recipe: Recipe) -> Path | None:
@@ -212,8 +216,40 @@ def with_ancestors(recipe: Recipe, stage: StageSpec) -> dict[str, StageSpec]:
     return chain
 
 
+def _kept_data(recipe: Recipe, stage: StageSpec, out: Path) -> Prepared | None:
+    """A stage's data as it was prepared with these settings, where the command is not told where its sources are."""
+    spec, directory = stage.data, data_directory(recipe)
+    evaluation = spec.decontaminate.sources if spec.decontaminate else []
+    if not lacks_directory([*spec.sources, *spec.heldout_sources, *evaluation], directory) or not (out / DATA).is_dir():
+        return None
+    tokenizer = _kept_tokenizer(recipe, out)
+    if tokenizer is None or not is_run_directory(out):
+        return None
+    return find_by_settings(spec, stage.objective, tokenizer, out / DATA, recipe.spec.seed)
+
+
+def _kept_tokenizer(recipe: Recipe, out: Path) -> KeuralTokenizer | None:
+    """The tokenizer that was trained in `out` with these settings, where the command is not told where its sources are; one that
+    the recipe names.
+    """
+    spec, directory = recipe.spec.tokenizer, data_directory(recipe)
+    if spec.path:
+        path = (directory or Path()) / spec.path
+        return KeuralTokenizer.load(path) if path.exists() else None
+    marker = _tokenizer_marker(out / TOKENIZER) if lacks_directory(spec.sources, directory) else None
+    if marker is None or _without_contents(marker.settings) != _without_contents(_tokenizer_settings(recipe, [], out)):
+        return None
+    return _load_tokenizer(out / TOKENIZER, marker)
+
+
+def _without_contents(settings: Settings) -> Settings:
+    return {name: value for name, value in settings.items() if name != "contents"}
+
+
 def _prepare_stage(recipe: Recipe, stage: StageSpec, tokenizer: KeuralTokenizer, out: Path) -> Prepared:
     directory = data_directory(recipe)
+    if (kept := _kept_data(recipe, stage, out)) is not None:
+        return kept
     if stage.data.pretokenized:
         return open_pretokenized(stage.data, stage.objective, directory, tokenizer, out / DATA)
     return prepare(stage.data, stage.objective, directory, tokenizer, out / DATA, recipe.spec.seed)
@@ -233,6 +269,8 @@ def find_stage_data(recipe: Recipe, stage: StageSpec, out: Path) -> Prepared | N
     tokenizer = KeuralTokenizer.load(directory)
     if stage.data.pretokenized:
         return _prepare_stage(recipe, stage, tokenizer, out)
+    if (kept := _kept_data(recipe, stage, out)) is not None:
+        return kept
     arguments = (stage.data, stage.objective, data_directory(recipe), tokenizer, out / DATA, recipe.spec.seed)
     return find_prepared(*arguments)
 
@@ -247,6 +285,8 @@ def prepare_tokenizer(recipe: Recipe, out: Path) -> KeuralTokenizer:
     spec, directory = recipe.spec.tokenizer, out / TOKENIZER
     if spec.path:
         return KeuralTokenizer.load((data_directory(recipe) or Path()) / spec.path)
+    if (kept := _kept_tokenizer(recipe, out)) is not None:
+        return kept
     sources = open_sources(spec.sources, data_directory(recipe))
     settings = _tokenizer_settings(recipe, sources, out)
     marker = _tokenizer_marker(directory)

@@ -400,13 +400,14 @@ def _best_and_worst(label: Any, keys: list[str], name: str | int) -> tuple[str, 
 def _talk_adapter(talk: Talk) -> Adapter:
     options = {**_PART, **talk.extra, **(_PEOPLE if talk.people else {})}
     speakers = "two people" if talk.people else "a person and an assistant"
-    lists = " or ".join(f"`{name}`" for name in talk.lists)
+    lists, who, what = (" or ".join(f"`{name}`" for name in names) for names in (talk.lists, talk.speakers, talk.texts))
     return Adapter(
         "conversations",
         _talk(talk),
         FORMATS,
         options,
-        f"Dialogues of {speakers}, as the archives of the set hold them: a list of utterances in {lists}.",
+        f"Dialogues of {speakers}, as the archives of the set hold them: utterances in {lists}, the speaker of each in {who}, "
+        f"its text in {what}.",
         split=_records(talk),
         selects=selects,
         license=LICENSE,

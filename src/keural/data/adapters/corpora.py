@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from keural.data.adapters.base import TABLES, Adapter, BadRow, described, document, guarded, lookup, missing, scalar, text_of
+from keural.data.adapters.base import TABLES, Adapter, BadRow, Reads, described, document, guarded, lookup, missing, scalar, text_of
 from keural.data.readers.options import LIST, NUMBER, SWITCH, Option, OptionTable
 from keural.data.records import Document, Drop
 from keural.recipe import SourceSpec
@@ -162,14 +162,17 @@ class Corpus:
     """Also published as plain text files."""
     reading: dict[str, Any] = field(default_factory=dict)
     """How plain text files are read, where the recipe does not say."""
+    also: tuple[str, ...] = ()
+    """Fields that rules look at, where a row has them."""
 
 
 _SCORE: OptionTable = {"min_language_score": Option(NUMBER, "least certainty of the language, 0 to 1, that a document must have")}
 _PAPER: OptionTable = {"abstract": Option(SWITCH, "put the abstract before the text", False)}
 _TITLE: OptionTable = {"title": Option(SWITCH, "put the title before the text", False)}
+_SORTED = ("language", "language_script", "language_score")
 CORPORA = {
-    "fineweb": Corpus(("text",), "en", "ODC-By", (_in_language("en"),), options=_SCORE),
-    "fineweb2_ko": Corpus(("text",), "ko", "ODC-By", (_in_language("kor", "Hang"),), options=_SCORE),
+    "fineweb": Corpus(("text",), "en", "ODC-By", (_in_language("en"),), options=_SCORE, also=_SORTED),
+    "fineweb2_ko": Corpus(("text",), "ko", "ODC-By", (_in_language("kor", "Hang"),), options=_SCORE, also=_SORTED),
     "korean_webtext": Corpus(("text",), "ko"),
     # the original is one file with a paragraph per line and an empty line between documents
     "cc100_ko": Corpus(("text",), "ko", plain=True, reading={"split": "paragraph"}),
@@ -184,6 +187,7 @@ CORPORA = {
             "lang": Option((str, list), "programming languages, as the set names them; not given: all"),
             "licenses": Option(LIST, "patterns, of which every licence of a file must match one", ("*",)),
         },
+        also=("max_stars_repo_licenses", "licenses", "max_line_length", "avg_line_length", "alphanum_fraction"),
     ),
     "arxiv": Corpus(("article", "abstract"), "en", mend=_without_paper_marks, options=_PAPER),
     "pubmed": Corpus(("article", "abstract"), "en", mend=_without_paper_marks, options=_PAPER),
@@ -203,6 +207,7 @@ def _adapter(corpus: Corpus) -> Adapter:
 
     formats = ("text", *TABLES) if corpus.plain else TABLES
     known: dict[str, Any] = {"license": corpus.license, "language": corpus.language, "reading": corpus.reading}
+    known["reads"] = lambda source: Reads(frozenset((*corpus.keys, *corpus.also)))
     meaning = f"The corpus as published, its text in `{corpus.keys[0]}`. {described(corpus.mend) if corpus.mend else ''}".strip()
     return Adapter("documents", guarded(convert), formats, corpus.options, meaning, **known)
 

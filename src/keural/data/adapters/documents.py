@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from keural.data.adapters.base import TABLES, Adapter, described, document, guarded, text_of
+from keural.data.adapters.base import TABLES, Adapter, Reads, described, document, guarded, text_of
 from keural.data.readers.options import NAMES, TEXT, Option
 from keural.data.readers.po import PoMessage
 from keural.data.records import Document, Drop
@@ -39,6 +39,12 @@ def _paragraph(message: PoMessage, side: str) -> str:
     return "\n".join({"ko": translated, "en": original, "both": original + translated}[side]).strip("\n")
 
 
+def _reads_text(source: SourceSpec) -> Reads:
+    named = source.options.get("field", "text")
+    names = [str(name) for name in (named if isinstance(named, list) else [named])]
+    return Reads(frozenset(part for name in names for part in (name, name.split(".")[0])))
+
+
 ADAPTERS = {
     "text": Adapter(
         "documents",
@@ -46,9 +52,16 @@ ADAPTERS = {
         ("text", "markdown", "srt", "conllu", *TABLES),
         {"field": Option(NAMES, "field with the text, where rows are not texts themselves", "text")},
         meaning=described(_text),
+        reads=_reads_text,
+        example={"text": "The mill stands by the river."},
     ),
     "markdown": Adapter(
-        "documents", guarded(_markdown), ("markdown", "text"), meaning=described(_markdown), directory=("markdown",)
+        "documents",
+        guarded(_markdown),
+        ("markdown", "text"),
+        meaning=described(_markdown),
+        reads=lambda source: Reads(frozenset(("text",))),
+        directory=("markdown",),
     ),
     "po": Adapter(
         "documents",
@@ -56,5 +69,6 @@ ADAPTERS = {
         ("po",),
         {"side": Option(TEXT, "translations, originals, or each original with its translation", "ko", ("ko", "en", "both"))},
         meaning=described(_po),
+        reads=lambda source: Reads(frozenset(("messages",))),
     ),
 }

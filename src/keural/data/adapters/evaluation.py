@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from keural.data.adapters.base import TABLES, Adapter, described, guarded, lookup, missing, scalar
+from keural.data.adapters.base import TABLES, Adapter, Reads, described, guarded, lookup, missing, scalar
 from keural.data.readers.options import NAMES, Option
 from keural.data.records import Drop, EvaluationItem
 from keural.recipe import SourceSpec
@@ -110,7 +110,9 @@ def _known(schema: Schema) -> Adapter:
         return _item(value, schema, where)
 
     question = " or ".join(f"`{name}`" for name in schema.question)
-    return Adapter("evaluation", guarded(convert), TABLES, meaning=f"The benchmark as published; the question is in {question}.")
+    fields = frozenset(name.split(".")[0] for name in (*schema.question, *schema.passage, *schema.choices, *schema.answers))
+    meaning = f"The benchmark as published; the question is in {question}."
+    return Adapter("evaluation", guarded(convert), TABLES, meaning=meaning, reads=lambda source: Reads(fields))
 
 
 def _named(source: SourceSpec, option: str, default: tuple[str, ...] = ()) -> tuple[str, ...]:

@@ -112,7 +112,7 @@ class Guess:
     def score(self) -> float:
         """How well it fits: rows that are understood, weighted by how much of them is read."""
         read = len(self.fields) / (len(self.fields) + len(self.unread)) if self.fields or self.unread else 0.5
-        general = 0.0 if self.adapter in GENERAL else 0.5 if self.named else -0.03
+        general = 0.0 if self.adapter in GENERAL else 0.5 if self.named else -0.3
         if self.adapter == self.format_name:
             general += 0.5
         if self.adapter == "text" and str(self.options.get("field", "text")).lower() not in _TEXTS:
@@ -251,7 +251,7 @@ def fields_read(adapter: Adapter, source: SourceSpec) -> frozenset[str]:
     """Fields of a row that an adapter reads with these options, first parts of paths included."""
     if adapter.reads is not None:
         return adapter.reads(source).keys | {str(name) for name in source.options.get("unfold", ())}
-    found: set[str] = {"markdown": {"text"}, "po": {"messages"}}.get(source.adapter, set())
+    found: set[str] = set()
     for name, option in adapter.options.items():
         if option.names_fields or name in source.options:
             given = source.options.get(name, option.default)

@@ -20,7 +20,7 @@ from keural.data.filtering.gates import EAGER_SHARE, GATES, Gatekeeper
 from keural.data.filtering.holdout import Splitter
 from keural.data.preview.marked import spans_of
 from keural.data.preview.shapes import SHAPES, Shape
-from keural.data.readers.formats import FORMATS
+from keural.data.readers.formats import FILE_OPTIONS, FORMATS
 from keural.data.readers.options import Option, OptionTable
 from keural.data.records import Drop, EvaluationItem
 from keural.data.tokens.encode import Encoder
@@ -279,6 +279,7 @@ def _formats() -> str:
             first = (f"`{name}`", suffixes) if number == 0 else ("", "")
             rest = ("", "", "", "") if what is None else (f"`{option}`", what.meaning, what.kind, _default(what))
             rows.append(_row(*first, *rest))
+    rows += [_row("any", "", f"`{name}`", what.meaning, what.kind, _default(what)) for name, what in FILE_OPTIONS.items()]
     return "\n".join(["## Formats of files\n", "The options stand among those of the source.\n", *rows, ""])
 
 

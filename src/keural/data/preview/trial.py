@@ -19,6 +19,7 @@ from keural.data.filtering.languages import MIN_SHARE, hangul_share
 from keural.data.preview.guess import ARCHIVES, Guess, Rows, benchmark_of, guesses
 from keural.data.readers.datafile import DataFile, FileShape, Row
 from keural.data.readers.formats import FORMATS, format_of, open_text
+from keural.data.readers.notes import ReadingNotes
 from keural.data.readers.sniff import describe, sniff
 from keural.data.records import Document, Drop, EvaluationItem, Record
 from keural.data.source_counts import SourceCounter
@@ -399,9 +400,10 @@ def _read(trial: Trial, source: Source, rows: Sequence[Row | Drop], whole: bool)
     counter = trial.counter = SourceCounter(spec, "train")
     counter.fields = FieldUse(adapter, spec)
     keeper, splitter = Gatekeeper(spec, adapter.gates), Splitter(0.0)
-    trial.whole = whole
+    trial.whole, notes = whole, ReadingNotes()
     try:
-        for value, record in _records(source, rows, counter.fields):
+        for value, record in source.records(rows, counter.fields, notes):
+            assert not isinstance(record, EvaluationItem)
             result = _passed(record, spec, keeper, splitter)
             if isinstance(result, Drop):
                 examples = trial.drops.setdefault(result.reason, [])
@@ -413,27 +415,14 @@ def _read(trial: Trial, source: Source, rows: Sequence[Row | Drop], whole: bool)
             counter.kept += 1
             counter.noted.update(keeper.reasons(result, "count"))
             counter.noted.update(getattr(result, "notes", ()))
+            counter.seen.keep(result)
             if len(trial.sample) < SAMPLE:
                 trial.sample.append(result)
         counter.check()
+        trial.hints += counter.unusual()
     except UserError as refused:
         trial.refusal = str(refused)
     trial.not_read = tuple(sorted(counter.fields.unread))
-
-
-def _records(source: Source, rows: Sequence[Row | Drop], fields: FieldUse) -> Iterator[tuple[Any, Record | Drop]]:
-    spec, adapter = source.spec, source.adapter
-    split = adapter.splitter(spec)
-    for row in rows:
-        if isinstance(row, Drop):
-            yield None, row
-            continue
-        values = [row.value] if split is None else split(row.value, spec)
-        for place, value in enumerate(values, start=1):
-            fields.look(value)
-            record = adapter(value, spec, row.where if split is None else f"{row.where}#{place}")
-            assert not isinstance(record, EvaluationItem)
-            yield value, record
 
 
 def _passed(record: Record | Drop, spec: SourceSpec, keeper: Gatekeeper, splitter: Splitter) -> Record | Drop:

@@ -96,6 +96,7 @@ EVALUATION: list[tuple[str, str, str, dict[str, Any]]] = [
     ("eval_kornlu_xnli", "qa", "eval_kornlu/xnli.dev.ko.tsv", _asked(["sentence1", "sentence2"], "gold_label")),
     ("eval_kornlu_sts", "qa", "eval_kornlu/sts-test.tsv", _asked(["sentence1", "sentence2"], "score")),
 ]
+PANDALM = {"0": "tie", "1": "first", "2": "second"}
 PAIRS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("pref_hh_rlhf", "hh_rlhf", "pref_hh_rlhf/harmless-base/test.jsonl.gz", {}),
     ("pref_rasbt_1100", "preference", "pref_rasbt_1100", {}),
@@ -105,7 +106,7 @@ PAIRS: list[tuple[str, str, str, dict[str, Any]]] = [
         "pref_pandalm",
         "preference",
         "pref_pandalm",
-        {"options": {"answers": ["response1", "response2"], "label": "annotator1"}},
+        {"options": {"answers": ["response1", "response2"], "label": "annotator1", "labels": PANDALM}},
     ),
 ]
 NOT_CLEANED = ("par_", "ko_ud", "en_ud", "ko_nsmc", "en_gutenberg", "en_wikitext2")

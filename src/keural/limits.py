@@ -18,3 +18,5 @@ LONGEST_SECONDS = 10**10
 """Three hundred years."""
 EVERY_MACHINES_THREADS = 64
 """So many threads may be asked for on the smallest machine; a hundred thousand crash the libraries below."""
+MOST_SLOTS = 4096
+"""Answers of a network at once."""

@@ -40,8 +40,11 @@ class Unreadable:
 UNREADABLE = Unreadable()
 
 
-def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
-    """The value that JSON text holds; with `unique` an object in which a key is given twice is refused. Raises `Malformed`."""
+def parse_json(text: str | bytes, *, depth: int = MAX_DEPTH, unique: bool = False) -> Any:
+    """The value that JSON text holds, with lists and objects inside each other down to `depth`. Raises `Malformed`.
+
+    With `unique` an object in which a key is given twice is refused.
+    """
     try:
         value = json.loads(text, object_pairs_hook=_unique if unique else None)
     except Malformed:
@@ -54,7 +57,7 @@ def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
         raise Malformed(f"nested deeper than {MAX_DEPTH} levels") from error
     except ValueError as error:  # a number with too many digits
         raise Malformed("a number has too many digits") from error
-    _check_depth(value)
+    _check_depth(value, depth)
     return value
 
 
@@ -131,9 +134,9 @@ def _parts(value: Any) -> Any:
             waiting.extend((inner, depth + 1) for inner in part)
 
 
-def _check_depth(value: Any) -> None:
-    if any(depth >= MAX_DEPTH and isinstance(part, dict | list) for part, depth in _parts(value)):
-        raise Malformed(f"nested deeper than {MAX_DEPTH} levels")
+def _check_depth(value: Any, most: int) -> None:
+    if any(depth >= most and isinstance(part, dict | list) for part, depth in _parts(value)):
+        raise Malformed(f"nested deeper than {most} levels")
 
 
 _MERGE = "tag:yaml.org,2002:merge"

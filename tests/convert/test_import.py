@@ -19,7 +19,10 @@ from keural.convert.import_checkpoint import import_checkpoint
 from keural.errors import UserError
 from keural.files import check_new
 from keural.pretrained.stored_model import load_model, load_tokenizer, read_lineage
+from keural.recipe import TokenizerSpec
 from keural.tokenizer import KeuralTokenizer
+from keural.tokenizer.train import train_tokenizer
+from tests.conftest import TEXTS
 from tests.helpers.published_model import SHAPE, PublishedModel, Tensors, as_safetensors, our_names, training_checkpoint
 
 IDS = torch.randint(4, SHAPE["vocab_size"], (130,), generator=torch.Generator().manual_seed(5))
@@ -412,3 +415,17 @@ def test_memory_is_that_of_a_tensor_not_of_the_model(tmp_path: Path, form: str) 
     grown = int(done.stdout.splitlines()[-1]) * 1024
     assert size > 300_000_000
     assert grown < size / 3
+
+
+def test_another_tokenizer_of_the_same_size_than_the_record_names_is_refused(
+    tmp_path: Path, model_dir: Path, tokenizer: KeuralTokenizer
+) -> None:
+    spec = TokenizerSpec.model_validate({"vocab_size": 400, "sources": [{"name": "words", "adapter": "text"}]})
+    other = train_tokenizer((text[::-1] for text in TEXTS), spec, tmp_path / "other", seed=0)
+    assert other.vocab_size == tokenizer.vocab_size
+
+    with pytest.raises(UserError, match=r"is another tokenizer .* though of the same size"):
+        import_checkpoint(model_dir, tmp_path / "out", tokenizer=tmp_path / "other", say=quiet)
+    assert not (tmp_path / "out").exists()
+    out = import_checkpoint(model_dir, tmp_path / "out", tokenizer=tmp_path / "other", verify=False, say=quiet)
+    assert load_tokenizer(out).sha256 == other.sha256

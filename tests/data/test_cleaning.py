@@ -82,7 +82,7 @@ def sources(tmp_path):
         specs = []
         for name, rows in texts.items():
             (tmp_path / name).mkdir()
-            for part in range(files):
+            for part in range(min(files, len(rows))):
                 lines = [json.dumps({"text": text}, ensure_ascii=False) for text in rows[part::files]]
                 (tmp_path / name / f"{part}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
             specs.append(SourceSpec(name=name, adapter="text", path=name, language=language, max_drop=1.0))

@@ -176,3 +176,16 @@ def test_a_given_encoding_reads_every_format(data_dir: Path, suffix: str, pack: 
         for encoding in ("cp949", "utf-16-le", "utf-8"):
             (record,) = read(data_dir, name + suffix, pack(content.encode(encoding)), encoding=encoding)
             assert record.text == "가격은 1,000원"
+
+
+def test_a_given_encoding_that_the_text_contradicts_is_said(data_dir: Path) -> None:
+    (data_dir / "a.txt").write_text("바람이 많이 부는 날이다.")
+    spec = SourceSpec(name="s", adapter="text", path="a.txt", options={"encoding": "cp1254"})
+    ((file, _),) = open_source(spec, data_dir).files
+    assert file.shape is not None
+    assert file.shape.assumed == ("read as cp1254, as the recipe says, though it looks like utf-8 (it is valid UTF-8)",)
+    (data_dir / "a.txt").write_bytes("바람이 많이 부는 날이다.".encode("cp949"))
+    for name in ("cp949", "euc-kr"):
+        ((file, _),) = open_source(spec.model_copy(update={"options": {"encoding": name}}), data_dir).files
+        assert file.shape is not None
+        assert file.shape.assumed == ()

@@ -129,7 +129,7 @@ class TestQuotationWithoutEnd:
         lines[3] = lines[3].replace("It is", '"It is')
         put(data_dir, "a.csv", "\n".join(lines))
         found = read(data_dir, source("a.csv"))
-        assert found[2] == Drop("unclosed_quote", "a.csv:4", "the mark in line 4")
+        assert found[2] == Drop("unclosed_quote", "a.csv:4")
         assert [record for record in found if not isinstance(record, Drop)] == [
             [f"Name number {number}.", f"It is {number}."] for number in range(1, 1001) if number != 3
         ]
@@ -138,7 +138,7 @@ class TestQuotationWithoutEnd:
         lines = ["q,a", 'one,"open', *(f"q{number},a{number}" for number in range(30)), 'x,"quoted, and', 'of two lines"', 'y,"z"']
         put(data_dir, "a.csv", "\n".join(lines))
         found = read(data_dir, source("a.csv"))
-        assert found[0] == Drop("unclosed_quote", "a.csv:2", "the mark in line 2")
+        assert found[0] == Drop("unclosed_quote", "a.csv:2")
         assert found[1:] == [
             *([f"q{number}", f"a{number}"] for number in range(30)),
             ["x", "quoted, and\nof two lines"],
@@ -214,6 +214,21 @@ class TestJson:
         assert "give format: jsonl" in refusal(data_dir, source("a.json", format_name="json"))
         put(data_dir, "a.data", json.dumps(ROWS, indent=1))
         assert "give format: json" in refusal(data_dir, source("a.data", format_name="jsonl"))
+
+    @pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+    @pytest.mark.parametrize("content", [LINES, json.dumps(ROWS, indent=1)])
+    def test_json_called_a_table_is_json(self, data_dir: Path, name: str, content: str) -> None:
+        put(data_dir, name, content)
+        assert read(data_dir, source(name)) == BOTH
+
+    @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+    @pytest.mark.parametrize(("content", "format_name"), [(QA, "csv"), (QA.replace(",", "\t"), "tsv")])
+    def test_a_table_called_json_is_refused_with_what_it_is(
+        self, data_dir: Path, name: str, content: str, format_name: str
+    ) -> None:
+        put(data_dir, name, content)
+        assert refusal(data_dir, source(name)).endswith(f"give format: {format_name}")
+        assert read(data_dir, source(name, format_name=format_name)) == BOTH
 
     def test_a_name_given_twice_is_counted_unless_it_says_the_same(self, data_dir: Path) -> None:
         twice, same = '{"q": "a", "a": "b", "q": "c"}', '{"q": "a", "a": "b", "q": "a"}'
@@ -426,6 +441,12 @@ class TestFilesWithoutRows:
         put(data_dir, "a.txt", "one\ntwo\n")
         assert "no line begins with '# text = '" in refusal(data_dir, source("a.txt", "text", split="line", prefix="# text = "))
 
+    def test_a_prefix_chooses_among_many_files(self, data_dir: Path) -> None:
+        put(data_dir, "d/a.txt", "# text = one\n")
+        put(data_dir, "d/b.txt", "two\n")
+        found = read(data_dir, source("d", "text", split="line", prefix="# text = "))
+        assert found == [Document("one", "d/a.txt:1"), Drop("no_rows", "d/b.txt")]
+
     def test_a_member_without_rows_is_counted(self, data_dir: Path) -> None:
         put(data_dir, "a.zip", zipped(a_dot_csv="q,a\n", b_dot_csv=QA))
         assert read(data_dir, source("a.zip")) == [Drop("no_rows", "a.zip/a.csv"), *BOTH]
@@ -462,6 +483,10 @@ class TestDirectories:
     def test_a_suffix_that_no_file_has(self, data_dir: Path) -> None:
         put(data_dir, "d/a.md", "# a\n")
         assert "holds no .py file, but .md (1)" in refusal(data_dir, source("d", "text", suffixes=[".py"]))
+
+    def test_archives_in_a_directory_are_named_by_their_paths(self, data_dir: Path) -> None:
+        put(data_dir, "d/a.tar.gz", tarred("w:gz", a_dot_jsonl=LINES))
+        assert refusal(data_dir, source("d")).endswith("but .gz (1); name an archive by its own path")
 
 
 class TestSentences:

@@ -59,6 +59,14 @@ DROPPED_KOREAN = [
     (QUESTION, "The pet is brown, small, loud\nand the other is white, large, quiet", "answer"),
     (QUESTION, "It is <b>very</b> important to say that nothing of it was translated.", "answer"),
     (ENGLISH, KOREAN, "question"),
+    (
+        "낱말의 뜻을 견주어 주세요.",
+        "- mishap: it is said of a small thing that went wrong on some day, and that nobody meant to go wrong.\n"
+        "- disaster: it is said of a large thing that went wrong, and that many people remember long afterwards.",
+        "answer",
+    ),
+    ("누가 밥을 먹나요?", "The chicken is going to eat.", "answer"),
+    ("머리글자를 맞춰 주세요.", "David dons a derby daily.", "answer"),
     ("영어 공부가 어려워요.", "You should read a little every day and never give up on it.", "answer"),
     (QUESTION, "この答えは日本語で書かれているので韓国語ではありません。", "answer"),
 ]

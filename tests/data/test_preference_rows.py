@@ -501,6 +501,25 @@ def test_shapes_of_one_pair(row: dict[str, Any], options: dict[str, Any]) -> Non
     assert pair(convert(row, **options)) == ([("user", "q")], "good", "bad")
 
 
+def test_a_fixed_prompt_and_one_of_the_row_are_two() -> None:
+    sides = {"chosen": "good", "rejected": "bad"}
+    assert reason(convert({"question": "other", **sides}, prompt_text="q")) == "fields_differ"
+    assert pair(convert({"question": "q", **sides}, prompt_text="q"))[0] == [("user", "q")]
+    assert pair(convert({"question": "other", **sides}, prompt_text="q", ignore=["question"]))[0] == [("user", "q")]
+    assert reason(convert(CHATS, prompt_text="r")) == "history_differs"
+
+
+def test_answers_may_follow_the_result_of_a_tool(prepared: Any, tokenizer: KeuralTokenizer) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "wind", "arguments": {}}}]}
+    turns = [ASKED, call, {"role": "tool", "content": "3"}]
+    row = {"chosen": [*turns, GOOD], "rejected": [*turns, BAD], "tools": [{"name": "wind"}]}
+    assert [role for role, _ in pair(convert(row))[0]] == ["system", "user", "assistant", "tool"]
+    store = TokenStore.open(prepared([row], max_drop=0).train)
+    trained = [store.sequence(side)[store.loss_mask(side) == 1].tolist() for side in (0, 1)]
+    assert [tokenizer.decode(ids[:-1]) for ids in trained] == ["good", "bad"], "no call and no result, only the answers"
+    assert reason(convert({"chosen": [ASKED, call, GOOD], "rejected": [ASKED, call, BAD]})) == "prompt_does_not_end_with_user"
+
+
 def test_an_answer_that_is_json_stays_text() -> None:
     row = {"prompt": "q", "chosen": '[{"name": "oak"}]', "rejected": '["a", "b"]'}
     assert answers(convert(row)) == ('[{"name": "oak"}]', '["a", "b"]')

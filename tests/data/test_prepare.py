@@ -274,13 +274,13 @@ def test_a_gate_that_drops_much_of_a_source_is_named_with_an_example(work: Workp
     assert "placeholder drops 33% of its rows; e.g. a.jsonl:1: '{{name}}'; gates: {placeholders: count} keeps them" in shown
     assert "gate placeholders, 33.3%" in shown
     kept = work(spec(write("a.jsonl", jsonl(rows), "messages", gates={"placeholders": "count"})), "sft")
-    assert (kept.table[0].kept, kept.table[0].noted, kept.table[0].warning) == (30, {"placeholder": 10}, None)
+    assert (kept.table[0].kept, kept.table[0].noted, kept.table[0].suspicions) == (30, {"placeholder": 10}, None)
 
 
 def test_a_gate_that_drops_little_is_in_the_table_alone(work: Workplace, write: Any) -> None:
     rows = [conversation(f"q{number}", "<nooutput>" if number == 0 else f"An oak, {number}.") for number in range(30)]
     row = work(spec(write("a.jsonl", jsonl(rows), "messages")), "sft").table[0]
-    assert (row.drops, row.warning) == ({"placeholder": 1}, None)
+    assert (row.drops, row.suspicions) == ({"placeholder": 1}, None)
 
 
 def test_what_too_many_rows_are_dropped_for_has_its_remedy_beside_it(work: Workplace, write: Any) -> None:

@@ -65,6 +65,8 @@ def test_layers_are_shown_by_where_they_slide(tiny_config: MakeConfig) -> None:
     (found,) = differences(tiny_config(layer_types=OTHER["layer_types"]), tiny_config())
     assert found == ("layer_types", "full attention everywhere", "sliding on 0, 2")
     assert differences(tiny_config(layer_types=OTHER["layer_types"]), tiny_config(), ("layer_types",)) == []
+    (found,) = differences(tiny_config(rope_parameters=OTHER["rope_parameters"]), tiny_config())
+    assert found.first == "rope_theta 100.0, rope_type default"
 
 
 @pytest.mark.parametrize(

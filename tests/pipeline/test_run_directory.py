@@ -199,10 +199,13 @@ class TestChecked:
 
     @pytest.mark.parametrize("key", ["sources", "sections", "files", "num_tokens"])
     def test_every_key_of_a_stores_manifest_is_checked(self, key: str, place: Any) -> None:
-        for path in place.run.glob("data/*/train/manifest.json"):
+        manifests = list(place.run.glob("data/*/train/manifest.json"))
+        for path in manifests:
             content = json.loads(path.read_text())
             path.write_text(json.dumps(content | {key: []}))
-        assert "manifest.json: damaged (its checksum differs)" in place.refused()
+        code, _, err = place()
+        assert code == 2
+        assert all(f"{path}: damaged (its checksum differs)" in err for path in manifests)
 
     @pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.model", "done.json"])
     def test_a_tokenizer_is_all_of_its_files(self, name: str, place: Any, damage: Damage) -> None:

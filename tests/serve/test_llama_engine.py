@@ -12,11 +12,14 @@ pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (extr
 
 from keural.convert.export import ExportOptions, export
 from keural.errors import UserError
+from keural.recipe import TokenizerSpec
 from keural.serve.engines.llama_cpp import LlamaCppEngine, physical_cores
 from keural.serve.engines.registry import open_engine
 from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.engines.transformers import TransformersEngine
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt
+from keural.tokenizer.train import train_tokenizer
+from tests.conftest import TEXTS
 
 Keural = Callable[..., tuple[int, str, str]]
 
@@ -223,6 +226,15 @@ def test_a_tokenizer_of_another_size_is_refused(copy: Path, published_tokenizer_
     shutil.copy(published_tokenizer_file, copy.parent / "tokenizer.model")
 
     assert "the tokenizer has 131074 ids and" in refusal(copy)
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(copy: Path, tmp_path: Path) -> None:
+    """Where no record says which tokenizer belongs there, the pieces in the file do."""
+    spec = TokenizerSpec.model_validate({"vocab_size": 400, "sources": [{"name": "words", "adapter": "text"}]})
+    train_tokenizer((text[::-1] for text in TEXTS), spec, tmp_path / "other", seed=0)
+    shutil.copy(tmp_path / "other" / "tokenizer.model", copy.parent / "tokenizer.model")
+
+    assert "the tokenizer is not that of" in refusal(copy)
 
 
 def test_a_missing_tokenizer_is_refused(copy: Path) -> None:

@@ -55,7 +55,7 @@ def random_case(seed: int, size: int, spread: float) -> tuple[Tensor, Tensor, Te
     return logits, ids, seen
 
 
-def shares(logits: Tensor, ids: Tensor, sampling: SamplingParams, way: str, draws: int = 2000) -> Tensor:
+def shares(logits: Tensor, ids: Tensor, sampling: SamplingParams, way: str, draws: int = 1000) -> Tensor:
     """How often each token is chosen when the numbers are spread evenly, in the middle of each part."""
     samplers = [At((place + 0.5) / draws, sampling, ids.tolist(), len(logits)) for place in range(draws)]
     tokens = WAYS[way](logits.expand(draws, -1), samplers)
@@ -63,7 +63,7 @@ def shares(logits: Tensor, ids: Tensor, sampling: SamplingParams, way: str, draw
 
 
 @pytest.mark.parametrize("way", WAYS)
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(
     st.integers(0, 10_000), st.floats(0.1, 3.0), st.sampled_from([0.0, 0.05, 0.5, 0.9, 0.99, 1.0]), st.sampled_from([0.8, 1.0, 1.1])
 )
@@ -76,7 +76,7 @@ def test_tokens_come_as_often_as_transformers_processors_say(
 
     if top_p > 0:  # theirs refuse it
         torch.testing.assert_close(expected, of_transformers(ids, logits, sampling), rtol=1e-4, atol=1e-7)
-    assert float((shares(logits, ids, sampling, way) - expected).abs().max()) < 1.01 / 2000
+    assert float((shares(logits, ids, sampling, way) - expected).abs().max()) < 1.01 / 1000
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -168,12 +168,22 @@ def test_a_seed_gives_the_same_numbers_and_none_gives_others() -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_logits_that_are_not_finite_are_refused(way: str, wrong: float) -> None:
     logits = torch.zeros(2, 9)
     logits[1, 4] = wrong
     with pytest.raises(UserError, match="logits are not finite"):
         WAYS[way](logits, [Sampler(SamplingParams(), [], 9) for _ in range(2)])
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_logit_of_minus_infinity_never_comes(way: str, temperature: float) -> None:
+    logits = torch.full((1, 5000), float("-inf"))
+    logits[0, [7, 4000]] = torch.tensor([1.0, 1.5])
+    samplers = [At(place / 50, SamplingParams(temperature, 1.0, 1.3), [7, 9], 5000) for place in range(50)]
+
+    assert set(WAYS[way](logits.expand(50, -1), samplers)) == ({7, 4000} if temperature else {4000})
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -37,6 +37,7 @@ from keural.cli.options import (
     open_stage,
 )
 from keural.errors import UserError
+from keural.limits import LARGEST, LONGEST_SECONDS, MOST_SLOTS
 from keural.terminal import show, show_text, yaml_text
 
 if TYPE_CHECKING:
@@ -222,3 +223,35 @@ def generate(
 
     sampling = _sampling(path, engine, temperature, top_p, repetition_penalty, max_new_tokens, seed)
     raise SystemExit(run_generate(path, prompt, sampling, system, raw, jamo, engine, threads))
+
+
+@app.command(rich_help_panel=USE)
+def serve(
+    path: ModelPath,
+    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 for other machines, with --api-key-file")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
+    engine: EngineName = None,
+    slots: Annotated[int, typer.Option(min=1, max=MOST_SLOTS, help="answers at once; others wait")] = 4,
+    name: Annotated[str | None, typer.Option(help="of the model in the API (default: its recipe's, else its directory's)")] = None,
+    system: System = None,
+    threads: Threads = None,
+    jamo: JamoStyle = "compatibility",
+    api_key_file: Annotated[Path | None, typer.Option(metavar="FILE", help="let in who has a key, one on each line of it")] = None,
+    insecure: Annotated[bool, typer.Option(help="let other machines in without a key")] = False,
+    allow_host: Annotated[list[str] | None, typer.Option(help="another name for a server on this machine")] = None,
+    max_waiting: Annotated[
+        int | None, typer.Option(min=0, max=LARGEST, help="answers that wait (default: 4 times --slots)")
+    ] = None,
+    deadline: Annotated[float, typer.Option(min=1, max=LONGEST_SECONDS, help="seconds for an answer, waiting included")] = 600,
+    drain: Annotated[float, typer.Option(min=0, max=LONGEST_SECONDS, help="seconds for answers under way after a signal")] = 30,
+    metrics_prefix: Annotated[str, typer.Option(help="of the names in /metrics; vllm suits ready dashboards")] = "keural",
+) -> None:
+    """Answer many at once through OpenAI's API, until Ctrl-C."""
+    from keural.serve.server.settings import Limits, Settings
+    from keural.serve.server.start import run_serve
+
+    limits = Limits(waiting=4 * slots if max_waiting is None else max_waiting, deadline=deadline, drain=drain)
+    settings = Settings(
+        host, port, engine, slots, name, system, jamo, threads, api_key_file, insecure, allow_host or (), metrics_prefix, limits
+    )
+    raise SystemExit(run_serve(path, settings))

@@ -129,8 +129,8 @@ def print_data(workspace: Workspace) -> None:
         for row in prepared.table:
             if row.survey:
                 show(row.survey)
-            for warning in (row.warning or "").splitlines():
-                show(f"warning: {warning}")
+            if row.warning:
+                show(f"warning: {row.warning}")
             for line in row.suspicions or ():
                 show(f"warning: source {row.source!r}: {line}")
             if "benchmark" in row.flags and not row.left_out:

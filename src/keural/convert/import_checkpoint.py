@@ -105,7 +105,8 @@ def import_checkpoint(
     if grow_vocabulary:
         shape, weights = _grown(checkpoint.where, shape, weights)
         say(f"vocabulary: {shape.vocab_size - CHATML_IDS:,} ids and {CHATML_IDS} new rows at their mean")
-    found = _tokenizer(checkpoint, tokenizer, shape, say)
+    named = read_record(checkpoint.directory).get("tokenizer_sha256") if verify else None
+    found = _tokenizer(checkpoint, tokenizer, named, shape, say)
     check_new(out, weights.nbytes)
     lineage = {
         "source": {"file": checkpoint.where.name, **checkpoint.progress},
@@ -227,8 +228,13 @@ def _grown(where: Path, config: KeuralConfig, weights: Weights) -> tuple[KeuralC
     return grown, Weights(infos, read)
 
 
-def _tokenizer(checkpoint: Checkpoint, given: Path | None, config: KeuralConfig, say: Say) -> KeuralTokenizer | None:
-    """The tokenizer that was named or lies beside the checkpoint. Raises `UserError` when it is not the model's."""
+def _tokenizer(
+    checkpoint: Checkpoint, given: Path | None, named: str | None, config: KeuralConfig, say: Say
+) -> KeuralTokenizer | None:
+    """The tokenizer that was given or lies beside the checkpoint. Raises `UserError` when it is not the model's.
+
+    `named` is the SHA-256 of the one that the record beside the checkpoint names.
+    """
     beside = (checkpoint.directory / name for name in TOKENIZER_FILES)
     path = given or next((file for file in beside if file.is_file()), None)
     if path is None:
@@ -243,6 +249,11 @@ def _tokenizer(checkpoint: Checkpoint, given: Path | None, config: KeuralConfig,
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(
             f"{path}: has {tokenizer.vocab_size:,} ids and the model {config.vocab_size:,}; give the model's own tokenizer"
+        )
+    if named not in (None, tokenizer.sha256):
+        raise UserError(
+            f"{path}: is another tokenizer (SHA-256 {tokenizer.sha256[:12]}…) than keural.json beside the checkpoint names "
+            f"({str(named)[:12]}…), though of the same size; give the model's own, or --no-verify to take this one"
         )
     say(f"tokenizer: {path}, {tokenizer.kind}")
     return tokenizer

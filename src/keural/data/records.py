@@ -38,8 +38,8 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """Two answers to one prompt. `prompt` ends with a user turn; `chosen` and `rejected` are the assistant's contents; `id` and
-    `notes` as of a conversation.
+    """Two answers to one prompt. `prompt` ends with a user turn or a tool's result; `chosen` and `rejected` are the assistant's
+    contents; `id` and `notes` as of a conversation.
 
     `label` is what the row says in favour of the chosen one, where a label or scores decide. `weight` is what the pair counts in
     the loss: several pairs of one row share a weight of 1.

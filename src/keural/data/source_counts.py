@@ -19,7 +19,7 @@ from keural.data.adapters.corpora import OTHER_LANGUAGE, OTHER_LICENSE
 from keural.data.adapters.reasons import reason_of
 from keural.data.field_use import FieldUse
 from keural.data.filtering.decontamination import REASON
-from keural.data.filtering.gates import gate_of
+from keural.data.filtering.gates import EAGER_SHARE, gate_of
 from keural.data.filtering.holdout import Split
 from keural.data.filtering.suspicions import Seen, suspicions
 from keural.data.licenses import flags_of, language_of, license_of
@@ -33,8 +33,6 @@ from keural.recipe import SourceSpec
 
 OVER_LIMIT = "over_limit"
 """Reason of cleaned documents beyond a source's limit."""
-SUSPICIOUS_SHARE = 0.05
-"""A gate that drops a larger share of a source is likely to judge what the source is made of."""
 MAX_DETAILS = 12
 """So many different things that were found are remembered of each reason."""
 NOT_DEFECTS = {
@@ -100,7 +98,7 @@ class SourceRow:
     length_ratio: float | None = None
     """Characters of chosen answers for each of rejected ones; None where there are no pairs."""
     warning: str | None = None
-    """What differs from the count that the recipe expects, and which gates drop a suspicious share: a line each."""
+    """What differs from the count that the recipe expects."""
     suspicions: tuple[str, ...] | None = None
     """What is unusual in it, a line each: shares and lengths that a misread field would have."""
     mixture: Share | None = None
@@ -253,6 +251,10 @@ class SourceCounter:
                 f"check its spelling, or leave the option out{self._left_fields()}"
             )
 
+    def unusual(self) -> tuple[str, ...]:
+        """What is unusual in the source so far, a line each."""
+        return suspicions(self.seen, self.rows, self.drops)
+
     def _undeclared(self) -> str:
         """The values of no declared meaning, those beside them, and how to declare them (`VALUES` of a remedy are all of them)."""
         found, declared = (
@@ -299,7 +301,7 @@ class SourceCounter:
             assumed=self.notes.lines() or None,
             length_ratio=self.chosen_characters / self.rejected_characters if self.rejected_characters else None,
         )
-        unusual = None if self.left_out else suspicions(self.seen, self.rows, self.drops) or None
+        unusual = None if self.left_out else (*eager_gates(row), *self.unusual()) or None
         return replace(row, warning=warning_of(source, row), suspicions=unusual)
 
 
@@ -314,6 +316,11 @@ def check_drops(source: SourceSpec, row: SourceRow) -> None:
         )
 
 
+def _quoted(value: str) -> str:
+    """A value as the key of a map in YAML; recipes have texts as keys."""
+    return value if value[:1] in ("'", '"') else f"'{value}'"
+
+
 def _counted(found: Counter[str]) -> str:
     return ", ".join(f"{each} ({count:,} rows)" for each, count in found.most_common(MAX_DETAILS))
 
@@ -324,6 +331,17 @@ def _worst(row: SourceRow, drops: dict[str, int]) -> str:
     return f"{reason} ({count:,} rows, first {row.first_drop[reason]}{f': {found}' if found else ''})"
 
 
+def eager_gates(row: SourceRow) -> list[str]:
+    """What gates drop of a source beyond `EAGER_SHARE`, a line each with an example and how to keep it."""
+    lines = []
+    for reason, count in row.drops.items():
+        if (gate := gate_of(reason)) and count > EAGER_SHARE * row.rows:
+            example = ": ".join((row.first_drop[reason], *list((row.details or {}).get(reason, {}))[:1]))
+            keep = "skip" if gate == "duplicate_prompts" else "count"
+            lines.append(f"{reason} drops {count / row.rows:.0%} of its rows; e.g. {example}; gates: {{{gate}: {keep}}} keeps them")
+    return lines
+
+
 def _remedy(row: SourceRow) -> str:
     """What a recipe can do about the most frequent defect, if anything."""
     reason = reason_of(next(iter(row.defects)))
@@ -331,30 +349,7 @@ def _remedy(row: SourceRow) -> str:
 
 
 def warning_of(source: SourceSpec, row: SourceRow) -> str | None:
-    """What is to be looked at in a source that is used, a line each: a count that the recipe does not expect, a gate that drops
-    more than `SUSPICIOUS_SHARE` of its rows.
-    """
-    if row.left_out is not None:
+    """What differs from the count that the recipe expects of a source that it uses."""
+    if row.left_out is not None or source.expect in (None, row.kept):
         return None
-    found = [_eager_gate(row, reason, count) for reason, count in row.drops.items() if count > SUSPICIOUS_SHARE * row.rows]
-    if source.expect not in (None, row.kept):
-        found.insert(0, f"source {source.name!r}: {row.kept:,} records kept, {source.expect:,} expected")
-    return "\n".join(filter(None, found)) or None
-
-
-def _eager_gate(row: SourceRow, reason: str, count: int) -> str | None:
-    """What a gate drops of a source, with an example and how to keep it; None for other reasons."""
-    gate = gate_of(reason)
-    if gate is None:
-        return None
-    detail = next(iter((row.details or {}).get(reason, {})), "")
-    keep = "skip" if gate == "duplicate_prompts" else "count"
-    return (
-        f"source {row.source!r}: {reason} drops {count / row.rows:.0%} of its rows; "
-        f"e.g. {row.first_drop[reason]}{f': {detail}' if detail else ''}; gates: {{{gate}: {keep}}} keeps them"
-    )
-
-
-def _quoted(value: str) -> str:
-    """A value as the key of a map in YAML; recipes have texts as keys."""
-    return value if value[:1] in ("'", '"') else f"'{value}'"
+    return f"source {source.name!r}: {row.kept:,} records kept, {source.expect:,} expected"

@@ -26,6 +26,7 @@ from keural.data.readers.notes import ReadingNotes
 from keural.data.readers.options import Option
 from keural.data.readers.sniff import sniff, sniff_member
 from keural.data.readers.tables import COLUMNS
+from keural.data.readers.unpacking import PACKED
 from keural.data.records import AnyRecord, Document, Drop, EvaluationItem, Kind, PreferencePair, Record
 from keural.errors import UserError, for_all, nearest
 from keural.files import FileHashes
@@ -128,7 +129,7 @@ class Source:
                 yield Row(f"{spec.adapter}#{number}", value)
         else:
             for opened, format_name in self.files if file is None else [file]:
-                yield from _file_rows(spec, adapter, opened, format_name, notes)
+                yield from _file_rows(spec, adapter, opened, format_name, notes, is_one_of_many=len(self.files) > 1)
 
     def content(self, hashes: "FileHashes") -> list[list[Any]]:
         """What determines the rows beside the settings: name, size and SHA-256 of every file (of the program's, where the adapter
@@ -205,8 +206,14 @@ def _finished(
     return replace(record, id=f"{found}#{place}" if several else found)
 
 
-def _file_rows(spec: SourceSpec, adapter: Adapter, file: DataFile, format_name: str, notes: ReadingNotes) -> Iterator[Row | Drop]:
-    """The rows of a file; of an archive those of the members that the adapter reads. Raises `UserError` where there are none."""
+def _file_rows(
+    spec: SourceSpec, adapter: Adapter, file: DataFile, format_name: str, notes: ReadingNotes, is_one_of_many: bool
+) -> Iterator[Row | Drop]:
+    """The rows of a file; of an archive those of the members that the adapter reads.
+
+    Raises `UserError` where there are none; a member without rows is a drop, and so is one of many files without a line that begins
+    as the option `prefix` says: that chooses among files, too.
+    """
     if format_name in ARCHIVES:
         yield from _archive_rows(spec, adapter, file, format_name, notes)
         return
@@ -214,7 +221,7 @@ def _file_rows(spec: SourceSpec, adapter: Adapter, file: DataFile, format_name: 
     number = 0
     for number, row in enumerate(_refusing(spec, read_rows(file, format_name, options, notes)), start=1):  # noqa: B007
         yield row
-    if not number and file.open is None:
+    if not number and file.open is None and not (options.get("prefix") and is_one_of_many):
         raise _error(spec, f"{file.name} holds no rows{_why_none(file, options)}; fetch it again or leave it out")
     if not number:
         yield Drop("no_rows", file.name)
@@ -270,7 +277,7 @@ def _archive_rows(
         if named is not None:
             seen.setdefault(kind, member.name)
             _check_mixture(spec, adapter, file.name, seen)
-        yield from _file_rows(spec, adapter, member, kind, notes)
+        yield from _file_rows(spec, adapter, member, kind, notes, is_one_of_many=True)
         seen.setdefault(kind, member.name)
     if not seen:
         raise _error(spec, f"{file.path} holds no file that adapter {spec.adapter} reads{_listed(others)}")
@@ -337,7 +344,7 @@ def _check_mixture(spec: SourceSpec, adapter: Adapter, place: str, seen: Mapping
     named = ", ".join(f"{name} (first {seen[name]})" for name in (*prose, *tables))
     raise _error(
         spec,
-        f"{place} holds running text and tables: {named}; say which with format: {prose[0]}, or with "
+        f"{place} holds running text and tables: {named}; say which with format: {prose[0]} or {tables[0]}, or with "
         f"options: {{suffixes: [{PurePath(seen[prose[0]]).suffix}]}}",
     )
 
@@ -347,7 +354,10 @@ def _listed(suffixes: Mapping[str, int]) -> str:
     if not suffixes:
         return ""
     named = ", ".join(f"{suffix} ({count:,})" for suffix, count in Counter(suffixes).most_common(6))
+    packed = next((suffix for suffix in suffixes if format_of(PurePath(f"a{suffix}")) in ARCHIVES or suffix in PACKED), None)
     example = next((suffix for suffix in suffixes if suffix.startswith(".")), None)
+    if packed:
+        return f", but {named}; name an archive by its own path"
     return f", but {named}" + (f"; name those to read: options: {{suffixes: [{example}]}}" if example else "; give format")
 
 

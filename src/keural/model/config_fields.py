@@ -64,6 +64,8 @@ def differences(first: KeuralConfig, second: KeuralConfig, besides: Collection[s
 def shown(config: KeuralConfig, name: str) -> str:
     """The value of a field in a few words."""
     value: Any = getattr(config, name)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {value[key]}" for key in sorted(value))
     if name != "layer_types":
         return str(value)
     sliding = [str(layer) for layer, kind in enumerate(value) if kind == SLIDING_ATTENTION]

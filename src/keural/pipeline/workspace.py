@@ -138,10 +138,11 @@ def check_starts(recipe: Recipe, stages: Iterable[StageSpec], tokenizer: KeuralT
     """Refuse model directories that are not of the recipe's network or tokenizer, before data is prepared for them."""
     from keural.pretrained.agreement import check_agreement
 
-    for stage in stages:
-        if stage.starts_from_directory:
-            chats = OBJECTIVES[stage.objective].store != "documents"
-            check_agreement(init_directory(out, stage), build_config(recipe, tokenizer), tokenizer.sha256, chats=chats)
+    def check(stage: StageSpec) -> None:
+        chats = OBJECTIVES[stage.objective].store != "documents"
+        check_agreement(init_directory(out, stage), build_config(recipe, tokenizer), tokenizer.sha256, chats=chats)
+
+    for_all([stage for stage in stages if stage.starts_from_directory], check)
 
 
 def data_directory(recipe: Recipe) -> Path | None:

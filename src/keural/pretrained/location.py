@@ -59,4 +59,4 @@ def model_directory(path: Path) -> Path:
         raise UserError(f"{path}: points to {path.readlink()}, which does not exist; run the stage that makes it")
     if not path.exists():
         raise UserError(f"{path}: no such directory; give a model directory, e.g. runs/toy/final")
-    raise UserError(f"{path}: {what_is(path)} (no {CONFIG} there: give a model directory, such as runs/toy/final)")
+    raise UserError(f"{path}: {what_is(path)} (not a model directory: no {CONFIG} there; give one such as runs/toy/final)")

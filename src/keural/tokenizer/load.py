@@ -27,6 +27,7 @@ from keural.tokenizer.model_file import (
     BOS_ID,
     EOS_ID,
     FIRST_BYTE_ID,
+    FIRST_NORMAL_ID,
     IM_END,
     IM_START,
     PAD_ID,
@@ -40,7 +41,6 @@ from keural.tokenizer.segment import segments
 from keural.tokenizer.stream import StreamDecoder
 
 _SPACE_MARK_IDS = np.array([FIRST_BYTE_ID + byte for byte in SPACE_MARK.encode("utf-8")], dtype=np.int32)
-_FIRST_NORMAL_ID = FIRST_BYTE_ID + 256
 
 
 class KeuralTokenizer:
@@ -129,7 +129,7 @@ class KeuralTokenizer:
     def stream_decoder(self, skip_special_tokens: bool = True) -> StreamDecoder:
         """A decoder that takes ids one by one."""
         table = self._table if skip_special_tokens else self._table_with_names
-        return StreamDecoder(table, _FIRST_NORMAL_ID, strip_leading_space=self.kind == "published")
+        return StreamDecoder(table, FIRST_NORMAL_ID, strip_leading_space=self.kind == "published")
 
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 bytes an id stands for, perhaps only part of a character; none for control ids."""

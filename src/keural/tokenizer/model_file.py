@@ -22,6 +22,8 @@ CONTROL_PIECES = ("<pad>", "<bos>", "<eos>", "<unk>")
 """Names of ids 0 to 3 in models trained here (the published model uses the same)."""
 FIRST_BYTE_ID = 4
 """Id of the piece for byte 0; the piece for byte b has id 4 + b."""
+FIRST_NORMAL_ID = FIRST_BYTE_ID + 256
+"""Id of the first piece of text; the ids before it mean the same in every tokenizer."""
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 """ChatML markers. They are never pieces of the `.model`: their ids follow its last piece, so no text can yield them."""
 SPACE_MARK = "\u2581"
@@ -42,7 +44,7 @@ def parse_model(data: bytes, where: str) -> tuple[Any, Kind]:
         proto.ParseFromString(data)
     except DecodeError as error:
         raise UserError(f"{where}: not a SentencePiece model, or cut off; copy the file again") from error
-    if len(proto.pieces) <= FIRST_BYTE_ID + 256:
+    if len(proto.pieces) <= FIRST_NORMAL_ID:
         raise UserError(f"{where}: not a SentencePiece model with byte fallback ({len(proto.pieces)} pieces); give another file")
     if proto.trainer_spec.vocab_size != len(proto.pieces):
         raise UserError(f"{where}: {len(proto.pieces)} pieces but vocab_size {proto.trainer_spec.vocab_size}; the file is damaged")

@@ -317,11 +317,13 @@ def conversation(
 def preference_pair(
     prompt: Iterable[Message], chosen: str, rejected: str, where: str, language: str | None
 ) -> PreferencePair | Drop:
-    """A pair that passed the gates: a prompt that alternates and ends with the user, two different answers that hold text."""
+    """A pair that passed the gates: a prompt in order that ends with the user or a tool's result, two different answers that hold
+    text.
+    """
     chosen, rejected = trimmed(chosen), trimmed(rejected)
     try:
         turns = _clean_turns(prompt)
-        if not turns or turns[-1].role != "user":
+        if not turns or turns[-1].role not in ("user", "tool"):
             raise BadRow("prompt_does_not_end_with_user")
         _check_order(turns)
         _clean_turns([Message("assistant", chosen), Message("assistant", rejected)])

@@ -368,10 +368,9 @@ def _answer(value: Any, name: str, reader: TurnReader) -> tuple[list[Message], M
 def _prompt(row: Any, reader: TurnReader, history: list[Message], chosen: Message) -> list[Message]:
     """The turns before the answer, from wherever the row has them. Raises `BadRow` where two places say different things."""
     options = reader.options
+    fields = {str(name): _prompt_field(row, name, reader) for name in _prompt_names(row, options)}
     if "prompt_text" in options:
-        fields = {"prompt_text": [Message("user", options["prompt_text"])]}
-    else:
-        fields = {str(name): _prompt_field(row, name, reader) for name in _prompt_names(row, options)}
+        fields["prompt_text"] = [Message("user", options["prompt_text"])]
     places = {name: _without_answer(turns, chosen) for name, turns in fields.items()}
     longest = history or max(places.values(), key=len, default=[])
     if any(not _begins_with(longest, turns) for turns in places.values()):
@@ -505,7 +504,7 @@ def _check_values(options: Mapping[str, Any]) -> str | None:
 
 def _reads(source: SourceSpec) -> Reads:
     options = source.options
-    prompts = [options["prompt"]] if "prompt" in options else [] if "prompt_text" in options else [*PROMPT_FIELDS, "input"]
+    prompts = [options["prompt"]] if "prompt" in options else [*PROMPT_FIELDS, "input"]
     if "answers" in options:
         answers = options["answers"] if isinstance(options["answers"], list) else [options["answers"]]
     else:

@@ -31,7 +31,9 @@ REASONS: dict[str, Reason] = {
         "mend that line; options: {quote: none} where marks are ordinary characters",
     ),
     "repeated_key": Reason("an object has two values under one name, and a row could keep only one", "mend the rows"),
-    "no_rows": Reason("a file of an archive holds nothing", "option suffixes names those to read"),
+    "no_rows": Reason(
+        "a file of an archive, or one of many, holds nothing that is read", "option suffixes, or a glob, names those to read"
+    ),
     "no_gutenberg_markers": Reason("the text has no Project Gutenberg markers", "leave out the option gutenberg"),
     # fields
     "wrong_schema": Reason(

@@ -189,6 +189,8 @@ GATES: dict[str, Gate] = {
         "items that are too short to be known again",
     ),
 }
+EAGER_SHARE = 0.05
+"""A gate that drops more of a source is likely to judge what the source is made of, and is warned about."""
 _GATE_OF = {reason: name for name, gate in GATES.items() for reason in gate.reasons}
 
 

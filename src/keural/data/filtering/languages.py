@@ -21,8 +21,12 @@ PARAGRAPH_LETTERS = 10
 """A question is in the language if it has a line of so many letters that is: the rest is what the question is about."""
 DISGUISED_SHARE, LEAST_DISGUISED = 0.01, 2
 """A larger share of words with letters of another script, and no fewer of them, is no slip."""
-_PROPER = re.compile(r"\b[A-Z][\w'’.-]*")
-"""Names, titles and abbreviations in Latin letters are the same in Korean."""
+_PROPER = re.compile(
+    r"\b[A-Z][\w'’.-]*(?:[ ,&/]{1,3}[A-Z][\w'’.-]*)+|(?<=[^.!?:\n] )[A-Z][\w'’.-]*|^\W*[A-Z][\w'’.-]*\W*$", re.MULTILINE
+)
+"""Names, titles and abbreviations in Latin letters are the same in Korean: several words with capitals, one that begins no
+sentence, one alone on its line.
+"""
 _FOREIGN_WANTED = re.compile(
     r"번역|영작|영역하|옮겨|옮기|(?:영어|영문|일본어|일어|중국어|한문|프랑스어|불어|독일어|스페인어|러시아어|베트남어|태국어|라틴어|외국어|외래어)"
     r"(?:으?로|식|판| ?(?:문장|표현|이메일|메일|단어|이름|제목|대화|예문|작문|편지|에세이|시|가사|답변|철자|약자))"

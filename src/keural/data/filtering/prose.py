@@ -24,6 +24,7 @@ _TAG = re.compile(r"<[!?/]?[A-Za-z][^<>\n]{0,200}>")
 _MANY_TAGS = 3
 """A text with so many closing tags is a page or a file, from the first to the last."""
 _LIST_ITEM = re.compile(r"\s*-\s")
+_LONGEST_ENTRY = 80
 _NAME = re.compile(r"\b[A-Za-z]{1,40}(?:_[A-Za-z0-9]{1,40}){1,8}\b|\b[a-z]{1,40}(?:[A-Z][a-z0-9]{1,40}){1,8}\b|\b\w{1,40}\(\)")
 """snake_case, camelCase, call()."""
 _CODE_LINE = re.compile(
@@ -77,8 +78,9 @@ def without_code(text: str) -> str:
 
 
 def _is_yaml(lines: list[str]) -> bool:
+    """Whether all lines are keys with short values, or items of lists below them; long ones are sentences about a word."""
     keys = sum(_KEY.match(line) is not None for line in lines)
-    return keys > 1 and all(_KEY.match(line) or _LIST_ITEM.match(line) for line in lines)
+    return keys > 1 and all(len(line) <= _LONGEST_ENTRY and (_KEY.match(line) or _LIST_ITEM.match(line)) for line in lines)
 
 
 def _is_table(lines: list[str]) -> bool:

@@ -16,14 +16,13 @@ from keural.data.adapters.base import Reads
 from keural.data.adapters.evaluation import ADAPTERS as BENCHMARKS
 from keural.data.adapters.reasons import PATTERNS, REASONS, reason_of
 from keural.data.adapters.turns import TURN_OPTIONS
-from keural.data.filtering.gates import GATES, Gatekeeper
+from keural.data.filtering.gates import EAGER_SHARE, GATES, Gatekeeper
 from keural.data.filtering.holdout import Splitter
 from keural.data.preview.marked import spans_of
 from keural.data.preview.shapes import SHAPES, Shape
 from keural.data.readers.formats import FILE_OPTIONS, FORMATS
 from keural.data.readers.options import Option, OptionTable
 from keural.data.records import Drop, EvaluationItem
-from keural.data.source_counts import SUSPICIOUS_SHARE
 from keural.data.tokens.encode import Encoder
 from keural.errors import UserError, nearest
 from keural.recipe import SourceSpec
@@ -289,7 +288,7 @@ def _gates() -> str:
         "## Gates of conversations and pairs\n",
         "For each a source says what is done with a record in which it finds something: `gates: {blanks: drop}`. `drop` leaves "
         "the record out, `count` keeps it and shows how many there are, `skip` does not look. A gate that drops over "
-        f"{SUSPICIOUS_SHARE:.0%} of a source is warned about.\n",
+        f"{EAGER_SHARE:.0%} of a source is warned about.\n",
         "| gate | finds | does not find | by default | counted as |",
         "|---|---|---|---|---|",
     ]

@@ -180,8 +180,11 @@ def _text_shape(start: bytes, file: DataFile, expected: str | None, options: Opt
     complete = len(start) < SNIFFED_BYTES
     encoding, evidence = options.get("encoding"), "the recipe says how it is encoded"
     assumed: tuple[str, ...] = ()
-    if encoding is None:
-        guess = guess_encoding(start + _further(file, start, complete), complete)
+    guess = guess_encoding(start + _further(file, start, complete), complete)
+    if encoding is not None:
+        if guess.encoding and _read_otherwise(start, encoding, guess.encoding):
+            assumed = (f"read as {encoding}, as the recipe says, though it looks like {guess.encoding} ({guess.evidence})",)
+    else:
         encoding, evidence = guess
         if encoding is None:
             problem = (
@@ -196,6 +199,12 @@ def _text_shape(start: bytes, file: DataFile, expected: str | None, options: Opt
         shape = replace(shape, newline="\r")
         text = text.replace("\r", "\n")
     return _text_format(shape, text.removeprefix("\ufeff"), complete, options)
+
+
+def _read_otherwise(start: bytes, one: str, other: str) -> bool:
+    """Whether two encodings make different texts of a beginning."""
+    first, second = (codecs.getincrementaldecoder(codec_of(name, start))("replace").decode(start) for name in (one, other))
+    return first[: len(second)] != second[: len(first)]
 
 
 def codec_of(encoding: str, start: bytes) -> str:
@@ -237,7 +246,9 @@ def _text_format(shape: FileShape, text: str, complete: bool, options: Options) 
         )
     if expected is None:
         shape = replace(shape, format=found or "text", evidence=(why or "it is text", *shape.evidence))
-    elif (expected, found) in (("json", "jsonl"), ("jsonl", "json")):
+    elif expected in ("json", "jsonl") and found in ("csv", "tsv"):
+        return replace(shape, problem=f"is no JSON: {why}; give format: {found}")
+    elif expected in ("json", "jsonl", "csv", "tsv") and found in ("json", "jsonl") and expected != found:
         shape = replace(shape, format=found, evidence=(why, *shape.evidence), assumed=(*shape.assumed, f"read as {found}: {why}"))
     elif expected == "text" and found == "jsonl":
         shape = replace(shape, evidence=(*shape.evidence, why), assumed=(*shape.assumed, f"read as text, though {why}"))

@@ -153,7 +153,7 @@ def _quoted_records(lines: _Lines, delimiter: str, quote: str) -> Iterator[_Reco
                 reason = "row_too_long" if "too long" in str(error) or "larger than" in str(error) else "malformed_row"
                 yield lines.number, Drop(reason, str(lines.number), str(error) if reason == "malformed_row" else "")
             elif lines.held and look_like_rows(lines.held[1:-1]):
-                yield lines.first, Drop(UNCLOSED, str(lines.first), f"the mark in line {lines.first:,}")
+                yield lines.first, Drop(UNCLOSED, str(lines.first))
                 lines.look_again_at(lines.held[1:])
             else:
                 yield from _swallowed(lines)
@@ -171,7 +171,7 @@ def _swallowed(lines: _Lines) -> Iterator[_Record]:
     """A drop for every line that a quotation mark holds."""
     first, last = lines.first, lines.number
     for number in range(first, last + 1):
-        yield number, Drop(UNCLOSED, str(number), f"the mark in line {first:,} holds the lines to {last:,}")
+        yield number, Drop(UNCLOSED, str(number), f"line {first:,} opens a cell that goes on to line {last:,}")
 
 
 def _unescape(text: str) -> str:

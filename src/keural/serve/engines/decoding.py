@@ -6,11 +6,12 @@ any moment.
 
 from collections.abc import Callable, Collection, Generator, Sequence
 
+import torch
 from torch import Tensor
 
 from keural.errors import UserError
 from keural.serve.engines.base import Finish
-from keural.serve.engines.sampling import Sampler, choose
+from keural.serve.engines.sampling import NOT_FINITE, Sampler, choose
 from keural.serve.engines.sampling_params import SamplingParams
 
 Read = Callable[[list[int]], Tensor]
@@ -33,6 +34,8 @@ def decode(
     logits = read(unread)
     sampler = Sampler(sampling, prompt_ids, logits.shape[-1])
     for count in range(1, sampling.max_new_tokens + 1):
+        if not torch.isfinite(logits.sum()):
+            raise UserError(NOT_FINITE)
         (token,) = choose(logits[None], [sampler])
         if token in stop:
             return "stop"

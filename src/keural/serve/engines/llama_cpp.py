@@ -28,6 +28,7 @@ from keural.serve.engines.decoding import check_prompt, common_prefix, decode
 from keural.serve.engines.paths import gguf_file
 from keural.serve.engines.sampling_params import SamplingParams
 from keural.tokenizer import KeuralTokenizer
+from keural.tokenizer.model_file import FIRST_NORMAL_ID
 
 ARCHITECTURE = "granite_swa"
 """The architecture of llama.cpp that this network is a case of."""
@@ -54,6 +55,22 @@ llama_cpp.llama_log_set(_listen, ctypes.c_void_p(0))
 llama_cpp.llama_backend_init()
 
 
+class OpenedGguf:
+    """A GGUF file in llama.cpp with room for `sequences` conversations; freed with the object. Raises as `LlamaCppEngine`."""
+
+    def __init__(self, path: Path, threads: int | None, *, sequences: int = 1, verify: bool = True) -> None:
+        file = gguf_file(path)
+        self.unverified = _check_file(file, verify)
+        self.tokenizer = KeuralTokenizer.load(file.parent)
+        model = _load(file)
+        weakref.finalize(self, llama_cpp.llama_model_free, model)
+        _check_model(file, model, self.tokenizer)
+        self.context_length: int = llama_cpp.llama_model_n_ctx_train(model)
+        self.context = _new_context(file, model, self.context_length, threads or physical_cores(), sequences)
+        weakref.finalize(self, llama_cpp.llama_free, self.context)  # finalizers run last first: before the model's
+        self.memory = llama_cpp.llama_get_memory(self.context)
+
+
 class LlamaCppEngine:
     """llama.cpp behind the decoding loop of this package. Not for concurrent use."""
 
@@ -69,16 +86,10 @@ class LlamaCppEngine:
             UserError: when there is no such file, when it is damaged, not a Keural export, does not fit into memory, or when the
                 tokenizer beside it is not the model's.
         """
-        file = gguf_file(path)
-        self.unverified = _check_file(file, verify)
-        self.tokenizer = KeuralTokenizer.load(file.parent)
-        self._model = _load(file)
-        weakref.finalize(self, llama_cpp.llama_model_free, self._model)
-        _check_model(file, self._model, self.tokenizer)
-        self.context_length: int = llama_cpp.llama_model_n_ctx_train(self._model)
-        self._context = _new_context(file, self._model, self.context_length, threads or physical_cores())
-        weakref.finalize(self, llama_cpp.llama_free, self._context)  # finalizers run last first: before the model's
-        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._opened = OpenedGguf(path, threads, verify=verify)
+        self.unverified, self.tokenizer = self._opened.unverified, self._opened.tokenizer
+        self.context_length = self._opened.context_length
+        self._context, self._memory = self._opened.context, self._opened.memory
         self._claimed_ids: list[int] = []
 
     def stream(self, prompt_ids: Sequence[int], sampling: SamplingParams, stop: Collection[int]) -> Generator[int, None, Finish]:
@@ -119,7 +130,7 @@ class LlamaCppEngine:
         code = llama_cpp.llama_decode(self._context, batch)
         if code != 0:
             self._forget()
-            raise UserError(f"llama.cpp could not read {len(ids)} tokens (code {code}: {_cause()}); try a shorter prompt")
+            raise UserError(f"llama.cpp could not read {len(ids)} tokens (code {code}: {cause()}); try a shorter prompt")
 
     def _forget(self) -> None:
         llama_cpp.llama_memory_clear(self._memory, True)
@@ -160,28 +171,43 @@ def _load(file: Path) -> Any:
     model = llama_cpp.llama_model_load_from_file(os.fsencode(file), llama_cpp.llama_model_default_params())
     if not model:
         raise UserError(
-            f"{file}: llama.cpp cannot load it ({_cause()}); copy or export it again, or install a newer llama-cpp-python"
+            f"{file}: llama.cpp cannot load it ({cause()}); copy or export it again, or install a newer llama-cpp-python"
         )
     return model
 
 
 def _check_model(file: Path, model: Any, tokenizer: KeuralTokenizer) -> None:
-    """Raise `UserError` unless the file holds our architecture with the tokenizer's vocabulary."""
+    """Raise `UserError` unless the file holds our architecture with the tokenizer's vocabulary, piece by piece.
+
+    Control and byte pieces are the same in every tokenizer; the file has some of the latter under other names.
+    """
     architecture = _metadata(model, "general.architecture")
     if architecture != ARCHITECTURE:
         raise UserError(f"{file}: holds a {architecture!r} model, not {ARCHITECTURE!r}; export one with `keural export`")
-    size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+    vocabulary = llama_cpp.llama_model_get_vocab(model)
+    size = llama_cpp.llama_vocab_n_tokens(vocabulary)
     if size != tokenizer.vocab_size:
         raise UserError(
             f"{file.parent}: the tokenizer has {tokenizer.vocab_size} ids and {file.name} {size}; "
             "put the tokenizer.model there that the model was trained with"
         )
+    for token_id, piece in list(enumerate(tokenizer.proto.pieces))[FIRST_NORMAL_ID:]:
+        named = llama_cpp.llama_vocab_get_text(vocabulary, token_id)
+        if named != piece.piece.encode():
+            raise UserError(
+                f"{file.parent}: the tokenizer is not that of {file.name}: id {token_id} is {piece.piece!r} in the one and "
+                f"{named.decode(errors='replace')!r} in the other; put the tokenizer.model there that the model was trained with"
+            )
 
 
-def _new_context(file: Path, model: Any, context_length: int, threads: int) -> Any:
-    """llama.cpp's state of one conversation: cache and buffers."""
+def _new_context(file: Path, model: Any, context_length: int, threads: int, sequences: int = 1) -> Any:
+    """llama.cpp's state of so many conversations of `context_length` tokens each: cache and buffers."""
     params = llama_cpp.llama_context_default_params()
-    params.n_ctx = context_length
+    params.n_ctx = context_length * sequences
+    params.n_seq_max = sequences
+    # Each has cells of its own. In a pool, llama.cpp gives away cells that no window reaches any more, also with `swa_full`, and a
+    # conversation that is cut back would miss their keys without a word.
+    params.kv_unified = False
     params.n_batch = params.n_ubatch = min(BATCH, context_length)
     params.n_threads = params.n_threads_batch = threads
     params.swa_full = True
@@ -193,7 +219,7 @@ def _new_context(file: Path, model: Any, context_length: int, threads: int) -> A
     context = llama_cpp.llama_init_from_model(model, params)
     if not context:
         raise UserError(
-            f"{file}: no room for a context of {context_length} tokens ({_cause()}); free some memory or use a smaller quantization"
+            f"{file}: no room for a context of {context_length} tokens ({cause()}); free some memory or use a smaller quantization"
         )
     return context
 
@@ -205,6 +231,6 @@ def _metadata(model: Any, key: str) -> str:
     return buffer.value.decode("utf-8", errors="replace")
 
 
-def _cause() -> str:
+def cause() -> str:
     """What llama.cpp said when it failed; the first error is the most specific."""
     return _reported[0].split("error loading model: ")[-1] if _reported else "no reason given"

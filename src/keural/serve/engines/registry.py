@@ -70,8 +70,17 @@ ENGINES: dict[str, EngineKind] = {
 
 def _find(path: Path, name: str | None) -> tuple[EngineKind, Path]:
     """The engine of that name, or the first that the path suits, and what it runs of the path."""
+    name, found = find_engine(path, name)
+    return ENGINES[name], found
+
+
+def find_engine(path: Path, name: str | None) -> tuple[str, Path]:
+    """The name of the engine that is asked for, or of the first that the path suits, and what it runs of the path.
+
+    Raises `UserError` where there is no such engine, or nothing for it.
+    """
     if name is None:
         name = next((name for name, kind in ENGINES.items() if kind.suits(path)), next(iter(ENGINES)))
     if name not in ENGINES:
         raise UserError(f"unknown engine {name!r}{nearest(name, ENGINES)}; use one of {', '.join(ENGINES)}")
-    return ENGINES[name], ENGINES[name].find(path)
+    return name, ENGINES[name].find(path)

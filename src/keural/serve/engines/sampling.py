@@ -76,8 +76,10 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     of the nucleus: the smallest set of most probable tokens whose probability reaches `top_p` (Holtzman et al. 2020, eq. 2-3), at
     least one token.
 
+    A logit of minus infinity is a token that may not come.
+
     Raises:
-        UserError: where a logit is not finite.
+        UserError: where a logit is not a number or infinite, or all are minus infinity.
     """
     if len(logits) != len(samplers):
         raise ValueError(f"{len(logits)} rows of logits for {len(samplers)} answers")
@@ -92,11 +94,11 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
 
 def choose_row(logits: Floats, sampler: Sampler) -> int:
     """See `choose`; one row `[V]`, by NumPy in this thread: the network's threads are not woken for it."""
-    if not np.isfinite(logits.sum()):
-        raise UserError(NOT_FINITE)
     number, sampling = sampler.uniform(), sampler.sampling
     scores = _penalized(logits, sampler.seen, sampling.repetition_penalty)
-    best = scores.argmax()
+    best = scores.argmax()  # of a NaN, where there is one
+    if not np.isfinite(scores[best]):
+        raise UserError(NOT_FINITE)
     if sampling.temperature < GREEDY_BELOW:
         return int(best)
     with np.errstate(over="ignore", under="ignore"):
@@ -175,7 +177,6 @@ class _Ranked:
 def choose_by_sorting(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     """See `choose`; all rows at once, for accelerators, which sort a vocabulary faster than they answer questions about it."""
     device, rows = logits.device, [sampler.sampling for sampler in samplers]
-    finite = torch.isfinite(logits.sum(dim=-1))
     seen = torch.stack([torch.from_numpy(sampler.is_seen) for sampler in samplers]).to(device)
     penalty, temperature = (
         torch.tensor([[getattr(row, name)] for row in rows], dtype=torch.float32, device=device)
@@ -185,7 +186,7 @@ def choose_by_sorting(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     numbers = torch.tensor([[sampler.uniform()] for sampler in samplers], dtype=torch.float64, device=device)
     scores = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     greedy = temperature < GREEDY_BELOW
-    best, first = scores.max(dim=-1, keepdim=True)
+    best, first = scores.max(dim=-1, keepdim=True)  # NaN, where there is one
     weights = ((scores - best) / temperature.masked_fill(greedy, 1)).exp()
     ordered, tokens = weights.sort(dim=-1, descending=True, stable=True)
     sums = ordered.double().cumsum(dim=-1)
@@ -193,7 +194,7 @@ def choose_by_sorting(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     last = torch.where(top_p < 1, last, logits.shape[-1]).clamp_max(logits.shape[-1] - 1)
     drawn = torch.searchsorted(sums, numbers * sums.gather(-1, last), right=True)
     chosen = tokens.gather(-1, torch.minimum(drawn, last))
-    found: list[int] = torch.where(greedy, first, chosen)[:, 0].masked_fill(~finite, -1).tolist()
+    found: list[int] = torch.where(greedy, first, chosen).masked_fill(~torch.isfinite(best), -1)[:, 0].tolist()
     if min(found) < 0:
         raise UserError(NOT_FINITE)
     return found

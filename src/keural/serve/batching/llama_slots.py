@@ -1,0 +1,81 @@
+"""llama.cpp as slots: its sequences, all new tokens of a step in one of its batches.
+
+In: a GGUF file or its directory, as the llama.cpp engine takes it. Out: `Slots`.
+"""
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+import torch
+from torch import Tensor
+
+from keural.serve.batching.slots import Row
+from keural.serve.engines.llama_cpp import BATCH, OpenedGguf, cause
+
+
+class LlamaSlots:
+    """`Slots` of a GGUF file. Raises `UserError` as `keural.serve.engines.llama_cpp.LlamaCppEngine` does."""
+
+    def __init__(self, path: Path, count: int, threads: int | None = None, *, verify: bool = True) -> None:
+        self._opened = OpenedGguf(path, threads, sequences=count, verify=verify)
+        self.unverified, self.tokenizer = self._opened.unverified, self._opened.tokenizer
+        self.count, self.context_length = count, self._opened.context_length
+        self.batch_tokens = min(BATCH, self.context_length)
+        self._context, self._memory = self._opened.context, self._opened.memory
+        self._batch = llama_cpp.llama_batch_init(self.batch_tokens, 0, 1)
+        weakref.finalize(self, llama_cpp.llama_batch_free, self._batch)
+
+    def step(self, rows: Sequence[Row]) -> Tensor:
+        """See `Slots.step`; at most `batch_tokens` tokens in all."""
+        places, number = [], 0
+        for row in rows:
+            if row.start != self._held(row.slot):
+                raise ValueError(f"slot {row.slot} holds {self._held(row.slot)} tokens, not {row.start}")
+            if number + len(row.ids) > self.batch_tokens:
+                raise ValueError(f"more than {self.batch_tokens} tokens in a step")
+            for place, token in enumerate(row.ids):
+                self._put(number + place, token, row.start + place, row.slot)
+            number += len(row.ids)
+            if row.wants_logits:
+                self._batch.logits[number - 1] = 1
+                places.append(number - 1)
+        self._batch.n_tokens = number
+        code = llama_cpp.llama_decode(self._context, self._batch)
+        if code != 0:
+            raise RuntimeError(f"llama.cpp could not read {number} tokens (code {code}: {cause()})")
+        size = self.tokenizer.vocab_size
+        logits = np.empty((len(places), size), dtype=np.float32)
+        for row_of_logits, place in zip(logits, places, strict=True):
+            row_of_logits[:] = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self._context, place), (size,))
+        return torch.from_numpy(logits)
+
+    def cut(self, slot: int, length: int) -> int:
+        """See `Slots.cut`."""
+        if length >= self._held(slot):
+            return self._held(slot)
+        if not llama_cpp.llama_memory_seq_rm(self._memory, slot, length, -1) or self._held(slot) != length:
+            llama_cpp.llama_memory_seq_rm(self._memory, slot, -1, -1)
+        return self._held(slot)
+
+    def copy(self, source: int, target: int, length: int) -> int:
+        """See `Slots.copy`."""
+        llama_cpp.llama_memory_seq_rm(self._memory, target, -1, -1)
+        if length:
+            llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, -1)  # of other cells llama.cpp copies all or nothing
+        return self.cut(target, length)
+
+    def _held(self, slot: int) -> int:
+        """How many tokens a slot holds."""
+        last: int = llama_cpp.llama_memory_seq_pos_max(self._memory, slot)
+        return last + 1
+
+    def _put(self, place: int, token: int, position: int, slot: int) -> None:
+        """One token of llama.cpp's batch, without logits."""
+        batch = self._batch
+        batch.token[place], batch.pos[place] = token, position
+        batch.n_seq_id[place], batch.seq_id[place][0] = 1, slot
+        batch.logits[place] = ctypes.c_int8(0)

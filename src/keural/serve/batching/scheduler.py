@@ -1,0 +1,373 @@
+"""Shares a network's steps out among requests: one thread, a queue in the order of arrival, prompts read in pieces between the
+tokens of the answers under way.
+
+In: requests, from any thread. Out: events, handed on once a step. What a slot holds stays there after an answer, so that the next
+prompt that begins alike reads only what is new.
+"""
+
+import contextlib
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from keural.errors import UserError
+from keural.serve.batching.requests import Chosen, End, Event, QueueFull, Request
+from keural.serve.batching.slots import Row, Slots
+from keural.serve.engines.decoding import check_prompt, common_prefix
+from keural.serve.engines.sampling import NOT_FINITE, Sampler, choose
+
+FAILURES_IN_A_ROW = 3
+"""Failed steps after which the network is taken for broken."""
+WORTH_WAITING = 16
+"""Tokens of a beginning that two requests share from which one waits for the other to read it."""
+RATE_SPAN = 32
+"""Finished requests that the rate is taken from which `retry_after` follows."""
+
+log = logging.getLogger("keural.serve")
+
+
+class Ticket:
+    """A request under way. Compared by identity."""
+
+    def __init__(self, request: Request, number: int, vocab_size: int, now: float) -> None:
+        self.request, self.number, self.submitted = request, number, now
+        self.deadline = math.inf if request.seconds is None else now + request.seconds
+        self.sampler = Sampler(request.sampling, request.prompt_ids, vocab_size)
+        self.cancelled = False
+        self.slot: int | None = None
+        self.started: float | None = None
+        """When it left the queue."""
+        self.first_token: float | None = None
+        self.cached_tokens = 0
+        """Of the prompt, those that a slot held already."""
+        self.answer: list[int] = []
+        self.end: End | None = None
+
+
+@dataclass
+class Stats:
+    """Counters since the start, and what is there now. Times are in seconds."""
+
+    running: int = 0
+    waiting: int = 0
+    slots: int = 0
+    held_tokens: int = 0
+    """Tokens that the slots hold, of `slots` times the context's length."""
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    answer_tokens: int = 0
+    steps: int = 0
+    step_seconds: float = 0.0
+    sampler_seconds: float = 0.0
+    finished: dict[str, int] = field(default_factory=dict)
+    """Requests by how they ended."""
+    rejected: int = 0
+    last_step: float | None = None
+    """When the network last finished a step, by `time.monotonic`."""
+
+
+Deliver = Callable[[Sequence[tuple[Ticket, Event]]], None]
+"""Takes the events of a step, in the scheduler's thread: it must be quick, and must not call the scheduler."""
+
+
+class Scheduler:
+    """Runs requests on `slots`, at most `max_waiting` of them waiting; `start` it, and `close` it in the end."""
+
+    def __init__(self, slots: Slots, vocab_size: int, deliver: Deliver, max_waiting: int = 16) -> None:
+        self.slots, self.vocab_size, self.deliver, self.max_waiting = slots, vocab_size, deliver, max_waiting
+        self.stats = Stats(slots=slots.count)
+        self.broken: str | None = None
+        """Why no request can be answered any more."""
+        self._held: list[list[int]] = [[] for _ in range(slots.count)]
+        """The ids that each slot holds."""
+        self._used = [0] * slots.count
+        """When each slot was last used, in steps."""
+        self._active: dict[int, Ticket] = {}
+        self._waiting: deque[Ticket] = deque()
+        self._wake = threading.Condition()
+        self._closing = False
+        self._failures = 0
+        self._finished_at: deque[float] = deque(maxlen=RATE_SPAN)
+        self._numbers = 0
+        self._events: list[tuple[Ticket, Event]] = []
+        self._thread = threading.Thread(target=self._run, name="keural-network", daemon=True)
+
+    # From any thread
+
+    def start(self) -> None:
+        """Start the thread that owns the network."""
+        self._thread.start()
+
+    def submit(self, requests: Sequence[Request]) -> list[Ticket]:
+        """Queue requests, all of them or none.
+
+        Raises:
+            UserError: when a prompt is empty or leaves no room for an answer, or the network is broken.
+            QueueFull: when too many wait already.
+        """
+        for request in requests:
+            check_prompt(request.prompt_ids, self.slots.context_length)
+        with self._wake:
+            if self.broken is not None or self._closing:
+                raise UserError(self.broken or "the server is shutting down")
+            if len(self._waiting) + len(requests) > self.max_waiting + self._free():
+                self.stats.rejected += len(requests)
+                raise QueueFull(len(self._waiting), self._retry_after())
+            now = time.monotonic()
+            tickets = [Ticket(request, self._numbers + place, self.vocab_size, now) for place, request in enumerate(requests)]
+            self._numbers += len(tickets)
+            self._waiting += tickets
+            self._wake.notify()
+        return tickets
+
+    def cancel(self, ticket: Ticket) -> None:
+        """End a request at the next step, if it has not ended."""
+        with self._wake:
+            ticket.cancelled = True
+            self._wake.notify()
+
+    def close(self, seconds: float = 0.0) -> int:
+        """Take no more requests, let those under way go on for so long, and stop; returns how many were cut off."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        end = time.monotonic() + seconds
+        while self._thread.is_alive() and (self._active or self._waiting) and time.monotonic() < end:
+            time.sleep(0.01)
+        with self._wake:
+            left = [*self._active.values(), *self._waiting]
+            for ticket in left:
+                ticket.cancelled = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+        return len(left)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs that owns the network."""
+        return self._thread.is_alive() and self.broken is None
+
+    def _free(self) -> int:
+        return self.slots.count - len(self._active)
+
+    def _retry_after(self) -> float:
+        """Seconds until a place in the queue is likely to be free, by the rate of the last requests; at least 1."""
+        if len(self._finished_at) < 2:
+            return 1.0
+        span = self._finished_at[-1] - self._finished_at[0]
+        return max(1.0, span / (len(self._finished_at) - 1))
+
+    # In the network's thread
+
+    def _run(self) -> None:
+        try:
+            while self._turn():
+                pass
+        except BaseException as error:
+            log.exception("the scheduler failed")
+            self._give_up(f"the scheduler failed: {type(error).__name__}")
+
+    def _turn(self) -> bool:
+        """One step; False when there is nothing to do any more."""
+        with self._wake:
+            while not (self._active or self._waiting):
+                if self._closing:
+                    return False
+                self._wake.wait()
+            self._leave()
+            self._admit()
+            self._count()
+        rows = self._rows()
+        if rows:
+            self._step(rows)
+        elif self._waiting and not self._active:
+            raise RuntimeError("requests wait while all slots are free")
+        self._hand_on()
+        return self.broken is None
+
+    def _leave(self) -> None:
+        """End what was cancelled or is too late, wherever it is."""
+        now = time.monotonic()
+        for ticket in [*self._active.values(), *self._waiting]:
+            if ticket.cancelled or now > ticket.deadline:
+                self._end(ticket, "cancelled" if ticket.cancelled else "deadline")
+        self._waiting = deque(ticket for ticket in self._waiting if ticket.end is None)
+
+    def _admit(self) -> None:
+        """Give free slots to those who wait, in their order."""
+        while self._waiting and self._free():
+            ticket = self._waiting[0]
+            prompt = ticket.request.prompt_ids
+            shared = [common_prefix(held, prompt) for held in self._held]
+            promised = max((common_prefix(other.request.prompt_ids, prompt) for other in self._reading()), default=0)
+            if promised >= WORTH_WAITING and promised > max(shared):
+                return  # somebody is just reading what this one needs
+            self._waiting.popleft()
+            slot, held = self._place(shared)
+            self._held[slot] = list(prompt[:held])
+            ticket.slot, ticket.started, ticket.cached_tokens = slot, time.monotonic(), held
+            self._active[slot] = ticket
+            self.stats.prompt_tokens += len(prompt)
+            self.stats.cached_prompt_tokens += held
+
+    def _place(self, shared: Sequence[int]) -> tuple[int, int]:
+        """A free slot for a prompt of which each slot holds the first `shared` tokens, and how many it now holds.
+
+        A slot that holds little else goes on with its own tokens. Otherwise they are copied to the one that was not used for the
+        longest time, so that a short beginning that all share does not cost somebody's long conversation.
+        """
+        free = [slot for slot in range(self.slots.count) if slot not in self._active]
+        source = max(range(self.slots.count), key=lambda slot: (shared[slot], slot in free, -len(self._held[slot])))
+        target = min(free, key=lambda slot: self._used[slot])
+        if source in free and 2 * shared[source] >= len(self._held[source]):
+            target = source
+        held = self.slots.copy(source, target, shared[source]) if target != source else self.slots.cut(target, shared[source])
+        if held > shared[source]:
+            raise RuntimeError("a slot holds more than it was told to")
+        return target, held
+
+    def _reading(self) -> list[Ticket]:
+        """Those whose prompt is not read to its end."""
+        return [ticket for slot, ticket in self._active.items() if len(self._held[slot]) < len(ticket.request.prompt_ids)]
+
+    def _rows(self) -> list[Row]:
+        """The next token of every answer, and of the prompts, oldest first, what there is room for."""
+        rows, reading = [], []
+        for slot, ticket in self._active.items():
+            if len(self._held[slot]) < len(ticket.request.prompt_ids):
+                reading.append((ticket.number, slot))
+            else:
+                rows.append(Row(slot, ticket.answer[-1:], len(self._held[slot]), True))
+        room = max(1, self.slots.batch_tokens - len(rows))
+        for _, slot in sorted(reading):
+            prompt, held = self._active[slot].request.prompt_ids, len(self._held[slot])
+            part = prompt[held : held + room]
+            rows.append(Row(slot, part, held, held + len(part) == len(prompt)))
+            room -= len(part)
+            if room <= 0:
+                break
+        return rows
+
+    def _step(self, rows: list[Row]) -> None:
+        """Read the rows, and choose a token for those that want one."""
+        begun = time.perf_counter()
+        try:
+            logits = self.slots.step(rows)
+        except Exception as error:  # whatever a network raises is said to those who asked, and the server goes on
+            log.exception("a step of the network failed")
+            self._fail(rows, error)
+            return
+        self._failures = 0
+        for row in rows:
+            self._held[row.slot] += row.ids
+            self._used[row.slot] = self.stats.steps
+        middle = time.perf_counter()
+        self._choose([self._active[row.slot] for row in rows if row.wants_logits], logits)
+        self.stats.steps += 1
+        self.stats.step_seconds += middle - begun
+        self.stats.sampler_seconds += time.perf_counter() - middle
+        self.stats.last_step = time.monotonic()
+
+    def _choose(self, tickets: list[Ticket], logits: Tensor) -> None:
+        good: list[int] = []
+        finite = torch.isfinite(logits.sum(dim=-1)).tolist()
+        for place, ticket in enumerate(tickets):
+            if finite[place]:
+                good.append(place)
+            else:
+                self._end(ticket, "error", NOT_FINITE)
+        if not good:
+            return
+        chosen = [tickets[place] for place in good]
+        scores = logits if len(good) == len(tickets) else logits[good]
+        for ticket, token, row in zip(
+            chosen, choose(self._scores(chosen, scores), [t.sampler for t in chosen]), scores, strict=True
+        ):
+            self._take(ticket, token, row)
+
+    def _scores(self, tickets: list[Ticket], logits: Tensor) -> Tensor:
+        """The logits with biases and constraints; the network's own stay as they are."""
+        if not any(ticket.request.logit_bias or ticket.request.constraint for ticket in tickets):
+            return logits
+        scores = logits.clone()
+        for ticket, row in zip(tickets, scores, strict=True):
+            for token, bias in ticket.request.logit_bias.items():
+                row[token] += bias
+            if ticket.request.constraint is not None:
+                allowed = torch.from_numpy(np.asarray(ticket.request.constraint.allowed()))
+                row.masked_fill_(~allowed.to(row.device), float("-inf"))
+        return scores
+
+    def _take(self, ticket: Ticket, token: int, logits: Tensor) -> None:
+        """Add a token to an answer, or end it."""
+        request = ticket.request
+        if token in request.stop_ids:
+            return self._end(ticket, "stop")
+        if request.constraint is not None:
+            request.constraint.take(token)
+        if ticket.first_token is None:
+            ticket.first_token = time.monotonic()
+        ticket.answer.append(token)
+        self.stats.answer_tokens += 1
+        self._events.append((ticket, Event([_with_logprobs(token, logits, request.top_logprobs)])))
+        if len(request.prompt_ids) + len(ticket.answer) >= self.slots.context_length:
+            return self._end(ticket, "context")
+        if len(ticket.answer) >= request.sampling.max_new_tokens:
+            return self._end(ticket, "length")
+        return None
+
+    def _end(self, ticket: Ticket, end: End, error: str | None = None) -> None:
+        """The one place where a request ends."""
+        if ticket.end is not None:
+            return
+        ticket.end = end
+        if ticket.slot is not None:
+            del self._active[ticket.slot]
+        self._finished_at.append(time.monotonic())
+        self.stats.finished[end] = self.stats.finished.get(end, 0) + 1
+        self._events.append((ticket, Event(end=end, error=error)))
+
+    def _fail(self, rows: list[Row], error: Exception) -> None:
+        """End the requests of a failed step; after some in a row, all of them and every later one."""
+        for row in rows:
+            self._held[row.slot] = []
+            self._end(self._active[row.slot], "error", "the model failed while it was computing")
+            with contextlib.suppress(Exception):  # of a network that has failed
+                self.slots.cut(row.slot, 0)
+        self._failures += 1
+        if self._failures >= FAILURES_IN_A_ROW:
+            self._give_up(f"the model failed {self._failures} times in a row: {type(error).__name__}")
+
+    def _give_up(self, why: str) -> None:
+        with self._wake:
+            self.broken = why
+            for ticket in [*self._active.values(), *self._waiting]:
+                self._end(ticket, "error", "the model does not answer any more")
+            self._waiting.clear()
+        self._hand_on()
+
+    def _hand_on(self) -> None:
+        if self._events:
+            events, self._events = self._events, []
+            self.deliver(events)
+
+    def _count(self) -> None:
+        self.stats.running, self.stats.waiting = len(self._active), len(self._waiting)
+        self.stats.held_tokens = sum(len(held) for held in self._held)
+
+
+def _with_logprobs(token: int, logits: Tensor, top: int | None) -> Chosen:
+    if top is None:
+        return Chosen(token)
+    logprobs = logits.double().log_softmax(dim=-1)
+    values, ids = logprobs.topk(top) if top else (logprobs[:0], logprobs[:0])
+    return Chosen(token, float(logprobs[token]), tuple(zip(map(int, ids.tolist()), values.tolist(), strict=True)))

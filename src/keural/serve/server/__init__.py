@@ -1,0 +1,1 @@
+"""The server: a model behind an API that clients of others already speak, for many at once."""

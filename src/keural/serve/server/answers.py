@@ -1,0 +1,100 @@
+"""Between the thread of the network and the loop of the server: requests go one way, tokens the other.
+
+In: requests. Out: answers, which a coroutine takes as they come. Nobody waits for a slow reader: what came meanwhile lies in its
+answer, at most one context of tokens, and is taken at once.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from keural.serve.batching.requests import Chosen, End, Event, Request
+from keural.serve.batching.scheduler import Scheduler, Ticket
+from keural.serve.batching.slots import Slots
+
+
+class Answer:
+    """One answer under way."""
+
+    def __init__(self) -> None:
+        self._tokens: list[Chosen] = []
+        self._news = asyncio.Event()
+        self.ended: Event | None = None
+
+    def put(self, event: Event) -> None:
+        """Add what the network did."""
+        self._tokens += event.tokens
+        if event.end is not None:
+            self.ended = event
+        self._news.set()
+
+    async def take(self) -> tuple[list[Chosen], Event | None]:
+        """Wait for news; gives the tokens that came, and the last event if the answer has ended."""
+        await self._news.wait()
+        self._news.clear()
+        tokens, self._tokens = self._tokens, []
+        return tokens, self.ended
+
+    @property
+    def end(self) -> End | None:
+        """Why it ended; None while it goes on."""
+        return self.ended.end if self.ended else None
+
+
+class Answers:
+    """The answers of a scheduler whose events come to the running loop."""
+
+    def __init__(self, slots: Slots, vocab_size: int, max_waiting: int, observe: Callable[[Ticket, Event], None]) -> None:
+        """`observe` hears of every event, in the loop."""
+        self.scheduler = Scheduler(slots, vocab_size, self._deliver, max_waiting)
+        self._observe = observe
+        self._open: dict[Ticket, Answer] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.last_news = time.monotonic()
+        """When the network last did something, or was first asked again."""
+
+    def start(self) -> None:
+        """Start the network's thread; events come to the loop that runs now."""
+        self._loop = asyncio.get_running_loop()
+        self.scheduler.start()
+
+    @property
+    def open(self) -> int:
+        """Answers that have not ended."""
+        return len(self._open)
+
+    @contextlib.asynccontextmanager
+    async def ask(self, requests: Sequence[Request]) -> AsyncIterator[list[tuple[Ticket, Answer]]]:
+        """The answers to requests; those that have not ended when the block ends are cancelled.
+
+        Raises as `Scheduler.submit` does.
+        """
+        tickets = self.scheduler.submit(requests)
+        asked = [(ticket, Answer()) for ticket in tickets]
+        if not self._open:
+            self.last_news = time.monotonic()
+        self._open |= asked  # no event is in the loop yet: this function has not given way since
+        try:
+            yield asked
+        finally:
+            for ticket, answer in asked:
+                if answer.ended is None:
+                    self.scheduler.cancel(ticket)
+
+    async def close(self, seconds: float) -> None:
+        """Let answers go on for so long, cut the others off, and stop the network's thread."""
+        await asyncio.to_thread(self.scheduler.close, seconds)
+
+    def _deliver(self, events: Sequence[tuple[Ticket, Event]]) -> None:
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is there to be told
+            self._loop.call_soon_threadsafe(self._hand_out, events)
+
+    def _hand_out(self, events: Sequence[tuple[Ticket, Event]]) -> None:
+        self.last_news = time.monotonic()
+        for ticket, event in events:
+            self._observe(ticket, event)
+            self._open[ticket].put(event)
+            if event.end is not None:
+                del self._open[ticket]

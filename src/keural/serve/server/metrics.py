@@ -1,0 +1,144 @@
+"""What is counted and timed, by the names that dashboards for vLLM know, behind a prefix.
+
+In: the scheduler's counters, and every event. Out: Prometheus' text. No label comes from a request.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import generate_latest
+
+from keural.serve.batching.requests import Event
+from keural.serve.batching.scheduler import Scheduler, Ticket
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+REASONS = ("queue_full", "draining", "key", "host", "body_too_large", "header_too_large", "too_slow")
+"""Why a request was not even looked at."""
+
+
+class Metrics:
+    """The counters of one server."""
+
+    def __init__(self, prefix: str, model: str) -> None:
+        disable_created_metrics()
+        self.registry = CollectorRegistry()
+        self._prefix, self._model = prefix, model
+        names: dict[str, Any] = {"labelnames": ["model_name"], "registry": self.registry}
+
+        def histogram(name: str, what: str, buckets: tuple[float, ...] = SECONDS) -> Histogram:
+            return Histogram(f"{prefix}:{name}", what, buckets=buckets, **names).labels(model)
+
+        self._first = histogram("time_to_first_token_seconds", "From the arrival of a request to its first token.")
+        self._between = histogram("inter_token_latency_seconds", "From token to token of an answer.")
+        self._whole = histogram("e2e_request_latency_seconds", "From the arrival of a request to the end of its answer.")
+        self._queued = histogram("request_queue_time_seconds", "In the queue.")
+        self._prefill = histogram("request_prefill_time_seconds", "From the queue to the first token.")
+        self._decode = histogram("request_decode_time_seconds", "From the first token to the end.")
+        self._prompt = histogram("request_prompt_tokens", "Tokens of a prompt.", TOKENS)
+        self._answer = histogram("request_generation_tokens", "Tokens of an answer.", TOKENS)
+        self._gone = Counter(f"{prefix}:http_requests_client_disconnected", "Requests whose client left before the end.", **names)
+        self._rejected = Counter(
+            f"{prefix}:requests_rejected", "Requests that were turned away.", ["model_name", "reason"], registry=self.registry
+        )
+        self._http = Counter(f"{prefix}:http_requests", "Requests by status.", ["model_name", "status"], registry=self.registry)
+        self._gone.labels(model)
+        for reason in REASONS:
+            self._rejected.labels(model, reason)
+        self._last: dict[Ticket, float] = {}
+
+    def watch(self, scheduler: Scheduler, answers: Callable[[], int]) -> None:
+        """Show a scheduler's counters, too; `answers` says how many answers have not ended."""
+        self.registry.register(_Counters(self._prefix, self._model, scheduler, answers))
+
+    def observe(self, ticket: Ticket, event: Event) -> None:
+        """Time an event of a request."""
+        now = time.monotonic()
+        if event.tokens:
+            if ticket in self._last:
+                self._between.observe((now - self._last[ticket]) / len(event.tokens))
+            else:
+                self._first.observe(now - ticket.submitted)
+            self._last[ticket] = now
+        if event.end is not None:
+            self._last.pop(ticket, None)
+            self._whole.observe(now - ticket.submitted)
+            self._queued.observe((ticket.started or now) - ticket.submitted)
+            self._prompt.observe(len(ticket.request.prompt_ids))
+            self._answer.observe(len(ticket.answer))
+            if ticket.first_token is not None:
+                self._prefill.observe(ticket.first_token - (ticket.started or ticket.submitted))
+                self._decode.observe(now - ticket.first_token)
+
+    def client_left(self) -> None:
+        """Count a client that did not wait for the end."""
+        self._gone.labels(self._model).inc()
+
+    def rejected(self, reason: str) -> None:
+        """Count a request that was turned away for one of `REASONS`."""
+        self._rejected.labels(self._model, reason).inc()
+
+    def answered(self, status: int) -> None:
+        """Count a status that was sent."""
+        self._http.labels(self._model, str(status)).inc()
+
+    def text(self) -> bytes:
+        """All of it in Prometheus' format."""
+        return generate_latest(self.registry)
+
+
+class _Counters:
+    """A scheduler's counters at the moment when they are asked for."""
+
+    def __init__(self, prefix: str, model: str, scheduler: Scheduler, answers: Callable[[], int]) -> None:
+        self._prefix, self._model, self._scheduler, self._answers = prefix, model, scheduler, answers
+
+    def describe(self) -> list[Metric]:
+        """Nothing: names are known when the counters are asked for."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Every counter."""
+        stats, slots = self._scheduler.stats, self._scheduler.slots
+        capacity = stats.slots * slots.context_length
+        answers = self._answers()
+        waiting = min(stats.waiting, answers)
+        yield self._gauge("num_requests_running", "Answers under way.", answers - waiting)
+        yield self._gauge("num_requests_waiting", "Answers in the queue.", waiting)
+        yield self._gauge("kv_cache_usage_perc", "Part of the slots' room that is held, from 0 to 1.", stats.held_tokens / capacity)
+        yield self._counter("prompt_tokens", "Tokens of prompts.", stats.prompt_tokens)
+        yield self._counter("generation_tokens", "Tokens of answers.", stats.answer_tokens)
+        yield self._counter("prefix_cache_queries", "Tokens of prompts that slots were searched for.", stats.prompt_tokens)
+        yield self._counter("prefix_cache_hits", "Tokens of prompts that a slot held already.", stats.cached_prompt_tokens)
+        yield self._counter("steps", "Steps of the network.", stats.steps)
+        yield self._counter("step_seconds", "Time of the network in its steps.", stats.step_seconds)
+        yield self._counter("sampler_seconds", "Time in which tokens were chosen.", stats.sampler_seconds)
+        ended = CounterMetricFamily(
+            f"{self._prefix}:request_success", "Requests by how they ended.", labels=["model_name", "finished_reason"]
+        )
+        for reason, count in dict(stats.finished).items():
+            ended.add_metric([self._model, reason], count)
+        yield ended
+        if hasattr(slots, "expert_load"):
+            yield self._expert_load(slots.expert_load().tolist())
+
+    def _gauge(self, name: str, what: str, value: float) -> Metric:
+        family = GaugeMetricFamily(f"{self._prefix}:{name}", what, labels=["model_name"])
+        family.add_metric([self._model], value)
+        return family
+
+    def _counter(self, name: str, what: str, value: float) -> Metric:
+        family = CounterMetricFamily(f"{self._prefix}:{name}", what, labels=["model_name"])
+        family.add_metric([self._model], value)
+        return family
+
+    def _expert_load(self, load: list[list[int]]) -> Metric:
+        labels = ["model_name", "layer", "expert"]
+        family = CounterMetricFamily(f"{self._prefix}:expert_tokens", "Tokens that each expert was given.", labels=labels)
+        for layer, counts in enumerate(load):
+            for expert, count in enumerate(counts):
+                family.add_metric([self._model, str(layer), str(expert)], count)
+        return family

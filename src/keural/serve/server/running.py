@@ -1,0 +1,180 @@
+"""A server that runs until it is told to end.
+
+In: a model's directory, settings, a socket. Out: the exit code.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+import uvicorn
+
+from keural.errors import UserError
+from keural.pretrained.cached_step import check_cached_step
+from keural.pretrained.lineage import read_record
+from keural.pretrained.network_code import other_code_line
+from keural.pretrained.stored_model import build, open_model
+from keural.serve.batching.slots import Slots
+from keural.serve.batching.transformers_slots import TransformersSlots
+from keural.serve.engines.sampling_params import SamplingParams
+from keural.serve.server.app import make_app
+from keural.serve.server.keys import Keys, read_keys
+from keural.serve.server.log import set_up_logging, write_entry
+from keural.serve.server.protocol import guarded_protocol
+from keural.serve.server.service import Service
+from keural.serve.server.settings import Settings
+from keural.serve.server.start import BACKLOG, is_loopback
+from keural.terminal import note, say
+from keural.tokenizer import KeuralTokenizer
+
+AFTER_DRAIN = 5
+"""Seconds in which clients take what is left of their answers after the last one has ended."""
+
+
+class Loaded(NamedTuple):
+    """A network with its tokenizer."""
+
+    slots: Slots
+    tokenizer: KeuralTokenizer
+    unverified: str | None
+    """One line for the user where not all that was read could be compared with checksums."""
+
+
+def load_transformers(path: Path, slots: int, threads: int | None) -> Loaded:
+    """The network of this package, on the GPU where there is one. Raises `UserError`."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    stored = open_model(path)
+    model = build(stored).to("cuda" if torch.cuda.is_available() else "cpu")
+    check_cached_step(model, stored.directory)
+    return Loaded(TransformersSlots(model, slots), stored.tokenizer, stored.notice)
+
+
+def load_llama(path: Path, slots: int, threads: int | None) -> Loaded:
+    """A GGUF file in llama.cpp. Raises `UserError`."""
+    try:
+        from keural.serve.batching.llama_slots import LlamaSlots
+    except ModuleNotFoundError as error:
+        if error.name != "llama_cpp":
+            raise
+        raise UserError("the llama.cpp engine is not installed; install it with `pip install 'keural[llama]'`") from error
+    loaded = LlamaSlots(path, slots, threads)
+    return Loaded(loaded, loaded.tokenizer, loaded.unverified)
+
+
+LOADERS: dict[str, Callable[[Path, int, int | None], Loaded]] = {"transformers": load_transformers, "llama.cpp": load_llama}
+"""By engine: loads a path with so many slots, to run on so many threads."""
+
+
+def serve(
+    engine: str,
+    path: Path,
+    settings: Settings,
+    defaults: SamplingParams,
+    system: str | None,
+    keys: Keys | None,
+    listener: socket.socket,
+) -> int:
+    """Load a model and answer at `listener` until a signal ends it; returns the exit code. Raises `UserError`."""
+    loaded = LOADERS[engine](path, settings.slots, settings.threads)
+    for remark in (loaded.unverified, other_code_line(path)):
+        if remark is not None:
+            note(f"({remark})")
+    service = Service(
+        loaded.tokenizer,
+        loaded.slots,
+        settings.name or _name(path),
+        defaults,
+        system,
+        settings.jamo,
+        settings.limits,
+        keys,
+        host_names(listener, settings),
+        metrics_prefix=settings.metrics_prefix,
+        log=write_entry,
+    )
+    set_up_logging()
+    Server(service, listener, settings.api_key_file).run(sockets=[listener])
+    return 0
+
+
+def _name(path: Path) -> str:
+    """What a model is called: as its recipe, else as its directory."""
+    recipe = read_record(path if path.is_dir() else path.parent).get("recipe")
+    return recipe if isinstance(recipe, str) and recipe else path.resolve().name
+
+
+def host_names(listener: socket.socket, settings: Settings) -> frozenset[str] | None:
+    """Names by which a server on loopback may be called: a page from elsewhere must not reach it under a name of its own."""
+    if not is_loopback(listener):
+        return None
+    return frozenset({"localhost", "127.0.0.1", "[::1]", listener.getsockname()[0], *map(str.lower, settings.allow_hosts)})
+
+
+class Server(uvicorn.Server):
+    """uvicorn that ends gently: at the first signal what runs may end, at the second the process does."""
+
+    def __init__(self, service: Service, listener: socket.socket, key_file: Path | None = None) -> None:
+        limits = service.limits
+        config: dict[str, Any] = {
+            "http": guarded_protocol(limits, service.metrics.rejected),
+            "loop": "asyncio",
+            "ws": "none",
+            "lifespan": "off",
+            "log_config": None,
+            "access_log": False,
+            "server_header": False,
+            "proxy_headers": False,
+            "limit_concurrency": limits.connections,
+            "backlog": BACKLOG,
+            "timeout_keep_alive": limits.idle_seconds,
+            "timeout_graceful_shutdown": AFTER_DRAIN,
+        }
+        super().__init__(uvicorn.Config(make_app(service), **config))
+        self._key_file = key_file
+        self._service, self._address = service, listener.getsockname()
+        self._draining: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to answer."""
+        self._service.answers.start()
+        if self._key_file is not None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._read_keys_again, self._key_file)
+        await super().startup(sockets)
+        host, port = self._address[:2]
+        where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        slots = self._service.slots
+        say(f"{self._service.name} on {where}/v1 ({slots.count} answers at once, context {slots.context_length}; Ctrl-C ends it)")
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal to end has come."""
+        if self._service.draining:
+            os._exit(128 + sig)
+        self._service.draining = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second."""
+        if self._service.draining and self._draining is None:
+            self._draining = asyncio.create_task(self._drain())
+        return await super().on_tick(counter)
+
+    def _read_keys_again(self, file: Path) -> None:
+        """The file of keys was changed, as SIGHUP says; where it cannot be read, the old ones hold."""
+        try:
+            self._service.keys = read_keys(file)
+        except UserError as error:
+            write_entry({"event": "keys", "error": str(error)})
+        else:
+            write_entry({"event": "keys"})
+
+    async def _drain(self) -> None:
+        """Let answers under way end; new requests are turned away, and `/ready` says no."""
+        write_entry({"event": "draining", "answers": self._service.answers.open})
+        await self._service.answers.close(self._service.limits.drain)
+        self.should_exit = True

@@ -1,0 +1,67 @@
+"""What is looked at before a model is loaded, which may take minutes: `keural serve DIR`.
+
+In: a path and settings. Out: the exit code. What cannot work is refused here, before torch or a web framework is imported.
+"""
+
+import importlib.util
+import ipaddress
+import socket
+from pathlib import Path
+
+from keural.errors import UserError
+from keural.serve.engines.registry import chat_defaults, find_engine
+from keural.serve.server.keys import Keys, read_keys
+from keural.serve.server.settings import Settings
+
+NEEDED = ("fastapi", "uvicorn", "h11", "prometheus_client")
+"""Packages of the extra `serve`."""
+BACKLOG = 2048
+
+
+def run_serve(path: Path, settings: Settings) -> int:
+    """Serve the model in `path` until a signal ends it; returns the exit code.
+
+    Raises:
+        UserError: for what cannot work: no such engine or model, a package or a key that is missing, a port that is taken.
+    """
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"the server needs {', '.join(missing)}; install it with `pip install 'keural[serve]'`")
+    engine, found = find_engine(path, settings.engine)
+    defaults, system = chat_defaults(path, settings.engine)
+    keys = read_keys(settings.api_key_file) if settings.api_key_file is not None else None
+    with bind(settings.host, settings.port) as listener:
+        _check_exposure(listener, keys, settings.insecure)
+        from keural.serve.server.running import serve
+
+        system = system if settings.system is None else settings.system or None
+        return serve(engine, found, settings, defaults, system, keys, listener)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket for the server. Raises `UserError` where it cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except (socket.gaierror, UnicodeError) as error:
+        raise UserError(f"--host {host}: there is no such address; use 127.0.0.1, or 0.0.0.0 for other machines") from error
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise UserError(f"port {port} on {host} cannot be used ({error.strerror}); choose another one with --port") from error
+    return listener
+
+
+def is_loopback(listener: socket.socket) -> bool:
+    """Whether only this machine can reach it."""
+    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
+
+
+def _check_exposure(listener: socket.socket, keys: Keys | None, insecure: bool) -> None:
+    if keys is None and not insecure and not is_loopback(listener):
+        raise UserError(
+            "other machines can reach this address: give --api-key-file FILE, a key on each line, or --insecure to let everybody in"
+        )

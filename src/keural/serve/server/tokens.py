@@ -1,0 +1,72 @@
+"""Text to ids and back, and what a conversation looks like to the model.
+
+In: texts, conversations, ids. Out: ids, text.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from keural.serve.server.chat import ChatRequest, Turn, prompt_of
+from keural.serve.server.completions import Id
+from keural.serve.server.errors import ApiError
+from keural.serve.server.fields import Fields
+from keural.serve.server.service import Service
+
+
+class TokenizeRequest(Fields):
+    """A text, or a conversation."""
+
+    model: str | None = None
+    prompt: str | None = Field(None, description="A text; its ids are given as they are, with no token before them.")
+    messages: Annotated[list[Turn], Field(min_length=1)] | None = Field(
+        None, description="A conversation, as it would be answered."
+    )
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError("one_of", "give either `prompt` or `messages`")
+        return self
+
+
+class DetokenizeRequest(Fields):
+    """Token ids."""
+
+    model: str | None = None
+    tokens: list[Id]
+
+
+class RenderRequest(ChatRequest):
+    """A request as for an answer."""
+
+
+async def tokenize(service: Service, fields: TokenizeRequest) -> dict[str, Any]:
+    """The ids. Raises `ApiError`."""
+    service.check_model(fields.model)
+    if fields.messages is not None:
+        ids = await prompt_of(service, fields.messages)
+    else:
+        ids = await service.read(service.tokenizer.encode, fields.prompt)
+    found: dict[str, Any] = {"count": len(ids), "max_model_len": service.context_length, "tokens": ids}
+    if fields.return_token_strs:
+        found["token_strs"] = [service.tokenizer.decode([token], skip_special_tokens=False) for token in ids]
+    return found
+
+
+def detokenize(service: Service, fields: DetokenizeRequest) -> dict[str, Any]:
+    """The text. Raises `ApiError` for ids that the model has not."""
+    service.check_model(fields.model)
+    if any(token >= service.tokenizer.vocab_size for token in fields.tokens):
+        raise ApiError(400, f"`tokens`: token ids go up to {service.tokenizer.vocab_size - 1}", "tokens", "invalid_value")
+    return {"prompt": service.tokenizer.decode(fields.tokens)}
+
+
+async def render_chat(service: Service, fields: RenderRequest) -> dict[str, Any]:
+    """The ids that an answer would follow. Raises `ApiError` where there could be none."""
+    service.check_model(fields.model)
+    prompt = await prompt_of(service, fields.messages)
+    service.check_room(prompt, "messages")
+    return {"token_ids": prompt, "count": len(prompt), "max_model_len": service.context_length}

@@ -1,0 +1,125 @@
+"""Slots of the network: logits equal to those of reading everything anew, whatever was cut, copied and read before beside them."""
+
+import random
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from keural.model import KeuralMoECausalLM
+from keural.serve.batching.requests import Event, Request
+from keural.serve.batching.scheduler import Scheduler, Ticket
+from keural.serve.batching.slots import Row
+from keural.serve.batching.transformers_slots import TransformersSlots
+from keural.serve.engines.sampling_params import SamplingParams
+from keural.serve.engines.transformers import TransformersEngine
+from keural.tokenizer import KeuralTokenizer, Message, render_prompt
+from tests.helpers.train_small import VOCAB, random_model
+
+
+@pytest.fixture(params=["sdpa", "eager"])
+def network(request: pytest.FixtureRequest) -> KeuralMoECausalLM:
+    model = random_model(seed=1, scale=3.0, max_position_embeddings=256).eval()
+    assert set(model.config.layer_types) == {"sliding_attention", "full_attention"}
+    model.set_attn_implementation(request.param)
+    return model
+
+
+def anew(network: KeuralMoECausalLM, ids: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        logits: torch.Tensor = network(torch.tensor([ids])).logits[0, -1]
+    return logits
+
+
+def test_any_order_of_reading_cutting_and_copying_gives_the_logits_of_reading_anew(network: KeuralMoECausalLM) -> None:
+    draw = random.Random(0)
+    slots = TransformersSlots(network, 4, batch_tokens=16)
+    held: list[list[int]] = [[] for _ in range(4)]
+    compared = 0
+    for _ in range(150):
+        for slot in range(4):
+            if draw.random() < 0.15 or len(held[slot]) > 200:
+                length = draw.randrange(len(held[slot]) // 2 + 1)
+                assert slots.cut(slot, length) == length
+                del held[slot][length:]
+            other = draw.randrange(4)
+            if draw.random() < 0.05 and other != slot:
+                length = draw.randrange(len(held[other]) + 1)
+                assert slots.copy(other, slot, length) == length
+                held[slot] = held[other][:length]
+        rows = []
+        for slot in range(4):
+            if number := draw.choice([0, 1, 1, 1, 1, 1, 5, 17]):
+                ids = [draw.randrange(VOCAB) for _ in range(number)]
+                rows.append(Row(slot, ids, len(held[slot]), number == 1 or draw.random() < 0.5))
+                held[slot] += ids
+        if not rows:
+            continue
+        for row, logits in zip([row for row in rows if row.wants_logits], slots.step(rows), strict=True):
+            torch.testing.assert_close(logits, anew(network, held[row.slot]), atol=1e-5, rtol=1e-4)
+            compared += 1
+    assert compared > 300
+
+
+def test_in_a_steady_state_a_step_moves_nothing(network: KeuralMoECausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    slots = TransformersSlots(network, 3)
+    lengths = [5, 30, 11]
+    slots.step([Row(slot, [1] * length, 0, True) for slot, length in enumerate(lengths)])
+    slots.step([Row(slot, [2], length, True) for slot, length in enumerate(lengths)])
+    moves: list[int] = []
+    monkeypatch.setattr(slots._cache, "move", lambda *args: moves.append(1))
+    for step in range(20):
+        slots.step([Row(slot, [3], length + 1 + step, True) for slot, length in enumerate(lengths)])
+    assert not moves
+
+
+def test_rows_that_do_not_follow_what_a_slot_holds_are_refused(network: KeuralMoECausalLM) -> None:
+    slots = TransformersSlots(network, 1)
+    with pytest.raises(ValueError, match="holds 0 tokens, not 3"):
+        slots.step([Row(0, [1], 3, True)])
+
+
+def test_expert_load_counts_every_token_of_every_layer(network: KeuralMoECausalLM) -> None:
+    slots = TransformersSlots(network, 2)
+    slots.step([Row(0, [1, 2, 3], 0, True), Row(1, [4, 5], 0, True)])
+    load = slots.expert_load()
+    assert load.shape == (network.config.num_hidden_layers, network.config.num_local_experts)
+    # the last block mixes experts only where logits are wanted
+    assert load.sum(dim=1).tolist() == [network.config.num_experts_per_tok * count for count in (5, 2)]
+
+
+@pytest.mark.parametrize("count", [1, 4, 8])
+def test_together_with_others_an_answer_is_the_one_of_the_single_stream_engine(
+    model_dir: Path, tokenizer: KeuralTokenizer, count: int
+) -> None:
+    engine = TransformersEngine(model_dir, device="cpu")
+    words = ["the cat", "고양이는 작은", "hello", "빨간 집과 파란 새 두 마리를", "a small red house and two blue birds", "월요일"]
+    requests = [
+        Request(
+            render_prompt(tokenizer, [Message("user", words[place % len(words)])]),
+            SamplingParams(0.0 if place % 3 == 0 else 0.8, 0.9, 1.1, max_new_tokens=4 + 3 * place, seed=place),
+            {tokenizer.im_end_id},
+        )
+        for place in range(10)
+    ]
+    alone = [list(engine.stream(wanted.prompt_ids, wanted.sampling, wanted.stop_ids)) for wanted in requests]
+
+    answers: dict[Ticket, list[int]] = {}
+    done = threading.Semaphore(0)
+
+    def deliver(events: Sequence[tuple[Ticket, Event]]) -> None:
+        for ticket, event in events:
+            answers.setdefault(ticket, []).extend(token.id for token in event.tokens)
+            if event.end is not None:
+                done.release()
+
+    scheduler = Scheduler(TransformersSlots(engine.model, count, batch_tokens=16), tokenizer.vocab_size, deliver)
+    scheduler.start()
+    tickets = scheduler.submit(requests[:4])
+    assert done.acquire(timeout=60)
+    tickets += scheduler.submit(requests[4:])
+    assert all(done.acquire(timeout=60) for _ in requests[1:])
+    scheduler.close()
+    assert [answers[ticket] for ticket in tickets] == alone

@@ -1,0 +1,595 @@
+"""What strangers and accidents do to a server: it says what is wrong, frees the slot, and answers the next request."""
+
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from keural.convert.export import ExportOptions, export
+from keural.errors import UserError
+from keural.serve.server.keys import Keys, read_keys
+from keural.serve.server.service import Service
+from keural.serve.server.start import bind
+from keural.tokenizer import KeuralTokenizer
+from tests.helpers.serving import JSON, Writing, events, quick, service_of, serving, wait_until
+
+HELLO = [{"role": "user", "content": "hello"}]
+LONG = "the cat " * 40
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+class Held:
+    """Lets steps of a network through while it is open."""
+
+    def __init__(self) -> None:
+        self.open, self.steps = threading.Event(), 0
+        self.open.set()
+
+    def __call__(self) -> None:
+        self.steps += 1
+        time.sleep(0.002)
+        assert self.open.wait(20)
+
+
+class Running:
+    """A server with a network whose steps can be held up."""
+
+    def __init__(self, tokenizer: KeuralTokenizer, text: str = LONG, **settings: Any) -> None:
+        self.held = Held()
+        self.slots = Writing(tokenizer, text, before_step=self.held)
+        self.log: list[Any] = []
+        self.service: Service = service_of(tokenizer, self.slots, **({"limits": quick(), "log": self.log.append} | settings))
+
+    @property
+    def running(self) -> int:
+        """Answers that have not ended."""
+        return self.service.answers.open
+
+
+@pytest.fixture
+def start(tokenizer: KeuralTokenizer) -> Iterator[Callable[..., tuple[Running, httpx.Client]]]:
+    """Starts servers; keywords are settings."""
+    with contextlib.ExitStack() as stack:
+
+        def begin(**settings: Any) -> tuple[Running, httpx.Client]:
+            running = Running(tokenizer, **settings)
+            client = stack.enter_context(serving(running.service))
+            stack.callback(running.held.open.set)
+            return running, client
+
+        yield begin
+
+
+Start = Callable[..., tuple[Running, httpx.Client]]
+
+
+def ask(client: httpx.Client, **fields: Any) -> httpx.Response:
+    return client.post("/v1/chat/completions", json={"messages": HELLO, "max_tokens": 3} | fields)
+
+
+def raw(client: httpx.Client, *parts: bytes, pause: float = 0.0, seconds: float = 10) -> bytes:
+    """Send bytes, and everything that comes back until the server closes, or nothing where it waits for more."""
+    with socket.create_connection((client.base_url.host, client.base_url.port or 80), timeout=seconds) as connection:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for part in parts:
+                connection.sendall(part)
+                time.sleep(pause)
+        found = b""
+        with contextlib.suppress(ConnectionResetError):
+            while part := connection.recv(65536):
+                found += part
+        return found
+
+
+def error_of(answer: bytes) -> tuple[int, str]:
+    """Status and code of an error that came back as bytes."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)["error"]["code"]
+
+
+class TestADisconnectedClient:
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_frees_its_slot(self, start: Start, stream: bool) -> None:
+        running, client = start()
+        body = json.dumps({"messages": HELLO, "stream": stream}).encode()
+        with socket.create_connection((client.base_url.host, client.base_url.port or 80), timeout=10) as connection:
+            connection.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            wait_until(lambda: running.slots.prompts)
+            if stream:
+                assert b"200 OK" in connection.recv(1000)
+        wait_until(lambda: running.running == 0, 2)
+
+        wait_until(lambda: [entry.get("client_left") for entry in running.log] == [True])
+        assert running.service.answers.scheduler.stats.finished == {"cancelled": 1}
+        assert 'keural:http_requests_client_disconnected_total{model_name="tiny"} 1.0' in client.get("/metrics").text
+        assert ask(client).status_code == 200
+
+    def test_leaves_the_queue(self, start: Start) -> None:
+        running, client = start()
+        running.held.open.clear()
+        threads = [threading.Thread(target=lambda: ask(client)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: running.running == 2)
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/chat/completions", json={"messages": HELLO}, timeout=0.2)
+        running.held.open.set()
+        for thread in threads:
+            thread.join(10)
+
+        wait_until(lambda: running.running == 0)
+        assert running.service.answers.scheduler.stats.finished == {"length": 2, "cancelled": 1}
+
+
+class TestAFullQueue:
+    def test_is_said_at_once(self, start: Start) -> None:
+        running, client = start(limits=quick(waiting=1))
+        running.held.open.clear()
+        threads = [threading.Thread(target=lambda: ask(client)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: running.running == 3)
+        refused = [ask(client, stream=stream) for stream in (False, True)]
+        running.held.open.set()
+        for thread in threads:
+            thread.join(10)
+
+        for response in refused:
+            assert response.status_code == 429
+            assert int(response.headers["retry-after"]) >= 1
+            assert response.json()["error"]["code"] == "queue_full"
+            assert response.json()["error"]["type"] == "rate_limit_error"
+        assert ask(client).status_code == 200
+        assert 'keural:requests_rejected_total{model_name="tiny",reason="queue_full"} 2.0' in client.get("/metrics").text
+
+    def test_more_answers_than_can_ever_wait_are_an_error_of_the_request(self, start: Start) -> None:
+        _, client = start(limits=quick(waiting=1))
+
+        assert ask(client, n=3).status_code == 200
+        assert ask(client, n=4).json()["error"]["param"] == "n"
+
+
+class TestADeadline:
+    def test_before_the_first_byte_has_a_status(self, start: Start) -> None:
+        running, client = start()
+        running.held.open.clear()
+        threading.Timer(0.4, running.held.open.set).start()
+
+        response = client.post("/v1/chat/completions", json={"messages": HELLO}, headers={"X-Request-Timeout": "0.1"})
+
+        assert (response.status_code, response.json()["error"]["code"]) == (504, "deadline_exceeded")
+        assert ask(client).status_code == 200
+
+    def test_after_it_is_an_event_and_the_end(self, start: Start) -> None:
+        running, client = start(limits=quick(deadline=0.5))
+        threading.Timer(0.1, running.held.open.clear).start()
+        threading.Timer(0.8, running.held.open.set).start()
+
+        response = client.post("/v1/chat/completions", json={"messages": HELLO, "stream": True})
+
+        assert response.status_code == 200
+        last = events(response.text)[-1]
+        assert json.loads(last)["error"]["code"] == "deadline_exceeded"
+        wait_until(lambda: running.running == 0)
+
+    @pytest.mark.parametrize("header", ["soon", "-1", "nan", "0"])
+    def test_that_is_no_number_is_refused(self, start: Start, header: str) -> None:
+        _, client = start()
+
+        assert (
+            client.post("/v1/chat/completions", json={"messages": HELLO}, headers={"X-Request-Timeout": header}).status_code == 400
+        )
+
+
+class TestANetworkThatFails:
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_is_an_error_and_the_next_request_is_answered(self, tokenizer: KeuralTokenizer, start: Start, stream: bool) -> None:
+        running, client = start()
+
+        def fail() -> None:
+            running.slots.before_step = running.held
+            raise RuntimeError("secret words of a user")
+
+        running.slots.before_step = fail
+
+        response = ask(client, stream=stream)
+
+        assert (response.status_code, response.json()["error"]["code"]) == (500, "model_error")
+        assert "secret" not in response.text
+        assert ask(client).status_code == 200
+        assert client.get("/health").status_code == 200
+
+    def test_in_a_stream_is_an_event(self, start: Start) -> None:
+        running, client = start()
+
+        def fail() -> None:
+            if running.held.steps > 5:
+                raise RuntimeError
+            running.held()
+
+        running.slots.before_step = fail
+        response = client.post("/v1/chat/completions", json={"messages": HELLO, "stream": True})
+
+        *_, last = events(response.text)
+        assert json.loads(last)["error"] == {
+            "message": "the model failed while it was computing", "type": "server_error", "param": None, "code": "model_error",
+        }  # fmt: skip
+
+    def test_for_good_is_said_by_health(self, start: Start) -> None:
+        running, client = start()
+
+        def fail() -> None:
+            raise RuntimeError
+
+        running.slots.before_step = fail
+        assert [ask(client).status_code for _ in range(3)] == [500, 500, 500]
+
+        wait_until(lambda: running.service.answers.scheduler.broken)
+        assert client.get("/health").status_code == client.get("/ready").status_code == 503
+        assert ask(client).json()["error"]["code"] == "unavailable"
+
+
+class TestKeys:
+    @pytest.fixture
+    def opened(self, start: Start) -> httpx.Client:
+        return start(keys=Keys(["first-key", "second-key"]))[1]
+
+    def test_only_who_has_one_is_let_in(self, opened: httpx.Client) -> None:
+        routes = opened.get("/openapi.json", headers={"x-api-key": "first-key"}).json()["paths"]
+        assert {"/v1/models", "/metrics", "/tokenize", "/health"} <= routes.keys()
+        for path, methods in routes.items():
+            if path in ("/health", "/ready"):
+                assert opened.get(path).status_code == 200
+                continue
+            for method in (*methods, "options", "head", "delete"):
+                for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic first-key"}, {"x-api-key": ""}):
+                    response = opened.request(method, path, headers=headers)
+                    assert response.status_code == 401, (method, path, headers)
+                    if method != "head":
+                        assert response.json()["error"]["type"] == "authentication_error"
+        for path in ("/nowhere", "/v1/models/", "//health", "/health/", "/HEALTH", "/health%2f"):
+            assert opened.get(path).status_code == 401
+
+    @pytest.mark.parametrize(
+        "headers", [{"authorization": "Bearer second-key"}, {"authorization": "bearer first-key"}, {"x-api-key": "first-key"}]
+    )
+    def test_every_key_is_taken(self, opened: httpx.Client, headers: dict[str, str]) -> None:
+        assert opened.get("/v1/models", headers=headers).status_code == 200
+
+    def test_a_file_of_keys(self, tmp_path: Path) -> None:
+        file = tmp_path / "keys"
+        file.write_text("# mine\nfirst-key\n\n  second-key \n")
+        keys = read_keys(file)
+        assert [keys.admits(key) for key in (b"first-key", b"second-key", b"# mine", b"", b"first-ke")] == [
+            True,
+            True,
+            False,
+            False,
+            False,
+        ]
+
+    @pytest.mark.parametrize("text", ["", "# nothing\n", "a key\n", "열쇠\n"])
+    def test_a_file_without_good_keys_is_refused(self, tmp_path: Path, text: str) -> None:
+        (tmp_path / "keys").write_text(text)
+        with pytest.raises(UserError):
+            read_keys(tmp_path / "keys")
+
+
+class TestTheConnection:
+    @pytest.mark.parametrize("whole", [True, False])
+    def test_a_fat_head(self, start: Start, whole: bool) -> None:
+        _, client = start()
+        head = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Fat: " + b"a" * 20_000 + (b"\r\n\r\n" if whole else b"")
+
+        assert error_of(raw(client, head)) == (431, "header_too_large")
+        assert client.get("/health").status_code == 200
+
+    def test_a_slow_head(self, start: Start) -> None:
+        _, client = start(limits=quick(header_seconds=0.3))
+        begun = time.monotonic()
+
+        answer = raw(client, b"GET /health HTTP/1.1\r\n", *[b"X: y\r\n"] * 20, pause=0.05)
+
+        assert error_of(answer) == (408, "too_slow")
+        assert time.monotonic() - begun < 5
+
+    def test_silence(self, start: Start) -> None:
+        _, client = start(limits=quick(header_seconds=0.2))
+
+        assert raw(client) == b""
+
+    def test_a_slow_second_request_of_a_connection(self, start: Start) -> None:
+        _, client = start(limits=quick(header_seconds=0.3))
+
+        answer = raw(client, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /he")
+
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert b"HTTP/1.1 408" in answer
+
+    def test_an_idle_connection_is_closed(self, start: Start) -> None:
+        _, client = start(limits=quick(idle_seconds=0.2))
+
+        assert raw(client, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n").endswith(b'{"status":"ok"}')
+
+    def test_a_slow_body(self, start: Start) -> None:
+        _, client = start(limits=quick(body_seconds=0.3))
+
+        answer = raw(client, HEAD + b"Content-Length: 100\r\n\r\n", *[b"{"] * 20, pause=0.05)
+
+        assert error_of(answer) == (408, "too_slow")
+
+    def test_a_fat_body_is_refused_before_it_is_sent(self, start: Start) -> None:
+        _, client = start()
+
+        assert error_of(raw(client, HEAD + b"Content-Length: 64000000\r\n\r\n")) == (413, "body_too_large")
+        assert 'requests_rejected_total{model_name="tiny",reason="body_too_large"} 1.0' in client.get("/metrics").text
+
+    def test_an_endless_body(self, start: Start) -> None:
+        _, client = start(limits=quick(body_bytes=1000))
+        chunk = b"100\r\n" + b" " * 256 + b"\r\n"
+
+        assert error_of(raw(client, HEAD + b"Transfer-Encoding: chunked\r\n\r\n", *[chunk] * 5)) == (413, "body_too_large")
+        assert ask(client).status_code == 200
+
+    def test_no_http(self, start: Start) -> None:
+        _, client = start()
+
+        assert error_of(raw(client, b"\x16\x03\x01 hello\r\n\r\n")) == (400, "malformed_request")
+
+    def test_a_reader_who_takes_nothing_is_cut_off(self, start: Start) -> None:
+        _, client = start(limits=quick(send_seconds=0.3))
+        body = json.dumps({"prompt": "x " * 30_000, "return_token_strs": True}).encode()
+        address = client.base_url.host, client.base_url.port or 80
+        whole = len(client.post("/tokenize", content=body, headers=JSON).content)
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.settimeout(10)
+            connection.connect(address)
+            head = f"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+            connection.sendall(head.encode() + b"\r\n\r\n" + body)
+            time.sleep(1)
+            received = 0
+            with contextlib.suppress(ConnectionResetError):
+                while part := connection.recv(65536):
+                    received += len(part)
+
+        assert received < whole
+        assert client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "localhost.evil.example", ""])
+def test_another_name_is_not_answered(start: Start, host: str) -> None:
+    _, client = start(hosts=frozenset({"localhost", "127.0.0.1", "[::1]"}))
+
+    response = client.get("/health", headers={"host": host})
+
+    assert (response.status_code, response.json()["error"]["code"]) == (403, "host_not_allowed")
+    for own in ("localhost", "LOCALHOST:1234", "127.0.0.1:8000", "[::1]:80"):
+        assert client.get("/health", headers={"host": own}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [
+        (b"", JSON), (b"{", JSON), (b"[]", JSON), (b"null", JSON), (b'"x"', JSON), (b"\xff\xfe", JSON),
+        (b'{"messages": NaN}', JSON),
+        (b'{"messages": ' + b"[" * 40 + b"]" * 40 + b"}", JSON), (b"[" * 100_000, JSON), (b'{"n": ' + b"1" * 5000 + b"}", JSON),
+        (b'{"temperature": 1e999, "messages": [{"role": "user", "content": "x"}]}', JSON), (b"{}", {"content-type": "text/plain"}),
+        (b"{}", {}), (b"a=b", {"content-type": "application/x-www-form-urlencoded"}),
+    ],
+)  # fmt: skip
+def test_a_broken_body_is_one_line(start: Start, body: bytes, headers: dict[str, str]) -> None:
+    _, client = start()
+
+    response = client.post("/v1/chat/completions", content=body, headers=headers)
+
+    assert response.status_code == 400
+    assert response.json()["error"]["message"]
+    assert "\n" not in response.json()["error"]["message"]
+    assert ask(client).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"), [("GET", "/nowhere", 404), ("GET", "/v1/chat/completions", 405), ("PUT", "/v1/models", 405)]
+)
+def test_what_is_not_there_is_said_in_the_same_shape(start: Start, method: str, path: str, status: int) -> None:
+    _, client = start()
+
+    response = client.request(method, path)
+
+    assert response.status_code == status
+    assert response.json()["error"].keys() == {"message", "type", "param", "code"}
+
+
+def test_no_other_site_may_read_or_ask(start: Start) -> None:
+    _, client = start()
+
+    response = client.options(
+        "/v1/chat/completions", headers={"origin": "https://evil.example", "access-control-request-method": "POST"}
+    )
+
+    assert response.status_code == 405
+    answered = client.get("/v1/models", headers={"origin": "https://evil.example"})
+    assert not [name for name in (*response.headers, *answered.headers) if name.startswith("access-control")]
+
+
+def test_requests_have_names(start: Start) -> None:
+    _, client = start()
+
+    assert client.get("/version", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    made = client.get("/version", headers={"x-request-id": "not <mine>"}).headers["x-request-id"]
+    assert len(made) == 32
+    assert client.get("/nowhere").headers["x-request-id"] != made
+
+
+def test_the_log_has_no_words_and_no_keys(start: Start) -> None:
+    running, client = start(keys=Keys(["first-key"]), text="an answer nobody logs")
+    headers = {"authorization": "Bearer first-key"}
+
+    client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "hush"}], "user": "hush"}, headers=headers)
+    client.post("/v1/chat/completions?hush=hush", json={"hush": "hush"}, headers=headers)
+    client.get("/v1/models/hush", headers=headers)
+    client.get("/hush", headers=headers)
+    client.get("/v1/models", headers={"authorization": "Bearer wrong-key"})
+
+    wait_until(lambda: len(running.log) == 5)
+    text = json.dumps(running.log)
+    assert not any(word in text for word in ("hush", "answer nobody", "first-key", "wrong-key"))
+    first = running.log[0]
+    assert first["route"] == "/v1/chat/completions"
+    assert first["status"] == 200
+    assert first["finish"] == ["stop"]
+    assert first["answer_tokens"] > 0
+    assert [entry["status"] for entry in running.log] == [200, 400, 404, 404, 401]
+
+
+class TestEnding:
+    def test_what_runs_ends_and_what_comes_is_turned_away(self, start: Start) -> None:
+        running, client = start(limits=quick(drain=10))
+        answers: list[httpx.Response] = []
+        asked = {"messages": HELLO, "stream": True, "max_tokens": 60}
+        threads = [
+            threading.Thread(target=lambda: answers.append(client.post("/v1/chat/completions", json=asked))) for _ in range(2)
+        ]  # fmt: skip
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: running.held.steps > 3)
+        running.held.open.clear()
+        running.service.draining = True
+        refused, ready, health = ask(client), client.get("/ready"), client.get("/health")
+        running.held.open.set()
+        for thread in threads:
+            thread.join(10)
+
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        assert refused.headers["retry-after"]
+        assert (ready.status_code, health.status_code) == (503, 200)
+        assert [events(answer.text)[-1] for answer in answers] == ["[DONE]"] * 2
+
+    def test_what_does_not_end_in_time_is_cut_off_with_an_event(self, start: Start) -> None:
+        running, client = start(limits=quick(drain=0.2))
+        answers: list[httpx.Response] = []
+        asked = {"messages": HELLO, "stream": True}
+        thread = threading.Thread(target=lambda: answers.append(client.post("/v1/chat/completions", json=asked)))
+        thread.start()
+        wait_until(lambda: running.held.steps > 3)
+        running.held.open.clear()
+        running.service.draining = True
+        threading.Timer(0.5, running.held.open.set).start()
+        thread.join(10)
+
+        assert json.loads(events(answers[0].text)[-1])["error"]["code"] == "shutting_down"
+
+
+@contextlib.contextmanager
+def started(model_dir: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+    """`keural serve` of a small model in a process of its own, ready."""
+    command = [sys.executable, "-m", "keural", "serve", str(model_dir), "--port", "0", "--threads", "1", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        try:
+            assert running.stdout is not None
+            line = running.stdout.readline()
+            assert "http://127.0.0.1:" in line, (line, running.stderr and running.stderr.read())
+            with httpx.Client(base_url=line.split()[2].removesuffix("/v1"), timeout=20) as client:
+                yield running, client
+        finally:
+            running.kill()
+
+
+class TestTheCommand:
+    @pytest.fixture
+    def process(self, model_dir: Path) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+        with started(model_dir, "--drain", "20") as found:
+            yield found
+
+    def test_ends_after_its_answers(self, process: tuple[subprocess.Popen[str], httpx.Client]) -> None:
+        running, client = process
+        answers: list[httpx.Response] = []
+        asked = {"messages": HELLO, "stream": True, "max_tokens": 100, "logit_bias": {"401": -100, "2": -100}}
+        threads = [
+            threading.Thread(target=lambda: answers.append(client.post("/v1/chat/completions", json=asked))) for _ in range(8)
+        ]  # fmt: skip
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: _open(client) == 8)
+        running.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join(30)
+
+        assert running.wait(20) == 0
+        assert [events(answer.text)[-1] for answer in answers] == ["[DONE]"] * 8
+        assert running.stderr is not None
+        assert {json.loads(line)["event"] for line in running.stderr} == {"request", "draining"}
+
+    def test_a_second_signal_ends_it_at_once(self, process: tuple[subprocess.Popen[str], httpx.Client]) -> None:
+        running, client = process
+        asked = {"prompt": "x", "stream": True, "max_tokens": 150, "n": 8, "logit_bias": {"401": -100, "2": -100}}
+        with contextlib.suppress(httpx.HTTPError), client.stream("POST", "/v1/completions", json=asked) as response:
+            next(response.iter_bytes())
+            running.send_signal(signal.SIGTERM)
+            time.sleep(0.1)
+            running.send_signal(signal.SIGTERM)
+            assert running.wait(5) in (0, 128 + signal.SIGTERM)
+
+    def test_keys_are_read_again(self, model_dir: Path, tmp_path: Path) -> None:
+        file = tmp_path / "keys"
+        file.write_text("first-key\n")
+        with started(model_dir, "--api-key-file", str(file)) as (running, client):
+
+            def status(key: str) -> int:
+                return client.get("/v1/models", headers={"x-api-key": key}).status_code
+
+            assert (status("first-key"), status("second-key")) == (200, 401)
+            file.write_text("")
+            running.send_signal(signal.SIGHUP)
+            time.sleep(0.2)
+            assert status("first-key") == 200
+            file.write_text("second-key\n")
+            running.send_signal(signal.SIGHUP)
+            wait_until(lambda: status("second-key") == 200)
+            assert status("first-key") == 401
+
+    def test_a_gguf_file_is_served_by_llama_cpp(self, model_dir: Path, tmp_path: Path) -> None:
+        pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (extra llama)")
+        gguf = export(model_dir, tmp_path / "gguf", "gguf", ExportOptions(quantize="f32"))
+        asked = {"messages": HELLO, "temperature": 0, "max_tokens": 20}
+        with started(gguf) as (_, client):
+            of_llama = ask(client, **asked).json()["choices"]
+        with started(model_dir) as (running, client):
+            of_transformers = ask(client, **asked).json()["choices"]
+            running.send_signal(signal.SIGINT)
+            assert running.wait(20) == 0
+
+        assert of_llama == of_transformers
+
+    def test_a_port_that_is_taken(self, keural: Any, model_dir: Path) -> None:
+        with bind("127.0.0.1", 0) as taken:
+            port = taken.getsockname()[1]
+            code, _, error = keural("serve", model_dir, "--port", port)
+
+        assert code == 2
+        assert f"port {port} on 127.0.0.1 cannot be used" in error
+
+    def test_without_its_packages(self, keural: Any, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("keural.serve.server.start.NEEDED", ("fastapi", "no_such_package"))
+
+        code, _, error = keural("serve", model_dir, "--port", 0)
+
+        assert code == 2
+        assert "pip install 'keural[serve]'" in error
+
+
+def _open(client: httpx.Client) -> int:
+    """Answers that have not ended, by the counters."""
+    names = ("keural:num_requests_running{", "keural:num_requests_waiting{")
+    return sum(int(float(line.split()[-1])) for line in client.get("/metrics").text.splitlines() if line.startswith(names))

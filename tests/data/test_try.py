@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,22 @@ def test_a_directory_is_the_format_that_most_of_it_is(tmp_path: Path, capsys: Ca
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no file of a known format, by suffix: no files"):
         try_path(tmp_path / "empty", None, {}, None)
+
+
+def test_options_of_the_reader_and_of_the_adapter(tmp_path: Path, capsys: Capture) -> None:
+    with tarfile.open(tmp_path / "pair.tar.gz", "w:gz") as archive:
+        for language in ("ko", "en"):
+            (tmp_path / f"a.{language}").write_text(f"the text in {language}\n")
+            archive.add(tmp_path / f"a.{language}", f"a.{language}")
+    with pytest.raises(UserError, match="options: {suffixes: "):
+        show(capsys, tmp_path / "pair.tar.gz")
+    assert "options: {suffixes: [.en]}" in show(capsys, tmp_path / "pair.tar.gz", "suffixes=[.en]")
+    with pytest.raises(UserError, match="option 'question' is of an adapter; give --adapter, too"):
+        show(capsys, FILES / "faq.csv", "question=질문")
+    with pytest.raises(UserError, match="give data=DIR, or options"):
+        show(capsys, FILES / "faq.csv", "question")
+    with pytest.raises(UserError, match="unknown option 'kwestion' of adapter qa"):
+        show(capsys, FILES / "faq.csv", "kwestion=질문", adapter="qa")
 
 
 def test_only_the_beginning_of_a_large_file_is_read(tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def test_options_of_the_reader_and_of_the_adapter(tmp_path: Path, capsys: Captur
         for language in ("ko", "en"):
             (tmp_path / f"a.{language}").write_text(f"the text in {language}\n")
             archive.add(tmp_path / f"a.{language}", f"a.{language}")
-    with pytest.raises(UserError, match="options: {suffixes: "):
+    with pytest.raises(UserError, match=r"options: \{suffixes: "):
         show(capsys, tmp_path / "pair.tar.gz")
     assert "options: {suffixes: [.en]}" in show(capsys, tmp_path / "pair.tar.gz", "suffixes=[.en]")
     with pytest.raises(UserError, match="option 'question' is of an adapter; give --adapter, too"):

@@ -129,6 +129,18 @@ def test_a_value_of_no_declared_meaning_is_not_guessed(capsys: Capture) -> None:
     assert "refused" not in declared
 
 
+def test_an_adapter_that_leaves_out_what_cannot_be_used_is_not_the_better_one(tmp_path: Path, capsys: Capture) -> None:
+    shapes = {
+        "alpaca": {"instruction": "Add them.", "input": [1, 2], "output": "3"},
+        "preference": {"prompt": "Name a tree.", "question": "Name a fish.", "chosen": "An oak.", "rejected": "A trout."},
+    }
+    for adapter, row in shapes.items():
+        (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 5)
+        with pytest.raises(UserError, match="no row is kept"):
+            show(capsys, tmp_path / "rows.jsonl")
+        assert f"adapter {adapter} keeps 0 of 5 rows" in capsys.readouterr().out
+
+
 def test_dropped_rows_are_shown_with_what_can_be_done(tmp_path: Path, capsys: Capture) -> None:
     rows = [{"question": f"What is {n}?", "answer": "" if n % 2 else f"A number, {n}."} for n in range(12)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -188,7 +200,7 @@ def test_options_of_the_reader_and_of_the_adapter(tmp_path: Path, capsys: Captur
         for language in ("ko", "en"):
             (tmp_path / f"a.{language}").write_text(f"the text in {language}\n")
             archive.add(tmp_path / f"a.{language}", f"a.{language}")
-    with pytest.raises(UserError, match="options: {suffixes: "):
+    with pytest.raises(UserError, match=r"options: \{suffixes: "):
         show(capsys, tmp_path / "pair.tar.gz")
     assert "options: {suffixes: [.en]}" in show(capsys, tmp_path / "pair.tar.gz", "suffixes=[.en]")
     with pytest.raises(UserError, match="option 'question' is of an adapter; give --adapter, too"):

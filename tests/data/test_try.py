@@ -189,6 +189,7 @@ def test_a_directory_is_the_format_that_most_of_it_is(tmp_path: Path, capsys: Ca
     text = show(capsys, tmp_path / "docs")
     assert "20 files, the first page-0.md (markdown, utf-8" in text
     assert "files that were not looked at: 1 csv, 1 of no known format" in text
+    assert "the first 8 rows looked at: 8 kept, 0 dropped" in text, "of some files, not of all"
     assert "- {name: docs, adapter: markdown, path: docs" in text
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no file of a known format, by suffix: no files"):

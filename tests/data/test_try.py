@@ -129,6 +129,18 @@ def test_a_value_of_no_declared_meaning_is_not_guessed(capsys: Capture) -> None:
     assert "refused" not in declared
 
 
+def test_an_adapter_that_leaves_out_what_cannot_be_used_is_not_the_better_one(tmp_path: Path, capsys: Capture) -> None:
+    shapes = {
+        "alpaca": {"instruction": "Add them.", "input": [1, 2], "output": "3"},
+        "preference": {"prompt": "Name a tree.", "question": "Name a fish.", "chosen": "An oak.", "rejected": "A trout."},
+    }
+    for adapter, row in shapes.items():
+        (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 5)
+        with pytest.raises(UserError, match="no row is kept"):
+            show(capsys, tmp_path / "rows.jsonl")
+        assert f"adapter {adapter} keeps 0 of 5 rows" in capsys.readouterr().out
+
+
 def test_dropped_rows_are_shown_with_what_can_be_done(tmp_path: Path, capsys: Capture) -> None:
     rows = [{"question": f"What is {n}?", "answer": "" if n % 2 else f"A number, {n}."} for n in range(12)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -177,6 +189,7 @@ def test_a_directory_is_the_format_that_most_of_it_is(tmp_path: Path, capsys: Ca
     text = show(capsys, tmp_path / "docs")
     assert "20 files, the first page-0.md (markdown, utf-8" in text
     assert "files that were not looked at: 1 csv, 1 of no known format" in text
+    assert "the first 8 rows looked at: 8 kept, 0 dropped" in text, "of some files, not of all"
     assert "- {name: docs, adapter: markdown, path: docs" in text
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no file of a known format, by suffix: no files"):

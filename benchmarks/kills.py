@@ -125,11 +125,17 @@ class Launched:
             self.process.wait(90)
 
 
+def finish(start: type[Forked] | type[Launched], recipe: Path, out: Path) -> None:
+    """Run what is finished once more, which must say so and leave the notes of what was compared with its checksums."""
+    assert start(recipe, out).wait(900) == 0, Path(f"{out}.log").read_text()[-3000:]
+
+
 def spend(kills: int, start: type[Forked] | type[Launched], recipe: Path, work: Path, longest: float, draw: random.Random) -> None:
     """Spend the kills on runs, and compare each finished one with an undisturbed one."""
     begun = time.monotonic()
     assert start(recipe, work / "undisturbed").wait(900) == 0, (work / "undisturbed.log").read_text()[-3000:]
     seconds = time.monotonic() - begun
+    finish(start, recipe, work / "undisturbed")
     expected = contents(work / "undisturbed")
     phases: collections.Counter[str] = collections.Counter()
     runs = spent = 0
@@ -144,6 +150,7 @@ def spend(kills: int, start: type[Forked] | type[Launched], recipe: Path, work: 
             spent += 1
             phases[phase(out)] += 1
         assert code == 0, Path(f"{out}.log").read_text()[-3000:]
+        finish(start, recipe, out)
         found = contents(out)
         differing = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
         assert not differing, f"after {spent} kills {out} differs in {differing}"

@@ -26,7 +26,7 @@ from keural.tokenizer import KeuralTokenizer
 
 Capture = pytest.CaptureFixture[str]
 FILES = Path(__file__).parent / "try_files"
-SECONDS = 3.0
+SECONDS = 10.0
 """Of the processor, so long a look may take; it takes a tenth of it."""
 EXPECTED: dict[str, tuple[str, dict[str, Any], str]] = {
     "articles.parquet": ("text", {}, "parquet"),

@@ -1,4 +1,4 @@
-"""What the page is made of: files with headers that let it do little, libraries that are what they are called, and little of it all."""
+"""What the page is made of: files with headers that let it do little, libraries that are what was published, not much of it."""
 
 import gzip
 import hashlib
@@ -63,7 +63,9 @@ class TestEveryFile:
         assert (response.status_code, response.content) == (200, b"")
         assert int(response.headers["content-length"]) == len((WEB / "index.html").read_bytes())
 
-    @pytest.mark.parametrize("address", ["/web/", "/web/vendor/SHA256SUMS", "/web/../service.py", "/web/%2e%2e/service.py", "/web//etc/passwd"])
+    @pytest.mark.parametrize(
+        "address", ["/web/", "/web/vendor/SHA256SUMS", "/web/../service.py", "/web/%2e%2e/service.py", "/web//etc/passwd"]
+    )
     def test_is_on_the_list_or_is_not_there(self, client: httpx.Client, address: str) -> None:
         assert client.get(address).status_code == 404
 
@@ -125,7 +127,11 @@ class TestThePagesOwnCode:
 
         assert sorted(names[0]) == sorted(names[1])
         assert len(names[0]) > 50
-        used = {name for path in OWN for name in re.findall(r"data-(?:words|label|hint|placeholder)=\"(\w+)\"|say\(\"(\w+)\"", path.read_text())}
+        used = {
+            name
+            for path in OWN
+            for name in re.findall(r"data-(?:words|label|hint|placeholder)=\"(\w+)\"|say\(\"(\w+)\"", path.read_text())
+        }
         assert {one or other for one, other in used} <= set(names[0])
 
 

@@ -28,9 +28,13 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 
 WATCH = """
 window.seen = {violations: [], longTasks: []};
-document.addEventListener("securitypolicyviolation", (event) => seen.violations.push(`${event.violatedDirective} ${event.blockedURI}`));
-new PerformanceObserver((list) => list.getEntries().forEach((entry) => seen.longTasks.push(entry.duration))).observe({entryTypes: ["longtask"]});
+document.addEventListener("securitypolicyviolation", (event) =>
+  seen.violations.push(`${event.violatedDirective} ${event.blockedURI}`));
+new PerformanceObserver((list) => list.getEntries().forEach((entry) => seen.longTasks.push(entry.duration)))
+  .observe({entryTypes: ["longtask"]});
 """
+LONGEST_TASK = 150
+"""Milliseconds, on a machine that has other things to do; 50 on a quiet one."""
 ENTER = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "nativeVirtualKeyCode": 13}
 
 
@@ -310,8 +314,8 @@ class TestWhatIsKept:
             "{}",
             '{"format": "keural-conversations", "version": 2, "conversations": []}',
             '{"format": "keural-conversations", "version": 1, "conversations": [{"title": "x"}]}',
-            '{"format": "keural-conversations", "version": 1, "conversations": [{"title": "", "system": "", "created": 0, "updated": 0, '
-            '"settings": {}, "turns": {"a": {"role": "tool", "content": "", "parent": "root"}}, "shown": {}}]}',
+            '{"format": "keural-conversations", "version": 1, "conversations": [{"title": "", "system": "", "created": 0, '
+            '"updated": 0, "settings": {}, "turns": {"a": {"role": "tool", "content": "", "parent": "root"}}, "shown": {}}]}',
         ],
     )
     def test_a_file_of_another_kind_is_refused(self, start: Start, visit: Visit, tmp_path: Path, text: str) -> None:
@@ -420,7 +424,8 @@ HOSTILE = """<img src=x onerror="document.title='taken'"> <script>document.title
 
 <div><svg onload="document.title='taken'"></div>
 
-[a](javascript:document.title='taken') [b](JaVaScRiPt:alert`1`) [c](data:text/html,<script>1</script>) [d](vbscript:x) [e](/v1/models)
+[a](javascript:document.title='taken') [b](JaVaScRiPt:alert`1`) [c](data:text/html,<script>1</script>) [d](vbscript:x)
+[e](/v1/models)
 
 ![tracker](https://evil.example/pixel.png?q=1) ![x](data:image/svg+xml;base64,AAAA "t") &lt;b&gt; &#60;script&#62;
 
@@ -439,7 +444,9 @@ def fake(page: Open, *pieces: str, status: int = 200) -> None:
     events = [{"choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]} for piece in pieces]
     events += [{"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}]
     body = "".join(f"data: {json.dumps(event, ensure_ascii=False)}\n\n" for event in events) + "data: [DONE]\n\n"
-    page.page.route("**/v1/chat/completions", lambda route: route.fulfill(status=status, content_type="text/event-stream", body=body))
+    page.page.route(
+        "**/v1/chat/completions", lambda route: route.fulfill(status=status, content_type="text/event-stream", body=body)
+    )
 
 
 class TestAHostileAnswer:
@@ -450,11 +457,13 @@ class TestAHostileAnswer:
         page.page.wait_for_timeout(300)
         inside = page.page.evaluate(
             """[...document.querySelectorAll('.assistant .body *')].flatMap((node) =>
-               [node.tagName, ...node.getAttributeNames().filter((name) => name.startsWith('on') || name === 'style' || name === 'src')])"""
+               [node.tagName, ...node.getAttributeNames().filter((name) => name.startsWith('on') || ['style', 'src'].includes(name))])"""
         )
 
         assert page.page.title() == "hello · keural"
-        assert not {"IMG", "SCRIPT", "SVG", "svg", "STYLE", "BASE", "META", "IFRAME", "onerror", "onload", "style", "src"} & set(inside)
+        assert not {"IMG", "SCRIPT", "SVG", "svg", "STYLE", "BASE", "META", "IFRAME", "onerror", "onload", "style", "src"} & set(
+            inside
+        )
         hrefs = page.page.eval_on_selector_all(".assistant .body a", "(all) => all.map((one) => one.getAttribute('href'))")
         assert hrefs == [
             "https://evil.example/pixel.png?q=1",
@@ -512,7 +521,27 @@ class TestAHostileAnswer:
 
 
 class TestMarkdown:
-    TEXT = "# 제목\n\n**\"예\"**는 답이고 `코드`가 있다.\n\n- 하나\n- 둘\n\n  셋\n\n| 가 | 나 |\n|--|--:|\n| 1 | **2** |\n\n```python\ndef f(x):\n    return 1\n```\n\n1. a\n2. b\n"
+    TEXT = """# 제목
+
+**"예"**는 답이고 `코드`가 있다.
+
+- 하나
+- 둘
+
+  셋
+
+| 가 | 나 |
+|--|--:|
+| 1 | **2** |
+
+```python
+def f(x):
+    return 1
+```
+
+1. a
+2. b
+"""
 
     def test_in_pieces_is_the_same_as_at_once(self, start: Start, visit: Visit) -> None:
         shown = []
@@ -576,7 +605,9 @@ class TestTrouble:
     def test_a_stream_that_breaks_is_said(self, start: Start, visit: Visit) -> None:
         page = visit(start())
         body = 'data: {"choices":[{"index":0,"delta":{"content":"half"},"finish_reason":null}]}\n\n'
-        page.page.route("**/v1/chat/completions", lambda route: route.fulfill(status=200, content_type="text/event-stream", body=body))
+        page.page.route(
+            "**/v1/chat/completions", lambda route: route.fulfill(status=200, content_type="text/event-stream", body=body)
+        )
         page.ask("hello")
 
         assert page.answers == ["half"]
@@ -599,7 +630,9 @@ class TestTrouble:
 
 
 class TestTheFrame:
-    @pytest.mark.parametrize(("locale", "words"), [("ko-KR", "새 대화"), ("en-US", "New conversation"), ("fr-FR", "New conversation")])
+    @pytest.mark.parametrize(
+        ("locale", "words"), [("ko-KR", "새 대화"), ("en-US", "New conversation"), ("fr-FR", "New conversation")]
+    )
     def test_speaks_the_browsers_language(self, start: Start, visit: Visit, locale: str, words: str) -> None:
         page = visit(start(), locale=locale)
 
@@ -635,7 +668,10 @@ class TestTheFrame:
     @pytest.mark.parametrize("width", [390, 1280])
     def test_fits_its_window(self, start: Start, visit: Visit, width: int) -> None:
         page = visit(start(), viewport={"width": width, "height": 844})
-        fake(page, TestMarkdown.TEXT + "\n" + "averylongword" * 60 + "\n\n| " + " | ".join(["wide"] * 40) + " |\n|" + "-|" * 40 + "\n")
+        fake(
+            page,
+            TestMarkdown.TEXT + "\n" + "averylongword" * 60 + "\n\n| " + " | ".join(["wide"] * 40) + " |\n|" + "-|" * 40 + "\n",
+        )
         page.ask("가나다라" * 60)
 
         assert page.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
@@ -674,4 +710,4 @@ class TestTheFrame:
         page.until("document.querySelectorAll('.turn').length === 300")
 
         assert page.page.evaluate("document.querySelector('.turn .body').textContent") == "질문 0"
-        print("longest tasks (ms):", sorted(page.page.evaluate("seen.longTasks"))[-3:])
+        assert max(page.page.evaluate("seen.longTasks"), default=0) < LONGEST_TASK

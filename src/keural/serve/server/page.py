@@ -1,7 +1,7 @@
 """The page at `/`: a chat in a browser.
 
-In: the files of `serve/web/`. Out: answers with their types, marks of their versions, and headers that let the page do little:
-run its own scripts, ask this server, and nothing else. Scripts cannot turn text into markup at all (Trusted Types without a policy).
+In: the files of `serve/web/`. Out: answers with their types, marks of their versions, and headers that let the page do little: run
+its own scripts, ask this server, and nothing else. Scripts cannot turn text into markup at all (Trusted Types without a policy).
 """
 
 import hashlib
@@ -74,7 +74,9 @@ class File:
         """The file, or word that the browser has it already. The body of an answer to HEAD is left out by the server."""
         known = request.headers.get("if-none-match", "")
         if self.headers["etag"] in (tag.strip().removeprefix("W/") for tag in known.split(",")):
-            return Response(status_code=304, headers={name: value for name, value in self.headers.items() if name != "content-type"})
+            return Response(
+                status_code=304, headers={name: value for name, value in self.headers.items() if name != "content-type"}
+            )
         return Response(self.body, headers=dict(self.headers))
 
 

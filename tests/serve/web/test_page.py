@@ -457,7 +457,7 @@ class TestAHostileAnswer:
         page.page.wait_for_timeout(300)
         inside = page.page.evaluate(
             """[...document.querySelectorAll('.assistant .body *')].flatMap((node) =>
-               [node.tagName, ...node.getAttributeNames().filter((name) => name.startsWith('on') || ['style', 'src'].includes(name))])"""
+               [node.tagName, ...node.getAttributeNames().filter((name) => /^on|^style$|^src$/.test(name))])"""
         )
 
         assert page.page.title() == "hello · keural"
@@ -506,7 +506,7 @@ class TestAHostileAnswer:
 
         assert time.monotonic() - begun < 5
         assert page.page.input_value("#prompt") == "still here"
-        assert shown > 0.2 * len("".join(pieces))
+        assert shown > 0.8 * len("".join(pieces))  # a table has no bars, and a row of signs is a rule
         assert page.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
     def test_after_a_huge_block_the_rest_is_formatted_again(self, start: Start, visit: Visit) -> None:

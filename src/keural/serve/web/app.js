@@ -7,7 +7,7 @@ import { sendOnEnter } from "./composer.js";
 import { copyText, element, icon, iconButton } from "./dom.js";
 import * as store from "./store.js";
 import { ROOT, addTurn, freshConversation, fromFile, messagesTo, path, toFile, versions } from "./tree.js";
-import { explained, failure, figures, finish, turnElement } from "./turns.js";
+import { explained, failure, figures, finish, speedLine, turnElement } from "./turns.js";
 import { fill, number, say, switchLanguage } from "./words.js";
 
 const AT_ONCE = 4; // turns that are drawn before the page is shown; older ones follow in pauses
@@ -93,9 +93,8 @@ async function run(conversation, parent) {
   const since = () => (performance.now() - begun) / 1000;
   const shown = article.querySelector(".count");
   const show = () => {
-    const speed = counts.tokens > 1 ? (counts.tokens - 1) / Math.max(0.01, counts.seconds - counts.first) : 0;
     shown.textContent = counts.tokens
-      ? say("stats", number(counts.tokens), speed ? number(speed, speed < 10 ? 1 : 0) : "–", number(counts.first, 2))
+      ? speedLine(counts.tokens, counts.seconds, counts.first)
       : `${say("waiting")} ${number(Math.floor(since()))} s`;
   };
   const clock = setInterval(show, 500);

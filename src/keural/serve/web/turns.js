@@ -71,13 +71,20 @@ function versionTools(conversation, turn) {
   return [before, element("span", { class: "place", role: "img", "aria-label": words, title: words }, `${place + 1} / ${all.length}`), after];
 }
 
+/** Tokens, tokens a second, and when the first came, in seconds from the question on. What came at once was made before, so the
+ * wait belongs to its time. */
+export function speedLine(tokens, seconds, first) {
+  const span = seconds - first;
+  const speed = span > 0.2 ? (tokens - 1) / span : tokens / Math.max(seconds, 0.001);
+  return say("stats", number(tokens), number(speed, speed < 10 ? 1 : 0), number(first, first < 10 ? 2 : 0));
+}
+
 /** Tokens, speed and how the answer ended, in one line. */
 export function figures(turn) {
   const { tokens, seconds, first, prompt, cached } = turn.counts ?? {};
   const parts = [];
   if (tokens) {
-    const speed = tokens > 1 && seconds > first ? (tokens - 1) / (seconds - first) : 0;
-    parts.push(say("stats", number(tokens), speed ? number(speed, speed < 10 ? 1 : 0) : "–", number(first, first < 10 ? 2 : 0)));
+    parts.push(speedLine(tokens, seconds, first));
   }
   if (prompt) parts.push(say("prompt", number(prompt), number(cached ?? 0)));
   if (turn.note) parts.push(say(turn.note));

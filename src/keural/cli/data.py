@@ -41,6 +41,19 @@ def data_try(
     data_try.show_trials(path, adapter, given or [], tokenizer)
 
 
+@app.command("fetch")
+def data_fetch(
+    recipe: RecipeDir,
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="where each set gets a folder; what is there already stays")],
+    only: Annotated[list[str] | None, typer.Option(help="only this set; may be given several times")] = None,
+) -> None:
+    """Bring the public sets that a recipe reads, with git, at fixed commits; then `keural run RECIPE data=DIR`."""
+    from keural.data.preview.fetch import fetch
+    from keural.recipe.shipped import recipe_directory
+
+    fetch(recipe_directory(recipe), out, only or ())
+
+
 @app.command("adapters")
 def data_adapters(name: Annotated[str | None, typer.Argument(help="one of them")] = None) -> None:
     """List the adapters; or say what one reads, its options, and why it drops a row."""

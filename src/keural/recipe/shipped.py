@@ -14,6 +14,8 @@ from keural.files import atomic_directory, check_new, read_yaml
 
 SHIPPED = Path(str(files("keural").joinpath("recipes")))
 RECIPE_FILE = "recipe.yaml"
+SETS_FILE = "sets.yaml"
+"""Of a recipe that says where its data comes from."""
 
 
 def names() -> list[str]:
@@ -56,7 +58,7 @@ def stage_file(given: Path) -> Path:
         directory = recipe_directory(given.parent)
         if (file := directory / given.name).is_file():
             return file
-        stages = sorted(path.name for path in directory.glob("*.yaml") if path.name != RECIPE_FILE)
+        stages = sorted(path.name for path in directory.glob("*.yaml") if path.name not in (RECIPE_FILE, SETS_FILE))
         raise UserError(f"{given}: the recipe has no such stage{nearest(given.name, stages)}; it has {', '.join(stages)}")
     raise UserError(f"{given}: no such file; give a stage's YAML file, e.g. toy/sft-1.yaml or my-recipe/sft-1.yaml")
 

@@ -14,7 +14,7 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, TypeVar
 
 from keural.data.adapters import Adapter, adapter_of
-from keural.data.adapters.base import lookup, scalar
+from keural.data.adapters.base import BadRow, lookup, scalar
 from keural.data.adapters.composition import composed
 from keural.data.field_use import FieldUse
 from keural.data.readers.archives import ARCHIVE, ARCHIVES, archive_of, members
@@ -114,9 +114,10 @@ class Source:
                 yield row.value, _finished(adapter(row.value, spec, row.where), row.value, spec, number, notes)
             else:
                 for place, value in enumerate(split(row.value, spec), start=1):
-                    fields.look(value)
+                    whole = row.value if isinstance(value, BadRow) else value  # what could not be taken apart
+                    fields.look(whole)
                     where = f"{row.where}#{place}"
-                    yield value, _finished(adapter(value, spec, where), value, spec, number, notes, place)
+                    yield whole, _finished(adapter(value, spec, where), whole, spec, number, notes, place)
 
     def rows(self, seed: int, file: SourceFile | None = None, notes: ReadingNotes | None = None) -> Iterator[Row | Drop]:
         """Every row as it is read, before an adapter sees it; with `file` only those of that one."""

@@ -246,7 +246,7 @@ def _text_format(shape: FileShape, text: str, complete: bool, options: Options) 
         )
     if expected is None:
         shape = replace(shape, format=found or "text", evidence=(why or "it is text", *shape.evidence))
-    elif expected in ("json", "jsonl") and found in ("csv", "tsv"):
+    elif expected in ("json", "jsonl") and found in ("csv", "tsv") and not _begins_as_json(text):
         return replace(shape, problem=f"is no JSON: {why}; give format: {found}")
     elif expected in ("json", "jsonl", "csv", "tsv") and found in ("json", "jsonl") and expected != found:
         shape = replace(shape, format=found, evidence=(why, *shape.evidence), assumed=(*shape.assumed, f"read as {found}: {why}"))
@@ -282,6 +282,18 @@ def _format_in(text: str, complete: bool) -> tuple[str | None, str]:
         if len(lines) > 2 and _divides(lines, dialect.delimiter):
             return name, f"{DELIMITERS[delimiter]} divide every line into as many cells"
     return None, ""
+
+
+def _begins_as_json(text: str) -> bool:
+    """Whether text begins as JSON does, if perhaps as broken JSON: its commas are those between the fields of objects."""
+    first = text.lstrip().partition("\n")[0].strip().rstrip(",")
+    if first.startswith(("{", "[")):
+        return True
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _divides(lines: Sequence[str], delimiter: str) -> bool:

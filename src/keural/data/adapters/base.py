@@ -17,7 +17,7 @@ from keural.tokenizer.message import Message
 TABLES = ("jsonl", "json", "yaml", "parquet", "csv", "tsv")
 NO_INPUT = re.compile(r"[<\[(]?\s*(?:no[ _-]?input|입력 ?없음)\s*[>\])]?", re.IGNORECASE)
 """What public instruction sets write where there is no input."""
-NOTHING = frozenset({"n/a", "none", "nan", "null", "없음", "해당 없음"})
+NOTHING = frozenset({"n/a", "none", "없음", "해당 없음"})
 """What they write there, too, and what may be an input all the same."""
 WRONG_SCHEMA = "wrong_schema"
 """Reason of rows that do not have the adapter's schema; a source that begins with one is refused."""

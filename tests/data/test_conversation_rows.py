@@ -873,3 +873,23 @@ def test_fields_of_parts_are_listed_where_nobody_reads_them() -> None:
     use = FieldUse(ADAPTERS["messages"], SourceSpec(name="s", adapter="messages"))
     use.look(chat({"role": "user", "content": [{"type": "text", "text": "q", "citations": ["c"]}]}))
     assert use.unread == {"messages.content.citations"}
+
+
+def test_a_flag_may_stand_inside_an_object() -> None:
+    row = chat(ASKED, ANSWERED | {"meta": {"train": 1}}, meta={"train": 0})
+    assert reason(convert("messages", row, flags={"meta.train": True}))[0] == "not_trained"
+    spoken = chat(ASKED, ANSWERED | {"meta": {"train": 0}}, ASKED, ANSWERED)
+    assert trained(convert("messages", spoken, flags={"meta.train": True})) == ["a"]
+    assert [turn.trained for turn in kept(convert("messages", spoken, flags={"meta.train": True})).messages] == [
+        None,
+        False,
+        None,
+        None,
+    ]
+
+
+@pytest.mark.parametrize(("flag", "is_unseen"), [("tained", True), ("learn", False), ("meta.learn", False), ("meta.learned", True)])
+def test_a_flag_that_no_row_has_is_an_option_without_effect(flag: str, is_unseen: bool) -> None:
+    use = FieldUse(ADAPTERS["messages"], SourceSpec(name="s", adapter="messages", options={"flags": {flag: True}}))
+    use.look(chat(ASKED, ANSWERED | {"learn": 1, "meta": {"learn": 1}}))
+    assert bool(use.unseen) == is_unseen

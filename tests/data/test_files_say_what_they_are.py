@@ -10,7 +10,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unicodedata import normalize
 
 import pytest
@@ -616,3 +616,19 @@ def test_a_rule_at_the_head_of_a_text_is_part_of_it(data_dir: Path, rule: str) -
     put(data_dir, "data.md", text)
     (found,) = read(data_dir, SourceSpec(name="s", adapter="markdown", path="data.md"))
     assert found.text == text
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf16", "utf-32"])
+def test_an_encoding_without_its_byte_order_is_refused(data_dir: Path, encoding: str) -> None:
+    put(data_dir, "data.jsonl", LINES)
+    assert f"is not {encoding} (" in refusal(data_dir, source("data.jsonl", encoding=encoding))
+
+
+@pytest.mark.parametrize(("written", "given"), [("NFD", "NFC"), ("NFC", "NFD")])
+@pytest.mark.parametrize("path", ["자료/표.csv", "자료"])
+def test_a_path_is_the_same_composed_or_not(
+    data_dir: Path, written: Literal["NFC", "NFD"], given: Literal["NFC", "NFD"], path: str
+) -> None:
+    (data_dir / normalize(written, "자료")).mkdir()
+    put(data_dir, normalize(written, "자료/표.csv"), QA)
+    assert read(data_dir, source(normalize(given, path))) == [list(row.values()) for row in ROWS]

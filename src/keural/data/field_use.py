@@ -53,7 +53,7 @@ class FieldUse:
         for option in named:
             if option in source.options:
                 given = source.options[option]
-                self.unseen[option] = given if isinstance(given, list) else [given]
+                self.unseen[option] = list(given) if isinstance(given, list | dict) else [given]
 
     def look(self, value: Any) -> None:
         """Take note of a row's fields."""
@@ -65,17 +65,20 @@ class FieldUse:
             return
         if isinstance(value, dict):
             self._note("", value, self._reads.keys)
-            if self.unseen:
-                self.unseen = {
-                    option: names for option, names in self.unseen.items() if not any(_has(value, name) for name in names)
-                }
+            self._see(value)
         for name in self._reads.turns:
             turns = listing(lookup(value, name) if isinstance(value, dict) else value)
             for turn in turns if isinstance(turns, list) else [turns]:
                 if isinstance(turn, dict):
+                    self._see(turn)
                     self._note(f"{name}.", turn, self._reads.turn_keys)
                     for content in CONTENT_KEYS:
                         self._look_at_parts(f"{name}.{content}.", turn.get(content))
+
+    def _see(self, value: dict[Any, Any]) -> None:
+        """Forget the options of which a row or turn has a field."""
+        if self.unseen:
+            self.unseen = {option: names for option, names in self.unseen.items() if not any(_has(value, name) for name in names)}
 
     def _look_at_parts(self, before: str, parts: Any) -> None:
         for part in parts if isinstance(parts, list) else ():

@@ -6,6 +6,7 @@ user can get wrong about a source (adapter, option, format, path) is found by `o
 
 import codecs
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -321,6 +322,9 @@ def _files(spec: SourceSpec, adapter: Adapter, data_dir: Path | None) -> list[So
     if data_dir is None and not pattern.is_absolute():
         raise _error(spec, f"path {spec.path!r} is relative to the data directory; give data=DIR")
     base = (data_dir or Path()).absolute()
+    if not (base / pattern).exists() and not spec.path.isascii():  # files from a Mac may be named letter by letter
+        forms = [Path(unicodedata.normalize(form, str(pattern))) for form in ("NFC", "NFD")]
+        pattern = next((form for form in forms if (base / form).exists()), pattern)
     found = _find(spec, adapter, base / pattern)
     if not (base / pattern).is_file():
         _check_mixture(spec, adapter, str(base / pattern), _first_of_format(found))

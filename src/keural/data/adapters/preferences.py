@@ -532,7 +532,7 @@ def _reads(source: SourceSpec) -> Reads:
     read = reads(source, keys, turns, ["input"])
     inside = ANSWER_KEYS if "content" not in options else ()
     score_keys = map(str, scores if isinstance(scores, list) else [scores])
-    return replace(read, turn_keys=read.turn_keys | {*inside, *score_keys}, optional=("system", "tools", "input"))
+    return replace(read, turn_keys=read.turn_keys | {*inside, *score_keys}, optional=("system", "tools", "flags", "input"))
 
 
 OPTIONS: OptionTable = {

@@ -122,7 +122,7 @@ REASONS: dict[str, Reason] = {
     "score_tie": Reason("both answers are of equal worth"),
     "score_reversed": Reason(
         "the scores prefer the rejected answer",
-        "options: {lower_is_better: true}, or {ignore: [..]} where they are no scores of it",
+        "options: {scores: [..], lower_is_better: true}, or {ignore: [..]} where they are no scores of it",
     ),
     "small_margin": Reason("the scores differ by less than the option min_margin"),
     "several_answers": Reason(

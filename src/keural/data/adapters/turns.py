@@ -190,7 +190,7 @@ def reads(source: SourceSpec, keys: Sequence[Any], turns: Sequence[str | int] = 
         tuple(turns),
         _SPECIAL | _flags(options).keys() | {str(name).split(".")[0] for name in (*role, *content, *_ignored(options))},
         booleans=frozenset(LABELS),
-        optional=("system", "tools", "label", *optional),
+        optional=("system", "tools", "label", "flags", *optional),
     )
 
 
@@ -270,9 +270,14 @@ class TurnReader:
         return {label_key(value): good for value, good in given.items() if isinstance(good, bool)}
 
     @cached_property
+    def _paths(self) -> list[str]:
+        """Flags inside an object: `meta.train`."""
+        return [name for name in map(str, self.options.get("flags", ())) if "." in name]
+
+    @cached_property
     def _special(self) -> frozenset[str]:
         return (_SPECIAL | self._flags.keys()) - self._ignore | (
-            frozenset(CONTENT_KEYS) if "reasoning" in self.options else frozenset()
+            frozenset(CONTENT_KEYS) if "reasoning" in self.options or self._paths else frozenset()
         )
 
     @cached_property
@@ -346,6 +351,8 @@ class TurnReader:
         """What a turn or row says of itself: trained, not trained, or nothing."""
         known = self._flags
         said = {name: _flag_value(name, value[name], known[name]) for name in known.keys() & value.keys() - self._ignore - used}
+        for name in self._paths:
+            said[name] = _flag_value(name, lookup(value, name), known[name])
         flags = {flag for flag in said.values() if flag is not None}
         if len(flags) > 1:
             raise BadRow("fields_differ", ", ".join(sorted(name for name, flag in said.items() if flag is not None)))

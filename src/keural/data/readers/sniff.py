@@ -193,7 +193,11 @@ def _text_shape(start: bytes, file: DataFile, expected: str | None, options: Opt
             return FileShape(expected, None, None, evidence=(evidence,), problem=problem)
         if not encoding.startswith("utf-8"):
             assumed = (f"read as {encoding} ({evidence})",)
-    text = codecs.getincrementaldecoder(codec_of(encoding, start))("replace").decode(start, complete)
+    try:
+        text = codecs.getincrementaldecoder(codec_of(encoding, start))("replace").decode(start, complete)
+    except UnicodeError as error:  # UTF-16 and UTF-32 that have to say their byte order, and do not
+        problem = f"is not {encoding} ({error}); leave the option encoding out, or give the byte order: {encoding}-le"
+        return FileShape(expected, None, None, evidence=(problem,), problem=problem)
     shape = FileShape(expected, None, encoding, evidence=(f"encoding {encoding}: {evidence}",), assumed=assumed)
     if "\r" in text and "\n" not in text:
         shape = replace(shape, newline="\r")
@@ -203,7 +207,10 @@ def _text_shape(start: bytes, file: DataFile, expected: str | None, options: Opt
 
 def _read_otherwise(start: bytes, one: str, other: str) -> bool:
     """Whether two encodings make different texts of a beginning."""
-    first, second = (codecs.getincrementaldecoder(codec_of(name, start))("replace").decode(start) for name in (one, other))
+    try:
+        first, second = (codecs.getincrementaldecoder(codec_of(name, start))("replace").decode(start) for name in (one, other))
+    except UnicodeError:  # it cannot be read in one of them
+        return True
     return first[: len(second)] != second[: len(first)]
 
 

@@ -14,7 +14,7 @@ RELEASE := .venv-transformers-
 EDGE_TESTS := tests/model tests/serve tests/convert tests/evaluate tests/tokenizer tests/recipe tests/data/test_cleaning.py \
 	tests/data/test_hub.py tests/train/test_trl.py
 
-.PHONY: test-processors setup setup-llama demo test test-llama test-slow test-transformers test-newest test-oldest test-wheel docs lint clean
+.PHONY: test-page test-processors setup setup-llama demo test test-llama test-slow test-transformers test-newest test-oldest test-wheel docs lint clean
 
 setup: $(READY)
 
@@ -37,6 +37,11 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+
+# The chat page in a browser: needs Debian's `chromium` (apt-get install chromium) and two packages that nothing else does.
+test-page: $(READY)
+	$(BIN)/python -m pip install playwright axe-playwright-python
+	$(BIN)/python -m pytest tests/serve/web
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow --timeout 3600 --hypothesis-profile=random

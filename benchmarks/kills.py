@@ -30,7 +30,10 @@ UNTIMED = ("loss", "gradient_norm", "learning_rate", "heldout", "tokens")
 
 
 def contents(run: Path) -> dict[str, str]:
-    """Every file of a run; of weights and losses with what is in them."""
+    """Every file of a run, of weights and losses with what is in them.
+
+    Not among them is `model-checked.json`, a note that a later command compared a model with its checksums.
+    """
     found = {}
     for path in sorted(run.rglob("*")):
         name = str(path.relative_to(run))
@@ -39,7 +42,7 @@ def contents(run: Path) -> dict[str, str]:
         elif path.name == "metrics.jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             found[name] = json.dumps([{key: line[key] for key in UNTIMED if key in line} for line in lines])
-        elif path.is_file():
+        elif path.is_file() and path.name != "model-checked.json":
             found[name] = ""
     return found
 

@@ -37,7 +37,7 @@ PROSE: list[tuple[str, str, str, dict[str, Any]]] = [
             "cncf_glossary",
         )
     ),
-    *((name, TEXT, f"{name}/*", UD) for name in ("ko_ud_text", "ko_ud_gsd_text", "ko_ud_ksl_text", "en_ud_ewt_text")),
+    *((name, TEXT, f"{name}/*.conllu", UD) for name in ("ko_ud_text", "ko_ud_gsd_text", "ko_ud_ksl_text", "en_ud_ewt_text")),
     ("ko_literature", TEXT, "ko_literature", {}),
     ("en_gutenberg", TEXT, "en_gutenberg_*/*.txt", {"options": {"gutenberg": True}}),
     ("en_rust_book", MARKDOWN, "en_rust_book", {}),

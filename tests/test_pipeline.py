@@ -247,6 +247,13 @@ def one_line(err: str) -> str:
     return lines[0]
 
 
+def assert_each_stage_is_refused(err: str, file: str) -> None:
+    """The data of every stage is damaged, and all of it is said at once, in a line for each."""
+    lines = [line for line in err.splitlines() if line.startswith("keural: error: ")]
+    assert len(lines) == len(set(lines)) == 3, err
+    assert all(file in line for line in lines), err
+
+
 class TestRefusals:
     """Exit code 2, one line, nothing half-written."""
 
@@ -381,7 +388,7 @@ class TestRefusals:
             victim.write_bytes(victim.read_bytes()[:-4])
         code, _, err = keural("run", workplace / "recipe", "--out", workplace / "run")
         assert code == 2
-        assert ".ds" in one_line(err)
+        assert_each_stage_is_refused(err, ".ds")
 
     def test_not_a_model_directory(self, tmp_path: Path, keural: Keural) -> None:
         for command in (["generate", tmp_path, "--prompt", "hi"], ["chat", tmp_path / "nowhere"]):
@@ -409,7 +416,7 @@ def test_a_store_whose_counts_are_changed_is_refused(workplace: Path, keural: Ke
         )
     code, _, err = keural("run", workplace / "recipe", "--out", workplace / "run")
     assert code == 2
-    assert "manifest.json" in one_line(err)
+    assert_each_stage_is_refused(err, "manifest.json")
 
 
 def shards_of(directory: Path, workplace: Path) -> dict[str, Any]:

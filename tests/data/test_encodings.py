@@ -158,6 +158,15 @@ def test_an_encoding_that_is_none_is_refused(data_dir: Path, name: str) -> None:
         read(data_dir, "a.txt", b"a", encoding=name)
 
 
+@pytest.mark.parametrize("option", ["encoding", "delimiter", "quote"])
+@pytest.mark.parametrize("value", [5, True, ["cp949"], {}])
+def test_an_option_of_another_type_is_refused(data_dir: Path, option: str, value: Any) -> None:
+    (data_dir / "a.csv").write_text("text,n\nx,1\n")
+    spec = SourceSpec(name="s", adapter="text", path="a.csv", options={option: value})
+    with pytest.raises(UserError, match=f"option '{option}' must be a text, got"):
+        open_source(spec, data_dir)
+
+
 def test_a_wrong_encoding_names_the_bytes(data_dir: Path) -> None:
     (drop,) = read(data_dir, "a.txt", b"plain " * 5000 + "바람".encode(), encoding="ascii")
     assert drop.reason == "invalid_unicode"

@@ -407,6 +407,8 @@ def test_an_input_belongs_to_an_instruction_and_is_the_prompt_without_one() -> N
     assert pair(convert({"instruction": "  add", "input": "1, 2", **sides}))[0] == [("user", "  add\n\n1, 2")]
     assert pair(convert({"input": "1, 2", **sides}))[0] == [("user", "1, 2")]
     assert pair(convert({"prompt": "add", "input": "<noinput>", **sides}))[0] == [("user", "add")]
+    left = convert({"instruction": "add", "input": "none", **sides})
+    assert (pair(left)[0], left.notes) == ([("user", "add")], ("input_left_out",))
     assert reason(convert({"prompt": "add", "input": "1, 2", **sides})) == "fields_differ"
     assert pair(convert({"prompt": "add", "input": "1, 2", **sides}, input="input"))[0] == [("user", "add\n\n1, 2")]
     assert reason(convert({"instruction": "add", "input": [1, 2], **sides})) == "input_is_not_text"

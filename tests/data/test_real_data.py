@@ -92,7 +92,7 @@ def test_hh_rlhf_defect_by_defect(real_data: Path) -> None:
         ("dialogue", "inst_multi_chatterbot", {"options": {"rows": "conversations"}}, 2479, {"missing_dialogue": 1}),
         ("text", "ko_petitions/petitions_*", {"format": "jsonl", "options": {"field": "content"}}, 1300, {"empty": 1}),
         ("text", "ko_nsmc_raw", {"options": {"field": "review"}}, 5554, {}),
-        ("text", "ko_ud_text/*", {"format": "text", "options": {"prefix": "# text = ", "split": "line"}}, 4353, {}),
+        ("text", "ko_ud_text/*.conllu", {"format": "text", "options": {"prefix": "# text = ", "split": "line"}}, 4353, {}),
         ("markdown", "ko_cncf_glossary", {}, 119, {"empty": 2}),
         ("qa", "eval_kobest/BoolQ", {"options": {"question": ["Text", "Question"], "answer": "Answer"}}, 2104, {}),
         ("text", "eval_kobest/COPA", {"options": {"field": "sentence"}}, 4576, {}),

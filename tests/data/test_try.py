@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from keural.tokenizer import KeuralTokenizer
 
 Capture = pytest.CaptureFixture[str]
 FILES = Path(__file__).parent / "try_files"
-SECONDS = 3.0
+SECONDS = 10.0
 """Of the processor, so long a look may take; it takes a tenth of it."""
 EXPECTED: dict[str, tuple[str, dict[str, Any], str]] = {
     "articles.parquet": ("text", {}, "parquet"),
@@ -128,6 +129,18 @@ def test_a_value_of_no_declared_meaning_is_not_guessed(capsys: Capture) -> None:
     assert "refused" not in declared
 
 
+def test_an_adapter_that_leaves_out_what_cannot_be_used_is_not_the_better_one(tmp_path: Path, capsys: Capture) -> None:
+    shapes = {
+        "alpaca": {"instruction": "Add them.", "input": [1, 2], "output": "3"},
+        "preference": {"prompt": "Name a tree.", "question": "Name a fish.", "chosen": "An oak.", "rejected": "A trout."},
+    }
+    for adapter, row in shapes.items():
+        (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 5)
+        with pytest.raises(UserError, match="no row is kept"):
+            show(capsys, tmp_path / "rows.jsonl")
+        assert f"adapter {adapter} keeps 0 of 5 rows" in capsys.readouterr().out
+
+
 def test_dropped_rows_are_shown_with_what_can_be_done(tmp_path: Path, capsys: Capture) -> None:
     rows = [{"question": f"What is {n}?", "answer": "" if n % 2 else f"A number, {n}."} for n in range(12)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -176,10 +189,27 @@ def test_a_directory_is_the_format_that_most_of_it_is(tmp_path: Path, capsys: Ca
     text = show(capsys, tmp_path / "docs")
     assert "20 files, the first page-0.md (markdown, utf-8" in text
     assert "files that were not looked at: 1 csv, 1 of no known format" in text
+    assert "the first 8 rows looked at: 8 kept, 0 dropped" in text, "of some files, not of all"
     assert "- {name: docs, adapter: markdown, path: docs" in text
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no file of a known format, by suffix: no files"):
         try_path(tmp_path / "empty", None, {}, None)
+
+
+def test_options_of_the_reader_and_of_the_adapter(tmp_path: Path, capsys: Capture) -> None:
+    with tarfile.open(tmp_path / "pair.tar.gz", "w:gz") as archive:
+        for language in ("ko", "en"):
+            (tmp_path / f"a.{language}").write_text(f"the text in {language}\n")
+            archive.add(tmp_path / f"a.{language}", f"a.{language}")
+    with pytest.raises(UserError, match=r"options: \{suffixes: "):
+        show(capsys, tmp_path / "pair.tar.gz")
+    assert "options: {suffixes: [.en]}" in show(capsys, tmp_path / "pair.tar.gz", "suffixes=[.en]")
+    with pytest.raises(UserError, match="option 'question' is of an adapter; give --adapter, too"):
+        show(capsys, FILES / "faq.csv", "question=질문")
+    with pytest.raises(UserError, match="give data=DIR, or options"):
+        show(capsys, FILES / "faq.csv", "question")
+    with pytest.raises(UserError, match="unknown option 'kwestion' of adapter qa"):
+        show(capsys, FILES / "faq.csv", "kwestion=질문", adapter="qa")
 
 
 def test_only_the_beginning_of_a_large_file_is_read(tmp_path: Path) -> None:

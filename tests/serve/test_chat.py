@@ -221,7 +221,8 @@ def read_once(*arguments):
     reads.append(arguments)
     if len(reads) == 2:  # the first token was said: the answer is going on, and will be when the interrupt comes
         os.write(1, b"[answering]")
-        time.sleep(3600)
+        while True:  # a signal between two instructions would leave a single long sleep asleep
+            time.sleep(0.01)
     return read(*arguments)
 TransformersEngine._read = read_once
 sys.exit(run_chat(Path(sys.argv[1]), SamplingParams(temperature=0.0, max_new_tokens=120), ""))

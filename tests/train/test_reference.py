@@ -102,5 +102,5 @@ def test_random_initial_weights_cannot_be_replaced_by_another_shape(tmp_path: Pa
     wider = dataclasses.replace(
         job, model_config=type(job.model_config)(**(job.model_config.to_dict() | {"intermediate_size": 48}))
     )
-    with pytest.raises(UserError, match="intermediate_size is 24, the recipe's model has 48"):
+    with pytest.raises(UserError, match="intermediate_size is 24 there and 48 in the recipe"):
         train_stage(wider)

@@ -43,6 +43,7 @@ def print_ending(outcome: "Outcome", arguments: str) -> None:
         show(sample["answer"])
     show(f"\nreport: {outcome.directory / 'report.html'}")
     show(f"chat:   {_command()} chat {outcome.directory / 'final'}")
+    show(f"in a browser: {_command()} serve {outcome.directory / 'final'}")
 
 
 def _command() -> str:

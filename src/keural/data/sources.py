@@ -5,11 +5,13 @@ user can get wrong about a source (adapter, option, format, path) is found by `o
 """
 
 import codecs
+import os
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, TypeVar
@@ -43,7 +45,7 @@ SUFFIXES = "suffixes"
 PROSE = ("text", "markdown", "srt", "conllu")
 """Formats whose files are documents; those of the others hold rows."""
 INVALID = "invalid_unicode"
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_HOW_TEXT_IS_READ = ("encoding", "delimiter", "quote")
 
 
 @dataclass(frozen=True)
@@ -416,15 +418,25 @@ def _checked(spec: SourceSpec, adapter: Adapter, file: DataFile) -> SourceFile:
             raise _error(spec, f"{path}: the file is empty; fetch it again or leave it out")
     if file.parts:
         return file, ARCHIVE
-    with file.path.open("rb") as opened:
-        if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise _error(spec, f"{file.path}: is a Git LFS pointer, not the data; fetch it with git lfs pull")
+    options = adapter.reading | spec.options
     try:
-        shape = sniff(file, spec.format, adapter.reading | spec.options)
+        given = [options.get(name) for name in _HOW_TEXT_IS_READ]
+        shape = _shape(file, file.path.stat(), spec.format, *(value if isinstance(value, str) else None for value in given))
     except UserError as error:
         raise _error(spec, str(error)) from error
     kind = _readable(spec, adapter, str(file.path), shape, spec.format or format_of(file.path))
     return file._replace(shape=shape), kind
+
+
+def _shape(file: DataFile, stat: os.stat_result, declared: str | None, *dialect: str | None) -> FileShape:
+    """What a file is; it is not looked at again as long as its size and time stay."""
+    return _shape_at(file, (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino), declared, dialect)
+
+
+@lru_cache(maxsize=1 << 14)
+def _shape_at(file: DataFile, version: tuple[int, ...], declared: str | None, dialect: tuple[str | None, ...]) -> FileShape:
+    given = zip(_HOW_TEXT_IS_READ, dialect, strict=True)
+    return sniff(file, declared, {name: value for name, value in given if value is not None})
 
 
 def _readable(spec: SourceSpec, adapter: Adapter, name: str, shape: FileShape, named: str | None) -> str:
@@ -472,6 +484,8 @@ def _check_options(spec: SourceSpec, adapter: Adapter, formats: Iterable[str]) -
 def _check_reader_options(spec: SourceSpec) -> None:
     """Refuse an encoding that Python does not know, and delimiters and quotation marks that are no character."""
     options = {name: value for name, value in spec.options.items() if isinstance(value, str)}  # other types are refused later
+    if spec.options.get("encoding") is not None and "encoding" not in options:
+        raise _error(spec, f"option 'encoding' must be a text, got {spec.options['encoding']!r}")
     if (encoding := options.get("encoding")) is not None:
         try:
             is_text = codecs.lookup(encoding)._is_text_encoding and encoding.lower() not in ("idna", "punycode", "undefined")

@@ -1,8 +1,6 @@
 """llama.cpp's sequences as slots: answers equal to those of the single-stream engine, in any company."""
 
 import random
-import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,12 +11,9 @@ pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (extr
 from keural.convert.export import ExportOptions, export
 from keural.model import KeuralMoECausalLM
 from keural.serve.batching.llama_slots import LlamaSlots
-from keural.serve.batching.requests import Event, Request
-from keural.serve.batching.scheduler import Scheduler, Ticket
 from keural.serve.batching.slots import Row
 from keural.serve.engines.llama_cpp import LlamaCppEngine
-from keural.serve.engines.sampling_params import SamplingParams
-from keural.tokenizer import KeuralTokenizer, Message, render_prompt
+from tests.helpers.company import check_company
 
 
 @pytest.fixture(scope="module")
@@ -68,35 +63,5 @@ def test_what_a_slot_cannot_do_is_refused(gguf: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 4, 8])
-def test_together_with_others_an_answer_is_the_one_of_the_single_stream_engine(
-    gguf: Path, tokenizer: KeuralTokenizer, count: int
-) -> None:
-    engine = LlamaCppEngine(gguf, threads=1)
-    words = ["the cat", "고양이는 작은", "hello", "빨간 집과 파란 새 두 마리를", "a small red house and two blue birds", "월요일"]
-    requests = [
-        Request(
-            render_prompt(tokenizer, [Message("user", words[place % len(words)])]),
-            SamplingParams(0.0 if place % 3 == 0 else 0.8, 0.9, 1.1, max_new_tokens=4 + 3 * place, seed=place),
-            {tokenizer.im_end_id},
-        )
-        for place in range(10)
-    ]
-    alone = [list(engine.stream(wanted.prompt_ids, wanted.sampling, wanted.stop_ids)) for wanted in requests]
-
-    answers: dict[Ticket, list[int]] = {}
-    done = threading.Semaphore(0)
-
-    def deliver(events: Sequence[tuple[Ticket, Event]]) -> None:
-        for ticket, event in events:
-            answers.setdefault(ticket, []).extend(token.id for token in event.tokens)
-            if event.end is not None:
-                done.release()
-
-    scheduler = Scheduler(LlamaSlots(gguf, count, threads=1), tokenizer.vocab_size, deliver)
-    scheduler.start()
-    tickets = scheduler.submit(requests[:4])
-    assert done.acquire(timeout=60)
-    tickets += scheduler.submit(requests[4:])
-    assert all(done.acquire(timeout=60) for _ in requests[1:])
-    scheduler.close()
-    assert [answers[ticket] for ticket in tickets] == alone
+def test_together_with_others_an_answer_is_the_one_of_the_single_stream_engine(gguf: Path, count: int) -> None:
+    check_company(LlamaCppEngine(gguf, threads=1), LlamaSlots(gguf, count, threads=1))

@@ -266,6 +266,33 @@ def test_logits_that_are_not_finite_end_the_answer_they_belong_to() -> None:
         assert (desk.answer(good), desk.end(good)) == alone(request([1, 9]))
 
 
+def test_a_form_that_fails_ends_its_own_answer_alone() -> None:
+    class Raising:
+        def allowed(self) -> np.ndarray:
+            raise RuntimeError("out of fuel")
+
+        def take(self, token: int) -> None:
+            raise AssertionError
+
+    class Forgetful(Raising):
+        def allowed(self) -> np.ndarray:
+            return np.ones(VOCAB, dtype=bool)
+
+    class Nothing(Raising):
+        def allowed(self) -> np.ndarray:
+            return np.zeros(VOCAB, dtype=bool)
+
+    with running(FakeSlots(4)) as (scheduler, desk):
+        *failing, good = scheduler.submit(
+            [request([2], constraint=form()) for form in (Raising, Forgetful, Nothing)] + [request([3], 8)]
+        )
+        desk.wait([*failing, good])
+        assert [desk.end(ticket) for ticket in failing] == ["error"] * 3
+        assert (desk.answer(good), desk.end(good)) == alone(request([3], 8))
+        assert scheduler.alive
+        assert (scheduler.running, scheduler.waiting) == (0, 0)
+
+
 def test_closing_lets_answers_end_and_cuts_off_what_takes_longer() -> None:
     slots = FakeSlots(2, context_length=100_000, pause=1e-3)
     desk = Desk()

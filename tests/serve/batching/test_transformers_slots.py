@@ -1,21 +1,16 @@
 """Slots of the network: logits equal to those of reading everything anew, whatever was cut, copied and read before beside them."""
 
 import random
-import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from keural.model import KeuralMoECausalLM
-from keural.serve.batching.requests import Event, Request
-from keural.serve.batching.scheduler import Scheduler, Ticket
 from keural.serve.batching.slots import Row
 from keural.serve.batching.transformers_slots import TransformersSlots
-from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.engines.transformers import TransformersEngine
-from keural.tokenizer import KeuralTokenizer, Message, render_prompt
+from tests.helpers.company import check_company
 from tests.helpers.train_small import VOCAB, random_model
 
 
@@ -91,35 +86,6 @@ def test_expert_load_counts_every_token_of_every_layer(network: KeuralMoECausalL
 
 
 @pytest.mark.parametrize("count", [1, 4, 8])
-def test_together_with_others_an_answer_is_the_one_of_the_single_stream_engine(
-    model_dir: Path, tokenizer: KeuralTokenizer, count: int
-) -> None:
+def test_together_with_others_an_answer_is_the_one_of_the_single_stream_engine(model_dir: Path, count: int) -> None:
     engine = TransformersEngine(model_dir, device="cpu")
-    words = ["the cat", "고양이는 작은", "hello", "빨간 집과 파란 새 두 마리를", "a small red house and two blue birds", "월요일"]
-    requests = [
-        Request(
-            render_prompt(tokenizer, [Message("user", words[place % len(words)])]),
-            SamplingParams(0.0 if place % 3 == 0 else 0.8, 0.9, 1.1, max_new_tokens=4 + 3 * place, seed=place),
-            {tokenizer.im_end_id},
-        )
-        for place in range(10)
-    ]
-    alone = [list(engine.stream(wanted.prompt_ids, wanted.sampling, wanted.stop_ids)) for wanted in requests]
-
-    answers: dict[Ticket, list[int]] = {}
-    done = threading.Semaphore(0)
-
-    def deliver(events: Sequence[tuple[Ticket, Event]]) -> None:
-        for ticket, event in events:
-            answers.setdefault(ticket, []).extend(token.id for token in event.tokens)
-            if event.end is not None:
-                done.release()
-
-    scheduler = Scheduler(TransformersSlots(engine.model, count, batch_tokens=16), tokenizer.vocab_size, deliver)
-    scheduler.start()
-    tickets = scheduler.submit(requests[:4])
-    assert done.acquire(timeout=60)
-    tickets += scheduler.submit(requests[4:])
-    assert all(done.acquire(timeout=60) for _ in requests[1:])
-    scheduler.close()
-    assert [answers[ticket] for ticket in tickets] == alone
+    check_company(engine, TransformersSlots(engine.model, count, batch_tokens=16))

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -10,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keural.convert.export import ExportOptions, export
 from keural.serve.batching.transformers_slots import TransformersSlots
+from keural.serve.server.running import LOADERS
 from keural.serve.server.service import Service
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt
 from tests.helpers.serving import Writing, events, service_of, serving
@@ -327,3 +330,15 @@ def test_the_real_network_answers_like_its_engine(model: Any, model_dir: Any, to
 
     assert [answer["message"]["content"] for answer in answers] == [expected.text] * 2
     assert load == 2 * 4  # layers, experts
+
+
+def test_both_engines_give_the_same_answer(model_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (extra llama)")
+    gguf = export(model_dir, tmp_path / "gguf", "gguf", ExportOptions(quantize="f32"))
+    answers = []
+    for engine, path in (("llama.cpp", gguf), ("transformers", model_dir)):
+        loaded = LOADERS[engine](path, 2, 1)
+        with serving(service_of(loaded.tokenizer, loaded.slots)) as client:
+            answers.append([chat(client, max_tokens=20, n=3, temperature=0, seed=1)["choices"] for _ in range(2)])
+
+    assert answers[0] == answers[1]

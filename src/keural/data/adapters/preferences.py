@@ -44,6 +44,7 @@ from keural.data.adapters.judgements import (
 )
 from keural.data.adapters.turns import (
     CONTENT_KEYS,
+    INPUT_LEFT_OUT,
     ITEMS_LEFT_OUT,
     REASONING_LEFT_OUT,
     ROLE_KEYS,
@@ -158,6 +159,7 @@ def _preference(value: Any, source: SourceSpec, where: str) -> PreferencePair | 
     if REASONING_LEFT_OUT in reader.notes:
         raise BadRow("has_reasoning")
     notes = (*judged.notes, *((HISTORY_TRAINED,) if any(turn.trained for turn in prompt) else ()))
+    notes += (INPUT_LEFT_OUT,) if INPUT_LEFT_OUT in reader.notes else ()
     prompt = [turn._replace(trained=None) for turn in prompt]
     pair = preference_pair(prompt, chosen.content, rejected.content, where, source.language)
     return pair if isinstance(pair, Drop) else replace(pair, label=judged.label, weight=judged.weight, notes=notes)
@@ -406,7 +408,7 @@ def _has_input(row: Any, name: Any) -> bool:
 def _prompt_field(row: Any, name: Any, reader: TurnReader) -> list[Message]:
     options = reader.options
     with_input = "input" in options or name == "instruction"
-    given = trimmed(placeholder_free(text_of(row, options.get("input", "input"), required=False))) if with_input else ""
+    given = reader.optional_input(text_of(row, options.get("input", "input"), required=False)) if with_input else ""
     turns = None if isinstance(name, list) else _turns_in(lookup(row, name), options)
     if turns is not None:
         if given:

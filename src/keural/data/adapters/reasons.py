@@ -46,7 +46,9 @@ REASONS: dict[str, Reason] = {
     "missing_FIELD": Reason("the row has no such field", _SPELLING),
     "FIELD_is_not_text": Reason("the field holds something other than text or a number", "name the text inside it: answers.0.text"),
     "FIELD_is_no_list_of_pairs": Reason("the field is not a list of questions with their answers", "mend the rows"),
-    "missing_messages": Reason("the row has no list of turns", "name it in the option field"),
+    "missing_messages": Reason(
+        "the row has no list of turns", "name it in the option field, or ask keural data try FILE for the adapter of such rows"
+    ),
     "missing_dialogue": Reason("the row has no list of turns", "name it in the option field"),
     "missing_label": Reason(
         "the row does not say whether its answer is good, or which of two is the better",

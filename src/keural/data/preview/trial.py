@@ -18,7 +18,7 @@ from keural.data.filtering.holdout import Splitter
 from keural.data.filtering.languages import MIN_SHARE, hangul_share
 from keural.data.preview.guess import ARCHIVES, Guess, Rows, benchmark_of, guesses
 from keural.data.readers.datafile import DataFile, FileShape, Row
-from keural.data.readers.formats import FORMATS, format_of, open_text
+from keural.data.readers.formats import FILE_OPTIONS, FORMATS, format_of, open_text
 from keural.data.readers.notes import ReadingNotes
 from keural.data.readers.sniff import describe, sniff
 from keural.data.records import Document, Drop, EvaluationItem, Record
@@ -130,7 +130,8 @@ def _try_source(spec: SourceSpec, data_dir: Path) -> Trial:
         what = [f"{len(source.files):,} files, the first {what[0]}"]
     trial = Trial(spec, data_dir.absolute(), what or [spec.hub or f"rows that adapter {spec.adapter} makes"])
     parts = [replace(source, files=(file,)) for file in _spread(source.files)] or [source]
-    _read(trial, source, *_first_rows(parts))
+    rows, whole = _first_rows(parts)
+    _read(trial, source, rows, whole and len(source.files) <= MAX_FILES)
     return trial
 
 
@@ -138,9 +139,13 @@ def _try_files(path: Path, adapter: str | None, options: Mapping[str, Any], data
     """A file, or the files of a directory, of which nothing is known."""
     base = (data_dir or path.parent).absolute()
     found = _Files.below(path, adapter)
-    known = FORMATS[found.format_name].options if found.format_name in FORMATS else {}
+    known = {**FILE_OPTIONS, **(FORMATS[found.format_name].options if found.format_name in FORMATS else {})}
     reading = {name: value for name, value in options.items() if name in known}
     chosen = {name: value for name, value in options.items() if name not in reading}
+    if chosen and adapter is None:
+        raise UserError(f"{path}: option {next(iter(chosen))!r} is of an adapter; give --adapter, too")
+    if adapter is not None:
+        _carrier(found.files[0], found.format_name, adapter, options, base)  # refuses options that it does not have
     sources = [_carrier(file, found.format_name, adapter, reading, base) for file in _spread(found.files)]
     rows, whole = _first_rows(sources)
     values = [row for row in rows if isinstance(row, Row)]
@@ -169,7 +174,7 @@ def _try_files(path: Path, adapter: str | None, options: Mapping[str, Any], data
         options={**reading, **best.options},
     )
     trial = Trial(spec, base, [found.described()], fitting, hints=[*found.hints, *found.shape.assumed, *_assumed(best.options)])
-    _read(trial, open_source(spec, base), rows, whole)
+    _read(trial, open_source(spec, base), rows, whole and len(found.files) <= MAX_FILES)
     _add_language(trial)
     if (benchmark := benchmark_of(looked_at)) is not None:
         trial.hints.append(f"its fields are those of the benchmark {benchmark}; data.decontaminate looks for its items")

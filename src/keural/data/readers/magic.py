@@ -30,6 +30,7 @@ _FIRST_BYTES: tuple[tuple[bytes, Content], ...] = (
     (b"PAR1", Content("a Parquet file", "parquet")),
     (b"ARROW1", Content("an Arrow file", None, _TABLE)),
     (b"\xff\xff\xff\xff", Content("an Arrow stream", None, _TABLE)),
+    (b"version https://git-lfs.github.com/spec/", Content("a Git LFS pointer, not the data", None, "fetch it with git lfs pull")),
     (b"SQLite format 3\0", Content("an SQLite data base", None, "export the table as CSV or JSON lines")),
     (b"%PDF-", Content("a PDF document", None, _TEXT)),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", Content("an old office document (.xls, .doc, .hwp)", None, f"{_EXPORT}, or {_TEXT}")),

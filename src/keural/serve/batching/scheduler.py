@@ -31,6 +31,8 @@ WORTH_WAITING = 16
 RATE_SPAN = 32
 """Finished requests that the rate is taken from which `retry_after` follows."""
 
+FORM_FAILED = "no token may come next by the form that was asked for"
+
 log = logging.getLogger("keural.serve")
 
 
@@ -54,13 +56,8 @@ class Ticket:
 
 @dataclass
 class Stats:
-    """Counters since the start, and what is there now. Times are in seconds."""
+    """Counters since the start. Times are in seconds."""
 
-    running: int = 0
-    waiting: int = 0
-    slots: int = 0
-    held_tokens: int = 0
-    """Tokens that the slots hold, of `slots` times the context's length."""
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     answer_tokens: int = 0
@@ -83,7 +80,7 @@ class Scheduler:
 
     def __init__(self, slots: Slots, vocab_size: int, deliver: Deliver, max_waiting: int = 16) -> None:
         self.slots, self.vocab_size, self.deliver, self.max_waiting = slots, vocab_size, deliver, max_waiting
-        self.stats = Stats(slots=slots.count)
+        self.stats = Stats()
         self.broken: str | None = None
         """Why no request can be answered any more."""
         self._held: list[list[int]] = [[] for _ in range(slots.count)]
@@ -152,6 +149,21 @@ class Scheduler:
         return len(left)
 
     @property
+    def running(self) -> int:
+        """Requests that have a slot."""
+        return len(self._active)
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._waiting)
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens that the slots hold, idle ones included."""
+        return sum(map(len, self._held))
+
+    @property
     def alive(self) -> bool:
         """Whether the thread runs that owns the network."""
         return self._thread.is_alive() and self.broken is None
@@ -185,7 +197,6 @@ class Scheduler:
                 self._wake.wait()
             self._leave()
             self._admit()
-            self._count()
         rows = self._rows()
         if rows:
             self._step(rows)
@@ -278,33 +289,41 @@ class Scheduler:
         self.stats.last_step = time.monotonic()
 
     def _choose(self, tickets: list[Ticket], logits: Tensor) -> None:
-        good: list[int] = []
+        """The next token of each answer; one whose own settings fail ends alone."""
+        rows, chosen = [], []
         finite = torch.isfinite(logits.sum(dim=-1)).tolist()
-        for place, ticket in enumerate(tickets):
-            if finite[place]:
-                good.append(place)
-            else:
+        for ticket, row, good in zip(tickets, logits, finite, strict=True):
+            if not good:
                 self._end(ticket, "error", NOT_FINITE)
-        if not good:
+            elif (scores := self._shaped(ticket, row)) is not None:
+                rows.append(scores)
+                chosen.append((ticket, row))
+        if not chosen:
             return
-        chosen = [tickets[place] for place in good]
-        scores = logits if len(good) == len(tickets) else logits[good]
-        for ticket, token, row in zip(
-            chosen, choose(self._scores(chosen, scores), [t.sampler for t in chosen]), scores, strict=True
-        ):
+        plain = len(rows) == len(tickets) and all(row is scores for (_, row), scores in zip(chosen, rows, strict=True))
+        tokens = choose(logits if plain else torch.stack(rows), [ticket.sampler for ticket, _ in chosen])
+        for (ticket, row), token in zip(chosen, tokens, strict=True):
             self._take(ticket, token, row)
 
-    def _scores(self, tickets: list[Ticket], logits: Tensor) -> Tensor:
-        """The logits with biases and constraints; the network's own stay as they are."""
-        if not any(ticket.request.logit_bias or ticket.request.constraint for ticket in tickets):
+    def _shaped(self, ticket: Ticket, logits: Tensor) -> Tensor | None:
+        """The logits `[V]` with the request's bias and form; None where that failed, and the request has ended."""
+        request = ticket.request
+        if not request.logit_bias and request.constraint is None:
             return logits
         scores = logits.clone()
-        for ticket, row in zip(tickets, scores, strict=True):
-            for token, bias in ticket.request.logit_bias.items():
-                row[token] += bias
-            if ticket.request.constraint is not None:
-                allowed = torch.from_numpy(np.asarray(ticket.request.constraint.allowed()))
-                row.masked_fill_(~allowed.to(row.device), float("-inf"))
+        for token, bias in request.logit_bias.items():
+            scores[token] += bias
+        if request.constraint is not None:
+            try:
+                allowed = torch.from_numpy(np.asarray(request.constraint.allowed()))
+            except Exception:
+                log.exception("the form of an answer failed")
+                self._end(ticket, "error", FORM_FAILED)
+                return None
+            scores.masked_fill_(~allowed.to(scores.device), float("-inf"))
+        if not torch.isfinite(scores.max()):
+            self._end(ticket, "error", FORM_FAILED)
+            return None
         return scores
 
     def _take(self, ticket: Ticket, token: int, logits: Tensor) -> None:
@@ -313,7 +332,11 @@ class Scheduler:
         if token in request.stop_ids:
             return self._end(ticket, "stop")
         if request.constraint is not None:
-            request.constraint.take(token)
+            try:
+                request.constraint.take(token)
+            except Exception:
+                log.exception("the form of an answer failed")
+                return self._end(ticket, "error", FORM_FAILED)
         if ticket.first_token is None:
             ticket.first_token = time.monotonic()
         ticket.answer.append(token)
@@ -359,10 +382,6 @@ class Scheduler:
         if self._events:
             events, self._events = self._events, []
             self.deliver(events)
-
-    def _count(self) -> None:
-        self.stats.running, self.stats.waiting = len(self._active), len(self._waiting)
-        self.stats.held_tokens = sum(len(held) for held in self._held)
 
 
 def _with_logprobs(token: int, logits: Tensor, top: int | None) -> Chosen:

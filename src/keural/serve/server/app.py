@@ -21,6 +21,7 @@ from keural.serve.server.errors import ApiError, json_response, of_status
 from keural.serve.server.fields import refusal
 from keural.serve.server.gate import Gate
 from keural.serve.server.messages import CountRequest, MessagesRequest, answer_messages, count_tokens
+from keural.serve.server.page import File, read_page
 from keural.serve.server.responses import ResponsesRequest, answer_responses
 from keural.serve.server.service import Service
 from keural.serve.server.tokens import (
@@ -44,6 +45,7 @@ def make_app(service: Service) -> ASGIApp:
     _add_models(app, service)
     _add_generation(app, service)
     _add_tokens(app, service)
+    _add_page(app)
     return Gate(app, service)
 
 
@@ -140,6 +142,17 @@ def _add_state(app: FastAPI, service: Service) -> None:
     async def version() -> Response:
         """The version of this package."""
         return json_response({"version": keural.__version__})
+
+
+def _add_page(app: FastAPI) -> None:
+    def serve_file(address: str, file: File) -> None:
+        @app.api_route(address, methods=["GET", "HEAD"], include_in_schema=False)
+        async def page(request: Request) -> Response:
+            """A file of the page."""
+            return file.answer(request)
+
+    for address, file in read_page().items():
+        serve_file(address, file)
 
 
 def _add_errors(app: FastAPI) -> None:

@@ -15,12 +15,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from keural.serve.server.errors import ApiError
 from keural.serve.server.keys import offered_key
+from keural.serve.server.page import ADDRESSES
 from keural.serve.server.replies import LOG_ENTRY, SHUTTING_DOWN
 from keural.serve.server.service import Service
 from keural.serve.server.settings import Limits
 
-OPEN = {"/health", "/ready"}
-"""Addresses that need no key: they say yes or no and nothing else."""
+SILENT = {"/health", "/ready"}
+"""Addresses that are asked all the time: the log has them when they say no."""
+OPEN = SILENT | set(ADDRESSES)
+"""Addresses that need no key: they say yes or no, or are files of this package. The page asks for a key itself."""
 BODIES = {413: "body_too_large", 408: "too_slow"}
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
@@ -92,7 +95,7 @@ class Gate:
             self._service.metrics.answered(entry["status"])
         if entry.get("status") in BODIES:
             self._service.metrics.rejected(BODIES[entry["status"]])
-        if entry["route"] not in OPEN or entry.get("status") != 200:
+        if entry["route"] not in SILENT or entry.get("status") != 200:
             self._service.log({"event": "request", **entry})
 
 

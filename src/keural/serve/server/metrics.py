@@ -4,7 +4,7 @@ In: the scheduler's counters, and every event. Out: Prometheus' text. No label c
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
@@ -50,9 +50,9 @@ class Metrics:
             self._rejected.labels(model, reason)
         self._last: dict[Ticket, float] = {}
 
-    def watch(self, scheduler: Scheduler, answers: Callable[[], int]) -> None:
-        """Show a scheduler's counters, too; `answers` says how many answers have not ended."""
-        self.registry.register(_Counters(self._prefix, self._model, scheduler, answers))
+    def watch(self, scheduler: Scheduler) -> None:
+        """Show a scheduler's counters, too."""
+        self.registry.register(_Counters(self._prefix, self._model, scheduler))
 
     def observe(self, ticket: Ticket, event: Event) -> None:
         """Time an event of a request."""
@@ -93,8 +93,8 @@ class Metrics:
 class _Counters:
     """A scheduler's counters at the moment when they are asked for."""
 
-    def __init__(self, prefix: str, model: str, scheduler: Scheduler, answers: Callable[[], int]) -> None:
-        self._prefix, self._model, self._scheduler, self._answers = prefix, model, scheduler, answers
+    def __init__(self, prefix: str, model: str, scheduler: Scheduler) -> None:
+        self._prefix, self._model, self._scheduler = prefix, model, scheduler
 
     def describe(self) -> list[Metric]:
         """Nothing: names are known when the counters are asked for."""
@@ -103,12 +103,12 @@ class _Counters:
     def collect(self) -> Iterator[Metric]:
         """Every counter."""
         stats, slots = self._scheduler.stats, self._scheduler.slots
-        capacity = stats.slots * slots.context_length
-        answers = self._answers()
-        waiting = min(stats.waiting, answers)
-        yield self._gauge("num_requests_running", "Answers under way.", answers - waiting)
-        yield self._gauge("num_requests_waiting", "Answers in the queue.", waiting)
-        yield self._gauge("kv_cache_usage_perc", "Part of the slots' room that is held, from 0 to 1.", stats.held_tokens / capacity)
+        capacity = slots.count * slots.context_length
+        yield self._gauge("num_requests_running", "Answers under way.", self._scheduler.running)
+        yield self._gauge("num_requests_waiting", "Answers in the queue.", self._scheduler.waiting)
+        yield self._gauge(
+            "kv_cache_usage_perc", "Part of the slots' room that is held, from 0 to 1.", self._scheduler.held_tokens / capacity
+        )
         yield self._counter("prompt_tokens", "Tokens of prompts.", stats.prompt_tokens)
         yield self._counter("generation_tokens", "Tokens of answers.", stats.answer_tokens)
         yield self._counter("prefix_cache_queries", "Tokens of prompts that slots were searched for.", stats.prompt_tokens)

@@ -4,6 +4,7 @@ In: a model's directory, settings, a socket. Out: the exit code.
 """
 
 import asyncio
+import ipaddress
 import os
 import signal
 import socket
@@ -151,6 +152,8 @@ class Server(uvicorn.Server):
         where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         slots = self._service.slots
         say(f"{self._service.name} on {where}/v1 ({slots.count} answers at once, context {slots.context_length}; Ctrl-C ends it)")
+        everywhere = ipaddress.ip_address(host.partition("%")[0]).is_unspecified
+        say(f"in a browser: {f'http://localhost:{port}' if everywhere else where}/")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal to end has come."""

@@ -56,7 +56,7 @@ class Service:
         self.draining = False
         self.metrics = Metrics(self.metrics_prefix, self.name)
         self.answers = Answers(self.slots, self.tokenizer.vocab_size, self.limits.waiting, self.metrics.observe)
-        self.metrics.watch(self.answers.scheduler, lambda: self.answers.open)
+        self.metrics.watch(self.answers.scheduler)
         self.grammars = Grammars(self.tokenizer)
         self.spell = speller(self.tokenizer, self.jamo)
         self._readers = ThreadPoolExecutor(READERS, "keural-text")

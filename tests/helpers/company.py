@@ -1,0 +1,45 @@
+"""Whether answers that are computed together are those that a single-stream engine gives alone."""
+
+import threading
+from collections.abc import Sequence
+
+from keural.serve.batching.requests import Event, Request
+from keural.serve.batching.scheduler import Scheduler, Ticket
+from keural.serve.batching.slots import Slots
+from keural.serve.engines.base import Engine
+from keural.serve.engines.sampling_params import SamplingParams
+from keural.tokenizer import Message, render_prompt
+
+ASKED = ("the cat", "고양이는 작은", "hello", "빨간 집과 파란 새 두 마리를", "a small red house and two blue birds", "월요일")
+
+
+def check_company(engine: Engine, slots: Slots) -> None:
+    """Assert that ten answers, greedy and seeded, of several lengths, are the same on slots, arriving at two times, as alone."""
+    tokenizer = engine.tokenizer
+    requests = [
+        Request(
+            render_prompt(tokenizer, [Message("user", ASKED[place % len(ASKED)])]),
+            SamplingParams(0.0 if place % 3 == 0 else 0.8, 0.9, 1.1, max_new_tokens=4 + 3 * place, seed=place),
+            {tokenizer.im_end_id},
+        )
+        for place in range(10)
+    ]
+    alone = [list(engine.stream(wanted.prompt_ids, wanted.sampling, set(wanted.stop_ids))) for wanted in requests]
+
+    answers: dict[Ticket, list[int]] = {}
+    done = threading.Semaphore(0)
+
+    def deliver(events: Sequence[tuple[Ticket, Event]]) -> None:
+        for ticket, event in events:
+            answers.setdefault(ticket, []).extend(token.id for token in event.tokens)
+            if event.end is not None:
+                done.release()
+
+    scheduler = Scheduler(slots, tokenizer.vocab_size, deliver)
+    scheduler.start()
+    tickets = scheduler.submit(requests[:4])
+    assert done.acquire(timeout=60)
+    tickets += scheduler.submit(requests[4:])
+    assert all(done.acquire(timeout=60) for _ in requests[1:])
+    scheduler.close()
+    assert [answers[ticket] for ticket in tickets] == alone

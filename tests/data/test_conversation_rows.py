@@ -6,7 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from unicodedata import normalize
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -21,6 +22,7 @@ from keural.data.adapters import ADAPTERS, adapter_of
 from keural.data.adapters.conversations import ADAPTERS as CONVERSATIONS
 from keural.data.adapters.reasons import REASONS, reason_of
 from keural.data.adapters.turns import FLAGS
+from keural.data.field_use import FieldUse
 from keural.data.prepare import prepare
 from keural.data.prepared import Prepared
 from keural.data.records import Conversation, Drop, Record
@@ -751,3 +753,143 @@ def test_every_reason_is_explained() -> None:
     assert len(found) > 40
     assert sorted(name for name in found if reason_of(name) is None) == []
     assert all(reason.meaning for reason in REASONS.values())
+
+
+# What stands in places of its own
+
+
+@pytest.mark.parametrize("name", sorted(FLAGS))
+def test_a_part_that_says_whether_it_is_trained_is_counted(name: str) -> None:
+    parts = [{"type": "text", "text": "wrong", name: False}, {"type": "text", "text": "right", name: True}]
+    row = chat(ASKED, {"role": "assistant", "content": parts})
+    assert reason(convert("messages", row)) == ("trained_spans", f"{name} of a part")
+    assert trained(convert("messages", row, ignore=[name])) == ["wrong\nright"]
+
+
+@pytest.mark.parametrize(
+    ("channel", "is_read"), [("analysis", False), ("commentary", False), ("final", True), ("", True), (None, True)]
+)
+def test_an_answer_for_another_channel_is_not_trained_as_one(channel: str | None, is_read: bool) -> None:
+    row = chat(ASKED, ANSWERED | {"channel": channel})
+    record = convert("messages", row)
+    assert trained(record) == ["a"] if is_read else reason(record) == ("other_channel", repr(channel))
+    assert trained(convert("messages", row, ignore=["channel"])) == ["a"]
+
+
+def called(*names: str, **ids: str) -> dict[str, Any]:
+    calls = [{"id": ids.get(name), "function": {"name": name, "arguments": "{}"}} for name in names]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+def result(**fields: str) -> dict[str, Any]:
+    return {"role": "tool", "content": "r", **fields}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (chat(ASKED, called("f", "g"), result(name="g"), result(name="f"), ANSWERED), "tool_results_out_of_order"),
+        (chat(ASKED, called("f", "g"), result(name="f"), result(name="g"), ANSWERED), ""),
+        (chat(ASKED, called("f", "f"), result(name="f"), result(name="f"), ANSWERED), ""),
+        (chat(ASKED, called("f"), result(name="a tool"), ANSWERED), ""),
+        (chat(ASKED, called("f", f="1"), result(tool_call_id="1"), result(tool_call_id="1"), ANSWERED), "tool_result_without_call"),
+    ],
+)
+def test_a_result_is_of_the_call_that_it_names(row: dict[str, Any], expected: str) -> None:
+    record = convert("messages", row)
+    assert reason(record)[0] == expected if expected else kept(record)
+
+
+def test_a_system_turn_is_no_speaker() -> None:
+    system = {"role": "system", "content": "s"}
+    spoken = chat(system, {"role": "mina", "content": "q"}, {"role": "june", "content": "a"})
+    assert turns(convert("messages", spoken, roles="in_order")) == [("system", "s"), ("user", "q"), ("assistant", "a")]
+    assert reason(convert("messages", chat(*spoken["messages"][:2]), roles="in_order"))[0] == "no_assistant_turn"
+
+
+# What values of a label mean
+
+
+@pytest.mark.parametrize(
+    ("labels", "value", "expected"),
+    [
+        ({"desirable": True, "undesirable": False}, "desirable", "kept"),
+        ({"desirable": True, "undesirable": False}, "Undesirable ", "label_false"),
+        ({"desirable": True, "undesirable": False}, "unknown", "undeclared_value"),
+        ({1: True, -1: False}, -1.0, "label_false"),
+        ({0: True, 1: False}, 1, "label_false"),
+        ({0: True, 1: False}, 0, "kept"),
+        ({"good": True, "bad": False}, None, "missing_label"),
+        ({"good": True, "bad": False}, float("nan"), "missing_label"),
+    ],
+)
+@pytest.mark.parametrize("adapter", ["kto", "prompt_completion"])
+def test_a_recipe_says_which_labels_are_of_good_answers(adapter: str, labels: dict[Any, bool], value: Any, expected: str) -> None:
+    record = convert(adapter, {"prompt": "q", "completion": "a", "label": value}, labels=labels)
+    assert trained(record) == ["a"] if expected == "kept" else reason(record)[0] == expected
+
+
+def test_meanings_of_labels_are_true_or_false() -> None:
+    check = ADAPTERS["kto"].check
+    assert check is not None
+    assert "must be true" in str(check(SourceSpec(name="s", adapter="kto", options={"labels": {"good": "yes"}})))
+
+
+# Questions
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("True", "unanswerable"), (1, "unanswerable"), ("0", ""), (None, ""), ("perhaps", "undeclared_value")]
+)
+def test_a_question_without_an_answer_is_said_in_any_way(value: Any, expected: str) -> None:
+    record = convert("squad", {"context": "c", "question": "q", "answers": ["a"], "is_impossible": value})
+    assert reason(record)[0] == expected if expected else trained(record) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"question": "answer"}, "name the same field, 'answer'"),
+        ({"template": "{context}: {question}"}, "{context} is filled with nothing"),
+    ],
+)
+def test_options_of_a_question_that_would_train_nonsense_are_refused(options: dict[str, Any], words: str) -> None:
+    check = ADAPTERS["qa"].check
+    assert check is not None
+    assert words in str(check(SourceSpec(name="s", adapter="qa", options=options)))
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_names_of_fields_are_the_same_composed_or_not(form: Literal["NFC", "NFD"]) -> None:
+    row = {normalize(form, "질문"): "q", normalize(form, "답변"): "a"}
+    source = SourceSpec(name="s", adapter="qa", options={"question": "질문", "answer": "답변"})
+    use = FieldUse(ADAPTERS["qa"], source)
+    use.look(row)
+    assert turns(convert("qa", row, **source.options)) == [("user", "q"), ("assistant", "a")]
+    assert not use.unread
+
+
+def test_fields_of_parts_are_listed_where_nobody_reads_them() -> None:
+    use = FieldUse(ADAPTERS["messages"], SourceSpec(name="s", adapter="messages"))
+    use.look(chat({"role": "user", "content": [{"type": "text", "text": "q", "citations": ["c"]}]}))
+    assert use.unread == {"messages.content.citations"}
+
+
+def test_a_flag_may_stand_inside_an_object() -> None:
+    row = chat(ASKED, ANSWERED | {"meta": {"train": 1}}, meta={"train": 0})
+    assert reason(convert("messages", row, flags={"meta.train": True}))[0] == "not_trained"
+    spoken = chat(ASKED, ANSWERED | {"meta": {"train": 0}}, ASKED, ANSWERED)
+    assert trained(convert("messages", spoken, flags={"meta.train": True})) == ["a"]
+    assert [turn.trained for turn in kept(convert("messages", spoken, flags={"meta.train": True})).messages] == [
+        None,
+        False,
+        None,
+        None,
+    ]
+
+
+@pytest.mark.parametrize(("flag", "is_unseen"), [("tained", True), ("learn", False), ("meta.learn", False), ("meta.learned", True)])
+def test_a_flag_that_no_row_has_is_an_option_without_effect(flag: str, is_unseen: bool) -> None:
+    use = FieldUse(ADAPTERS["messages"], SourceSpec(name="s", adapter="messages", options={"flags": {flag: True}}))
+    use.look(chat(ASKED, ANSWERED | {"learn": 1, "meta": {"learn": 1}}))
+    assert bool(use.unseen) == is_unseen

@@ -10,7 +10,8 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from unicodedata import normalize
 
 import pytest
 from hypothesis import given, settings
@@ -566,3 +567,68 @@ def test_rows_written_in_any_format_encoding_and_packing_come_back(
     options = {"encoding": encoding} | ({"quote": "none"} if name == "a.tsv" else {})
     found = read(folder, source(name, format_name="jsonl" if name == "a.txt" else None, **options))
     assert found == [[question, answer] for question, answer in rows]
+
+
+# Files that were put together
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("name", ["data.csv", "data.csv.gz"])
+def test_a_header_in_the_middle_is_no_row(data_dir: Path, mark: str, name: str) -> None:
+    text = f"{mark}{QA}{mark}q,a\nName a bird.,A wren.\n".encode()
+    put(data_dir, name, gzip.compress(text) if name.endswith(".gz") else text)
+    found = read(data_dir, source(name))
+    assert [turns for turns in found if not isinstance(turns, Drop)][-1] == ["Name a bird.", "A wren."]
+    assert [(drop.reason, drop.where) for drop in found if isinstance(drop, Drop)] == [("repeated_header", f"{name}:4")]
+
+
+def test_a_byte_order_mark_in_the_middle_is_no_part_of_a_row(data_dir: Path) -> None:
+    put(data_dir, "data.jsonl", "".join(f"\ufeff{line}\n" for line in LINES.splitlines()))
+    assert read(data_dir, source("data.jsonl")) == [list(row.values()) for row in ROWS]
+
+
+@pytest.mark.parametrize("line", ["{'q': 'Name a tree.', 'a': 'An oak.'}", '{"q": "Name a tree.", "a": "An oak."},'])
+def test_broken_json_is_not_taken_for_a_table(data_dir: Path, line: str) -> None:
+    put(data_dir, "data.jsonl", f"{line}\n" * 5)
+    assert {drop.reason for drop in read(data_dir, source("data.jsonl"))} == {"malformed_row"}
+
+
+def test_json_texts_in_lines_are_json_lines(data_dir: Path) -> None:
+    put(data_dir, "data.jsonl", "".join(json.dumps(line) + "\n" for line in LINES.splitlines()))
+    assert describe(data_dir / "data.jsonl").problem is None
+
+
+def test_columns_of_one_name_are_refused_however_it_is_composed(data_dir: Path) -> None:
+    put(data_dir, "data.csv", f"답,q,{normalize('NFD', '답')}\n1,2,3\n")
+    assert "columns 0, 2 are all called '답'" in refusal(data_dir, source("data.csv"))
+
+
+def test_whole_numbers_beyond_those_of_the_machine_stay_floats(data_dir: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"q": ["a", "b", "c"], "a": pa.array([1e20, None, 3.0])}), data_dir / "data.parquet")
+    found = read(data_dir, source("data.parquet"))
+    assert [turns for turns in found if not isinstance(turns, Drop)] == [["a", "1e+20"], ["c", "3.0"]]
+
+
+@pytest.mark.parametrize("rule", ["---", "+++"])
+def test_a_rule_at_the_head_of_a_text_is_part_of_it(data_dir: Path, rule: str) -> None:
+    text = f"{rule}\nThe mill stands by the river.\n\n{rule}\nIt grinds rye.\n"
+    put(data_dir, "data.md", text)
+    (found,) = read(data_dir, SourceSpec(name="s", adapter="markdown", path="data.md"))
+    assert found.text == text
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf16", "utf-32"])
+def test_an_encoding_without_its_byte_order_is_refused(data_dir: Path, encoding: str) -> None:
+    put(data_dir, "data.jsonl", LINES)
+    assert f"is not {encoding} (" in refusal(data_dir, source("data.jsonl", encoding=encoding))
+
+
+@pytest.mark.parametrize(("written", "given"), [("NFD", "NFC"), ("NFC", "NFD")])
+@pytest.mark.parametrize("path", ["자료/표.csv", "자료"])
+def test_a_path_is_the_same_composed_or_not(
+    data_dir: Path, written: Literal["NFC", "NFD"], given: Literal["NFC", "NFD"], path: str
+) -> None:
+    (data_dir / normalize(written, "자료")).mkdir()
+    put(data_dir, normalize(written, "자료/표.csv"), QA)
+    assert read(data_dir, source(normalize(given, path))) == [list(row.values()) for row in ROWS]

@@ -18,6 +18,7 @@ from keural.data.adapters.judgements import label_key, number_of, ranked_pairs
 from keural.data.adapters.preferences import ADAPTERS as PREFERENCES
 from keural.data.adapters.preferences import SCORES
 from keural.data.adapters.reasons import reason_of
+from keural.data.field_use import FieldUse
 from keural.data.prepare import prepare
 from keural.data.prepared import Prepared
 from keural.data.records import Drop, PreferencePair, Record
@@ -757,3 +758,46 @@ def test_every_field_that_carries_meaning_is_honoured_or_the_row_is_counted() ->
 
     run()
     assert min(became["Drop"], became["PreferencePair"]) > 200, became
+
+
+# Answers that are objects
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ({"train": False}, "not_trained"),
+        ({"weight": 0}, "not_trained"),
+        ({"reasoning": "hm"}, "has_reasoning"),
+        ({"weight": 0.5}, "undeclared_value"),
+        ({"tool_calls": [{"function": {"name": "", "arguments": "{}"}}]}, "malformed_tool_call"),
+    ],
+)
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+@pytest.mark.parametrize("shape", [{}, {"role": "assistant"}])
+def test_an_answer_without_a_role_means_what_a_turn_means(
+    extra: dict[str, Any], expected: str, side: str, shape: dict[str, str]
+) -> None:
+    row = {"prompt": "q", "chosen": {"content": "a", **shape}, "rejected": {"content": "b", **shape}}
+    assert reason(convert(row | {side: row[side] | extra})) == expected
+
+
+def test_calls_of_an_answer_without_a_role_are_trained() -> None:
+    chosen = {"content": "", "tool_calls": [{"function": {"name": "wind", "arguments": "{}"}}]}
+    assert '"name": "wind"' in answers(convert({"prompt": "q", "chosen": chosen, "rejected": {"content": "b"}}))[0]
+
+
+def test_fields_of_answers_are_listed_where_nobody_reads_them() -> None:
+    use = FieldUse(ADAPTERS["preference"], SourceSpec(name="s", adapter="preference"))
+    use.look({"prompt": "q", "chosen": {"text": "a", "score": 1}, "rejected": {"text": "b", "score": 9}})
+    assert use.unread == {"chosen.score", "rejected.score"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"prompt": "a", "answers": ["a", "b"]}, {"prompt": "chosen"}, {"chosen": "rejected"}, {"prompt": ["q", "x"], "rejected": "x"}],
+)
+def test_a_field_is_not_the_prompt_and_an_answer(options: dict[str, Any]) -> None:
+    check = ADAPTERS["preference"].check
+    assert check is not None
+    assert "is named as two of prompt and answers" in str(check(SourceSpec(name="s", adapter="preference", options=options)))

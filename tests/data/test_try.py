@@ -266,3 +266,123 @@ def test_a_look_needs_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, FILES / "dpo.jsonl"], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+# Which of several answers is the better is never made up
+
+
+def best(row: Any) -> tuple[str, dict[str, Any]]:
+    """The first guess for rows of one shape."""
+    found = guesses(Rows("jsonl", "data.jsonl", [Row(f"data.jsonl:{line}", row) for line in range(1, 6)]))[0]
+    return found.adapter, found.options
+
+
+@pytest.mark.parametrize(
+    ("row", "options"),
+    [
+        (
+            {"prompt": "q", "responses": ["b", "a"], "ranking": [2, 1]},
+            {"answers": "responses", "scores": "ranking", "lower_is_better": True},
+        ),
+        (
+            {"prompt": "q", "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 2}]},
+            {"answers": "answers", "scores": "rank", "lower_is_better": True},
+        ),
+        (
+            {"instruction": "q", "completions": [{"response": "b", "overall_score": 2.0}, {"response": "a", "overall_score": 9.5}]},
+            {"answers": "completions", "scores": "overall_score"},
+        ),
+        (
+            {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 0},
+            {"answers": ["response_0", "response_1"], "label": "better_response_id"},
+        ),
+        (
+            {"prompt": "q", "response_a": "a", "response_b": "b", "chosen": "response_b"},
+            {"answers": ["response_a", "response_b"], "label": "chosen"},
+        ),
+        (
+            {
+                f"conversation_{side}": [{"role": "user", "content": "q"}, {"role": "assistant", "content": side}]
+                for side in ("a", "b")
+            }
+            | {"winner": "model_a"},
+            {"answers": ["conversation_a", "conversation_b"], "label": "winner"},
+        ),
+    ],
+)
+def test_what_prefers_one_of_several_answers_is_not_left_out(row: Any, options: dict[str, Any]) -> None:
+    assert best(row) == ("preference", options)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "responses": ["a", "b"], "scores": [1.0, float("nan")]},
+        {"prompt": "q", "responses": ["a", "b"], "chosen": 0, "rejected": 1},
+        {"question": "q", "answers": [{"text": "b", "selected": False}, {"text": "a", "selected": True}]},
+        {"history": "q", "human_ref_A": "a", "human_ref_B": "b", "score_A": 9, "score_B": 3},
+    ],
+)
+def test_an_order_is_not_assumed_beside_what_may_say_another_and_no_answer_is_its_prompt(row: Any) -> None:
+    found = guesses(Rows("jsonl", "data.jsonl", [Row(f"data.jsonl:{line}", row) for line in range(1, 6)]))
+    assert not any("order" in guess.options for guess in found)
+    assert not any(guess.options.get("prompt") in (guess.options.get("answers") or []) for guess in found)
+
+
+def test_what_is_only_assumed_of_several_answers_is_said(tmp_path: Path, capsys: Capture) -> None:
+    rows = {
+        "order": {"prompt": "Name a tree.", "completions": ["An oak.", "A rose."]},
+        "rank": {"prompt": "Name a tree.", "responses": ["An oak.", "A rose."], "rank": [1, 2]},
+        "unfold": {"rounds": [{"human": "Name a tree.", "assistant": "An oak."}, {"human": "Another.", "assistant": "A birch."}]},
+    }
+    said = {
+        "order": "is only assumed: option order",
+        "rank": "is only assumed, from its name: option lower_is_better",
+        "unfold": "becomes a record of its own, without those before it",
+    }
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+        assert said[name] in show(capsys, tmp_path / f"{name}.jsonl")
+
+
+def test_a_system_text_in_parts_is_not_taken_for_records() -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    assert best({"system": [{"type": "text", "text": "s"}], "messages": turns}) == ("messages", {})
+
+
+@pytest.mark.parametrize(
+    ("turn", "words"),
+    [
+        (
+            {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}]},
+            "content_not_text (1 rows, first rows.jsonl:1: 'thinking')",
+        ),
+        ({"Role": "assistant", "Content": "a"}, "unknown_role (1 rows, first rows.jsonl:1: 'none')"),
+        ({"role": "assistant", "content": ["a", "b"]}, "malformed_row (1 rows, first rows.jsonl:1: content is a list)"),
+    ],
+)
+def test_turns_that_cannot_be_read_are_shown_with_the_reason(tmp_path: Path, capsys: Capture, turn: Any, words: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "q"}, turn]}))
+    with pytest.raises(UserError, match="no row is kept; see above"):
+        show_trials(tmp_path / "rows.jsonl", None, [], None)
+    assert words in capsys.readouterr().out
+
+
+def test_a_row_that_cannot_be_taken_apart_is_shown_as_it_is(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "q", "responses": ["a", "b"], "scores": [True, False]}))
+    with pytest.raises(UserError):
+        show_trials(tmp_path / "rows.jsonl", None, [], None)
+    assert '"responses": ["a", "b"], "scores": [true, false]}' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.jsonl", '{"q": 1},\n', "first a.jsonl:1: extra data"),
+        ("a.csv", "q,a\n1,2,3\n4,5,6\n", "first a.csv:2: 3 cells, not 2"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_with_the_first_place(tmp_path: Path, name: str, text: str, words: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=words):
+        try_path(tmp_path / name, None, {}, None)

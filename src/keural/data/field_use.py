@@ -5,10 +5,11 @@ and the beginning of a row, to be shown.
 """
 
 import json
+import unicodedata
 from typing import Any, NamedTuple
 
 from keural.data.adapters.base import Adapter, holds, lookup
-from keural.data.adapters.turns import listing
+from keural.data.adapters.turns import CONTENT_KEYS, listing
 from keural.data.records import Drop
 from keural.recipe import SourceSpec
 
@@ -17,6 +18,8 @@ MAX_NAMES = 50
 MAX_ROWS = 100
 """Of so many rows all fields are remembered, to be named where the source cannot be used."""
 
+_PART = frozenset(("type", "text"))
+"""Fields of a part of a turn that are read."""
 
 MAX_DROPPED, DROPPED_CHARACTERS = 5, 1000
 """So many dropped rows of each reason are kept to be looked at, and so much of each."""
@@ -50,7 +53,7 @@ class FieldUse:
         for option in named:
             if option in source.options:
                 given = source.options[option]
-                self.unseen[option] = given if isinstance(given, list) else [given]
+                self.unseen[option] = list(given) if isinstance(given, list | dict) else [given]
 
     def look(self, value: Any) -> None:
         """Take note of a row's fields."""
@@ -62,16 +65,25 @@ class FieldUse:
             return
         if isinstance(value, dict):
             self._note("", value, self._reads.keys)
-            if self.unseen:
-                self.unseen = {
-                    option: names for option, names in self.unseen.items() if not any(_has(value, name) for name in names)
-                }
+            self._see(value)
         for name in self._reads.turns:
             turns = listing(lookup(value, name) if isinstance(value, dict) else value)
-            if isinstance(turns, list):
-                for turn in turns:
-                    if isinstance(turn, dict):
-                        self._note(f"{name}.", turn, self._reads.turn_keys)
+            for turn in turns if isinstance(turns, list) else [turns]:
+                if isinstance(turn, dict):
+                    self._see(turn)
+                    self._note(f"{name}.", turn, self._reads.turn_keys)
+                    for content in CONTENT_KEYS:
+                        self._look_at_parts(f"{name}.{content}.", turn.get(content))
+
+    def _see(self, value: dict[Any, Any]) -> None:
+        """Forget the options of which a row or turn has a field."""
+        if self.unseen:
+            self.unseen = {option: names for option, names in self.unseen.items() if not any(_has(value, name) for name in names)}
+
+    def _look_at_parts(self, before: str, parts: Any) -> None:
+        for part in parts if isinstance(parts, list) else ():
+            if isinstance(part, dict):
+                self._note(before, part, _PART)
 
     def dropped(self, drop: Drop, value: Any) -> None:
         """Keep the beginning of a row, if it is one of the first that are dropped for its reason."""
@@ -82,6 +94,8 @@ class FieldUse:
 
     def _note(self, before: str, value: dict[Any, Any], known: frozenset[str]) -> None:
         for key in value.keys() - known:
+            if not str(key).isascii() and unicodedata.normalize("NFC", str(key)) in known:
+                continue
             meant = key in self._booleans and str(value[key]).lower() in ("true", "false")
             if not meant and len(self.unread) < MAX_NAMES and holds(value[key]):
                 self.unread.add(f"{before}{key}")

@@ -7,6 +7,7 @@ user can get wrong about a source (adapter, option, format, path) is found by `o
 import codecs
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, TypeVar
 
 from keural.data.adapters import Adapter, adapter_of
-from keural.data.adapters.base import lookup, scalar
+from keural.data.adapters.base import BadRow, lookup, scalar
 from keural.data.adapters.composition import composed
 from keural.data.field_use import FieldUse
 from keural.data.readers.archives import ARCHIVE, ARCHIVES, archive_of, members
@@ -116,9 +117,10 @@ class Source:
                 yield row.value, _finished(adapter(row.value, spec, row.where), row.value, spec, number, notes)
             else:
                 for place, value in enumerate(split(row.value, spec), start=1):
-                    fields.look(value)
+                    whole = row.value if isinstance(value, BadRow) else value  # what could not be taken apart
+                    fields.look(whole)
                     where = f"{row.where}#{place}"
-                    yield value, _finished(adapter(value, spec, where), value, spec, number, notes, place)
+                    yield whole, _finished(adapter(value, spec, where), whole, spec, number, notes, place)
 
     def rows(self, seed: int, file: SourceFile | None = None, notes: ReadingNotes | None = None) -> Iterator[Row | Drop]:
         """Every row as it is read, before an adapter sees it; with `file` only those of that one."""
@@ -322,6 +324,9 @@ def _files(spec: SourceSpec, adapter: Adapter, data_dir: Path | None) -> list[So
     if data_dir is None and not pattern.is_absolute():
         raise _error(spec, f"path {spec.path!r} is relative to the data directory; give data=DIR")
     base = (data_dir or Path()).absolute()
+    if not (base / pattern).exists() and not spec.path.isascii():  # files from a Mac may be named letter by letter
+        forms = [Path(unicodedata.normalize(form, str(pattern))) for form in ("NFC", "NFD")]
+        pattern = next((form for form in forms if (base / form).exists()), pattern)
     found = _find(spec, adapter, base / pattern)
     if not (base / pattern).is_file():
         _check_mixture(spec, adapter, str(base / pattern), _first_of_format(found))

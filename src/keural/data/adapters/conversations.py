@@ -5,6 +5,7 @@ In: rows with turns, or with a question and an answer. Out: conversations. What 
 apart that hold lists of records.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from keural.data.adapters.base import (
     Adapter,
     BadRow,
     Reads,
+    Undeclared,
     described,
     guarded,
     holds,
@@ -25,9 +27,11 @@ from keural.data.adapters.base import (
 )
 from keural.data.adapters.judgements import said
 from keural.data.adapters.turns import (
+    NO,
     REASONING,
     ROW_OPTIONS,
     TURN_OPTIONS,
+    YES,
     TurnReader,
     check_row_options,
     check_turns,
@@ -40,6 +44,8 @@ from keural.recipe import SourceSpec
 from keural.tokenizer.message import Message
 
 SQUAD_LISTS = ("data", "paragraphs", "qas")
+_SLOT = re.compile(r"\{(\w+)\}")
+"""What a template asks to be filled."""
 
 
 def _messages(value: Any, source: SourceSpec, where: str) -> Conversation | Drop:
@@ -160,6 +166,10 @@ def _check_qa(source: SourceSpec) -> str | None:
         return problem
     if "prompt" in options and (given := [name for name in ("question", "template") if name in options]):
         return f"option {given[0]!r} has no effect beside 'prompt', which is the question of all rows"
+    if options.get("question", "question") == options.get("answer", "answer") and "prompt" not in options:
+        return f"options 'question' and 'answer' name the same field, {options.get('question', 'question')!r}"
+    if others := sorted(set(_SLOT.findall(options.get("template", ""))) - {"question"}):
+        return f"option 'template': {{{others[0]}}} is filled with nothing; several fields are a list in option 'question'"
     if "{question}" not in options.get("template", "{question}"):
         return "option 'template' has no {question}; a question that all rows share is option 'prompt'"
     if "booleans" in options and (len(options["booleans"]) != 2 or not all(isinstance(text, str) for text in options["booleans"])):
@@ -177,9 +187,19 @@ def _squad(value: Any, source: SourceSpec, where: str) -> Conversation | Drop:
     names = _names(source.options, "context", "question", "answers")
     reader.check_row(value, names)
     context, question = (trimmed(text_of(value, name)) for name in names[:2])
-    if lookup(value, "is_impossible") is True:
+    if _is_said(lookup(value, "is_impossible")):
         raise BadRow("unanswerable")
     return _exchange(reader, value, [f"{context}\n\n{question}", _first_answer(lookup(value, names[2]), names[2])])
+
+
+def _is_said(value: Any) -> bool:
+    """Whether a field that says yes or no says yes, also as a number or text; other values refuse the source."""
+    if value is None or value != value or value == "":  # NaN is how a table says null
+        return False
+    text = str(value).strip().lower()
+    if text not in (*YES, *NO):
+        raise Undeclared("is_impossible", value, "true or 1 is a question without an answer, false or 0 one with an answer")
+    return text in YES
 
 
 def _first_answer(value: Any, name: str | int) -> str:

@@ -9,7 +9,11 @@ from keural.data.readers.po import PoMessage
 from keural.data.records import Document, Drop
 from keural.recipe import SourceSpec
 
-_FRONT_MATTER = re.compile(r"\A(---|\+\+\+)[ \t]*\n.*?^\1[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
+_FRONT_MATTER = re.compile(
+    r"\A(---|\+\+\+)[ \t]*\n(?:#[^\n]*\n)*(?:(?:[\w\"'.-]+[ \t]*[:=](?:[ \t][^\n]*)?|\[[^\n]*\])\n.*?)?^\1[ \t]*(?:\n|\Z)",
+    re.DOTALL | re.MULTILINE,
+)
+"""Settings before a text, in YAML or TOML; a rule at the head of a text that says no setting below it is part of the text."""
 
 
 def _text(value: Any, source: SourceSpec, where: str) -> Document | Drop:

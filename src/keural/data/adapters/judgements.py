@@ -24,7 +24,7 @@ UNRANKED = "unranked_answer_left_out"
 """Noted of pairs whose row has an answer without a score."""
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
 _ABSENT = NOTHING | {"", "nan", "null"}
-_NO_SCORE = "scores are numbers; name another field in the option scores, or this one in the option ignore"
+_NO_SCORE = "scores are numbers; name another field in the option scores"
 
 
 def label_key(value: Any) -> str | None:

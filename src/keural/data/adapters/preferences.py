@@ -6,6 +6,7 @@ inside its answers, a system text beside them) must agree, or the row is dropped
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -49,7 +50,8 @@ from keural.data.adapters.turns import (
     ROLE_KEYS,
     TURN_OPTIONS,
     TurnReader,
-    check_turns,
+    check_flags,
+    check_roles,
     listing,
     one_of,
     reads,
@@ -351,12 +353,13 @@ def _answer(value: Any, name: str, reader: TurnReader) -> tuple[list[Message], M
             raise BadRow("not_trained", name)
         return messages[:-1], messages[-1]
     found = value if isinstance(value, str) else listing(value)
+    answer: dict[str, Any] | None = None
     if isinstance(found, list) and len(found) > 1:
         raise BadRow("several_answers", f"{name} holds {len(found)}")
     if isinstance(found, list) and found:
         return _answer(found[0], name, reader)
     if isinstance(found, dict):
-        key = reader.options.get("content")
+        key, answer = reader.options.get("content"), found
         found, name = (lookup(found, key), f"{name}.{key}") if key is not None else (one_of(found, ANSWER_KEYS), name)
     if not (holds(found) or found == "") or found != found:  # NaN is nothing
         raise BadRow(f"missing_{name}")
@@ -364,7 +367,10 @@ def _answer(value: Any, name: str, reader: TurnReader) -> tuple[list[Message], M
     text = booleans[not found] if booleans and isinstance(found, bool) else scalar(found)
     if text is None:
         raise BadRow(f"{name}_is_not_text", type(found).__name__)
-    return [], Message("assistant", text)
+    message = Message("assistant", text) if answer is None else reader.with_extras(Message("assistant", text), answer)
+    if message.trained is False:
+        raise BadRow("not_trained", name)
+    return [], message
 
 
 def _prompt(row: Any, reader: TurnReader, history: list[Message], chosen: Message) -> list[Message]:
@@ -466,7 +472,16 @@ def _check(source: SourceSpec) -> str | None:
     for name, others in EXCLUDE.items():
         if name in options and (given := [other for other in others if other in options]):
             return f"option {name!r} has no effect beside {given[0]!r}"
-    return check_turns(source) or _check_answers(options) or _check_values(options)
+    return check_flags(source) or check_roles(source) or _check_answers(options) or _check_values(options) or _check_apart(options)
+
+
+def _check_apart(options: Mapping[str, Any]) -> str | None:
+    """A field that a recipe names as the prompt and as an answer, or as both answers."""
+    answers = options["answers"] if "answers" in options else [options.get(side, side) for side in ("chosen", "rejected")]
+    prompt = options.get("prompt", [])
+    named = [*(answers if isinstance(answers, list) else [answers]), *(prompt if isinstance(prompt, list) else [prompt])]
+    twice = [name for name, count in Counter(map(str, named)).items() if count > 1]
+    return f"field {twice[0]!r} is named as two of prompt and answers" if twice else None
 
 
 def _check_answers(options: Mapping[str, Any]) -> str | None:
@@ -519,7 +534,7 @@ def _reads(source: SourceSpec) -> Reads:
     read = reads(source, keys, turns, ["input"])
     inside = ANSWER_KEYS if "content" not in options else ()
     score_keys = map(str, scores if isinstance(scores, list) else [scores])
-    return replace(read, turn_keys=read.turn_keys | {*inside, *score_keys}, optional=("system", "tools", "input"))
+    return replace(read, turn_keys=read.turn_keys | {*inside, *score_keys}, optional=("system", "tools", "flags", "input"))
 
 
 OPTIONS: OptionTable = {

@@ -30,6 +30,7 @@ REASONS: dict[str, Reason] = {
         "a quotation mark opens in the line that is named and never closes, or closes far below; each line that it holds counts",
         "mend that line; options: {quote: none} where marks are ordinary characters",
     ),
+    "repeated_header": Reason("the line is the table's header once more, as where tables were put together"),
     "repeated_key": Reason("an object has two values under one name, and a row could keep only one", "mend the rows"),
     "no_rows": Reason(
         "a file of an archive, or one of many, holds nothing that is read", "option suffixes, or a glob, names those to read"
@@ -107,8 +108,13 @@ REASONS: dict[str, Reason] = {
     "label_false": Reason("the row says that its answer is not a good one"),
     "not_trained": Reason("the row says that it is not to be trained"),
     "nothing_trained": Reason("no turn of the row is to be trained"),
+    "other_channel": Reason(
+        "an answer is not for the user, as its field channel says: it is analysis or commentary",
+        "name channel in the option ignore",
+    ),
     "trained_spans": Reason(
-        "a turn says which characters of it are trained, which is not read", "name train_detail in the option ignore"
+        "a turn says which characters or parts of it are trained, which is not read",
+        "name train_detail, or the field of its parts, in the option ignore",
     ),
     # pairs
     "no_preference": Reason("the label says that nobody preferred an answer", "option labels says which values mean it"),
@@ -118,7 +124,7 @@ REASONS: dict[str, Reason] = {
     "score_tie": Reason("both answers are of equal worth"),
     "score_reversed": Reason(
         "the scores prefer the rejected answer",
-        "options: {lower_is_better: true}, or {ignore: [..]} where they are no scores of it",
+        "options: {scores: [..], lower_is_better: true}, or {ignore: [..]} where they are no scores of it",
     ),
     "small_margin": Reason("the scores differ by less than the option min_margin"),
     "several_answers": Reason(

@@ -31,7 +31,7 @@ from keural.data.adapters.base import (
     trimmed,
     with_system,
 )
-from keural.data.adapters.judgements import said
+from keural.data.adapters.judgements import label_key, said
 from keural.data.readers.options import LIST, MAP, NAME, TEXT, Option, OptionTable
 from keural.data.records import Conversation, Drop
 from keural.recipe import SourceSpec
@@ -60,6 +60,8 @@ ROLES = {
 """Names of roles in public sets."""
 IN_ORDER = "in_order"
 """Value of option `roles`: who speaks first is the user, the other the assistant."""
+_NO_SPEAKERS = ("system", "tool", TOOL_CALL)
+"""Roles that are no side of a conversation, in whatever order it is."""
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
 FLAGS = {
     "train": True,
@@ -80,9 +82,11 @@ AMBIGUOUS = "mask"
 LABELS = ("label", "kto_tag")
 """Fields of a row that say whether its answer is good."""
 _SPANS = "train_detail"
-_CALL_ID = "tool_call_id"
-_SPECIAL = frozenset((*FLAGS, *CALLS, *REASONING, _SPANS, _CALL_ID))
-_YES, _NO = ("true", "1", "1.0"), ("false", "0", "0.0")
+_CALL_ID, _NAME = "tool_call_id", "name"
+_CHANNEL, _FINAL = "channel", "final"
+"""Field of a turn that says for whom an answer is, and its value for what the user sees."""
+_SPECIAL = frozenset((*FLAGS, *CALLS, *REASONING, _SPANS, _CALL_ID, _CHANNEL))
+YES, NO = ("true", "1", "1.0"), ("false", "0", "0.0")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 MEANS_SOMETHING_ELSE = "where the field means something else, name it in the option ignore"
 
@@ -96,6 +100,9 @@ ROW_OPTIONS: OptionTable = {
     "tools": Option(NAME, "field of the row with the tool definitions", TOOLS),
     "label": Option(
         NAME, "field of the row that says whether its answer is good: true or 1; rows of false or 0 are dropped", LABELS
+    ),
+    "labels": Option(
+        MAP, "what each value of the label means: true for a good answer, false for a bad one; any other value refuses the source"
     ),
     "reasoning": Option(
         TEXT,
@@ -114,7 +121,7 @@ TURN_OPTIONS: OptionTable = {
     "roles": Option(
         (dict, str),
         "what names of roles stand for (system, user, assistant, tool, tool_call), beside the usual names; in_order: who speaks "
-        "first is the user, the other the assistant",
+        "first is the user, the other the assistant (system turns and tools aside)",
     ),
     "assistant_first": Option(
         TEXT,
@@ -136,6 +143,14 @@ TURN_OPTIONS: OptionTable = {
 
 
 def check_row_options(source: SourceSpec) -> str | None:
+    """What is wrong with the options `flags` and `labels`."""
+    labels = source.options.get("labels", {})
+    if wrong := [value for value, good in labels.items() if not isinstance(good, bool)]:
+        return f"option 'labels': {wrong[0]!r} must be true (a good answer) or false (a bad one)"
+    return check_flags(source)
+
+
+def check_flags(source: SourceSpec) -> str | None:
     """What is wrong with the option `flags`."""
     flags = source.options.get("flags", {})
     if wrong := next((name for name, value in flags.items() if not isinstance(value, bool)), None):
@@ -144,9 +159,12 @@ def check_row_options(source: SourceSpec) -> str | None:
 
 
 def check_turns(source: SourceSpec) -> str | None:
-    """What is wrong with the options `flags` and `roles`."""
-    if problem := check_row_options(source):
-        return problem
+    """What is wrong with the options `flags`, `labels` and `roles`."""
+    return check_row_options(source) or check_roles(source)
+
+
+def check_roles(source: SourceSpec) -> str | None:
+    """What is wrong with the option `roles`."""
     roles = source.options.get("roles", {})
     if isinstance(roles, str):
         return None if roles == IN_ORDER else f"option 'roles' must be a map of names or {IN_ORDER}, got {roles!r}"
@@ -161,7 +179,7 @@ def reads(source: SourceSpec, keys: Sequence[Any], turns: Sequence[str | int] = 
     options = source.options
     named = [name for key in keys for name in (key if isinstance(key, list) else [key])]
     named += [options.get("system", "system"), *_flags(options), *_ignored(options)]
-    named += [options["label"]] if "label" in options else []
+    named += [options.get("label", LABELS[0])] if _declares(options) else []
     named += [options["tools"]] if "tools" in options else TOOLS
     role, content = (
         [options[option]] if option in options else list(names)
@@ -172,13 +190,18 @@ def reads(source: SourceSpec, keys: Sequence[Any], turns: Sequence[str | int] = 
         tuple(turns),
         _SPECIAL | _flags(options).keys() | {str(name).split(".")[0] for name in (*role, *content, *_ignored(options))},
         booleans=frozenset(LABELS),
-        optional=("system", "tools", "label", *optional),
+        optional=("system", "tools", "label", "flags", *optional),
     )
 
 
 def _flags(options: Mapping[str, Any]) -> dict[str, bool | None]:
     """Fields that say what is trained, and which value says that it is; None: nobody knows."""
     return {AMBIGUOUS: None, **FLAGS, **{str(name): value for name, value in options.get("flags", {}).items()}}
+
+
+def _declares(options: Mapping[str, Any]) -> bool:
+    """Whether a recipe says that a field of the rows says whether an answer is good."""
+    return "label" in options or any(isinstance(good, bool) for good in options.get("labels", {}).values())
 
 
 def _ignored(options: Mapping[str, Any]) -> list[str]:
@@ -222,7 +245,10 @@ class TurnReader:
     said: str = ""
     """What the row's label says, where it has one."""
     _speakers: dict[str, str] = field(default_factory=dict)
-    _call_ids: list[str] = field(default_factory=list)
+    _call_ids: list[str] | None = None
+    """Calls that wait for a result; None where they have no ids."""
+    _call_names: list[str] = field(default_factory=list)
+    """What the calls that wait for a result call."""
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -238,9 +264,20 @@ class TurnReader:
         return _flags(self.options)
 
     @cached_property
+    def _meanings(self) -> dict[str | None, bool]:
+        """What values of a label mean, where a recipe says whether they are of a good answer."""
+        given = self.options.get("labels", {})
+        return {label_key(value): good for value, good in given.items() if isinstance(good, bool)}
+
+    @cached_property
+    def _paths(self) -> list[str]:
+        """Flags inside an object: `meta.train`."""
+        return [name for name in map(str, self.options.get("flags", ())) if "." in name]
+
+    @cached_property
     def _special(self) -> frozenset[str]:
         return (_SPECIAL | self._flags.keys()) - self._ignore | (
-            frozenset(CONTENT_KEYS) if "reasoning" in self.options else frozenset()
+            frozenset(CONTENT_KEYS) if "reasoning" in self.options or self._paths else frozenset()
         )
 
     @cached_property
@@ -260,13 +297,14 @@ class TurnReader:
         names = {str(name) for each in used for name in (each if isinstance(each, list) else [each])}
         if self._flag(row, names) is False:
             raise BadRow("not_trained")
-        for label in [self.options["label"]] if "label" in self.options else LABELS:
+        declared = _declares(self.options)
+        for label in [self.options.get("label", LABELS[0])] if declared else LABELS:
             if str(label) in names | self._ignore:
                 continue
             good = self.label(lookup(row, label), label)
             if good is False:
                 raise BadRow("label_false")
-            if good is None and "label" in self.options:
+            if good is None and declared:
                 raise BadRow("missing_label")
             if good:
                 self.said = said(label, lookup(row, label))
@@ -275,22 +313,26 @@ class TurnReader:
         """Whether a row's answer is good, where its label says so: true or false, also as text. Where a recipe or an adapter says
         that the field is such a label, 1 and 0 mean the same and other values refuse the source; so do 1 and 0 where nobody does.
         """
-        declared = required or "label" in self.options
+        declared = required or _declares(self.options)
+        if "labels" in self.options and (known := self._meanings.get(label_key(value))) is not None:
+            return known
         if isinstance(value, bool) or value is None:
             return value
+        if value != value:  # NaN is how a table says null
+            return None
         text = str(value).strip().lower()
         if text in ("true", "false"):
             return text == "true"
-        if text in (*_YES, *_NO):
+        if text in (*YES, *NO):
             if not declared and not self.has_turns:
                 return None
             if not declared:
                 how = f"options: {{label: {name}}} reads 1 as a good and 0 as a bad answer"
                 raise Undeclared(name, value, f"{how}; {MEANS_SOMETHING_ELSE}")
-            return text in _YES
+            return text in YES
         if declared and text:
             raise Undeclared(
-                name, value, "true or 1 is a good answer, false or 0 a bad one; mend the label, or leave the option out"
+                name, value, "options: {labels: {VALUES}} says what each means: true for a good answer, false for a bad one"
             )
         return None
 
@@ -309,6 +351,8 @@ class TurnReader:
         """What a turn or row says of itself: trained, not trained, or nothing."""
         known = self._flags
         said = {name: _flag_value(name, value[name], known[name]) for name in known.keys() & value.keys() - self._ignore - used}
+        for name in self._paths:
+            said[name] = _flag_value(name, lookup(value, name), known[name])
         flags = {flag for flag in said.values() if flag is not None}
         if len(flags) > 1:
             raise BadRow("fields_differ", ", ".join(sorted(name for name, flag in said.items() if flag is not None)))
@@ -338,17 +382,26 @@ class TurnReader:
         options = self.options
         role = self._role(item)
         found = lookup(item, options["content"]) if "content" in options else one_of(item, CONTENT_KEYS)
-        text = _content(self._without_nulls(found), role)
+        parts = self._without_nulls(found)
+        self._check_parts(parts)
+        text = _content(parts, role)
         if role == TOOL_CALL:
             text = with_calls("", [self._call(call) for call in _calls_in(text)])
         turn = Message(role, trimmed(text))
-        return self._with_extras(turn, item) if item.keys() & self._special else turn
+        return self.with_extras(turn, item) if role == "tool" or item.keys() & self._special else turn
+
+    def _check_parts(self, parts: Any) -> None:
+        """Raise `BadRow` where a part of a turn says whether it is trained: that is said of whole turns."""
+        for part in parts if isinstance(parts, list) else ():
+            named = part.keys() & (self._flags.keys() - self._ignore) if isinstance(part, dict) else ()
+            if said := sorted(name for name in named if holds(part[name])):
+                raise BadRow("trained_spans", f"{said[0]} of a part")
 
     def _role(self, item: dict[str, Any]) -> str:
         options = self.options
         keys = (options["role"],) if "role" in options else ROLE_KEYS
         names = [name.strip() for key in keys if (name := scalar(lookup(item, key))) is not None]
-        if options.get("roles") == IN_ORDER and names:
+        if options.get("roles") == IN_ORDER and names and ROLES.get(names[0].lower()) not in _NO_SPEAKERS:
             if names[0] not in self._speakers and len(self._speakers) == 2:
                 raise BadRow("more_than_two_speakers")
             return self._speakers.setdefault(names[0], ("user", "assistant")[min(len(self._speakers), 1)])
@@ -359,17 +412,20 @@ class TurnReader:
             raise BadRow("fields_differ", ", ".join(map(str, keys)))
         return roles.pop()
 
-    def _with_extras(self, turn: Message, item: dict[str, Any]) -> Message:
-        """The turn with its calls and reasoning, and with what it says of training."""
+    def with_extras(self, turn: Message, item: dict[str, Any]) -> Message:
+        """The turn with the calls and the reasoning of the object that it is from, and with what that says of training."""
         if _SPANS in item and _SPANS not in self._ignore and holds(item[_SPANS]):
             raise BadRow("trained_spans")
+        channel = item.get(_CHANNEL)
+        if turn.role == "assistant" and _CHANNEL not in self._ignore and holds(channel) and channel != _FINAL:
+            raise BadRow("other_channel", f"{channel!r:.40}")
         calls = self._calls(item)
         if calls and turn.role != "assistant":
             raise BadRow("malformed_tool_call", f"by a {turn.role}")
         if calls:
             turn = turn._replace(content=with_calls(turn.content, calls))
         if turn.role == "tool":
-            self._check_id(scalar(item.get(_CALL_ID)))
+            self._check_result(scalar(item.get(_CALL_ID)), scalar(item.get(_NAME)))
         trained = self._flag(item)
         if trained and turn.role not in ("assistant", TOOL_CALL):
             self.notes.append(QUESTION_TRAINED)
@@ -384,8 +440,10 @@ class TurnReader:
         value = listing(found[0][1])
         listed = value if isinstance(value, list) else [value]
         ids = [scalar(lookup(listing(call), "id")) for call in listed]
-        self._call_ids = [call_id for call_id in ids if call_id] if all(ids) else []
-        return [self._call(listing(call)) for call in listed]
+        self._call_ids = [call_id for call_id in ids if call_id] if all(ids) else None
+        calls = [self._call(listing(call)) for call in listed]
+        self._call_names = [call.name for call in calls]
+        return calls
 
     def _call(self, value: Any) -> ToolCall:
         """A call from `{name, arguments}` or that under `function`; arguments may be JSON text."""
@@ -401,13 +459,18 @@ class TurnReader:
             raise BadRow("malformed_tool_call", f"its arguments are a {type(arguments).__name__}")
         return ToolCall(name, self._without_nulls(arguments or {}))
 
-    def _check_id(self, call_id: str | None) -> None:
-        """Results must be of the calls before them, and in their order: the rendered turn does not say which call it answers."""
-        if call_id is None or not self._call_ids:
-            return
-        if call_id not in self._call_ids:
+    def _check_result(self, call_id: str | None, name: str | None) -> None:
+        """Results must be of the calls before them, and in their order: the rendered turn does not say which call it answers.
+
+        Where ids do not say which, the name of the function may.
+        """
+        waiting, self._call_names = self._call_names, self._call_names[1:]
+        if call_id is None or self._call_ids is None:
+            if name is not None and name in waiting[1:] and name != waiting[0]:
+                raise BadRow("tool_results_out_of_order")
+        elif call_id not in self._call_ids:
             raise BadRow("tool_result_without_call", "another call's id")
-        if call_id != self._call_ids.pop(0):
+        elif call_id != self._call_ids.pop(0):
             raise BadRow("tool_results_out_of_order")
 
     def _without_nulls(self, value: Any) -> Any:
@@ -530,9 +593,9 @@ def _flag_value(name: str, value: Any, trained: bool | None) -> bool | None:
     if trained is None:
         how = f"options: {{flags: {{{name}: true}}}} where 1 means trained, {{{name}: false}} where it means hidden"
         raise Undeclared(name, value, f"{how}; {MEANS_SOMETHING_ELSE}")
-    if text not in (*_YES, *_NO):
+    if text not in (*YES, *NO):
         raise Undeclared(name, value, f"1 or true and 0 or false say what is trained; {MEANS_SOMETHING_ELSE}")
-    return (text in _YES) == trained
+    return (text in YES) == trained
 
 
 def _content(value: Any, role: str) -> str:

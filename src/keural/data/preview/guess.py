@@ -5,6 +5,7 @@ and which of their fields it reads. Options are proposed from the names of field
 """
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 from keural.data.adapters import ADAPTERS, Adapter, conversations, documents, preferences
 from keural.data.adapters.base import UNDECLARED, holds, lookup, plain
 from keural.data.adapters.evaluation import SCHEMAS, Schema
-from keural.data.adapters.turns import CONTENT_KEYS, IN_ORDER, ROLE_KEYS, ROLES, TOOLS, listing
+from keural.data.adapters.turns import CONTENT_KEYS, IN_ORDER, ROLE_KEYS, ROLES, listing
 from keural.data.readers.datafile import Row
 from keural.data.readers.magic import TAR, ZIP
 from keural.data.records import Drop
@@ -52,6 +53,8 @@ _REJECTED = ("rejected", "dispreferred", "worse", "refused", "loser", "lose", "n
 _PASSAGES = ("context", "passage", "paragraph", "document", "text", "article", "지문", "본문", "문맥", "문서")
 _PREFERRED = ("label", "preference", "preferred", "winner", "choice", "better", "best", "annotator", "선호", "선택")
 _SCORES = ("score", "rating", "reward", "rank", "ranking", "점수", "순위")
+_RANKS = ("rank", "ranking", "순위")
+"""Of these the names of numbers of which the lowest is the best."""
 _SEVERAL = ("response", "answer", "completion", "output", "candidate", "choice", "generation", "답변", "응답")
 REPAIRS: dict[str, dict[str, Any]] = {
     "assistant_first": {"assistant_first": "keep"},
@@ -95,18 +98,22 @@ class Guess:
     """Of the rows; some formats have an adapter of their own."""
     reasons: tuple[tuple[str, int], ...] = ()
     """Why rows are dropped, most frequent first."""
+    has_turns: bool = False
+    """Whether what it reads as turns is a list of objects."""
 
     @property
     def fits(self) -> bool:
         """Whether it keeps a row, or reads most of the fields although something in every row is not as it should be."""
         undeclared = any(reason == UNDECLARED for reason, _ in self.reasons)
-        reads_most = len(self.fields) > len(self.unread) and (undeclared or len(self.fields) > 1) and not self.lacks
+        enough = undeclared or self.has_turns or len(self.fields) > 1
+        reads_most = len(self.fields) > len(self.unread) and enough and not self.lacks
         return self.kept > 0 or (reads_most and self.adapter in CHATS)
 
     @property
     def lacks(self) -> bool:
         """Whether rows are not of the adapter's shape: most often they have not what it needs."""
-        return bool(self.reasons) and self.reasons[0][0].startswith(("missing_", "wrong_schema", "malformed_row"))
+        lacking = ("missing_", "wrong_schema", *(() if self.has_turns else ("malformed_row",)))
+        return bool(self.reasons) and self.reasons[0][0].startswith(lacking)
 
     @property
     def score(self) -> float:
@@ -171,6 +178,7 @@ class Rows:
 
 def guesses(rows: Rows, only: str | None = None, options: Mapping[str, Any] | None = None) -> list[Guess]:
     """What reads the rows, the best first; `only` that adapter, with `options` only with these."""
+    rows = Rows(rows.format_name, rows.path, [row._replace(value=_composed(row.value)) for row in rows.rows])
     found: dict[tuple[str, str], Guess] = {}
     waiting = list(_proposals(rows, only)) if options is None else [(str(only), dict(options))]
     for name, proposed in waiting:
@@ -186,6 +194,13 @@ def guesses(rows: Rows, only: str | None = None, options: Mapping[str, Any] | No
     return sorted(fitting, key=lambda guess: (-round(guess.score, 3), _ORDER.get(guess.adapter, len(_ORDER))))
 
 
+def _composed(value: Any) -> Any:
+    """A row with the names of its fields composed: options name them so, whatever the rows do."""
+    if not isinstance(value, dict) or "".join(map(str, value)).isascii():
+        return value
+    return {unicodedata.normalize("NFC", key) if isinstance(key, str) else key: each for key, each in value.items()}
+
+
 def _proposals(rows: Rows, only: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     formats = {"text", "jsonl"} if rows.format_name in ARCHIVES else {rows.format_name}
     wanted = [only] if only else [name for name, known in ADAPTERS.items() if formats & set(known.formats)]
@@ -199,12 +214,17 @@ def _proposals(rows: Rows, only: str | None) -> Iterator[tuple[str, dict[str, An
             yield name, options
     for key in rows.keys:
         items = _objects(rows.first(key))
-        if not items or key in TOOLS or list(_turns_in(key, items)):
+        if not items or key in _READ_WHOLE or list(_turns_in(key, items)) or any(_scores_or_prefers(name) for name in items[0]):
             continue
         inner = Rows(rows.format_name, rows.path, [*_unfolded(rows, key)])
         for name, options in [*((name, {}) for name in conversations.ADAPTERS), *_exchanges(inner)]:
             if name in wanted and "unfold" in ADAPTERS[name].options:
                 yield name, {"unfold": [key], **options}
+
+
+def _scores_or_prefers(name: Any) -> bool:
+    """Whether a field is named like what says which of several answers is the better: these are no records to be learned alike."""
+    return bool({*_SCORES, *_PREFERRED, "selected"} & set(re.split(r"[\W_\d]+", _plain_name(str(name)))))
 
 
 def _unfolded(rows: Rows, key: str) -> Iterator[Row]:
@@ -231,9 +251,25 @@ def _tried(rows: Rows, name: str, options: dict[str, Any]) -> Guess:
     fields = tuple(key for key in rows.keys if key in read)
     unread = tuple(key for key in rows.telling if key not in read)
     named = name not in GENERAL and _letters(name) in _letters(rows.path)
+    turns = adapter.reads(source).turns if adapter.reads is not None and not options.get("unfold") else ()
     return Guess(
-        name, options, kept, understood, max(total, 1), fields, unread, named, rows.format_name, tuple(reasons.most_common())
+        name,
+        options,
+        kept,
+        understood,
+        max(total, 1),
+        fields,
+        unread,
+        named,
+        rows.format_name,
+        tuple(reasons.most_common()),
+        any(_holds_objects(rows.first(str(key))) for key in turns),
     )
+
+
+def _holds_objects(value: Any) -> bool:
+    items = listing(value)
+    return isinstance(items, list) and any(isinstance(item, dict) for item in items)
 
 
 def converted(adapter: Adapter, source: SourceSpec, rows: Iterable[Row]) -> Iterator[Any]:
@@ -257,6 +293,10 @@ def fields_read(adapter: Adapter, source: SourceSpec) -> frozenset[str]:
             given = source.options.get(name, option.default)
             found |= {str(each) for each in (given if isinstance(given, list | tuple) else [given])}
     return frozenset(part for name in found for part in (name, name.split(".")[0]))
+
+
+_READ_WHOLE = fields_read(ADAPTERS["messages"], SourceSpec(name="messages", adapter="messages"))
+"""Fields that mean something beside the turns: no lists of records."""
 
 
 # Options by the names of fields
@@ -352,7 +392,8 @@ def _pairs(rows: Rows) -> Iterator[tuple[str, dict[str, Any]]]:
     asked = _named(rows, _QUESTIONS)
     for compared in _compared(rows):
         yield "preference", compared
-        yield from (("preference", {"prompt": question, **compared}) for question in asked[:2])
+        answers = compared["answers"] if isinstance(compared["answers"], list) else [compared["answers"]]
+        yield from (("preference", {"prompt": name, **compared}) for name in [n for n in asked if n not in answers][:2])
     if rejected and not chosen:
         chosen = [name for name in _named(rows, _ANSWERS) if name not in rejected]
     for better in chosen[:2]:
@@ -360,24 +401,45 @@ def _pairs(rows: Rows) -> Iterator[tuple[str, dict[str, Any]]]:
             options = {} if better == "chosen" else {"chosen": better}
             options |= {} if worse == "rejected" else {"rejected": worse}
             yield "preference", options
-            for question in asked[:2]:
+            for question in [name for name in asked if name not in (better, worse)][:2]:
                 yield "preference", {"prompt": question, **options}
 
 
 def _compared(rows: Rows) -> Iterator[dict[str, Any]]:
     """Options for several answers beside what says which is the better: two columns, or a list."""
-    labels, scores = _named(rows, _PREFERRED), _named(rows, _SCORES)
+    scores = _named(rows, _SCORES)
+    labels = [name for name in _named(rows, _PREFERRED, ids=True) if isinstance(rows.first(name), str | int | float)]
+    if not _named(rows, _REJECTED):  # what names the chosen one of two
+        labels += [name for name in _named(rows, ("chosen",)) if isinstance(rows.first(name), str | int | float)]
     for first, second in _twins(rows.keys):
-        if isinstance(rows.first(first), str) and not SIDE_FIELDS.fullmatch(first):
+        is_answer = isinstance(rows.first(first), str) or _objects(rows.first(first))
+        if is_answer and not SIDE_FIELDS.fullmatch(first):
             yield from ({"answers": [first, second], "label": label} for label in labels[:2] if label not in (first, second))
-            yield from ({"answers": [first, second], "scores": list(pair)} for pair in _twins(scores)[:1])
+            yield from ({"answers": [first, second], "scores": list(pair), **_direction(pair[0])} for pair in _twins(scores)[:1])
     lists = [name for name in _named(rows, _SEVERAL) if isinstance(value := listing(rows.first(name)), list) and len(value) > 1]
     for name in lists[:2]:
-        yield from ({"answers": name, "scores": score} for score in scores[:2] if score != name)
+        yield from ({"answers": name, "scores": score, **_direction(score)} for score in scores[:2] if score != name)
         items = listing(rows.first(name))
         inside = items[0] if isinstance(items[0], dict) else {}
-        yield from ({"answers": name, "scores": str(key)} for key in inside if _plain_name(str(key)) in _SCORES)
-        yield {"answers": name, "order": "best_first"}
+        yield from (
+            {"answers": name, "scores": str(key), **_inner_text(inside), **_direction(str(key))}
+            for key in inside
+            if {*_SCORES} & set(re.split(r"[\W_\d]+", _plain_name(str(key))))
+        )
+        judged = [*scores, *labels, *_named(rows, _CHOSEN), *_named(rows, _REJECTED)]
+        if not judged and not any(map(_scores_or_prefers, inside)):
+            yield {"answers": name, "order": "best_first"}
+
+
+def _direction(name: str) -> dict[str, Any]:
+    """The option for numbers of which the lowest is the best, where their name says that they are such."""
+    return {"lower_is_better": True} if set(_RANKS) & set(re.split(r"[\W_\d]+", _plain_name(name))) else {}
+
+
+def _inner_text(answer: Mapping[Any, Any]) -> dict[str, Any]:
+    """The option for the text of an answer that is an object, where it is not found without."""
+    known = [key for key in preferences.ANSWER_KEYS if key in answer]
+    return {"content": known[0]} if len(known) > 1 else {}
 
 
 def _twins(names: Sequence[str]) -> list[tuple[str, str]]:
@@ -403,10 +465,10 @@ def _texts(rows: Rows) -> Iterator[tuple[str, dict[str, Any]]]:
             yield "text", {"field": name}
 
 
-def _named(rows: Rows, names: Sequence[str]) -> list[str]:
-    """Fields whose name is one of some, or has one as a part, in the order of these."""
-    ids = re.compile(r"(?:.*[_ -])?(?:ids?|idx|index|count|len|length|type)", re.IGNORECASE)
-    known = [key for key in rows.keys if not ids.fullmatch(key)]
+def _named(rows: Rows, names: Sequence[str], ids: bool = False) -> list[str]:
+    """Fields whose name is one of some, or has one as a part, in the order of these; with `ids` also those that name an id."""
+    side = re.compile(r"(?:.*[_ -])?(?:ids?|idx|index|count|len|length|type)", re.IGNORECASE)
+    known = [key for key in rows.keys if ids or not side.fullmatch(key)]
     exact = [key for name in names for key in known if _plain_name(key) in (name, f"{name}s")]
     parts = [key for name in names for key in known if len(name) > 1 and name in re.split(r"[\W_\d]+", _plain_name(key))]
     return list(dict.fromkeys([*exact, *parts]))

@@ -173,7 +173,7 @@ def _try_files(path: Path, adapter: str | None, options: Mapping[str, Any], data
         format=found.format_to_give,
         options={**reading, **best.options},
     )
-    trial = Trial(spec, base, [found.described()], fitting, hints=[*found.hints, *found.shape.assumed])
+    trial = Trial(spec, base, [found.described()], fitting, hints=[*found.hints, *found.shape.assumed, *_assumed(best.options)])
     _read(trial, open_source(spec, base), rows, whole and len(found.files) <= MAX_FILES)
     _add_language(trial)
     if (benchmark := benchmark_of(looked_at)) is not None:
@@ -359,6 +359,18 @@ def _is_headless(rows: Sequence[Row]) -> bool:
     return any(len(name) > LONGEST_NAME or len(name.split()) >= MOST_WORDS or re.search(r"\s.*[.?!]\s*$", name) for name in names)
 
 
+def _assumed(options: Mapping[str, Any]) -> list[str]:
+    """What options that are guessed say of the rows, where only their names or their order speak for it."""
+    found = []
+    if "unfold" in options:
+        found.append(f"each item of {', '.join(options['unfold'])} becomes a record of its own, without those before it")
+    if "order" in options:
+        found.append(f"that {options['answers']} stand in order, the best first, is only assumed: option order")
+    if options.get("lower_is_better"):
+        found.append(f"that the lowest {options['scores']} is the best is only assumed, from its name: option lower_is_better")
+    return found
+
+
 def _rows_inside(rows: Rows) -> tuple[str, Rows] | None:
     """The list of objects inside the one object that a file is, with the name of its field."""
     if rows.format_name not in ("json", "yaml") or len(rows.rows) != 1 or not rows.records:
@@ -381,6 +393,8 @@ def _relative(path: Path, base: Path) -> str:
 def _nothing_read(path: Path, format_name: str, rows: Sequence[Row | Drop]) -> UserError:
     drops = Counter(drop.reason for drop in rows if isinstance(drop, Drop))
     found = ", ".join(f"{reason} {count:,}" for reason, count in drops.items()) or "it holds no rows"
+    first = next((drop for drop in rows if isinstance(drop, Drop)), None)
+    found += f"; first {first.where}{f': {first.detail}' if first.detail else ''}" if first is not None else ""
     return UserError(f"{path}: nothing in it can be read as {format_name} ({found}); give its format, or mend the file")
 
 

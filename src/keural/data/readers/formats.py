@@ -256,7 +256,7 @@ def _read_jsonl(opened: _Opened) -> Iterator[Row | Drop]:
             if not line.strip():
                 continue
             try:
-                yield Row(f"{name}:{number}", loads(line))
+                yield Row(f"{name}:{number}", loads(line.removeprefix("\ufeff")))  # files that were put together begin so again
             except json.JSONDecodeError as error:
                 yield Drop("malformed_row", f"{name}:{number}", _place(error))
             except _Repeated as error:
@@ -386,6 +386,10 @@ _BAD_CELL = (ValueError, OverflowError, LookupError, TypeError)
 """What pyarrow and Python's dates raise of a cell: bytes that are no UTF-8, a day outside the calendar."""
 
 
+_MOST_WHOLE = 2.0**53
+"""Below it a float says every whole number exactly."""
+
+
 def _whole_columns(table: Any) -> list[str]:
     """Columns of floats that hold whole numbers and nulls only: whole numbers, as pandas keeps them where some are missing."""
     import pyarrow.compute as compute
@@ -399,9 +403,10 @@ def _whole_columns(table: Any) -> list[str]:
         nulls = sum(part.null_count or 0 for part in statistics if part is not None)
         if not nulls or name not in table.schema_arrow.names or not types.is_floating(table.schema_arrow.field(name).type):
             continue
-        parts = (batch.column(0) for batch in table.iter_batches(batch_size=1 << 16, columns=[name]))
+        parts = [batch.column(0) for batch in table.iter_batches(batch_size=1 << 16, columns=[name])]
         are_whole = [compute.all(compute.equal(compute.floor(part), part)).as_py() is not False for part in parts]
-        if all(are_whole) and nulls < table.metadata.num_rows:
+        are_small = [compute.all(compute.less(compute.abs(part), _MOST_WHOLE)).as_py() is not False for part in parts]
+        if all(are_whole) and all(are_small) and nulls < table.metadata.num_rows:
             found.append(name)
     return found
 

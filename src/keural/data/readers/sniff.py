@@ -193,7 +193,11 @@ def _text_shape(start: bytes, file: DataFile, expected: str | None, options: Opt
             return FileShape(expected, None, None, evidence=(evidence,), problem=problem)
         if not encoding.startswith("utf-8"):
             assumed = (f"read as {encoding} ({evidence})",)
-    text = codecs.getincrementaldecoder(codec_of(encoding, start))("replace").decode(start, complete)
+    try:
+        text = codecs.getincrementaldecoder(codec_of(encoding, start))("replace").decode(start, complete)
+    except UnicodeError as error:  # UTF-16 and UTF-32 that have to say their byte order, and do not
+        problem = f"is not {encoding} ({error}); leave the option encoding out, or give the byte order: {encoding}-le"
+        return FileShape(expected, None, None, evidence=(problem,), problem=problem)
     shape = FileShape(expected, None, encoding, evidence=(f"encoding {encoding}: {evidence}",), assumed=assumed)
     if "\r" in text and "\n" not in text:
         shape = replace(shape, newline="\r")
@@ -203,7 +207,10 @@ def _text_shape(start: bytes, file: DataFile, expected: str | None, options: Opt
 
 def _read_otherwise(start: bytes, one: str, other: str) -> bool:
     """Whether two encodings make different texts of a beginning."""
-    first, second = (codecs.getincrementaldecoder(codec_of(name, start))("replace").decode(start) for name in (one, other))
+    try:
+        first, second = (codecs.getincrementaldecoder(codec_of(name, start))("replace").decode(start) for name in (one, other))
+    except UnicodeError:  # it cannot be read in one of them
+        return True
     return first[: len(second)] != second[: len(first)]
 
 
@@ -246,7 +253,7 @@ def _text_format(shape: FileShape, text: str, complete: bool, options: Options) 
         )
     if expected is None:
         shape = replace(shape, format=found or "text", evidence=(why or "it is text", *shape.evidence))
-    elif expected in ("json", "jsonl") and found in ("csv", "tsv"):
+    elif expected in ("json", "jsonl") and found in ("csv", "tsv") and not _begins_as_json(text):
         return replace(shape, problem=f"is no JSON: {why}; give format: {found}")
     elif expected in ("json", "jsonl", "csv", "tsv") and found in ("json", "jsonl") and expected != found:
         shape = replace(shape, format=found, evidence=(why, *shape.evidence), assumed=(*shape.assumed, f"read as {found}: {why}"))
@@ -282,6 +289,18 @@ def _format_in(text: str, complete: bool) -> tuple[str | None, str]:
         if len(lines) > 2 and _divides(lines, dialect.delimiter):
             return name, f"{DELIMITERS[delimiter]} divide every line into as many cells"
     return None, ""
+
+
+def _begins_as_json(text: str) -> bool:
+    """Whether text begins as JSON does, if perhaps as broken JSON: its commas are those between the fields of objects."""
+    first = text.lstrip().partition("\n")[0].strip().rstrip(",")
+    if first.startswith(("{", "[")):
+        return True
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _divides(lines: Sequence[str], delimiter: str) -> bool:

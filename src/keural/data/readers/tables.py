@@ -7,6 +7,7 @@ refused, since a row could keep only one of their cells.
 
 import csv
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
@@ -19,6 +20,8 @@ from keural.errors import UserError, quoted
 
 RAGGED, UNCLOSED = "ragged_row", "unclosed_quote"
 """Reasons of lines with more or fewer cells than the header, and of those that a quotation mark without end holds."""
+REPEATED_HEADER = "repeated_header"
+"""Reason of a line that is the header once more, as where tables were put together."""
 COLUMNS = "columns"
 """Key among a reader's options: numbers of columns that a recipe names; no option of a recipe."""
 _MIN_LINES = 10
@@ -37,6 +40,7 @@ def read_table(name: str, text: IO[str], shape: FileShape, options: Mapping[str,
     Raises `UserError` for a header that names two columns alike.
     """
     header: list[str] | None = None
+    names: list[str] = []
     with_header = options.get("header", True)
     unescape = options.get("unescape", False)
     for number, cells in _records(text, shape):
@@ -48,7 +52,11 @@ def read_table(name: str, text: IO[str], shape: FileShape, options: Mapping[str,
         if header is None:
             header = _header(name, number, cells, options.get(COLUMNS, ())) if with_header else list(map(str, range(len(cells))))
             if with_header:
+                names = cells
                 continue
+        if names and cells[0].endswith(names[0]) and [cells[0].removeprefix("\ufeff"), *cells[1:]] == names:
+            yield Drop(REPEATED_HEADER, f"{name}:{number}")
+            continue
         if len(cells) != len(header):
             if len(cells) < len(header) or any(cells[len(header) :]):
                 yield Drop(RAGGED, f"{name}:{number}", f"{len(cells)} cells, not {len(header)}")
@@ -60,7 +68,7 @@ def read_table(name: str, text: IO[str], shape: FileShape, options: Mapping[str,
 
 def _header(name: str, number: int, cells: Sequence[str], columns: Sequence[int]) -> list[str]:
     """Names of columns: those of the header, but for columns that a recipe names by number, unless a name is such a number."""
-    names = [cell.strip() for cell in cells]
+    names = [unicodedata.normalize("NFC", cell.strip()) for cell in cells]
     numbered = {column: str(column) for column in columns if str(column) not in names}
     header = [numbered.get(column, title) for column, title in enumerate(names)]
     counts = Counter(header)

@@ -159,10 +159,14 @@ def guarded(convert: Callable[[Any, SourceSpec, str], AnyRecord | Drop]) -> Call
 
 def lookup(value: Any, name: str | int) -> Any:
     """A field of a row, None where it is missing; `a.0.b` looks into objects and lists inside."""
-    if isinstance(value, dict) and (key := str(name)) in value:
-        return value[key]
-    if isinstance(value, dict) and not key.isascii() and (decomposed := unicodedata.normalize("NFD", key)) in value:
-        return value[decomposed]  # as programs on a Mac write it
+    if isinstance(value, dict):
+        key = str(name)
+        if key in value:
+            return value[key]
+        if not key.isascii() and (decomposed := unicodedata.normalize("NFD", key)) in value:
+            return value[decomposed]  # as programs on a Mac write it
+        if "." not in key:
+            return None
     for part in str(name).split("."):
         if isinstance(value, dict):
             value = value.get(part)

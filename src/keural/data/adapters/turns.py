@@ -232,6 +232,57 @@ def one_of(value: Any, names: Sequence[str | int]) -> Any:
     return found[0][1] if found else None
 
 
+class _Settings:
+    """What the options of a source say of its turns: made once for all of its rows."""
+
+    def __init__(self, source: SourceSpec) -> None:
+        self.source, self.options = source, source.options
+
+    @cached_property
+    def ignore(self) -> frozenset[str]:
+        return frozenset(_ignored(self.options))
+
+    @cached_property
+    def flags(self) -> dict[str, bool | None]:
+        return _flags(self.options)
+
+    @cached_property
+    def meanings(self) -> dict[str | None, bool]:
+        """What values of a label mean, where a recipe says whether they are of a good answer."""
+        given = self.options.get("labels", {})
+        return {label_key(value): good for value, good in given.items() if isinstance(good, bool)}
+
+    @cached_property
+    def paths(self) -> list[str]:
+        """Flags inside an object: `meta.train`."""
+        return [name for name in map(str, self.options.get("flags", ())) if "." in name]
+
+    @cached_property
+    def special(self) -> frozenset[str]:
+        return (_SPECIAL | self.flags.keys()) - self.ignore | (
+            frozenset(CONTENT_KEYS) if "reasoning" in self.options or self.paths else frozenset()
+        )
+
+    @cached_property
+    def roles(self) -> Mapping[str, str]:
+        given = self.options.get("roles")
+        return ROLES | {str(name).strip().lower(): role for name, role in given.items()} if isinstance(given, dict) else ROLES
+
+
+_MADE: dict[int, _Settings] = {}
+"""Settings by the identity of their source, which they keep alive."""
+
+
+def _settings_of(source: SourceSpec) -> _Settings:
+    """The settings of a source, made at its first row."""
+    made = _MADE.get(id(source))
+    if made is None or made.source is not source:
+        if len(_MADE) > 100:
+            _MADE.clear()
+        made = _MADE[id(source)] = _Settings(source)
+    return made
+
+
 @dataclass
 class TurnReader:
     """Reads one row of a source of conversations."""
@@ -250,45 +301,15 @@ class TurnReader:
     _call_names: list[str] = field(default_factory=list)
     """What the calls that wait for a result call."""
 
+    _settings: _Settings = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._settings = _settings_of(self.source)
+
     @property
     def options(self) -> Mapping[str, Any]:
         """The source's options."""
         return self.source.options
-
-    @cached_property
-    def _ignore(self) -> frozenset[str]:
-        return frozenset(_ignored(self.options))
-
-    @cached_property
-    def _flags(self) -> dict[str, bool | None]:
-        return _flags(self.options)
-
-    @cached_property
-    def _meanings(self) -> dict[str | None, bool]:
-        """What values of a label mean, where a recipe says whether they are of a good answer."""
-        given = self.options.get("labels", {})
-        return {label_key(value): good for value, good in given.items() if isinstance(good, bool)}
-
-    @cached_property
-    def _paths(self) -> list[str]:
-        """Flags inside an object: `meta.train`."""
-        return [name for name in map(str, self.options.get("flags", ())) if "." in name]
-
-    @cached_property
-    def _special(self) -> frozenset[str]:
-        return (_SPECIAL | self._flags.keys()) - self._ignore | (
-            frozenset(CONTENT_KEYS) if "reasoning" in self.options or self._paths else frozenset()
-        )
-
-    @cached_property
-    def _roles(self) -> Mapping[str, str]:
-        given = self.options.get("roles")
-        return ROLES | {str(name).strip().lower(): role for name, role in given.items()} if isinstance(given, dict) else ROLES
-
-    @cached_property
-    def _from_columns(self) -> bool:
-        """Whether an object has a null for every key that only others have."""
-        return self.source.hub is not None or ".parquet" in self.where
 
     def check_row(self, row: Any, used: Sequence[Any] = ()) -> None:
         """Raise `BadRow` for a row that says that it is not to be learned. `used` are fields that are read as something else."""
@@ -299,7 +320,7 @@ class TurnReader:
             raise BadRow("not_trained")
         declared = _declares(self.options)
         for label in [self.options.get("label", LABELS[0])] if declared else LABELS:
-            if str(label) in names | self._ignore:
+            if str(label) in names | self._settings.ignore:
                 continue
             good = self.label(lookup(row, label), label)
             if good is False:
@@ -314,7 +335,7 @@ class TurnReader:
         that the field is such a label, 1 and 0 mean the same and other values refuse the source; so do 1 and 0 where nobody does.
         """
         declared = required or _declares(self.options)
-        if "labels" in self.options and (known := self._meanings.get(label_key(value))) is not None:
+        if "labels" in self.options and (known := self._settings.meanings.get(label_key(value))) is not None:
             return known
         if isinstance(value, bool) or value is None:
             return value
@@ -349,9 +370,11 @@ class TurnReader:
 
     def _flag(self, value: dict[str, Any], used: set[str] | frozenset[str] = frozenset()) -> bool | None:
         """What a turn or row says of itself: trained, not trained, or nothing."""
-        known = self._flags
-        said = {name: _flag_value(name, value[name], known[name]) for name in known.keys() & value.keys() - self._ignore - used}
-        for name in self._paths:
+        known = self._settings.flags
+        said = {
+            name: _flag_value(name, value[name], known[name]) for name in known.keys() & value.keys() - self._settings.ignore - used
+        }
+        for name in self._settings.paths:
             said[name] = _flag_value(name, lookup(value, name), known[name])
         flags = {flag for flag in said.values() if flag is not None}
         if len(flags) > 1:
@@ -388,12 +411,12 @@ class TurnReader:
         if role == TOOL_CALL:
             text = with_calls("", [self._call(call) for call in _calls_in(text)])
         turn = Message(role, trimmed(text))
-        return self.with_extras(turn, item) if role == "tool" or item.keys() & self._special else turn
+        return self.with_extras(turn, item) if role == "tool" or item.keys() & self._settings.special else turn
 
     def _check_parts(self, parts: Any) -> None:
         """Raise `BadRow` where a part of a turn says whether it is trained: that is said of whole turns."""
         for part in parts if isinstance(parts, list) else ():
-            named = part.keys() & (self._flags.keys() - self._ignore) if isinstance(part, dict) else ()
+            named = part.keys() & (self._settings.flags.keys() - self._settings.ignore) if isinstance(part, dict) else ()
             if said := sorted(name for name in named if holds(part[name])):
                 raise BadRow("trained_spans", f"{said[0]} of a part")
 
@@ -405,19 +428,19 @@ class TurnReader:
             if names[0] not in self._speakers and len(self._speakers) == 2:
                 raise BadRow("more_than_two_speakers")
             return self._speakers.setdefault(names[0], ("user", "assistant")[min(len(self._speakers), 1)])
-        roles = {self._roles.get(name.lower(), "") for name in names}
+        roles = {self._settings.roles.get(name.lower(), "") for name in names}
         if not names or "" in roles:
-            raise BadRow("unknown_role", f"{next((n for n in names if n.lower() not in self._roles), 'none')!r:.40}")
+            raise BadRow("unknown_role", f"{next((n for n in names if n.lower() not in self._settings.roles), 'none')!r:.40}")
         if len(roles) > 1:
             raise BadRow("fields_differ", ", ".join(map(str, keys)))
         return roles.pop()
 
     def with_extras(self, turn: Message, item: dict[str, Any]) -> Message:
         """The turn with the calls and the reasoning of the object that it is from, and with what that says of training."""
-        if _SPANS in item and _SPANS not in self._ignore and holds(item[_SPANS]):
+        if _SPANS in item and _SPANS not in self._settings.ignore and holds(item[_SPANS]):
             raise BadRow("trained_spans")
         channel = item.get(_CHANNEL)
-        if turn.role == "assistant" and _CHANNEL not in self._ignore and holds(channel) and channel != _FINAL:
+        if turn.role == "assistant" and _CHANNEL not in self._settings.ignore and holds(channel) and channel != _FINAL:
             raise BadRow("other_channel", f"{channel!r:.40}")
         calls = self._calls(item)
         if calls and turn.role != "assistant":
@@ -432,7 +455,7 @@ class TurnReader:
         return self.reasoned(turn._replace(trained=trained), item)
 
     def _calls(self, item: dict[str, Any]) -> list[ToolCall]:
-        found = [(name, item[name]) for name in CALLS if name not in self._ignore and holds(item.get(name))]
+        found = [(name, item[name]) for name in CALLS if name not in self._settings.ignore and holds(item.get(name))]
         if len(found) > 1:
             raise BadRow("fields_differ", ", ".join(CALLS))
         if not found:
@@ -475,7 +498,7 @@ class TurnReader:
 
     def _without_nulls(self, value: Any) -> Any:
         """Objects without the keys that only other rows have."""
-        if not self._from_columns:
+        if self.source.hub is None and ".parquet" not in self.where:  # there, an object has a null for every key that others have
             return value
         value = plain(value)
         if isinstance(value, dict):
@@ -484,7 +507,7 @@ class TurnReader:
 
     def reasoned(self, turn: Message, item: Any) -> Message:
         """The turn with the reasoning that stands beside it, or where option `reasoning` is given before it in its text."""
-        value = one_of(item, [name for name in REASONING if name not in self._ignore]) if isinstance(item, dict) else None
+        value = one_of(item, [name for name in REASONING if name not in self._settings.ignore]) if isinstance(item, dict) else None
         if holds(value) and not isinstance(value, str):
             raise BadRow("reasoning_is_not_text", type(value).__name__)
         reasoning, content = trimmed(value or ""), turn.content
@@ -508,12 +531,12 @@ class TurnReader:
     def system(self, row: Any) -> str:
         """The system text beside the turns, where the row has one."""
         name = self.options.get("system", "system")
-        return "" if str(name) in self._ignore else trimmed(text_of(row, name, required=False))
+        return "" if str(name) in self._settings.ignore else trimmed(text_of(row, name, required=False))
 
     def tools(self, row: Any) -> list[dict[str, Any]]:
         """The tool definitions beside the turns, where the row has them: `{name, ..}`, also under `function`, also as JSON text."""
         names = [self.options["tools"]] if "tools" in self.options else TOOLS
-        value = listing(one_of(row, [name for name in names if name not in self._ignore]))
+        value = listing(one_of(row, [name for name in names if name not in self._settings.ignore]))
         if not holds(value) or value == "null" or (isinstance(value, str) and not value.strip()):
             return []
         tools = [listing(tool) for tool in (value if isinstance(value, list) else [value])]

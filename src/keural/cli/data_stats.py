@@ -6,9 +6,9 @@ In: a path. Out: the text to print. What the directory is shows from the file it
 from pathlib import Path
 from typing import Any
 
-from keural.data import mixture_report
 from keural.data.cleaning.summary import SUMMARY, CleaningFile
 from keural.data.prepared import PreparedFile
+from keural.data.preview import mixture_report
 from keural.data.source_counts import rows_from_json
 from keural.data.tokens import published_format
 from keural.data.tokens.store import TokenStore

@@ -457,6 +457,15 @@ def test_a_source_is_refused_with_all_values_seen_and_how_to_declare_them(prepar
     assert prepared("messages", rows, options={"ignore": ["weight"]}).table[0].kept == 4
 
 
+def test_fields_to_ignore_and_to_name_rows_by_must_be_there(prepared: Prepare) -> None:
+    rows = [chat(ASKED, ANSWERED, weight=1, id="a")]
+    with pytest.raises(UserError, match=r"option 'ignore' has no effect: no row has a field 'weigth'"):
+        prepared("messages", rows, options={"ignore": ["weigth"]})
+    with pytest.raises(UserError, match=r"option 'id_field' has no effect: no row has a field 'nope'"):
+        prepared("messages", rows, id_space="s", id_field="nope")
+    assert prepared("messages", rows, id_space="s", id_field="id", options={"ignore": ["weight", "train"]}).table[0].kept == 1
+
+
 def test_an_option_without_effect_refuses_the_source(prepared: Prepare) -> None:
     with pytest.raises(UserError, match=r"option 'system' has no effect: no row has a field 'systm'.*not read: system"):
         prepared("messages", [chat(ASKED, ANSWERED, system="s")], options={"system": "systm"})

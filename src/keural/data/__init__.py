@@ -19,7 +19,8 @@ The files beside the rooms lead a recipe along that way. Before `filtering/`: `r
    rows, one `SourceRow` for each source.
 3. `prepared.py`: `find_prepared` finds them again, by a fingerprint of all that determines them. `pretokenized.py` opens data that
    has tokens already.
-4. `preview/mixture_report.py` tells shares by source and language; `tokenizer_texts.py` gives the texts that a tokenizer is trained on.
+4. `preview/mixture_report.py` tells shares by source and language; `tokenizer_texts.py` gives the texts that a tokenizer is
+   trained on.
 
 `permutation.py` is a shuffle without memory, for all who need one.
 """

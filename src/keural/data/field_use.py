@@ -13,6 +13,9 @@ from keural.data.adapters.turns import CONTENT_KEYS, listing
 from keural.data.records import Drop
 from keural.recipe import SourceSpec
 
+ROW_NUMBER = "row_number"
+"""The `id_field` of rows that have no id but stand in the same order as the set they translate."""
+
 MAX_NAMES = 50
 """More are not remembered: rows may have names as keys."""
 MAX_ROWS = 100
@@ -54,6 +57,8 @@ class FieldUse:
             if option in source.options:
                 given = source.options[option]
                 self.unseen[option] = list(given) if isinstance(given, list | dict) else [given]
+        if self._reads and source.id_field not in (None, ROW_NUMBER):
+            self.unseen["id_field"] = [source.id_field]
 
     def look(self, value: Any) -> None:
         """Take note of a row's fields."""

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from keural.data.adapters import Adapter, adapter_of
 from keural.data.adapters.base import BadRow, lookup, scalar
 from keural.data.adapters.composition import composed
-from keural.data.field_use import FieldUse
+from keural.data.field_use import ROW_NUMBER, FieldUse
 from keural.data.readers.archives import ARCHIVE, ARCHIVES, archive_of, members
 from keural.data.readers.datafile import DataFile, FileShape, Row
 from keural.data.readers.dialects import NO_QUOTE
@@ -38,8 +38,6 @@ from keural.recipe import SourceSpec
 T = TypeVar("T")
 SourceFile = tuple[DataFile, str]
 """A file of a source and its format."""
-ROW_NUMBER = "row_number"
-"""The `id_field` of rows that have no id but stand in the same order as the set they translate."""
 SUFFIXES = "suffixes"
 """Option with the ends of the names that are read, of a directory or an archive."""
 PROSE = ("text", "markdown", "srt", "conllu")

@@ -190,7 +190,7 @@ def reads(source: SourceSpec, keys: Sequence[Any], turns: Sequence[str | int] = 
         tuple(turns),
         _SPECIAL | _flags(options).keys() | {str(name).split(".")[0] for name in (*role, *content, *_ignored(options))},
         booleans=frozenset(LABELS),
-        optional=("system", "tools", "label", "flags", *optional),
+        optional=("system", "tools", "label", "flags", "ignore", *optional),
     )
 
 

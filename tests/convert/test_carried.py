@@ -240,6 +240,9 @@ class TestBalance:
             export(source, tmp_path / "x", "granite", ExportOptions(), say=said.append)
         )
 
+        if not theirs(IDS, output_router_logits=True).router_logits:
+            pytest.skip("GraniteMoeSWA of this release of transformers does not show its routers, and has no balance loss")
+
         added = [
             (net(IDS, labels=IDS, output_router_logits=True).loss - net(IDS, labels=IDS).loss).item()
             for net in (model, theirs.eval())

@@ -36,6 +36,8 @@ def _composed(record: AnyRecord) -> AnyRecord:
     if isinstance(record, Document):
         text = compose(record.text)
         return record if text is record.text else replace(record, text=text)
+    if _are_composed(record):
+        return record
     if isinstance(record, Conversation):
         messages = _messages(record.messages)
         return record if messages is record.messages else replace(record, messages=messages)
@@ -45,6 +47,19 @@ def _composed(record: AnyRecord) -> AnyRecord:
         return record if same else replace(record, prompt=prompt, chosen=chosen, rejected=rejected)
     assert isinstance(record, EvaluationItem)
     return record  # they are only looked for, by normalised text
+
+
+def _are_composed(record: AnyRecord) -> bool:
+    """Whether nothing of a record is to be composed, of all its texts at once: nearly always so."""
+    if isinstance(record, Conversation):
+        texts = [text for message in record.messages for text in (message.content, message.reasoning)]
+    elif isinstance(record, PreferencePair):
+        texts = [text for message in record.prompt for text in (message.content, message.reasoning)]
+        texts += (record.chosen, record.rejected)
+    else:
+        return False
+    whole = "\n".join(texts)
+    return whole.isascii() or unicodedata.is_normalized("NFC", whole)
 
 
 def _messages(messages: tuple[Message, ...]) -> tuple[Message, ...]:

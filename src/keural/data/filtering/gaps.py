@@ -135,8 +135,12 @@ def blank(record: Chat) -> str | None:
 
 def mask(record: Chat) -> str | None:
     """Signs for a name or a number that its writer does not give."""
-    signed = (text for text in _texts(record) if any(sign in text for sign in _MASK_SIGNS))
-    return next((found[0] for text in signed if (found := _MASK.search(text))), None)
+    texts = _texts(record)
+    whole = "\n".join(texts)
+    for sign in _MASK_SIGNS:
+        if sign in whole:
+            return next((found[0] for text in texts if (found := _MASK.search(text))), None)
+    return None
 
 
 def turns_of(record: Chat) -> Sequence[Message]:

@@ -253,6 +253,11 @@ class _Settings:
         return {label_key(value): good for value, good in given.items() if isinstance(good, bool)}
 
     @cached_property
+    def declared(self) -> bool:
+        """Whether a recipe or an adapter says which field is a label of good and bad answers."""
+        return _declares(self.options)
+
+    @cached_property
     def paths(self) -> list[str]:
         """Flags inside an object: `meta.train`."""
         return [name for name in map(str, self.options.get("flags", ())) if "." in name]
@@ -318,7 +323,9 @@ class TurnReader:
         names = {str(name) for each in used for name in (each if isinstance(each, list) else [each])}
         if self._flag(row, names) is False:
             raise BadRow("not_trained")
-        declared = _declares(self.options)
+        declared = self._settings.declared
+        if not declared and row.keys().isdisjoint(LABELS):
+            return
         for label in [self.options.get("label", LABELS[0])] if declared else LABELS:
             if str(label) in names | self._settings.ignore:
                 continue
@@ -334,7 +341,7 @@ class TurnReader:
         """Whether a row's answer is good, where its label says so: true or false, also as text. Where a recipe or an adapter says
         that the field is such a label, 1 and 0 mean the same and other values refuse the source; so do 1 and 0 where nobody does.
         """
-        declared = required or _declares(self.options)
+        declared = required or self._settings.declared
         if "labels" in self.options and (known := self._settings.meanings.get(label_key(value))) is not None:
             return known
         if isinstance(value, bool) or value is None:

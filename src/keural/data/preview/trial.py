@@ -52,7 +52,6 @@ SAMPLE = 100
 """Records of which the language is looked at."""
 EXCERPT = 300
 """Characters of a dropped row that are shown."""
-SOURCE_KEYS = frozenset(SourceSpec.model_fields)
 
 
 @dataclass

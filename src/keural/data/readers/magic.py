@@ -59,8 +59,6 @@ _IN_ZIP = (
     ("Contents/section0.xml", Content("a Hangul document (.hwpx)", None, _TEXT)),
     ("content.xml", Content("an OpenDocument file", None, f"{_EXPORT}, or {_TEXT}")),
 )
-FIRST_BYTES = 512
-"""So many bytes are needed to know what a file is."""
 
 
 def content_of(start: bytes) -> Content | None:

@@ -30,6 +30,9 @@ class TransformersSlots:
         self.context_length = context_length or config.max_position_embeddings
         self._cache = _Columns(count, config.num_hidden_layers, config.num_key_value_heads, config.head_dim, model)
         self._start, self._end = [0] * count, [0] * count
+        seen = {"full_attention": None, "sliding_attention": config.sliding_window}
+        self._windows = {layer_type: seen[layer_type] or self.context_length for layer_type in config.layer_types}
+        """How many keys a token of each layer type sees at most, itself among them."""
         routers = [module for module in model.modules() if isinstance(module, KeuralTopKRouter)]
         self._counts = [torch.zeros(router.num_experts, dtype=torch.int64, device=model.device) for router in routers]
         for router, counts in zip(routers, self._counts, strict=True):
@@ -38,17 +41,16 @@ class TransformersSlots:
     @torch.inference_mode()
     def step(self, rows: Sequence[Row]) -> Tensor:
         """See `Slots.step`."""
-        for row in rows:
-            if row.start != self._end[row.slot] - self._start[row.slot]:
-                raise ValueError(f"slot {row.slot} holds {self._end[row.slot] - self._start[row.slot]} tokens, not {row.start}")
-        single = [row for row in rows if len(row.ids) == 1 and row.wants_logits]
+        single: list[Row] = []
         logits: dict[int, Tensor] = {}
         for row in rows:
-            if row in single:
-                continue
-            found = self._read(row)
-            if row.wants_logits:
-                logits[row.slot] = found
+            if row.start != self._held(row.slot):
+                raise ValueError(f"slot {row.slot} holds {self._held(row.slot)} tokens, not {row.start}")
+        for row in rows:
+            if len(row.ids) == 1 and row.wants_logits:
+                single.append(row)
+            else:
+                logits[row.slot] = self._read(row)
         if single:
             logits |= dict(zip([row.slot for row in single], self._decode(single), strict=True))
         wanted = [logits[row.slot] for row in rows if row.wants_logits]
@@ -57,11 +59,11 @@ class TransformersSlots:
     def cut(self, slot: int, length: int) -> int:
         """See `Slots.cut`."""
         self._end[slot] = min(self._end[slot], self._start[slot] + length)
-        return self._end[slot] - self._start[slot]
+        return self._held(slot)
 
     def copy(self, source: int, target: int, length: int) -> int:
         """See `Slots.copy`."""
-        length = min(length, self._end[source] - self._start[source])
+        length = min(length, self._held(source))
         self._cache.move(source, self._start[source], target, 0, length)
         self._start[target], self._end[target] = 0, length
         return length
@@ -69,6 +71,10 @@ class TransformersSlots:
     def expert_load(self) -> Tensor:
         """How many tokens each layer's experts were given since the start `[layers, E]`; waits for the device."""
         return torch.stack(self._counts).cpu()
+
+    def _held(self, slot: int) -> int:
+        """How many tokens a slot holds."""
+        return self._end[slot] - self._start[slot]
 
     def _read(self, row: Row) -> Tensor:
         """Read a part of a prompt; the logits `[V]` after its last token."""
@@ -85,7 +91,7 @@ class TransformersSlots:
         slots = [row.slot for row in rows]
         self._make_room(slots, 1)
         self._line_up(slots)
-        lengths = [self._end[slot] - self._start[slot] for slot in slots]
+        lengths = [self._held(slot) for slot in slots]
         end, longest = self._end[slots[0]], max(lengths)
         self._cache.use(_as_slice(slots), end - longest, end)
         ids, positions = [list(row.ids) for row in rows], [[length] for length in lengths]
@@ -115,14 +121,14 @@ class TransformersSlots:
         """Let every one of `slots` have `new` columns after its last."""
         if all(self._end[slot] + new <= self._cache.columns for slot in slots):
             return
-        longest = max(self._end[slot] - self._start[slot] for slot in slots)
+        longest = max(map(self._held, slots))
         self._cache.grow(min(2 * (longest + new), self.context_length) + SPARE)
         for slot in slots:
-            self._move(slot, longest if len(slots) > 1 else self._end[slot] - self._start[slot])
+            self._move(slot, longest if len(slots) > 1 else self._held(slot))
 
     def _line_up(self, slots: list[int]) -> None:
         """Let all of `slots` end in the same column: where most of them do and all have room."""
-        longest = max(self._end[slot] - self._start[slot] for slot in slots)
+        longest = max(map(self._held, slots))
         ends = [self._end[slot] for slot in slots]
         fitting = [end for end in ends if end >= longest]
         end = max(fitting, key=lambda end: (ends.count(end), end))
@@ -131,20 +137,15 @@ class TransformersSlots:
 
     def _move(self, slot: int, end: int) -> None:
         """Let a slot's keys end in column `end`."""
-        length = self._end[slot] - self._start[slot]
+        length = self._held(slot)
         if self._end[slot] != end:
             self._cache.move(slot, self._start[slot], slot, end - length, length)
             self._start[slot], self._end[slot] = end - length, end
 
-    def _windows(self) -> dict[str, int]:
-        """How many keys a token of each layer type sees at most, itself among them."""
-        sizes = {"full_attention": self.context_length, "sliding_attention": self.model.config.sliding_window}
-        return {layer_type: sizes[layer_type] or self.context_length for layer_type in self.model.config.layer_types}
-
     def _causal(self, held: int, new: int) -> dict[str, Any]:
         """Masks of `new` tokens after `held` ones, for each layer type."""
         masks: dict[str, Any] = {}
-        for layer_type, window in self._windows().items():
+        for layer_type, window in self._windows.items():
             seen = min(held + new, window - 1 + new)
             key = torch.arange(held + new - seen, held + new)
             query = torch.arange(held, held + new)[:, None]
@@ -154,7 +155,7 @@ class TransformersSlots:
     def _padded(self, lengths: list[int], longest: int) -> dict[str, Any]:
         """Masks of one new token after `lengths` ones that end in the same column, for each layer type."""
         masks: dict[str, Any] = {}
-        for layer_type, window in self._windows().items():
+        for layer_type, window in self._windows.items():
             seen = min(longest + 1, window)
             if all(length + 1 >= seen for length in lengths):
                 masks[layer_type] = None

@@ -1,11 +1,15 @@
 """Whether answers that are computed together are those that a single-stream engine gives alone."""
 
+import random
 import threading
 from collections.abc import Sequence
 
+import torch
+
+from keural.model import KeuralMoECausalLM
 from keural.serve.batching.requests import Event, Request
 from keural.serve.batching.scheduler import Scheduler, Ticket
-from keural.serve.batching.slots import Slots
+from keural.serve.batching.slots import Row, Slots
 from keural.serve.engines.base import Engine
 from keural.serve.engines.sampling_params import SamplingParams
 from keural.tokenizer import Message, render_prompt
@@ -43,3 +47,37 @@ def check_company(engine: Engine, slots: Slots) -> None:
     assert all(done.acquire(timeout=60) for _ in requests[1:])
     scheduler.close()
     assert [answers[ticket] for ticket in tickets] == alone
+
+
+def check_reads(
+    slots: Slots, model: KeuralMoECausalLM, ids: range, *, rounds: int, longest: int, copies: float, atol: float, rtol: float
+) -> int:
+    """Read, cut and copy at random on four slots; every logit is the one of reading anew. Gives how many were compared."""
+    draw = random.Random(0)
+    held: list[list[int]] = [[] for _ in range(4)]
+    compared = 0
+    for _ in range(rounds):
+        for slot in range(4):
+            if draw.random() < 0.15 or len(held[slot]) > longest:
+                length = draw.randrange(len(held[slot]) // 2 + 1)
+                assert slots.cut(slot, length) == length
+                del held[slot][length:]
+            other = draw.randrange(4)
+            if draw.random() < copies and other != slot:
+                length = draw.randrange(len(held[other]) + 1)
+                assert slots.copy(other, slot, length) == length
+                held[slot] = held[other][:length]
+        rows = []
+        for slot in range(4):
+            if number := draw.choice([0, 1, 1, 1, 1, 1, 5, 17]):
+                new = draw.choices(ids, k=number)
+                rows.append(Row(slot, new, len(held[slot]), number == 1 or draw.random() < 0.5))
+                held[slot] += new
+        if not rows:
+            continue
+        for row, logits in zip([row for row in rows if row.wants_logits], slots.step(rows), strict=True):
+            with torch.inference_mode():
+                anew = model(torch.tensor([held[row.slot]])).logits[0, -1]
+            torch.testing.assert_close(logits, anew, atol=atol, rtol=rtol)
+            compared += 1
+    return compared

@@ -1,10 +1,9 @@
 """The llama.cpp engine: answers equal to those of transformers on the same weights, how they end, the cache, and refusals."""
 
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,6 +19,7 @@ from keural.serve.engines.transformers import TransformersEngine
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt
 from keural.tokenizer.train import train_tokenizer
 from tests.conftest import TEXTS
+from tests.helpers.streams import run
 
 Keural = Callable[..., tuple[int, str, str]]
 
@@ -40,16 +40,6 @@ def engine(gguf: Path) -> LlamaCppEngine:
 @pytest.fixture
 def prompt(tokenizer: KeuralTokenizer) -> list[int]:
     return render_prompt(tokenizer, [Message("user", "the cat 고양이는")])
-
-
-def run(stream: Generator[int, None, Any]) -> tuple[list[int], str]:
-    """All ids of a stream, and why it ended."""
-    ids: list[int] = []
-    while True:
-        try:
-            ids.append(next(stream))
-        except StopIteration as end:
-            return ids, end.value
 
 
 def conversation(shared: int, tail: list[int]) -> list[int]:

@@ -1,7 +1,6 @@
 """The transformers engine: answers equal to those of transformers, how they end, and the cache that survives between turns."""
 
 import random
-from collections.abc import Generator
 from itertools import islice
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.engines.transformers import TransformersEngine
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt
 from tests.helpers.next_token import token_at
+from tests.helpers.streams import run
 
 GREEDY = SamplingParams(temperature=0.0, repetition_penalty=1.0, max_new_tokens=30)
 
@@ -33,16 +33,6 @@ def engine(model_dir: Path) -> TransformersEngine:
 @pytest.fixture
 def prompt(tokenizer: KeuralTokenizer) -> list[int]:
     return render_prompt(tokenizer, [Message("user", "the cat 고양이는")])
-
-
-def run(stream: Generator[int, None, str]) -> tuple[list[int], str]:
-    """All ids of a stream, and why it ended."""
-    ids: list[int] = []
-    while True:
-        try:
-            ids.append(next(stream))
-        except StopIteration as end:
-            return ids, end.value
 
 
 def generated(model: KeuralMoECausalLM, prompt: list[int], **options: object) -> list[int]:

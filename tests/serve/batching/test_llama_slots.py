@@ -1,10 +1,8 @@
 """llama.cpp's sequences as slots: answers equal to those of the single-stream engine, in any company."""
 
-import random
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (extra llama)")
 
@@ -13,7 +11,7 @@ from keural.model import KeuralMoECausalLM
 from keural.serve.batching.llama_slots import LlamaSlots
 from keural.serve.batching.slots import Row
 from keural.serve.engines.llama_cpp import LlamaCppEngine
-from tests.helpers.company import check_company
+from tests.helpers.company import check_company, check_reads
 
 
 @pytest.fixture(scope="module")
@@ -22,36 +20,9 @@ def gguf(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_any_order_of_reading_cutting_and_copying_gives_the_logits_of_reading_anew(gguf: Path, model: KeuralMoECausalLM) -> None:
-    draw = random.Random(0)
     slots = LlamaSlots(gguf, 4, threads=1)
     longest = slots.context_length - 40
-    held: list[list[int]] = [[] for _ in range(4)]
-    compared = 0
-    for _ in range(60):
-        for slot in range(4):
-            if draw.random() < 0.15 or len(held[slot]) > longest:
-                length = draw.randrange(len(held[slot]) // 2 + 1)
-                assert slots.cut(slot, length) == length
-                del held[slot][length:]
-            other = draw.randrange(4)
-            if draw.random() < 0.1 and other != slot:
-                length = draw.randrange(len(held[other]) + 1)
-                assert slots.copy(other, slot, length) == length
-                held[slot] = held[other][:length]
-        rows = []
-        for slot in range(4):
-            if number := draw.choice([0, 1, 1, 1, 1, 1, 5, 17]):
-                ids = [draw.randrange(260, 300) for _ in range(number)]
-                rows.append(Row(slot, ids, len(held[slot]), number == 1 or draw.random() < 0.5))
-                held[slot] += ids
-        if not rows:
-            continue
-        for row, logits in zip([row for row in rows if row.wants_logits], slots.step(rows), strict=True):
-            with torch.inference_mode():
-                exact = model(torch.tensor([held[row.slot]])).logits[0, -1]
-            torch.testing.assert_close(logits, exact, atol=1e-4, rtol=1e-3)
-            compared += 1
-    assert compared > 100
+    assert check_reads(slots, model, range(260, 300), rounds=60, longest=longest, copies=0.1, atol=1e-4, rtol=1e-3) > 100
 
 
 def test_what_a_slot_cannot_do_is_refused(gguf: Path) -> None:

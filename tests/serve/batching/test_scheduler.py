@@ -20,6 +20,7 @@ from keural.serve.batching.slots import Row
 from keural.serve.engines.decoding import decode
 from keural.serve.engines.sampling_params import SamplingParams
 from tests.helpers.fake_slots import VOCAB, FakeSlots, logits_after
+from tests.helpers.streams import run
 
 PATIENCE = 20.0
 
@@ -78,13 +79,7 @@ def alone(request: Request, context_length: int = 40) -> tuple[list[int], str]:
         held.extend(ids)
         return logits_after(held)
 
-    stream = decode(read, list(request.prompt_ids), request.prompt_ids, request.sampling, request.stop_ids, context_length)
-    ids: list[int] = []
-    while True:
-        try:
-            ids.append(next(stream))
-        except StopIteration as end:
-            return ids, end.value
+    return run(decode(read, list(request.prompt_ids), request.prompt_ids, request.sampling, request.stop_ids, context_length))
 
 
 def request(prompt: Sequence[int], tokens: int = 5, seed: int = 0, temperature: float = 1.0, **changes: Any) -> Request:

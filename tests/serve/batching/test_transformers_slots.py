@@ -1,16 +1,14 @@
 """Slots of the network: logits equal to those of reading everything anew, whatever was cut, copied and read before beside them."""
 
-import random
 from pathlib import Path
 
 import pytest
-import torch
 
 from keural.model import KeuralMoECausalLM
 from keural.serve.batching.slots import Row
 from keural.serve.batching.transformers_slots import TransformersSlots
 from keural.serve.engines.transformers import TransformersEngine
-from tests.helpers.company import check_company
+from tests.helpers.company import check_company, check_reads
 from tests.helpers.train_small import VOCAB, random_model
 
 
@@ -22,40 +20,9 @@ def network(request: pytest.FixtureRequest) -> KeuralMoECausalLM:
     return model
 
 
-def anew(network: KeuralMoECausalLM, ids: list[int]) -> torch.Tensor:
-    with torch.inference_mode():
-        logits: torch.Tensor = network(torch.tensor([ids])).logits[0, -1]
-    return logits
-
-
 def test_any_order_of_reading_cutting_and_copying_gives_the_logits_of_reading_anew(network: KeuralMoECausalLM) -> None:
-    draw = random.Random(0)
     slots = TransformersSlots(network, 4, batch_tokens=16)
-    held: list[list[int]] = [[] for _ in range(4)]
-    compared = 0
-    for _ in range(150):
-        for slot in range(4):
-            if draw.random() < 0.15 or len(held[slot]) > 200:
-                length = draw.randrange(len(held[slot]) // 2 + 1)
-                assert slots.cut(slot, length) == length
-                del held[slot][length:]
-            other = draw.randrange(4)
-            if draw.random() < 0.05 and other != slot:
-                length = draw.randrange(len(held[other]) + 1)
-                assert slots.copy(other, slot, length) == length
-                held[slot] = held[other][:length]
-        rows = []
-        for slot in range(4):
-            if number := draw.choice([0, 1, 1, 1, 1, 1, 5, 17]):
-                ids = [draw.randrange(VOCAB) for _ in range(number)]
-                rows.append(Row(slot, ids, len(held[slot]), number == 1 or draw.random() < 0.5))
-                held[slot] += ids
-        if not rows:
-            continue
-        for row, logits in zip([row for row in rows if row.wants_logits], slots.step(rows), strict=True):
-            torch.testing.assert_close(logits, anew(network, held[row.slot]), atol=1e-5, rtol=1e-4)
-            compared += 1
-    assert compared > 300
+    assert check_reads(slots, network, range(VOCAB), rounds=150, longest=200, copies=0.05, atol=1e-5, rtol=1e-4) > 300
 
 
 def test_in_a_steady_state_a_step_moves_nothing(network: KeuralMoECausalLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -267,7 +267,8 @@ def _policy(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, Optimiz
     chats = OBJECTIVES[job.stage.objective].store != "documents"
     settings = (job.model_config, job.init, job.seed, ranks.device, spec.compile, job.tokenizer_sha)
     model = initial_model(*settings, chats=chats, say=ranks.log_once)
-    policy = Policy(model, getattr(torch, spec.compute_dtype), _engine(job, uniform, ranks)).train()
+    engine, by_documents = _engine(job, uniform, ranks), ranks.device.type == "cpu" and not spec.compile
+    policy = Policy(model, getattr(torch, spec.compute_dtype), engine, by_documents=by_documents).train()
     if spec.precision != "fp32":
         optimizer = build_split_optimizer(model, spec, ranks.device)
         policy.to(ranks.device)  # what are no parameters

@@ -20,7 +20,7 @@ NO_ROUTER = {"balance_coef": 0.0, "z_coef": 0.0}
 
 
 def rows_of(trainer: Trainer, records: list[list[int]]) -> Batch:
-    """A row for each record, padded to the longest; the sides of a pair follow each other, as the padded ones of others do in a batch."""
+    """A row for each record, padded to the longest; the sides of a pair follow each other."""
     store = trainer.stream.store
     assert isinstance(store, TokenStore)
     lengths = [sum(len(store.sequence(sequence)) for sequence in record) for record in records]

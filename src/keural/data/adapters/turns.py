@@ -226,10 +226,16 @@ def listing(value: Any) -> Any:
 
 def one_of(value: Any, names: Sequence[str | int]) -> Any:
     """The one of some fields that is there; None where none is. Raises `BadRow` where two say different things."""
-    found = [(name, each) for name in names if (each := lookup(value, name)) is not None]
-    if any(each != found[0][1] for _, each in found[1:]):
-        raise BadRow("fields_differ", ", ".join(str(name) for name, _ in found))
-    return found[0][1] if found else None
+    first = None
+    for name in names:
+        each = lookup(value, name)
+        if each is None:
+            continue
+        if first is None:
+            first = each
+        elif each != first:
+            raise BadRow("fields_differ", ", ".join(str(name) for name in names if lookup(value, name) is not None))
+    return first
 
 
 class _Settings:

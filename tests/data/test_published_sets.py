@@ -145,7 +145,7 @@ def test_every_adapter_of_rows_says_which_fields_it_reads() -> None:
             "aihub_71760",
             {"Prompt": "q", "Candidate_answer": {"A": "a"}, "best": "A", "system": "s", "why": 1},
             {"label": "best"},
-            {"why"},
+            {"system", "why"},
         ),
     ],
 )

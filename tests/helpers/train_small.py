@@ -125,7 +125,8 @@ def step_gradients(trainer: Trainer, step: int = 0) -> tuple[dict[str, torch.Ten
     found = accumulate_gradients(trainer, step)
     router = {name: getattr(found.router, name) for name in ("counts", "probabilities", "squares")}
     losses = {name: torch.tensor(value) for name, value in {"loss": found.loss, **found.metrics}.items()} | router
-    gradients = {name: parameter.grad.clone() for name, parameter in trainer.policy.model.named_parameters()}
+    named = trainer.policy.model.named_parameters()
+    gradients = {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
     return losses, gradients
 
 

@@ -182,6 +182,7 @@ def _save_stage(workspace: Workspace, stage: StageSpec, result: StageResult, wei
         loss_first=result.loss_first,
         loss_last=result.loss_last,
         heldout=result.heldout,
+        trained=result.trained,
     ).write(directory / DONE)
 
 

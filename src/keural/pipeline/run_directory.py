@@ -107,6 +107,8 @@ class Done(CheckedFile):
     loss_first: float
     loss_last: float
     heldout: dict[str, float]
+    trained: int = 0
+    """Parameters that were trained; 0 where an earlier version did not say."""
 
 
 class EvaluationFile(CheckedFile):

@@ -105,6 +105,10 @@ class RouterSpec(Spec):
     """With scope global_batch: the load that the balance loss goes by. `exact`: of the same step, for which a step of several
     forward passes runs each of them twice. `lagged`: of the step before (even at the first one), without that; what is reported
     is of the step itself."""
+    freeze: bool = False
+    """Leave the routers' weights as they are, bit for bit: no gradient, no update, no decay. The two losses are still reported,
+    and with a coefficient above 0 still train what comes before a router: attention and experts of the layers below learn to give
+    it inputs that it spreads evenly. Set both coefficients to 0 to leave the choice of experts to the task alone."""
 
     @model_validator(mode="after")
     def _load_of_a_batch(self) -> Self:

@@ -42,6 +42,7 @@ from keural.train.ranks import Ranks, session
 from keural.train.reference import ReferenceCache
 from keural.train.schedule import learning_rate
 from keural.train.split import SplitAdamW
+from keural.train.trainable import count_all, count_trained, freeze
 from keural.train.trainer import Trainer
 
 __all__ = ["StageJob", "StageResult", "full_state_dict", "train_stage"]
@@ -77,7 +78,7 @@ class StageJob:
 class StageResult:
     """What came out. `seconds`, `tokens` (non-padding tokens seen) and `steps` include earlier runs of an interrupted stage;
     `loss_first` and `loss_last` are the mean task loss of the first and last tenth of the steps, at most ten of each; `model`
-    has float32 weights in every precision, and is sharded under torchrun.
+    has float32 weights in every precision, and is sharded under torchrun; `trained` of its parameters were trained.
     """
 
     name: str
@@ -88,6 +89,7 @@ class StageResult:
     loss_last: float
     heldout: dict[str, float]
     model: KeuralMoECausalLM
+    trained: int
     interrupted: bool
 
 
@@ -115,9 +117,9 @@ def open_stage(job: StageJob, ranks: Ranks, stop: "StopSignals", started: float)
     check_ranks(stage, ranks.world)
     stream = _stream(job, job.train_store)
     heldout = _stream(job, job.heldout_store) if job.heldout_store else None
-    checkpoints = Checkpoints(job.run_dir / "checkpoints", stage, job.fingerprint, ranks)
     objective = LOSSES[stage.objective](stage)
-    policy, optimizer = _policy(job, objective.uniform, ranks)
+    policy, optimizer, frozen = _policy(job, objective.uniform, ranks)
+    checkpoints = Checkpoints(job.run_dir / "checkpoints", stage, job.fingerprint, ranks, frozen)
     make_trainer = partial(Trainer, stage, policy, optimizer, objective, stream, ranks)
 
     def make_plan() -> step_plan.StepPlan:
@@ -186,6 +188,7 @@ class StageRun:
             loss_last=_mean(latest),
             heldout=progress.heldout,
             model=self.trainer.policy.model,
+            trained=count_trained(self.trainer.policy.model),
             interrupted=interrupted,
         )
 
@@ -254,22 +257,25 @@ def _stream(job: StageJob, store: Path | Corpus) -> Stream:
     return corpus.stream(*settings, job.tokenizer_sha, job.model_config.vocab_size)
 
 
-def _policy(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, Optimizer]:
-    """Model and optimizer with their initial values, sharded over the ranks."""
+def _policy(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, Optimizer, str]:
+    """Model and optimizer with their initial values, sharded over the ranks; and the digest of what is frozen."""
     spec = job.stage.train
     chats = OBJECTIVES[job.stage.objective].store != "documents"
     settings = (job.model_config, job.init, job.seed, ranks.device, spec.compile, job.tokenizer_sha)
     model = initial_model(*settings, chats=chats, say=ranks.log_once)
+    frozen = freeze(model, job.stage.router)
+    if (trained := count_trained(model)) < (total := count_all(model)):
+        ranks.log_once(f"{job.stage.name}: trains {trained:,} of {total:,} parameters")
     policy = Policy(model, getattr(torch, spec.compute_dtype), _engine(job, uniform, ranks)).train()
     if spec.precision != "fp32":
         optimizer = build_split_optimizer(model, spec, ranks.device)
-        policy.to(ranks.device)  # what are no parameters
-        return policy, optimizer
+        policy.to(ranks.device)  # what the optimizer has not moved
+        return policy, optimizer, frozen
     policy.to(ranks.device)
     if policy.engine is None:
         prepare_layers(model, spec)
     shard(policy, model, spec, ranks)
-    return policy, build_optimizer(model, spec)
+    return policy, build_optimizer(model, spec), frozen
 
 
 def _engine(job: StageJob, uniform: bool, ranks: Ranks) -> Compute | None:

@@ -25,7 +25,10 @@ from keural.data.loading.stream import Stream
 from keural.errors import UserError
 from keural.files import fingerprint as fingerprint_of
 from keural.files import sha256_file
+from keural.lora.layers import TrainedAdapter, adapt, store_frozen
+from keural.lora.merge import weights_digest
 from keural.model import KeuralConfig, KeuralMoECausalLM
+from keural.pretrained.stored_model import open_network
 from keural.recipe import OBJECTIVES, StageSpec, length_of
 from keural.train import step_plan
 from keural.train.checkpoint import Checkpoints, Progress, Stored, newest_progress
@@ -91,6 +94,8 @@ class StageResult:
     model: KeuralMoECausalLM
     trained: int
     interrupted: bool
+    adapter: TrainedAdapter | None = None
+    """Of a stage with `lora`; `model` is the base then, with PEFT's layers in it."""
 
 
 def train_stage(job: StageJob, ranks: Ranks | None = None) -> StageResult:
@@ -190,6 +195,7 @@ class StageRun:
             model=self.trainer.policy.model,
             trained=count_trained(self.trainer.policy.model),
             interrupted=interrupted,
+            adapter=self.trainer.policy.adapter,
         )
 
     def _advance(self, report: StepReport) -> None:
@@ -263,10 +269,11 @@ def _policy(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, Optimiz
     chats = OBJECTIVES[job.stage.objective].store != "documents"
     settings = (job.model_config, job.init, job.seed, ranks.device, spec.compile, job.tokenizer_sha)
     model = initial_model(*settings, chats=chats, say=ranks.log_once)
-    frozen = freeze(model, job.stage.router)
+    adapter = _adapter(job, model)
+    frozen = adapter.base_digest if adapter else freeze(model, job.stage.router)
     if (trained := count_trained(model)) < (total := count_all(model)):
         ranks.log_once(f"{job.stage.name}: trains {trained:,} of {total:,} parameters")
-    policy = Policy(model, getattr(torch, spec.compute_dtype), _engine(job, uniform, ranks)).train()
+    policy = Policy(model, getattr(torch, spec.compute_dtype), _engine(job, uniform, ranks), adapter).train()
     if spec.precision != "fp32":
         optimizer = build_split_optimizer(model, spec, ranks.device)
         policy.to(ranks.device)  # what the optimizer has not moved
@@ -278,9 +285,26 @@ def _policy(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, Optimiz
     return policy, build_optimizer(model, spec), frozen
 
 
+def _adapter(job: StageJob, model: KeuralMoECausalLM) -> TrainedAdapter | None:
+    """Adapters around the model's layers, where the stage trains them. Raises `UserError` for a model that had to be changed."""
+    lora = job.stage.lora
+    if lora is None:
+        return None
+    assert job.init is not None, "the recipe refuses adapters of random weights"
+    stored = open_network(job.init, verify=False)  # the model's weights were verified when they were read
+    if stored.config.vocab_size != model.config.vocab_size:
+        raise UserError(
+            f"{job.stage.name}: {job.init} has no rows for the two ChatML ids, and an adapter has no place for new ones; import it "
+            "again with --grow-vocabulary, or train the whole model"
+        )
+    adapter = adapt(model, lora, job.seed, job.init, weights_digest(stored.weights))
+    store_frozen(model, getattr(torch, lora.base_dtype))
+    return adapter
+
+
 def _engine(job: StageJob, uniform: bool, ranks: Ranks) -> Compute | None:
-    """The training engine, where the stage needs it; importing it takes seconds."""
-    if not needs_engine(job.stage.train, ranks):
+    """The training engine, where the stage needs it, as adapters do; importing it takes seconds."""
+    if job.stage.lora is None and not needs_engine(job.stage.train, ranks):
         return None
     from keural.train.engine import engine_for
 
@@ -339,7 +363,8 @@ def _references(
     def compute(name: str, stream: Stream, batches: Iterable[Batch]) -> ReferenceCache:
         key = fingerprint_of([job.fingerprint, weights, stream.store.fingerprint])
         cache = ReferenceCache(job.run_dir / "reference" / name, key, stream.store.num_sequences, ranks)
-        done = cache.fill(policy, batches, spec.micro_batch_tokens, spec.compile, lambda: stop.requested)
+        with policy.without_adapter():
+            done = cache.fill(policy, batches, spec.micro_batch_tokens, spec.compile, lambda: stop.requested)
         if done:
             ranks.log_once(f"{job.stage.name}: reference log-probabilities of {done} {name} batches computed")
         return cache

@@ -6,6 +6,7 @@ that it is the same.
 """
 
 import hashlib
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -41,7 +42,7 @@ def count_all(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def digest(tensors: dict[str, Tensor]) -> str:
+def digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of tensors by name, type, shape and values."""
     found = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):

@@ -100,7 +100,9 @@ def test_a_base_in_bfloat16_gives_the_same_bits(tmp_path: Path, objective: str) 
     outcomes = []
     for base in ("float32", "bfloat16"):
         lora = {**LORA, "rank": 8, "base_dtype": base}
-        job = small_job(tmp_path, objective, run=base, lora=lora, train={"compute_dtype": "bfloat16", "steps": 4, "save_every": None})
+        job = small_job(
+            tmp_path, objective, run=base, lora=lora, train={"compute_dtype": "bfloat16", "steps": 4, "save_every": None}
+        )
         result = train_stage(job)
         stored = {parameter.dtype for name, parameter in result.model.named_parameters() if name.endswith("down_proj")}
         assert stored == {getattr(torch, base)}

@@ -17,6 +17,7 @@ from keural.files import read_object
 from keural.limits import LARGEST
 from keural.lora.targets import ATTENTION, EXPERTS, ROUTER, Factors, Shape, adapted_shapes, factors_of, stored_names
 from keural.model import KeuralConfig
+from keural.pretrained.kinds import what_is
 from keural.pretrained.lineage import LINEAGE, check_sums, read_record
 from keural.pretrained.safetensors import open_safetensors
 from keural.pretrained.weights import Weights, finite
@@ -95,18 +96,11 @@ def _misfits(places: Mapping[str, str], shapes: Mapping[str, Shape], adapter: Ad
     return found
 
 
-def is_adapter(path: Path) -> bool:
-    """Whether `path` looks like an adapter directory."""
-    return (path / CONFIG).is_file()
-
-
 def adapter_directory(path: Path) -> Path:
     """The adapter directory that `path` stands for: itself, or the `adapter` of a stage. Raises `UserError` where there is none."""
     for candidate in (path, path / DIRECTORY):
-        if is_adapter(candidate):
+        if (candidate / CONFIG).is_file():
             return candidate
-    from keural.pretrained.kinds import what_is
-
     if not path.exists():
         raise UserError(f"{path}: no such directory; give an adapter directory, or a stage that was trained with lora")
     raise UserError(f"{path}: {what_is(path)} (not an adapter: no {CONFIG} there)")

@@ -64,11 +64,11 @@ def adapt(model: KeuralMoECausalLM, spec: LoraSpec, seed: int, base: Path, base_
         target_modules=sorted(name for target in spec.targets for name in MODULES[target]) or None,
         target_parameters=sorted(name for target in spec.targets for name in PARAMETERS[target]) or None,
         task_type="CAUSAL_LM",
-        base_model_name_or_path=str(base),
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
         torch.manual_seed(seed)
         found = get_peft_model(model, config, adapter_name=_NAME)
+    found.peft_config[_NAME].base_model_name_or_path = str(base)
     return TrainedAdapter(found, spec, base, base_digest)
 
 

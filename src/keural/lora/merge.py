@@ -5,25 +5,27 @@ is made in float32 and rounded once; with float32 nothing is lost, while bfloat1
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from keural.errors import UserError
+from keural.errors import UserError, quoted
 from keural.files import check_new
 from keural.lora.directory import Adapter, check_base, open_adapter
 from keural.lora.targets import Factors
 from keural.pretrained.directory import write_model_directory
-from keural.pretrained.lineage import UNKNOWN, file_name
+from keural.pretrained.lineage import UNKNOWN
 from keural.pretrained.stored_model import StoredNetwork, load_tokenizer, open_network
 from keural.pretrained.weights import TensorInfo, Weights, data_bytes
+from keural.recipe import ChatSpec
+from keural.tokenizer import KeuralTokenizer
 
-HIDDEN = frozenset({"record", "checksum", "keural", "transformers", "tokenizer_sha256", "chat", "files"})
-"""Keys of a record that are written anew."""
+_WRITTEN_ANEW = frozenset({"record", "checksum", "keural", "transformers", "tokenizer_sha256", "chat", "files"})
+"""Keys of a record that belong to its directory."""
 
 
 def weights_digest(weights: Weights) -> str:
@@ -92,47 +94,76 @@ def merge(
     Raises `UserError` for another base, and as `open_adapter`, `Adapter.factors` and `open_network` do.
     """
     check_new(out)
-    adapter = open_adapter(path)
-    stored = open_base(adapter, base)
+    merged = open_merged(open_adapter(path), base, dtype, advance)
+    for line in merged.notices:
+        say(line)
+    check_new(out, merged.weights.nbytes)
+    stored = merged.base
+    tokenizer = load_tokenizer(stored.directory) if stored.has_tokenizer else None
+    return merged.write(out, tokenizer, merged.chat, ends=replace(stored, lineage=merged.lineage).ends)
+
+
+def write_merged(path: Path, base: Path, out: Path, tokenizer: KeuralTokenizer, chat: ChatSpec) -> Path:
+    """The float32 model directory of a stage's new adapter; replaces an earlier one."""
+    return open_merged(open_adapter(path), base).write(out, tokenizer, chat)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """An adapter in its base, before anything is written."""
+
+    adapter: Adapter
+    base: StoredNetwork
+    weights: Weights
+    lineage: dict[str, Any]
+
+    @property
+    def notices(self) -> list[str]:
+        """What could not be verified."""
+        lines = [self.base.notice] if self.base.notice else []
+        if self.adapter.base_digest is None:
+            where = self.base.directory
+            lines.append(f"{self.adapter.directory}: no record names its base, so whether {where} is it could not be verified")
+        return lines
+
+    @property
+    def chat(self) -> ChatSpec:
+        """Sampling defaults and system message, the adapter's where it has some."""
+        return ChatSpec(**(self.adapter.record.get("chat") or {})) if self.adapter.record else self.base.chat
+
+    def write(self, out: Path, tokenizer: KeuralTokenizer | None, chat: ChatSpec, ends: Sequence[int] | None = None) -> Path:
+        """Write the model directory."""
+        return write_model_directory(out, self.base.config, self.weights, tokenizer, self.lineage, chat, ends=ends)
+
+
+def open_merged(
+    adapter: Adapter,
+    base: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Merged:
+    """An adapter in its base, both verified; the tensors are merged as they are read. Raises `UserError` for another base."""
+    stored = _open_base(adapter, base)
     factors = adapter.factors(stored.config)
     digest = weights_digest(stored.weights.watched(advance))
     check_base(adapter, digest, stored.directory)
-    if adapter.base_digest is None:
-        say(f"{adapter.directory}: has no record that names its base, so whether {stored.directory} is it could not be verified")
-    check_new(out, merged_weights(stored.weights, factors, dtype).nbytes)
-    lineage = merged_lineage(adapter, stored, digest)
-    return write_merged(out, stored, factors, dtype, lineage, advance)
+    weights = merged_weights(stored.weights, factors, dtype).watched(advance)
+    return Merged(adapter, stored, weights, _lineage(adapter, stored, digest))
 
 
-def open_base(adapter: Adapter, base: Path | None) -> StoredNetwork:
+def _open_base(adapter: Adapter, base: Path | None) -> StoredNetwork:
     """The model that an adapter was trained on, verified. Raises `UserError` when it is not there, and as `open_network`."""
     if base is None and (adapter.stated_base is None or not Path(adapter.stated_base).exists()):
-        where = f" ({adapter.stated_base} is not there)" if adapter.stated_base else ""
+        where = f" ({quoted(adapter.stated_base)} is not there)" if adapter.stated_base else ""
         raise UserError(f"{adapter.directory}: name the model that it was trained on with --base{where}")
     return open_network(base or Path(str(adapter.stated_base)))
 
 
-def write_merged(
-    out: Path,
-    stored: StoredNetwork,
-    factors: Mapping[str, Factors],
-    dtype: torch.dtype,
-    lineage: Mapping[str, Any],
-    advance: Callable[[int], None] = lambda count: None,
-) -> Path:
-    """Write the model directory of a base with adapters in it."""
-    tokenizer = load_tokenizer(stored.directory) if stored.has_tokenizer else None
-    known = replace(stored, lineage=lineage)
-    weights = merged_weights(stored.weights, factors, dtype).watched(advance)
-    return write_model_directory(out, stored.config, weights, tokenizer, lineage, stored.chat, ends=known.ends)
-
-
-def merged_lineage(adapter: Adapter, stored: StoredNetwork, digest: str) -> dict[str, Any]:
-    """What is known of a merged model: what the adapter's record says, or that of its base and what is not known."""
+def _lineage(adapter: Adapter, stored: StoredNetwork, digest: str) -> dict[str, Any]:
+    """Where a merged model comes from: what the adapter's record says, else that of its base and that a stage is not known."""
     about = {"base": digest, "rank": adapter.rank, "alpha": adapter.alpha, "names": list(adapter.names), "merged": True}
-    told = adapter.record or stored.lineage
-    kept = {key: value for key, value in told.items() if key not in HIDDEN}
+    told = adapter.record or {**stored.lineage, "stage": None, "fingerprint": None}
+    kept = {key: value for key, value in told.items() if key not in _WRITTEN_ANEW}
     if not adapter.record:
         kept["objectives"] = [*stored.lineage.get("objectives", [UNKNOWN]), UNKNOWN]
-        kept["stage"] = file_name(adapter.directory.name)
     return {**kept, "adapter": about}

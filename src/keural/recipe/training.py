@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from keural.recipe.base import Part, Spec, length, length_list, neutral, not_for
 from keural.recipe.data import DataSpec
+from keural.recipe.lora import LoraSpec, why_not_adapted
 from keural.recipe.objectives import OBJECTIVES, Objective
 
 
@@ -122,6 +123,10 @@ class RouterSpec(Spec):
     """With scope global_batch: the load that the balance loss goes by. `exact`: of the same step, for which a step of several
     forward passes runs each of them twice. `lagged`: of the step before (even at the first one), without that; what is reported
     is of the step itself."""
+    freeze: bool = False
+    """Leave the routers' weights as they are, bit for bit: no gradient, no update, no decay. The two losses are still reported,
+    and with a coefficient above 0 still train what comes before a router: attention and experts of the layers below learn to give
+    it inputs that it spreads evenly. Set both coefficients to 0 to leave the choice of experts to the task alone."""
 
     @model_validator(mode="after")
     def _load_of_a_batch(self) -> Self:
@@ -155,6 +160,8 @@ class StageSpec(Spec):
     """How long, in what batches, and with which optimizer settings."""
     router: RouterSpec = Field(default_factory=RouterSpec)
     """The two router losses; they join every objective."""
+    lora: LoraSpec | None = None
+    """Train low-rank adapters in place of the whole model; none: the whole model is trained. One process."""
     dpo: DpoSpec = Field(default_factory=DpoSpec)
     """Settings of objective dpo; refused with any other."""
     notes: list[str] = neutral("report", default_factory=list)
@@ -195,6 +202,8 @@ class StageSpec(Spec):
         settings = {other.settings for other in OBJECTIVES.values() if other.settings} - {kind.settings}
         if unused := sorted(settings & self.model_fields_set):
             raise ValueError(f"{unused[0]} settings have no effect with objective {name}")
+        if self.lora is not None and (why_not := why_not_adapted(self.lora, self.init_from, train, self.router)):
+            raise ValueError(why_not)
         row = kind.sequences_per_record * length
         if train.micro_batch_tokens is not None and train.micro_batch_tokens < row:
             raise ValueError(f"train.micro_batch_tokens {train.micro_batch_tokens} is smaller than one packed row ({row} tokens)")

@@ -67,7 +67,18 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
 
 def stages(run: Run) -> Table:
     """One row per stage."""
-    columns = ["stage", "objective", "starts from", "time", "steps", "tokens", "tokens/s", "loss, first → last", "held out"]
+    columns = [
+        "stage",
+        "objective",
+        "starts from",
+        "trained parameters",
+        "time",
+        "steps",
+        "tokens",
+        "tokens/s",
+        "loss, first → last",
+        "held out",
+    ]
     note = "Held out: the loss on the stage's own held-out data at its end." + _left_out(run)
     return Table("Stages", columns, [_stage_row(stage) for stage in run.stages], note)
 
@@ -122,6 +133,7 @@ def _stage_row(stage: Stage) -> list[Cell]:
         Cell(stage.name if stage.finished else f"{stage.name} (interrupted)"),
         Cell(objective_label(stage.objective) or ABSENT, tag=objective_color(stage.objective)),
         Cell(str(stage.done.get("init_from") or stage.settings.get("init_from") or ABSENT)),
+        Cell(large(trained) if (trained := stage.done.get("trained")) else ABSENT, numeric=True),
         Cell(duration(seconds), numeric=True),
         Cell(steps, numeric=True),
         Cell(large(tokens), numeric=True),

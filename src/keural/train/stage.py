@@ -25,7 +25,10 @@ from keural.data.loading.stream import Stream
 from keural.errors import UserError
 from keural.files import fingerprint as fingerprint_of
 from keural.files import sha256_file
+from keural.lora.layers import TrainedAdapter, adapt, store_frozen
+from keural.lora.merge import weights_digest
 from keural.model import KeuralConfig, KeuralMoECausalLM
+from keural.pretrained.stored_model import open_network
 from keural.recipe import OBJECTIVES, StageSpec, length_of
 from keural.train import step_plan
 from keural.train.checkpoint import Checkpoints, Progress, Stored, newest_progress, tensors
@@ -43,6 +46,7 @@ from keural.train.ranks import Ranks, session
 from keural.train.reference import ReferenceCache
 from keural.train.schedule import learning_rate
 from keural.train.split import SplitAdamW
+from keural.train.trainable import count_all, count_trained, freeze
 from keural.train.trainer import Trainer
 
 __all__ = ["StageJob", "StageResult", "full_state_dict", "train_stage"]
@@ -78,7 +82,7 @@ class StageJob:
 class StageResult:
     """What came out. `seconds`, `tokens` (non-padding tokens seen) and `steps` include earlier runs of an interrupted stage;
     `loss_first` and `loss_last` are the mean task loss of the first and last tenth of the steps, at most ten of each; `model`
-    has float32 weights in every precision, and is sharded under torchrun.
+    has float32 weights in every precision, and is sharded under torchrun; `trained` of its parameters were trained.
     """
 
     name: str
@@ -89,7 +93,10 @@ class StageResult:
     loss_last: float
     heldout: dict[str, float]
     model: KeuralMoECausalLM
+    trained: int
     interrupted: bool
+    adapter: TrainedAdapter | None = None
+    """Of a stage with `lora`; `model` is the base then, with PEFT's layers in it."""
 
 
 def train_stage(job: StageJob, ranks: Ranks | None = None) -> StageResult:
@@ -116,9 +123,9 @@ def open_stage(job: StageJob, ranks: Ranks, stop: "StopSignals", started: float)
     check_ranks(stage, ranks.world)
     stream = _stream(job, job.train_store)
     heldout = _stream(job, job.heldout_store) if job.heldout_store else None
-    checkpoints = Checkpoints(job.run_dir / "checkpoints", stage, job.fingerprint, ranks)
     objective = LOSSES[stage.objective](stage)
-    policy, optimizer = _policy(job, objective.uniform, ranks)
+    policy, optimizer, frozen = _policy(job, objective.uniform, ranks)
+    checkpoints = Checkpoints(job.run_dir / "checkpoints", stage, job.fingerprint, ranks, frozen)
     make_trainer = partial(Trainer, stage, policy, optimizer, objective, stream, ranks)
 
     def make_plan() -> step_plan.StepPlan:
@@ -193,7 +200,9 @@ class StageRun:
             loss_last=_mean(latest),
             heldout=progress.heldout,
             model=self.trainer.policy.model,
+            trained=count_trained(self.trainer.policy.model),
             interrupted=interrupted,
+            adapter=self.trainer.policy.adapter,
         )
 
     def _step(self) -> StepReport:
@@ -295,27 +304,48 @@ def _stream(job: StageJob, store: Path | Corpus) -> Stream:
     return corpus.stream(*settings, job.tokenizer_sha, job.model_config.vocab_size)
 
 
-def _policy(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, Optimizer]:
-    """Model and optimizer with their initial values, sharded over the ranks."""
+def _policy(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, Optimizer, str]:
+    """Model and optimizer with their initial values, sharded over the ranks; and the digest of what is frozen."""
     spec = job.stage.train
     chats = OBJECTIVES[job.stage.objective].store != "documents"
     settings = (job.model_config, job.init, job.seed, ranks.device, spec.compile, job.tokenizer_sha)
     model = initial_model(*settings, chats=chats, say=ranks.log_once)
-    policy = Policy(model, getattr(torch, spec.compute_dtype), _engine(job, uniform, ranks)).train()
+    adapter = _adapter(job, model)
+    frozen = adapter.base_digest if adapter else freeze(model, job.stage.router)
+    if (trained := count_trained(model)) < (total := count_all(model)):
+        ranks.log_once(f"{job.stage.name}: trains {trained:,} of {total:,} parameters")
+    policy = Policy(model, getattr(torch, spec.compute_dtype), _engine(job, uniform, ranks), adapter).train()
     if spec.precision != "fp32":
         optimizer = build_split_optimizer(model, spec, ranks.device)
-        policy.to(ranks.device)  # what are no parameters
-        return policy, optimizer
+        policy.to(ranks.device)  # what the optimizer has not moved
+        return policy, optimizer, frozen
     policy.to(ranks.device)
     if policy.engine is None:
         prepare_layers(model, spec)
     shard(policy, model, spec, ranks)
-    return policy, build_optimizer(model, spec)
+    return policy, build_optimizer(model, spec), frozen
+
+
+def _adapter(job: StageJob, model: KeuralMoECausalLM) -> TrainedAdapter | None:
+    """Adapters around the model's layers, where the stage trains them. Raises `UserError` for a model that had to be changed."""
+    lora = job.stage.lora
+    if lora is None:
+        return None
+    assert job.init is not None, "the recipe refuses adapters of random weights"
+    stored = open_network(job.init, verify=False)  # the model's weights were verified when they were read
+    if stored.config.vocab_size != model.config.vocab_size:
+        raise UserError(
+            f"{job.stage.name}: {job.init} has no rows for the two ChatML ids, and an adapter has no place for new ones; import it "
+            "again with --grow-vocabulary, or train the whole model"
+        )
+    adapter = adapt(model, lora, job.seed, job.init, weights_digest(stored.weights))
+    store_frozen(model, getattr(torch, lora.base_dtype))
+    return adapter
 
 
 def _engine(job: StageJob, uniform: bool, ranks: Ranks) -> Compute | None:
-    """The training engine, where the stage needs it; importing it takes seconds."""
-    if not needs_engine(job.stage.train, ranks):
+    """The training engine, where the stage needs it, as adapters do; importing it takes seconds."""
+    if job.stage.lora is None and not needs_engine(job.stage.train, ranks):
         return None
     from keural.train.engine import engine_for
 
@@ -374,7 +404,8 @@ def _references(
     def compute(name: str, stream: Stream, batches: Iterable[Batch]) -> ReferenceCache:
         key = fingerprint_of([job.fingerprint, weights, stream.store.fingerprint])
         cache = ReferenceCache(job.run_dir / "reference" / name, key, stream.store.num_sequences, ranks)
-        done = cache.fill(policy, batches, spec.micro_batch_tokens, spec.compile, lambda: stop.requested)
+        with policy.without_adapter():
+            done = cache.fill(policy, batches, spec.micro_batch_tokens, spec.compile, lambda: stop.requested)
         if done:
             ranks.log_once(f"{job.stage.name}: reference log-probabilities of {done} {name} batches computed")
         return cache

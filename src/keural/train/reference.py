@@ -24,7 +24,7 @@ from keural.files import CheckedFile, atomic_directory
 from keural.files import fingerprint as fingerprint_of
 from keural.terminal import say
 from keural.train.micro_batches import micro_batches
-from keural.train.objectives.preference import pair_logprobs
+from keural.train.objectives.preference import answer_logprobs
 from keural.train.parallel import reshard
 from keural.train.policy import Policy
 from keural.train.ranks import Ranks
@@ -68,6 +68,7 @@ class ReferenceCache:
         limit: int | None,
         exact_mode: bool = False,
         stop: Callable[[], bool] = lambda: False,
+        ld_alpha: float = 1.0,
     ) -> int:
         """Compute what is missing for `batches`, this rank's rows of each step in turn. Every rank must call it.
 
@@ -77,6 +78,7 @@ class ReferenceCache:
             limit: tokens per micro-batch, as in training.
             exact_mode: record gradients as training does; compiled graphs differ in the last bit otherwise.
             stop: asked before each batch; when any rank says yes, the rest is left for the next start.
+            ld_alpha: weight of the tokens by which an answer is longer than the other, as in training.
 
         Returns:
             How many batches were computed.
@@ -88,7 +90,7 @@ class ReferenceCache:
             if not self._missing(batch):
                 continue
             with torch.set_grad_enabled(exact_mode):
-                found = list(self._logprobs(policy, batch, limit))
+                found = list(self._logprobs(policy, batch, limit, ld_alpha))
             self._store(found)
             computed += 1
         reshard(policy)
@@ -100,10 +102,13 @@ class ReferenceCache:
         sequences = batch.sequence_ids[batch.sequence_ids >= 0]
         return self.ranks.any(bool(np.isnan(self.values[sequences]).any()))
 
-    def _logprobs(self, policy: Policy, batch: Batch, limit: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _logprobs(
+        self, policy: Policy, batch: Batch, limit: int | None, ld_alpha: float
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for micro in micro_batches(batch, limit, self.ranks.device):
             logprobs = policy(micro).logprobs
-            yield micro.pairs.sequences.ravel(), pair_logprobs(logprobs.detach(), micro.pairs).flatten().cpu().numpy()
+            values = answer_logprobs(logprobs.detach(), micro, ld_alpha)
+            yield micro.pairs.sequences.ravel(), values.flatten().cpu().numpy()
 
     def _store(self, found: list[tuple[np.ndarray, np.ndarray]]) -> None:
         """Put values of all ranks where there is none yet: the first computation of a sequence stands."""

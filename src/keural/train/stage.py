@@ -326,14 +326,14 @@ def _references(
     """Reference log-probabilities of what training and evaluation will use, by the policy with its initial weights; None where the
     objective needs none.
     """
-    if not OBJECTIVES[job.stage.objective].needs_reference:
+    if not job.stage.needs_reference:
         return None, None
     spec, weights = job.stage.train, ranks.on_main(lambda: _weights_fingerprint(job))
 
     def compute(name: str, stream: Stream, batches: Iterable[Batch]) -> ReferenceCache:
         key = fingerprint_of([job.fingerprint, weights, stream.store.fingerprint])
         cache = ReferenceCache(job.run_dir / "reference" / name, key, stream.store.num_sequences, ranks)
-        done = cache.fill(policy, batches, spec.micro_batch_tokens, spec.compile, lambda: stop.requested)
+        done = cache.fill(policy, batches, spec.micro_batch_tokens, spec.compile, lambda: stop.requested, job.stage.dpo.ld_alpha)
         if done:
             ranks.log_once(f"{job.stage.name}: reference log-probabilities of {done} {name} batches computed")
         return cache

@@ -109,7 +109,7 @@ def budget_plan(stage: StageSpec, seconds: float, costs: Costs, epoch: int) -> S
     every = stage.train.evaluate_every
     per_step = costs.step + (costs.evaluation / every if every else 0.0)
     available = seconds * RESERVE - costs.evaluation
-    if OBJECTIVES[stage.objective].needs_reference:
+    if stage.needs_reference:
         available -= costs.evaluation  # the reference of the held-out pairs
         steps = min(epoch, int(available / (per_step + costs.forward)))
         if steps == epoch:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from keural.data.loading.stream import Stream
-from keural.recipe import OBJECTIVES, StageSpec
+from keural.recipe import StageSpec
 from keural.train.objectives.base import Objective, References
 from keural.train.optimizer import Optimizer
 from keural.train.policy import Policy
@@ -53,4 +53,4 @@ class Trainer:
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of what the objective reports beside its loss."""
-        return OBJECTIVES[self.stage.objective].metrics
+        return self.stage.metrics

@@ -17,7 +17,7 @@ from keural.train.micro_batches import micro_batches
 from keural.train.objectives.pairwise import Answers
 from keural.train.objectives.preference import pair_logprobs, preference_terms
 from keural.train.objectives.registry import LOSSES
-from tests.helpers.train_small import LENGTH, SHA, VOCAB, open_run, small_job, small_stage, step_gradients, write_store
+from tests.helpers.train_small import END, LENGTH, SHA, VOCAB, open_run, small_job, small_stage, step_gradients, write_store
 
 CPU = torch.device("cpu")
 
@@ -106,6 +106,7 @@ def write_weighted(directory: Path, weights: list[float], repeats: list[int]) ->
         for repeat in repeats:
             sides = [draw.integers(4, VOCAB, 9) for _ in range(2)]
             for side in sides * repeat:
+                side[-1] = END
                 writer.add(side, [0] * 4 + [1] * 5)
         if any(weight != 1 for weight in weights):
             (path / PAIR_WEIGHTS).write_bytes(np.array(weights, dtype="<f4").tobytes())

@@ -14,6 +14,7 @@ know its plan without knowing the pipeline) and listed here.
     data/cleaned-<id>/cleaning.json           keural.data.cleaning.summary.CleaningFile; SHA-256 of every file of documents
     <stage>/stage.json        StageMarker: what the stage is made from; stage.yaml the same for people
     <stage>/plan.json         keural.train.step_plan.PlanFile
+    <stage>/checks.json       keural.train.checks.record.ChecksFile
     <stage>/reference/*/      keural.train.reference: each value has a checksum
     <stage>/checkpoints/*/manifest.json       keural.train.checkpoint: SHA-256 of every file, and its own
     <stage>/metrics.jsonl     keural.train.metrics: each line has a checksum

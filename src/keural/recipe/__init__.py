@@ -17,7 +17,7 @@ from keural.recipe.load import Recipe, RecipeSpec, load_recipe, parse_duration
 from keural.recipe.model import ModelSpec
 from keural.recipe.objectives import OBJECTIVES, PREFERENCE_LOSSES, STORES, Objective, ObjectiveKind, StoreKind, StoreShape, Unit
 from keural.recipe.tokenizer import TokenizerSpec
-from keural.recipe.training import DpoSpec, RouterSpec, StageSpec, TrainSpec
+from keural.recipe.training import ChecksSpec, DpoSpec, RouterSpec, StageSpec, TrainSpec
 
 __all__ = [
     "OBJECTIVES",
@@ -26,6 +26,7 @@ __all__ = [
     "VERSION",
     "BitsPerByteSpec",
     "ChatSpec",
+    "ChecksSpec",
     "CleaningSpec",
     "DataSpec",
     "DecontaminateSpec",

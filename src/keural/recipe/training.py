@@ -141,7 +141,7 @@ class DpoSpec(Spec):
     @property
     def weights(self) -> dict[str, float]:
         """The losses that are added up, each with its weight."""
-        return {self.loss: 1.0} if isinstance(self.loss, str) else dict(self.loss)
+        return {self.loss: 1.0} if isinstance(self.loss, str) else {str(name): weight for name, weight in self.loss.items()}
 
     @property
     def needs_reference(self) -> bool:
@@ -182,6 +182,23 @@ class DpoSpec(Spec):
         return self
 
 
+class ChecksSpec(Spec):
+    """What a stage refuses to train on, looked for before step 0 in stores of any origin: shares of the records, 1 allows all."""
+
+    empty: float = neutral("check", 0.001, ge=0, le=1)
+    """Records (sides of pairs, rows of documents) in which nothing is trained."""
+    open_answers: float = neutral("check", 0.001, ge=0, le=1)
+    """Records with an answer whose end-of-turn token is not trained: a model that never stops."""
+    cut_answers: float = neutral("check", 0.001, ge=0, le=1)
+    """Records that end within a trained answer."""
+    identical_sides: float = neutral("check", 0.001, ge=0, le=1)
+    """Pairs whose answers are the same."""
+    swapped_pairs: float = neutral("check", 0.001, ge=0, le=1)
+    """Pairs that are also there with their answers swapped."""
+    lost_to_length: float = neutral("check", 0.25, ge=0, le=1)
+    """Conversations and pairs that data.sequence_length cuts or leaves out, where the store says what it was made from."""
+
+
 class StageSpec(Spec):
     """One training stage."""
 
@@ -200,6 +217,8 @@ class StageSpec(Spec):
     """The two router losses; they join every objective."""
     dpo: DpoSpec = Field(default_factory=DpoSpec)
     """Settings of objective dpo; refused with any other."""
+    checks: ChecksSpec = neutral("check", default_factory=ChecksSpec)
+    """How much of what is wrong with the data is let through."""
     notes: list[str] = neutral("report", default_factory=list)
     """Where the numbers come from, contradictions included."""
 

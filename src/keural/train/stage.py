@@ -29,6 +29,7 @@ from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.recipe import OBJECTIVES, StageSpec, length_of
 from keural.train import step_plan
 from keural.train.checkpoint import Checkpoints, Progress, Stored, newest_progress
+from keural.train.checks.record import CHECKS_FILE, ChecksFile, check_data, probe
 from keural.train.heldout import evaluate, heldout_batches
 from keural.train.initial_weights import initial_model
 from keural.train.loop import StepReport, train_step
@@ -116,6 +117,7 @@ def open_stage(job: StageJob, ranks: Ranks, stop: "StopSignals", started: float)
     stream = _stream(job, job.train_store)
     heldout = _stream(job, job.heldout_store) if job.heldout_store else None
     checkpoints = Checkpoints(job.run_dir / "checkpoints", stage, job.fingerprint, ranks)
+    checks = _check_data(job, stream, heldout, ranks)
     objective = LOSSES[stage.objective](stage)
     policy, optimizer = _policy(job, objective.uniform, ranks)
     make_trainer = partial(Trainer, stage, policy, optimizer, objective, stream, ranks)
@@ -129,6 +131,8 @@ def open_stage(job: StageJob, ranks: Ranks, stop: "StopSignals", started: float)
     references, heldout_references = _references(job, plan, policy, stream, heldout, stop, ranks)
     trainer = make_trainer(learning_rate=_schedule(stage, plan), references=references)
     progress = _resume(job, plan, latest, checkpoints, trainer)
+    if latest is None:
+        probe(job.run_dir / CHECKS_FILE, checks, trainer)
     return StageRun(job, trainer, plan, heldout, heldout_references, checkpoints, progress, started - progress.seconds)
 
 
@@ -252,6 +256,15 @@ def _stream(job: StageJob, store: Path | Corpus) -> Stream:
     corpus = store if isinstance(store, Corpus) else Corpus((store,))
     settings = (stage.objective, stage.data.sequence_length, rows, stage.train.batch_pairs, job.seed)
     return corpus.stream(*settings, job.tokenizer_sha, job.model_config.vocab_size)
+
+
+def _check_data(job: StageJob, stream: Stream, heldout: Stream | None, ranks: Ranks) -> ChecksFile:
+    """What the stage's data was checked for. Raises `UserError` as the checks do."""
+    streams = {"training": stream} | ({"held-out": heldout} if heldout else {})
+    found, lines = ranks.on_main(lambda: check_data(job.run_dir / CHECKS_FILE, job.stage, job.model_config, streams))
+    for line in lines:
+        ranks.log_once(f"{job.stage.name}: {line}")
+    return found
 
 
 def _policy(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, Optimizer]:

@@ -34,7 +34,7 @@ class Dpo:
         whole, tokens = pair_logprobs(logprobs, micro.pairs), pair_tokens(micro.labels, micro.pairs)
         scored = answer_logprobs(logprobs, micro, self.spec.ld_alpha)
         reference = references(micro.pairs.sequences) if references and self.spec.needs_reference else torch.zeros_like(scored)
-        return Answers(*scored, *reference, *tokens, whole[0])
+        return Answers(scored[0], scored[1], reference[0], reference[1], tokens[0], tokens[1], whole[0])
 
 
 def preference_terms(answers: Answers, spec: DpoSpec, weights: Tensor | None = None) -> LossTerms:

@@ -245,3 +245,25 @@ def test_answers_of_one_token_and_at_the_very_beginning_are_read_like_others(tmp
     stream = Stream(TokenStore.open(write(tmp_path / "made", "conversations", rows)), "sft", LENGTH, batch_rows=1)
     found = {each.check: each.count for each in check_store(stream, ChecksSpec(empty=1.0), END, "training")}
     assert found == {"empty_mask": 1, "open_answer": 0, "cut_answer": 0}
+
+
+def test_length_bias_is_counted_by_source(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of source a the longer answer is always chosen, of b once the shorter one and once neither."""
+    short, long, same = ([5, 6, END], [0, 1, 1]), ([5, 7, 8, 9, END], [0, 1, 1, 1, 1]), ([5, 8, END], [0, 1, 1])
+    sections = [{"source": "a", "sequences": 4}, {"source": "b", "sequences": 4}]
+    rows: list[Row] = [long, short, long, same, short, ([5, 7, 9, 9, END], [0, 1, 1, 1, 1]), same, ([5, 9, END], [0, 1, 1])]
+    store = write(tmp_path / "made", "pairs", rows, {"sections": sections})
+    job = small_job(tmp_path, "dpo", number=4, train={"steps": 1, "warmup_steps": 0})
+    train_stage(dataclasses.replace(job, train_store=store))
+    found = {each["source"]: each for each in ChecksFile.read(job.run_dir / CHECKS_FILE).lengths}
+    shares = {name: (each["pairs"], each["longer"]) for name, each in found.items()}
+    assert shares == {"": (4, 0.625), "a": (2, 1.0), "b": (2, 0.25)}
+    assert (found["a"]["chosen_tokens"], found["a"]["rejected_tokens"]) == (4.0, 2.0)
+    said = "training data: by length alone (the longer answer) 62.5% of the pairs are ranked right; chosen answers have 3 tokens"
+    assert said in capfd.readouterr().out
+
+
+def test_other_data_has_no_length_bias(tmp_path: Path) -> None:
+    job = small_job(tmp_path, "sft", number=4, train={"steps": 1, "warmup_steps": 0})
+    train_stage(job)
+    assert ChecksFile.read(job.run_dir / CHECKS_FILE).lengths == []

@@ -28,6 +28,7 @@ from keural.files import sha256_file
 from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.recipe import OBJECTIVES, StageSpec, length_of
 from keural.train import step_plan
+from keural.train.alarms import Alarms
 from keural.train.checkpoint import Checkpoints, Progress, Stored, newest_progress
 from keural.train.checks.record import CHECKS_FILE, ChecksFile, check_data, probe
 from keural.train.heldout import evaluate, heldout_batches
@@ -223,6 +224,7 @@ class StageRun:
             self.plan.steps,
             active=self.trainer.ranks.is_main,
             tensorboard=self.job.tensorboard,
+            alarms=Alarms(self.job.stage),
         )
 
 

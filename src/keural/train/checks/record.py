@@ -9,7 +9,7 @@ from keural.files import CheckedFile, fingerprint
 from keural.model import KeuralConfig
 from keural.recipe import StageSpec
 from keural.train.checks.probes import check_isolation, check_references, check_router
-from keural.train.checks.stores import CHECKS, Finding, check_store
+from keural.train.checks.stores import CHECKS, Finding, LengthBias, check_store, length_bias
 from keural.train.trainer import Trainer
 
 CHECKS_FILE = "checks.json"
@@ -22,6 +22,8 @@ class ChecksFile(CheckedFile):
     """Of the data and of what is allowed."""
     findings: list[dict[str, Any]]
     """`keural.train.checks.stores.Finding`s."""
+    lengths: list[dict[str, Any]]
+    """`keural.train.checks.stores.LengthBias` of pairs."""
     isolation: float | None = None
     """Of a document's dependence on itself, how much it depends on its neighbour in a packed row; None: not measured."""
     reference_difference: float | None = None
@@ -41,9 +43,10 @@ def check_data(path: Path, stage: StageSpec, config: KeuralConfig, streams: dict
     if known is not None and known.fingerprint == wanted:
         return known, []
     findings = [each for name, stream in streams.items() for each in check_store(stream, stage.checks, end_id, name)]
-    made = ChecksFile(fingerprint=wanted, findings=[asdict(each) for each in findings])
+    lengths = [each for name, stream in streams.items() for each in length_bias(stream, name)]
+    made = ChecksFile(fingerprint=wanted, findings=[asdict(each) for each in findings], lengths=[asdict(each) for each in lengths])
     made.write(path)
-    return made, [_line(each) for each in findings if each.count]
+    return made, [*(_line(each) for each in findings if each.count), *(_length_line(each) for each in lengths if not each.source)]
 
 
 def probe(path: Path, data: ChecksFile, trainer: Trainer) -> ChecksFile:
@@ -56,3 +59,11 @@ def probe(path: Path, data: ChecksFile, trainer: Trainer) -> ChecksFile:
 
 def _line(found: Finding) -> str:
     return f"{found.store} data: {found.share:.2%} {CHECKS[found.check].what} ({found.count:,} of {found.looked_at:,})"
+
+
+def _length_line(found: LengthBias) -> str:
+    which = "longer" if found.longer >= 0.5 else "shorter"
+    return (
+        f"{found.store} data: by length alone (the {which} answer) {found.accuracy:.1%} of the pairs are ranked right; chosen "
+        f"answers have {found.chosen_tokens:.0f} tokens on average, rejected ones {found.rejected_tokens:.0f}"
+    )

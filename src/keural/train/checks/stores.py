@@ -166,6 +166,46 @@ def _look_at_pairs(store: TokenStore, records: NDArray[np.int64], end_id: int) -
             yield problem, record
 
 
+@dataclass(frozen=True)
+class LengthBias:
+    """How far length alone explains which answer is preferred, among so many pairs of a source."""
+
+    store: str
+    source: str
+    """Empty: all pairs of the store."""
+    pairs: int
+    longer: float
+    """Share of the pairs whose chosen answer has more trained tokens, ties counted by half."""
+    chosen_tokens: float
+    """Mean length of the chosen answers."""
+    rejected_tokens: float
+
+    @property
+    def accuracy(self) -> float:
+        """Share of pairs that are ranked right by length alone."""
+        return max(self.longer, 1 - self.longer)
+
+
+def length_bias(stream: Stream, name: str) -> list[LengthBias]:
+    """Of pairs, all together and of each source that the store names; of other data nothing."""
+    store = stream.store
+    if isinstance(store, PublishedShards) or store.kind != "pairs":
+        return []
+    records = _spread(store.num_records, LOOKED_AT)
+    tokens = np.array([[int(store.loss_mask(2 * record + side)[1:].sum()) for side in (0, 1)] for record in records.tolist()])
+    store.forget_pages()
+    groups = {"": np.ones(len(records), dtype=bool)}
+    if len(store.sections) > 1:
+        groups |= {source: (2 * records >= first) & (2 * records < stop) for source, (first, stop) in store.sections.items()}
+    return [_length_bias(name, source, tokens[inside]) for source, inside in groups.items() if inside.any()]
+
+
+def _length_bias(store: str, source: str, tokens: NDArray[np.int64]) -> LengthBias:
+    chosen, rejected = tokens.T
+    longer = float((chosen > rejected).mean() + (chosen == rejected).mean() / 2)
+    return LengthBias(store, source, len(tokens), longer, float(chosen.mean()), float(rejected.mean()))
+
+
 def _answer_problems(tokens: NDArray[np.uint32], mask: NDArray[np.uint8], end_id: int) -> list[str]:
     """What is wrong with the runs of trained tokens of a sequence: the last two of each must hold the end of the turn (templates
     that train the line end after it are as good).

@@ -159,8 +159,8 @@ def test_checks_alarms_sources_and_lengths_are_shown(run: Path) -> None:
     page = Page(write_report(run))
     assert page.headings[6:] == ["Held out by source", "Data", "Checks", "Settings"]
     for text in (
-        "dpo-1, step 12: only 30% are <b>", "also swapped", "3 of 4,000", "differ by 1.0e-07 per token", "62.5%", "a/b", "language ko",
-        "50.0%", "Preference by length",
+        "dpo-1, step 12: only 30% are <b>", "also swapped", "3 of 4,000", "differ by 1.0e-07 per token", "62.5%", "a/b",
+        "language ko", "50.0%", "Preference by length",
     ):  # fmt: skip
         assert text in page.words, text
 

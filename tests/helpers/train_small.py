@@ -34,6 +34,8 @@ from tests.helpers.shapes import SMALL
 
 VOCAB = 96
 LENGTH = 32
+END = VOCAB - 1
+"""Ends a turn, as the network's configuration says."""
 SHA = "0" * 64
 KIND = {"next_token": "documents", "sft": "conversations", "dpo": "pairs"}
 
@@ -55,7 +57,9 @@ def random_model(seed: int = 0, scale: float = 1.0, **changes: Any) -> KeuralMoE
 
 
 def write_store(directory: Path, objective: str, number: int, seed: int = 0, longest: int = LENGTH // 2) -> Path:
-    """`number` documents, conversations or pairs of a learnable kind: each token is mostly its predecessor plus a constant."""
+    """`number` documents, conversations or pairs of a learnable kind: each token is mostly its predecessor plus a constant. Answers
+    end with the token that ends a turn.
+    """
     draw = np.random.default_rng(seed)
     with atomic_directory(directory) as path, StoreWriter(path, SHA, VOCAB, KIND[objective]) as writer:  # type: ignore[arg-type]
         for _ in range(number):
@@ -63,12 +67,20 @@ def write_store(directory: Path, objective: str, number: int, seed: int = 0, lon
                 prompt = sequence(draw, int(draw.integers(2, longest // 2)), 3)
                 for slope in (3, 5):
                     answer = sequence(draw, int(draw.integers(2, longest // 2)), slope)
+                    answer[-1] = END
                     mask = np.concatenate([np.zeros(len(prompt), int), np.ones(len(answer), int)])
                     writer.add(np.concatenate([prompt, answer]), mask)
             else:
                 tokens = sequence(draw, int(draw.integers(3, longest)), 3)
-                writer.add(tokens, draw.integers(0, 2, len(tokens)) if objective == "sft" else None)
+                writer.add(tokens, answers(tokens, draw.integers(0, 2, len(tokens))) if objective == "sft" else None)
     return directory
+
+
+def answers(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The mask, its last token trained; every run of trained tokens is made to end with the end of a turn."""
+    mask[-1] = 1
+    tokens[(mask == 1) & (np.append(mask[1:], 0) == 0)] = END
+    return mask
 
 
 def sequence(draw: np.random.Generator, length: int, slope: int) -> np.ndarray:
@@ -83,7 +95,7 @@ def small_stage(objective: str = "next_token", **changes: Any) -> StageSpec:
     batch = {"batch_pairs": 4} if objective == "dpo" else {"batch_tokens": 8 * LENGTH}
     train = {"steps": 12, "lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 2, "save_every": 4, **batch} | changes.pop("train", {})
     data = {"sources": [{"name": "none", "adapter": "text"}], "sequence_length": LENGTH}
-    init = {"init_from": "x/y"} if objective == "dpo" else {}
+    init = {"init_from": "x/y"} if objective == "dpo" or "lora" in changes else {}
     train = {name: value for name, value in train.items() if value is not None}
     return StageSpec.model_validate({"name": "small", "objective": objective, "data": data, "train": train, **init, **changes})
 
@@ -125,7 +137,8 @@ def step_gradients(trainer: Trainer, step: int = 0) -> tuple[dict[str, torch.Ten
     found = accumulate_gradients(trainer, step)
     router = {name: getattr(found.router, name) for name in ("counts", "probabilities", "squares")}
     losses = {name: torch.tensor(value) for name, value in {"loss": found.loss, **found.metrics}.items()} | router
-    gradients = {name: parameter.grad.clone() for name, parameter in trainer.policy.model.named_parameters()}
+    named = trainer.policy.model.named_parameters()
+    gradients = {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
     return losses, gradients
 
 

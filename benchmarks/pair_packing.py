@@ -119,6 +119,16 @@ def padded(store: TokenStore, pairs: Sequence[int]) -> MicroBatch:
     return MicroBatch(*tensors, positions=places, pairs=indices)
 
 
+def totals_of(micros: Sequence[MicroBatch], pairs: int) -> Totals:
+    """What the losses of a step of so many pairs are divided by."""
+    tokens, positions = (sum(int(numbers) for numbers in found) for found in zip(*map(_sizes, micros), strict=True))
+    return Totals(denominator=pairs, tokens=tokens, positions=positions, forwards=len(micros))
+
+
+def _sizes(micro: MicroBatch) -> tuple[int, int]:
+    return int(micro.token_mask.sum()), micro.token_mask.numel()
+
+
 def padded_step(trainer: Trainer, step: int, together: int) -> None:
     """What `train_step` does, with the step's pairs padded, `together` of them in a forward pass."""
     store, pairs = trainer.stream.store, (trainer.stream.batch(step).pair_sequences[0] // 2).tolist()
@@ -126,7 +136,7 @@ def padded_step(trainer: Trainer, step: int, together: int) -> None:
     pairs = np.random.default_rng(step).permutation(pairs).tolist()  # rows have them by length
     trainer.optimizer.zero_grad(set_to_none=True)
     micros = [padded(store, pairs[start : start + together]) for start in range(0, len(pairs), together)]
-    totals = Totals(len(pairs), sum(int(micro.token_mask.sum()) for micro in micros), len(micros))
+    totals = totals_of(micros, len(pairs))
     for micro in micros:
         forward_backward(trainer, micro, totals, trainer.previous_load())
     parameters = list(trainer.policy.parameters())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from keural.data.loading.row_layout import RowShape
-from keural.train.gradients import Totals, accumulate_gradients, forward_backward
+from keural.train.gradients import accumulate_gradients, forward_backward
 
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "pair_packing.py"
 
@@ -45,7 +45,7 @@ def test_padded_steps_are_the_packed_one(benchmark_module: Any, tmp_path: Path, 
     trainer.optimizer.zero_grad(set_to_none=True)
     pairs = (trainer.stream.batch(0).pair_sequences[0] // 2).tolist()
     micros = [benchmark_module.padded(store, pairs[start : start + together]) for start in range(0, 8, together)]
-    totals = Totals(8, sum(int(micro.token_mask.sum()) for micro in micros), len(micros))
+    totals = benchmark_module.totals_of(micros, 8)
     loss = sum(float(forward_backward(trainer, micro, totals, trainer.previous_load())[0]) for micro in micros) / 8
     assert loss == pytest.approx(expected, abs=1e-4)
     for name, parameter in trainer.policy.model.named_parameters():

@@ -100,8 +100,8 @@ def make_trainer(store: TokenStore, shape: dict[str, int], pairs: int, rows: Row
 
 
 def padded(store: TokenStore, pairs: Sequence[int]) -> MicroBatch:
-    """A row for each side of these pairs, the chosen ones first, padded to the longest."""
-    sides = [2 * pair + side for side in (0, 1) for pair in pairs]
+    """A row for each side of these pairs, padded to the longest; a pair's sides follow each other, which costs the head less."""
+    sides = [2 * pair + side for pair in pairs for side in (0, 1)]
     length = max(len(store.sequence(side)) for side in sides)
     ids, labels = np.zeros((len(sides), length), np.int64), np.full((len(sides), length), -100, np.int64)
     mask, positions, numbers = np.zeros((len(sides), length), bool), [], []
@@ -110,10 +110,10 @@ def padded(store: TokenStore, pairs: Sequence[int]) -> MicroBatch:
         ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, True
         labels[row, : len(tokens) - 1] = np.where(trained[1:], tokens[1:], -100)
         positions.append(row * length + np.arange(len(tokens)))
-        numbers.append(np.full(len(tokens), row))
+        numbers.append(np.full(len(tokens), row // 2 + row % 2 * len(pairs)))
     places = np.tile(np.arange(length), (len(sides), 1))
     indices = PairIndices(
-        np.array(sides).reshape(2, -1), torch.from_numpy(np.concatenate(positions)), torch.from_numpy(np.concatenate(numbers))
+        np.array(sides).reshape(-1, 2).T, torch.from_numpy(np.concatenate(positions)), torch.from_numpy(np.concatenate(numbers))
     )
     tensors = [torch.from_numpy(array) for array in (ids, places, labels, mask)]
     return MicroBatch(*tensors, positions=places, pairs=indices)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from pydantic import ValidationError
 
 from keural.errors import UserError
 from keural.recipe import StageSpec
+from keural.train import block
 from keural.train.loop import train_step
 from keural.train.micro_batches import micro_batches
 from keural.train.parallel import check_ranks
@@ -27,6 +30,7 @@ from tests.helpers.train_small import (
     random_model,
     small_job,
     small_stage,
+    start,
     step_gradients,
     train_stage,
     weights_of,
@@ -95,6 +99,24 @@ def test_the_grouped_product_gives_what_the_loop_gives(tmp_path: Path) -> None:
         assert (gradients[name] - gradient).norm() < 0.05 * gradient.norm(), name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+def test_layers_with_adapters_compile_as_one_graph(tmp_path: Path, recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = {"none": block.block, "selective": block._selective_block}[recompute]
+    graph = torch.compile(whole, fullgraph=True, dynamic=False, backend="aot_eager")
+    monkeypatch.setitem(block.COMPILED, recompute, graph)  # type: ignore[arg-type]
+    train = {"compute_dtype": "bfloat16", "recompute": recompute}
+    trainer = shake(open_run(small_job(tmp_path, "sft", lora={**LORA, "rank": 8}, train=train)).trainer)
+    old = trainer.policy
+    found = []
+    for compiled in (False, True):
+        engine = dataclasses.replace(old.engine, experts="grouped_mm", compiled=compiled)  # type: ignore[type-var]
+        policy = Policy(old.model, torch.bfloat16, engine, old.adapter).train()  # type: ignore[arg-type]
+        found.append(step_gradients(dataclasses.replace(trainer, policy=policy))[1])
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=0.05 * float(gradient.abs().max()), rtol=0)
+
+
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
 def test_a_base_in_bfloat16_gives_the_same_bits(tmp_path: Path, objective: str) -> None:
     outcomes = []
@@ -145,6 +167,22 @@ def test_a_stage_that_was_stopped_ends_with_the_same_adapter_bit_for_bit(tmp_pat
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert losses_of(job) == losses_of(whole)
     assert metrics_of(job)[-1]["heldout"] == metrics_of(whole)[-1]["heldout"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_kill_9_at_random_moments_then_the_same_command_gives_the_same_adapter(tmp_path: Path, objective: str) -> None:
+    moments = random.Random(5)
+    settings: dict[str, Any] = {"lora": LORA, "train": {"steps": 12, "save_every": 2}}
+    small_job(tmp_path, objective, **settings)
+    for _ in range(8):
+        process = start({"directory": str(tmp_path), "objective": objective, "pause": 0.05, **settings})
+        time.sleep(moments.uniform(0.5, 4.0))
+        process.kill()
+        process.join()
+    found = weights_of(train_stage(small_job(tmp_path, objective, **settings)))
+    expected = weights_of(train_stage(small_job(tmp_path, objective, run="whole", **settings)))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_checkpoint_holds_the_adapter_and_its_moments_and_knows_its_base(tmp_path: Path) -> None:

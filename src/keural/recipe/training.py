@@ -4,7 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from keural.recipe.base import Part, Spec, length, neutral, not_for
+from keural.recipe.base import Part, Spec, length, length_list, neutral, not_for
 from keural.recipe.data import DataSpec
 from keural.recipe.lora import LoraSpec, why_not_adapted
 from keural.recipe.objectives import OBJECTIVES, Objective
@@ -52,6 +52,14 @@ class TrainSpec(Spec):
     otherwise up to rounding."""
     compile: bool = neutral("work", False)
     """Compile the layers; the same numbers up to rounding."""
+    skip_spikes: float | None = Field(None, gt=0)
+    """A step whose loss or gradient norm lies more than so many standard deviations above the mean of the 128 steps before is not
+    taken (OLMo 2 does so at 6); none: every finite step is. Ten such steps in a row stop the stage."""
+    steps_to_skip: list[int] = length_list()
+    """Steps, counted from 0, whose batches are not trained on: of a batch that spoils the weights. Steps that are not done yet may
+    be added when a stage goes on."""
+    stuck_after: float = neutral("check", 1800.0, ge=10)
+    """Seconds without a step, an evaluation or a checkpoint after which a process ends itself, saying where it was."""
     save_every: int | None = neutral("keeping", None, gt=0)
     """Steps between checkpoints; none: every ten minutes, and saving takes at most a twentieth of the time. The last step is
     always saved."""
@@ -76,6 +84,13 @@ class TrainSpec(Spec):
             raise ValueError("betas must lie in [0, 1)")
         return betas
 
+    @field_validator("steps_to_skip")
+    @classmethod
+    def _steps_in_order(cls, steps: list[int]) -> list[int]:
+        if steps != sorted(set(steps)) or any(step < 0 for step in steps):
+            raise ValueError("steps_to_skip must rise, from 0, each step once")
+        return steps
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if sum(value is not None for value in (self.steps, self.epochs, self.budget_share)) != 1:
@@ -90,6 +105,8 @@ class TrainSpec(Spec):
             raise ValueError("min_lr cannot exceed lr")
         if self.steps is not None and self.warmup_steps >= self.steps:
             raise ValueError("warmup_steps must be smaller than steps")
+        if self.steps is not None and self.steps_to_skip and self.steps_to_skip[-1] >= self.steps:
+            raise ValueError(f"steps_to_skip names step {self.steps_to_skip[-1]}, and the last of {self.steps} is {self.steps - 1}")
         return self
 
 

@@ -55,10 +55,16 @@ class Progress:
     first_losses: list[float] = field(default_factory=list)
     last_losses: list[float] = field(default_factory=list)
     heldout: dict[str, float] = field(default_factory=dict)
-    plan: dict[str, int] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
     """The step plan of the stage, which a resumed run must share."""
     tokens_per_expert: list[list[float]] = field(default_factory=list)
     """Assignments per layer and expert of the latest step, by which the next one balances with `router.load: lagged`."""
+    taken: list[list[float]] = field(default_factory=list)
+    """Loss and gradient norm of the latest steps, by which `train.skip_spikes` judges the next."""
+    spikes: int = 0
+    """Steps of the stage that were not taken for being spikes .."""
+    spikes_in_a_row: int = 0
+    """.. and the latest of them, since one was."""
 
 
 class Manifest(BaseModel):
@@ -129,6 +135,11 @@ class Checkpoints:
         self._writing(final, lambda: self._write_tensors(temporary, tensors(model, optimizer)))
         self.ranks.on_main(lambda: self._writing(final, lambda: self._finish(temporary, final, progress)))
         return final
+
+    @property
+    def number(self) -> int:
+        """How many checkpoints there are."""
+        return sum(1 for _ in self._all())
 
     def latest(self) -> Path | None:
         """The checkpoint with the highest step, by number, or None."""

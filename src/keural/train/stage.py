@@ -31,10 +31,11 @@ from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.pretrained.stored_model import open_network
 from keural.recipe import OBJECTIVES, StageSpec, length_of
 from keural.train import step_plan
-from keural.train.checkpoint import Checkpoints, Progress, Stored, newest_progress
+from keural.train.checkpoint import Checkpoints, Progress, Stored, newest_progress, tensors
+from keural.train.health import IN_A_ROW, SpikeGuard, Watchdog, check_disk, enough_memory
 from keural.train.heldout import evaluate, heldout_batches
 from keural.train.initial_weights import initial_model
-from keural.train.loop import StepReport, train_step
+from keural.train.loop import ASKED, StepReport, batch_of, left_out, train_step
 from keural.train.metrics import Metrics
 from keural.train.objectives.base import References
 from keural.train.objectives.registry import LOSSES
@@ -134,7 +135,8 @@ def open_stage(job: StageJob, ranks: Ranks, stop: "StopSignals", started: float)
     latest = ranks.on_main(lambda: newest_progress(checkpoints.directory))
     plan = _plan(job, latest, ranks, make_plan)
     references, heldout_references = _references(job, plan, policy, stream, heldout, stop, ranks)
-    trainer = make_trainer(learning_rate=_schedule(stage, plan), references=references)
+    guard = SpikeGuard(stage.train.skip_spikes)
+    trainer = make_trainer(learning_rate=_schedule(stage, plan), references=references, guard=guard)
     progress = _resume(job, plan, latest, checkpoints, trainer)
     return StageRun(job, trainer, plan, heldout, heldout_references, checkpoints, progress, started - progress.seconds)
 
@@ -157,7 +159,8 @@ class StageRun:
         """Do the remaining steps; True when a signal came before the last one was begun."""
         progress, spec, steps = self.progress, self.job.stage.train, self.plan.steps
         saved, pause = progress.step, Pause()
-        with self._metrics() as metrics:
+        self._check_disk()
+        with self._metrics() as metrics, Watchdog(spec.stuck_after, self.trainer.ranks.rank) as watchdog:
             while progress.step < steps:
                 stopped, late = self.trainer.ranks.any_of([stop.requested, spec.save_every is None and pause.over()])
                 if saved != progress.step and (stopped or late):
@@ -165,12 +168,16 @@ class StageRun:
                     saved = progress.step
                 if stopped:
                     return True
-                report = train_step(self.trainer, progress.step)
+                watchdog.sign(f"step {progress.step} of {self.job.stage.name}")
+                report = self._step()
                 self._advance(report)
                 metrics.step(report, progress.tokens, progress.seconds)
+                self._judge(report, metrics)
                 if progress.step == steps or _due(spec.evaluate_every, progress.step):
+                    watchdog.sign(f"the evaluation after step {report.step} of {self.job.stage.name}")
                     self._evaluate(metrics)
                 if progress.step == steps or _due(spec.save_every, progress.step):
+                    watchdog.sign(f"the checkpoint after step {report.step} of {self.job.stage.name}")
                     self._save(pause)
                     saved = progress.step
         return False
@@ -198,6 +205,35 @@ class StageRun:
             adapter=self.trainer.policy.adapter,
         )
 
+    def _step(self) -> StepReport:
+        step = self.progress.step
+        if step in self.plan.skipped:
+            return left_out(self.trainer, step)
+        with enough_memory(self.job.stage.name, f"step {step}"):
+            return train_step(self.trainer, step)
+
+    def _judge(self, report: StepReport, metrics: Metrics) -> None:
+        """Say that a step was not taken. Raises `UserError` when too many in a row were not."""
+        if not report.skipped:
+            return
+        guard, stage = self.trainer.guard, self.job.stage
+        metrics.say(f"step {report.step} is left out: {'train.steps_to_skip' if report.skipped == ASKED else report.skipped}")
+        if guard.in_a_row >= IN_A_ROW:
+            raise UserError(
+                f"{stage.name}: {IN_A_ROW} steps in a row were spikes, the last one step {report.step}: {report.skipped}. No batch "
+                f"is to blame. {batch_of(stage, report.step)}, lower train.lr, or raise train.skip_spikes; the same command "
+                "goes on from the newest checkpoint"
+            )
+
+    def _check_disk(self) -> None:
+        """Refuse to begin where what will be written does not fit."""
+        model, spec = self.trainer.policy.model, self.job.stage.train
+        checkpoint = sum(each.numel() * each.element_size() for each in tensors(model, self.trainer.optimizer).values())
+        whole = 4 * sum(parameter.numel() for parameter in model.parameters())
+        there = self.checkpoints.number
+        job = self.job
+        self.trainer.ranks.on_main(lambda: check_disk(job.run_dir, job.stage.name, checkpoint, spec.keep_checkpoints, there, whole))
+
     def _advance(self, report: StepReport) -> None:
         progress = self.progress
         progress.step += 1
@@ -205,6 +241,11 @@ class StageRun:
         if self.trainer.previous.counts is not None:
             progress.tokens_per_expert = self.trainer.previous.counts.tolist()
         progress.seconds = time.monotonic() - self.began
+        guard = self.trainer.guard
+        progress.taken, progress.spikes_in_a_row = guard.taken, guard.in_a_row
+        if report.skipped:
+            progress.spikes += report.skipped != ASKED
+            return
         if len(progress.first_losses) < LOSSES_KEPT:
             progress.first_losses.append(report.loss)
         progress.last_losses = [*progress.last_losses, report.loss][-LOSSES_KEPT:]
@@ -318,7 +359,7 @@ def _plan(job: StageJob, latest: Stored | None, ranks: Ranks, make: Callable[[],
     """
     wanted = fingerprint_of([job.fingerprint, length_of(job.stage.train)])
     if latest is not None and job.stage.train.budget_share is not None:
-        known = step_plan.StepPlan(**latest.progress.plan)
+        known = step_plan.plan_of(latest.progress.plan)
         return step_plan.load_or_make(job.run_dir / "plan.json", wanted, ranks, lambda: known)
     return step_plan.load_or_make(job.run_dir / "plan.json", wanted, ranks, make)
 
@@ -381,7 +422,8 @@ def _resume(job: StageJob, plan: step_plan.StepPlan, latest: Stored | None, chec
     progress = checkpoints.load(latest.path, trainer.policy.model, trainer.optimizer)
     if progress.tokens_per_expert:
         trainer.previous.counts = torch.tensor(progress.tokens_per_expert, device=trainer.ranks.device)
-    made_for = step_plan.StepPlan(**progress.plan)
+    made_for = step_plan.plan_of(progress.plan)
+    trainer.guard.taken, trainer.guard.in_a_row = progress.taken, progress.spikes_in_a_row
     if why_not := step_plan.why_not_continued(made_for, plan, progress.step, job.stage.train):
         raise UserError(
             f"{latest.path}: was made for {made_for.steps} steps, {made_for.warmup_steps} of warm-up, and "

@@ -142,6 +142,20 @@ class DpoSpec(Spec):
     """How strongly the policy is held to its reference; the margin of log-probabilities is multiplied by it."""
     loss: Literal["sigmoid"] = "sigmoid"
     """Of the margin; `sigmoid` is that of Rafailov et al. 2023, eq. 7."""
+    reference: Literal["cached", "online"] = neutral("work", "cached")
+    """Where the log-probabilities of the model that the stage starts from come from. `cached`: computed once for each pair ahead of
+    training and kept in the run directory, whatever else of the recipe changes. `online`: in every step by a frozen copy, without
+    that pass, at the cost of twice the weights in memory and of a forward pass more. The same values up to rounding."""
+    reference_path: str | None = neutral("place", None)
+    """A directory of such values that were made elsewhere (`--reference-only`; `reference` of a run, or one inside it). It is
+    verified and must hold every pair of the stage; nothing is computed. None: those of the run directory, where missing ones are
+    computed."""
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> Self:
+        if self.reference == "online" and self.reference_path is not None:
+            raise ValueError("dpo.reference_path has no effect with dpo.reference online")
+        return self
 
 
 class StageSpec(Spec):

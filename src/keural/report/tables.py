@@ -68,9 +68,17 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
 def stages(run: Run) -> Table:
     """One row per stage."""
     columns = [
-        "stage", "objective", "starts from", "trained parameters", "time", "steps", "tokens", "tokens/s", "loss, first → last",
+        "stage",
+        "objective",
+        "starts from",
+        "trained parameters",
+        "time",
+        "steps",
+        "tokens",
+        "tokens/s",
+        "loss, first → last",
         "held out",
-    ]  # fmt: skip
+    ]
     note = "Held out: the loss on the stage's own held-out data at its end." + _left_out(run)
     return Table("Stages", columns, [_stage_row(stage) for stage in run.stages], note)
 

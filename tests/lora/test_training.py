@@ -233,6 +233,18 @@ def test_the_reference_with_the_adapter_off_is_the_base_to_the_bit(tmp_path: Pat
     assert losses_of_first_step(small_job(tmp_path, "dpo", run="first", lora=LORA)) == pytest.approx(np.log(2), abs=1e-7)
 
 
+def test_the_online_reference_is_the_adapter_off_and_gives_the_same_losses(tmp_path: Path) -> None:
+    losses, adapters = [], []
+    for reference in ("cached", "online"):
+        job = small_job(tmp_path, "dpo", run=reference, lora=LORA, dpo={"reference": reference}, train={"steps": 4})
+        result = train_stage(job)
+        losses.append(losses_of(job))
+        adapters.append({name: value for name, value in weights_of(result).items() if "lora_" in name})
+    assert losses[0] == losses[1]
+    assert losses[0][-1] != losses[0][0]
+    assert all(torch.equal(value, adapters[1][name]) for name, value in adapters[0].items())
+
+
 def losses_of_first_step(job: StageJob) -> float:
     return train_step(open_run(job).trainer, 0).loss
 

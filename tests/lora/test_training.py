@@ -147,6 +147,19 @@ def test_only_adapters_are_trained_and_counted(tmp_path: Path, capsys: pytest.Ca
     assert f"small: trains {result.trained:,} of" in capsys.readouterr().out
 
 
+def test_first_factors_depend_on_the_seed_alone(tmp_path: Path) -> None:
+    def first(seed: int) -> torch.Tensor:
+        job = dataclasses.replace(small_job(tmp_path, "sft", lora=LORA), seed=seed)
+        weights = dict(open_run(job).trainer.policy.model.named_parameters())
+        return weights["model.layers.1.mlp.experts.lora_A.default.weight"].detach().clone()
+
+    torch.manual_seed(1)
+    found = first(11)
+    torch.manual_seed(2)
+    assert torch.equal(first(11), found)
+    assert not torch.equal(first(12), found)
+
+
 def interrupted(job: StageJob, step: int) -> None:
     def stop(now: int) -> None:
         if now == step:

@@ -342,10 +342,11 @@ def _policy(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, Optimiz
         optimizer = build_split_optimizer(model, spec, ranks.device)
         policy.to(ranks.device)  # what the optimizer has not moved
         return policy, optimizer, frozen
-    policy.to(ranks.device)
+    if ranks.world == 1:
+        policy.to(ranks.device)
     if policy.engine is None:
         prepare_layers(model, spec)
-    shard(policy, model, spec, ranks)
+    shard(policy, model, spec, ranks)  # brings it to the device
     return policy, build_optimizer(model, spec), frozen
 
 

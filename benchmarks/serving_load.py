@@ -44,7 +44,7 @@ class Sizes(NamedTuple):
     slots: int = 8
     waiting: int = 32
     overload_step_ms: float = 10.0
-    answer: int = 25
+    answer: int = 60
     seconds: float = 12.0
     rounds: int = 4
     minutes: float = 20.0
@@ -137,7 +137,7 @@ async def _just_enough(server: Server, sizes: Sizes) -> float:
         while time.monotonic() < end:
             await ask(server.port, CHAT, chat(sizes.answer))
 
-    asking = [asyncio.create_task(again_and_again()) for _ in range(2 * sizes.slots)]
+    asking = [asyncio.create_task(again_and_again()) for _ in range(sizes.slots + sizes.waiting // 2)]
     rate = await _rate(server, sizes)
     await asyncio.gather(*asking)
     return rate

@@ -6,6 +6,7 @@ transformers' processors: repetition penalty, temperature, nucleus.
 """
 
 import random
+import threading
 from collections.abc import Sequence
 from typing import Literal
 
@@ -32,6 +33,21 @@ PART = 8192
 """Weights are summed so many at a time: memory for all of them would be asked of the system, and given back, with every token."""
 
 Floats = NDArray[np.float32]
+
+
+class _Room(threading.local):
+    """Memory for one row, for each thread: new arrays of this size are asked of the system, and given back, with every token."""
+
+    scores: Floats = np.empty(0, dtype=np.float32)
+    marks: NDArray[np.bool_] = np.empty(0, dtype=bool)
+
+    def fit(self, size: int) -> None:
+        """Have room for a row of `size` ids."""
+        if len(self.scores) != size:
+            self.scores, self.marks = np.empty(size, dtype=np.float32), np.empty(size, dtype=bool)
+
+
+_room = _Room()
 
 
 class Sampler:
@@ -95,25 +111,30 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
 def choose_row(logits: Floats, sampler: Sampler) -> int:
     """See `choose`; one row `[V]`, by NumPy in this thread: the network's threads are not woken for it."""
     number, sampling = sampler.uniform(), sampler.sampling
-    scores = _penalized(logits, sampler.seen, sampling.repetition_penalty)
+    greedy = sampling.temperature < GREEDY_BELOW
+    _room.fit(len(logits))
+    scores = logits if greedy and sampling.repetition_penalty == 1 else _room.scores
+    if scores is not logits:
+        np.copyto(scores, logits)
+        _penalize(scores, sampler.seen, sampling.repetition_penalty)
     best = scores.argmax()  # of a NaN, where there is one
-    if not np.isfinite(scores[best]):
+    top = scores[best]
+    if not np.isfinite(top):
         raise UserError(NOT_FINITE)
-    if sampling.temperature < GREEDY_BELOW:
+    if greedy:
         return int(best)
     with np.errstate(over="ignore", under="ignore"):
-        weights = np.exp((scores - scores[best]) / np.float32(sampling.temperature))
+        np.subtract(scores, top, out=scores)
+        np.divide(scores, np.float32(sampling.temperature), out=scores)
+        weights = np.exp(scores, out=scores)
     return _of_nucleus(weights, sampling.top_p, number)
 
 
-def _penalized(logits: Floats, seen: NDArray[np.int64], penalty: float) -> Floats:
+def _penalize(scores: Floats, seen: NDArray[np.int64], penalty: float) -> None:
     """Make the tokens of `seen` less likely (Keskar et al. 2019, section 4.1, with the sign taken into account)."""
-    if penalty == 1:
-        return logits
-    scores = logits[seen]
-    changed = logits.copy()
-    changed[seen] = np.where(scores > 0, scores / np.float32(penalty), scores * np.float32(penalty))
-    return changed
+    if penalty != 1:
+        of_seen = scores[seen]
+        scores[seen] = np.where(of_seen > 0, of_seen / np.float32(penalty), of_seen * np.float32(penalty))
 
 
 def _of_nucleus(weights: Floats, top_p: float, number: float) -> int:
@@ -128,7 +149,9 @@ def _of_nucleus(weights: Floats, top_p: float, number: float) -> int:
         ranked = _Ranked(weights)
         return ranked.index(ranked.at(number * ranked.mass, "right")[0])
     whole = float(weights.sum(dtype=np.float64))
-    tokens = np.flatnonzero(weights > np.float32((1 - top_p) * whole / (2 * len(weights))))
+    few = np.float32((1 - top_p) * whole / (2 * len(weights)))
+    _room.fit(len(weights))
+    tokens = np.flatnonzero(np.greater(weights, few, out=_room.marks))
     ranked = _Ranked(weights[tokens])
     last, mass = ranked.at((top_p - ENOUGH) * whole, "left")
     drawn, _ = ranked.at(number * mass, "right")

@@ -2,9 +2,9 @@
 
     python benchmarks/serving_bare.py GGUF_DIR STREAMS THREADS
 
-Reads lines of JSON, each `{"prompts": [[ID, …], …], "tokens": N}`, and answers each with `{"seconds", "first"}`: the time for N tokens
-after every prompt, and until all have their first one. The C interface is the one that `keural serve` uses, the tokens are the
-largest logits by NumPy: nothing that a server could do without.
+Reads lines of JSON, each `{"prompts": [[ID, …], …], "tokens": N}`, and answers each with `{"seconds", "first"}`: the time for N
+tokens after every prompt, and until all have their first one. The C interface is the one that `keural serve` uses, the tokens are
+the largest logits by NumPy: nothing that a server could do without.
 """
 
 import json

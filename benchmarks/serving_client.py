@@ -132,10 +132,10 @@ class Server:
 
 
 @contextlib.contextmanager
-def started(command: Sequence[str], port: int, log: Path, seconds: float = 300, **environment: str) -> Iterator[Server]:
+def started(command: Sequence[str], port: int, log: Path, seconds: float = 300) -> Iterator[Server]:
     """A server's process from when it answers `/health`; it is told to end when the block ends."""
     with log.open("wb") as written:
-        process = subprocess.Popen(command, stdout=written, stderr=written, env=os.environ | environment)
+        process = subprocess.Popen(command, stdout=written, stderr=written, env=environment())
     server = Server(process, port)
     try:
         end = time.monotonic() + seconds
@@ -153,6 +153,11 @@ def started(command: Sequence[str], port: int, log: Path, seconds: float = 300, 
             process.wait()
 
 
+def environment() -> dict[str, str]:
+    """That of a process that is timed: its threads wait as its libraries mean them to."""
+    return {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+
+
 def _answers(server: Server) -> bool:
     try:
         return bool(server.get("/health"))
@@ -162,7 +167,8 @@ def _answers(server: Server) -> bool:
 
 def heading(title: str, packages: Sequence[str] = ()) -> str:
     """The head of a page of results: what was run, of what, on what."""
-    commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, capture_output=True, text=True, check=False)
     command = " ".join(Path(part).name if part.startswith("/") else part for part in sys.argv[1:])
     versions = [f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in packages)]
     return (

@@ -20,7 +20,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,10 +86,12 @@ def streams(work: Path, sizes: Sizes) -> str:
         ["tokens that came", f"{tokens:,} of {sizes.streams * sizes.stream_tokens:,}", "all"],
         ["server's processor time an event", f"{1e6 * used / max(1, events):.0f} µs ({events:,} events)", "≤ 250 µs"],
         ["server's processor time in all", f"{used:.1f} of {seconds:.1f} s", ""],
-        ["between events of a stream, median and p99", f"{_ms(statistics.median(gaps))}, {_ms(part_of(gaps, 0.99))}", ""],
+        ["between events of a stream, median and p99", _spread(gaps), ""],
         ["memory a connection", f"{1e3 * (peak - memory) / sizes.streams:.0f} KB", "≤ 50 KB"],
     ]
-    head = f"\n## {sizes.streams} streams at once\n\n{sizes.stream_tokens} tokens each, a step every {sizes.stream_step_ms:.0f} ms.\n\n"
+    head = (
+        f"\n## {sizes.streams} streams at once\n\n{sizes.stream_tokens} tokens each, a step of {sizes.stream_step_ms:.0f} ms.\n\n"
+    )
     return head + table(["", "measured", "mark"], rows)
 
 
@@ -115,16 +117,18 @@ def overload(work: Path, sizes: Sizes) -> str:
             health += [probe.seconds for probe in probes]
             kinds.update(str(reply.status) for reply in [*replies, *probes])
     ratio = statistics.median(after / before for before, after in zip(best, loaded, strict=True))
+    statuses = ", ".join(f"{status}: {count:,}" for status, count in sorted(kinds.items()))
     rows = [
         ["tokens/s with just enough requests", f"{statistics.median(best):,.0f}", ""],
         ["tokens/s with ten times as many as it can answer", f"{statistics.median(loaded):,.0f} (x{ratio:.3f})", "≥ x0.97"],
-        ["a refusal (429) takes, median and p99", f"{_ms(statistics.median(refusals))}, {_ms(part_of(refusals, 0.99))}", "p99 ≤ 50 ms"],
-        ["`/health` takes, median and p99", f"{_ms(statistics.median(health))}, {_ms(part_of(health, 0.99))}", "p99 ≤ 100 ms"],
-        ["answers by status", ", ".join(f"{status}: {count:,}" for status, count in sorted(kinds.items())), "200 and 429"],
+        ["a refusal (429) takes, median and p99", _spread(refusals), "p99 ≤ 50 ms"],
+        ["`/health` takes, median and p99", _spread(health), "p99 ≤ 100 ms"],
+        ["answers by status", statuses, "200 and 429"],
     ]
     head = (
-        f"\n## Overload\n\n{sizes.slots} slots, {sizes.waiting} may wait, a step of {sizes.overload_step_ms:g} ms, {sizes.answer} tokens "
-        f"an answer: {capacity:.0f} answers/s at most; {10 * capacity:.0f} requests/s for {sizes.seconds:g} s, {sizes.rounds} rounds.\n\n"
+        f"\n## Overload\n\n{sizes.slots} slots, {sizes.waiting} may wait, a step of {sizes.overload_step_ms:g} ms, {sizes.answer} "
+        f"tokens an answer: {capacity:.0f} answers/s at most; {10 * capacity:.0f} requests/s for {sizes.seconds:g} s, "
+        f"{sizes.rounds} rounds.\n\n"
     )
     return head + table(["", "measured", "mark"], rows)
 
@@ -199,23 +203,36 @@ async def _leaves(server: Server, draw: random.Random) -> tuple[Reply, set[int]]
     return Reply(), {0}
 
 
-KINDS: dict[str, tuple[float, Kind]] = {
-    "stream": (6, lambda server, draw: _sent(server, CHAT, chat(draw.randint(1, 60)), {200})),
-    "whole": (4, lambda server, draw: _sent(server, CHAT, chat(draw.randint(1, 60), False), {200})),
-    "stream left": (4, lambda server, draw: _sent(server, CHAT, chat(300), {200}, leave_after=draw.randint(1, 30))),
-    "left at any moment": (4, _leaves),
-    "several answers": (1, lambda server, draw: _sent(server, CHAT, chat(12, draw.random() < 0.5, n=draw.randint(2, 4)), {200})),
-    "stop string": (2, lambda server, draw: _sent(server, CHAT, chat(80, draw.random() < 0.5, stop=["다" * draw.randint(1, 9)]), {200})),
-    "log-probabilities": (1, lambda server, draw: _sent(server, CHAT, chat(8, logprobs=True, top_logprobs=5), {200})),
-    "a choice": (1, lambda server, draw: _sent(server, CHAT, chat(20, structured_outputs={"choice": ["yes", "no"]}), {200})),
-    "long prompt": (1, lambda server, draw: _sent(server, COMPLETIONS, {"prompt": [300] * draw.randint(500, 1990), "max_tokens": 4}, {200})),
-    "too long": (1, lambda server, draw: _sent(server, COMPLETIONS, {"prompt": [300] * 2000}, {400})),
-    "wrong field": (1, lambda server, draw: _sent(server, CHAT, {"messages": [], "temperature": "hot"}, {400})),
-    "not JSON": (1, lambda server, draw: _sent(server, CHAT, b"\xff{" * draw.randint(1, 2000), {400})),
-    "too late": (1, lambda server, draw: _sent(server, CHAT, chat(1900), {200, 504}, headers="X-Request-Timeout: 0.05\r\n")),
-    "tokens": (1, lambda server, draw: _sent(server, "/tokenize", {"prompt": WORDS * draw.randint(1, 50)}, {200})),
-    "metrics": (0.2, lambda server, draw: _sent(server, "/metrics", None, {200})),
-}
+def _kinds() -> dict[str, tuple[float, Kind]]:
+    def chats(body: Callable[[random.Random], dict[str, Any]], expected: set[int], **more: Any) -> Kind:
+        return lambda server, draw: _sent(server, CHAT, body(draw), expected, **more)
+
+    def prompts(length: Callable[[random.Random], int], expected: set[int]) -> Kind:
+        return lambda server, draw: _sent(server, COMPLETIONS, {"prompt": [300] * length(draw), "max_tokens": 4}, expected)
+
+    def either(draw: random.Random) -> bool:
+        return draw.random() < 0.5
+
+    return {
+        "stream": (6, chats(lambda draw: chat(draw.randint(1, 60)), {200})),
+        "whole": (4, chats(lambda draw: chat(draw.randint(1, 60), False), {200})),
+        "stream left": (4, lambda server, draw: _sent(server, CHAT, chat(300), {200}, leave_after=draw.randint(1, 30))),
+        "left at any moment": (4, _leaves),
+        "several answers": (1, chats(lambda draw: chat(12, either(draw), n=draw.randint(2, 4)), {200})),
+        "stop string": (2, chats(lambda draw: chat(80, either(draw), stop=["다" * draw.randint(1, 9)]), {200})),
+        "log-probabilities": (1, chats(lambda draw: chat(8, either(draw), logprobs=True, top_logprobs=5), {200})),
+        "a choice": (1, chats(lambda draw: chat(20, either(draw), structured_outputs={"choice": ["yes", "no"]}), {200})),
+        "long prompt": (1, prompts(lambda draw: draw.randint(500, 1990), {200})),
+        "too long": (1, prompts(lambda draw: draw.randint(2000, 5000), {400})),
+        "wrong field": (1, chats(lambda draw: chat(4, temperature="hot"), {400})),
+        "not JSON": (1, lambda server, draw: _sent(server, CHAT, b"\xff{" * draw.randint(1, 2000), {400})),
+        "too late": (1, chats(lambda draw: chat(1900), {200, 504}, headers="X-Request-Timeout: 0.05\r\n")),
+        "tokens": (1, lambda server, draw: _sent(server, "/tokenize", {"prompt": WORDS * draw.randint(1, 50)}, {200})),
+        "metrics": (0.2, lambda server, draw: _sent(server, "/metrics", None, {200})),
+    }
+
+
+KINDS = _kinds()
 """What is asked in the soak: how often, how, and the statuses that it may have; 429 may come wherever the network is asked."""
 
 
@@ -240,13 +257,16 @@ def soak(work: Path, sizes: Sizes) -> str:
         ["`request_success_total`, `e2e_request_latency_seconds_count`",
          f"{metrics['request_success_total']:,.0f}, {metrics['e2e_request_latency_seconds_count']:,.0f}", f"{taken:,}"],
         ["running, waiting by `/metrics`", f"{metrics['num_requests_running']:.0f}, {metrics['num_requests_waiting']:.0f}", "0, 0"],
-        ["slots in use, slots that hold other tokens than believed", f"{said['slots_in_use']}, {said['slots_that_differ']}", "0, 0"],
+        ["slots in use; that hold other tokens than believed", f"{said['slots_in_use']}, {said['slots_that_differ']}", "0, 0"],
         ["all slots answer afterwards", f"{sum(reply.done for reply in after)} of {sizes.slots}", "all"],
         ["exit code after SIGTERM", str(process.returncode), "0"],
         ["memory at the beginning and the end", f"{settled[0][1]:.0f} and {settled[-1][1]:.0f} MB", ""],
         ["memory's slope after the first fifth", f"{slope:+.2f} MB a minute", "flat"],
     ]  # fmt: skip
-    kinds = [[kind, ", ".join(f"{status or 'left'}: {n:,}" for status, n in sorted(each.items()))] for kind, each in counted.items()]
+    kinds = [
+        [kind, ", ".join(f"{status or 'left'}: {count:,}" for status, count in sorted(each.items()))]
+        for kind, each in counted.items()
+    ]
     ends = ", ".join(f"{end} {count:,}" for end, count in sorted(said["by_end"].items()))
     head = f"\n## Soak\n\n{sizes.minutes:g} minutes, {sizes.soak_workers} clients, {sizes.slots} slots. Answers ended: {ends}.\n\n"
     return head + table(["", "measured", "mark"], rows) + "\n" + table(["asked", "answers by status"], kinds)
@@ -292,8 +312,9 @@ def _at_rest(server: Server) -> dict[str, float]:
     return metrics
 
 
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.1f} ms"
+def _spread(seconds: Sequence[float]) -> str:
+    """The median and what 99 of 100 do not exceed."""
+    return f"{1e3 * statistics.median(seconds):.1f} ms, {1e3 * part_of(seconds, 0.99):.1f} ms" if seconds else "none"
 
 
 PARTS: dict[str, Callable[[Path, Sizes], str]] = {"streams": streams, "overload": overload, "soak": soak}

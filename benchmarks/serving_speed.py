@@ -3,11 +3,13 @@
     python benchmarks/serving_speed.py WORK_DIR [--llama-server PATH] [--threads 2] [--rounds 5] [--full-size GGUF_DIR]
         [--tokenizer FILE] [--parts small,turns,transformers] [--out FILE] [--small]
 
-The model has random weights (8 layers of 384, 8 experts of which 2 are chosen, 131,074 ids, weights spread as wide as makes logits of
-a trained model's spread); it is made in the work directory once. Sides: the bare loop (`serving_bare.py`), `keural serve`, and
-llama-server with its own defaults beside threads, slots and context. Every side is a process that stays; in each round every side
-answers the same new prompts of token ids, greedily and with the card's settings, in an order that turns from round to round. Rates are
-tokens of answers over the time from the first request to the last token, prompts included; each ratio is the median of the rounds' own.
+The model has random weights (8 layers of 384, 8 experts of which 2 are chosen, 131,074 ids, weights spread as wide as makes
+logits of a trained model's spread); it is made in the work directory once. Sides: the bare loop (`serving_bare.py`), `keural
+serve`, and llama-server with its own defaults beside threads, slots and context. Every side is a process that stays; in each
+round every side answers the same new prompts of token ids, greedily and others with the card's settings, in an order that turns
+from round to round. Rates are tokens of answers over the time from the first request to the last token, prompts included; each
+ratio is the median of the rounds' own. Processes wait for each other as their libraries do by default, whatever
+`OMP_WAIT_POLICY` says here: to let threads sleep between the parts of a step halves llama.cpp's speed.
 
 turns: the first token of a long prompt, and of the second turn of that conversation, of which only what is new is to be read.
 transformers: the same server with the network of this package in float32.
@@ -37,7 +39,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from benchmarks.serving_client import Reply, Server, ask, heading, started, table  # noqa: E402
+from benchmarks.serving_client import Reply, Server, ask, environment, heading, started, table  # noqa: E402
 from keural.serve.server.start import bind  # noqa: E402
 
 COMPLETIONS = "/v1/completions"
@@ -115,7 +117,7 @@ def usage(reply: Reply) -> dict[str, Any]:
 def bare_loop(gguf: Path, streams: int, threads: int) -> Iterator[Side]:
     """The bare loop in a process of its own."""
     command = [sys.executable, str(ROOT / "benchmarks" / "serving_bare.py"), str(gguf), str(streams), str(threads)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()) as process:
         assert process.stdin is not None
         assert process.stdout is not None
 
@@ -155,10 +157,11 @@ def compare(sides: dict[str, Side], sizes: Sizes, streams: int, vocabulary: int,
     """The outcomes of all rounds, for so many streams; a first round is not counted."""
     outcomes: dict[str, list[Outcome]] = defaultdict(list)
     for number in range(sizes.rounds + 1):
-        prompts = [random_ids(draw, sizes.prompt, vocabulary) for _ in range(streams)]
+        asked = [[random_ids(draw, sizes.prompt, vocabulary) for _ in range(streams)] for _ in OURS]
         order = deque(sides)
         order.rotate(number)
         for name in order:
+            prompts = asked["card" in name]  # others: no slot of a server has seen them
             outcome = sides[name](prompts, sizes.answer if number else 4)
             if number:
                 outcomes[name].append(outcome)
@@ -205,8 +208,7 @@ def rates_page(outcomes: dict[int, dict[str, list[Outcome]]]) -> str:
                 ratio(mine, found["bare loop"]) if "bare loop" in found else "",
                 {1: "≥ x0.909", 8: "≥ x0.870"}.get(streams, ""),
                 ratio(mine, peer) if peer else "", "≥ x0.95" if streams == 1 else "≥ x0.9",
-                first_ratio(mine, peer) if peer else f"{1e3 * statistics.median(statistics.median(each.firsts) for each in mine):.0f} ms",
-                "≤ x1.1",
+                first_ratio(mine, peer or mine), "≤ x1.1",
                 ratio(mine, outcomes[1][f"ours, {settings}"]) if 1 in outcomes else "", "≥ x2.2" if streams == 8 else "",
             ])  # fmt: skip
     columns = ["streams", "to the bare loop", "mark", "to llama-server", "mark", "first token (to llama-server's)", "mark",
@@ -234,15 +236,18 @@ def turns(servers: dict[str, tuple[Server, dict[str, Any]]], sizes: Sizes, vocab
     base = next((name for name in servers if name.startswith("llama-server")), None)
     rows = []
     for name, (long, again) in seconds.items():
-        to = [statistics.median(a / b for a, b in zip(mine, theirs, strict=True)) if base else 1.0
-              for mine, theirs in zip((long, again), seconds[base or name], strict=True)]  # fmt: skip
-        rows.append([name, *(f"{1e3 * statistics.median(times):.0f} ms (x{of:.2f})" for times, of in zip((long, again), to, strict=True)),
-                     f"{statistics.median(read[name]):.0f}"])  # fmt: skip
+        columns = [_first_turns(times, peer) for times, peer in zip((long, again), seconds[base or name], strict=True)]
+        rows.append([name, *columns, f"{statistics.median(read[name]):.0f}"])
     new = sizes.new + 1
     return (
-        f"\nA prompt of {sizes.long} tokens, and the turn after it: the same, its answer of 16 tokens, and {sizes.new} new ones "
-        f"(at least {new} are to be read: of an answer the last token is in no cache). Times to the first token; the mark is x1.1.\n\n"
+        f"\nA prompt of {sizes.long} tokens, and the turn after it: the same, its answer of 16 tokens, and {sizes.new} new ones (at "
+        f"least {new} are to be read: of an answer the last token is in no cache). Times to the first token; the mark is x1.1.\n\n"
     ) + table(["", "first turn", "second turn", "tokens read for the second"], rows)
+
+
+def _first_turns(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    of = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    return f"{1e3 * statistics.median(ours):.0f} ms (x{of:.2f})"
 
 
 def cached_tokens(reply: Reply) -> int:
@@ -294,8 +299,8 @@ def time_gguf(gguf: Path, vocabulary: int, context: int, sizes: Sizes, given: ar
         server = stack.enter_context(keural_serve(gguf, slots, given.threads, work / "keural.log"))
         peer = None
         if given.llama_server is not None:
-            file = next(gguf.glob("*.gguf"))
-            peer = stack.enter_context(llama_server(given.llama_server, file, slots, context, given.threads, work / "llama-server.log"))
+            file, log = next(gguf.glob("*.gguf")), work / "llama-server.log"
+            peer = stack.enter_context(llama_server(given.llama_server, file, slots, context, given.threads, log))
         sides: dict[str, Side] = {}
         if given.full_size is None:
             sides["bare loop"] = stack.enter_context(bare_loop(gguf, slots, given.threads))

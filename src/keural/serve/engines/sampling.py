@@ -29,6 +29,9 @@ BUCKETS = (int(np.float32(1).view(np.int32)) >> LOW_BITS) + 1
 """Weights are at most 1."""
 
 NOT_FINITE = "the model's logits are not finite: its weights are damaged, or its precision is too small for them"
+LIKELY, FEW = np.float32(1e-3), 4096
+"""A nucleus is first looked for among the tokens with more than this part of the best one's probability, where they are few:
+sorting so few is quicker than numbering buckets."""
 PART = 8192
 """Weights are summed so many at a time: memory for all of them would be asked of the system, and given back, with every token."""
 
@@ -149,13 +152,32 @@ def _of_nucleus(weights: Floats, top_p: float, number: float) -> int:
         ranked = _Ranked(weights)
         return ranked.index(ranked.at(number * ranked.mass, "right")[0])
     whole = float(weights.sum(dtype=np.float64))
-    few = np.float32((1 - top_p) * whole / (2 * len(weights)))
     _room.fit(len(weights))
-    tokens = np.flatnonzero(np.greater(weights, few, out=_room.marks))
+    found = _of_few(weights, (top_p - ENOUGH) * whole, number)
+    if found is not None:
+        return found
+    least = np.float32((1 - top_p) * whole / (2 * len(weights)))
+    tokens = np.flatnonzero(np.greater(weights, least, out=_room.marks))
     ranked = _Ranked(weights[tokens])
     last, mass = ranked.at((top_p - ENOUGH) * whole, "left")
     drawn, _ = ranked.at(number * mass, "right")
     return int(tokens[ranked.index(min(drawn, last))])
+
+
+def _of_few(weights: Floats, wanted: float, number: float) -> int | None:
+    """See `_of_nucleus`; None where few tokens do not have the mass that is `wanted`."""
+    marks = np.greater(weights, LIKELY, out=_room.marks)
+    if np.count_nonzero(marks) > FEW:
+        return None
+    tokens = np.flatnonzero(marks)
+    likely = weights[tokens]
+    if likely.sum(dtype=np.float64) < wanted + ENOUGH:  # with room for sums in another order
+        return None
+    order = np.argsort(-likely, kind="stable")
+    sums = likely[order].cumsum(dtype=np.float64)
+    last = int(sums.searchsorted(wanted, "left"))
+    drawn = int(sums.searchsorted(number * sums[last], "right"))
+    return int(tokens[order[min(drawn, last)]])
 
 
 Rank = tuple[int, int]

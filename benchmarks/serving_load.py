@@ -107,7 +107,7 @@ def overload(work: Path, sizes: Sizes) -> str:
     loaded: list[float] = []
     refusals: list[float] = []
     health: list[float] = []
-    kinds: collections.Counter[str] = collections.Counter()
+    kinds: collections.Counter[int] = collections.Counter()
     with stub(work, "overload", sizes.slots, sizes.waiting, sizes.overload_step_ms) as server:
         for _ in range(sizes.rounds):
             best.append(asyncio.run(_just_enough(server, sizes)))
@@ -115,15 +115,14 @@ def overload(work: Path, sizes: Sizes) -> str:
             loaded.append(rate)
             refusals += [reply.seconds for reply in replies if reply.status == 429]
             health += [probe.seconds for probe in probes]
-            kinds.update(str(reply.status) for reply in [*replies, *probes])
+            kinds.update(reply.status for reply in [*replies, *probes])
     ratio = statistics.median(after / before for before, after in zip(best, loaded, strict=True))
-    statuses = ", ".join(f"{status}: {count:,}" for status, count in sorted(kinds.items()))
     rows = [
         ["tokens/s with just enough requests", f"{statistics.median(best):,.0f}", ""],
         ["tokens/s with ten times as many as it can answer", f"{statistics.median(loaded):,.0f} (x{ratio:.3f})", "≥ x0.97"],
         ["a refusal (429) takes, median and p99", _spread(refusals), "p99 ≤ 50 ms"],
         ["`/health` takes, median and p99", _spread(health), "p99 ≤ 100 ms"],
-        ["answers by status", statuses, "200 and 429"],
+        ["answers by status", _statuses(kinds), "200 and 429"],
     ]
     head = (
         f"\n## Overload\n\n{sizes.slots} slots, {sizes.waiting} may wait, a step of {sizes.overload_step_ms:g} ms, {sizes.answer} "
@@ -263,10 +262,7 @@ def soak(work: Path, sizes: Sizes) -> str:
         ["memory at the beginning and the end", f"{settled[0][1]:.0f} and {settled[-1][1]:.0f} MB", ""],
         ["memory's slope after the first fifth", f"{slope:+.2f} MB a minute", "flat"],
     ]  # fmt: skip
-    kinds = [
-        [kind, ", ".join(f"{status or 'left'}: {count:,}" for status, count in sorted(each.items()))]
-        for kind, each in counted.items()
-    ]
+    kinds = [[kind, _statuses(each)] for kind, each in counted.items()]
     ends = ", ".join(f"{end} {count:,}" for end, count in sorted(said["by_end"].items()))
     head = f"\n## Soak\n\n{sizes.minutes:g} minutes, {sizes.soak_workers} clients, {sizes.slots} slots. Answers ended: {ends}.\n\n"
     return head + table(["", "measured", "mark"], rows) + "\n" + table(["asked", "answers by status"], kinds)
@@ -310,6 +306,10 @@ def _at_rest(server: Server) -> dict[str, float]:
             break
         time.sleep(0.05)
     return metrics
+
+
+def _statuses(counts: collections.Counter[int]) -> str:
+    return ", ".join(f"{status or 'left'}: {count:,}" for status, count in sorted(counts.items()))
 
 
 def _spread(seconds: Sequence[float]) -> str:

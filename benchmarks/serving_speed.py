@@ -63,7 +63,7 @@ class Sizes(NamedTuple):
 
     rounds: int = 5
     prompt: int = 64
-    answer: int = 128
+    answer: int = 96
     streams: tuple[int, ...] = (1, 4, 8)
     long: int = 1500
     new: int = 40
@@ -240,8 +240,8 @@ def turns(servers: dict[str, tuple[Server, dict[str, Any]]], sizes: Sizes, vocab
         rows.append([name, *columns, f"{statistics.median(read[name]):.0f}"])
     new = sizes.new + 1
     return (
-        f"\nA prompt of {sizes.long} tokens, and the turn after it: the same, its answer of 16 tokens, and {sizes.new} new ones (at "
-        f"least {new} are to be read: of an answer the last token is in no cache). Times to the first token; the mark is x1.1.\n\n"
+        f"\nA prompt of {sizes.long} tokens, and the turn after it: the same, its answer of 16 tokens, and {sizes.new} new ones "
+        f"(at least {new} are to be read: of an answer the last token is in no cache). To the first token; the mark is x1.1.\n\n"
     ) + table(["", "first turn", "second turn", "tokens read for the second"], rows)
 
 

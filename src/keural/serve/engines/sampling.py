@@ -29,7 +29,7 @@ BUCKETS = (int(np.float32(1).view(np.int32)) >> LOW_BITS) + 1
 """Weights are at most 1."""
 
 NOT_FINITE = "the model's logits are not finite: its weights are damaged, or its precision is too small for them"
-LIKELY, FEW = np.float32(1e-3), 4096
+LIKELY, FEW = np.float32(1e-4), 8192
 """A nucleus is first looked for among the tokens with more than this part of the best one's probability, where they are few:
 sorting so few is quicker than numbering buckets."""
 PART = 8192
@@ -111,6 +111,14 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     return tokens
 
 
+def are_finite(logits: Tensor) -> list[bool]:
+    """For each row of `logits` `[N, V]` whether all of it is finite."""
+    if logits.device.type == "cpu":
+        return [bool(np.isfinite(row.min()) and np.isfinite(row.max())) for row in logits.numpy()]
+    found: list[bool] = torch.isfinite(logits).all(dim=-1).tolist()
+    return found
+
+
 def choose_row(logits: Floats, sampler: Sampler) -> int:
     """See `choose`; one row `[V]`, by NumPy in this thread: the network's threads are not woken for it."""
     number, sampling = sampler.uniform(), sampler.sampling
@@ -173,7 +181,9 @@ def _of_few(weights: Floats, wanted: float, number: float) -> int | None:
     likely = weights[tokens]
     if likely.sum(dtype=np.float64) < wanted + ENOUGH:  # with room for sums in another order
         return None
-    order = np.argsort(-likely, kind="stable")
+    # Positive floats are ordered as their bits are; with the place below them no two keys are equal, and any sort is a stable one.
+    keys = (~likely.view(np.uint32)).astype(np.uint64) << np.uint64(32) | np.arange(len(likely), dtype=np.uint64)
+    order = np.sort(keys).astype(np.uint32)
     sums = likely[order].cumsum(dtype=np.float64)
     last = int(sums.searchsorted(wanted, "left"))
     drawn = int(sums.searchsorted(number * sums[last], "right"))

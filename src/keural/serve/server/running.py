@@ -65,6 +65,7 @@ def load_llama(path: Path, slots: int, threads: int | None) -> Loaded:
         if error.name != "llama_cpp":
             raise
         raise UserError("the llama.cpp engine is not installed; install it with `pip install 'keural[llama]'`") from error
+    torch.set_num_threads(1)  # for the sampler alone: its threads would take the cores from llama.cpp's, and wait for them
     loaded = LlamaSlots(path, slots, threads)
     return Loaded(loaded, loaded.tokenizer, loaded.unverified)
 

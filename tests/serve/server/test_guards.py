@@ -567,6 +567,13 @@ class TestTheCommand:
         assert code == 2
         assert f"port {port} on 127.0.0.1 cannot be used" in error
 
+    @pytest.mark.parametrize("prefix", ["", "a b", "1st", "ke:ural", "모델"])
+    def test_a_prefix_that_cannot_stand_in_a_name(self, keural: Any, model_dir: Path, prefix: str) -> None:
+        code, _, error = keural("serve", model_dir, "--port", 0, "--metrics-prefix", prefix)
+
+        assert code == 2
+        assert "--metrics-prefix" in error
+
     def test_without_its_packages(self, keural: Any, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("keural.serve.server.start.NEEDED", ("fastapi", "no_such_package"))
 

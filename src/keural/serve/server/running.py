@@ -31,6 +31,7 @@ from keural.serve.server.protocol import guarded_protocol
 from keural.serve.server.service import Service
 from keural.serve.server.settings import Settings
 from keural.serve.server.start import BACKLOG, is_loopback
+from keural.serve.server.supervisor import tell, watchdog
 from keural.terminal import note, say
 from keural.tokenizer import KeuralTokenizer
 
@@ -141,6 +142,7 @@ class Server(uvicorn.Server):
         self._key_file = key_file
         self._service, self._address = service, listener.getsockname()
         self._draining: asyncio.Task[None] | None = None
+        self._watchdog = watchdog(service.trouble)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to answer."""
@@ -154,6 +156,7 @@ class Server(uvicorn.Server):
         say(f"{self._service.name} on {where}/v1 ({slots.count} answers at once, context {slots.context_length}; Ctrl-C ends it)")
         everywhere = ipaddress.ip_address(host.partition("%")[0]).is_unspecified
         say(f"in a browser: {f'http://localhost:{port}' if everywhere else where}/")
+        tell("READY=1")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal to end has come."""
@@ -165,6 +168,7 @@ class Server(uvicorn.Server):
         """Ten times a second."""
         if self._service.draining and self._draining is None:
             self._draining = asyncio.create_task(self._drain())
+        self._watchdog(counter)
         return await super().on_tick(counter)
 
     def _read_keys_again(self, file: Path) -> None:
@@ -179,5 +183,6 @@ class Server(uvicorn.Server):
     async def _drain(self) -> None:
         """Let answers under way end; new requests are turned away, and `/ready` says no."""
         write_entry({"event": "draining", "answers": self._service.answers.open})
+        tell("STOPPING=1")
         await self._service.answers.close(self._service.limits.drain)
         self.should_exit = True

@@ -17,6 +17,7 @@ import keural
 from keural.parsing import Malformed, parse_json
 from keural.serve.server.chat import ChatRequest, answer_chat
 from keural.serve.server.completions import CompletionRequest, answer_completion
+from keural.serve.server.description import describe
 from keural.serve.server.errors import ApiError, json_response, of_status
 from keural.serve.server.fields import refusal
 from keural.serve.server.gate import Gate
@@ -46,6 +47,7 @@ def make_app(service: Service) -> ASGIApp:
     _add_generation(app, service)
     _add_tokens(app, service)
     _add_page(app)
+    describe(app, service)
     return Gate(app, service)
 
 

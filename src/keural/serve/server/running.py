@@ -102,8 +102,21 @@ def serve(
         log=write_entry,
     )
     set_up_logging()
+    allow_files(2 * settings.limits.connections)
     Server(service, listener, settings.api_key_file).run(sockets=[listener])
     return 0
+
+
+def allow_files(count: int) -> None:
+    """Let the process open so many files and connections, as far as its limits can be raised."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # not a Unix
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _name(path: Path) -> str:
@@ -133,7 +146,6 @@ class Server(uvicorn.Server):
             "access_log": False,
             "server_header": False,
             "proxy_headers": False,
-            "limit_concurrency": limits.connections,
             "backlog": BACKLOG,
             "timeout_keep_alive": limits.idle_seconds,
             "timeout_graceful_shutdown": AFTER_DRAIN,
@@ -142,6 +154,7 @@ class Server(uvicorn.Server):
         self._key_file = key_file
         self._service, self._address = service, listener.getsockname()
         self._draining: asyncio.Task[None] | None = None
+        service.connections = lambda: len(self.server_state.connections)
         self._watchdog = watchdog(service.trouble)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

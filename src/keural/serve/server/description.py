@@ -31,7 +31,8 @@ WITH_BODY = {404: "There is no model of this name.", 413: "The body is too large
 GENERATING = {429: "Too many wait; `Retry-After` says how long.", 504: "The answer did not end within its deadline."}
 GENERATES = {"/v1/chat/completions", "/v1/completions", "/v1/responses", MESSAGES}
 TEXT_ANSWERS = {"/metrics": "text/plain"}
-BEARER, API_KEY = {"bearer": []}, {"api_key": []}
+BEARER: dict[str, list[str]] = {"bearer": []}
+API_KEY: dict[str, list[str]] = {"api_key": []}
 
 
 def _object(**properties: Schema) -> Schema:

@@ -17,6 +17,7 @@ import keural
 from keural.parsing import Malformed, parse_json
 from keural.serve.server.chat import ChatRequest, answer_chat
 from keural.serve.server.completions import CompletionRequest, answer_completion
+from keural.serve.server.description import describe
 from keural.serve.server.errors import ApiError, json_response, of_status
 from keural.serve.server.fields import refusal
 from keural.serve.server.gate import Gate
@@ -24,6 +25,7 @@ from keural.serve.server.messages import CountRequest, MessagesRequest, answer_m
 from keural.serve.server.page import File, read_page
 from keural.serve.server.responses import ResponsesRequest, answer_responses
 from keural.serve.server.service import Service
+from keural.serve.server.settings import Limits
 from keural.serve.server.tokens import (
     DetokenizeRequest,
     RenderRequest,
@@ -39,13 +41,14 @@ PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 def make_app(service: Service) -> ASGIApp:
     """The guarded application."""
     app = FastAPI(title="keural", version=keural.__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.router.route_class = _route_class(service.limits.depth)
+    app.router.route_class = _route_class(service.limits)
     _add_errors(app)
     _add_state(app, service)
     _add_models(app, service)
     _add_generation(app, service)
     _add_tokens(app, service)
     _add_page(app)
+    describe(app, service)
     return Gate(app, service)
 
 
@@ -85,7 +88,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
     @app.post("/detokenize")
     async def detokenize_ids(fields: Annotated[DetokenizeRequest, Body()]) -> Response:
         """The text of ids."""
-        return json_response(detokenize(service, fields))
+        return json_response(await detokenize(service, fields))
 
     @app.post("/v1/chat/completions/render")
     async def render_chat_completion(fields: Annotated[RenderRequest, Body()]) -> Response:
@@ -173,13 +176,13 @@ def _add_errors(app: FastAPI) -> None:
         return refusal(found).response(path)
 
 
-def _route_class(depth: int) -> type[APIRoute]:
+def _route_class(limits: Limits) -> type[APIRoute]:
     """Routes whose JSON has limits."""
 
     class LimitedRequest(Request):
         async def json(self) -> Any:
             try:
-                return parse_json(await self.body(), depth=depth)
+                return parse_json(await self.body(), depth=limits.depth, parts=limits.parts)
             except Malformed as error:
                 raise ApiError(400, f"the body is not JSON that can be read: {error}", code="invalid_json") from error
 

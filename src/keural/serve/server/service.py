@@ -54,6 +54,8 @@ class Service:
     def __post_init__(self) -> None:
         self.created = int(time.time())
         self.draining = False
+        self.connections: Callable[[], int] = lambda: 0
+        """How many are open, where a server counts them."""
         self.metrics = Metrics(self.metrics_prefix, self.name)
         self.answers = Answers(self.slots, self.tokenizer.vocab_size, self.limits.waiting, self.metrics.observe)
         self.metrics.watch(self.answers.scheduler)

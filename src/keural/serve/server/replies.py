@@ -98,11 +98,18 @@ class Reply(Response):
     """Runs requests, `n` for each prompt one after another, and sends what becomes of them."""
 
     def __init__(
-        self, service: Service, requests: Sequence[Request], n: int, stops: Sequence[str], writer: Writer, stream: bool
+        self,
+        service: Service,
+        requests: Sequence[Request],
+        n: int,
+        stops: Sequence[str],
+        writer: Writer,
+        stream: bool,
+        with_calls: bool = False,
     ) -> None:
         super().__init__()
         self._service, self._requests, self._n = service, requests, n
-        self._choices = [Choice(Pieces(service.tokenizer, service.spell, stops)) for _ in requests]
+        self._choices = [Choice(Pieces(service.tokenizer, service.spell, stops, with_calls)) for _ in requests]
         self._writer, self._streamed = writer, stream
         self._begun = False
         self._log: MutableMapping[str, Any] = {}

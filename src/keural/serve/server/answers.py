@@ -6,6 +6,7 @@ answer, at most one context of tokens, and is taken at once.
 
 import asyncio
 import contextlib
+import itertools
 import queue
 import threading
 import time
@@ -37,6 +38,11 @@ class Answer:
         self._news.clear()
         tokens, self._tokens = self._tokens, []
         return tokens, self.ended
+
+    async def wait(self, seconds: float) -> None:
+        """Wait for news, so long at most; they are left where they are."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._news.wait(), seconds)
 
     @property
     def end(self) -> End | None:
@@ -84,6 +90,13 @@ class Answers:
             for ticket, answer in asked:
                 if answer.ended is None:
                     self.scheduler.cancel(ticket)
+
+    def position(self, ticket: Ticket) -> int | None:
+        """Its place among those that wait, 1 for the next one; None for one that does not wait (any more)."""
+        if ticket.started is not None or ticket not in self._open:
+            return None
+        before = itertools.takewhile(lambda other: other is not ticket, self._open)
+        return 1 + sum(other.started is None and not other.cancelled for other in before)
 
     async def close(self, seconds: float) -> None:
         """Let answers go on for so long, cut the others off, and stop the network's thread."""

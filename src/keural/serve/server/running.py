@@ -18,7 +18,7 @@ import uvicorn
 
 from keural.errors import UserError
 from keural.pretrained.cached_step import check_cached_step
-from keural.pretrained.lineage import read_record
+from keural.pretrained.lineage import read_record, trained_on_tools
 from keural.pretrained.network_code import other_code_line
 from keural.pretrained.stored_model import build, open_model
 from keural.serve.batching.slots import Slots
@@ -99,6 +99,7 @@ def serve(
         settings.limits,
         keys,
         host_names(listener, settings),
+        trained_on_tools=trained_on_tools(read_record(path if path.is_dir() else path.parent)),
         metrics_prefix=settings.metrics_prefix,
         log=write_entry,
     )

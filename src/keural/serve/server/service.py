@@ -47,6 +47,8 @@ class Service:
     """Names by which it may be called; None: any."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Shown with the model's name."""
+    trained_on_tools: bool = False
+    """Whether the model is known to have been trained on calls of tools, so that it may be asked to decide about them."""
     metrics_prefix: str = "keural"
     log: Callable[[Mapping[str, Any]], None] = lambda _: None
     """Takes one entry of the log."""

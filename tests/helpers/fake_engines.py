@@ -90,6 +90,7 @@ class Forms(Strict):
 
 
 Id = Annotated[int, Field(ge=0)]
+Zero = Annotated[float, Field(ge=0, le=0)]
 Bias = dict[Annotated[str, Field(pattern="^[0-9]+$")], float]
 
 
@@ -125,9 +126,9 @@ class SglangParams(Strict):
     temperature: Annotated[float, Field(ge=0)]
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Literal[-1] = -1
-    min_p: Literal[0.0] = 0.0
-    frequency_penalty: Literal[0.0] = 0.0
-    presence_penalty: Literal[0.0] = 0.0
+    min_p: Zero = 0.0
+    frequency_penalty: Zero = 0.0
+    presence_penalty: Zero = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, le=2)] = 1.0
     stop_token_ids: list[Id] = []
     sampling_seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None

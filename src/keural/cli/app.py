@@ -26,6 +26,7 @@ from keural.cli.options import (
     Out,
     Overrides,
     RecipeDir,
+    ReferenceOnly,
     RepetitionPenalty,
     Seed,
     StageFile,
@@ -81,11 +82,12 @@ def run(
     out: Out = None,
     until: Annotated[str | None, typer.Option(help="stop after this stage")] = None,
     tensorboard: Annotated[bool, typer.Option(help="also write TensorBoard files")] = False,
+    reference_only: ReferenceOnly = False,
 ) -> None:
     """Run a recipe's whole pipeline; finished stages are skipped, an interrupted one is resumed."""
     loaded, directory = open_recipe(recipe, overrides, out)
     _check(loaded, directory, until=until)
-    _run(loaded, directory, until=until, tensorboard=tensorboard)
+    _run(loaded, directory, until=until, tensorboard=tensorboard, reference_only=reference_only)
 
 
 @app.command(rich_help_panel=RECIPES)
@@ -94,11 +96,12 @@ def train(
     overrides: Overrides = None,
     out: Out = None,
     tensorboard: Annotated[bool, typer.Option(help="also write TensorBoard files")] = False,
+    reference_only: ReferenceOnly = False,
 ) -> None:
     """Run one stage (with torchrun: on many processes); the stage it starts from must be finished."""
     loaded, name, directory = open_stage(stage, overrides, out)
     _check(loaded, directory, only=name)
-    _run(loaded, directory, only=name, tensorboard=tensorboard)
+    _run(loaded, directory, only=name, tensorboard=tensorboard, reference_only=reference_only)
 
 
 def _check(recipe: "Recipe", directory: Path, *, until: str | None = None, only: str | None = None) -> None:

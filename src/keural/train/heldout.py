@@ -8,9 +8,9 @@ from keural.data.loading.batch import Batch
 from keural.data.loading.stream import Stream
 from keural.recipe import StageSpec
 from keural.train.micro_batches import micro_batches, rows_per_pass
-from keural.train.objectives.base import References
 from keural.train.parallel import reshard
 from keural.train.ranks import Ranks
+from keural.train.reference.online import Reference, references_for
 from keural.train.trainer import Trainer
 
 
@@ -24,7 +24,7 @@ def heldout_batches(stage: StageSpec, stream: Stream, ranks: Ranks) -> Iterator[
 
 
 @torch.no_grad()
-def evaluate(trainer: Trainer, stream: Stream, references: References | None) -> dict[str, float]:
+def evaluate(trainer: Trainer, stream: Stream, references: Reference | None) -> dict[str, float]:
     """Mean loss per label or pair of a held-out store, the objective's metrics, and `items`, the number of labels or pairs (of
     weighted pairs, the sum of their weights).
     """
@@ -32,7 +32,7 @@ def evaluate(trainer: Trainer, stream: Stream, references: References | None) ->
     sums = torch.zeros(2 + len(names), dtype=torch.float64)
     for batch in heldout_batches(trainer.stage, stream, ranks):
         for micro in micro_batches(batch, None, ranks.device):
-            terms = trainer.objective(trainer.policy(micro).logprobs, micro, references)
+            terms = trainer.objective(trainer.policy(micro).logprobs, micro, references_for(references, micro))
             sums[1:] += torch.stack([terms.loss, *(terms.metrics[name] for name in names)]).double().cpu()
         sums[0] += trainer.objective.denominator(batch)
     reshard(trainer.policy)

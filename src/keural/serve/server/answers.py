@@ -13,8 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from keural.serve.batching.requests import Chosen, End, Event, Request
-from keural.serve.batching.scheduler import Scheduler, Ticket
-from keural.serve.batching.slots import Slots
+from keural.serve.batching.runner import Deliver, Runner, Ticket
 
 
 class Answer:
@@ -51,11 +50,11 @@ class Answer:
 
 
 class Answers:
-    """The answers of a scheduler whose events come to the running loop."""
+    """The answers of a runner whose events come to the running loop."""
 
-    def __init__(self, slots: Slots, vocab_size: int, max_waiting: int, observe: Callable[[Ticket, Event], None]) -> None:
-        """`observe` hears of every event, in the loop."""
-        self.scheduler = Scheduler(slots, vocab_size, self._deliver, max_waiting)
+    def __init__(self, make: Callable[[Deliver], Runner], observe: Callable[[Ticket, Event], None]) -> None:
+        """`make` gives the runner, which hands events to what it is given; `observe` hears of every event, in the loop."""
+        self.scheduler = make(self._deliver)
         self._observe = observe
         self._open: dict[Ticket, Answer] = {}
         self._post: queue.SimpleQueue[Sequence[tuple[Ticket, Event]] | None] = queue.SimpleQueue()
@@ -104,8 +103,8 @@ class Answers:
         self._post.put(None)
 
     def _deliver(self, events: Sequence[tuple[Ticket, Event]]) -> None:
-        """Called by the network's thread, which goes on with its next step at once: to wake the loop would be to wait for it, for the
-        loop takes Python's lock and writes to every client first. This queue wakes its reader without giving up the lock.
+        """Called by the network's thread, which goes on with its next step at once: to wake the loop would be to wait for it, for it
+        takes Python's lock and writes to every client first. This queue wakes its reader without giving up the lock.
         """
         self._post.put(events)
 

@@ -32,6 +32,7 @@ from keural.serve.server.service import Service
 from keural.serve.server.settings import Settings
 from keural.serve.server.start import BACKLOG, is_loopback
 from keural.serve.server.supervisor import tell, watchdog
+from keural.serve.upstream.runner import Upstreams
 from keural.terminal import note, say
 from keural.tokenizer import KeuralTokenizer
 
@@ -85,14 +86,28 @@ def serve(
     listener: socket.socket,
 ) -> int:
     """Load a model and answer at `listener` until a signal ends it; returns the exit code. Raises `UserError`."""
-    loaded = LOADERS[engine](path, settings.slots, settings.threads)
+    loaded = LOADERS[engine](path, settings.answers_at_once, settings.threads)
     for remark in (loaded.unverified, other_code_line(path)):
         if remark is not None:
             note(f"({remark})")
+    return answer(loaded.slots, loaded.tokenizer, path, settings, defaults, system, keys, listener)
+
+
+def answer(
+    slots: Slots | Upstreams,
+    tokenizer: KeuralTokenizer,
+    path: Path,
+    settings: Settings,
+    defaults: SamplingParams,
+    system: str | None,
+    keys: Keys | None,
+    listener: socket.socket,
+) -> int:
+    """Answer for the model at `path` until a signal ends it; returns the exit code."""
     service = Service(
-        loaded.tokenizer,
-        loaded.slots,
-        settings.name or _name(path),
+        tokenizer,
+        slots,
+        settings.name or name_of(path),
         defaults,
         system,
         settings.jamo,
@@ -121,7 +136,7 @@ def allow_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _name(path: Path) -> str:
+def name_of(path: Path) -> str:
     """What a model is called: as its recipe, else as its directory."""
     recipe = read_record(path if path.is_dir() else path.parent).get("recipe")
     return recipe if isinstance(recipe, str) and recipe else path.resolve().name

@@ -95,7 +95,7 @@ def small_stage(objective: str = "next_token", **changes: Any) -> StageSpec:
     batch = {"batch_pairs": 4} if objective == "dpo" else {"batch_tokens": 8 * LENGTH}
     train = {"steps": 12, "lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 2, "save_every": 4, **batch} | changes.pop("train", {})
     data = {"sources": [{"name": "none", "adapter": "text"}], "sequence_length": LENGTH}
-    init = {"init_from": "x/y"} if objective == "dpo" else {}
+    init = {"init_from": "x/y"} if objective == "dpo" or "lora" in changes else {}
     train = {name: value for name, value in train.items() if value is not None}
     return StageSpec.model_validate({"name": "small", "objective": objective, "data": data, "train": train, **init, **changes})
 
@@ -137,7 +137,8 @@ def step_gradients(trainer: Trainer, step: int = 0) -> tuple[dict[str, torch.Ten
     found = accumulate_gradients(trainer, step)
     router = {name: getattr(found.router, name) for name in ("counts", "probabilities", "squares")}
     losses = {name: torch.tensor(value) for name, value in {"loss": found.loss, **found.metrics}.items()} | router
-    gradients = {name: parameter.grad.clone() for name, parameter in trainer.policy.model.named_parameters()}
+    named = trainer.policy.model.named_parameters()
+    gradients = {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
     return losses, gradients
 
 

@@ -19,8 +19,11 @@ from keural.data.prepare import clear_parts
 from keural.errors import UserError
 from keural.evaluate.scorecard import check_measurable, score
 from keural.files import fingerprint
+from keural.lora.layers import write_adapter
+from keural.lora.merge import write_merged
 from keural.pipeline.run_contents import read_run
 from keural.pipeline.run_directory import (
+    ADAPTER,
     DATA,
     DONE,
     EVALUATION,
@@ -160,16 +163,21 @@ def _job(workspace: Workspace, stage: StageSpec, tensorboard: bool) -> StageJob:
 
 def export_stage(workspace: Workspace, stage: StageSpec, result: StageResult, wanted: str, ranks: Ranks) -> None:
     """Write the stage's model directory, then the marker that it is done."""
-    weights = full_state_dict(result.model)
+    weights = full_state_dict(result.model) if result.adapter is None else {}
     ranks.on_main(lambda: _save_stage(workspace, stage, result, weights or {}, wanted))
 
 
 def _save_stage(workspace: Workspace, stage: StageSpec, result: StageResult, weights: dict[str, Tensor], wanted: str) -> None:
+    """Write what a stage has made: its model, and the adapter that is merged into it where the stage trained one."""
     directory, spec = workspace.out / stage.name, workspace.recipe.spec
     chain = list(reversed(with_ancestors(workspace.recipe, stage)))
     trained = {"chain": chain, "objectives": _objectives(workspace, stage)}
     lineage = {"recipe": spec.name, "stage": stage.name, "fingerprint": wanted, **trained}
-    save_model_directory(directory / MODEL, workspace.model_config, weights, workspace.tokenizer, lineage, spec.chat)
+    if result.adapter is None:
+        save_model_directory(directory / MODEL, workspace.model_config, weights, workspace.tokenizer, lineage, spec.chat)
+    else:
+        write_adapter(directory / ADAPTER, result.adapter, lineage, spec.chat)
+        write_merged(directory / ADAPTER, result.adapter.base, directory / MODEL, workspace.tokenizer, spec.chat)
     Done(
         name=stage.name,
         objective=stage.objective,
@@ -182,6 +190,7 @@ def _save_stage(workspace: Workspace, stage: StageSpec, result: StageResult, wei
         loss_first=result.loss_first,
         loss_last=result.loss_last,
         heldout=result.heldout,
+        trained=result.trained,
     ).write(directory / DONE)
 
 

@@ -19,6 +19,7 @@ know its plan without knowing the pipeline) and listed here.
     <stage>/checkpoints/*/manifest.json       keural.train.checkpoint: SHA-256 of every file, and its own
     <stage>/metrics.jsonl     keural.train.metrics: each line has a checksum
     <stage>/model/keural.json keural.pretrained.lineage: SHA-256 of every file of the model
+    <stage>/adapter/keural.json keural.pretrained.lineage, the same of a stage's adapter, which its model has in it
     <stage>/model-checked.json  when the model was compared with its checksums: a cache
     <stage>/done.json         Done: the stage is finished
     evaluation.json           EvaluationFile: a cache
@@ -48,8 +49,8 @@ from keural.recipe import Recipe
 RUN, RECIPE, SUMMARY, EVALUATION, FINAL, DATA, TOKENIZER = (
     "run.json", "recipe.yaml", "summary.json", "evaluation.json", "final", "data", "tokenizer"
 )  # fmt: skip
-STAGE, STAGE_TEXT, DONE, PLAN, METRICS, MODEL, CHECKPOINTS, MODEL_CHECKED = (
-    "stage.json", "stage.yaml", "done.json", "plan.json", "metrics.jsonl", "model", "checkpoints", "model-checked.json"
+STAGE, STAGE_TEXT, DONE, PLAN, METRICS, MODEL, CHECKPOINTS, MODEL_CHECKED, ADAPTER = (
+    "stage.json", "stage.yaml", "done.json", "plan.json", "metrics.jsonl", "model", "checkpoints", "model-checked.json", "adapter"
 )  # fmt: skip
 FORMAT = 1
 """Raised when the files of a run directory change so that an earlier one cannot be used."""
@@ -108,6 +109,8 @@ class Done(CheckedFile):
     loss_first: float
     loss_last: float
     heldout: dict[str, float]
+    trained: int = 0
+    """Parameters that were trained; 0 where an earlier version did not say."""
 
 
 class EvaluationFile(CheckedFile):

@@ -6,8 +6,9 @@ from pydantic import Field, field_validator, model_validator
 
 from keural.errors import nearest, quoted
 from keural.limits import LARGEST
-from keural.recipe.base import BOUNDED, Part, Spec, length, neutral, not_for
+from keural.recipe.base import BOUNDED, Part, Spec, length, length_list, neutral, not_for
 from keural.recipe.data import DataSpec
+from keural.recipe.lora import LoraSpec, why_not_adapted
 from keural.recipe.objectives import OBJECTIVES, PREFERENCE_LOSSES, Objective, PreferenceLossName
 
 
@@ -53,6 +54,14 @@ class TrainSpec(Spec):
     otherwise up to rounding."""
     compile: bool = neutral("work", False)
     """Compile the layers; the same numbers up to rounding."""
+    skip_spikes: float | None = Field(None, gt=0)
+    """A step whose loss or gradient norm lies more than so many standard deviations above the mean of the 128 steps before is not
+    taken (OLMo 2 does so at 6); none: every finite step is. Ten such steps in a row stop the stage."""
+    steps_to_skip: list[int] = length_list()
+    """Steps, counted from 0, whose batches are not trained on: of a batch that spoils the weights. Steps that are not done yet may
+    be added when a stage goes on."""
+    stuck_after: float = neutral("check", 1800.0, ge=10)
+    """Seconds without a step, an evaluation or a checkpoint after which a process ends itself, saying where it was."""
     save_every: int | None = neutral("keeping", None, gt=0)
     """Steps between checkpoints; none: every ten minutes, and saving takes at most a twentieth of the time. The last step is
     always saved."""
@@ -77,6 +86,13 @@ class TrainSpec(Spec):
             raise ValueError("betas must lie in [0, 1)")
         return betas
 
+    @field_validator("steps_to_skip")
+    @classmethod
+    def _steps_in_order(cls, steps: list[int]) -> list[int]:
+        if steps != sorted(set(steps)) or any(step < 0 for step in steps):
+            raise ValueError("steps_to_skip must rise, from 0, each step once")
+        return steps
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if sum(value is not None for value in (self.steps, self.epochs, self.budget_share)) != 1:
@@ -91,6 +107,8 @@ class TrainSpec(Spec):
             raise ValueError("min_lr cannot exceed lr")
         if self.steps is not None and self.warmup_steps >= self.steps:
             raise ValueError("warmup_steps must be smaller than steps")
+        if self.steps is not None and self.steps_to_skip and self.steps_to_skip[-1] >= self.steps:
+            raise ValueError(f"steps_to_skip names step {self.steps_to_skip[-1]}, and the last of {self.steps} is {self.steps - 1}")
         return self
 
 
@@ -107,6 +125,10 @@ class RouterSpec(Spec):
     """With scope global_batch: the load that the balance loss goes by. `exact`: of the same step, for which a step of several
     forward passes runs each of them twice. `lagged`: of the step before (even at the first one), without that; what is reported
     is of the step itself."""
+    freeze: bool = False
+    """Leave the routers' weights as they are, bit for bit: no gradient, no update, no decay. The two losses are still reported,
+    and with a coefficient above 0 still train what comes before a router: attention and experts of the layers below learn to give
+    it inputs that it spreads evenly. Set both coefficients to 0 to leave the choice of experts to the task alone."""
 
     @model_validator(mode="after")
     def _load_of_a_batch(self) -> Self:
@@ -215,6 +237,8 @@ class StageSpec(Spec):
     """How long, in what batches, and with which optimizer settings."""
     router: RouterSpec = Field(default_factory=RouterSpec)
     """The two router losses; they join every objective."""
+    lora: LoraSpec | None = None
+    """Train low-rank adapters in place of the whole model; none: the whole model is trained. One process."""
     dpo: DpoSpec = Field(default_factory=DpoSpec)
     """Settings of objective dpo; refused with any other."""
     checks: ChecksSpec = neutral("check", default_factory=ChecksSpec)
@@ -268,6 +292,8 @@ class StageSpec(Spec):
         settings = {other.settings for other in OBJECTIVES.values() if other.settings} - {kind.settings}
         if unused := sorted(settings & self.model_fields_set):
             raise ValueError(f"{unused[0]} settings have no effect with objective {name}")
+        if self.lora is not None and (why_not := why_not_adapted(self.lora, self.init_from, train, self.router)):
+            raise ValueError(why_not)
         row = kind.sequences_per_record * length
         if train.micro_batch_tokens is not None and train.micro_batch_tokens < row:
             raise ValueError(f"train.micro_batch_tokens {train.micro_batch_tokens} is smaller than one packed row ({row} tokens)")

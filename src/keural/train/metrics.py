@@ -19,7 +19,7 @@ from keural.files import CHECKSUM, fingerprint, write_atomic
 from keural.parsing import Malformed, parse_json
 from keural.terminal import is_terminal, note, note_above, progress, say
 from keural.train.alarms import Alarms
-from keural.train.loop import StepReport
+from keural.train.loop import ASKED, StepReport
 
 SECONDS_BETWEEN_LINES = 5.0
 SHOWN = ("loss", "reward_margin", "reward_accuracy")
@@ -125,6 +125,10 @@ class Metrics:
 
     def step(self, report: StepReport, tokens: int, seconds: float) -> None:
         """Record a step; `tokens` and `seconds` are the stage's sums so far, restarts included."""
+        if report.skipped == ASKED:
+            figures = {"learning_rate": report.learning_rate, "tokens": tokens, "seconds": round(seconds, 3)}
+            self._write({"step": report.step, "skipped": ASKED, **figures})
+            return
         speed = report.tokens / report.seconds
         line = {
             "step": report.step,
@@ -141,7 +145,7 @@ class Metrics:
             "expert_load": report.expert_load,
             **report.metrics,
         }
-        self._write(line)
+        self._write(line | ({"skipped": report.skipped} if report.skipped else {}))
         for alarm in self._alarms.look(line) if self._alarms and self.active else ():
             self._write({"step": report.step, "alarm": alarm.name, "message": alarm.message})
             if self._display is not None:
@@ -149,6 +153,11 @@ class Metrics:
         if self._display is not None:
             extra = f" margin {report.metrics['reward_margin']:.3f}" if "reward_margin" in report.metrics else ""
             self._display.show(report.step + 1, f"loss {report.loss:.4f}{extra} lr {report.learning_rate:.2e} {speed:,.0f} tok/s")
+
+    def say(self, text: str) -> None:
+        """Show a line beside the figures."""
+        if self._display is not None:
+            self._display.log(f"{self.name}: {text}")
 
     def evaluation(self, step: int, heldout: dict[str, float]) -> None:
         """Record held-out figures measured after step `step`."""

@@ -22,6 +22,10 @@ from keural.train.ranks import Ranks
 
 def check_ranks(stage: StageSpec, world: int) -> None:
     """Refuse what cannot be sharded. Raises `UserError`."""
+    if world > 1 and stage.lora is not None:
+        raise UserError(
+            f"{stage.name}: lora is for one process, and there are {world}; start one, or leave lora out to train the whole model"
+        )
     alone = {"precision": ("split", "split-host"), "recompute": ("selective",)}
     for key, values in alone.items():
         value = getattr(stage.train, key)

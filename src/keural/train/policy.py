@@ -3,12 +3,14 @@
 It is a module of its own so that the head's weight is used inside the outermost forward pass, which is where FSDP2 has it whole.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from keural.lora.layers import TrainedAdapter, adapter_off
 from keural.model import KeuralMoECausalLM
 from keural.recipe import TrainSpec
 from keural.train.losses import token_logprobs
@@ -31,14 +33,25 @@ Compute = Callable[[KeuralMoECausalLM, MicroBatch, bool], PolicyOutput]
 
 class Policy(nn.Module):
     """A `KeuralMoECausalLM` that is trained, computing in `compute_dtype` over whatever its weights are stored in; by the model's
-    own layers, or by an `engine`.
+    own layers, or by an `engine`. With an `adapter` the model's layers are PEFT's, and the adapter alone is trained.
     """
 
-    def __init__(self, model: KeuralMoECausalLM, compute_dtype: torch.dtype, engine: Compute | None = None) -> None:
+    def __init__(
+        self,
+        model: KeuralMoECausalLM,
+        compute_dtype: torch.dtype,
+        engine: Compute | None = None,
+        adapter: TrainedAdapter | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.compute_dtype = compute_dtype
         self.engine = engine
+        self.adapter = adapter
+
+    def without_adapter(self) -> contextlib.AbstractContextManager[None]:
+        """Inside the block the policy is the model that its stage started from, as long as nothing but an adapter was trained."""
+        return contextlib.nullcontext() if self.adapter is None else adapter_off(self.model)
 
     def forward(self, micro: MicroBatch, with_labels: bool = True) -> PolicyOutput:
         """Run packed rows ``[rows, T]``. Without labels the head is not used, and log-probabilities are 0."""

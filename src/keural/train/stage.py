@@ -25,15 +25,19 @@ from keural.data.loading.stream import Stream
 from keural.errors import UserError
 from keural.files import fingerprint as fingerprint_of
 from keural.files import sha256_file
+from keural.lora.layers import TrainedAdapter, adapt, store_frozen
+from keural.lora.merge import weights_digest
 from keural.model import KeuralConfig, KeuralMoECausalLM
+from keural.pretrained.stored_model import open_network
 from keural.recipe import OBJECTIVES, StageSpec, length_of
 from keural.train import step_plan
 from keural.train.alarms import Alarms
-from keural.train.checkpoint import Checkpoints, Progress, Stored, newest_progress
+from keural.train.checkpoint import Checkpoints, Progress, Stored, newest_progress, tensors
 from keural.train.checks.record import CHECKS_FILE, ChecksFile, check_data, probe
+from keural.train.health import IN_A_ROW, SpikeGuard, Watchdog, check_disk, enough_memory
 from keural.train.heldout import evaluate, heldout_batches
 from keural.train.initial_weights import initial_model
-from keural.train.loop import StepReport, train_step
+from keural.train.loop import ASKED, StepReport, batch_of, left_out, train_step
 from keural.train.metrics import Metrics
 from keural.train.objectives.base import References
 from keural.train.objectives.registry import LOSSES
@@ -44,6 +48,7 @@ from keural.train.ranks import Ranks, session
 from keural.train.reference import ReferenceCache
 from keural.train.schedule import learning_rate
 from keural.train.split import SplitAdamW
+from keural.train.trainable import count_all, count_trained, freeze
 from keural.train.trainer import Trainer
 
 __all__ = ["StageJob", "StageResult", "full_state_dict", "train_stage"]
@@ -79,7 +84,7 @@ class StageJob:
 class StageResult:
     """What came out. `seconds`, `tokens` (non-padding tokens seen) and `steps` include earlier runs of an interrupted stage;
     `loss_first` and `loss_last` are the mean task loss of the first and last tenth of the steps, at most ten of each; `model`
-    has float32 weights in every precision, and is sharded under torchrun.
+    has float32 weights in every precision, and is sharded under torchrun; `trained` of its parameters were trained.
     """
 
     name: str
@@ -90,7 +95,10 @@ class StageResult:
     loss_last: float
     heldout: dict[str, float]
     model: KeuralMoECausalLM
+    trained: int
     interrupted: bool
+    adapter: TrainedAdapter | None = None
+    """Of a stage with `lora`; `model` is the base then, with PEFT's layers in it."""
 
 
 def train_stage(job: StageJob, ranks: Ranks | None = None) -> StageResult:
@@ -117,10 +125,10 @@ def open_stage(job: StageJob, ranks: Ranks, stop: "StopSignals", started: float)
     check_ranks(stage, ranks.world)
     stream = _stream(job, job.train_store)
     heldout = _stream(job, job.heldout_store) if job.heldout_store else None
-    checkpoints = Checkpoints(job.run_dir / "checkpoints", stage, job.fingerprint, ranks)
     checks = _check_data(job, stream, heldout, ranks)
     objective = LOSSES[stage.objective](stage)
-    policy, optimizer = _policy(job, objective.uniform, ranks)
+    policy, optimizer, frozen = _policy(job, objective.uniform, ranks)
+    checkpoints = Checkpoints(job.run_dir / "checkpoints", stage, job.fingerprint, ranks, frozen)
     make_trainer = partial(Trainer, stage, policy, optimizer, objective, stream, ranks)
 
     def make_plan() -> step_plan.StepPlan:
@@ -130,7 +138,8 @@ def open_stage(job: StageJob, ranks: Ranks, stop: "StopSignals", started: float)
     latest = ranks.on_main(lambda: newest_progress(checkpoints.directory))
     plan = _plan(job, latest, ranks, make_plan)
     references, heldout_references = _references(job, plan, policy, stream, heldout, stop, ranks)
-    trainer = make_trainer(learning_rate=_schedule(stage, plan), references=references)
+    guard = SpikeGuard(stage.train.skip_spikes)
+    trainer = make_trainer(learning_rate=_schedule(stage, plan), references=references, guard=guard)
     progress = _resume(job, plan, latest, checkpoints, trainer)
     if latest is None:
         probe(job.run_dir / CHECKS_FILE, checks, trainer)
@@ -155,7 +164,8 @@ class StageRun:
         """Do the remaining steps; True when a signal came before the last one was begun."""
         progress, spec, steps = self.progress, self.job.stage.train, self.plan.steps
         saved, pause = progress.step, Pause()
-        with self._metrics() as metrics:
+        self._check_disk()
+        with self._metrics() as metrics, Watchdog(spec.stuck_after, self.trainer.ranks.rank) as watchdog:
             while progress.step < steps:
                 stopped, late = self.trainer.ranks.any_of([stop.requested, spec.save_every is None and pause.over()])
                 if saved != progress.step and (stopped or late):
@@ -163,12 +173,16 @@ class StageRun:
                     saved = progress.step
                 if stopped:
                     return True
-                report = train_step(self.trainer, progress.step)
+                watchdog.sign(f"step {progress.step} of {self.job.stage.name}")
+                report = self._step()
                 self._advance(report)
                 metrics.step(report, progress.tokens, progress.seconds)
+                self._judge(report, metrics)
                 if progress.step == steps or _due(spec.evaluate_every, progress.step):
+                    watchdog.sign(f"the evaluation after step {report.step} of {self.job.stage.name}")
                     self._evaluate(metrics)
                 if progress.step == steps or _due(spec.save_every, progress.step):
+                    watchdog.sign(f"the checkpoint after step {report.step} of {self.job.stage.name}")
                     self._save(pause)
                     saved = progress.step
         return False
@@ -191,8 +205,39 @@ class StageRun:
             loss_last=_mean(latest),
             heldout=progress.heldout,
             model=self.trainer.policy.model,
+            trained=count_trained(self.trainer.policy.model),
             interrupted=interrupted,
+            adapter=self.trainer.policy.adapter,
         )
+
+    def _step(self) -> StepReport:
+        step = self.progress.step
+        if step in self.plan.skipped:
+            return left_out(self.trainer, step)
+        with enough_memory(self.job.stage.name, f"step {step}"):
+            return train_step(self.trainer, step)
+
+    def _judge(self, report: StepReport, metrics: Metrics) -> None:
+        """Say that a step was not taken. Raises `UserError` when too many in a row were not."""
+        if not report.skipped:
+            return
+        guard, stage = self.trainer.guard, self.job.stage
+        metrics.say(f"step {report.step} is left out: {'train.steps_to_skip' if report.skipped == ASKED else report.skipped}")
+        if guard.in_a_row >= IN_A_ROW:
+            raise UserError(
+                f"{stage.name}: {IN_A_ROW} steps in a row were spikes, the last one step {report.step}: {report.skipped}. No batch "
+                f"is to blame. {batch_of(stage, report.step)}, lower train.lr, or raise train.skip_spikes; the same command "
+                "goes on from the newest checkpoint"
+            )
+
+    def _check_disk(self) -> None:
+        """Refuse to begin where what will be written does not fit."""
+        model, spec = self.trainer.policy.model, self.job.stage.train
+        checkpoint = sum(each.numel() * each.element_size() for each in tensors(model, self.trainer.optimizer).values())
+        whole = 4 * sum(parameter.numel() for parameter in model.parameters())
+        there = self.checkpoints.number
+        job = self.job
+        self.trainer.ranks.on_main(lambda: check_disk(job.run_dir, job.stage.name, checkpoint, spec.keep_checkpoints, there, whole))
 
     def _advance(self, report: StepReport) -> None:
         progress = self.progress
@@ -201,6 +246,11 @@ class StageRun:
         if self.trainer.previous.counts is not None:
             progress.tokens_per_expert = self.trainer.previous.counts.tolist()
         progress.seconds = time.monotonic() - self.began
+        guard = self.trainer.guard
+        progress.taken, progress.spikes_in_a_row = guard.taken, guard.in_a_row
+        if report.skipped:
+            progress.spikes += report.skipped != ASKED
+            return
         if len(progress.first_losses) < LOSSES_KEPT:
             progress.first_losses.append(report.loss)
         progress.last_losses = [*progress.last_losses, report.loss][-LOSSES_KEPT:]
@@ -269,27 +319,48 @@ def _check_data(job: StageJob, stream: Stream, heldout: Stream | None, ranks: Ra
     return found
 
 
-def _policy(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, Optimizer]:
-    """Model and optimizer with their initial values, sharded over the ranks."""
+def _policy(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, Optimizer, str]:
+    """Model and optimizer with their initial values, sharded over the ranks; and the digest of what is frozen."""
     spec = job.stage.train
     chats = OBJECTIVES[job.stage.objective].store != "documents"
     settings = (job.model_config, job.init, job.seed, ranks.device, spec.compile, job.tokenizer_sha)
     model = initial_model(*settings, chats=chats, say=ranks.log_once)
-    policy = Policy(model, getattr(torch, spec.compute_dtype), _engine(job, uniform, ranks)).train()
+    adapter = _adapter(job, model)
+    frozen = adapter.base_digest if adapter else freeze(model, job.stage.router)
+    if (trained := count_trained(model)) < (total := count_all(model)):
+        ranks.log_once(f"{job.stage.name}: trains {trained:,} of {total:,} parameters")
+    policy = Policy(model, getattr(torch, spec.compute_dtype), _engine(job, uniform, ranks), adapter).train()
     if spec.precision != "fp32":
         optimizer = build_split_optimizer(model, spec, ranks.device)
-        policy.to(ranks.device)  # what are no parameters
-        return policy, optimizer
+        policy.to(ranks.device)  # what the optimizer has not moved
+        return policy, optimizer, frozen
     policy.to(ranks.device)
     if policy.engine is None:
         prepare_layers(model, spec)
     shard(policy, model, spec, ranks)
-    return policy, build_optimizer(model, spec)
+    return policy, build_optimizer(model, spec), frozen
+
+
+def _adapter(job: StageJob, model: KeuralMoECausalLM) -> TrainedAdapter | None:
+    """Adapters around the model's layers, where the stage trains them. Raises `UserError` for a model that had to be changed."""
+    lora = job.stage.lora
+    if lora is None:
+        return None
+    assert job.init is not None, "the recipe refuses adapters of random weights"
+    stored = open_network(job.init, verify=False)  # the model's weights were verified when they were read
+    if stored.config.vocab_size != model.config.vocab_size:
+        raise UserError(
+            f"{job.stage.name}: {job.init} has no rows for the two ChatML ids, and an adapter has no place for new ones; import it "
+            "again with --grow-vocabulary, or train the whole model"
+        )
+    adapter = adapt(model, lora, job.seed, job.init, weights_digest(stored.weights))
+    store_frozen(model, getattr(torch, lora.base_dtype))
+    return adapter
 
 
 def _engine(job: StageJob, uniform: bool, ranks: Ranks) -> Compute | None:
-    """The training engine, where the stage needs it; importing it takes seconds."""
-    if not needs_engine(job.stage.train, ranks):
+    """The training engine, where the stage needs it, as adapters do; importing it takes seconds."""
+    if job.stage.lora is None and not needs_engine(job.stage.train, ranks):
         return None
     from keural.train.engine import engine_for
 
@@ -303,7 +374,7 @@ def _plan(job: StageJob, latest: Stored | None, ranks: Ranks, make: Callable[[],
     """
     wanted = fingerprint_of([job.fingerprint, length_of(job.stage.train)])
     if latest is not None and job.stage.train.budget_share is not None:
-        known = step_plan.StepPlan(**latest.progress.plan)
+        known = step_plan.plan_of(latest.progress.plan)
         return step_plan.load_or_make(job.run_dir / "plan.json", wanted, ranks, lambda: known)
     return step_plan.load_or_make(job.run_dir / "plan.json", wanted, ranks, make)
 
@@ -348,7 +419,10 @@ def _references(
     def compute(name: str, stream: Stream, batches: Iterable[Batch]) -> ReferenceCache:
         key = fingerprint_of([job.fingerprint, weights, stream.store.fingerprint])
         cache = ReferenceCache(job.run_dir / "reference" / name, key, stream.store.num_sequences, ranks)
-        done = cache.fill(policy, batches, spec.micro_batch_tokens, spec.compile, lambda: stop.requested, job.stage.dpo.ld_alpha)
+        with policy.without_adapter():
+            done = cache.fill(
+                policy, batches, spec.micro_batch_tokens, spec.compile, lambda: stop.requested, job.stage.dpo.ld_alpha
+            )
         if done:
             ranks.log_once(f"{job.stage.name}: reference log-probabilities of {done} {name} batches computed")
         return cache
@@ -365,7 +439,8 @@ def _resume(job: StageJob, plan: step_plan.StepPlan, latest: Stored | None, chec
     progress = checkpoints.load(latest.path, trainer.policy.model, trainer.optimizer)
     if progress.tokens_per_expert:
         trainer.previous.counts = torch.tensor(progress.tokens_per_expert, device=trainer.ranks.device)
-    made_for = step_plan.StepPlan(**progress.plan)
+    made_for = step_plan.plan_of(progress.plan)
+    trainer.guard.taken, trainer.guard.in_a_row = progress.taken, progress.spikes_in_a_row
     if why_not := step_plan.why_not_continued(made_for, plan, progress.step, job.stage.train):
         raise UserError(
             f"{latest.path}: was made for {made_for.steps} steps, {made_for.warmup_steps} of warm-up, and "

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from keural.data.loading.stream import Stream
 from keural.recipe import StageSpec
+from keural.train.health import SpikeGuard
 from keural.train.objectives.base import Objective, References
 from keural.train.optimizer import Optimizer
 from keural.train.policy import Policy
@@ -37,6 +38,8 @@ class Trainer:
     """Of the sequences of `stream`'s store, where the objective needs them."""
     previous: PreviousLoad = field(default_factory=PreviousLoad)
     """What `router.load: lagged` balances by."""
+    guard: SpikeGuard = field(default_factory=SpikeGuard)
+    """Which steps are not taken."""
 
     def previous_load(self) -> Tensor:
         """Assignments per layer and expert ``[L, E]`` of the step before; even before the first step."""

@@ -285,6 +285,8 @@ class StageSpec(Spec):
             raise ValueError(f"objective {name} needs train.batch_{kind.unit} and no {others}")
         if train.batch_tokens is not None and train.batch_tokens % length:
             raise ValueError(f"train.batch_tokens {train.batch_tokens} is not a multiple of data.sequence_length {length}")
+        if kind.store != "conversations" and self.data.train_on != "assistant":
+            raise ValueError(f"data.train_on is of conversations; it has no effect with objective {name}")
         if kind.store != "documents" and self.data.cleaning is not None:
             raise ValueError(f"data.cleaning is for documents; objective {name} has gates per source")
         if kind.needs_reference and self.init_from == "random":

@@ -174,17 +174,26 @@ def _in_process(spec: dict[str, Any], environment: dict[str, str]) -> None:
 
 
 def train_and_save(
-    directory: str, objective: str, *, pause: float = 0.0, refuse_writes_from: int | None = None, **changes: Any
+    directory: str,
+    objective: str,
+    *,
+    pause: float = 0.0,
+    refuse_writes_from: int | None = None,
+    asked: str | None = None,
+    **changes: Any,
 ) -> None:
     """Train a small job; rank 0 saves weights and outcome to `<run>.pt`, or a `UserError` to `<run>.error` and exits with 2.
 
-    Every step takes `pause` seconds longer. From step `refuse_writes_from` on the system refuses files of more than 20 kB.
+    Every step takes `pause` seconds longer. From step `refuse_writes_from` on the system refuses files of more than 20 kB. The
+    number of the batch that is asked for is written to the file `asked`.
     """
     torch.set_num_threads(1)
     out = Path(directory) / changes.get("run", "run")
 
     def before_step(step: int) -> None:
         time.sleep(pause)
+        if asked is not None:
+            (Path(directory) / asked).write_text(str(step))
         if refuse_writes_from is not None and step >= refuse_writes_from:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 

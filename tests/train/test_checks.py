@@ -18,7 +18,7 @@ from keural.train.checks.record import CHECKS_FILE, ChecksFile
 from keural.train.checks.stores import CHECKS, check_store
 from keural.train.micro_batches import MicroBatch
 from keural.train.policy import Policy, PolicyOutput
-from keural.train.stage import train_stage
+from keural.train.stage import make_references, train_stage
 from tests.helpers.train_small import END, LENGTH, SHA, VOCAB, metrics_of, open_run, small_config, small_job
 
 Row = tuple[list[int], list[int]]
@@ -261,6 +261,14 @@ def test_length_bias_is_counted_by_source(tmp_path: Path, capfd: pytest.CaptureF
     assert (found["a"]["chosen_tokens"], found["a"]["rejected_tokens"]) == (4.0, 2.0)
     said = "training data: by length alone (the longer answer) 62.5% of the pairs are ranked right; chosen answers have 3 tokens"
     assert said in capfd.readouterr().out
+
+
+def test_reference_values_are_not_computed_of_pairs_that_cannot_be_trained(tmp_path: Path) -> None:
+    job = small_job(tmp_path, "dpo", number=4)
+    bad = write(tmp_path / "bad", "pairs", [GOOD, GOOD])
+    with pytest.raises(UserError, match="two answers that are the same"):
+        make_references(dataclasses.replace(job, train_store=bad))
+    assert not list(job.run_dir.iterdir())
 
 
 def test_other_data_has_no_length_bias(tmp_path: Path) -> None:

@@ -102,10 +102,10 @@ def test_who_computes() -> None:
 
 def test_the_recipe_says_how_the_engine_computes(tmp_path: Path) -> None:
     trainer = open_run(small_job(tmp_path, train={"recompute": "selective"})).trainer
-    assert trainer.policy.engine == Engine(torch.float32, "selective", False, "masked", "loop", uniform=True)
+    assert trainer.policy.engine == Engine(torch.float32, "selective", False, "documents", "loop", uniform=True)
     (tmp_path / "dpo").mkdir()
     trainer = open_run(small_job(tmp_path / "dpo", "dpo", train=SPLIT)).trainer
-    assert trainer.policy.engine == Engine(torch.bfloat16, "none", False, "masked", "loop", uniform=False)
+    assert trainer.policy.engine == Engine(torch.bfloat16, "none", False, "documents", "loop", uniform=False)
 
 
 def test_matrices_are_stored_in_bfloat16_norms_and_routers_in_float32_and_masters_are_the_initial_weights(tmp_path: Path) -> None:

@@ -159,6 +159,15 @@ class DpoSpec(Spec):
     """Weight of the penalty in `dpop`."""
     simpo_gamma: float = Field(1.0, ge=0)
     """Margin that `simpo` asks for, in rewards."""
+    reference: Literal["cached", "online"] = neutral("work", "cached")
+    """Where the log-probabilities of the model that the stage starts from come from. `cached`: computed once for each pair ahead of
+    training and kept in the run directory, whatever else of the recipe changes. `online`: in every step by a frozen copy (with
+    `lora` by the model with its adapter off), without that pass, at the cost of twice the weights in memory and of a forward pass
+    more. The same values up to rounding."""
+    reference_path: str | None = neutral("place", None)
+    """A directory of such values that were made elsewhere (`--reference-only`; `reference` of a run, or one inside it). It is
+    verified and must hold every pair of the stage; nothing is computed. None: those of the run directory, where missing ones are
+    computed."""
 
     @property
     def weights(self) -> dict[str, float]:
@@ -199,6 +208,10 @@ class DpoSpec(Spec):
                 raise ValueError(f"{option} has no effect with loss {' and '.join(asked)}; {', '.join(readers)} read it")
         if self.ld_alpha != 1 and (others := [name for name in asked if PREFERENCE_LOSSES[name].per_token and name != "nll"]):
             raise ValueError(f"ld_alpha weighs the tokens of sums, and loss {others[0]} is of means; leave one of them out")
+        if self.reference == "online" and self.reference_path is not None:
+            raise ValueError("dpo.reference_path has no effect with dpo.reference online")
+        if not self.needs_reference and (unread := sorted(self.model_fields_set & {"reference", "reference_path"})):
+            raise ValueError(f"{unread[0]} has no effect with loss {' and '.join(asked)}, which compares with no reference")
         if "robust" in asked and self.label_smoothing == 0:
             raise ValueError("loss robust needs label_smoothing, the share of swapped pairs; without it it is loss sigmoid")
         return self

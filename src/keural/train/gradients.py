@@ -14,6 +14,7 @@ from torch import Tensor
 from keural.data.loading.batch import Batch
 from keural.train.losses import RouterStatistics, balance_loss, router_statistics, z_loss
 from keural.train.micro_batches import MicroBatch, micro_batches
+from keural.train.reference.online import references_for
 from keural.train.trainer import Trainer
 
 
@@ -88,7 +89,7 @@ def forward_backward(trainer: Trainer, micro: MicroBatch, totals: Totals, tokens
     """Add one micro-batch's gradients; returns the sums that the step's losses are made of, see `unpack`."""
     output = trainer.policy(micro)
     statistics = router_statistics(output.router_logits, micro.token_mask.flatten(), trainer.top_k)
-    terms = trainer.objective(output.logprobs, micro, trainer.references)
+    terms = trainer.objective(output.logprobs, micro, references_for(trainer.references, micro))
     balance, z = router_losses(trainer, statistics, totals, tokens_per_expert)
     router = trainer.stage.router
     (terms.loss / (totals.denominator or 1) + router.balance_coef * balance + router.z_coef * z).backward()

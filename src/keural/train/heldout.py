@@ -14,9 +14,9 @@ from keural.data.loading.stream import Stream
 from keural.data.tokens.store import TokenStore
 from keural.recipe import StageSpec
 from keural.train.micro_batches import MicroBatch, micro_batches, rows_per_pass, to_device
-from keural.train.objectives.base import References
 from keural.train.parallel import reshard
 from keural.train.ranks import Ranks
+from keural.train.reference.online import Reference, references_for
 from keural.train.trainer import Trainer
 
 
@@ -54,7 +54,7 @@ def heldout_batches(stage: StageSpec, stream: Stream, ranks: Ranks) -> Iterator[
 
 
 @torch.no_grad()
-def evaluate(trainer: Trainer, stream: Stream, references: References | None) -> dict[str, float]:
+def evaluate(trainer: Trainer, stream: Stream, references: Reference | None) -> dict[str, float]:
     """Mean loss per label or pair of a held-out store, the objective's metrics, and `items`, the number of labels or pairs (of
     weighted pairs, the sum of their weights); the same of each source and language, as `source/NAME/loss` and
     `language/ko/loss`, where the store has several sources and names them.
@@ -64,7 +64,8 @@ def evaluate(trainer: Trainer, stream: Stream, references: References | None) ->
     for batch in heldout_batches(trainer.stage, stream, ranks):
         for micro in micro_batches(batch, None, ranks.device):
             logprobs = trainer.policy(micro).logprobs
-            kept = references(micro.pairs.sequences) if references else None
+            known = references_for(references, micro)
+            kept = known(micro.pairs.sequences) if known else None
             sums[0] += _sums(trainer, batch, micro, logprobs, kept)
             for number, part, pairs in _parts(batch, sources) if sources else ():
                 of_part = to_device(part, ranks.device)

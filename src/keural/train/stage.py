@@ -1,8 +1,8 @@
 """One training stage, from directories to a trained model in memory: `train_stage`.
 
 In: a `StageJob`: settings, stores, initial weights, run directory. Out: a `StageResult`; in the run directory `metrics.jsonl`,
-`plan.json`, `checkpoints/` and, for DPO, `reference/`. Calling it again with the same job goes on from the newest checkpoint
-and ends with the same weights, bit for bit, as if it had never been stopped.
+`plan.json` and `checkpoints/`, for DPO also reference values, there or where the job says. Calling it again with the same job goes
+on from the newest checkpoint and ends with the same weights, bit for bit, as if it had never been stopped.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ import torch
 from keural.data.loading.batch import Batch
 from keural.data.loading.corpus import Corpus
 from keural.data.loading.stream import Stream
+from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
 from keural.files import fingerprint as fingerprint_of
-from keural.files import sha256_file
 from keural.lora.layers import TrainedAdapter, adapt, store_frozen
 from keural.lora.merge import weights_digest
 from keural.model import KeuralConfig, KeuralMoECausalLM
@@ -39,19 +39,20 @@ from keural.train.heldout import evaluate, heldout_batches
 from keural.train.initial_weights import initial_model
 from keural.train.loop import ASKED, StepReport, batch_of, left_out, train_step
 from keural.train.metrics import Metrics
-from keural.train.objectives.base import References
 from keural.train.objectives.registry import LOSSES
 from keural.train.optimizer import Optimizer, build_optimizer, build_split_optimizer
 from keural.train.parallel import check_ranks, full_state_dict, prepare_layers, reshard, shard
 from keural.train.policy import Compute, Policy, needs_engine
 from keural.train.ranks import Ranks, session
-from keural.train.reference import ReferenceCache
+from keural.train.reference.cache import ReferenceCache
+from keural.train.reference.of_stage import identity_of, is_cached, is_online, place_of, weights_fingerprint
+from keural.train.reference.online import OnlineReference, Reference, values_by
 from keural.train.schedule import learning_rate
 from keural.train.split import SplitAdamW
 from keural.train.trainable import count_all, count_trained, freeze
 from keural.train.trainer import Trainer
 
-__all__ = ["StageJob", "StageResult", "full_state_dict", "train_stage"]
+__all__ = ["StageJob", "StageResult", "full_state_dict", "make_references", "train_stage"]
 
 LOSSES_KEPT = 10
 SAVE_SECONDS = 600.0
@@ -78,6 +79,8 @@ class StageJob:
     budget_seconds: float | None = None
     """Time for the stage, where it has a `budget_share`."""
     tensorboard: bool = False
+    references: Path | None = None
+    """Where reference values are kept, by what they are computed from; None: `reference` in `run_dir`."""
 
 
 @dataclass(frozen=True)
@@ -129,21 +132,25 @@ def open_stage(job: StageJob, ranks: Ranks, stop: "StopSignals", started: float)
     objective = LOSSES[stage.objective](stage)
     policy, optimizer, frozen = _policy(job, objective.uniform, ranks)
     checkpoints = Checkpoints(job.run_dir / "checkpoints", stage, job.fingerprint, ranks, frozen)
+    online = _online(job, policy, objective.uniform, ranks) if is_online(stage) else None
     make_trainer = partial(Trainer, stage, policy, optimizer, objective, stream, ranks)
 
     def make_plan() -> step_plan.StepPlan:
-        measured = make_trainer(learning_rate=step_plan.no_learning, references=step_plan.no_references(ranks.device))
+        references = online or step_plan.no_references(ranks.device)
+        measured = make_trainer(learning_rate=step_plan.no_learning, references=references)
         return _make_plan(job, measured, heldout, started)
 
     latest = ranks.on_main(lambda: newest_progress(checkpoints.directory))
     plan = _plan(job, latest, ranks, make_plan)
-    references, heldout_references = _references(job, plan, policy, stream, heldout, stop, ranks)
+    references: tuple[Reference | None, Reference | None] = (online, online)
+    if is_cached(stage):
+        references = _references(job, plan.steps, policy, stream, heldout, stop, ranks, fills=False)
     guard = SpikeGuard(stage.train.skip_spikes)
-    trainer = make_trainer(learning_rate=_schedule(stage, plan), references=references, guard=guard)
+    trainer = make_trainer(learning_rate=_schedule(stage, plan), references=references[0], guard=guard)
     progress = _resume(job, plan, latest, checkpoints, trainer)
     if latest is None:
         probe(job.run_dir / CHECKS_FILE, checks, trainer)
-    return StageRun(job, trainer, plan, heldout, heldout_references, checkpoints, progress, started - progress.seconds)
+    return StageRun(job, trainer, plan, heldout, references[1], checkpoints, progress, started - progress.seconds)
 
 
 @dataclass
@@ -154,7 +161,7 @@ class StageRun:
     trainer: Trainer
     plan: step_plan.StepPlan
     heldout: Stream | None
-    heldout_references: References | None
+    heldout_references: Reference | None
     checkpoints: Checkpoints
     progress: Progress
     began: float
@@ -310,10 +317,11 @@ def _stream(job: StageJob, store: Path | Corpus) -> Stream:
     return corpus.stream(*settings, job.tokenizer_sha, job.model_config.vocab_size)
 
 
-def _check_data(job: StageJob, stream: Stream, heldout: Stream | None, ranks: Ranks) -> ChecksFile:
+def _check_data(job: StageJob, stream: Stream, heldout: Stream | None, ranks: Ranks, keep: bool = True) -> ChecksFile:
     """What the stage's data was checked for. Raises `UserError` as the checks do."""
+    path = job.run_dir / CHECKS_FILE if keep else None
     streams = {"training": stream} | ({"held-out": heldout} if heldout else {})
-    found, lines = ranks.on_main(lambda: check_data(job.run_dir / CHECKS_FILE, job.stage, job.model_config, streams))
+    found, lines = ranks.on_main(lambda: check_data(path, job.stage, job.model_config, streams))
     for line in lines:
         ranks.log_once(f"{job.stage.name}: {line}")
     return found
@@ -329,16 +337,23 @@ def _policy(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, Optimiz
     frozen = adapter.base_digest if adapter else freeze(model, job.stage.router)
     if (trained := count_trained(model)) < (total := count_all(model)):
         ranks.log_once(f"{job.stage.name}: trains {trained:,} of {total:,} parameters")
-    policy = Policy(model, getattr(torch, spec.compute_dtype), _engine(job, uniform, ranks), adapter).train()
+    engine, by_documents = _engine(job, uniform, ranks), ranks.device.type == "cpu" and not spec.compile
+    policy = Policy(model, getattr(torch, spec.compute_dtype), engine, adapter, by_documents=by_documents).train()
     if spec.precision != "fp32":
         optimizer = build_split_optimizer(model, spec, ranks.device)
         policy.to(ranks.device)  # what the optimizer has not moved
         return policy, optimizer, frozen
-    policy.to(ranks.device)
+    if ranks.world == 1:
+        policy.to(ranks.device)
     if policy.engine is None:
         prepare_layers(model, spec)
-    shard(policy, model, spec, ranks)
+    shard(policy, model, spec, ranks)  # brings it to the device
     return policy, build_optimizer(model, spec), frozen
+
+
+def _online(job: StageJob, policy: Policy, uniform: bool, ranks: Ranks) -> OnlineReference:
+    """What computes reference values in each step: the policy with its adapter off, or a second one whose weights stay."""
+    return OnlineReference(policy if policy.adapter is not None else _policy(job, uniform, ranks)[0], job.stage.dpo.ld_alpha)
 
 
 def _adapter(job: StageJob, model: KeuralMoECausalLM) -> TrainedAdapter | None:
@@ -402,34 +417,63 @@ def _schedule(stage: StageSpec, plan: step_plan.StepPlan) -> Callable[[int], flo
 
 def _references(
     job: StageJob,
-    plan: step_plan.StepPlan,
+    steps: int,
     policy: Policy,
     stream: Stream,
     heldout: Stream | None,
     stop: "StopSignals",
     ranks: Ranks,
-) -> tuple[References | None, References | None]:
-    """Reference log-probabilities of what training and evaluation will use, by the policy with its initial weights; None where the
-    objective needs none.
+    fills: bool,
+) -> tuple[ReferenceCache, ReferenceCache | None]:
+    """Reference log-probabilities of what `steps` steps and an evaluation will use; what is missing is computed by the policy with
+    its initial weights, unless the recipe names a directory that has them, and `fills` does not ask for it.
     """
-    if not job.stage.needs_reference:
-        return None, None
-    spec, weights = job.stage.train, ranks.on_main(lambda: _weights_fingerprint(job))
+    stage = job.stage
+    weights = ranks.on_main(lambda: weights_fingerprint(job.init, job.seed))
+    identity = identity_of(stage, job.model_config, job.tokenizer_sha, weights)
+    place = ranks.on_main(lambda: place_of(stage, identity, job.references or job.run_dir / "reference"))
 
-    def compute(name: str, stream: Stream, batches: Iterable[Batch]) -> ReferenceCache:
-        key = fingerprint_of([job.fingerprint, weights, stream.store.fingerprint])
-        cache = ReferenceCache(job.run_dir / "reference" / name, key, stream.store.num_sequences, ranks)
+    def found(name: str, stream: Stream, batches: Callable[[], Iterable[Batch]]) -> ReferenceCache:
+        assert isinstance(stream.store, TokenStore)  # of pairs
+        cache = place.cache(stream.store, ranks)
+        if place.given and not fills:
+            place.check(cache, batches(), name)
+            return cache
+        compute = values_by(policy, recording=stage.train.compile, ld_alpha=stage.dpo.ld_alpha)
         with policy.without_adapter():
-            done = cache.fill(
-                policy, batches, spec.micro_batch_tokens, spec.compile, lambda: stop.requested, job.stage.dpo.ld_alpha
-            )
+            done = cache.fill(compute, batches(), stage.train.micro_batch_tokens, lambda: stop.requested)
+        reshard(policy)
         if done:
-            ranks.log_once(f"{job.stage.name}: reference log-probabilities of {done} {name} batches computed")
+            ranks.log_once(f"{stage.name}: reference log-probabilities of {done} {name} batches computed")
         return cache
 
-    training = (stream.batch(step, ranks.rank, ranks.world) for step in range(plan.steps))
-    references = compute("train", stream, training)
-    return references, compute("heldout", heldout, heldout_batches(job.stage, heldout, ranks)) if heldout else None
+    training = found("train", stream, lambda: (stream.batch(step, ranks.rank, ranks.world) for step in range(steps)))
+    if heldout is None:
+        return training, None
+    return training, found("heldout", heldout, lambda: heldout_batches(stage, heldout, ranks))
+
+
+def make_references(job: StageJob, ranks: Ranks | None = None) -> bool:
+    """Compute the reference values that a stage is going to need, and nothing else; False when a signal stopped it before the end.
+
+    Every rank calls it. Raises `UserError` as `train_stage` does, and for a stage that keeps no reference values.
+    """
+    if not is_cached(job.stage):
+        raise UserError(f"{job.stage.name}: keeps no reference values; train it without --reference-only")
+    with session() as found, reproducible(found.device), StopSignals(found.world) as stop:
+        ranks = ranks or found
+        check_ranks(job.stage, ranks.world)
+        stream = _stream(job, job.train_store)
+        heldout = _stream(job, job.heldout_store) if job.heldout_store else None
+        _check_data(job, stream, heldout, ranks, keep=False)
+        policy, *_ = _policy(job, LOSSES[job.stage.objective](job.stage).uniform, ranks)
+        measured = job.stage.train.budget_share is not None
+        steps = stream.steps_per_epoch if measured else step_plan.fixed_plan(job.stage, stream).steps
+        training, _ = _references(job, steps, policy, stream, heldout, stop, ranks, fills=True)
+        if ranks.any(stop.requested):
+            return False
+        ranks.log_once(f"{job.stage.name}: the reference values of its pairs are in {training.file.directory}")
+        return True
 
 
 def _resume(job: StageJob, plan: step_plan.StepPlan, latest: Stored | None, checkpoints: Checkpoints, trainer: Trainer) -> Progress:
@@ -450,12 +494,6 @@ def _resume(job: StageJob, plan: step_plan.StepPlan, latest: Stored | None, chec
     progress.plan = asdict(plan)
     trainer.ranks.log_once(f"{job.stage.name}: resumed at step {progress.step} of {plan.steps}")
     return progress
-
-
-def _weights_fingerprint(job: StageJob) -> str:
-    if job.init is None:
-        return f"random {job.seed}"
-    return fingerprint_of({path.name: sha256_file(path) for path in sorted(job.init.glob("*.safetensors"))})
 
 
 class StopSignals:

@@ -26,6 +26,7 @@ from keural.train.objectives.base import References
 from keural.train.optimizer import forget
 from keural.train.parallel import reshard
 from keural.train.ranks import Ranks
+from keural.train.reference.of_stage import is_cached
 from keural.train.schedule import learning_rate
 from keural.train.trainer import Trainer
 
@@ -121,7 +122,7 @@ def budget_plan(stage: StageSpec, seconds: float, costs: Costs, epoch: int) -> S
     every = stage.train.evaluate_every
     per_step = costs.step + (costs.evaluation / every if every else 0.0)
     available = seconds * RESERVE - costs.evaluation
-    if stage.needs_reference:
+    if is_cached(stage):
         available -= costs.evaluation  # the reference of the held-out pairs
         steps = min(epoch, int(available / (per_step + costs.forward)))
         if steps == epoch:

@@ -9,10 +9,11 @@ from torch import Tensor
 from keural.data.loading.stream import Stream
 from keural.recipe import StageSpec
 from keural.train.health import SpikeGuard
-from keural.train.objectives.base import Objective, References
+from keural.train.objectives.base import Objective
 from keural.train.optimizer import Optimizer
 from keural.train.policy import Policy
 from keural.train.ranks import Ranks
+from keural.train.reference.online import Reference
 
 
 @dataclass
@@ -34,8 +35,8 @@ class Trainer:
     ranks: Ranks
     learning_rate: Callable[[int], float]
     """Of each step, counted from 0."""
-    references: References | None = None
-    """Of the sequences of `stream`'s store, where the objective needs them."""
+    references: Reference | None = None
+    """Of the pairs of `stream`'s store, where the objective needs them."""
     previous: PreviousLoad = field(default_factory=PreviousLoad)
     """What `router.load: lagged` balances by."""
     guard: SpikeGuard = field(default_factory=SpikeGuard)

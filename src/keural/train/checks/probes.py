@@ -18,6 +18,7 @@ from keural.recipe import RouterSpec
 from keural.train.micro_batches import MicroBatch, micro_batches
 from keural.train.objectives.preference import answer_logprobs, pair_tokens
 from keural.train.parallel import reshard
+from keural.train.reference.online import OnlineReference
 from keural.train.trainer import Trainer
 
 LEAK = 0.01
@@ -92,8 +93,8 @@ def check_references(trainer: Trainer) -> float | None:
 
     Raises `UserError` when the reference values are of another model.
     """
-    if trainer.references is None:
-        return None
+    if trainer.references is None or isinstance(trainer.references, OnlineReference):
+        return None  # what is computed in the step is computed by that model
     micro, alpha = _first(trainer), trainer.stage.dpo.ld_alpha
     with torch.set_grad_enabled(trainer.stage.train.compile):  # as the reference was computed
         policy = answer_logprobs(trainer.policy(micro).logprobs.detach(), micro, alpha)

@@ -16,6 +16,7 @@ from keural.recipe import ChecksSpec
 from keural.train.checks.probes import check_isolation, check_references
 from keural.train.checks.record import CHECKS_FILE, ChecksFile
 from keural.train.checks.stores import CHECKS, check_store
+from keural.train.engine import Engine
 from keural.train.micro_batches import MicroBatch
 from keural.train.policy import Policy, PolicyOutput
 from keural.train.stage import make_references, train_stage
@@ -181,6 +182,19 @@ def test_every_way_of_computing_keeps_packed_documents_apart(tmp_path: Path, obj
     trainer = open_run(small_job(tmp_path, objective, train={"recompute": recompute})).trainer
     assert (trainer.policy.engine is not None) == (recompute == "selective")
     found = check_isolation(trainer)
+    assert found is not None
+    assert found < 1e-3
+
+
+@pytest.mark.parametrize("attention", ["documents", "flex", "masked"])
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_every_attention_of_the_engine_keeps_packed_documents_apart(tmp_path: Path, objective: str, attention: str) -> None:
+    """Those that a CPU can run; a card's are probed when a stage begins there."""
+    trainer = open_run(small_job(tmp_path, objective, train={"recompute": "selective"})).trainer
+    assert isinstance(trainer.policy.engine, Engine)
+    engine = dataclasses.replace(trainer.policy.engine, attention=attention)
+    policy = Policy(trainer.policy.model, torch.float32, engine)
+    found = check_isolation(dataclasses.replace(trainer, policy=policy))
     assert found is not None
     assert found < 1e-3
 

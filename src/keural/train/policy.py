@@ -69,9 +69,12 @@ class Policy(nn.Module):
             return self.engine(self.model, micro, with_labels)
         autocast = torch.autocast(micro.input_ids.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
         ids, positions = micro.input_ids, micro.position_ids
+        inputs = (
+            {"input_ids": ids} if micro.noise is None else {"inputs_embeds": self.model.get_input_embeddings()(ids) + micro.noise}
+        )
         with autocast:
             outputs = self.model.model(
-                input_ids=ids, position_ids=positions, attention_mask=self._masks(micro), use_cache=False, output_router_logits=True
+                **inputs, position_ids=positions, attention_mask=self._masks(micro), use_cache=False, output_router_logits=True
             )
         hidden = outputs.last_hidden_state.to(self.compute_dtype)
         if not with_labels:

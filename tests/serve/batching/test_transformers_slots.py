@@ -37,6 +37,16 @@ def test_in_a_steady_state_a_step_moves_nothing(network: KeuralMoECausalLM, monk
     assert not moves
 
 
+def test_a_part_of_a_prompt_that_nobody_samples_after_does_not_pass_the_head(network: KeuralMoECausalLM) -> None:
+    passed: list[int] = []
+    network.lm_head.register_forward_hook(lambda _module, _inputs, output: passed.append(output.shape[1]))
+    slots = TransformersSlots(network, 2)
+    assert slots.step([Row(0, [1, 2, 3], 0, False)]).shape == (0, VOCAB)
+    assert passed == []
+    assert slots.step([Row(0, [4, 5], 3, True), Row(1, [6], 0, False)]).shape == (1, VOCAB)
+    assert passed == [1]
+
+
 def test_rows_that_do_not_follow_what_a_slot_holds_are_refused(network: KeuralMoECausalLM) -> None:
     slots = TransformersSlots(network, 1)
     with pytest.raises(ValueError, match="holds 0 tokens, not 3"):

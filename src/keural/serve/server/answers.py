@@ -91,8 +91,8 @@ class Answers:
         self._post.put(None)
 
     def _deliver(self, events: Sequence[tuple[Ticket, Event]]) -> None:
-        """Called by the network's thread, which goes on with its next step at once: to wake the loop would be to wait for it, for the
-        loop takes Python's lock and writes to every client first. This queue wakes its reader without giving up the lock.
+        """Called by the network's thread, which goes on with its next step at once: to wake the loop would be to wait for it, for
+        the loop takes Python's lock and writes to every client first. This queue wakes its reader without giving up the lock.
         """
         self._post.put(events)
 

@@ -62,7 +62,7 @@ def test_expert_load_counts_every_token_of_every_layer(network: KeuralMoECausalL
     assert load.sum(dim=1).tolist() == [network.config.num_experts_per_tok * count for count in (5, 2)]
 
 
-@pytest.mark.parametrize("count", [1, 4, 8])
-def test_together_with_others_an_answer_is_the_one_of_the_single_stream_engine(model_dir: Path, count: int) -> None:
+@pytest.mark.parametrize(("count", "reuse"), [(1, True), (4, True), (8, True), (4, False)])
+def test_together_with_others_an_answer_is_the_one_of_the_single_stream_engine(model_dir: Path, count: int, reuse: bool) -> None:
     engine = TransformersEngine(model_dir, device="cpu")
-    check_company(engine, TransformersSlots(engine.model, count, batch_tokens=16))
+    check_company(engine, TransformersSlots(engine.model, count, batch_tokens=16), reuse)

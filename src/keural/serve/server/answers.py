@@ -6,14 +6,14 @@ answer, at most one context of tokens, and is taken at once.
 
 import asyncio
 import contextlib
+import itertools
 import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from keural.serve.batching.requests import Chosen, End, Event, Request
-from keural.serve.batching.scheduler import Scheduler, Ticket
-from keural.serve.batching.slots import Slots
+from keural.serve.batching.runner import Deliver, Runner, Ticket
 
 
 class Answer:
@@ -38,6 +38,11 @@ class Answer:
         tokens, self._tokens = self._tokens, []
         return tokens, self.ended
 
+    async def wait(self, seconds: float) -> None:
+        """Wait for news, so long at most; they are left where they are."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._news.wait(), seconds)
+
     @property
     def end(self) -> End | None:
         """Why it ended; None while it goes on."""
@@ -45,11 +50,11 @@ class Answer:
 
 
 class Answers:
-    """The answers of a scheduler whose events come to the running loop."""
+    """The answers of a runner whose events come to the running loop."""
 
-    def __init__(self, slots: Slots, vocab_size: int, max_waiting: int, observe: Callable[[Ticket, Event], None]) -> None:
-        """`observe` hears of every event, in the loop."""
-        self.scheduler = Scheduler(slots, vocab_size, self._deliver, max_waiting)
+    def __init__(self, make: Callable[[Deliver], Runner], observe: Callable[[Ticket, Event], None]) -> None:
+        """`make` gives the runner, which hands events to what it is given; `observe` hears of every event, in the loop."""
+        self.scheduler = make(self._deliver)
         self._observe = observe
         self._open: dict[Ticket, Answer] = {}
         self._post: queue.SimpleQueue[Sequence[tuple[Ticket, Event]] | None] = queue.SimpleQueue()
@@ -85,14 +90,21 @@ class Answers:
                 if answer.ended is None:
                     self.scheduler.cancel(ticket)
 
+    def position(self, ticket: Ticket) -> int | None:
+        """Its place among those that wait, 1 for the next one; None for one that does not wait (any more)."""
+        if ticket.started is not None or ticket not in self._open:
+            return None
+        before = itertools.takewhile(lambda other: other is not ticket, self._open)
+        return 1 + sum(other.started is None and not other.cancelled for other in before)
+
     async def close(self, seconds: float) -> None:
         """Let answers go on for so long, cut the others off, and stop the network's thread."""
         await asyncio.to_thread(self.scheduler.close, seconds)
         self._post.put(None)
 
     def _deliver(self, events: Sequence[tuple[Ticket, Event]]) -> None:
-        """Called by the network's thread, which goes on with its next step at once: to wake the loop would be to wait for it, for
-        the loop takes Python's lock and writes to every client first. This queue wakes its reader without giving up the lock.
+        """Called by the network's thread, which goes on with its next step at once: to wake the loop would be to wait for it,
+        as it takes Python's lock and writes to every client first. This queue wakes its reader without giving up the lock.
         """
         self._post.put(events)
 

@@ -34,6 +34,8 @@ def print_ending(outcome: "Outcome", arguments: str) -> None:
     if outcome.interrupted:
         say(f"stopped and saved; the same command goes on from there:\n  {_command()} {arguments}")
         return
+    if not outcome.trains:
+        return
     summary = Summary.read(outcome.directory / SUMMARY)
     _show_stages(summary.stages)
     for line in _figures(summary.evaluation):

@@ -163,6 +163,19 @@ def read_record(directory: Path) -> dict[str, Any]:
     return values
 
 
+def identity_of(directory: Path) -> dict[str, str]:
+    """SHA-256, by name, of the files that decide what a model directory computes: as its record lists them, else of the files.
+
+    Raises `UserError` when the record is damaged.
+    """
+    listed = read_record(directory).get("files", {})
+    files = sorted(file for file in directory.iterdir() if file.name in _DECIDING or file.suffix == ".safetensors")
+    return {file.name: listed.get(file.name) or sha256_file(file) for file in files}
+
+
+_DECIDING = frozenset({"config.json", "tokenizer.model"})
+
+
 def _remedy(directory: Path) -> str:
     return f"copy or export {directory} again, or remove {LINEAGE} to use the directory unverified"
 

@@ -70,10 +70,14 @@ class Form:
         self._matcher, self._size, self._end = matcher, vocab_size, end
         self._mask = np.zeros((vocab_size + BITS - 1) // BITS, dtype=np.int32)
         self.failure: str | None = None
+        self.asked: Mapping[str, Any] = {}
+        """The form in words that other engines know, where there are any: `json`, `regex`, `choice`."""
 
     def fresh(self) -> "Form":
         """The same from the start, for another answer."""
-        return Form(self._matcher.deep_copy(), self._size, self._end)
+        form = Form(self._matcher.deep_copy(), self._size, self._end)
+        form.asked = self.asked
+        return form
 
     def allowed(self) -> NDArray[np.bool_]:
         """See `Constraint.allowed`."""

@@ -18,6 +18,7 @@ import keural
 from keural.parsing import Malformed, parse_json
 from keural.serve.server.chat import ChatRequest, answer_chat
 from keural.serve.server.completions import CompletionRequest, answer_completion
+from keural.serve.server.description import describe
 from keural.serve.server.errors import ApiError, json_response, of_status, to_json
 from keural.serve.server.fields import refusal
 from keural.serve.server.gate import Gate
@@ -25,6 +26,7 @@ from keural.serve.server.messages import CountRequest, MessagesRequest, answer_m
 from keural.serve.server.page import File, read_page
 from keural.serve.server.responses import ResponsesRequest, answer_responses
 from keural.serve.server.service import Service
+from keural.serve.server.settings import Limits
 from keural.serve.server.tokens import (
     DetokenizeRequest,
     RenderRequest,
@@ -42,13 +44,14 @@ PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 def make_app(service: Service) -> ASGIApp:
     """The guarded application."""
     app = FastAPI(title="keural", version=keural.__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.router.route_class = _route_class(service.limits.depth)
+    app.router.route_class = _route_class(service.limits)
     _add_errors(app)
     _add_state(app, service)
     _add_models(app, service)
     _add_generation(app, service)
     _add_tokens(app, service)
     _add_page(app)
+    describe(app, service)
     return Gate(app, service)
 
 
@@ -88,7 +91,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
     @app.post("/detokenize")
     async def detokenize_ids(fields: Annotated[DetokenizeRequest, Body()]) -> Response:
         """The text of ids."""
-        return json_response(detokenize(service, fields))
+        return json_response(await detokenize(service, fields))
 
     @app.post("/v1/chat/completions/render")
     async def render_chat_completion(fields: Annotated[RenderRequest, Body()]) -> Response:
@@ -176,14 +179,14 @@ def _add_errors(app: FastAPI) -> None:
         return refusal(found).response(path)
 
 
-def _route_class(depth: int) -> type[APIRoute]:
+def _route_class(limits: Limits) -> type[APIRoute]:
     """Routes whose JSON has limits."""
 
     class LimitedRequest(Request):
         async def json(self) -> Any:
             body = await self.body()
             try:
-                value = parse_json(body, depth=depth)
+                value = parse_json(body, depth=limits.depth, parts=limits.parts)
                 if _PERHAPS_NO_JSON.search(body):
                     to_json(value)
             except Malformed as error:

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from keural.errors import UserError
 from keural.serve.batching.requests import Chosen, Event, QueueFull, Request
-from keural.serve.batching.scheduler import Ticket
+from keural.serve.batching.runner import Ticket
 from keural.serve.server.answers import Answer
 from keural.serve.server.errors import ApiError, json_response, to_json
 from keural.serve.server.pieces import Piece, Pieces
@@ -251,6 +251,10 @@ def _of_end(ended: Event) -> ApiError | None:
         return ApiError(504, "the answer did not end within its deadline", code="deadline_exceeded")
     if ended.end == "cancelled":
         return ApiError(503, SHUTTING_DOWN, code="shutting_down", headers={"Retry-After": "5"})
+    if ended.end == "unavailable":
+        return ApiError(503, ended.error or "nobody takes the request", code="unavailable", headers={"Retry-After": "5"})
+    if ended.end == "refused":
+        return ApiError(400, ended.error or "the engine refused the request", code="refused_by_engine")
     if ended.end == "error":
         return ApiError(500, ended.error or "the model failed", code="model_error")
     return None

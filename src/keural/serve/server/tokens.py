@@ -55,16 +55,21 @@ async def tokenize(service: Service, fields: TokenizeRequest) -> dict[str, Any]:
         ids = await service.read(service.tokenizer.encode, fields.prompt)
     found: dict[str, Any] = {"count": len(ids), "max_model_len": service.context_length, "tokens": ids}
     if fields.return_token_strs:
-        found["token_strs"] = [service.tokenizer.decode([token], skip_special_tokens=False) for token in ids]
+        found["token_strs"] = await service.read(_each, service, ids)
     return found
 
 
-def detokenize(service: Service, fields: DetokenizeRequest) -> dict[str, Any]:
+def _each(service: Service, ids: list[int]) -> list[str]:
+    names = {token: service.tokenizer.decode([token], skip_special_tokens=False) for token in set(ids)}
+    return [names[token] for token in ids]
+
+
+async def detokenize(service: Service, fields: DetokenizeRequest) -> dict[str, Any]:
     """The text. Raises `ApiError` for ids that the model has not."""
     service.check_model(fields.model)
     if any(token >= service.tokenizer.vocab_size for token in fields.tokens):
         raise ApiError(400, f"`tokens`: token ids go up to {service.tokenizer.vocab_size - 1}", "tokens", "invalid_value")
-    return {"prompt": service.tokenizer.decode(fields.tokens)}
+    return {"prompt": await service.read(service.tokenizer.decode, fields.tokens)}
 
 
 async def render_chat(service: Service, fields: RenderRequest) -> dict[str, Any]:

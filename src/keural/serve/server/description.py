@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from keural.serve.server.errors import MESSAGES
 from keural.serve.server.gate import OPEN
 from keural.serve.server.generation import TIMEOUT_HEADER
+from keural.serve.server.replies import POSITION_HEADER
 from keural.serve.server.service import Service
 
 Schema = dict[str, Any]
@@ -146,7 +147,7 @@ def _complete(found: dict[str, Any], service: Service) -> None:
         for method, operation in operations.items():
             operation["responses"] = _responses(path, method, service)
             if path in GENERATES:
-                operation.setdefault("parameters", []).append(_timeout())
+                operation.setdefault("parameters", []).extend([_timeout(), _position()])
             if service.keys is not None:
                 operation["security"] = [] if path in OPEN else [BEARER, API_KEY]
 
@@ -180,6 +181,15 @@ def _timeout() -> dict[str, Any]:
         "in": "header",
         "description": "Seconds for the answer, where they are fewer than the server's own.",
         "schema": {"type": "number", "exclusiveMinimum": 0},
+    }
+
+
+def _position() -> dict[str, Any]:
+    return {
+        "name": POSITION_HEADER.decode().title(),
+        "in": "header",
+        "description": "1: comments of a stream say its place in the queue while it waits.",
+        "schema": {"enum": ["0", "1"]},
     }
 
 

@@ -104,7 +104,25 @@ def answer(
     listener: socket.socket,
 ) -> int:
     """Answer for the model at `path` until a signal ends it; returns the exit code."""
-    service = Service(
+    service = service_for(slots, tokenizer, path, settings, defaults, system, keys, host_names(listener, settings))
+    set_up_logging()
+    allow_files(2 * settings.limits.connections)
+    Server(service, listener, settings.api_key_file).run(sockets=[listener])
+    return 0
+
+
+def service_for(
+    slots: Slots | Upstreams,
+    tokenizer: KeuralTokenizer,
+    path: Path,
+    settings: Settings,
+    defaults: SamplingParams,
+    system: str | None = None,
+    keys: Keys | None = None,
+    hosts: frozenset[str] | None = None,
+) -> Service:
+    """The service of the model at `path`, a directory or a file in it."""
+    return Service(
         tokenizer,
         slots,
         settings.name or name_of(path),
@@ -113,15 +131,11 @@ def answer(
         settings.jamo,
         settings.limits,
         keys,
-        host_names(listener, settings),
+        hosts,
         trained_on_tools=trained_on_tools(read_record(path if path.is_dir() else path.parent)),
         metrics_prefix=settings.metrics_prefix,
         log=write_entry,
     )
-    set_up_logging()
-    allow_files(2 * settings.limits.connections)
-    Server(service, listener, settings.api_key_file).run(sockets=[listener])
-    return 0
 
 
 def allow_files(count: int) -> None:

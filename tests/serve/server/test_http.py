@@ -69,7 +69,7 @@ def test_a_client_that_leaves_with_requests_behind_its_stream_loses_one_slot_at_
 @pytest.mark.parametrize(
     "request_",
     [
-        post(BODY, b"Transfer-Encoding: chunked\r\n"),
+        HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY),
         post(BODY, b"Content-Length: 5\r\n"),
         HEAD + b"Content-Length: -1\r\n\r\n" + BODY,
         HEAD + b"Content-Length: +5\r\n\r\n" + BODY,

@@ -389,6 +389,20 @@ def test_lists_of_contexts_and_questions_are_unfolded(tmp_path: Path) -> None:
     assert turns(convert("squad", hub)) == [("user", "c\n\nq"), ("assistant", "a")]
 
 
+def test_rounds_under_the_names_of_who_speaks_are_their_turns() -> None:
+    rounds = [{"human": "q1", "assistant": "a1"}, {"human": "q2", "assistant": "a2"}]
+    said = [("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2")]
+    assert turns(convert("messages", {"conversation": rounds}, field="conversation")) == said
+    assert turns(convert("sharegpt", {"conversations": [{"system": "s", **rounds[0]}, rounds[1]]})) == [("system", "s"), *said]
+    own = {"roles": {"질문자": "user", "답변자": "assistant"}}
+    assert turns(convert("messages", {"messages": [{"질문자": "q1", "답변자": "a1"}]}, **own)) == said[:2]
+
+
+@pytest.mark.parametrize("more", [{"model": "m"}, {"score": 1}, {"train": False}])
+def test_what_may_be_no_speaker_makes_no_round(more: dict[str, Any]) -> None:
+    assert reason(convert("messages", {"messages": [{"human": "q", "assistant": "a"} | more]}))[0] == "unknown_role"
+
+
 def test_lists_that_belong_together_are_unfolded_together() -> None:
     source = SourceSpec(
         name="s", adapter="qa", options={"unfold": ["questions, answers"], "question": ["story", "questions"], "answer": "answers"}
@@ -469,6 +483,12 @@ def test_fields_to_ignore_and_to_name_rows_by_must_be_there(prepared: Prepare) -
 def test_an_option_without_effect_refuses_the_source(prepared: Prepare) -> None:
     with pytest.raises(UserError, match=r"option 'system' has no effect: no row has a field 'systm'.*not read: system"):
         prepared("messages", [chat(ASKED, ANSWERED, system="s")], options={"system": "systm"})
+    with pytest.raises(UserError, match=r"option 'unfold' has no effect: no row has a field 'item'"):
+        prepared(
+            "qa", [{"items": [{"question": "q", "answer": "a"}], "question": "q", "answer": "a"}], options={"unfold": ["item"]}
+        )
+    rows = [{"items": [{"question": "q", "answer": "a"}]}]
+    assert prepared("qa", rows, options={"unfold": ["items"]}).table[0].kept == 1
 
 
 def test_fields_that_are_not_read_are_listed_once(prepared: Prepare, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,7 @@ PLACEHOLDERS = [
     ("너는 누구니?", "저는 {{이름}}이고 {{ 회사 }}에서 만들었습니다."),
     ("Write a haiku about {topic}.", "Leaves drift on the pond."),
     ("{질문}", "네, 바로 알려 드리겠습니다."),
+    ("{이름}님, 안녕하세요.", "네, 안녕하세요."),
     ("{{question}}", "{{answer}}"),
     ("{instruction}\n{input}", "Gladly."),
     ("Write a letter (a short one) to {{name}}", "With pleasure."),

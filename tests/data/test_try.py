@@ -333,7 +333,7 @@ def test_what_is_only_assumed_of_several_answers_is_said(tmp_path: Path, capsys:
     rows = {
         "order": {"prompt": "Name a tree.", "completions": ["An oak.", "A rose."]},
         "rank": {"prompt": "Name a tree.", "responses": ["An oak.", "A rose."], "rank": [1, 2]},
-        "unfold": {"rounds": [{"human": "Name a tree.", "assistant": "An oak."}, {"human": "Another.", "assistant": "A birch."}]},
+        "unfold": {"asked": [{"question": "Name a tree.", "answer": "An oak."}, {"question": "Another.", "answer": "A birch."}]},
     }
     said = {
         "order": "is only assumed: option order",

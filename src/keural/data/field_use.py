@@ -9,7 +9,7 @@ import unicodedata
 from typing import Any, NamedTuple
 
 from keural.data.adapters.base import Adapter, holds, lookup
-from keural.data.adapters.turns import CONTENT_KEYS, listing
+from keural.data.adapters.turns import CONTENT_KEYS, is_round, listing
 from keural.data.records import Drop
 from keural.recipe import SourceSpec
 
@@ -42,6 +42,7 @@ class FieldUse:
     """Looks at every row of one source; an adapter that does not say what it reads is not looked at."""
 
     def __init__(self, adapter: Adapter, source: SourceSpec) -> None:
+        self._source = source
         self._reads = adapter.reads(source) if adapter.reads else None
         self._booleans = self._reads.booleans if self._reads else frozenset[str]()
         self.unread: set[str] = set()
@@ -57,6 +58,8 @@ class FieldUse:
             if option in source.options:
                 given = source.options[option]
                 self.unseen[option] = list(given) if isinstance(given, list | dict) else [given]
+        if self._reads and source.options.get("unfold"):
+            self.unseen["unfold"] = [part.strip() for part in str(source.options["unfold"][0]).split(",")]
         if self._reads and source.id_field not in (None, ROW_NUMBER):
             self.unseen["id_field"] = [source.id_field]
 
@@ -70,19 +73,19 @@ class FieldUse:
             return
         if isinstance(value, dict):
             self._note("", value, self._reads.keys)
-            self._see(value)
+            self.see(value)
         for name in self._reads.turns:
             turns = listing(lookup(value, name) if isinstance(value, dict) else value)
             for turn in turns if isinstance(turns, list) else [turns]:
-                if isinstance(turn, dict):
-                    self._see(turn)
+                if isinstance(turn, dict) and not is_round(turn, self._source):
+                    self.see(turn)
                     self._note(f"{name}.", turn, self._reads.turn_keys)
                     for content in CONTENT_KEYS:
                         self._look_at_parts(f"{name}.{content}.", turn.get(content))
 
-    def _see(self, value: dict[Any, Any]) -> None:
-        """Forget the options of which a row or turn has a field."""
-        if self.unseen:
+    def see(self, value: Any) -> None:
+        """Forget the options of which a row, also one before it is taken apart, or a turn has a field."""
+        if self.unseen and isinstance(value, dict):
             self.unseen = {option: names for option, names in self.unseen.items() if not any(_has(value, name) for name in names)}
 
     def _look_at_parts(self, before: str, parts: Any) -> None:

@@ -114,6 +114,7 @@ class Source:
                 fields.look(row.value)
                 yield row.value, _finished(adapter(row.value, spec, row.where), row.value, spec, number, notes)
             else:
+                fields.see(row.value)
                 for place, value in enumerate(split(row.value, spec), start=1):
                     whole = row.value if isinstance(value, BadRow) else value  # what could not be taken apart
                     fields.look(whole)

@@ -47,12 +47,16 @@ class Message(NamedTuple):
     @property
     def text(self) -> str:
         """Everything between the turn's markers but the role."""
-        return "".join(text for text, _ in self.parts())
+        return thought(self.reasoning) + self.content if self._thinks else self.content
+
+    @property
+    def _thinks(self) -> bool:
+        return self.role == "assistant" and bool(self.reasoning)
 
     def parts(self) -> tuple[tuple[str, bool], ...]:
         """The turn's text in the parts that are encoded by themselves, each with whether it is trained."""
         trained = self.is_trained
-        if not self.reasoning or self.role != "assistant":
+        if not self._thinks:
             return ((self.content, trained),)
         return ((thought(self.reasoning), trained and self.reasoning_trained), (self.content, trained))
 

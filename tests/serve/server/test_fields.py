@@ -39,7 +39,8 @@ HONOURED: dict[str, Any] = {
     "messages": HELLO, "model": "tiny", "prompt": "a", "logit_bias": {"300": 1}, "logprobs": True, "max_completion_tokens": 2,
     "max_tokens": 2, "n": 2, "seed": 1, "stop": ["x"], "stream_options": {"include_usage": True}, "temperature": 0.5,
     "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a+"},
-    "top_logprobs": 1, "top_p": 0.5, "stream": True, "repetition_penalty": 1.2,
+    "top_logprobs": 1, "top_p": 0.5, "stream": True, "repetition_penalty": 1.2, "tools": [TOOL], "tool_choice": "required",
+    "parallel_tool_calls": False,
 }  # fmt: skip
 """What the other tests show to be honoured, each with a value."""
 ACCEPTED: dict[str, Any] = {
@@ -53,9 +54,6 @@ NEUTRAL: dict[str, tuple[Any, Any]] = {
     "store": (False, True),
     "modalities": (["text"], ["text", "audio"]),
     "audio": (None, {"voice": "x", "format": "mp3"}),
-    "tools": ([], [TOOL]),
-    "tool_choice": ("none", "required"),
-    "parallel_tool_calls": (True, "yes"),
     "functions": ([], [{"name": "f"}]),
     "function_call": ("none", {"name": "f"}),
     "prediction": (None, {"type": "content", "content": "x"}),
@@ -70,7 +68,10 @@ NEUTRAL: dict[str, tuple[Any, Any]] = {
 """With the value that says what is done anyway, and one that cannot be honoured."""
 CHAT = sorted(of_chats.CompletionCreateParamsStreaming.__annotations__)
 COMPLETION = sorted({*of_completions.CompletionCreateParamsBase.__annotations__, "stream"})
-NEEDED: dict[str, dict[str, Any]] = {"top_logprobs": {"logprobs": True}, "stream_options": {"stream": True}}
+NEEDED: dict[str, dict[str, Any]] = {
+    "top_logprobs": {"logprobs": True}, "stream_options": {"stream": True}, "tools": {"tool_choice": "none"},
+    "tool_choice": {"tools": [TOOL], "max_tokens": 2},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ _SLOT = re.compile(r"\{(\w+)\}")
 
 
 def _messages(value: Any, source: SourceSpec, where: str) -> Conversation | Drop:
-    """`{messages: [{role, content}, ..]}`; option `field` names the list."""
+    """`{messages: [{role, content}, ..]}`; option `field` names the list. An item may be a round, `{human: .., assistant: ..}`."""
     return _listed(value, source, where, "messages")
 
 

@@ -7,7 +7,7 @@ are parts of an assistant's turn.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -99,7 +99,10 @@ ROW_OPTIONS: OptionTable = {
     "system": Option(NAME, "field of the row with a system text, which is put before the turns", "system"),
     "tools": Option(NAME, "field of the row with the tool definitions", TOOLS),
     "label": Option(
-        NAME, "field of the row that says whether its answer is good: true or 1; rows of false or 0 are dropped", LABELS
+        NAME,
+        "field of the row that says whether its answer is good: true or 1; rows of false or 0 are dropped; where it is not given, "
+        "a label of true or false says so, too, and one of 1 or 0 refuses rows that hold turns, until it is declared",
+        LABELS,
     ),
     "labels": Option(
         MAP, "what each value of the label means: true for a good answer, false for a bad one; any other value refuses the source"
@@ -226,10 +229,16 @@ def listing(value: Any) -> Any:
 
 def one_of(value: Any, names: Sequence[str | int]) -> Any:
     """The one of some fields that is there; None where none is. Raises `BadRow` where two say different things."""
-    found = [(name, each) for name in names if (each := lookup(value, name)) is not None]
-    if any(each != found[0][1] for _, each in found[1:]):
-        raise BadRow("fields_differ", ", ".join(str(name) for name, _ in found))
-    return found[0][1] if found else None
+    first = None
+    for name in names:
+        each = lookup(value, name)
+        if each is None:
+            continue
+        if first is None:
+            first = each
+        elif each != first:
+            raise BadRow("fields_differ", ", ".join(str(name) for name in names if lookup(value, name) is not None))
+    return first
 
 
 class _Settings:
@@ -394,7 +403,7 @@ class TurnReader:
         if not isinstance(found, list):
             raise BadRow("missing_messages") if found is None else BadRow("malformed_row", f"turns are a {type(found).__name__}")
         turns: list[Message] = []
-        for item in found:
+        for item in self._spoken(found):
             turn = self.turn(item)
             if turn.role == TOOL_CALL:
                 turn = turn._replace(role="assistant")
@@ -402,6 +411,14 @@ class TurnReader:
                     turn = _joined(turns.pop(), turn)
             turns.append(turn)
         return turns
+
+    def _spoken(self, items: Sequence[Any]) -> Iterator[Any]:
+        """The items of a list of turns, each round as its turns."""
+        for item in items:
+            if is_round(item, self.source):
+                yield from ({ROLE_KEYS[0]: name, CONTENT_KEYS[0]: said} for name, said in item.items() if said is not None)
+            else:
+                yield item
 
     def turn(self, item: Any) -> Message:
         """A turn from `{role, content}` or `{from, value}`, or the fields that options name."""
@@ -593,6 +610,15 @@ class TurnReader:
         if waiting:
             self.notes.append(CUT)
         return merged
+
+
+def is_round(item: Any, source: SourceSpec) -> bool:
+    """Whether an item of a list of turns is several of them under the names of who speaks: `{human: .., assistant: ..}`."""
+    if not isinstance(item, dict) or len(item) < 2 or not source.options.keys().isdisjoint(("role", "content")):
+        return False
+    roles = _settings_of(source).roles
+    speakers = [roles.get(name.strip().lower()) if isinstance(name, str) else None for name in item]
+    return None not in speakers and len(set(speakers)) == len(speakers)  # of two names for one side, one is likely no speaker
 
 
 def message_of(value: Any) -> Message:

@@ -6,6 +6,7 @@ an answer at the end, two different answers to one history) is not a gate: `keur
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -232,6 +233,10 @@ class Gatekeeper:
     def __init__(self, source: SourceSpec, defaults: dict[str, GateAction]) -> None:
         self.actions = {name: source.gates.get(name, defaults.get(name, gate.action)) for name, gate in GATES.items()}
         self._source, self.source = source, source.name
+        self._checks: dict[GateAction, list[Callable[[Chat], Finding | None]]] = defaultdict(list)
+        for name, gate in GATES.items():
+            if gate.check:
+                self._checks[self.actions[name]].append(gate.check)
 
     def reasons(self, record: Record, action: GateAction) -> Iterator[str]:
         """The reasons of `findings`."""
@@ -248,8 +253,8 @@ class Gatekeeper:
             return
         if action == "drop" and (reason := self._length(record)):
             yield Finding(reason)
-        for name, gate in GATES.items():
-            if gate.check and self.actions[name] == action and (finding := gate.check(record)):
+        for check in self._checks[action]:
+            if finding := check(record):
                 yield finding
 
     def _length(self, record: Chat) -> str | None:

@@ -37,9 +37,10 @@ class Splitter:
         whether a record that asks (system turn included) what another one asked is a duplicate.
         """
         cut = isinstance(record, Conversation) and CUT in record.notes
-        marks = {_digest_of_parts(_exact(record)): "duplicate_after_cut" if cut else "duplicate"}
+        content, asks = _content(record)
+        marks = {_digest_of_parts(content): "duplicate_after_cut" if cut else "duplicate"}
         if isinstance(record, PreferencePair):
-            marks[_digest_of_parts(_swapped(record))] = "swapped_pair"
+            marks[_digest_of_parts([*content[:-2], content[-1], content[-2]])] = "swapped_pair"
         if not isinstance(record, Document) and record.id is not None:
             marks[_digest(["id", id_space, record.id])] = "duplicate_id"
         for mark, reason in marks.items():
@@ -48,7 +49,7 @@ class Splitter:
         if isinstance(record, Document) and not (self._threshold or self._heldout or heldout_source):
             self._seen.update(marks)  # nothing is held out, so what a document asks decides nothing
             return "train"
-        asked = _digest(_asked(record))
+        asked = _digest([normalized(record.text)] if isinstance(record, Document) else asks)
         if prompts == "drop" and asked in self._asked:
             return Drop("duplicate_prompt", record.where)
         if heldout_source:
@@ -75,27 +76,15 @@ def _digest(content: list[str]) -> bytes:
     return blake2b(json.dumps(content, ensure_ascii=False).encode("utf-8"), digest_size=16, person=b"keural-data").digest()
 
 
-def _exact(record: Record) -> list[str]:
+def _content(record: Record) -> tuple[list[str], list[str]]:
+    """The parts that make a record what it is (a pair's answers last), and those of what it asks; a document asks with its text."""
     if isinstance(record, Document):
-        return [record.text]
-    if isinstance(record, Conversation):
-        return _parts(record.messages)
-    return _pair(record, record.chosen, record.rejected)
-
-
-def _swapped(record: PreferencePair) -> list[str]:
-    return _pair(record, record.rejected, record.chosen)
-
-
-def _pair(record: PreferencePair, first: str, second: str) -> list[str]:
-    return [*_parts(record.prompt), normalized(first), normalized(second)]
-
-
-def _asked(record: Record) -> list[str]:
-    if isinstance(record, Document):
-        return [normalized(record.text)]
-    prompt = record.prompt if isinstance(record, PreferencePair) else record.messages[:-1]
-    return _parts(prompt)
+        return [record.text], []
+    if isinstance(record, PreferencePair):
+        asked = _parts(record.prompt)
+        return [*asked, normalized(record.chosen), normalized(record.rejected)], asked
+    asked = _parts(record.messages[:-1])
+    return asked + _parts(record.messages[-1:]), asked
 
 
 def _parts(messages: Iterable[Message]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 from keural.data.adapters import ADAPTERS, Adapter, conversations, documents, preferences
 from keural.data.adapters.base import UNDECLARED, holds, lookup, plain
 from keural.data.adapters.evaluation import SCHEMAS, Schema
-from keural.data.adapters.turns import CONTENT_KEYS, IN_ORDER, ROLE_KEYS, ROLES, listing
+from keural.data.adapters.turns import CONTENT_KEYS, IN_ORDER, ROLE_KEYS, ROLES, is_round, listing
 from keural.data.readers.datafile import Row
 from keural.data.readers.magic import TAR, ZIP
 from keural.data.records import Drop
@@ -295,7 +295,8 @@ def fields_read(adapter: Adapter, source: SourceSpec) -> frozenset[str]:
     return frozenset(part for name in found for part in (name, name.split(".")[0]))
 
 
-_READ_WHOLE = fields_read(ADAPTERS["messages"], SourceSpec(name="messages", adapter="messages"))
+_PLAIN = SourceSpec(name="messages", adapter="messages")
+_READ_WHOLE = fields_read(ADAPTERS["messages"], _PLAIN)
 """Fields that mean something beside the turns: no lists of records."""
 
 
@@ -317,9 +318,12 @@ def _turns_in(key: str, items: Sequence[dict[Any, Any]]) -> Iterator[dict[str, A
     names = list(dict.fromkeys(str(name) for item in items for name in item))
     role = next((name for name in (*ROLE_KEYS, *_SPEAKERS) if name in names), None)
     content = next((name for name in (*CONTENT_KEYS, *_UTTERANCES) if name in names), None)
+    options: dict[str, Any] = {} if key in ("messages", "conversations", "") else {"field": key}
+    if all(is_round(item, _PLAIN) for item in items):
+        yield options
+        return
     if role is None or content is None or role == content:
         return
-    options: dict[str, Any] = {} if key in ("messages", "conversations", "") else {"field": key}
     options |= {} if role in ROLE_KEYS else {"role": role}
     options |= {} if content in CONTENT_KEYS else {"content": content}
     yield options

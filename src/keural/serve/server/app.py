@@ -3,6 +3,7 @@
 In: a service. Out: an ASGI application with its own description (`/openapi.json`).
 """
 
+import re
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
@@ -18,7 +19,7 @@ from keural.parsing import Malformed, parse_json
 from keural.serve.server.chat import ChatRequest, answer_chat
 from keural.serve.server.completions import CompletionRequest, answer_completion
 from keural.serve.server.description import describe
-from keural.serve.server.errors import ApiError, json_response, of_status
+from keural.serve.server.errors import ApiError, json_response, of_status, to_json
 from keural.serve.server.fields import refusal
 from keural.serve.server.gate import Gate
 from keural.serve.server.messages import CountRequest, MessagesRequest, answer_messages, count_tokens
@@ -35,6 +36,8 @@ from keural.serve.server.tokens import (
     tokenize,
 )
 
+_PERHAPS_NO_JSON = re.compile(rb"NaN|Infinity|[eE]\+?[0-9]{3}|[0-9]{309}|\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
+"""What Python reads as JSON although nothing may stand in JSON that it becomes; where this is not found, there is none."""
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -181,10 +184,18 @@ def _route_class(limits: Limits) -> type[APIRoute]:
 
     class LimitedRequest(Request):
         async def json(self) -> Any:
+            body = await self.body()
             try:
-                return parse_json(await self.body(), depth=limits.depth, parts=limits.parts)
+                value = parse_json(body, depth=limits.depth, parts=limits.parts)
+                if _PERHAPS_NO_JSON.search(body):
+                    to_json(value)
             except Malformed as error:
                 raise ApiError(400, f"the body is not JSON that can be read: {error}", code="invalid_json") from error
+            except UnicodeEncodeError as error:
+                raise ApiError(400, "the body is not JSON that can be read: half a surrogate pair", code="invalid_json") from error
+            except ValueError as error:
+                raise ApiError(400, "the body is not JSON that can be read: not a finite number", code="invalid_json") from error
+            return value
 
     class LimitedRoute(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:

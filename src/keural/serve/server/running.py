@@ -18,7 +18,7 @@ import uvicorn
 
 from keural.errors import UserError
 from keural.pretrained.cached_step import check_cached_step
-from keural.pretrained.lineage import read_record
+from keural.pretrained.lineage import read_record, trained_on_tools
 from keural.pretrained.network_code import other_code_line
 from keural.pretrained.stored_model import build, open_model
 from keural.serve.batching.slots import Slots
@@ -32,6 +32,7 @@ from keural.serve.server.service import Service
 from keural.serve.server.settings import Settings
 from keural.serve.server.start import BACKLOG, is_loopback
 from keural.serve.server.supervisor import tell, watchdog
+from keural.serve.upstream.runner import Upstreams
 from keural.terminal import note, say
 from keural.tokenizer import KeuralTokenizer
 
@@ -66,6 +67,7 @@ def load_llama(path: Path, slots: int, threads: int | None) -> Loaded:
         if error.name != "llama_cpp":
             raise
         raise UserError("the llama.cpp engine is not installed; install it with `pip install 'keural[llama]'`") from error
+    torch.set_num_threads(1)  # for the sampler alone: its threads would take the cores from llama.cpp's, and wait for them
     loaded = LlamaSlots(path, slots, threads)
     return Loaded(loaded, loaded.tokenizer, loaded.unverified)
 
@@ -84,20 +86,35 @@ def serve(
     listener: socket.socket,
 ) -> int:
     """Load a model and answer at `listener` until a signal ends it; returns the exit code. Raises `UserError`."""
-    loaded = LOADERS[engine](path, settings.slots, settings.threads)
+    loaded = LOADERS[engine](path, settings.answers_at_once, settings.threads)
     for remark in (loaded.unverified, other_code_line(path)):
         if remark is not None:
             note(f"({remark})")
+    return answer(loaded.slots, loaded.tokenizer, path, settings, defaults, system, keys, listener)
+
+
+def answer(
+    slots: Slots | Upstreams,
+    tokenizer: KeuralTokenizer,
+    path: Path,
+    settings: Settings,
+    defaults: SamplingParams,
+    system: str | None,
+    keys: Keys | None,
+    listener: socket.socket,
+) -> int:
+    """Answer for the model at `path` until a signal ends it; returns the exit code."""
     service = Service(
-        loaded.tokenizer,
-        loaded.slots,
-        settings.name or _name(path),
+        tokenizer,
+        slots,
+        settings.name or name_of(path),
         defaults,
         system,
         settings.jamo,
         settings.limits,
         keys,
         host_names(listener, settings),
+        trained_on_tools=trained_on_tools(read_record(path if path.is_dir() else path.parent)),
         metrics_prefix=settings.metrics_prefix,
         log=write_entry,
     )
@@ -119,7 +136,7 @@ def allow_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _name(path: Path) -> str:
+def name_of(path: Path) -> str:
     """What a model is called: as its recipe, else as its directory."""
     recipe = read_record(path if path.is_dir() else path.parent).get("recipe")
     return recipe if isinstance(recipe, str) and recipe else path.resolve().name

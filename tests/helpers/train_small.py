@@ -34,6 +34,8 @@ from tests.helpers.shapes import SMALL
 
 VOCAB = 96
 LENGTH = 32
+END = VOCAB - 1
+"""Ends a turn, as the network's configuration says."""
 SHA = "0" * 64
 KIND = {"next_token": "documents", "sft": "conversations", "dpo": "pairs"}
 
@@ -55,7 +57,9 @@ def random_model(seed: int = 0, scale: float = 1.0, **changes: Any) -> KeuralMoE
 
 
 def write_store(directory: Path, objective: str, number: int, seed: int = 0, longest: int = LENGTH // 2) -> Path:
-    """`number` documents, conversations or pairs of a learnable kind: each token is mostly its predecessor plus a constant."""
+    """`number` documents, conversations or pairs of a learnable kind: each token is mostly its predecessor plus a constant. Answers
+    end with the token that ends a turn.
+    """
     draw = np.random.default_rng(seed)
     with atomic_directory(directory) as path, StoreWriter(path, SHA, VOCAB, KIND[objective]) as writer:  # type: ignore[arg-type]
         for _ in range(number):
@@ -63,12 +67,20 @@ def write_store(directory: Path, objective: str, number: int, seed: int = 0, lon
                 prompt = sequence(draw, int(draw.integers(2, longest // 2)), 3)
                 for slope in (3, 5):
                     answer = sequence(draw, int(draw.integers(2, longest // 2)), slope)
+                    answer[-1] = END
                     mask = np.concatenate([np.zeros(len(prompt), int), np.ones(len(answer), int)])
                     writer.add(np.concatenate([prompt, answer]), mask)
             else:
                 tokens = sequence(draw, int(draw.integers(3, longest)), 3)
-                writer.add(tokens, draw.integers(0, 2, len(tokens)) if objective == "sft" else None)
+                writer.add(tokens, answers(tokens, draw.integers(0, 2, len(tokens))) if objective == "sft" else None)
     return directory
+
+
+def answers(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The mask, its last token trained; every run of trained tokens is made to end with the end of a turn."""
+    mask[-1] = 1
+    tokens[(mask == 1) & (np.append(mask[1:], 0) == 0)] = END
+    return mask
 
 
 def sequence(draw: np.random.Generator, length: int, slope: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from keural.train.objectives.preference import pair_logprobs
 from keural.train.reference.cache import ReferenceCache
 from keural.train.reference.online import OnlineReference, values_by
 from keural.train.reference.records import MANIFEST, RECORD, RECORDS, RecordFile, ReferenceIdentity, pair_digests
-from keural.train.stage import StageJob, StageRun, make_references, train_stage
+from keural.train.stage import StageJob, StageRun, StopSignals, make_references, train_stage
 from tests.helpers.train_small import (
     LENGTH,
     losses_of,
@@ -358,8 +358,44 @@ class TestBroughtAlong:
             make_references(small_job(tmp_path, "sft"))
 
 
+def test_values_of_another_weight_of_longer_answers_are_others(tmp_path: Path) -> None:
+    plain = cache_of(open_run(small_job(tmp_path, "dpo", number=12)))
+    shorter = cache_of(open_run(small_job(tmp_path, "dpo", number=12, dpo={"ld_alpha": 0.25})))
+    assert plain.file.directory != shorter.file.directory
+    assert not np.array_equal(plain.values, shorter.values)
+    assert train_stage(small_job(tmp_path, "dpo", number=12, dpo={"ld_alpha": 0.25})).loss_first == pytest.approx(
+        math.log(2), abs=0.2
+    )
+
+
+def test_a_loss_without_reference_needs_none_and_refuses_its_settings(tmp_path: Path) -> None:
+    free = {"loss": "simpo", "beta": 2.0}
+    run = open_run(small_job(tmp_path, "dpo", dpo=free))
+    assert run.trainer.references is None
+    assert not (tmp_path / "run" / "reference").exists()
+    for setting in ({"reference": "online"}, {"reference_path": "x"}):
+        with pytest.raises(ValueError, match="has no effect with loss simpo"):
+            small_job(tmp_path, "dpo", dpo=free | setting)
+
+
+@pytest.mark.parametrize("settings", [{}, {"ld_alpha": 0.25}])
+def test_the_online_reference_of_an_adapter_is_the_policy_with_it_off(tmp_path: Path, settings: dict[str, float]) -> None:
+    pytest.importorskip("peft")
+    adapted = {"lora": {"rank": 2, "targets": ["attention"]}, "number": 12, "train": {"steps": 3}}
+    cached = open_run(small_job(tmp_path, "dpo", dpo=settings, run="cached", **adapted))
+    online = open_run(small_job(tmp_path, "dpo", dpo=settings | {"reference": "online"}, run="online", **adapted))
+    assert online.trainer.references.policy is online.trainer.policy
+    cached.train(StopSignals())
+    online.train(StopSignals())
+    trained = [name for name, weight in online.trainer.policy.named_parameters() if weight.requires_grad]
+    assert trained
+    ours, theirs = (dict(run.trainer.policy.named_parameters()) for run in (online, cached))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_the_identity_names_what_differs() -> None:
-    one = ReferenceIdentity(weights="a", network="b", tokenizer="c", precision="computed in float32")
+    one = ReferenceIdentity(weights="a", network="b", tokenizer="c", precision="computed in float32", scored="all")
+    assert one.differences(one.model_copy(update={"scored": "half", "weights": "d"})) == "other weights and half, not all"
     assert one.differences(one.model_copy(update={"tokenizer": "d", "network": "e"})) == "other network and other tokenizer"
     assert one.key == one.model_copy().key != one.model_copy(update={"weights": "b"}).key
 

@@ -15,6 +15,7 @@ know its plan without knowing the pipeline) and listed here.
     reference/<id>/           keural.train.reference.records: manifest.json, and pairs.bin with a checksum for each pair
     <stage>/stage.json        StageMarker: what the stage is made from; stage.yaml the same for people
     <stage>/plan.json         keural.train.step_plan.PlanFile
+    <stage>/checks.json       keural.train.checks.record.ChecksFile
     <stage>/checkpoints/*/manifest.json       keural.train.checkpoint: SHA-256 of every file, and its own
     <stage>/metrics.jsonl     keural.train.metrics: each line has a checksum
     <stage>/model/keural.json keural.pretrained.lineage: SHA-256 of every file of the model

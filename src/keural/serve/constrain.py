@@ -1,4 +1,4 @@
-"""Answers of a given form: JSON of a schema, or text of a regular expression.
+"""Answers of a given form: JSON of a schema, text of a regular expression or of a grammar.
 
 In: what an answer must be. Out: a constraint that says of every token whether it may come next. llguidance does the work; it is
 imported when it is first asked for, and reads the tokenizer then, which takes seconds with a large one.
@@ -39,6 +39,10 @@ class Grammars:
     def regex(self, pattern: str) -> "Form":
         """Text that an expression matches as a whole. Raises `UserError`."""
         return self._form(_library().LLMatcher.grammar_from_regex(pattern), "the regular expression")
+
+    def lark(self, grammar: str, what: str) -> "Form":
+        """Text of a grammar in the library's Lark; `what` it stands for. Raises `UserError`."""
+        return self._form(_library().LLMatcher.grammar_from_lark(grammar), what)
 
     def _form(self, grammar: str, what: str) -> "Form":
         library = _library()

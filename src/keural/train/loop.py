@@ -22,7 +22,9 @@ ASKED = "asked"
 @dataclass(frozen=True)
 class StepReport:
     """What one step was: mean loss per label or pair, means of the objective's metrics, router losses without coefficients, share
-    of assignments per layer and expert, global gradient norm before clipping, tokens without padding, wall-clock seconds.
+    of assignments per layer and expert, mean entropy of a token's router probabilities over the logarithm of the number of experts
+    (1: all alike, 0: always one), global gradient norm before clipping, tokens without padding and their share of all positions,
+    wall-clock seconds.
     """
 
     step: int
@@ -30,9 +32,11 @@ class StepReport:
     learning_rate: float
     gradient_norm: float
     tokens: int
+    real_share: float
     seconds: float
     balance_loss: float
     z_loss: float
+    routing_entropy: float
     expert_load: list[list[float]]
     metrics: dict[str, float]
     skipped: str = ""
@@ -63,9 +67,11 @@ def train_step(trainer: Trainer, step: int) -> StepReport:
         learning_rate=trainer.learning_rate(step),
         gradient_norm=float(norm),
         tokens=tokens,
+        real_share=tokens / losses.positions,
         seconds=time.perf_counter() - started,
         balance_loss=balance,
         z_loss=z,
+        routing_entropy=float(router.entropies.mean()) / max(tokens, 1) / math.log(max(router.counts.shape[-1], 2)),
         expert_load=load_shares(router.counts),
         metrics=losses.metrics,
         skipped=spike,
@@ -84,6 +90,8 @@ def left_out(trainer: Trainer, step: int) -> StepReport:
         seconds=0.0,
         balance_loss=math.nan,
         z_loss=math.nan,
+        real_share=math.nan,
+        routing_entropy=math.nan,
         expert_load=[],
         metrics={},
         skipped=ASKED,

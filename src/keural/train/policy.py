@@ -16,6 +16,7 @@ from keural.recipe import TrainSpec
 from keural.train.document_attention import IMPLEMENTATION, DocumentStacks, document_offsets, stack_documents
 from keural.train.losses import token_logprobs
 from keural.train.micro_batches import MicroBatch
+from keural.train.modes import by_engine
 from keural.train.ranks import Ranks
 
 
@@ -86,10 +87,5 @@ class Policy(nn.Module):
 
 
 def needs_engine(spec: TrainSpec, ranks: Ranks) -> bool:
-    """Whether a stage is computed by the training engine: on an accelerator in bfloat16, and wherever only it can do what is asked
-    for. Sharded over several ranks it is not.
-    """
-    if ranks.world > 1:
-        return False
-    fast = ranks.device.type == "cuda" and spec.compute_dtype == "bfloat16"
-    return fast or spec.precision != "fp32" or spec.recompute == "selective"
+    """Whether a stage is computed by the training engine, see `by_engine`."""
+    return by_engine(spec, ranks.world, ranks.device.type == "cuda")

@@ -31,7 +31,9 @@ from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.pretrained.stored_model import open_network
 from keural.recipe import OBJECTIVES, StageSpec, length_of
 from keural.train import step_plan
+from keural.train.alarms import Alarms
 from keural.train.checkpoint import Checkpoints, Progress, Stored, newest_progress, tensors
+from keural.train.checks.record import CHECKS_FILE, ChecksFile, check_data, probe
 from keural.train.health import IN_A_ROW, SpikeGuard, Watchdog, check_disk, enough_memory
 from keural.train.heldout import evaluate, heldout_batches
 from keural.train.initial_weights import initial_model
@@ -126,6 +128,7 @@ def open_stage(job: StageJob, ranks: Ranks, stop: "StopSignals", started: float)
     check_ranks(stage, ranks.world)
     stream = _stream(job, job.train_store)
     heldout = _stream(job, job.heldout_store) if job.heldout_store else None
+    checks = _check_data(job, stream, heldout, ranks)
     objective = LOSSES[stage.objective](stage)
     policy, optimizer, frozen = _policy(job, objective.uniform, ranks)
     checkpoints = Checkpoints(job.run_dir / "checkpoints", stage, job.fingerprint, ranks, frozen)
@@ -145,6 +148,8 @@ def open_stage(job: StageJob, ranks: Ranks, stop: "StopSignals", started: float)
     guard = SpikeGuard(stage.train.skip_spikes)
     trainer = make_trainer(learning_rate=_schedule(stage, plan), references=references[0], guard=guard)
     progress = _resume(job, plan, latest, checkpoints, trainer)
+    if latest is None:
+        probe(job.run_dir / CHECKS_FILE, checks, trainer)
     return StageRun(job, trainer, plan, heldout, references[1], checkpoints, progress, started - progress.seconds)
 
 
@@ -276,6 +281,7 @@ class StageRun:
             self.plan.steps,
             active=self.trainer.ranks.is_main,
             tensorboard=self.job.tensorboard,
+            alarms=Alarms(self.job.stage),
         )
 
 
@@ -311,6 +317,15 @@ def _stream(job: StageJob, store: Path | Corpus) -> Stream:
     return corpus.stream(*settings, job.tokenizer_sha, job.model_config.vocab_size)
 
 
+def _check_data(job: StageJob, stream: Stream, heldout: Stream | None, ranks: Ranks) -> ChecksFile:
+    """What the stage's data was checked for. Raises `UserError` as the checks do."""
+    streams = {"training": stream} | ({"held-out": heldout} if heldout else {})
+    found, lines = ranks.on_main(lambda: check_data(job.run_dir / CHECKS_FILE, job.stage, job.model_config, streams))
+    for line in lines:
+        ranks.log_once(f"{job.stage.name}: {line}")
+    return found
+
+
 def _policy(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, Optimizer, str]:
     """Model and optimizer with their initial values, sharded over the ranks; and the digest of what is frozen."""
     spec = job.stage.train
@@ -327,16 +342,17 @@ def _policy(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, Optimiz
         optimizer = build_split_optimizer(model, spec, ranks.device)
         policy.to(ranks.device)  # what the optimizer has not moved
         return policy, optimizer, frozen
-    policy.to(ranks.device)
+    if ranks.world == 1:
+        policy.to(ranks.device)
     if policy.engine is None:
         prepare_layers(model, spec)
-    shard(policy, model, spec, ranks)
+    shard(policy, model, spec, ranks)  # brings it to the device
     return policy, build_optimizer(model, spec), frozen
 
 
 def _online(job: StageJob, policy: Policy, uniform: bool, ranks: Ranks) -> OnlineReference:
     """What computes reference values in each step: the policy with its adapter off, or a second one whose weights stay."""
-    return OnlineReference(policy if policy.adapter is not None else _policy(job, uniform, ranks)[0])
+    return OnlineReference(policy if policy.adapter is not None else _policy(job, uniform, ranks)[0], job.stage.dpo.ld_alpha)
 
 
 def _adapter(job: StageJob, model: KeuralMoECausalLM) -> TrainedAdapter | None:
@@ -422,7 +438,7 @@ def _references(
         if place.given and not fills:
             place.check(cache, batches(), name)
             return cache
-        compute = values_by(policy, recording=stage.train.compile)
+        compute = values_by(policy, recording=stage.train.compile, ld_alpha=stage.dpo.ld_alpha)
         with policy.without_adapter():
             done = cache.fill(compute, batches(), stage.train.micro_batch_tokens, lambda: stop.requested)
         reshard(policy)

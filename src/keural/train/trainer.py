@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from keural.data.loading.stream import Stream
-from keural.recipe import OBJECTIVES, StageSpec
+from keural.recipe import StageSpec
 from keural.train.health import SpikeGuard
 from keural.train.objectives.base import Objective
 from keural.train.optimizer import Optimizer
@@ -57,4 +57,4 @@ class Trainer:
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of what the objective reports beside its loss."""
-        return OBJECTIVES[self.stage.objective].metrics
+        return self.stage.metrics

@@ -21,7 +21,7 @@ from keural.serve.batching.requests import Chosen, End, Event, QueueFull, Reques
 from keural.serve.batching.runner import Deliver, Stats, Ticket, Unhonoured
 from keural.serve.batching.slots import Row, Slots
 from keural.serve.engines.decoding import check_prompt, common_prefix
-from keural.serve.engines.sampling import NOT_FINITE, Sampler, choose
+from keural.serve.engines.sampling import NOT_FINITE, Sampler, are_finite, choose
 
 FAILURES_IN_A_ROW = 3
 """Failed steps after which the network is taken for broken."""
@@ -266,8 +266,7 @@ class Scheduler:
     def _choose(self, tickets: list[SampledTicket], logits: Tensor) -> None:
         """The next token of each answer; one whose own settings fail ends alone."""
         rows, chosen = [], []
-        finite = torch.isfinite(logits.sum(dim=-1)).tolist()
-        for ticket, row, good in zip(tickets, logits, finite, strict=True):
+        for ticket, row, good in zip(tickets, logits, are_finite(logits), strict=True):
             if not good:
                 self._end(ticket, "error", NOT_FINITE)
             elif (scores := self._shaped(ticket, row)) is not None:

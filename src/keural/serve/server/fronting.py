@@ -28,7 +28,7 @@ def serve_elsewhere(path: Path, settings: Settings, keys: Keys | None, listener:
     set_up_logging()
     with _servers(model, name, settings) as upstreams:
         check_defaults(upstreams, defaults)
-        return answer(upstreams, model.tokenizer, name, settings, defaults, system, keys, listener)
+        return answer(upstreams, model.tokenizer, model.directory, settings, defaults, system, keys, listener)
 
 
 def _servers(model: FrontModel, name: str, settings: Settings) -> AbstractContextManager[Upstreams]:

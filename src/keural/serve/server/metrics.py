@@ -18,8 +18,12 @@ from keural.serve.upstream.runner import Upstreams
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
-REASONS = ("queue_full", "draining", "key", "host", "body_too_large", "header_too_large", "too_slow")
+REASONS = ("queue_full", "draining", "key", "host", "body_too_large", "header_too_large", "too_slow", "connections")
 """Why a request was not even looked at."""
+FINISHED = {
+    "stop": "stop", "length": "length", "context": "length", "cancelled": "abort", "deadline": "deadline", "error": "error",
+}  # fmt: skip
+"""How an answer ended, in the words of vLLM's counter, which has no deadline."""
 
 
 class Metrics:
@@ -40,8 +44,11 @@ class Metrics:
         self._queued = histogram("request_queue_time_seconds", "In the queue.")
         self._prefill = histogram("request_prefill_time_seconds", "From the queue to the first token.")
         self._decode = histogram("request_decode_time_seconds", "From the first token to the end.")
+        self._inference = histogram("request_inference_time_seconds", "From the queue to the end.")
+        self._each = histogram("request_time_per_output_token_seconds", "From token to token, the mean of an answer.")
         self._prompt = histogram("request_prompt_tokens", "Tokens of a prompt.", TOKENS)
         self._answer = histogram("request_generation_tokens", "Tokens of an answer.", TOKENS)
+        self._asked = histogram("request_params_max_tokens", "Most tokens that an answer could have.", TOKENS)
         self._gone = Counter(f"{prefix}:http_requests_client_disconnected", "Requests whose client left before the end.", **names)
         self._rejected = Counter(
             f"{prefix}:requests_rejected", "Requests that were turned away.", ["model_name", "reason"], registry=self.registry
@@ -71,9 +78,14 @@ class Metrics:
             self._queued.observe((ticket.started or now) - ticket.submitted)
             self._prompt.observe(len(ticket.request.prompt_ids))
             self._answer.observe(len(ticket.answer))
+            self._asked.observe(ticket.request.sampling.max_new_tokens)
+            if ticket.started is not None:
+                self._inference.observe(now - ticket.started)
             if ticket.first_token is not None:
                 self._prefill.observe(ticket.first_token - (ticket.started or ticket.submitted))
                 self._decode.observe(now - ticket.first_token)
+                if len(ticket.answer) > 1:
+                    self._each.observe((now - ticket.first_token) / (len(ticket.answer) - 1))
 
     def client_left(self) -> None:
         """Count a client that did not wait for the end."""
@@ -112,7 +124,10 @@ class _Counters:
         ended = CounterMetricFamily(
             f"{self._prefix}:request_success", "Requests by how they ended.", labels=["model_name", "finished_reason"]
         )
-        for reason, count in dict(stats.finished).items():
+        counts = dict.fromkeys(FINISHED.values(), 0)
+        for end, count in dict(stats.finished).items():
+            counts[FINISHED[end]] += count
+        for reason, count in counts.items():
             ended.add_metric([self._model, reason], count)
         yield ended
         if isinstance(self._runner, Scheduler):

@@ -50,6 +50,8 @@ class Service:
     """Names by which it may be called; None: any."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Shown with the model's name."""
+    trained_on_tools: bool = False
+    """Whether the model is known to have been trained on calls of tools, so that it may be asked to decide about them."""
     metrics_prefix: str = "keural"
     log: Callable[[Mapping[str, Any]], None] = lambda _: None
     """Takes one entry of the log."""
@@ -57,6 +59,8 @@ class Service:
     def __post_init__(self) -> None:
         self.created = int(time.time())
         self.draining = False
+        self.connections: Callable[[], int] = lambda: 0
+        """How many are open, where a server counts them."""
         self.metrics = Metrics(self.metrics_prefix, self.name)
         self.answers = Answers(self._runner, self.metrics.observe)
         self.metrics.watch(self.answers.scheduler)

@@ -24,6 +24,8 @@ class Limits:
     body_bytes: int = 1024 * 1024
     depth: int = 32
     """Lists and objects of JSON inside each other."""
+    parts: int = 16 * 1024
+    """Lists, objects and keys of JSON. What is wrong with each is found before anything is said: seconds for a million of them."""
     send_seconds: float = 30.0
     """In which a client takes something of what waits for it."""
     idle_seconds: float = 15.0

@@ -5,6 +5,7 @@ In: a path and settings. Out: the exit code. What cannot work is refused here, b
 
 import importlib.util
 import ipaddress
+import re
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from keural.serve.server.settings import ELSEWHERE, Settings
 NEEDED = ("fastapi", "uvicorn", "h11", "prometheus_client", "httpx")
 """Packages of the extra `serve`."""
 BACKLOG = 2048
+PREFIX = re.compile("[a-zA-Z_][a-zA-Z0-9_]{0,63}")
+"""What the names of counters may begin with."""
 
 
 def run_serve(path: Path, settings: Settings) -> int:
@@ -29,6 +32,8 @@ def run_serve(path: Path, settings: Settings) -> int:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"the server needs {', '.join(missing)}; install it with `pip install 'keural[serve]'`")
+    if not PREFIX.fullmatch(settings.metrics_prefix):
+        raise UserError("--metrics-prefix: a word of letters, digits and _ is needed, such as keural or vllm")
     _check_engine(settings)
     if settings.engine not in ELSEWHERE:
         engine, found = find_engine(path, settings.engine)

@@ -15,7 +15,7 @@ from keural.files import fingerprint, sha256_file
 from keural.model import KeuralConfig
 from keural.model.config_fields import FIELDS
 from keural.pretrained.safetensors import weight_files
-from keural.recipe import OBJECTIVES, StageSpec
+from keural.recipe import StageSpec
 from keural.train.ranks import Ranks
 from keural.train.reference.cache import ReferenceCache
 from keural.train.reference.records import MANIFEST, RecordFile, ReferenceIdentity
@@ -23,12 +23,12 @@ from keural.train.reference.records import MANIFEST, RecordFile, ReferenceIdenti
 
 def is_cached(stage: StageSpec) -> bool:
     """Whether the stage goes by reference values that are computed once and kept."""
-    return OBJECTIVES[stage.objective].needs_reference and stage.dpo.reference == "cached"
+    return stage.needs_reference and stage.dpo.reference == "cached"
 
 
 def is_online(stage: StageSpec) -> bool:
     """Whether the stage computes reference values in every step."""
-    return OBJECTIVES[stage.objective].needs_reference and stage.dpo.reference == "online"
+    return stage.needs_reference and stage.dpo.reference == "online"
 
 
 def identity_of(stage: StageSpec, config: KeuralConfig, tokenizer_sha: str, weights: str) -> ReferenceIdentity:
@@ -40,6 +40,7 @@ def identity_of(stage: StageSpec, config: KeuralConfig, tokenizer_sha: str, weig
         network=fingerprint(network),
         tokenizer=tokenizer_sha,
         precision=f"computed in {stage.train.compute_dtype}{stored}",
+        scored="all tokens alike" if stage.dpo.ld_alpha == 1 else f"tokens beyond the shorter answer by {stage.dpo.ld_alpha:g}",
     )
 
 

@@ -9,21 +9,22 @@ from torch import Tensor
 
 from keural.train.micro_batches import MicroBatch
 from keural.train.objectives.base import References
-from keural.train.objectives.preference import pair_logprobs
+from keural.train.objectives.preference import answer_logprobs
 from keural.train.parallel import reshard
 from keural.train.policy import Policy
 from keural.train.reference.cache import Compute
 
 
-def values_by(policy: Policy, recording: bool = False) -> Compute:
+def values_by(policy: Policy, recording: bool = False, ld_alpha: float = 1.0) -> Compute:
     """The values that `policy` gives as it is when it is asked. Every rank must ask.
 
-    `recording` says that gradients are recorded as training does: compiled graphs differ in the last bit otherwise.
+    `recording` says that gradients are recorded as training does: compiled graphs differ in the last bit otherwise. `ld_alpha`
+    weighs the tokens by which an answer is longer than the other, as in training.
     """
 
     def compute(micro: MicroBatch) -> Tensor:
         with torch.set_grad_enabled(recording):
-            return pair_logprobs(policy(micro).logprobs.detach(), micro.pairs)
+            return answer_logprobs(policy(micro).logprobs.detach(), micro, ld_alpha)
 
     return compute
 
@@ -33,9 +34,9 @@ class OnlineReference:
     changes its weights.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, ld_alpha: float = 1.0) -> None:
         self.policy = policy if policy.adapter is not None else policy.requires_grad_(False)
-        self._compute = values_by(policy)
+        self._compute = values_by(policy, ld_alpha=ld_alpha)
 
     def of(self, micro: MicroBatch) -> References:
         """The values of this micro-batch's pairs."""

@@ -47,6 +47,8 @@ class ReferenceIdentity(CheckedFile):
     """SHA-256 of `tokenizer.model`."""
     precision: str
     """What the network computes in, and what its weights are stored in."""
+    scored: str
+    """How tokens add up to an answer's value (`dpo.ld_alpha`)."""
 
     @property
     def key(self) -> str:
@@ -56,7 +58,8 @@ class ReferenceIdentity(CheckedFile):
     def differences(self, other: "ReferenceIdentity") -> str:
         """What differs from the values' identity `other`, in words."""
         names = [name for name in type(self).model_fields if getattr(self, name) != getattr(other, name)]
-        said = [f"{other.precision}, not {self.precision}" if name == "precision" else f"other {name}" for name in names]
+        plain = ("precision", "scored")
+        said = [f"{getattr(other, name)}, not {getattr(self, name)}" if name in plain else f"other {name}" for name in names]
         return " and ".join(said)
 
 

@@ -17,22 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from keural.train.losses import LOGITS_PER_CHUNK
-
-ALIGNMENT = 64
-PIECE_BYTES = 2**30
-"""Logits that exist at a time on an accelerator: 4,096 positions of a vocabulary of 131,074 in bfloat16."""
+from keural.train.modes import padded, positions_of_a_piece
 
 
 def piece_size(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
     """Positions per piece: a multiple of 128 on an accelerator, at least one on a CPU."""
     if device.type == "cpu":
         return max(1, LOGITS_PER_CHUNK // vocabulary)
-    return max(128, round(PIECE_BYTES / (padded(vocabulary) * dtype.itemsize) / 128) * 128)
-
-
-def padded(vocabulary: int) -> int:
-    """V', the next multiple of `ALIGNMENT`."""
-    return -(-vocabulary // ALIGNMENT) * ALIGNMENT
+    return positions_of_a_piece(vocabulary, dtype.itemsize)
 
 
 def label_logprobs(hidden: Tensor, head_weight: Tensor, labels: Tensor, *, uniform: bool, piece: int | None = None) -> Tensor:

@@ -248,7 +248,7 @@ def print_inspection(values: Mapping[str, Any]) -> None:
     lineage = values.get("lineage", {})
     if lineage:
         show(f"lineage: {' -> '.join(lineage.get('chain', []))}")
-        for name in ("recipe", "stage", "objectives", "source", "fingerprint", "keural", "transformers"):
+        for name in ("recipe", "stage", "objectives", "tool_conversations", "source", "fingerprint", "keural", "transformers"):
             if name in lineage:
                 show(f"  {name}: {lineage[name]}")
     if values.get("ledger"):

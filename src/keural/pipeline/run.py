@@ -197,7 +197,9 @@ def _save_stage(workspace: Workspace, stage: StageSpec, result: StageResult, wei
     """Write what a stage has made: its model, and the adapter that is merged into it where the stage trained one."""
     directory, spec = workspace.out / stage.name, workspace.recipe.spec
     chain = list(reversed(with_ancestors(workspace.recipe, stage)))
-    trained = {"chain": chain, "objectives": _objectives(workspace, stage)}
+    trained: dict[str, Any] = {"chain": chain, "objectives": _objectives(workspace, stage)}
+    if (tools := _tool_conversations(workspace, stage)) is not None:
+        trained["tool_conversations"] = tools
     lineage = {"recipe": spec.name, "stage": stage.name, "fingerprint": wanted, **trained}
     if result.adapter is None:
         save_model_directory(directory / MODEL, workspace.model_config, weights, workspace.tokenizer, lineage, spec.chat)
@@ -227,6 +229,15 @@ def _objectives(workspace: Workspace, stage: StageSpec) -> list[str]:
     if stages[0].starts_from_directory:
         before = read_record(init_directory(workspace.out, stages[0])).get("objectives", [UNKNOWN])
     return [*before, *(stage.objective for stage in stages)]
+
+
+def _tool_conversations(workspace: Workspace, stage: StageSpec) -> int | None:
+    """How many records with calls of tools a stage's model was trained on, its predecessors' included; None: no record tells."""
+    before = 0 if stage.init_from == "random" else read_record(init_directory(workspace.out, stage)).get("tool_conversations")
+    table = workspace.data[stage.name].table
+    counts = [before, *(row.tool_calls for row in table if row.split == "train" and row.left_out is None)]
+    known = [count for count in counts if count is not None]
+    return sum(known) if any(known) or len(known) == len(counts) else None
 
 
 def _finish(workspace: Workspace, started: float) -> None:

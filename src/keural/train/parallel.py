@@ -12,28 +12,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from keural.errors import UserError
 from keural.model import KeuralMoECausalLM
 from keural.recipe import StageSpec, TrainSpec
+from keural.train.modes import sharded_dimension, why_not_on
 from keural.train.ranks import Ranks
 
 
 def check_ranks(stage: StageSpec, world: int) -> None:
     """Refuse what cannot be sharded. Raises `UserError`."""
-    if world > 1 and stage.lora is not None:
-        raise UserError(
-            f"{stage.name}: lora is for one process, and there are {world}; start one, or leave lora out to train the whole model"
-        )
-    alone = {"precision": ("split", "split-host"), "recompute": ("selective",)}
-    for key, values in alone.items():
-        value = getattr(stage.train, key)
-        if world > 1 and value in values:
-            raise UserError(
-                f"{stage.name}: train.{key} {value} is for one process, and there are {world}; start one, or set train.{key} to "
-                f"{'fp32' if key == 'precision' else 'full'}"
-            )
+    if (reason := why_not_on(stage, world)) is not None:
+        raise UserError(reason)
 
 
 def experts_implementation(device: torch.device, compiled: bool) -> str:
@@ -68,19 +59,25 @@ def compile_layer(layer: Any) -> None:
 
 def shard(policy: nn.Module, model: KeuralMoECausalLM, spec: TrainSpec, ranks: Ranks) -> None:
     """Shard `policy`, which holds `model`, over all ranks with FSDP2: one group per decoder layer, one for embedding, head and
-    norm.
+    norm. A CPU's weights come to the device group by group, so that it never holds the whole model.
 
-    Gradients are summed, not averaged: the losses are already divided by global counts. With `compute_dtype` bfloat16 the
-    gathered weights are bfloat16; master weights and the reduction of gradients stay float32.
+    Each tensor is divided along its first dimension where that gives nearly equal parts, else along another one: the experts of a
+    layer, on more ranks than there are experts. Gradients are summed, not averaged: the losses are already divided by global
+    counts. With `compute_dtype` bfloat16 the gathered weights are bfloat16; master weights and the reduction of gradients stay
+    float32.
     """
     if ranks.world == 1:
         return
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     compute = torch.bfloat16 if spec.compute_dtype == "bfloat16" else None
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+    def placement(parameter: nn.Parameter) -> Shard:
+        return Shard(sharded_dimension(parameter.shape, ranks.world))
+
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
-    fully_shard(policy, mesh=mesh, mp_policy=precision)
+        fully_shard(layer, mesh=mesh, mp_policy=precision, shard_placement_fn=placement)
+    fully_shard(policy, mesh=mesh, mp_policy=precision, shard_placement_fn=placement)
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

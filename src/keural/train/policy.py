@@ -16,6 +16,7 @@ from keural.recipe import TrainSpec
 from keural.train.document_attention import IMPLEMENTATION, DocumentStacks, document_offsets, stack_documents
 from keural.train.losses import Weighing, token_logprobs
 from keural.train.micro_batches import MicroBatch
+from keural.train.modes import by_engine
 from keural.train.ranks import Ranks
 
 
@@ -68,9 +69,12 @@ class Policy(nn.Module):
             return self.engine(self.model, micro, with_labels)
         autocast = torch.autocast(micro.input_ids.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
         ids, positions = micro.input_ids, micro.position_ids
+        inputs = (
+            {"input_ids": ids} if micro.noise is None else {"inputs_embeds": self.model.get_input_embeddings()(ids) + micro.noise}
+        )
         with autocast:
             outputs = self.model.model(
-                input_ids=ids, position_ids=positions, attention_mask=self._masks(micro), use_cache=False, output_router_logits=True
+                **inputs, position_ids=positions, attention_mask=self._masks(micro), use_cache=False, output_router_logits=True
             )
         hidden = outputs.last_hidden_state.to(self.compute_dtype)
         if not with_labels:
@@ -89,10 +93,5 @@ class Policy(nn.Module):
 
 
 def needs_engine(spec: TrainSpec, ranks: Ranks) -> bool:
-    """Whether a stage is computed by the training engine: on an accelerator in bfloat16, and wherever only it can do what is asked
-    for. Sharded over several ranks it is not.
-    """
-    if ranks.world > 1:
-        return False
-    fast = ranks.device.type == "cuda" and spec.compute_dtype == "bfloat16"
-    return fast or spec.precision != "fp32" or spec.recompute == "selective"
+    """Whether a stage is computed by the training engine, see `by_engine`."""
+    return by_engine(spec, ranks.world, ranks.device.type == "cuda")

@@ -339,10 +339,11 @@ def _by_documents(spec: TrainSpec, ranks: Ranks) -> bool:
     return ranks.device.type == "cpu" and not spec.compile
 
 
-def _check_data(job: StageJob, stream: Stream, heldout: Stream | None, ranks: Ranks) -> ChecksFile:
+def _check_data(job: StageJob, stream: Stream, heldout: Stream | None, ranks: Ranks, keep: bool = True) -> ChecksFile:
     """What the stage's data was checked for. Raises `UserError` as the checks do."""
+    path = job.run_dir / CHECKS_FILE if keep else None
     streams = {"training": stream} | ({"held-out": heldout} if heldout else {})
-    found, lines = ranks.on_main(lambda: check_data(job.run_dir / CHECKS_FILE, job.stage, job.model_config, streams))
+    found, lines = ranks.on_main(lambda: check_data(path, job.stage, job.model_config, streams))
     for line in lines:
         ranks.log_once(f"{job.stage.name}: {line}")
     return found
@@ -364,10 +365,11 @@ def _policy(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, Optimiz
         optimizer = build_split_optimizer(model, spec, ranks.device)
         policy.to(ranks.device)  # what the optimizer has not moved
         return policy, optimizer, frozen
-    policy.to(ranks.device)
+    if ranks.world == 1:
+        policy.to(ranks.device)
     if policy.engine is None:
         prepare_layers(model, spec)
-    shard(policy, model, spec, ranks)
+    shard(policy, model, spec, ranks)  # brings it to the device
     return policy, build_optimizer(model, spec), frozen
 
 
@@ -485,6 +487,7 @@ def make_references(job: StageJob, ranks: Ranks | None = None) -> bool:
         check_ranks(job.stage, ranks.world)
         stream = _stream(job, job.train_store, ranks)
         heldout = _stream(job, job.heldout_store, ranks) if job.heldout_store else None
+        _check_data(job, stream, heldout, ranks, keep=False)
         policy, *_ = _policy(job, LOSSES[job.stage.objective](job.stage).uniform, ranks)
         measured = job.stage.train.budget_share is not None
         steps = stream.steps_per_epoch if measured else step_plan.fixed_plan(job.stage, stream).steps

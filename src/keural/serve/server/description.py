@@ -28,7 +28,11 @@ ALWAYS = {
     503: "It shuts down, has too many connections, or cannot answer any more.",
 }
 """What any address may answer beside what was asked for."""
-WITH_BODY = {404: "There is no model of this name.", 413: "The body is too large."}
+WITH_BODY = {
+    404: "There is no model of this name.",
+    413: "The body is too large.",
+    415: "The body is not JSON in UTF-8 as it stands.",
+}
 GENERATING = {429: "Too many wait; `Retry-After` says how long.", 504: "The answer did not end within its deadline."}
 GENERATES = {"/v1/chat/completions", "/v1/completions", "/v1/responses", MESSAGES}
 TEXT_ANSWERS = {"/metrics": "text/plain"}

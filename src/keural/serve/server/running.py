@@ -4,6 +4,7 @@ In: a model's directory, settings, a socket. Out: the exit code.
 """
 
 import asyncio
+import functools
 import ipaddress
 import os
 import signal
@@ -25,6 +26,7 @@ from keural.serve.batching.slots import Slots
 from keural.serve.batching.transformers_slots import TransformersSlots
 from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.server.app import make_app
+from keural.serve.server.gate import refused_before
 from keural.serve.server.keys import Keys, read_keys
 from keural.serve.server.log import set_up_logging, write_entry
 from keural.serve.server.protocol import guarded_protocol
@@ -169,7 +171,7 @@ class Server(uvicorn.Server):
     def __init__(self, service: Service, listener: socket.socket, key_file: Path | None = None) -> None:
         limits = service.limits
         config: dict[str, Any] = {
-            "http": guarded_protocol(limits, service.metrics.rejected),
+            "http": guarded_protocol(limits, functools.partial(refused_before, service)),
             "loop": "asyncio",
             "ws": "none",
             "lifespan": "off",

@@ -172,6 +172,9 @@ def test_a_sick_server_gets_nothing_until_it_is_well(two: Fronted) -> None:
     two.engines[1].healthy = False
     wait_until(lambda: two.client.get("/health").status_code == 503)
     assert error_of(two.post()) == (503, "unavailable")
+    told = two.client.get("/health").text
+    assert "upstream 0 says that it does not work; upstream 1 says" in told
+    assert "127.0.0.1" not in told, "addresses of servers are nobody's business who has no key"
     two.engines[0].healthy = two.engines[1].healthy = True
     wait_until(lambda: two.client.get("/health").status_code == 200)
     assert answered(two)

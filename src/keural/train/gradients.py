@@ -17,6 +17,7 @@ from keural.train.micro_batches import MicroBatch, micro_batches
 from keural.train.neftune import noised
 from keural.train.reference.online import references_for
 from keural.train.trainer import Trainer
+from keural.train.weighing import weighing_of
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,10 @@ def step_tokens_per_expert(trainer: Trainer, step: int, batch: Batch, micros: Se
 
 def forward_backward(trainer: Trainer, micro: MicroBatch, totals: Totals, tokens_per_expert: Tensor | None) -> Tensor:
     """Add one micro-batch's gradients; returns the sums that the step's losses are made of, see `unpack`."""
-    output = trainer.policy(micro)
+    references = references_for(trainer.references, micro)
+    output = trainer.policy(micro, weighing=weighing_of(trainer.objective, micro, references))
     statistics = router_statistics(output.router_logits, micro.token_mask.flatten(), trainer.top_k)
-    terms = trainer.objective(output.logprobs, micro, references_for(trainer.references, micro))
+    terms = trainer.objective(output.logprobs, micro, references)
     balance, z = router_losses(trainer, statistics, totals, tokens_per_expert)
     router = trainer.stage.router
     (terms.loss / (totals.denominator or 1) + router.balance_coef * balance + router.z_coef * z).backward()

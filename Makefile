@@ -14,7 +14,7 @@ RELEASE := .venv-transformers-
 EDGE_TESTS := tests/model tests/serve tests/convert tests/evaluate tests/tokenizer tests/recipe tests/data/test_cleaning.py \
 	tests/data/test_hub.py tests/train/test_trl.py
 
-.PHONY: test-page test-processors setup setup-llama demo test test-llama test-slow test-transformers test-newest test-oldest test-wheel docs lint clean
+.PHONY: test-fuzz test-page test-processors setup setup-llama demo test test-llama test-slow test-transformers test-newest test-oldest test-wheel docs lint clean
 
 setup: $(READY)
 
@@ -42,6 +42,10 @@ test: $(READY)
 test-page: $(READY)
 	$(BIN)/python -m pip install playwright axe-playwright-python
 	$(BIN)/python -m pytest tests/serve/web
+
+# Every operation of the server with what its description allows and what it does not; some five minutes.
+test-fuzz: $(READY)
+	$(BIN)/python -m pytest tests/serve/server/test_fuzz.py --timeout 600
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow --timeout 3600 --hypothesis-profile=random

@@ -54,6 +54,16 @@ def test_bad_json(text: str | bytes) -> None:
         parse_json(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "parts"), [("[[], {}]", 3), ('{"a": [{"b": 1}]}', 5), ("[1, 2, 3]", 1), ("5", 0), ('{"a": {"a": {}}}', 5)]
+)
+def test_json_has_so_many_lists_objects_and_keys(text: str, parts: int) -> None:
+    assert parse_json(text, parts=parts) == json.loads(text)
+    if parts:
+        with pytest.raises(Malformed, match=f"more than {parts - 1} lists, objects and keys"):
+            parse_json(text, parts=parts - 1)
+
+
 def test_json_of_the_greatest_depth() -> None:
     assert json.dumps(parse_json("[" * MAX_DEPTH + "]" * MAX_DEPTH)) == "[" * MAX_DEPTH + "]" * MAX_DEPTH
 

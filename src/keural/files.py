@@ -111,14 +111,15 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
 
 
-def _cannot_write(path: Path, error: OSError) -> UserError:
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """What to tell a user whose system refuses to write `path`."""
     if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
         return refusal_of(error) or UserError(str(error))
     return UserError(f"{path}: cannot be written ({error.strerror or error}); free some space or choose another directory")
@@ -194,7 +195,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         flush(path.parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from keural.data.adapters import ADAPTERS, aihub, corpora, published
+from keural.data.field_use import FieldUse
 from keural.data.licenses import flags_of, license_of
 from keural.data.records import Conversation, Document, Drop, PreferencePair
 from keural.data.sources import open_source
@@ -116,3 +117,39 @@ def test_licences_and_flags() -> None:
     assert flags("messages", license="Non-Commercial use only")[1] == ["non-commercial"]
     assert flags("messages", license="NCSA")[1] == []
     assert flags("slimorca", license="cc-by-nc-4.0") == ("cc-by-nc-4.0", ["non-commercial"])
+
+
+def test_every_adapter_of_rows_says_which_fields_it_reads() -> None:
+    assert [name for name, adapter in ADAPTERS.items() if adapter.reads is None and adapter.rows is None] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "options", "unread"),
+    [
+        (
+            "aihub_046",
+            {"utterances": [{"role": "speaker", "text": "힘들어요.", "terminate": True}], "info": {"id": 1}},
+            {},
+            {"info", "utterances.terminate"},
+        ),
+        (
+            "aihub_020",
+            {"annotations": {"lines": [{"speaker": "1", "norm_text": "네", "morpheme": "x"}]}},
+            {"people": True},
+            {"annotations.lines.morpheme"},
+        ),
+        ("aihub_multisession", {"dialog": [], "prevAggregatedSummary": {"speaker1": ["a"]}}, {}, {"prevAggregatedSummary"}),
+        ("aihub_multisession", {"dialog": [], "prevAggregatedSummary": {"speaker1": ["a"]}}, {"memory": True}, set()),
+        ("aihub_71748", {"question": "q", "answer01": {"contents": "a"}, "hint": "h"}, {}, {"hint"}),
+        (
+            "aihub_71760",
+            {"Prompt": "q", "Candidate_answer": {"A": "a"}, "best": "A", "system": "s", "why": 1},
+            {"label": "best"},
+            {"system", "why"},
+        ),
+    ],
+)
+def test_fields_of_a_known_set_that_are_not_read_are_found(name: str, row: Any, options: Any, unread: set[str]) -> None:
+    use = FieldUse(ADAPTERS[name], SourceSpec(name="s", adapter=name, path="s", options=options))
+    use.look(row)
+    assert use.unread == unread

@@ -8,7 +8,8 @@ import torch
 
 from keural.model import KeuralMoECausalLM
 from keural.serve.batching.requests import Event, Request
-from keural.serve.batching.scheduler import Scheduler, Ticket
+from keural.serve.batching.runner import Ticket
+from keural.serve.batching.scheduler import Scheduler
 from keural.serve.batching.slots import Row, Slots
 from keural.serve.engines.base import Engine
 from keural.serve.engines.sampling_params import SamplingParams

@@ -17,6 +17,7 @@ from keural.serve.server.running import Server
 from keural.serve.server.service import Service
 from keural.serve.server.settings import Limits
 from keural.serve.server.start import bind
+from keural.serve.upstream.runner import Upstreams
 from keural.tokenizer import KeuralTokenizer
 
 SURE = 30.0
@@ -67,7 +68,7 @@ class Writing:
         return len(self.held[target])
 
 
-def service_of(tokenizer: KeuralTokenizer, slots: Slots, **settings: Any) -> Service:
+def service_of(tokenizer: KeuralTokenizer, slots: Slots | Upstreams, **settings: Any) -> Service:
     """A service with greedy settings; keywords change it."""
     given: dict[str, Any] = {"name": "tiny", "defaults": SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=200)}
     return Service(tokenizer, slots, **(given | settings))

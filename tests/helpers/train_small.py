@@ -34,6 +34,8 @@ from tests.helpers.shapes import SMALL
 
 VOCAB = 96
 LENGTH = 32
+END = VOCAB - 1
+"""Ends a turn, as the network's configuration says."""
 SHA = "0" * 64
 KIND = {"next_token": "documents", "sft": "conversations", "dpo": "pairs"}
 
@@ -55,7 +57,9 @@ def random_model(seed: int = 0, scale: float = 1.0, **changes: Any) -> KeuralMoE
 
 
 def write_store(directory: Path, objective: str, number: int, seed: int = 0, longest: int = LENGTH // 2) -> Path:
-    """`number` documents, conversations or pairs of a learnable kind: each token is mostly its predecessor plus a constant."""
+    """`number` documents, conversations or pairs of a learnable kind: each token is mostly its predecessor plus a constant. Answers
+    end with the token that ends a turn.
+    """
     draw = np.random.default_rng(seed)
     with atomic_directory(directory) as path, StoreWriter(path, SHA, VOCAB, KIND[objective]) as writer:  # type: ignore[arg-type]
         for _ in range(number):
@@ -63,12 +67,20 @@ def write_store(directory: Path, objective: str, number: int, seed: int = 0, lon
                 prompt = sequence(draw, int(draw.integers(2, longest // 2)), 3)
                 for slope in (3, 5):
                     answer = sequence(draw, int(draw.integers(2, longest // 2)), slope)
+                    answer[-1] = END
                     mask = np.concatenate([np.zeros(len(prompt), int), np.ones(len(answer), int)])
                     writer.add(np.concatenate([prompt, answer]), mask)
             else:
                 tokens = sequence(draw, int(draw.integers(3, longest)), 3)
-                writer.add(tokens, draw.integers(0, 2, len(tokens)) if objective == "sft" else None)
+                writer.add(tokens, answers(tokens, draw.integers(0, 2, len(tokens))) if objective == "sft" else None)
     return directory
+
+
+def answers(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The mask, its last token trained; every run of trained tokens is made to end with the end of a turn."""
+    mask[-1] = 1
+    tokens[(mask == 1) & (np.append(mask[1:], 0) == 0)] = END
+    return mask
 
 
 def sequence(draw: np.random.Generator, length: int, slope: int) -> np.ndarray:
@@ -83,7 +95,7 @@ def small_stage(objective: str = "next_token", **changes: Any) -> StageSpec:
     batch = {"batch_pairs": 4} if objective == "dpo" else {"batch_tokens": 8 * LENGTH}
     train = {"steps": 12, "lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 2, "save_every": 4, **batch} | changes.pop("train", {})
     data = {"sources": [{"name": "none", "adapter": "text"}], "sequence_length": LENGTH}
-    init = {"init_from": "x/y"} if objective == "dpo" else {}
+    init = {"init_from": "x/y"} if objective == "dpo" or "lora" in changes else {}
     train = {name: value for name, value in train.items() if value is not None}
     return StageSpec.model_validate({"name": "small", "objective": objective, "data": data, "train": train, **init, **changes})
 
@@ -125,7 +137,8 @@ def step_gradients(trainer: Trainer, step: int = 0) -> tuple[dict[str, torch.Ten
     found = accumulate_gradients(trainer, step)
     router = {name: getattr(found.router, name) for name in ("counts", "probabilities", "squares")}
     losses = {name: torch.tensor(value) for name, value in {"loss": found.loss, **found.metrics}.items()} | router
-    gradients = {name: parameter.grad.clone() for name, parameter in trainer.policy.model.named_parameters()}
+    named = trainer.policy.model.named_parameters()
+    gradients = {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
     return losses, gradients
 
 
@@ -161,17 +174,26 @@ def _in_process(spec: dict[str, Any], environment: dict[str, str]) -> None:
 
 
 def train_and_save(
-    directory: str, objective: str, *, pause: float = 0.0, refuse_writes_from: int | None = None, **changes: Any
+    directory: str,
+    objective: str,
+    *,
+    pause: float = 0.0,
+    refuse_writes_from: int | None = None,
+    asked: str | None = None,
+    **changes: Any,
 ) -> None:
     """Train a small job; rank 0 saves weights and outcome to `<run>.pt`, or a `UserError` to `<run>.error` and exits with 2.
 
-    Every step takes `pause` seconds longer. From step `refuse_writes_from` on the system refuses files of more than 20 kB.
+    Every step takes `pause` seconds longer. From step `refuse_writes_from` on the system refuses files of more than 20 kB. The
+    number of the batch that is asked for is written to the file `asked`.
     """
     torch.set_num_threads(1)
     out = Path(directory) / changes.get("run", "run")
 
     def before_step(step: int) -> None:
         time.sleep(pause)
+        if asked is not None:
+            (Path(directory) / asked).write_text(str(step))
         if refuse_writes_from is not None and step >= refuse_writes_from:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 

@@ -44,6 +44,9 @@ def made(finished: Path, killed: Path, tmp_path_factory: pytest.TempPathFactory)
     shutil.rmtree(begun / "steady" / "model")
     (begun / "steady" / "done.json").unlink()
     (root / "empty").mkdir()
+    (root / "adapter").mkdir()
+    (root / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    shutil.copy(root / "hf" / "model.safetensors", root / "adapter" / "adapter_model.safetensors")
     (root / "strangers").mkdir()
     (root / "strangers" / "notes.txt").write_text("nothing of ours")
     (root / "bundle").mkdir()
@@ -83,6 +86,8 @@ def made(finished: Path, killed: Path, tmp_path_factory: pytest.TempPathFactory)
         "recipe": finished / "recipe",
         "stage file": finished / "recipe" / "chat.yaml",
         "report": run / "report.html",
+        "adapter": root / "adapter",
+        "adapter weights": root / "adapter" / "adapter_model.safetensors",
         "empty": root / "empty",
         "strangers": root / "strangers",
     }
@@ -141,6 +146,8 @@ KINDS: dict[str, Expected] = {
     "recipe": refuses("is a recipe; `keural run", "stats"),
     "stage file": refuses("is a file of a recipe; `keural run`"),
     "report": refuses("is a file, and no model"),
+    "adapter": refuses("is an adapter, not a model; `keural merge .*/adapter --to NEW`"),
+    "adapter weights": refuses("is an adapter, not a model; `keural merge .*/adapter --to NEW`"),
     "empty": refuses("is empty"),
     "strangers": refuses("is no directory that this package has written"),
 }

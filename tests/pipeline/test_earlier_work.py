@@ -63,7 +63,7 @@ def test_a_stage_whose_learning_rate_stays_can_be_made_longer(
         (place.run / "steady" / "done.json").unlink()
     said = place.again("--until", "steady", "steady.train.steps=9")
     assert ("steady: resumed at step 6 of 9" in said) != interrupted_first
-    assert "its length changed (train.steps: 6 -> 9)" in said
+    assert "its steps changed (train.steps: 6 -> 9)" in said
     assert not list(place.run.glob("*.old-*"))
     assert read_json(place.run / "steady" / "done.json")["steps"] == 9
     lengthened = place.weights("steady")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from keural.convert.export import ExportOptions, export
-from keural.pretrained.lineage import is_base
+from keural.pretrained.lineage import is_base, trained_on_tools
 from keural.pretrained.stored_model import read_lineage
 from keural.tokenizer.model_file import EOS_ID
 
@@ -63,3 +63,31 @@ def test_weights_of_which_nothing_is_known_make_no_base_model(
     lineage = read_lineage(tmp_path / "run")
     assert lineage["objectives"] == ["unknown", "next_token"]
     assert not is_base(lineage)
+
+
+def test_a_model_that_was_trained_on_calls_of_tools_says_so(
+    finished: Path, tmp_path: Path, keural: Callable[..., tuple[int, str, str]]
+) -> None:
+    """The count goes on from stage to stage; a result of a tool is no call, nor is a call that is not trained."""
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    asked, result, said = {"role": "user", "content": "?"}, {"role": "tool", "content": "5"}, {"role": "assistant", "content": "!"}
+    rows = [
+        *([{**asked, "content": f"{number}"}, call | {"train": True}, result, said] for number in range(3)),
+        [asked, call | {"train": False}, result, said],
+        [{**asked, "content": "hm"}, said],
+    ]
+    chats = tmp_path / "calls.jsonl"
+    chats.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    source = json.dumps({"name": "calls", "adapter": "messages", "path": str(chats)})
+    settings = [f"chat.data.sources=[{source}]", "chat.data.sequence_length=256", "model.max_position_embeddings=256"]
+    settings += ["chat.data.heldout_per_mille=0"]
+
+    assert read_lineage(finished / "run" / "align")["tool_conversations"] == 0
+    code, _, err = keural("run", finished / "recipe", "--until", "chat", *settings, "--out", tmp_path / "run")
+    assert code == 0, err
+    lineage = read_lineage(tmp_path / "run" / "chat")
+    assert lineage["tool_conversations"] == 3
+    assert trained_on_tools(lineage)
+    out = export(tmp_path / "run" / "chat", tmp_path / "pt", "pt", ExportOptions())
+    assert keural("import", out, tmp_path / "back")[0] == 0
+    assert read_lineage(tmp_path / "back")["tool_conversations"] == 3

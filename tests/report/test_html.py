@@ -14,6 +14,7 @@ from keural.files import write_checked_text
 from keural.pipeline.run_contents import read_run
 from keural.pipeline.run_directory import Done, Summary
 from keural.report.html import write_report as write_report_of
+from keural.train.checks.record import ChecksFile
 from keural.train.metrics import line_text
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -141,6 +142,27 @@ def test_finished_run_shows_everything(run: Path) -> None:
     ):  # fmt: skip
         assert text in page.words, text
     assert page.drawings == 6 + 1 + 3 + 2
+
+
+def test_checks_alarms_sources_and_lengths_are_shown(run: Path) -> None:
+    stage = run / "dpo-1"
+    found = [{"check": "swapped_pair", "store": "training", "count": 3, "looked_at": 4000, "allowed": 0.001, "first": "record 7"}]
+    bias = [{"store": "training", "source": "hh", "pairs": 500, "longer": 0.625, "chosen_tokens": 81.0, "rejected_tokens": 64.0}]
+    ChecksFile(fingerprint="f", findings=found, lengths=bias, isolation=0.0, reference_difference=1e-7).write(stage / "checks.json")
+    figures = {"loss": 0.5, "items": 7, "source/a/b/loss": 0.75, "source/a/b/items": 4, "source/a/b/reward_accuracy": 0.5}
+    figures |= {"language/ko/loss": 0.25, "language/ko/items": 3}
+    lines = [{"step": 11, "alarm": "accuracy_low", "message": "only 30% are <b>"}, {"step": 11, "heldout": figures}]
+    with (stage / "metrics.jsonl").open("a") as file:
+        file.write("".join(map(line_text, lines)))
+    done = Done.read(stage / "done.json")
+    done.model_copy(update={"heldout": figures}).write(stage / "done.json")
+    page = Page(write_report(run))
+    assert page.headings[6:] == ["Held out by source", "Data", "Checks", "Settings"]
+    for text in (
+        "dpo-1, step 12: only 30% are <b>", "also swapped", "3 of 4,000", "differ by 1.0e-07 per token", "62.5%", "a/b",
+        "language ko", "50.0%", "Preference by length",
+    ):  # fmt: skip
+        assert text in page.words, text
 
 
 def test_page_needs_nothing_from_outside(run: Path) -> None:

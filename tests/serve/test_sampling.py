@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
 from keural.errors import UserError
+from keural.serve.engines import sampling as sampling_room
 from keural.serve.engines.sampling import Sampler, choose, choose_by_sorting
 from keural.serve.engines.sampling_params import SamplingParams
 from tests.helpers.next_token import next_token_distribution, token_at
@@ -147,6 +148,27 @@ def test_both_ways_choose_the_same_tokens() -> None:
         return [Sampler(SamplingParams(0.2 + 0.02 * seed, 0.9, 1.1, seed=seed), [seed, 7], 5000) for seed in range(64)]
 
     assert choose(logits, samplers()) == choose_by_sorting(logits, samplers())
+
+
+@pytest.mark.parametrize("top_p", [0.0, 0.5, 0.9, 0.999])
+def test_the_short_way_for_a_few_likely_tokens_takes_the_same_ones(monkeypatch: pytest.MonkeyPatch, top_p: float) -> None:
+    sampling = SamplingParams(0.7, top_p, 1.1)
+    chosen: list[list[int]] = []
+    shortened: list[bool] = []
+    of_few = sampling_room._of_few
+    monkeypatch.setattr(sampling_room, "_of_few", lambda *given: (found := of_few(*given), shortened.append(found is not None))[0])
+    for few in (sampling_room.FEW, 0):
+        monkeypatch.setattr(sampling_room, "FEW", few)
+        chosen.append([])
+        for seed, spread in enumerate([1.0, 2.0, 3.0, 5.0, 9.0] * 3):
+            logits, ids, _ = random_case(seed, VOCABULARY, spread)
+            logits = (logits * 4).round() / 4 if seed >= 10 else logits  # many of the same probability
+            numbers = (0.0, 0.3, 0.77, 1 - 1e-12)
+            chosen[-1] += choose(logits.expand(4, -1), [At(number, sampling, ids.tolist(), VOCABULARY) for number in numbers])
+    assert chosen[0] == chosen[1]
+    half = len(shortened) // 2
+    assert any(shortened[:half])
+    assert not any(shortened[half:])
 
 
 def test_a_token_of_the_answer_is_penalized_from_then_on() -> None:

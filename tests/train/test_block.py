@@ -201,6 +201,6 @@ def test_flex_equals_the_twin(window: int | None) -> None:
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
 
-def test_a_cpu_gets_the_twin_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
-    assert choose_attention(CPU, torch.bfloat16) == "masked"
+def test_a_cpu_needs_no_kernel_and_gets_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+    assert choose_attention(CPU, torch.bfloat16) == "documents"
     assert not recwarn.list

@@ -73,7 +73,8 @@ def test_engine_in_bfloat16_over_float32_weights_is_as_close_to_float32_as_autoc
     def distance(gradients: dict[str, torch.Tensor]) -> float:
         return max(float((gradients[name] - exact[name]).norm() / exact[name].norm()) for name in exact)
 
-    exact = step_gradients(open_run(small_job(tmp_path, "sft", run="exact")).trainer)[1]
+    # of these conversations no token is so near a tie of two experts that rounding sends it to another one
+    exact = step_gradients(open_run(small_job(tmp_path, "sft", number=50, run="exact")).trainer)[1]
     trainer = open_run(small_job(tmp_path, "sft", run="rounded", train={"compute_dtype": "bfloat16"})).trainer
     autocast = distance(step_gradients(trainer)[1])
     assert 0 < distance(step_gradients(by_engine(trainer, experts=experts))[1]) < 2 * autocast
@@ -101,10 +102,10 @@ def test_who_computes() -> None:
 
 def test_the_recipe_says_how_the_engine_computes(tmp_path: Path) -> None:
     trainer = open_run(small_job(tmp_path, train={"recompute": "selective"})).trainer
-    assert trainer.policy.engine == Engine(torch.float32, "selective", False, "masked", "loop", uniform=True)
+    assert trainer.policy.engine == Engine(torch.float32, "selective", False, "documents", "loop", uniform=True)
     (tmp_path / "dpo").mkdir()
     trainer = open_run(small_job(tmp_path / "dpo", "dpo", train=SPLIT)).trainer
-    assert trainer.policy.engine == Engine(torch.bfloat16, "none", False, "masked", "loop", uniform=False)
+    assert trainer.policy.engine == Engine(torch.bfloat16, "none", False, "documents", "loop", uniform=False)
 
 
 def test_matrices_are_stored_in_bfloat16_norms_and_routers_in_float32_and_masters_are_the_initial_weights(tmp_path: Path) -> None:

@@ -111,6 +111,14 @@ def test_uniform_router_scores_one_and_the_square_of_the_log_of_the_experts() ->
     even = torch.full((1, 4), 8.0)
     assert balance_loss(statistics, even, 16).item() == pytest.approx(1.0)
     assert z_loss(statistics, 16).item() == pytest.approx(math.log(4) ** 2)
+    assert (statistics.entropies / 16).tolist() == pytest.approx([math.log(4)])
+
+
+def test_routing_entropy_is_the_mean_of_the_tokens_own_not_that_of_the_mean() -> None:
+    logits = torch.tensor([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0], [0.0, 0.0, 0.0]])
+    statistics = router_statistics([logits], torch.tensor([True, True, False]), 1)
+    sharp = torch.softmax(logits[0].double(), -1)
+    assert statistics.entropies.item() == pytest.approx(2 * float(-(sharp * sharp.log()).sum()), rel=1e-4)
 
 
 def test_counts_are_the_assignments_that_the_model_makes() -> None:

@@ -11,12 +11,13 @@ from keural.data.loading.batch import Batch
 from keural.data.loading.stream import Stream
 from keural.data.tokens.store import PAIR_WEIGHTS, StoreWriter, TokenStore
 from keural.files import atomic_directory
-from keural.recipe import OBJECTIVES, STORES, Objective, StageSpec, StoreKind
+from keural.recipe import OBJECTIVES, STORES, DpoSpec, Objective, StageSpec, StoreKind
 from keural.train.heldout import evaluate
 from keural.train.micro_batches import micro_batches
-from keural.train.objectives.preference import dpo_loss, pair_logprobs
+from keural.train.objectives.pairwise import Answers
+from keural.train.objectives.preference import pair_logprobs, preference_terms
 from keural.train.objectives.registry import LOSSES
-from tests.helpers.train_small import LENGTH, SHA, VOCAB, open_run, small_job, small_stage, step_gradients, write_store
+from tests.helpers.train_small import END, LENGTH, SHA, VOCAB, open_run, small_job, small_stage, step_gradients, write_store
 
 CPU = torch.device("cpu")
 
@@ -32,7 +33,7 @@ def test_a_loss_reports_the_metrics_of_its_row(tmp_path: Path, objective: str) -
     trainer = open_run(small_job(tmp_path, objective)).trainer
     for micro in micro_batches(trainer.stream.batch(0), None, CPU):
         logprobs = trainer.policy(micro).logprobs
-        assert tuple(trainer.objective(logprobs, micro, trainer.references).metrics) == OBJECTIVES[objective].metrics
+        assert tuple(trainer.objective(logprobs, micro, trainer.references).metrics) == trainer.stage.metrics
 
 
 def naive_sides(batch: Batch) -> list[tuple[int, set[int]]]:
@@ -80,25 +81,19 @@ def test_other_data_has_no_pairs(tmp_path: Path, objective: str) -> None:
     assert pair_logprobs(torch.zeros(micro.labels.shape), micro.pairs).shape == (2, 0)
 
 
-def test_dpo_loss_is_the_formula_of_the_paper() -> None:
-    chosen, rejected = torch.tensor([-3.0, -5.0]), torch.tensor([-4.0, -4.0])
-    terms = dpo_loss(chosen, rejected, torch.tensor([-3.5, -4.0]), torch.tensor([-4.5, -5.0]), beta=0.5)
-    margins = torch.tensor([0.0, -1.0])
-    torch.testing.assert_close(terms.loss, -torch.log(torch.sigmoid(margins)).sum())
-    assert terms.metrics["reward_margin"].item() == pytest.approx(-1.0)
-    assert terms.metrics["reward_accuracy"].item() == 0.0
-    assert terms.metrics["reward_chosen"].item() == pytest.approx(0.5 * (0.5 - 1.0))
-
-
 def test_settings_of_another_objective_are_refused() -> None:
     with pytest.raises(ValueError, match="dpo settings have no effect with objective sft"):
         small_stage("sft", dpo={"beta": 0.2})
 
 
 def test_weights_of_pairs_multiply_their_losses_and_metrics() -> None:
-    sides = [torch.tensor(values) for values in ([-3.0, -5.0, -1.0], [-4.0, -4.0, -3.0], [-3.5, -4.0, -1.0], [-4.5, -5.0, -1.0])]
-    whole = dpo_loss(*sides, beta=0.5, weights=torch.tensor([1.0, 0.25, 0.5]))
-    alone = [dpo_loss(*(side[place : place + 1] for side in sides), beta=0.5) for place in range(3)]
+    draw = torch.Generator().manual_seed(4)
+    sides = [-torch.rand(3, generator=draw) * 5 for _ in range(4)]
+    lengths = [torch.tensor([2.0, 3.0, 4.0]), torch.tensor([1.0, 5.0, 2.0])]
+    answers = Answers(*sides, *lengths, sides[0])
+    spec = DpoSpec(beta=0.5)
+    whole = preference_terms(answers, spec, torch.tensor([1.0, 0.25, 0.5]))
+    alone = [preference_terms(Answers(*(side[place : place + 1] for side in answers)), spec) for place in range(3)]
     torch.testing.assert_close(whole.loss, alone[0].loss + 0.25 * alone[1].loss + 0.5 * alone[2].loss)
     for name, value in whole.metrics.items():
         torch.testing.assert_close(value, alone[0].metrics[name] + 0.25 * alone[1].metrics[name] + 0.5 * alone[2].metrics[name])
@@ -111,6 +106,7 @@ def write_weighted(directory: Path, weights: list[float], repeats: list[int]) ->
         for repeat in repeats:
             sides = [draw.integers(4, VOCAB, 9) for _ in range(2)]
             for side in sides * repeat:
+                side[-1] = END
                 writer.add(side, [0] * 4 + [1] * 5)
         if any(weight != 1 for weight in weights):
             (path / PAIR_WEIGHTS).write_bytes(np.array(weights, dtype="<f4").tobytes())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,9 +11,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from keural.train.reference.records import RECORD, RECORDS
 from tests.helpers.train_small import losses_of, metrics_of, small_job, start, train_stage, weights_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,3 +130,32 @@ def test_a_signal_under_torchrun_saves_on_all_ranks(tmp_path: Path, everyone: bo
     assert outcome["interrupted"]
     assert (job.run_dir / "checkpoints" / f"step-{outcome['steps']:08d}" / "manifest.json").is_file()
     assert 3 <= outcome["steps"] < 12
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_reference_values_of_one_process_are_used_by_many_and_the_other_way_round(tmp_path: Path, world: int) -> None:
+    settings: dict[str, Any] = {"train": {"steps": 4, "save_every": None}, "number": 16, "heldout": True}
+    one, many = (small_job(tmp_path, "dpo", run=run, **settings) for run in ("one", "many"))
+    train_stage(one)
+    train_on_ranks(tmp_path, world, "dpo", "many", **settings)
+    kept = {job.run_dir: values_of(job.run_dir) for job in (one, many)}
+    for pair, values in kept[one.run_dir].items():
+        assert kept[many.run_dir][pair] == pytest.approx(values, rel=1e-5)
+    for job in (one, many):
+        shutil.rmtree(job.run_dir / "checkpoints")
+        (job.run_dir / "reference").rename(job.run_dir / "moved")
+    (one.run_dir / "moved").rename(many.run_dir / "reference")
+    (many.run_dir / "moved").rename(one.run_dir / "reference")
+    train_on_ranks(tmp_path, world, "dpo", "many", **settings)
+    train_stage(one)
+    assert values_of(many.run_dir) == kept[one.run_dir]
+    assert values_of(one.run_dir) == kept[many.run_dir]
+    assert losses_of(many)[-4:] == pytest.approx(losses_of(one)[-4:], abs=1e-5)
+
+
+def values_of(run: Path) -> dict[bytes, list[float]]:
+    """Reference values by the digest of their pair; more would be there if any had been computed again."""
+    (path,) = (run / "reference").glob(f"*/{RECORDS}")
+    records = np.frombuffer(path.read_bytes(), dtype=RECORD)
+    assert len({record["pair"].tobytes() for record in records}) == len(records)
+    return {record["pair"].tobytes(): record["values"].tolist() for record in records}

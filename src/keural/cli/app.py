@@ -26,6 +26,7 @@ from keural.cli.options import (
     Out,
     Overrides,
     RecipeDir,
+    ReferenceOnly,
     RepetitionPenalty,
     Seed,
     StageFile,
@@ -82,11 +83,12 @@ def run(
     out: Out = None,
     until: Annotated[str | None, typer.Option(help="stop after this stage")] = None,
     tensorboard: Annotated[bool, typer.Option(help="also write TensorBoard files")] = False,
+    reference_only: ReferenceOnly = False,
 ) -> None:
     """Run a recipe's whole pipeline; finished stages are skipped, an interrupted one is resumed."""
     loaded, directory = open_recipe(recipe, overrides, out)
     _check(loaded, directory, until=until)
-    _run(loaded, directory, until=until, tensorboard=tensorboard)
+    _run(loaded, directory, until=until, tensorboard=tensorboard, reference_only=reference_only)
 
 
 @app.command(rich_help_panel=RECIPES)
@@ -95,11 +97,12 @@ def train(
     overrides: Overrides = None,
     out: Out = None,
     tensorboard: Annotated[bool, typer.Option(help="also write TensorBoard files")] = False,
+    reference_only: ReferenceOnly = False,
 ) -> None:
     """Run one stage (with torchrun: on many processes); the stage it starts from must be finished."""
     loaded, name, directory = open_stage(stage, overrides, out)
     _check(loaded, directory, only=name)
-    _run(loaded, directory, only=name, tensorboard=tensorboard)
+    _run(loaded, directory, only=name, tensorboard=tensorboard, reference_only=reference_only)
 
 
 def _check(recipe: "Recipe", directory: Path, *, until: str | None = None, only: str | None = None) -> None:
@@ -231,10 +234,26 @@ def serve(
     path: ModelPath,
     host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 for other machines, with --api-key-file")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
-    engine: EngineName = None,
-    slots: Annotated[int, typer.Option(min=1, max=MOST_SLOTS, help="answers at once; others wait")] = 4,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="transformers, llama.cpp (default: what the path holds), vllm or sglang"),
+    ] = None,
+    upstream: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL,...", help="vllm, sglang: servers that run already, instead of one of our own"),
+    ] = None,
+    upstream_key_file: Annotated[Path | None, typer.Option(metavar="FILE", help="their API key")] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="vllm, sglang: where the export is or is made (default: beside the model)"),
+    ] = None,
+    engine_args: Annotated[str, typer.Option(help="vllm, sglang: more of its command line, e.g. '--tensor-parallel-size 2'")] = "",
+    slots: Annotated[
+        int | None, typer.Option(min=1, max=MOST_SLOTS, help="answers at once; others wait (default: 4, with vllm or sglang 256)")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="of the model in the API (default: its recipe's, else its directory's)")] = None,
     system: System = None,
+    repetition_penalty: RepetitionPenalty = None,
     threads: Threads = None,
     jamo: JamoStyle = "compatibility",
     api_key_file: Annotated[Path | None, typer.Option(metavar="FILE", help="let in who has a key, one on each line of it")] = None,
@@ -251,8 +270,11 @@ def serve(
     from keural.serve.server.settings import Limits, Settings
     from keural.serve.server.start import run_serve
 
-    limits = Limits(waiting=4 * slots if max_waiting is None else max_waiting, deadline=deadline, drain=drain)
     settings = Settings(
-        host, port, engine, slots, name, system, jamo, threads, api_key_file, insecure, allow_host or (), metrics_prefix, limits
-    )
+        host, port, engine, slots, name, system, jamo, threads, api_key_file, insecure, allow_host or (), metrics_prefix,
+        upstream=upstream or (), upstream_key_file=upstream_key_file, export=export, engine_arguments=engine_args,
+        repetition_penalty=repetition_penalty,
+    )  # fmt: skip
+    waiting = 4 * settings.answers_at_once if max_waiting is None else max_waiting
+    settings = replace(settings, limits=Limits(waiting=waiting, deadline=deadline, drain=drain))
     raise SystemExit(run_serve(path, settings))

@@ -1,4 +1,4 @@
-"""The commands around checkpoints: `import`, `export`, `refresh-code`, `inspect`, `init`; part of the `keural` command."""
+"""The commands around checkpoints: `import`, `export`, `merge`, `refresh-code`, `inspect`, `init`; part of the `keural` command."""
 
 import tempfile
 from pathlib import Path
@@ -81,6 +81,30 @@ def export(
     with byte_progress(f"export {directory}") as advance:
         written = write(directory, out, format, options, advance, note)
     show(f"{written}: written as {format}")
+
+
+@app.command(rich_help_panel=PANEL)
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="adapter directory, or a stage that was trained with lora")],
+    to: Annotated[Path, typer.Option(metavar="DIR", help="directory to write; must not exist, or be empty")],
+    base: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="the model that it was trained on (default: where it was then)")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, or float16 or bfloat16, which round most of an adapter away")] = "float32",
+) -> None:
+    """Write the model that an adapter and the model it was trained on are together."""
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: unknown{nearest(dtype, DTYPES)}; known are {', '.join(DTYPES)}")
+    from keural.files import check_new
+
+    check_new(to)
+    import torch
+
+    from keural.lora.merge import merge as write
+
+    with byte_progress(f"merge {adapter}") as advance:
+        write(adapter, to, base, getattr(torch, dtype), advance, note)
+    show(f"{to}: {adapter} in its base, {dtype}")
 
 
 @app.command(name="refresh-code", rich_help_panel=PANEL)

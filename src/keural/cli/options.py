@@ -19,6 +19,9 @@ RecipeDir = Annotated[Path, RECIPE]
 StageFile = Annotated[Path, typer.Argument(help="a stage's YAML file, with recipe.yaml beside it, e.g. toy/sft-1.yaml")]
 ModelDir = Annotated[Path, typer.Argument(help="model directory, e.g. runs/toy/final")]
 ModelPath = Annotated[Path, typer.Argument(help="model directory, e.g. runs/toy/final, or a GGUF file or the directory with one")]
+ReferenceOnly = Annotated[
+    bool, typer.Option("--reference-only", help="train nothing; compute what reference values of preference pairs are missing")
+]
 DEFAULT = "default: as saved with the model, else the card's"
 System = Annotated[str | None, typer.Option(help="system message; an empty one is none (default: as saved with the model)")]
 Temperature = Annotated[float | None, typer.Option(min=0.0, help=f"0 is greedy ({DEFAULT}, {CARD.temperature})")]

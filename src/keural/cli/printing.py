@@ -34,6 +34,8 @@ def print_ending(outcome: "Outcome", arguments: str) -> None:
     if outcome.interrupted:
         say(f"stopped and saved; the same command goes on from there:\n  {_command()} {arguments}")
         return
+    if not outcome.trains:
+        return
     summary = Summary.read(outcome.directory / SUMMARY)
     _show_stages(summary.stages)
     for line in _figures(summary.evaluation):
@@ -246,7 +248,7 @@ def print_inspection(values: Mapping[str, Any]) -> None:
     lineage = values.get("lineage", {})
     if lineage:
         show(f"lineage: {' -> '.join(lineage.get('chain', []))}")
-        for name in ("recipe", "stage", "objectives", "source", "fingerprint", "keural", "transformers"):
+        for name in ("recipe", "stage", "objectives", "tool_conversations", "source", "fingerprint", "keural", "transformers"):
             if name in lineage:
                 show(f"  {name}: {lineage[name]}")
     if values.get("ledger"):

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from keural.errors import UserError
 from keural.files import read_object
-from keural.pretrained.kinds import is_training_checkpoint, what_is
+from keural.pretrained.kinds import is_adapter, is_training_checkpoint, what_is
 from keural.pretrained.lineage import check_sums, read_record
 from keural.pretrained.location import CHECKPOINTS, CONFIG, check_there
 from keural.pretrained.safetensors import DTYPES, INDEX, open_safetensors, weight_files
@@ -60,7 +60,7 @@ def open_checkpoint(path: Path, verify: bool = True) -> Checkpoint:
     it, or when it holds something else than floating-point tensors.
     """
     check_there(path, CHECKPOINTS)
-    if is_training_checkpoint(path):
+    if is_training_checkpoint(path) or is_adapter(path):
         raise UserError(f"{path}: {what_is(path)}")
     file = _only_checkpoint(path) if path.is_dir() else path
     suffix = file.suffix.lower() if file.is_file() else ".safetensors"

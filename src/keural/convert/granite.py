@@ -17,7 +17,7 @@ from keural.convert.model_card import model_card
 from keural.files import atomic_directory, check_new, write_atomic
 from keural.model import KeuralConfig
 from keural.pretrained.directory import DEFAULT_SHARD_BYTES, generation_config, quiet_transformers
-from keural.pretrained.lineage import write_record
+from keural.pretrained.lineage import identity_of, write_record
 from keural.pretrained.safetensors import write_shards
 from keural.pretrained.stored_model import StoredModel
 from keural.pretrained.weights import TensorInfo, Weights
@@ -58,7 +58,8 @@ def export_granite(
         generation_config(model.config, model.chat, model.ends).save_pretrained(directory)
         model.tokenizer.save(directory)
         write_atomic(directory / "README.md", model_card(model, "granite", license_id))
-        write_record(directory, {**model.lineage, "format": "granite"}, model.chat, sums)
+        origin = {"format": "granite", "exported_from": identity_of(model.directory)}
+        write_record(directory, {**model.lineage, **origin}, model.chat, sums)
     return out
 
 

@@ -108,12 +108,15 @@ def import_checkpoint(
     named = read_record(checkpoint.directory).get("tokenizer_sha256") if verify else None
     found = _tokenizer(checkpoint, tokenizer, named, shape, say)
     check_new(out, weights.nbytes)
-    lineage = {
+    lineage: dict[str, Any] = {
         "source": {"file": checkpoint.where.name, **checkpoint.progress},
         "chain": [f"import {checkpoint.where.name}"],
         # Rows for the ChatML ids that are made here have been taught nothing: what grows is a base model.
         "objectives": ["next_token"] if grow_vocabulary else _objectives(checkpoint) if verify else [UNKNOWN],
     }
+    tools = read_record(checkpoint.directory).get("tool_conversations") if verify and not grow_vocabulary else None
+    if tools is not None:
+        lineage["tool_conversations"] = tools
     write_model_directory(out, shape, _finite(checkpoint.where, weights.watched(advance)), found, lineage)
     say(f"{out}: {len(weights.infos):,} tensors, {weights.nbytes / 1e9:.2f} GB")
     return out

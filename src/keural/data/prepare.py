@@ -169,7 +169,7 @@ def _make(
     spec, kind = reading.sources.spec, OBJECTIVES[objective].store
     encoder = Encoder(tokenizer, spec, threads=len(os.sched_getaffinity(0)), cache=cache)
     sections = spec.mixing is not None
-    held = StoreBuilder(directory / ".heldout", kind, keep_texts=True)
+    held = StoreBuilder(directory / ".heldout", kind, keep_texts=True, named=True)
     with StoreBuilder(directory / ".train", kind, sections=sections) as train, held as heldout:
         with work_progress() as tell:
             counters = _read_all(reading, encoder, {"train": train, "heldout": heldout}, tell)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from keural.tokenizer.message import Message
+from keural.tokenizer.message import CALL, Message, parse_answer
 
 Kind = Literal["documents", "conversations", "pairs", "evaluation"]
 """What an adapter gives; evaluation items are only looked for, never trained on."""
@@ -96,6 +96,19 @@ def plain_record(record: Record) -> dict[str, Any]:
 
 def _plain_turns(messages: Iterable[Message]) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.text} for message in messages]
+
+
+def calls_tools(record: Record) -> bool:
+    """Whether an assistant calls tools in a record, and is trained to."""
+    if isinstance(record, Document):
+        return False
+    if isinstance(record, PreferencePair):
+        return _has_call(record.chosen)
+    return any(turn.role == "assistant" and turn.is_trained and _has_call(turn.content) for turn in record.messages)
+
+
+def _has_call(content: str) -> bool:
+    return CALL in content and bool(parse_answer(content).tool_calls)
 
 
 class SourceCount(NamedTuple):

@@ -25,7 +25,7 @@ from keural.data.filtering.suspicions import Seen, suspicions
 from keural.data.licenses import flags_of, language_of, license_of
 from keural.data.loading.mixture import Share
 from keural.data.readers.notes import ReadingNotes
-from keural.data.records import Drop, PreferencePair, SourceCount
+from keural.data.records import Drop, PreferencePair, SourceCount, calls_tools
 from keural.data.sources import schema_error
 from keural.data.tokens.encode import Encoded
 from keural.errors import UserError
@@ -90,6 +90,8 @@ class SourceRow:
     """Kept records that a gate only counts, or that do not have all of their row, by reason."""
     details: dict[str, dict[str, Count]] | None = None
     """What was found in rows that were dropped, by reason: an unknown role, a wrong type, the keys that a row has."""
+    tool_calls: Count | None = None
+    """Records of the training store in which an assistant calls tools and is trained to; None where nobody counted."""
     not_read: tuple[str, ...] | None = None
     """Fields of rows, and of turns in them, that hold something and that the adapter does not read."""
     assumed: tuple[str, ...] | None = None
@@ -130,7 +132,7 @@ class SourceRow:
         return row
 
 
-_OPTIONAL = ("mixture", "survey", "details", "not_read", "assumed", "suspicions")
+_OPTIONAL = ("mixture", "survey", "details", "tool_calls", "not_read", "assumed", "suspicions")
 _REQUIRED = [each.name for each in fields(SourceRow) if each.name not in (*_OPTIONAL, "text_kind")]
 _ROWS = TypeAdapter(SourceRow)
 
@@ -165,6 +167,7 @@ class SourceCounter:
     chosen_characters: int = 0
     rejected_characters: int = 0
     cleaned: SourceCount | None = None
+    tool_calls: int = 0
 
     def clean(self, count: SourceCount) -> None:
         """Count what cleaning dropped before the documents came here. What its filters drop is no defect of the source."""
@@ -190,6 +193,7 @@ class SourceCounter:
         self.tokens += repeat * sum(len(ids) for ids, _ in encoded.sequences)
         self.shortened += encoded.cut_turns > 0
         self.seen.keep(encoded.record)
+        self.tool_calls += split == "train" and calls_tools(encoded.record)
         if isinstance(encoded.record, PreferencePair):
             self.chosen_characters += len(encoded.record.chosen)
             self.rejected_characters += len(encoded.record.rejected)
@@ -297,6 +301,7 @@ class SourceCounter:
             defects=self._defects(),
             noted=dict(self.noted.most_common()),
             details={reason: dict(found.most_common()) for reason, found in self.details.items() if found} or None,
+            tool_calls=self.tool_calls,
             not_read=tuple(sorted(self.fields.unread)) or None if self.fields else None,
             assumed=self.notes.lines() or None,
             length_ratio=self.chosen_characters / self.rejected_characters if self.rejected_characters else None,

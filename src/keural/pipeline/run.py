@@ -19,12 +19,16 @@ from keural.data.prepare import clear_parts
 from keural.errors import UserError
 from keural.evaluate.scorecard import check_measurable, score
 from keural.files import fingerprint
+from keural.lora.layers import write_adapter
+from keural.lora.merge import write_merged
 from keural.pipeline.run_contents import read_run
 from keural.pipeline.run_directory import (
+    ADAPTER,
     DATA,
     DONE,
     EVALUATION,
     MODEL,
+    REFERENCE,
     SUMMARY,
     Done,
     EvaluationFile,
@@ -51,15 +55,17 @@ from keural.recipe import VERSION, Recipe, StageSpec, parse_duration
 from keural.report.html import write_report
 from keural.train.parallel import check_ranks, full_state_dict
 from keural.train.ranks import Ranks, session
-from keural.train.stage import StageJob, StageResult, train_stage
+from keural.train.reference.of_stage import is_cached
+from keural.train.stage import StageJob, StageResult, make_references, train_stage
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to: its directory, and whether a signal stopped it before the end."""
+    """What a run came to: its directory, whether a signal stopped it before the end, and whether stages were to be trained."""
 
     directory: Path
     interrupted: bool
+    trains: bool = True
 
 
 def run(
@@ -69,15 +75,19 @@ def run(
     until: str | None = None,
     only: str | None = None,
     tensorboard: bool = False,
+    reference_only: bool = False,
     on_data: Callable[[Workspace], object] | None = None,
 ) -> Outcome:
     """Run a recipe's stages in order into `out`; finished parts are skipped, an interrupted stage is resumed.
 
-    `until` stops after that stage, `only` runs just that stage (the one it starts from must be finished). Under torchrun
+    `until` stops after that stage, `only` runs just that stage (the one it starts from must be finished); `reference_only` trains
+    none and computes the reference values that those of them need whose starting model is finished, or refuses. Under torchrun
     every rank calls this; rank 0 prepares and exports, and shows `on_data` what there is to train on. Raises `UserError` for
     anything the user can mend, before the first step where possible.
     """
     stages = select_stages(recipe, until=until, only=only)
+    if reference_only:
+        stages = _with_reference(stages)
     with session() as ranks, contextlib.ExitStack() as stack:
         started = time.monotonic()
         for stage in stages:
@@ -87,11 +97,29 @@ def run(
         ranks.on_main(lambda: stack.enter_context(only_run_in(out)))
         ranks.on_main(lambda: _open_run(recipe, stages, out, on_data))
         workspace = prepare_all(recipe, stages, out)
+        if reference_only:
+            finished = all(_make_references(workspace, stage, ranks) for stage in stages)
+            return Outcome(out, interrupted=not finished, trains=False)
         for stage in stages:
             if _train(workspace, stage, ranks, tensorboard):
                 return Outcome(out, interrupted=True)
         ranks.on_main(lambda: _finish(workspace, started))
     return Outcome(out, interrupted=False)
+
+
+def _with_reference(stages: list[StageSpec]) -> list[StageSpec]:
+    """Those that keep reference values. Raises `UserError` when none does."""
+    found = [stage for stage in stages if is_cached(stage)]
+    if not found:
+        names = ", ".join(stage.name for stage in stages)
+        raise UserError(f"--reference-only: no stage keeps reference values ({names}); leave it out to train")
+    return found
+
+
+def _make_references(workspace: Workspace, stage: StageSpec, ranks: Ranks) -> bool:
+    """Compute what reference values of a stage are missing; False when a signal stopped it."""
+    ranks.on_main(lambda: _check_ready(workspace, stage))
+    return make_references(_job(workspace, stage, tensorboard=False), ranks)
 
 
 def _open_run(recipe: Recipe, stages: list[StageSpec], out: Path, on_data: Callable[[Workspace], object] | None) -> None:
@@ -155,21 +183,29 @@ def _job(workspace: Workspace, stage: StageSpec, tensorboard: bool) -> StageJob:
         fingerprint=trajectory(workspace, stage),
         budget_seconds=parse_duration(budget) * share if budget and share else None,
         tensorboard=tensorboard,
+        references=workspace.out / REFERENCE,
     )
 
 
 def export_stage(workspace: Workspace, stage: StageSpec, result: StageResult, wanted: str, ranks: Ranks) -> None:
     """Write the stage's model directory, then the marker that it is done."""
-    weights = full_state_dict(result.model)
+    weights = full_state_dict(result.model) if result.adapter is None else {}
     ranks.on_main(lambda: _save_stage(workspace, stage, result, weights or {}, wanted))
 
 
 def _save_stage(workspace: Workspace, stage: StageSpec, result: StageResult, weights: dict[str, Tensor], wanted: str) -> None:
+    """Write what a stage has made: its model, and the adapter that is merged into it where the stage trained one."""
     directory, spec = workspace.out / stage.name, workspace.recipe.spec
     chain = list(reversed(with_ancestors(workspace.recipe, stage)))
-    trained = {"chain": chain, "objectives": _objectives(workspace, stage)}
+    trained: dict[str, Any] = {"chain": chain, "objectives": _objectives(workspace, stage)}
+    if (tools := _tool_conversations(workspace, stage)) is not None:
+        trained["tool_conversations"] = tools
     lineage = {"recipe": spec.name, "stage": stage.name, "fingerprint": wanted, **trained}
-    save_model_directory(directory / MODEL, workspace.model_config, weights, workspace.tokenizer, lineage, spec.chat)
+    if result.adapter is None:
+        save_model_directory(directory / MODEL, workspace.model_config, weights, workspace.tokenizer, lineage, spec.chat)
+    else:
+        write_adapter(directory / ADAPTER, result.adapter, lineage, spec.chat)
+        write_merged(directory / ADAPTER, result.adapter.base, directory / MODEL, workspace.tokenizer, spec.chat)
     Done(
         name=stage.name,
         objective=stage.objective,
@@ -182,6 +218,7 @@ def _save_stage(workspace: Workspace, stage: StageSpec, result: StageResult, wei
         loss_first=result.loss_first,
         loss_last=result.loss_last,
         heldout=result.heldout,
+        trained=result.trained,
     ).write(directory / DONE)
 
 
@@ -192,6 +229,15 @@ def _objectives(workspace: Workspace, stage: StageSpec) -> list[str]:
     if stages[0].starts_from_directory:
         before = read_record(init_directory(workspace.out, stages[0])).get("objectives", [UNKNOWN])
     return [*before, *(stage.objective for stage in stages)]
+
+
+def _tool_conversations(workspace: Workspace, stage: StageSpec) -> int | None:
+    """How many records with calls of tools a stage's model was trained on, its predecessors' included; None: no record tells."""
+    before = 0 if stage.init_from == "random" else read_record(init_directory(workspace.out, stage)).get("tool_conversations")
+    table = workspace.data[stage.name].table
+    counts = [before, *(row.tool_calls for row in table if row.split == "train" and row.left_out is None)]
+    known = [count for count in counts if count is not None]
+    return sum(known) if any(known) or len(known) == len(counts) else None
 
 
 def _finish(workspace: Workspace, started: float) -> None:

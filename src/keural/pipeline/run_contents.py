@@ -14,6 +14,7 @@ from keural.parsing import parse_yaml
 from keural.pipeline.run_directory import DONE, METRICS, MODEL, RECIPE, STAGE_TEXT, SUMMARY, Done, Summary
 from keural.report.collect import Run, Stage
 from keural.terminal import say
+from keural.train.checks.record import CHECKS_FILE, ChecksFile
 from keural.train.metrics import read_metrics
 
 
@@ -59,6 +60,8 @@ def _read_stage(directory: Path, settings: dict[str, Any]) -> Stage:
     # A resumed stage repeats the steps after its last checkpoint; the later line counts.
     steps = {line["step"]: line for line in lines if "loss" in line}
     heldout = {line["step"]: line for line in lines if isinstance(line.get("heldout"), dict)}
+    alarms = {line["alarm"]: line for line in lines if isinstance(line.get("alarm"), str)}
+    checks = ChecksFile.find(directory / CHECKS_FILE)
     done, text = Done.find(directory / DONE), directory / STAGE_TEXT
     if done is not None and (missing := done.steps - len(steps)) > 0:
         say(f"{directory / METRICS}: {missing} of {done.steps} steps are missing there, and in the report")
@@ -68,6 +71,8 @@ def _read_stage(directory: Path, settings: dict[str, Any]) -> Stage:
         done=done.model_dump() if done else {},
         steps=[steps[step] for step in sorted(steps)],
         heldout=[heldout[step] for step in sorted(heldout)],
+        alarms=sorted(alarms.values(), key=lambda line: int(line["step"])),
+        checks=checks.model_dump() if checks else {},
     )
 
 

@@ -12,12 +12,14 @@ know its plan without knowing the pipeline) and listed here.
     data/<id>/dropped.jsonl   the first rows that were dropped for each reason; SHA-256 in prepared.json
     data/<id>/{train,heldout}/manifest.json   keural.data.tokens.store: SHA-256 of every file of the store, and its own
     data/cleaned-<id>/cleaning.json           keural.data.cleaning.summary.CleaningFile; SHA-256 of every file of documents
+    reference/<id>/           keural.train.reference.records: manifest.json, and pairs.bin with a checksum for each pair
     <stage>/stage.json        StageMarker: what the stage is made from; stage.yaml the same for people
     <stage>/plan.json         keural.train.step_plan.PlanFile
-    <stage>/reference/*/      keural.train.reference: each value has a checksum
+    <stage>/checks.json       keural.train.checks.record.ChecksFile
     <stage>/checkpoints/*/manifest.json       keural.train.checkpoint: SHA-256 of every file, and its own
     <stage>/metrics.jsonl     keural.train.metrics: each line has a checksum
     <stage>/model/keural.json keural.pretrained.lineage: SHA-256 of every file of the model
+    <stage>/adapter/keural.json keural.pretrained.lineage, the same of a stage's adapter, which its model has in it
     <stage>/model-checked.json  when the model was compared with its checksums: a cache
     <stage>/done.json         Done: the stage is finished
     evaluation.json           EvaluationFile: a cache
@@ -44,11 +46,11 @@ from keural.errors import UserError
 from keural.files import CheckedFile, clear_leftovers, fingerprint, read_checked_text, sha256_file, write_checked_text
 from keural.recipe import Recipe
 
-RUN, RECIPE, SUMMARY, EVALUATION, FINAL, DATA, TOKENIZER = (
-    "run.json", "recipe.yaml", "summary.json", "evaluation.json", "final", "data", "tokenizer"
+RUN, RECIPE, SUMMARY, EVALUATION, FINAL, DATA, TOKENIZER, REFERENCE = (
+    "run.json", "recipe.yaml", "summary.json", "evaluation.json", "final", "data", "tokenizer", "reference"
 )  # fmt: skip
-STAGE, STAGE_TEXT, DONE, PLAN, METRICS, MODEL, CHECKPOINTS, MODEL_CHECKED = (
-    "stage.json", "stage.yaml", "done.json", "plan.json", "metrics.jsonl", "model", "checkpoints", "model-checked.json"
+STAGE, STAGE_TEXT, DONE, PLAN, METRICS, MODEL, CHECKPOINTS, MODEL_CHECKED, ADAPTER = (
+    "stage.json", "stage.yaml", "done.json", "plan.json", "metrics.jsonl", "model", "checkpoints", "model-checked.json", "adapter"
 )  # fmt: skip
 FORMAT = 1
 """Raised when the files of a run directory change so that an earlier one cannot be used."""
@@ -107,6 +109,8 @@ class Done(CheckedFile):
     loss_first: float
     loss_last: float
     heldout: dict[str, float]
+    trained: int = 0
+    """Parameters that were trained; 0 where an earlier version did not say."""
 
 
 class EvaluationFile(CheckedFile):

@@ -31,7 +31,7 @@ from keural.pretrained.lineage import check_sums
 from keural.recipe import StageSpec, length_of
 from keural.terminal import say
 from keural.train.checkpoint import newest_progress
-from keural.train.step_plan import PlanFile, StepPlan, fixed_plan, why_not_continued
+from keural.train.step_plan import PlanFile, fixed_plan, plan_of, why_not_continued
 
 
 def find_done(directory: Path, wanted: str) -> Done | None:
@@ -106,7 +106,7 @@ def open_directory(workspace: Workspace, stage: StageSpec) -> None:
         why_not = _why_not_continued(workspace, stage, earlier.settings)
         if why_not is None:
             (directory / DONE).unlink(missing_ok=True)
-            say(f"{stage.name}: its length changed ({told}); it goes on from what is done")
+            say(f"{stage.name}: its steps changed ({told}); it goes on from what is done")
         else:
             done = "it was finished" if (directory / DONE).is_file() else "it was begun"
             kept = set_aside(directory)
@@ -137,4 +137,4 @@ def _why_not_continued(workspace: Workspace, stage: StageSpec, earlier: Settings
     if newest is None:
         return None
     plan = fixed_plan(stage, open_stream(workspace, stage))
-    return why_not_continued(StepPlan(**newest.progress.plan), plan, newest.progress.step, stage.train)
+    return why_not_continued(plan_of(newest.progress.plan), plan, newest.progress.step, stage.train)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -123,6 +124,8 @@ def check_inputs(recipe: Recipe, stages: Sequence[StageSpec], out: Path) -> None
 
 
 def _check_stage(recipe: Recipe, stage: StageSpec, directory: Path | None, out: Path) -> None:
+    if stage.lora is not None and find_spec("peft") is None:
+        raise UserError(f"{stage.name}: lora needs the peft package: pip install 'keural[lora]'")
     if _kept_data(recipe, stage, out) is None:
         sources = open_stage_sources(stage.data, directory)
         check_evaluation(sources.evaluation)

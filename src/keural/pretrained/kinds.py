@@ -31,6 +31,11 @@ def is_training_checkpoint(path: Path) -> bool:
     return _has("shard-*.safetensors")(path) or (path.name.startswith("shard-") and path.suffix == ".safetensors")
 
 
+def is_adapter(path: Path) -> bool:
+    """Whether `path` is an adapter as PEFT writes it, or the file with its weights, which are no model's."""
+    return _has("adapter_config.json")(path) or path.name.startswith("adapter_model.")
+
+
 def _has(*names: str) -> Callable[[Path], bool]:
     return lambda path: path.is_dir() and any(any(path.glob(name)) for name in names)
 
@@ -57,10 +62,17 @@ _PYTORCH = "a checkpoint of PyTorch; `keural import {path} NEW` makes a model di
 _TOKENIZER = _says("is a tokenizer; `keural tokenizer report {path} TEXT` measures it")
 _RESUMED = "that training resumes from; the model is written when the stage ends"
 
+
+def _adapter(path: Path) -> str:
+    directory = path if path.is_dir() else path.parent
+    return f"is an adapter, not a model; `keural merge {directory} --to NEW` writes the model that it makes of its base"
+
+
 KINDS: tuple[Kind, ...] = (
     Kind(_ends(".gguf"), _says(f"is {_GGUF}")),
     Kind(_ends(*CHECKPOINT_SUFFIXES), _says(f"is {_PYTORCH}")),
     Kind(is_training_checkpoint, _says(f"is a checkpoint {_RESUMED}")),
+    Kind(is_adapter, _adapter),
     Kind(_ends(".safetensors"), _says("holds weights alone; give the directory that it lies in, or `keural import {path} NEW`")),
     Kind(_ends(".model"), _TOKENIZER),
     Kind(_ends(".yaml", ".yml"), _says("is a file of a recipe; `keural run` takes its directory, `keural train` a stage's file")),

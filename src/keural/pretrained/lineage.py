@@ -76,6 +76,8 @@ class Lineage(BaseModel):
     """The stages that made the weights, oldest first."""
     objectives: list[str] = Field(default_factory=list)
     """What each stage of the chain was trained for, none for random weights; `unknown` stands for stages that no record tells."""
+    tool_conversations: int | None = Field(None, ge=0)
+    """Conversations and pairs with calls of tools that its stages were trained on; None where no record tells."""
     source: Source | None = None
     chat: ChatSpec | None = None
     record: int | None = None
@@ -98,6 +100,11 @@ def is_base(lineage: Mapping[str, Any]) -> bool:
     """Whether a model is known to have been trained on documents alone, so that it ends a text with `</s>` and no turn."""
     objectives = lineage.get("objectives", [])
     return bool(objectives) and all(name in OBJECTIVES and OBJECTIVES[name].store == "documents" for name in objectives)
+
+
+def trained_on_tools(lineage: Mapping[str, Any]) -> bool:
+    """Whether a model is known to have been trained on calls of tools."""
+    return bool(lineage.get("tool_conversations"))
 
 
 @dataclass(frozen=True)
@@ -154,6 +161,19 @@ def read_record(directory: Path) -> dict[str, Any]:
     if not values.get("files"):
         raise UserError(f"{file}: lists no files; it is damaged or was changed, {_remedy(directory)}")
     return values
+
+
+def identity_of(directory: Path) -> dict[str, str]:
+    """SHA-256, by name, of the files that decide what a model directory computes: as its record lists them, else of the files.
+
+    Raises `UserError` when the record is damaged.
+    """
+    listed = read_record(directory).get("files", {})
+    files = sorted(file for file in directory.iterdir() if file.name in _DECIDING or file.suffix == ".safetensors")
+    return {file.name: listed.get(file.name) or sha256_file(file) for file in files}
+
+
+_DECIDING = frozenset({"config.json", "tokenizer.model"})
 
 
 def _remedy(directory: Path) -> str:

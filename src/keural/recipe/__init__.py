@@ -14,17 +14,20 @@ from keural.recipe.data import (
 )
 from keural.recipe.evaluation import BitsPerByteSpec, ChatSpec, EvaluationSpec, ExactMatchSpec
 from keural.recipe.load import Recipe, RecipeSpec, load_recipe, parse_duration
+from keural.recipe.lora import LoraSpec, Target
 from keural.recipe.model import ModelSpec
-from keural.recipe.objectives import OBJECTIVES, STORES, Objective, ObjectiveKind, StoreKind, StoreShape, Unit
+from keural.recipe.objectives import OBJECTIVES, PREFERENCE_LOSSES, STORES, Objective, ObjectiveKind, StoreKind, StoreShape, Unit
 from keural.recipe.tokenizer import TokenizerSpec
-from keural.recipe.training import DpoSpec, RouterSpec, StageSpec, TrainSpec
+from keural.recipe.training import ChecksSpec, DpoSpec, RouterSpec, StageSpec, TrainSpec
 
 __all__ = [
     "OBJECTIVES",
+    "PREFERENCE_LOSSES",
     "STORES",
     "VERSION",
     "BitsPerByteSpec",
     "ChatSpec",
+    "ChecksSpec",
     "CleaningSpec",
     "DataSpec",
     "DecontaminateSpec",
@@ -34,6 +37,7 @@ __all__ = [
     "ExecutorSpec",
     "GateAction",
     "LicensesSpec",
+    "LoraSpec",
     "MixingSpec",
     "ModelSpec",
     "Objective",
@@ -48,6 +52,7 @@ __all__ = [
     "StoreKind",
     "StoreShape",
     "StoreSpec",
+    "Target",
     "TokenizerSpec",
     "TrainSpec",
     "Unit",

@@ -61,6 +61,11 @@ def length(default: Any = PydanticUndefined, **constraints: Any) -> Any:
     return Field(default, json_schema_extra={"changes_result": True, "length": True}, **constraints)
 
 
+def length_list() -> Any:
+    """A list, empty as a rule, that is part of how long a stage is (`length`)."""
+    return Field(default_factory=list, json_schema_extra={"changes_result": True, "length": True})
+
+
 def length_of(spec: "Spec") -> dict[str, Any]:
     """The values of the keys that say how long a stage is."""
     return {name: getattr(spec, name) for name, field in type(spec).model_fields.items() if mark_of(field).get("length")}

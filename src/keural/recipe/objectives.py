@@ -10,6 +10,7 @@ from typing import Literal
 Objective = Literal["next_token", "sft", "dpo"]
 StoreKind = Literal["documents", "conversations", "pairs"]
 Unit = Literal["tokens", "pairs"]
+PreferenceLossName = Literal["sigmoid", "sigmoid_norm", "ipo", "hinge", "robust", "rpo", "dpop", "simpo", "nll"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class ObjectiveKind:
     """Whether the loss compares with the model that the stage starts from."""
     metrics: tuple[str, ...] = ()
     """What is reported beside the loss, as means over its denominator."""
+    reference_metrics: tuple[str, ...] = ()
+    """What is reported besides where a reference is at hand."""
     settings: str | None = None
     """The key of a stage that holds settings of its own."""
 
@@ -65,7 +68,43 @@ OBJECTIVES: dict[str, ObjectiveKind] = {
         "DPO",
         "c3",
         needs_reference=True,
-        metrics=("reward_margin", "reward_accuracy", "reward_chosen", "reward_rejected"),
+        metrics=(
+            "reward_margin",
+            "reward_accuracy",
+            "reward_chosen",
+            "reward_rejected",
+            "logprob_chosen",
+            "logprob_rejected",
+            "length_chosen",
+            "length_rejected",
+        ),
+        reference_metrics=("kl_estimate",),
         settings="dpo",
     ),
 }
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """A loss of preference pairs that can be asked for by name (`dpo.loss`)."""
+
+    options: tuple[str, ...] = ()
+    """Keys of `dpo` that it reads beside `beta`."""
+    needs_reference: bool = True
+    """Whether it compares with the model that the stage starts from."""
+    per_token: bool = False
+    """Whether it compares means over an answer's tokens instead of sums."""
+
+
+PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {
+    "sigmoid": PreferenceLoss(("label_smoothing", "ld_alpha")),
+    "sigmoid_norm": PreferenceLoss(("label_smoothing",), per_token=True),
+    "ipo": PreferenceLoss(per_token=True),
+    "hinge": PreferenceLoss(("ld_alpha",)),
+    "robust": PreferenceLoss(("label_smoothing", "ld_alpha")),
+    "rpo": PreferenceLoss(("label_smoothing", "rpo_alpha", "ld_alpha")),
+    "dpop": PreferenceLoss(("dpop_lambda", "ld_alpha")),
+    "simpo": PreferenceLoss(("simpo_gamma",), needs_reference=False, per_token=True),
+    "nll": PreferenceLoss(needs_reference=False, per_token=True),
+}
+"""The formulas stand in `keural.train.objectives.pairwise`."""

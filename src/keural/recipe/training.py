@@ -1,12 +1,15 @@
 """One training stage: objective, optimisation, router losses."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from keural.recipe.base import Part, Spec, length, neutral, not_for
+from keural.errors import nearest, quoted
+from keural.limits import LARGEST
+from keural.recipe.base import BOUNDED, Part, Spec, length, length_list, neutral, not_for
 from keural.recipe.data import DataSpec
-from keural.recipe.objectives import OBJECTIVES, Objective
+from keural.recipe.lora import LoraSpec, why_not_adapted
+from keural.recipe.objectives import OBJECTIVES, PREFERENCE_LOSSES, Objective, PreferenceLossName
 
 
 class TrainSpec(Spec):
@@ -51,6 +54,14 @@ class TrainSpec(Spec):
     otherwise up to rounding."""
     compile: bool = neutral("work", False)
     """Compile the layers; the same numbers up to rounding."""
+    skip_spikes: float | None = Field(None, gt=0)
+    """A step whose loss or gradient norm lies more than so many standard deviations above the mean of the 128 steps before is not
+    taken (OLMo 2 does so at 6); none: every finite step is. Ten such steps in a row stop the stage."""
+    steps_to_skip: list[int] = length_list()
+    """Steps, counted from 0, whose batches are not trained on: of a batch that spoils the weights. Steps that are not done yet may
+    be added when a stage goes on."""
+    stuck_after: float = neutral("check", 1800.0, ge=10)
+    """Seconds without a step, an evaluation or a checkpoint after which a process ends itself, saying where it was."""
     save_every: int | None = neutral("keeping", None, gt=0)
     """Steps between checkpoints; none: every ten minutes, and saving takes at most a twentieth of the time. The last step is
     always saved."""
@@ -75,6 +86,13 @@ class TrainSpec(Spec):
             raise ValueError("betas must lie in [0, 1)")
         return betas
 
+    @field_validator("steps_to_skip")
+    @classmethod
+    def _steps_in_order(cls, steps: list[int]) -> list[int]:
+        if steps != sorted(set(steps)) or any(step < 0 for step in steps):
+            raise ValueError("steps_to_skip must rise, from 0, each step once")
+        return steps
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if sum(value is not None for value in (self.steps, self.epochs, self.budget_share)) != 1:
@@ -89,6 +107,8 @@ class TrainSpec(Spec):
             raise ValueError("min_lr cannot exceed lr")
         if self.steps is not None and self.warmup_steps >= self.steps:
             raise ValueError("warmup_steps must be smaller than steps")
+        if self.steps is not None and self.steps_to_skip and self.steps_to_skip[-1] >= self.steps:
+            raise ValueError(f"steps_to_skip names step {self.steps_to_skip[-1]}, and the last of {self.steps} is {self.steps - 1}")
         return self
 
 
@@ -105,6 +125,10 @@ class RouterSpec(Spec):
     """With scope global_batch: the load that the balance loss goes by. `exact`: of the same step, for which a step of several
     forward passes runs each of them twice. `lagged`: of the step before (even at the first one), without that; what is reported
     is of the step itself."""
+    freeze: bool = False
+    """Leave the routers' weights as they are, bit for bit: no gradient, no update, no decay. The two losses are still reported,
+    and with a coefficient above 0 still train what comes before a router: attention and experts of the layers below learn to give
+    it inputs that it spreads evenly. Set both coefficients to 0 to leave the choice of experts to the task alone."""
 
     @model_validator(mode="after")
     def _load_of_a_batch(self) -> Self:
@@ -114,12 +138,100 @@ class RouterSpec(Spec):
 
 
 class DpoSpec(Spec):
-    """Direct preference optimisation."""
+    """Preference optimisation; an option that the loss does not read is refused."""
 
     beta: float = Field(0.1, gt=0)
-    """How strongly the policy is held to its reference; the margin of log-probabilities is multiplied by it."""
-    loss: Literal["sigmoid"] = "sigmoid"
-    """Of the margin; `sigmoid` is that of Rafailov et al. 2023, eq. 7."""
+    """How strongly the policy is held to its reference; margins are multiplied by it (of `ipo`: tau). Losses of sums want about
+    0.1, those of means per token (`sigmoid_norm`, `simpo`) 2 to 10."""
+    loss: Annotated[PreferenceLossName | dict[PreferenceLossName, float], BOUNDED] = "sigmoid"
+    """What is minimised over pairs, or several with their weights, `{ipo: 1.0, nll: 0.2}`. `sigmoid`: DPO, with `label_smoothing`
+    cDPO. `sigmoid_norm`: DPO of means per token. `ipo`: a square, of means per token. `hinge`. `robust`: DPO without the bias of
+    swapped labels. `rpo`: DPO and `nll`. `dpop`: DPO that does not let the chosen answer fall. `simpo`: means per token without
+    a reference. `nll`: the chosen answer's, beside others."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of pairs that are taken to be swapped (`sigmoid`, `sigmoid_norm`, `rpo`: cDPO; `robust`)."""
+    ld_alpha: float = Field(1.0, ge=0, le=1)
+    """Weight of the tokens by which one answer is longer than the other: LD-DPO (Liu et al. 2024, arXiv:2409.06411); 1 is
+    plain DPO. Of losses of sums."""
+    rpo_alpha: float = Field(1.0, gt=0)
+    """Weight of `nll` in `rpo`."""
+    dpop_lambda: float = Field(50.0, gt=0)
+    """Weight of the penalty in `dpop`."""
+    simpo_gamma: float = Field(1.0, ge=0)
+    """Margin that `simpo` asks for, in rewards."""
+    reference: Literal["cached", "online"] = neutral("work", "cached")
+    """Where the log-probabilities of the model that the stage starts from come from. `cached`: computed once for each pair ahead of
+    training and kept in the run directory, whatever else of the recipe changes. `online`: in every step by a frozen copy (with
+    `lora` by the model with its adapter off), without that pass, at the cost of twice the weights in memory and of a forward pass
+    more. The same values up to rounding."""
+    reference_path: str | None = neutral("place", None)
+    """A directory of such values that were made elsewhere (`--reference-only`; `reference` of a run, or one inside it). It is
+    verified and must hold every pair of the stage; nothing is computed. None: those of the run directory, where missing ones are
+    computed."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The losses that are added up, each with its weight."""
+        return {self.loss: 1.0} if isinstance(self.loss, str) else {str(name): weight for name, weight in self.loss.items()}
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any of the losses compares with the model that the stage starts from."""
+        return any(PREFERENCE_LOSSES[name].needs_reference for name in self.weights)
+
+    @property
+    def per_token(self) -> bool:
+        """Whether all losses are of means over an answer's tokens."""
+        return all(PREFERENCE_LOSSES[name].per_token for name in self.weights)
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _known(cls, loss: Any) -> Any:
+        asked = loss if isinstance(loss, dict) else {loss: 1.0} if isinstance(loss, str) else {}
+        if not asked:
+            raise ValueError(f"must be a name or a mapping of names to weights, got {quoted(loss)}")
+        for name, weight in asked.items():
+            if name not in PREFERENCE_LOSSES:
+                raise ValueError(f"unknown loss {quoted(name)}{nearest(str(name), PREFERENCE_LOSSES)}")
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= LARGEST:
+                raise ValueError(f"the weight of {name} must be a number above 0 and at most {LARGEST:,}, got {quoted(weight)}")
+        return loss
+
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        asked = self.weights
+        if not asked.keys() - {"nll"}:
+            raise ValueError("loss nll is for beside others, e.g. {sigmoid: 1.0, nll: 0.2}; alone it is objective sft")
+        for option in ("label_smoothing", "ld_alpha", "rpo_alpha", "dpop_lambda", "simpo_gamma"):
+            readers = [name for name, known in PREFERENCE_LOSSES.items() if option in known.options]
+            if option in self.model_fields_set and not asked.keys() & set(readers):
+                raise ValueError(f"{option} has no effect with loss {' and '.join(asked)}; {', '.join(readers)} read it")
+        if self.ld_alpha != 1 and (others := [name for name in asked if PREFERENCE_LOSSES[name].per_token and name != "nll"]):
+            raise ValueError(f"ld_alpha weighs the tokens of sums, and loss {others[0]} is of means; leave one of them out")
+        if self.reference == "online" and self.reference_path is not None:
+            raise ValueError("dpo.reference_path has no effect with dpo.reference online")
+        if not self.needs_reference and (unread := sorted(self.model_fields_set & {"reference", "reference_path"})):
+            raise ValueError(f"{unread[0]} has no effect with loss {' and '.join(asked)}, which compares with no reference")
+        if "robust" in asked and self.label_smoothing == 0:
+            raise ValueError("loss robust needs label_smoothing, the share of swapped pairs; without it it is loss sigmoid")
+        return self
+
+
+class ChecksSpec(Spec):
+    """What a stage refuses to train on, looked for before step 0 in stores of any origin: shares of the records, 1 allows all."""
+
+    empty: float = neutral("check", 0.001, ge=0, le=1)
+    """Records (sides of pairs, rows of documents) in which nothing is trained."""
+    open_answers: float = neutral("check", 0.001, ge=0, le=1)
+    """Records with an answer whose end-of-turn token is not trained: a model that never stops."""
+    cut_answers: float = neutral("check", 0.001, ge=0, le=1)
+    """Records that end within a trained answer."""
+    identical_sides: float = neutral("check", 0.001, ge=0, le=1)
+    """Pairs whose answers are the same."""
+    swapped_pairs: float = neutral("check", 0.001, ge=0, le=1)
+    """Pairs that are also there with their answers swapped."""
+    lost_to_length: float = neutral("check", 0.25, ge=0, le=1)
+    """Conversations and pairs that data.sequence_length cuts or leaves out, where the store says what it was made from."""
 
 
 class StageSpec(Spec):
@@ -138,8 +250,12 @@ class StageSpec(Spec):
     """How long, in what batches, and with which optimizer settings."""
     router: RouterSpec = Field(default_factory=RouterSpec)
     """The two router losses; they join every objective."""
+    lora: LoraSpec | None = None
+    """Train low-rank adapters in place of the whole model; none: the whole model is trained. One process."""
     dpo: DpoSpec = Field(default_factory=DpoSpec)
     """Settings of objective dpo; refused with any other."""
+    checks: ChecksSpec = neutral("check", default_factory=ChecksSpec)
+    """How much of what is wrong with the data is let through."""
     notes: list[str] = neutral("report", default_factory=list)
     """Where the numbers come from, contradictions included."""
 
@@ -149,6 +265,17 @@ class StageSpec(Spec):
         if self.router.scope == "micro_batch" and self.train.micro_batch_tokens is not None:
             found["micro_batch_tokens"] = self.train.micro_batch_tokens
         return found
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with the model that the stage starts from."""
+        return OBJECTIVES[self.objective].needs_reference and (self.objective != "dpo" or self.dpo.needs_reference)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of what is reported beside the loss."""
+        kind = OBJECTIVES[self.objective]
+        return (*kind.metrics, *(kind.reference_metrics if self.needs_reference else ()))
 
     @property
     def starts_from_directory(self) -> bool:
@@ -178,6 +305,8 @@ class StageSpec(Spec):
         settings = {other.settings for other in OBJECTIVES.values() if other.settings} - {kind.settings}
         if unused := sorted(settings & self.model_fields_set):
             raise ValueError(f"{unused[0]} settings have no effect with objective {name}")
+        if self.lora is not None and (why_not := why_not_adapted(self.lora, self.init_from, train, self.router)):
+            raise ValueError(why_not)
         row = kind.sequences_per_record * length
         if train.micro_batch_tokens is not None and train.micro_batch_tokens < row:
             raise ValueError(f"train.micro_batch_tokens {train.micro_batch_tokens} is smaller than one packed row ({row} tokens)")

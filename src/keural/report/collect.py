@@ -21,6 +21,10 @@ class Stage:
     """One entry per optimizer step, in order."""
     heldout: list[dict[str, Any]]
     """`{"step", "heldout": {...}}`, in order."""
+    alarms: list[dict[str, Any]] = field(default_factory=list)
+    """`{"step", "alarm", "message"}`, in order."""
+    checks: dict[str, Any] = field(default_factory=dict)
+    """What it was checked for before its first step (`keural.train.checks.record.ChecksFile`)."""
 
     @property
     def finished(self) -> bool:
@@ -29,7 +33,7 @@ class Stage:
 
     @property
     def objective(self) -> str:
-        """next_token, sft or dpo; empty when unknown."""
+        """A name of `keural.recipe.OBJECTIVES`; empty when unknown."""
         return str(self.done.get("objective") or self.settings.get("objective") or "")
 
     def total(self, key: str) -> float:

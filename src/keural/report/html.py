@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from keural.errors import visible
 from keural.files import write_atomic
-from keural.report import panels, tables
+from keural.report import alignment, panels, tables
 from keural.report.collect import Run
 
 FILE_NAME = "report.html"
@@ -63,6 +63,10 @@ def _content(run: Run) -> dict[str, Any]:
         "expert_load": panels.expert_load(run),
         "load_maps": panels.load_maps(run),
         "preferences": panels.preferences(run),
+        "alarms": alignment.alarms(run),
+        "checks": alignment.checks(run),
+        "by_source": alignment.by_source(run),
+        "lengths": alignment.lengths(run),
         "data": tables.data(run),
         "notes": run.recipe.get("notes") or [],
     }

@@ -120,6 +120,10 @@ def preferences(run: Run) -> list[Panel]:
         chart = line_chart(f"Rewards in {stage.name}", rewards, references=[Reference("", 0.0)], width=HALF_WIDTH, height=SMALL)
         legend = [("c3", "margin"), ("c2", "chosen"), ("c4", "rejected")]
         panels.append(Panel(f"{stage.name}: rewards and their margin", chart, "β · log-ratio to the reference model.", legend))
+        answers = [_smoothed(stage, "logprob_chosen", "chosen", "c2"), _smoothed(stage, "logprob_rejected", "rejected", "c4")]
+        chart = line_chart(f"Log-probabilities in {stage.name}", answers, width=HALF_WIDTH, height=SMALL)
+        note = "Of whole answers. Both may fall while the margin grows."
+        panels.append(Panel(f"{stage.name}: log-probabilities", chart, note, [("c2", "chosen"), ("c4", "rejected")]))
         title = f"{stage.name}: pairs ranked right"
         accuracy = [_smoothed(stage, "reward_accuracy", "accuracy", "c3")]
         chance = [Reference("chance", 0.5)]

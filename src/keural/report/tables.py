@@ -16,6 +16,7 @@ KNOWN_MEASURES = {
     "accuracy", "accuracy_stderr", "stderr", "by_task", "by_language", "by_task_and_language", "preference_accuracy",
     "polite_rate", "items", "pairs", "n", "before", "bits_per_byte",
 }  # fmt: skip
+MOST_NAMED = 10
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,29 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
 
 def stages(run: Run) -> Table:
     """One row per stage."""
-    columns = ["stage", "objective", "starts from", "time", "steps", "tokens", "tokens/s", "loss, first → last", "held out"]
-    note = "Held out: the loss on the stage's own held-out data at its end."
+    columns = [
+        "stage",
+        "objective",
+        "starts from",
+        "trained parameters",
+        "time",
+        "steps",
+        "tokens",
+        "tokens/s",
+        "loss, first → last",
+        "held out",
+    ]
+    note = "Held out: the loss on the stage's own held-out data at its end." + _left_out(run)
     return Table("Stages", columns, [_stage_row(stage) for stage in run.stages], note)
+
+
+def _left_out(run: Run) -> str:
+    """Which steps were not taken, and why."""
+    found = [(stage.name, step) for stage in run.stages for step in stage.steps if "skipped" in step]
+    why = {"asked": "asked for"}
+    said = [f"{name} {step['step']} ({why.get(step['skipped'], step['skipped'])})" for name, step in found[:MOST_NAMED]]
+    more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
+    return f" Left out were the steps {', '.join(said)}{more}." if said else ""
 
 
 def evaluation(run: Run) -> list[Table]:
@@ -104,14 +125,17 @@ def _stage_row(stage: Stage) -> list[Cell]:
     losses = stage.series("loss")[1]
     first = stage.done.get("loss_first", losses[0] if losses else None)
     last = stage.done.get("loss_last", losses[-1] if losses else None)
-    steps = stage.done.get("steps", len(stage.steps))
+    steps = number(stage.done.get("steps", len(stage.steps)))
+    if left_out := sum("skipped" in step for step in stage.steps):
+        steps = f"{steps} ({number(left_out)} left out)"
     heldout = stage.done.get("heldout") or (stage.heldout[-1]["heldout"] if stage.heldout else {})
     return [
         Cell(stage.name if stage.finished else f"{stage.name} (interrupted)"),
         Cell(objective_label(stage.objective) or ABSENT, tag=objective_color(stage.objective)),
         Cell(str(stage.done.get("init_from") or stage.settings.get("init_from") or ABSENT)),
+        Cell(large(trained) if (trained := stage.done.get("trained")) else ABSENT, numeric=True),
         Cell(duration(seconds), numeric=True),
-        Cell(number(steps), numeric=True),
+        Cell(steps, numeric=True),
         Cell(large(tokens), numeric=True),
         Cell(large(tokens / seconds) if seconds else ABSENT, numeric=True),
         Cell(f"{number(first)} → {number(last)}", numeric=True),

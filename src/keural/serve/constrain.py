@@ -1,4 +1,4 @@
-"""Answers of a given form: JSON of a schema, or text of a regular expression.
+"""Answers of a given form: JSON of a schema, text of a regular expression or of a grammar.
 
 In: what an answer must be. Out: a constraint that says of every token whether it may come next. llguidance does the work; it is
 imported when it is first asked for, and reads the tokenizer then, which takes seconds with a large one.
@@ -40,6 +40,10 @@ class Grammars:
         """Text that an expression matches as a whole. Raises `UserError`."""
         return self._form(_library().LLMatcher.grammar_from_regex(pattern), "the regular expression")
 
+    def lark(self, grammar: str, what: str) -> "Form":
+        """Text of a grammar in the library's Lark; `what` it stands for. Raises `UserError`."""
+        return self._form(_library().LLMatcher.grammar_from_lark(grammar), what)
+
     def _form(self, grammar: str, what: str) -> "Form":
         library = _library()
         matcher = library.LLMatcher(self._tokens(), grammar, log_level=0, limits=library.LLParserLimits(initial_lexer_fuel=FUEL))
@@ -66,10 +70,14 @@ class Form:
         self._matcher, self._size, self._end = matcher, vocab_size, end
         self._mask = np.zeros((vocab_size + BITS - 1) // BITS, dtype=np.int32)
         self.failure: str | None = None
+        self.asked: Mapping[str, Any] = {}
+        """The form in words that other engines know, where there are any: `json`, `regex`, `choice`."""
 
     def fresh(self) -> "Form":
         """The same from the start, for another answer."""
-        return Form(self._matcher.deep_copy(), self._size, self._end)
+        form = Form(self._matcher.deep_copy(), self._size, self._end)
+        form.asked = self.asked
+        return form
 
     def allowed(self) -> NDArray[np.bool_]:
         """See `Constraint.allowed`."""

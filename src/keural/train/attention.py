@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
+from keural.train.document_attention import DocumentStacks, attend_to_documents, stack_documents
+
 GROUPED_KEYWORD = {"enable_gqa": True} if "enable_gqa" in (varlen_attn.__kwdefaults__ or {}) else {}
 """torch 2.12 and later want grouped-query attention to be asked for; torch 2.11 takes it as it comes."""
 
@@ -136,29 +138,39 @@ def _compiled_flex() -> Callable[..., Any]:
 
 _flex: Callable[..., Any] | None = None
 
+
+def _prepare_documents(packing: Packing, window: int | None) -> DocumentStacks:
+    return stack_documents(packing.offsets.numpy().astype("int64"), window)
+
+
 ATTENTION: dict[str, AttentionBackend] = {
     "varlen": AttentionBackend(_prepare_varlen, _attend_varlen),
     "varlen-spread": AttentionBackend(_prepare_varlen, _attend_varlen_spread),
     "flex": AttentionBackend(_prepare_flex, _attend_flex),
+    "documents": AttentionBackend(_prepare_documents, attend_to_documents),
     "masked": AttentionBackend(_mask, _attend_masked),
 }
-"""In the order of preference on an accelerator. `varlen-spread` repeats keys and values for every query head first."""
+"""In the order of preference on an accelerator. `varlen-spread` repeats keys and values for every query head first; `documents` is
+for CPUs, and cannot be compiled.
+"""
 
 PROBE_TOLERANCE = 2e-2
 """Relative distance that bfloat16 allows between two ways to the same attention."""
 
 
-def choose_attention(device: torch.device, dtype: torch.dtype, head_dim: int = 128) -> str:
+def choose_attention(device: torch.device, dtype: torch.dtype, head_dim: int = 128, compiled: bool = False) -> str:
     """The first backend that runs on `device` and agrees with the twin, forward and backward, on 512 tokens of several documents.
 
-    On a CPU, or in a dtype for which there is no kernel, that is the twin. Where no kernel works on an accelerator, a warning says
-    what that costs.
+    On a CPU it is `documents`; in compiled layers there, and in a dtype for which there is no kernel, it is the twin. Where no
+    kernel works on an accelerator, a warning says what that costs.
     """
+    if device.type == "cpu" and not compiled:
+        return "documents"
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "masked"
     reasons = []
     for name in ATTENTION:
-        if name == "masked":
+        if name == "documents":
             break
         try:
             distance = attention_distance(name, device, dtype, head_dim)

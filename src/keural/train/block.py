@@ -15,7 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from keural.lora.layers import bare, beside
+from keural.lora.targets import Factors
 from keural.model import KeuralConfig, KeuralMoECausalLM
+from keural.train.adapted_experts import adapted_mixture
 from keural.train.attention import ATTENTION, Packing
 from keural.train.experts import mixture, route
 from keural.train.recompute import recomputed
@@ -46,6 +49,21 @@ class BlockWeights(NamedTuple):
         )
 
 
+class BlockAdapters(NamedTuple):
+    """The low-rank adapters of a decoder layer, by the weight that they stand beside; None where there is none."""
+
+    q_proj: Factors | None = None
+    k_proj: Factors | None = None
+    v_proj: Factors | None = None
+    o_proj: Factors | None = None
+    gate: Factors | None = None
+    gate_up_proj: Factors | None = None
+    down_proj: Factors | None = None
+
+
+NO_ADAPTERS = BlockAdapters()
+
+
 class Network(NamedTuple):
     """The weights of a whole model; the head is the embedding."""
 
@@ -53,6 +71,8 @@ class Network(NamedTuple):
     blocks: tuple[BlockWeights, ...]
     norm: Tensor
     inv_freq: Tensor
+    adapters: tuple[BlockAdapters, ...] = ()
+    """Of each layer; empty where there are none."""
 
 
 class BlockSettings(NamedTuple):
@@ -75,23 +95,48 @@ def network_of(model: KeuralMoECausalLM) -> Network:
     """The model's own parameters, no copies: gradients arrive where the model's would."""
     decoder: Any = model.model
     blocks = tuple(weights_of(layer) for layer in decoder.layers)
-    return Network(decoder.embed_tokens.weight, blocks, decoder.norm.weight, decoder.rotary_emb.inv_freq)
+    adapters = tuple(adapters_of(layer) for layer in decoder.layers)
+    found = adapters if any(any(layer) for layer in adapters) else ()
+    return Network(decoder.embed_tokens.weight, blocks, decoder.norm.weight, decoder.rotary_emb.inv_freq, found)
 
 
 def weights_of(layer: Any) -> BlockWeights:
     """The parameters of a `KeuralDecoderLayer`."""
-    attention, mlp = layer.self_attn, layer.mlp
+    attention, gate, experts = layer.self_attn, layer.mlp.gate, layer.mlp.experts
     return BlockWeights(
         input_layernorm=layer.input_layernorm.weight,
-        q_proj=attention.q_proj.weight,
-        k_proj=attention.k_proj.weight,
-        v_proj=attention.v_proj.weight,
-        o_proj=attention.o_proj.weight,
+        q_proj=bare(attention.q_proj).weight,
+        k_proj=bare(attention.k_proj).weight,
+        v_proj=bare(attention.v_proj).weight,
+        o_proj=bare(attention.o_proj).weight,
         post_attention_layernorm=layer.post_attention_layernorm.weight,
-        gate=mlp.gate.weight,
-        gate_up_proj=mlp.experts.gate_up_proj,
-        down_proj=mlp.experts.down_proj,
+        gate=bare(gate).weight,
+        gate_up_proj=bare(experts).gate_up_proj,
+        down_proj=bare(experts).down_proj,
     )
+
+
+def adapters_of(layer: Any) -> BlockAdapters:
+    """The adapters of a `KeuralDecoderLayer` that are switched on."""
+    attention, experts = layer.self_attn, layer.mlp.experts
+    return BlockAdapters(
+        q_proj=beside(attention.q_proj),
+        k_proj=beside(attention.k_proj),
+        v_proj=beside(attention.v_proj),
+        o_proj=beside(attention.o_proj),
+        gate=beside(layer.mlp.gate),
+        gate_up_proj=beside(experts, "gate_up_proj"),
+        down_proj=beside(experts, "down_proj"),
+    )
+
+
+def linear(inputs: Tensor, weight: Tensor, adapter: Factors | None) -> Tensor:
+    """``[N, in]`` to ``[N, out]`` by a matrix and the adapter beside it, in the dtype of the inputs."""
+    found = F.linear(inputs, weight)
+    if adapter is None:
+        return found
+    dtype = inputs.dtype
+    return found + adapter.scaling * F.linear(F.linear(inputs, adapter.down.to(dtype)), adapter.up.to(dtype))
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -119,7 +164,13 @@ def angles(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Ten
 
 
 def block(
-    hidden: Tensor, weights: BlockWeights, cosines: Tensor, sines: Tensor, mask: Any, settings: BlockSettings
+    hidden: Tensor,
+    weights: BlockWeights,
+    cosines: Tensor,
+    sines: Tensor,
+    mask: Any,
+    settings: BlockSettings,
+    adapters: BlockAdapters = NO_ADAPTERS,
 ) -> tuple[Tensor, Tensor]:
     """One decoder layer.
 
@@ -130,6 +181,7 @@ def block(
         sines: likewise.
         mask: what the attention backend prepared for this kind of layer.
         settings: of the run.
+        adapters: the layer's.
 
     Returns:
         The residual stream after the layer, and the router's logits ``[N, E]`` in float32.
@@ -137,20 +189,30 @@ def block(
     weights = weights.computing_in(hidden.dtype)
     normed = rms_norm(hidden, weights.input_layernorm, settings.eps)
     query, key, value = (
-        F.linear(normed, matrix).unflatten(-1, (-1, settings.head_dim))
-        for matrix in (weights.q_proj, weights.k_proj, weights.v_proj)
+        linear(normed, matrix, adapter).unflatten(-1, (-1, settings.head_dim))
+        for matrix, adapter in (
+            (weights.q_proj, adapters.q_proj),
+            (weights.k_proj, adapters.k_proj),
+            (weights.v_proj, adapters.v_proj),
+        )
     )
     query, key = rotate(query, cosines, sines), rotate(key, cosines, sines)
     attended = ATTENTION[settings.attention].attend(query, key, value, mask)
-    hidden = hidden + F.linear(attended.flatten(1), weights.o_proj)
+    hidden = hidden + linear(attended.flatten(1), weights.o_proj, adapters.o_proj)
     normed = rms_norm(hidden, weights.post_attention_layernorm, settings.eps)
-    router_logits = F.linear(_wide(normed), _wide(weights.gate))
+    router_logits = linear(_wide(normed), _wide(weights.gate), adapters.gate)
     top_k_weights, top_k_index = route(router_logits, settings.top_k)
-    mixed = mixture(normed, top_k_weights, top_k_index, weights.gate_up_proj, weights.down_proj, settings.experts)
+    experts = (weights.gate_up_proj, weights.down_proj)
+    if adapters.gate_up_proj is None and adapters.down_proj is None:
+        mixed = mixture(normed, top_k_weights, top_k_index, *experts, settings.experts)
+    else:
+        beside_experts = (adapters.gate_up_proj, adapters.down_proj)
+        mixed = adapted_mixture(normed, top_k_weights, top_k_index, *experts, *beside_experts, settings.experts)
     return hidden + mixed, router_logits
 
 
-Block = Callable[[Tensor, BlockWeights, Tensor, Tensor, Any, BlockSettings], tuple[Tensor, Tensor]]
+Block = Callable[..., tuple[Tensor, Tensor]]
+"""`block`, or what computes the same."""
 
 
 def _selective_block(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -204,8 +266,9 @@ def forward(
     cosines, sines = angles(packed.positions, network.inv_freq, torch.promote_types(dtype, torch.float32))
     hidden = F.embedding(input_ids, network.embed_tokens).to(dtype)
     router_logits = []
-    for weights, window, mode in zip(network.blocks, windows, recompute, strict=True):
-        hidden, logits = layer_for(mode, compiled)(hidden, weights, cosines, sines, masks[window], settings)
+    adapters = network.adapters or (NO_ADAPTERS,) * len(network.blocks)
+    for weights, beside_it, window, mode in zip(network.blocks, adapters, windows, recompute, strict=True):
+        hidden, logits = layer_for(mode, compiled)(hidden, weights, cosines, sines, masks[window], settings, beside_it)
         router_logits.append(logits)
     return rms_norm(hidden, network.norm, settings.eps), torch.stack(router_logits)
 

@@ -33,6 +33,7 @@ from keural.files import flush, flush_directory, read_object, sha256_file, write
 from keural.recipe import StageSpec
 from keural.train.optimizer import Optimizer, set_step, state_tensors
 from keural.train.ranks import Ranks
+from keural.train.trainable import trained_parameters
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -54,10 +55,16 @@ class Progress:
     first_losses: list[float] = field(default_factory=list)
     last_losses: list[float] = field(default_factory=list)
     heldout: dict[str, float] = field(default_factory=dict)
-    plan: dict[str, int] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
     """The step plan of the stage, which a resumed run must share."""
     tokens_per_expert: list[list[float]] = field(default_factory=list)
     """Assignments per layer and expert of the latest step, by which the next one balances with `router.load: lagged`."""
+    taken: list[list[float]] = field(default_factory=list)
+    """Loss and gradient norm of the latest steps, by which `train.skip_spikes` judges the next."""
+    spikes: int = 0
+    """Steps of the stage that were not taken for being spikes .."""
+    spikes_in_a_row: int = 0
+    """.. and the latest of them, since one was."""
 
 
 class Manifest(BaseModel):
@@ -72,11 +79,15 @@ class Manifest(BaseModel):
     stage: dict[str, Any]
     files: dict[str, str]
     """SHA-256 of every other file in the directory."""
+    frozen: str = ""
+    """Digest of the weights that are not trained, and so not in here; empty where all are."""
 
 
 def tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, sharing memory with model and optimizer: `model.<name>` and `optimizer.state_tensors`."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    """The tensors of a checkpoint, sharing memory with model and optimizer: `model.<name>` of what is trained, and
+    `optimizer.state_tensors`.
+    """
+    names = trained_parameters(model)
     return {f"model.{name}": parameter.detach() for parameter, name in names.items()} | state_tensors(optimizer, names)
 
 
@@ -107,10 +118,11 @@ class Checkpoints:
         stage: the resolved stage, kept in every manifest.
         fingerprint: of everything that determines the stage's weights; a checkpoint with another one is refused.
         ranks: all of them must call `save` and `load` together.
+        frozen: digest of the weights that are not trained; a checkpoint of what was trained beside other ones is refused.
     """
 
-    def __init__(self, directory: Path, stage: StageSpec, fingerprint: str, ranks: Ranks) -> None:
-        self.directory, self.stage, self.fingerprint, self.ranks = directory, stage, fingerprint, ranks
+    def __init__(self, directory: Path, stage: StageSpec, fingerprint: str, ranks: Ranks, frozen: str = "") -> None:
+        self.directory, self.stage, self.fingerprint, self.ranks, self.frozen = directory, stage, fingerprint, ranks, frozen
 
     def save(self, model: nn.Module, optimizer: Optimizer, progress: Progress) -> Path:
         """Write a checkpoint, then delete older ones beyond `train.keep_checkpoints`.
@@ -123,6 +135,11 @@ class Checkpoints:
         self._writing(final, lambda: self._write_tensors(temporary, tensors(model, optimizer)))
         self.ranks.on_main(lambda: self._writing(final, lambda: self._finish(temporary, final, progress)))
         return final
+
+    @property
+    def number(self) -> int:
+        """How many checkpoints there are."""
+        return sum(1 for _ in self._all())
 
     def latest(self) -> Path | None:
         """The checkpoint with the highest step, by number, or None."""
@@ -162,6 +179,7 @@ class Checkpoints:
             "world": self.ranks.world,
             "stage": self.stage.model_dump(),
             "files": files,
+            "frozen": self.frozen,
         }
         write_json(temporary / MANIFEST, {**content, "checksum": fingerprint_of(content)})
         flush_directory(temporary)
@@ -200,6 +218,11 @@ class Checkpoints:
         if manifest.fingerprint != self.fingerprint:
             raise UserError(
                 f"{path}: made with other settings, data or initial weights; use another run directory or delete this one"
+            )
+        if manifest.frozen != self.frozen:
+            raise UserError(
+                f"{path}: was trained beside other frozen weights than those that the stage starts from now; put the model back "
+                "that it started from, or delete this directory"
             )
         _check_tensors(path, state)
         return manifest.progress

@@ -53,7 +53,7 @@ def engine_for(spec: TrainSpec, config: KeuralConfig, device: torch.device, unif
     """
     dtype = getattr(torch, spec.compute_dtype)
     assert config.head_dim is not None  # filled in by the configuration
-    attention = choose_attention(device, dtype, config.head_dim)
+    attention = choose_attention(device, dtype, config.head_dim, spec.compile)
     grouped = spec.compile or (device.type == "cuda" and dtype == torch.bfloat16)
     if spec.compile:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)

@@ -151,9 +151,10 @@ class _Mixture(torch.autograd.Function):
         gate_up_gradient, weights_gradient, activated = _gated_backward(
             gate_up, sorted_weights, product.rows(outputs_gradient, down_proj, offsets)
         )
-        down_gradient = product.matrices(outputs_gradient, activated, offsets)
+        frozen = not any(ctx.needs_input_grad[2:4])
+        down_gradient = None if frozen else product.matrices(outputs_gradient, activated, offsets)
         tokens_gradient = combine(product.rows(gate_up_gradient, gate_up_proj, offsets), routing, top_k)
-        gate_up_proj_gradient = product.matrices(gate_up_gradient, dispatch(tokens, routing, top_k), offsets)
+        gate_up_proj_gradient = None if frozen else product.matrices(gate_up_gradient, dispatch(tokens, routing, top_k), offsets)
         weights_gradient = weights_gradient.index_select(0, places).view_as(weights)
         return tokens_gradient, weights_gradient, gate_up_proj_gradient, down_gradient, None, None, None, None, None
 

@@ -14,30 +14,33 @@ from torch import Tensor
 from keural.data.loading.batch import Batch
 from keural.train.losses import RouterStatistics, balance_loss, router_statistics, z_loss
 from keural.train.micro_batches import MicroBatch, micro_batches
+from keural.train.reference.online import references_for
 from keural.train.trainer import Trainer
 
 
 @dataclass(frozen=True)
 class Totals:
     """Counts of a whole optimizer step over all ranks: what the task loss is divided by (labels, pairs or the weights of pairs),
-    tokens without padding, forward passes with at least one token.
+    tokens without padding, positions of all rows, forward passes with at least one token.
     """
 
     denominator: float
     tokens: int
+    positions: int
     forwards: int
 
 
 @dataclass(frozen=True)
 class StepLosses:
     """Losses of a whole optimizer step over all ranks: the task loss and the objective's metrics as means over what it counts, the
-    router's statistics, from which its two losses follow, and the number of tokens without padding.
+    router's statistics, from which its two losses follow, the number of tokens without padding, and of positions.
     """
 
     loss: float
     metrics: dict[str, float]
     router: RouterStatistics
     tokens: int
+    positions: int
 
 
 def accumulate_gradients(trainer: Trainer, step: int) -> StepLosses:
@@ -55,9 +58,9 @@ def accumulate_gradients(trainer: Trainer, step: int) -> StepLosses:
 def count_step(trainer: Trainer, batch: Batch, micros: Sequence[MicroBatch]) -> Totals:
     """The counts that losses are divided by."""
     forwards = sum(bool(micro.token_mask.any()) for micro in micros)
-    counts = [trainer.objective.denominator(batch), batch.num_tokens, forwards]
-    denominator, tokens, passes = trainer.ranks.sum(torch.tensor(counts, dtype=torch.float64, device=trainer.ranks.device)).tolist()
-    return Totals(denominator, int(tokens), int(passes))
+    counts = [trainer.objective.denominator(batch), batch.num_tokens, batch.input_ids.size, forwards]
+    found = trainer.ranks.sum(torch.tensor(counts, dtype=torch.float64, device=trainer.ranks.device)).tolist()
+    return Totals(found[0], *map(int, found[1:]))
 
 
 def step_tokens_per_expert(trainer: Trainer, micros: Sequence[MicroBatch]) -> Tensor | None:
@@ -86,23 +89,25 @@ def forward_backward(trainer: Trainer, micro: MicroBatch, totals: Totals, tokens
     """Add one micro-batch's gradients; returns the sums that the step's losses are made of, see `unpack`."""
     output = trainer.policy(micro)
     statistics = router_statistics(output.router_logits, micro.token_mask.flatten(), trainer.top_k)
-    terms = trainer.objective(output.logprobs, micro, trainer.references)
+    terms = trainer.objective(output.logprobs, micro, references_for(trainer.references, micro))
     balance, z = router_losses(trainer, statistics, totals, tokens_per_expert)
     router = trainer.stage.router
     (terms.loss / (totals.denominator or 1) + router.balance_coef * balance + router.z_coef * z).backward()
     scalars = torch.stack([terms.loss.detach(), *(terms.metrics[name] for name in trainer.metrics)])
     routed = [statistics.counts.flatten(), statistics.probabilities.detach().flatten(), statistics.squares.detach()]
-    return torch.cat([scalars, *routed])
+    return torch.cat([scalars, *routed, statistics.entropies])
 
 
 def unpack(trainer: Trainer, sums: Tensor, totals: Totals) -> StepLosses:
     """Means of the task loss and the metrics, and the router's statistics, from the sums over a step's forward passes."""
     names, config = trainer.metrics, trainer.policy.model.config
     layers, experts = config.num_hidden_layers, config.num_local_experts
-    scalars, counts, probabilities, squares = sums.split([1 + len(names), layers * experts, layers * experts, layers])
+    sizes = [1 + len(names), layers * experts, layers * experts, layers, layers]
+    scalars, counts, probabilities, squares, entropies = sums.split(sizes)
     loss, *metrics = (scalars / (totals.denominator or 1)).tolist()
-    router = RouterStatistics(counts.view(layers, experts), probabilities.view(layers, experts), squares, totals.tokens)
-    return StepLosses(loss, dict(zip(names, metrics, strict=True)), router, totals.tokens)
+    by_expert = (counts.view(layers, experts), probabilities.view(layers, experts))
+    router = RouterStatistics(*by_expert, squares, entropies, totals.tokens)
+    return StepLosses(loss, dict(zip(names, metrics, strict=True)), router, totals.tokens, totals.positions)
 
 
 def router_losses(

@@ -100,12 +100,14 @@ class RouterStatistics:
     """Sums over the non-padding tokens of one forward pass, from which the router losses follow.
 
     `counts` ``[L, E]`` assignments per expert (no gradient), `probabilities` ``[L, E]`` summed router probabilities, `squares`
-    ``[L]`` summed squared logsumexp, `tokens` how many tokens were summed.
+    ``[L]`` summed squared logsumexp, `entropies` ``[L]`` summed entropies of a token's router probabilities (no gradient), `tokens`
+    how many tokens were summed.
     """
 
     counts: Tensor
     probabilities: Tensor
     squares: Tensor
+    entropies: Tensor
     tokens: int
 
 
@@ -123,7 +125,8 @@ def router_statistics(router_logits: Sequence[Tensor], token_mask: Tensor, top_k
     chosen = probabilities.detach().topk(top_k, dim=-1).indices.flatten(1)
     experts = torch.arange(logits.shape[-1], device=logits.device)
     counts = (chosen.unsqueeze(-1) == experts).sum(1).float()
-    return RouterStatistics(counts, probabilities.sum(1), logits.logsumexp(-1).square().sum(1), len(index))
+    entropies = torch.special.entr(probabilities.detach()).sum((1, 2))
+    return RouterStatistics(counts, probabilities.sum(1), logits.logsumexp(-1).square().sum(1), entropies, len(index))
 
 
 def balance_loss(statistics: RouterStatistics, counts: Tensor, tokens: int) -> Tensor:

@@ -18,9 +18,12 @@ from keural.errors import UserError
 from keural.files import CHECKSUM, fingerprint, write_atomic
 from keural.parsing import Malformed, parse_json
 from keural.terminal import is_terminal, note, note_above, progress, say
-from keural.train.loop import StepReport
+from keural.train.alarms import Alarms
+from keural.train.loop import ASKED, StepReport
 
 SECONDS_BETWEEN_LINES = 5.0
+SHOWN = ("loss", "reward_margin", "reward_accuracy")
+"""What a line about held-out data says."""
 
 
 Line = dict[str, Any]
@@ -76,9 +79,20 @@ class Metrics:
         steps: steps of the whole stage.
         active: whether this rank writes.
         tensorboard: also write TensorBoard events to `directory/tensorboard`. Raises `UserError` when it is not installed.
+        alarms: told of every step; what they say is shown, and kept.
     """
 
-    def __init__(self, directory: Path, name: str, first_step: int, steps: int, *, active: bool, tensorboard: bool) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        first_step: int,
+        steps: int,
+        *,
+        active: bool,
+        tensorboard: bool,
+        alarms: Alarms | None = None,
+    ) -> None:
         self.path, self.name, self.first_step, self.steps, self.active = (
             directory / "metrics.jsonl",
             name,
@@ -86,12 +100,16 @@ class Metrics:
             steps,
             active,
         )
+        self._alarms = alarms
         self._board = _open_tensorboard(directory, first_step) if tensorboard and active else None
         self._display: _Bar | _Lines | None = None
 
     def __enter__(self) -> Self:
         if self.active:
             keep_until(self.path, self.first_step)
+            if self._alarms is not None:
+                for line in read_metrics(self.path)[0]:
+                    self._alarms.look(line)
             self._file = self.path.open("a", encoding="utf-8")
             kind = _Bar if is_terminal("stderr") else _Lines
             self._display = kind(self.name, self.first_step, self.steps)
@@ -107,6 +125,10 @@ class Metrics:
 
     def step(self, report: StepReport, tokens: int, seconds: float) -> None:
         """Record a step; `tokens` and `seconds` are the stage's sums so far, restarts included."""
+        if report.skipped == ASKED:
+            figures = {"learning_rate": report.learning_rate, "tokens": tokens, "seconds": round(seconds, 3)}
+            self._write({"step": report.step, "skipped": ASKED, **figures})
+            return
         speed = report.tokens / report.seconds
         line = {
             "step": report.step,
@@ -118,19 +140,30 @@ class Metrics:
             "seconds": round(seconds, 3),
             "balance_loss": report.balance_loss,
             "z_loss": report.z_loss,
+            "routing_entropy": round(report.routing_entropy, 5),
+            "real_share": round(report.real_share, 5),
             "expert_load": report.expert_load,
             **report.metrics,
         }
-        self._write(line)
+        self._write(line | ({"skipped": report.skipped} if report.skipped else {}))
+        for alarm in self._alarms.look(line) if self._alarms and self.active else ():
+            self._write({"step": report.step, "alarm": alarm.name, "message": alarm.message})
+            if self._display is not None:
+                self._display.log(f"{self.name}: step {report.step + 1}: {alarm.message}")
         if self._display is not None:
             extra = f" margin {report.metrics['reward_margin']:.3f}" if "reward_margin" in report.metrics else ""
             self._display.show(report.step + 1, f"loss {report.loss:.4f}{extra} lr {report.learning_rate:.2e} {speed:,.0f} tok/s")
+
+    def say(self, text: str) -> None:
+        """Show a line beside the figures."""
+        if self._display is not None:
+            self._display.log(f"{self.name}: {text}")
 
     def evaluation(self, step: int, heldout: dict[str, float]) -> None:
         """Record held-out figures measured after step `step`."""
         self._write({"step": step, "heldout": heldout})
         if self._display is not None:
-            figures = " ".join(f"{name} {value:.4f}" for name, value in heldout.items() if name != "items")
+            figures = " ".join(f"{name} {value:.4f}" for name, value in heldout.items() if name in SHOWN)
             self._display.log(f"{self.name}: held-out {figures}")
 
     def _write(self, line: dict[str, Any]) -> None:

@@ -18,6 +18,8 @@ UNEVEN = 17 / 16
 
 def why_not_on(stage: StageSpec, processes: int) -> str | None:
     """Why a stage cannot run on so many processes; None when it can."""
+    if processes > 1 and stage.lora is not None:
+        return f"{stage.name}: lora is for one process, and there are {processes}; start one, or leave lora out"
     for key, values in ALONE.items():
         value = getattr(stage.train, key)
         if processes > 1 and value in values:

@@ -110,6 +110,15 @@ def take_step(
     optimizer.step()
 
 
+def leave_out_step(optimizer: Optimizer) -> None:
+    """Count a step that is not taken: weights and moments stay, later steps are those that they would have been."""
+    if isinstance(optimizer, SplitAdamW):
+        optimizer.steps += 1
+        return
+    for state in optimizer.state.values():
+        state["step"] += 1
+
+
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """L2 norm of all gradients together, of whole tensors even where they are sharded over ranks; a scalar, the same on all
     ranks. Gradients in bfloat16 are summed in float32.

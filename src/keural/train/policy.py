@@ -3,14 +3,17 @@
 It is a module of its own so that the head's weight is used inside the outermost forward pass, which is where FSDP2 has it whole.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from keural.lora.layers import TrainedAdapter, adapter_off
 from keural.model import KeuralMoECausalLM
 from keural.recipe import TrainSpec
+from keural.train.document_attention import IMPLEMENTATION, DocumentStacks, document_offsets, stack_documents
 from keural.train.losses import token_logprobs
 from keural.train.micro_batches import MicroBatch
 from keural.train.modes import by_engine
@@ -32,14 +35,31 @@ Compute = Callable[[KeuralMoECausalLM, MicroBatch, bool], PolicyOutput]
 
 class Policy(nn.Module):
     """A `KeuralMoECausalLM` that is trained, computing in `compute_dtype` over whatever its weights are stored in; by the model's
-    own layers, or by an `engine`.
+    own layers, or by an `engine`. With an `adapter` the model's layers are PEFT's, and the adapter alone is trained. `by_documents`
+    lets the layers attend to one document after another (on a CPU) instead of masking rows.
     """
 
-    def __init__(self, model: KeuralMoECausalLM, compute_dtype: torch.dtype, engine: Compute | None = None) -> None:
+    def __init__(
+        self,
+        model: KeuralMoECausalLM,
+        compute_dtype: torch.dtype,
+        engine: Compute | None = None,
+        adapter: TrainedAdapter | None = None,
+        *,
+        by_documents: bool = False,
+    ) -> None:
         super().__init__()
+        self.by_documents = by_documents
+        if by_documents:
+            model.set_attn_implementation(IMPLEMENTATION)
         self.model = model
         self.compute_dtype = compute_dtype
         self.engine = engine
+        self.adapter = adapter
+
+    def without_adapter(self) -> contextlib.AbstractContextManager[None]:
+        """Inside the block the policy is the model that its stage started from, as long as nothing but an adapter was trained."""
+        return contextlib.nullcontext() if self.adapter is None else adapter_off(self.model)
 
     def forward(self, micro: MicroBatch, with_labels: bool = True) -> PolicyOutput:
         """Run packed rows ``[rows, T]``. Without labels the head is not used, and log-probabilities are 0."""
@@ -48,12 +68,22 @@ class Policy(nn.Module):
         autocast = torch.autocast(micro.input_ids.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
         ids, positions = micro.input_ids, micro.position_ids
         with autocast:
-            outputs = self.model.model(input_ids=ids, position_ids=positions, use_cache=False, output_router_logits=True)
+            outputs = self.model.model(
+                input_ids=ids, position_ids=positions, attention_mask=self._masks(micro), use_cache=False, output_router_logits=True
+            )
         hidden = outputs.last_hidden_state.to(self.compute_dtype)
         if not with_labels:
             return PolicyOutput(torch.zeros(ids.shape, device=ids.device), outputs.router_logits)
         logprobs = token_logprobs(hidden.flatten(0, 1), self.model.get_output_embeddings().weight, micro.labels.flatten())
         return PolicyOutput(logprobs.view_as(micro.labels), outputs.router_logits)
+
+    def _masks(self, micro: MicroBatch) -> dict[str, DocumentStacks] | None:
+        """What the layers of each type go by; None: masks that the model makes of the positions."""
+        if not self.by_documents:
+            return None
+        offsets, config = document_offsets(micro.positions), self.model.config
+        windows = {"full_attention": None, "sliding_attention": config.sliding_window}
+        return {kind: stack_documents(offsets, windows[kind]) for kind in dict.fromkeys(config.layer_types)}
 
 
 def needs_engine(spec: TrainSpec, ranks: Ranks) -> bool:

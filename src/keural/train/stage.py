@@ -1,8 +1,8 @@
 """One training stage, from directories to a trained model in memory: `train_stage`.
 
 In: a `StageJob`: settings, stores, initial weights, run directory. Out: a `StageResult`; in the run directory `metrics.jsonl`,
-`plan.json`, `checkpoints/` and, for DPO, `reference/`. Calling it again with the same job goes on from the newest checkpoint
-and ends with the same weights, bit for bit, as if it had never been stopped.
+`plan.json` and `checkpoints/`, for DPO also reference values, there or where the job says. Calling it again with the same job goes
+on from the newest checkpoint and ends with the same weights, bit for bit, as if it had never been stopped.
 """
 
 import contextlib
@@ -22,29 +22,37 @@ import torch
 from keural.data.loading.batch import Batch
 from keural.data.loading.corpus import Corpus
 from keural.data.loading.stream import Stream
+from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
 from keural.files import fingerprint as fingerprint_of
-from keural.files import sha256_file
+from keural.lora.layers import TrainedAdapter, adapt, store_frozen
+from keural.lora.merge import weights_digest
 from keural.model import KeuralConfig, KeuralMoECausalLM
+from keural.pretrained.stored_model import open_network
 from keural.recipe import OBJECTIVES, StageSpec, length_of
 from keural.train import step_plan
-from keural.train.checkpoint import Checkpoints, Progress, Stored, newest_progress
+from keural.train.alarms import Alarms
+from keural.train.checkpoint import Checkpoints, Progress, Stored, newest_progress, tensors
+from keural.train.checks.record import CHECKS_FILE, ChecksFile, check_data, probe
+from keural.train.health import IN_A_ROW, SpikeGuard, Watchdog, check_disk, enough_memory
 from keural.train.heldout import evaluate, heldout_batches
 from keural.train.initial_weights import initial_model
-from keural.train.loop import StepReport, train_step
+from keural.train.loop import ASKED, StepReport, batch_of, left_out, train_step
 from keural.train.metrics import Metrics
-from keural.train.objectives.base import References
 from keural.train.objectives.registry import LOSSES
 from keural.train.optimizer import Optimizer, build_optimizer, build_split_optimizer
 from keural.train.parallel import check_ranks, full_state_dict, prepare_layers, reshard, shard
 from keural.train.policy import Compute, Policy, needs_engine
 from keural.train.ranks import Ranks, session
-from keural.train.reference import ReferenceCache
+from keural.train.reference.cache import ReferenceCache
+from keural.train.reference.of_stage import identity_of, is_cached, is_online, place_of, weights_fingerprint
+from keural.train.reference.online import OnlineReference, Reference, values_by
 from keural.train.schedule import learning_rate
 from keural.train.split import SplitAdamW
+from keural.train.trainable import count_all, count_trained, freeze
 from keural.train.trainer import Trainer
 
-__all__ = ["StageJob", "StageResult", "full_state_dict", "train_stage"]
+__all__ = ["StageJob", "StageResult", "full_state_dict", "make_references", "train_stage"]
 
 LOSSES_KEPT = 10
 SAVE_SECONDS = 600.0
@@ -71,13 +79,15 @@ class StageJob:
     budget_seconds: float | None = None
     """Time for the stage, where it has a `budget_share`."""
     tensorboard: bool = False
+    references: Path | None = None
+    """Where reference values are kept, by what they are computed from; None: `reference` in `run_dir`."""
 
 
 @dataclass(frozen=True)
 class StageResult:
     """What came out. `seconds`, `tokens` (non-padding tokens seen) and `steps` include earlier runs of an interrupted stage;
     `loss_first` and `loss_last` are the mean task loss of the first and last tenth of the steps, at most ten of each; `model`
-    has float32 weights in every precision, and is sharded under torchrun.
+    has float32 weights in every precision, and is sharded under torchrun; `trained` of its parameters were trained.
     """
 
     name: str
@@ -88,7 +98,10 @@ class StageResult:
     loss_last: float
     heldout: dict[str, float]
     model: KeuralMoECausalLM
+    trained: int
     interrupted: bool
+    adapter: TrainedAdapter | None = None
+    """Of a stage with `lora`; `model` is the base then, with PEFT's layers in it."""
 
 
 def train_stage(job: StageJob, ranks: Ranks | None = None) -> StageResult:
@@ -115,21 +128,29 @@ def open_stage(job: StageJob, ranks: Ranks, stop: "StopSignals", started: float)
     check_ranks(stage, ranks.world)
     stream = _stream(job, job.train_store)
     heldout = _stream(job, job.heldout_store) if job.heldout_store else None
-    checkpoints = Checkpoints(job.run_dir / "checkpoints", stage, job.fingerprint, ranks)
+    checks = _check_data(job, stream, heldout, ranks)
     objective = LOSSES[stage.objective](stage)
-    policy, optimizer = _policy(job, objective.uniform, ranks)
+    policy, optimizer, frozen = _policy(job, objective.uniform, ranks)
+    checkpoints = Checkpoints(job.run_dir / "checkpoints", stage, job.fingerprint, ranks, frozen)
+    online = _online(job, policy, objective.uniform, ranks) if is_online(stage) else None
     make_trainer = partial(Trainer, stage, policy, optimizer, objective, stream, ranks)
 
     def make_plan() -> step_plan.StepPlan:
-        measured = make_trainer(learning_rate=step_plan.no_learning, references=step_plan.no_references(ranks.device))
+        references = online or step_plan.no_references(ranks.device)
+        measured = make_trainer(learning_rate=step_plan.no_learning, references=references)
         return _make_plan(job, measured, heldout, started)
 
     latest = ranks.on_main(lambda: newest_progress(checkpoints.directory))
     plan = _plan(job, latest, ranks, make_plan)
-    references, heldout_references = _references(job, plan, policy, stream, heldout, stop, ranks)
-    trainer = make_trainer(learning_rate=_schedule(stage, plan), references=references)
+    references: tuple[Reference | None, Reference | None] = (online, online)
+    if is_cached(stage):
+        references = _references(job, plan.steps, policy, stream, heldout, stop, ranks, fills=False)
+    guard = SpikeGuard(stage.train.skip_spikes)
+    trainer = make_trainer(learning_rate=_schedule(stage, plan), references=references[0], guard=guard)
     progress = _resume(job, plan, latest, checkpoints, trainer)
-    return StageRun(job, trainer, plan, heldout, heldout_references, checkpoints, progress, started - progress.seconds)
+    if latest is None:
+        probe(job.run_dir / CHECKS_FILE, checks, trainer)
+    return StageRun(job, trainer, plan, heldout, references[1], checkpoints, progress, started - progress.seconds)
 
 
 @dataclass
@@ -140,7 +161,7 @@ class StageRun:
     trainer: Trainer
     plan: step_plan.StepPlan
     heldout: Stream | None
-    heldout_references: References | None
+    heldout_references: Reference | None
     checkpoints: Checkpoints
     progress: Progress
     began: float
@@ -150,7 +171,8 @@ class StageRun:
         """Do the remaining steps; True when a signal came before the last one was begun."""
         progress, spec, steps = self.progress, self.job.stage.train, self.plan.steps
         saved, pause = progress.step, Pause()
-        with self._metrics() as metrics:
+        self._check_disk()
+        with self._metrics() as metrics, Watchdog(spec.stuck_after, self.trainer.ranks.rank) as watchdog:
             while progress.step < steps:
                 stopped, late = self.trainer.ranks.any_of([stop.requested, spec.save_every is None and pause.over()])
                 if saved != progress.step and (stopped or late):
@@ -158,12 +180,16 @@ class StageRun:
                     saved = progress.step
                 if stopped:
                     return True
-                report = train_step(self.trainer, progress.step)
+                watchdog.sign(f"step {progress.step} of {self.job.stage.name}")
+                report = self._step()
                 self._advance(report)
                 metrics.step(report, progress.tokens, progress.seconds)
+                self._judge(report, metrics)
                 if progress.step == steps or _due(spec.evaluate_every, progress.step):
+                    watchdog.sign(f"the evaluation after step {report.step} of {self.job.stage.name}")
                     self._evaluate(metrics)
                 if progress.step == steps or _due(spec.save_every, progress.step):
+                    watchdog.sign(f"the checkpoint after step {report.step} of {self.job.stage.name}")
                     self._save(pause)
                     saved = progress.step
         return False
@@ -186,8 +212,39 @@ class StageRun:
             loss_last=_mean(latest),
             heldout=progress.heldout,
             model=self.trainer.policy.model,
+            trained=count_trained(self.trainer.policy.model),
             interrupted=interrupted,
+            adapter=self.trainer.policy.adapter,
         )
+
+    def _step(self) -> StepReport:
+        step = self.progress.step
+        if step in self.plan.skipped:
+            return left_out(self.trainer, step)
+        with enough_memory(self.job.stage.name, f"step {step}"):
+            return train_step(self.trainer, step)
+
+    def _judge(self, report: StepReport, metrics: Metrics) -> None:
+        """Say that a step was not taken. Raises `UserError` when too many in a row were not."""
+        if not report.skipped:
+            return
+        guard, stage = self.trainer.guard, self.job.stage
+        metrics.say(f"step {report.step} is left out: {'train.steps_to_skip' if report.skipped == ASKED else report.skipped}")
+        if guard.in_a_row >= IN_A_ROW:
+            raise UserError(
+                f"{stage.name}: {IN_A_ROW} steps in a row were spikes, the last one step {report.step}: {report.skipped}. No batch "
+                f"is to blame. {batch_of(stage, report.step)}, lower train.lr, or raise train.skip_spikes; the same command "
+                "goes on from the newest checkpoint"
+            )
+
+    def _check_disk(self) -> None:
+        """Refuse to begin where what will be written does not fit."""
+        model, spec = self.trainer.policy.model, self.job.stage.train
+        checkpoint = sum(each.numel() * each.element_size() for each in tensors(model, self.trainer.optimizer).values())
+        whole = 4 * sum(parameter.numel() for parameter in model.parameters())
+        there = self.checkpoints.number
+        job = self.job
+        self.trainer.ranks.on_main(lambda: check_disk(job.run_dir, job.stage.name, checkpoint, spec.keep_checkpoints, there, whole))
 
     def _advance(self, report: StepReport) -> None:
         progress = self.progress
@@ -196,6 +253,11 @@ class StageRun:
         if self.trainer.previous.counts is not None:
             progress.tokens_per_expert = self.trainer.previous.counts.tolist()
         progress.seconds = time.monotonic() - self.began
+        guard = self.trainer.guard
+        progress.taken, progress.spikes_in_a_row = guard.taken, guard.in_a_row
+        if report.skipped:
+            progress.spikes += report.skipped != ASKED
+            return
         if len(progress.first_losses) < LOSSES_KEPT:
             progress.first_losses.append(report.loss)
         progress.last_losses = [*progress.last_losses, report.loss][-LOSSES_KEPT:]
@@ -219,6 +281,7 @@ class StageRun:
             self.plan.steps,
             active=self.trainer.ranks.is_main,
             tensorboard=self.job.tensorboard,
+            alarms=Alarms(self.job.stage),
         )
 
 
@@ -254,28 +317,64 @@ def _stream(job: StageJob, store: Path | Corpus) -> Stream:
     return corpus.stream(*settings, job.tokenizer_sha, job.model_config.vocab_size)
 
 
-def _policy(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, Optimizer]:
-    """Model and optimizer with their initial values, sharded over the ranks."""
+def _check_data(job: StageJob, stream: Stream, heldout: Stream | None, ranks: Ranks) -> ChecksFile:
+    """What the stage's data was checked for. Raises `UserError` as the checks do."""
+    streams = {"training": stream} | ({"held-out": heldout} if heldout else {})
+    found, lines = ranks.on_main(lambda: check_data(job.run_dir / CHECKS_FILE, job.stage, job.model_config, streams))
+    for line in lines:
+        ranks.log_once(f"{job.stage.name}: {line}")
+    return found
+
+
+def _policy(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, Optimizer, str]:
+    """Model and optimizer with their initial values, sharded over the ranks; and the digest of what is frozen."""
     spec = job.stage.train
     chats = OBJECTIVES[job.stage.objective].store != "documents"
     settings = (job.model_config, job.init, job.seed, ranks.device, spec.compile, job.tokenizer_sha)
     model = initial_model(*settings, chats=chats, say=ranks.log_once)
-    policy = Policy(model, getattr(torch, spec.compute_dtype), _engine(job, uniform, ranks)).train()
+    adapter = _adapter(job, model)
+    frozen = adapter.base_digest if adapter else freeze(model, job.stage.router)
+    if (trained := count_trained(model)) < (total := count_all(model)):
+        ranks.log_once(f"{job.stage.name}: trains {trained:,} of {total:,} parameters")
+    engine, by_documents = _engine(job, uniform, ranks), ranks.device.type == "cpu" and not spec.compile
+    policy = Policy(model, getattr(torch, spec.compute_dtype), engine, adapter, by_documents=by_documents).train()
     if spec.precision != "fp32":
         optimizer = build_split_optimizer(model, spec, ranks.device)
-        policy.to(ranks.device)  # what are no parameters
-        return policy, optimizer
+        policy.to(ranks.device)  # what the optimizer has not moved
+        return policy, optimizer, frozen
     if ranks.world == 1:
         policy.to(ranks.device)
     if policy.engine is None:
         prepare_layers(model, spec)
     shard(policy, model, spec, ranks)  # brings it to the device
-    return policy, build_optimizer(model, spec)
+    return policy, build_optimizer(model, spec), frozen
+
+
+def _online(job: StageJob, policy: Policy, uniform: bool, ranks: Ranks) -> OnlineReference:
+    """What computes reference values in each step: the policy with its adapter off, or a second one whose weights stay."""
+    return OnlineReference(policy if policy.adapter is not None else _policy(job, uniform, ranks)[0], job.stage.dpo.ld_alpha)
+
+
+def _adapter(job: StageJob, model: KeuralMoECausalLM) -> TrainedAdapter | None:
+    """Adapters around the model's layers, where the stage trains them. Raises `UserError` for a model that had to be changed."""
+    lora = job.stage.lora
+    if lora is None:
+        return None
+    assert job.init is not None, "the recipe refuses adapters of random weights"
+    stored = open_network(job.init, verify=False)  # the model's weights were verified when they were read
+    if stored.config.vocab_size != model.config.vocab_size:
+        raise UserError(
+            f"{job.stage.name}: {job.init} has no rows for the two ChatML ids, and an adapter has no place for new ones; import it "
+            "again with --grow-vocabulary, or train the whole model"
+        )
+    adapter = adapt(model, lora, job.seed, job.init, weights_digest(stored.weights))
+    store_frozen(model, getattr(torch, lora.base_dtype))
+    return adapter
 
 
 def _engine(job: StageJob, uniform: bool, ranks: Ranks) -> Compute | None:
-    """The training engine, where the stage needs it; importing it takes seconds."""
-    if not needs_engine(job.stage.train, ranks):
+    """The training engine, where the stage needs it, as adapters do; importing it takes seconds."""
+    if job.stage.lora is None and not needs_engine(job.stage.train, ranks):
         return None
     from keural.train.engine import engine_for
 
@@ -289,7 +388,7 @@ def _plan(job: StageJob, latest: Stored | None, ranks: Ranks, make: Callable[[],
     """
     wanted = fingerprint_of([job.fingerprint, length_of(job.stage.train)])
     if latest is not None and job.stage.train.budget_share is not None:
-        known = step_plan.StepPlan(**latest.progress.plan)
+        known = step_plan.plan_of(latest.progress.plan)
         return step_plan.load_or_make(job.run_dir / "plan.json", wanted, ranks, lambda: known)
     return step_plan.load_or_make(job.run_dir / "plan.json", wanted, ranks, make)
 
@@ -317,31 +416,62 @@ def _schedule(stage: StageSpec, plan: step_plan.StepPlan) -> Callable[[int], flo
 
 def _references(
     job: StageJob,
-    plan: step_plan.StepPlan,
+    steps: int,
     policy: Policy,
     stream: Stream,
     heldout: Stream | None,
     stop: "StopSignals",
     ranks: Ranks,
-) -> tuple[References | None, References | None]:
-    """Reference log-probabilities of what training and evaluation will use, by the policy with its initial weights; None where the
-    objective needs none.
+    fills: bool,
+) -> tuple[ReferenceCache, ReferenceCache | None]:
+    """Reference log-probabilities of what `steps` steps and an evaluation will use; what is missing is computed by the policy with
+    its initial weights, unless the recipe names a directory that has them, and `fills` does not ask for it.
     """
-    if not OBJECTIVES[job.stage.objective].needs_reference:
-        return None, None
-    spec, weights = job.stage.train, ranks.on_main(lambda: _weights_fingerprint(job))
+    stage = job.stage
+    weights = ranks.on_main(lambda: weights_fingerprint(job.init, job.seed))
+    identity = identity_of(stage, job.model_config, job.tokenizer_sha, weights)
+    place = ranks.on_main(lambda: place_of(stage, identity, job.references or job.run_dir / "reference"))
 
-    def compute(name: str, stream: Stream, batches: Iterable[Batch]) -> ReferenceCache:
-        key = fingerprint_of([job.fingerprint, weights, stream.store.fingerprint])
-        cache = ReferenceCache(job.run_dir / "reference" / name, key, stream.store.num_sequences, ranks)
-        done = cache.fill(policy, batches, spec.micro_batch_tokens, spec.compile, lambda: stop.requested)
+    def found(name: str, stream: Stream, batches: Callable[[], Iterable[Batch]]) -> ReferenceCache:
+        assert isinstance(stream.store, TokenStore)  # of pairs
+        cache = place.cache(stream.store, ranks)
+        if place.given and not fills:
+            place.check(cache, batches(), name)
+            return cache
+        compute = values_by(policy, recording=stage.train.compile, ld_alpha=stage.dpo.ld_alpha)
+        with policy.without_adapter():
+            done = cache.fill(compute, batches(), stage.train.micro_batch_tokens, lambda: stop.requested)
+        reshard(policy)
         if done:
-            ranks.log_once(f"{job.stage.name}: reference log-probabilities of {done} {name} batches computed")
+            ranks.log_once(f"{stage.name}: reference log-probabilities of {done} {name} batches computed")
         return cache
 
-    training = (stream.batch(step, ranks.rank, ranks.world) for step in range(plan.steps))
-    references = compute("train", stream, training)
-    return references, compute("heldout", heldout, heldout_batches(job.stage, heldout, ranks)) if heldout else None
+    training = found("train", stream, lambda: (stream.batch(step, ranks.rank, ranks.world) for step in range(steps)))
+    if heldout is None:
+        return training, None
+    return training, found("heldout", heldout, lambda: heldout_batches(stage, heldout, ranks))
+
+
+def make_references(job: StageJob, ranks: Ranks | None = None) -> bool:
+    """Compute the reference values that a stage is going to need, and nothing else; False when a signal stopped it before the end.
+
+    Every rank calls it. Raises `UserError` as `train_stage` does, and for a stage that keeps no reference values.
+    """
+    if not is_cached(job.stage):
+        raise UserError(f"{job.stage.name}: keeps no reference values; train it without --reference-only")
+    with session() as found, reproducible(found.device), StopSignals(found.world) as stop:
+        ranks = ranks or found
+        check_ranks(job.stage, ranks.world)
+        stream = _stream(job, job.train_store)
+        heldout = _stream(job, job.heldout_store) if job.heldout_store else None
+        policy, *_ = _policy(job, LOSSES[job.stage.objective](job.stage).uniform, ranks)
+        measured = job.stage.train.budget_share is not None
+        steps = stream.steps_per_epoch if measured else step_plan.fixed_plan(job.stage, stream).steps
+        training, _ = _references(job, steps, policy, stream, heldout, stop, ranks, fills=True)
+        if ranks.any(stop.requested):
+            return False
+        ranks.log_once(f"{job.stage.name}: the reference values of its pairs are in {training.file.directory}")
+        return True
 
 
 def _resume(job: StageJob, plan: step_plan.StepPlan, latest: Stored | None, checkpoints: Checkpoints, trainer: Trainer) -> Progress:
@@ -351,7 +481,8 @@ def _resume(job: StageJob, plan: step_plan.StepPlan, latest: Stored | None, chec
     progress = checkpoints.load(latest.path, trainer.policy.model, trainer.optimizer)
     if progress.tokens_per_expert:
         trainer.previous.counts = torch.tensor(progress.tokens_per_expert, device=trainer.ranks.device)
-    made_for = step_plan.StepPlan(**progress.plan)
+    made_for = step_plan.plan_of(progress.plan)
+    trainer.guard.taken, trainer.guard.in_a_row = progress.taken, progress.spikes_in_a_row
     if why_not := step_plan.why_not_continued(made_for, plan, progress.step, job.stage.train):
         raise UserError(
             f"{latest.path}: was made for {made_for.steps} steps, {made_for.warmup_steps} of warm-up, and "
@@ -361,12 +492,6 @@ def _resume(job: StageJob, plan: step_plan.StepPlan, latest: Stored | None, chec
     progress.plan = asdict(plan)
     trainer.ranks.log_once(f"{job.stage.name}: resumed at step {progress.step} of {plan.steps}")
     return progress
-
-
-def _weights_fingerprint(job: StageJob) -> str:
-    if job.init is None:
-        return f"random {job.seed}"
-    return fingerprint_of({path.name: sha256_file(path) for path in sorted(job.init.glob("*.safetensors"))})
 
 
 class StopSignals:

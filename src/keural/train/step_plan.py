@@ -6,13 +6,15 @@ unless it is made longer and the steps that were done are those that the longer 
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
+from pydantic import Field
 
 from keural.data.loading.stream import Stream
 from keural.errors import UserError
@@ -24,6 +26,7 @@ from keural.train.objectives.base import References
 from keural.train.optimizer import forget
 from keural.train.parallel import reshard
 from keural.train.ranks import Ranks
+from keural.train.reference.of_stage import is_cached
 from keural.train.schedule import learning_rate
 from keural.train.trainer import Trainer
 
@@ -36,10 +39,11 @@ RESERVE = 0.97
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Optimizer steps of the stage, and how many of them warm up."""
+    """Optimizer steps of the stage, how many of them warm up, and which are not taken."""
 
     steps: int
     warmup_steps: int
+    skipped: tuple[int, ...] = ()
 
 
 class PlanFile(CheckedFile):
@@ -49,6 +53,7 @@ class PlanFile(CheckedFile):
     """Of what the plan is for."""
     steps: int
     warmup_steps: int
+    skipped: list[int] = Field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ def fixed_plan(stage: StageSpec, stream: Stream) -> StepPlan:
     """The plan of a stage with `steps` or `epochs`. Raises `UserError` when the epochs are shorter than the warm-up."""
     spec = stage.train
     if spec.steps is not None:
-        return StepPlan(spec.steps, spec.warmup_steps)
+        return StepPlan(spec.steps, spec.warmup_steps, tuple(spec.steps_to_skip))
     assert spec.epochs is not None
     steps = stream.steps_for(spec.epochs)
     if spec.warmup_steps >= steps:
@@ -72,7 +77,12 @@ def fixed_plan(stage: StageSpec, stream: Stream) -> StepPlan:
             f"{stage.name}: {spec.epochs} epochs are {steps} steps, not more than train.warmup_steps {spec.warmup_steps}; "
             "lower warmup_steps or train longer"
         )
-    return StepPlan(steps, spec.warmup_steps)
+    return StepPlan(steps, spec.warmup_steps, tuple(spec.steps_to_skip))
+
+
+def plan_of(record: Mapping[str, Any]) -> StepPlan:
+    """The plan that a file or a checkpoint holds."""
+    return StepPlan(record["steps"], record["warmup_steps"], tuple(record.get("skipped", ())))
 
 
 def why_not_continued(old: StepPlan, new: StepPlan, done: int, spec: TrainSpec) -> str | None:
@@ -82,8 +92,11 @@ def why_not_continued(old: StepPlan, new: StepPlan, done: int, spec: TrainSpec) 
     """
     if done > new.steps:
         return f"{done} steps are done already, more than {new.steps}"
+    if differ := sorted(step for step in {*old.skipped} ^ {*new.skipped} if step < done):
+        return f"step {differ[0]} is done, and train.steps_to_skip says otherwise of it than it did"
     rate = partial(learning_rate, peak=spec.lr, minimum=spec.min_lr)
-    other = next((step for step in range(done) if rate(step, **asdict(old)) != rate(step, **asdict(new))), None)
+    old_rate, new_rate = (partial(rate, steps=plan.steps, warmup_steps=plan.warmup_steps) for plan in (old, new))
+    other = next((step for step in range(done) if old_rate(step) != new_rate(step)), None)
     if other is None:
         return None
     return (
@@ -109,7 +122,7 @@ def budget_plan(stage: StageSpec, seconds: float, costs: Costs, epoch: int) -> S
     every = stage.train.evaluate_every
     per_step = costs.step + (costs.evaluation / every if every else 0.0)
     available = seconds * RESERVE - costs.evaluation
-    if OBJECTIVES[stage.objective].needs_reference:
+    if is_cached(stage):
         available -= costs.evaluation  # the reference of the held-out pairs
         steps = min(epoch, int(available / (per_step + costs.forward)))
         if steps == epoch:
@@ -117,7 +130,7 @@ def budget_plan(stage: StageSpec, seconds: float, costs: Costs, epoch: int) -> S
     else:
         steps = int(available / per_step)
     steps = max(1, steps)
-    return StepPlan(steps, min(stage.train.warmup_steps, steps // 2))
+    return StepPlan(steps, min(stage.train.warmup_steps, steps // 2), tuple(stage.train.steps_to_skip))
 
 
 def load_or_make(path: Path, fingerprint: str, ranks: Ranks, make: Callable[[], StepPlan]) -> StepPlan:
@@ -127,11 +140,11 @@ def load_or_make(path: Path, fingerprint: str, ranks: Ranks, make: Callable[[], 
     """
     known = ranks.on_main(lambda: PlanFile.find(path))
     if known is not None and known.fingerprint == fingerprint:
-        return StepPlan(known.steps, known.warmup_steps)
+        return plan_of(known.model_dump())
     made = make()
 
     def write() -> StepPlan:
-        PlanFile(fingerprint=fingerprint, **asdict(made)).write(path)
+        PlanFile(fingerprint=fingerprint, **asdict(made) | {"skipped": list(made.skipped)}).write(path)
         return made
 
     return ranks.on_main(write)  # rank 0's: clocks differ

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from keural.data.loading.stream import Stream
-from keural.recipe import OBJECTIVES, StageSpec
-from keural.train.objectives.base import Objective, References
+from keural.recipe import StageSpec
+from keural.train.health import SpikeGuard
+from keural.train.objectives.base import Objective
 from keural.train.optimizer import Optimizer
 from keural.train.policy import Policy
 from keural.train.ranks import Ranks
+from keural.train.reference.online import Reference
 
 
 @dataclass
@@ -33,10 +35,12 @@ class Trainer:
     ranks: Ranks
     learning_rate: Callable[[int], float]
     """Of each step, counted from 0."""
-    references: References | None = None
-    """Of the sequences of `stream`'s store, where the objective needs them."""
+    references: Reference | None = None
+    """Of the pairs of `stream`'s store, where the objective needs them."""
     previous: PreviousLoad = field(default_factory=PreviousLoad)
     """What `router.load: lagged` balances by."""
+    guard: SpikeGuard = field(default_factory=SpikeGuard)
+    """Which steps are not taken."""
 
     def previous_load(self) -> Tensor:
         """Assignments per layer and expert ``[L, E]`` of the step before; even before the first step."""
@@ -53,4 +57,4 @@ class Trainer:
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of what the objective reports beside its loss."""
-        return OBJECTIVES[self.stage.objective].metrics
+        return self.stage.metrics

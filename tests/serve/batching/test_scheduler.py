@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from keural.errors import UserError
 from keural.serve.batching.requests import Event, QueueFull, Request
-from keural.serve.batching.scheduler import FAILURES_IN_A_ROW, Scheduler, Ticket
+from keural.serve.batching.runner import Ticket
+from keural.serve.batching.scheduler import FAILURES_IN_A_ROW, Scheduler
 from keural.serve.batching.slots import Row
 from keural.serve.engines.decoding import decode
 from keural.serve.engines.sampling_params import SamplingParams

@@ -263,12 +263,12 @@ def test_the_only_control_ids_of_a_prompt_are_the_renderers(client: httpx.Client
     assert control == [tokenizer.im_start_id, tokenizer.im_end_id] * 4 + [tokenizer.im_start_id]
 
 
-def test_parts_of_a_message_are_one_text(client: httpx.Client, slots: Writing, tokenizer: KeuralTokenizer) -> None:
-    parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "cat"}]
+def test_parts_of_a_message_are_lines_as_in_training(client: httpx.Client, slots: Writing, tokenizer: KeuralTokenizer) -> None:
+    parts = [{"type": "text", "text": "the"}, {"type": "text", "text": "cat"}]
 
     chat(client, messages=[{"role": "user", "content": parts}])
 
-    assert slots.prompts[-1] == render_prompt(tokenizer, [Message("user", "the cat")])
+    assert slots.prompts[-1] == render_prompt(tokenizer, [Message("user", "the\ncat")])
 
 
 def test_a_conversation_without_a_system_message_gets_the_models(tokenizer: KeuralTokenizer) -> None:

@@ -8,20 +8,39 @@ import httpx
 import pytest
 from openai.types import completion_create_params as of_completions
 from openai.types.chat import completion_create_params as of_chats
+from pydantic import BaseModel, ValidationError
 
 from keural.serve.server.chat import ChatRequest
 from keural.serve.server.completions import CompletionRequest
+from keural.serve.server.messages import MessagesRequest
+from keural.serve.server.responses import ResponsesRequest
+from keural.serve.server.tokens import DetokenizeRequest
 from keural.tokenizer import KeuralTokenizer
 from tests.helpers.serving import Writing, service_of, serving
 
 HELLO = [{"role": "user", "content": "hello"}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 
+LISTS: list[tuple[type[BaseModel], dict[str, Any]]] = [
+    (ChatRequest, {"messages": [1, 2]}),
+    (ChatRequest, {"messages": [{"role": "user", "content": [1, 2]}]}),
+    (ChatRequest, {"messages": HELLO, "stop": [1, 2]}),
+    (CompletionRequest, {"prompt": [-1, -2]}),
+    (CompletionRequest, {"prompt": [[-1, -2], [-3]]}),
+    (ResponsesRequest, {"input": [1, 2]}),
+    (ResponsesRequest, {"input": "x", "include": ["a", "b"]}),
+    (MessagesRequest, {"max_tokens": 1, "messages": [1, 2]}),
+    (DetokenizeRequest, {"tokens": [-1, -2]}),
+]
+"""Lists with two wrong items."""
+
+
 HONOURED: dict[str, Any] = {
     "messages": HELLO, "model": "tiny", "prompt": "a", "logit_bias": {"300": 1}, "logprobs": True, "max_completion_tokens": 2,
     "max_tokens": 2, "n": 2, "seed": 1, "stop": ["x"], "stream_options": {"include_usage": True}, "temperature": 0.5,
     "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a+"},
-    "top_logprobs": 1, "top_p": 0.5, "stream": True, "repetition_penalty": 1.2,
+    "top_logprobs": 1, "top_p": 0.5, "stream": True, "repetition_penalty": 1.2, "tools": [TOOL], "tool_choice": "required",
+    "parallel_tool_calls": False,
 }  # fmt: skip
 """What the other tests show to be honoured, each with a value."""
 ACCEPTED: dict[str, Any] = {
@@ -35,9 +54,6 @@ NEUTRAL: dict[str, tuple[Any, Any]] = {
     "store": (False, True),
     "modalities": (["text"], ["text", "audio"]),
     "audio": (None, {"voice": "x", "format": "mp3"}),
-    "tools": ([], [TOOL]),
-    "tool_choice": ("none", "required"),
-    "parallel_tool_calls": (True, "yes"),
     "functions": ([], [{"name": "f"}]),
     "function_call": ("none", {"name": "f"}),
     "prediction": (None, {"type": "content", "content": "x"}),
@@ -52,7 +68,10 @@ NEUTRAL: dict[str, tuple[Any, Any]] = {
 """With the value that says what is done anyway, and one that cannot be honoured."""
 CHAT = sorted(of_chats.CompletionCreateParamsStreaming.__annotations__)
 COMPLETION = sorted({*of_completions.CompletionCreateParamsBase.__annotations__, "stream"})
-NEEDED: dict[str, dict[str, Any]] = {"top_logprobs": {"logprobs": True}, "stream_options": {"stream": True}}
+NEEDED: dict[str, dict[str, Any]] = {
+    "top_logprobs": {"logprobs": True}, "stream_options": {"stream": True}, "tools": {"tool_choice": "none"},
+    "tool_choice": {"tools": [TOOL], "max_tokens": 2},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -186,3 +205,11 @@ def test_what_is_too_long_is_refused_with_both_numbers(client: httpx.Client, kin
     numbers = [int(number) for number in re.findall(r"\d+", error["message"])]
     assert numbers[1] == 400
     assert numbers[0] >= 400
+
+
+@pytest.mark.parametrize(("kind", "body"), LISTS)
+def test_a_list_is_looked_at_up_to_its_first_wrong_item(kind: type[BaseModel], body: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as refused:
+        kind.model_validate(body)
+
+    assert refused.value.error_count() == 1

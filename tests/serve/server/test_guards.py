@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,83 +17,10 @@ import pytest
 
 from keural.errors import UserError
 from keural.serve.server.keys import Keys, read_keys
-from keural.serve.server.service import Service
 from keural.serve.server.start import bind
 from keural.tokenizer import KeuralTokenizer
-from tests.helpers.serving import JSON, Writing, events, quick, service_of, serving, wait_until
-
-HELLO = [{"role": "user", "content": "hello"}]
-LONG = "the cat " * 40
-HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-
-
-class Held:
-    """Lets steps of a network through while it is open."""
-
-    def __init__(self) -> None:
-        self.open, self.steps = threading.Event(), 0
-        self.open.set()
-
-    def __call__(self) -> None:
-        self.steps += 1
-        time.sleep(0.002)
-        assert self.open.wait(20)
-
-
-class Running:
-    """A server with a network whose steps can be held up."""
-
-    def __init__(self, tokenizer: KeuralTokenizer, text: str = LONG, **settings: Any) -> None:
-        self.held = Held()
-        self.slots = Writing(tokenizer, text, before_step=self.held)
-        self.log: list[Any] = []
-        self.service: Service = service_of(tokenizer, self.slots, **({"limits": quick(), "log": self.log.append} | settings))
-
-    @property
-    def running(self) -> int:
-        """Answers that have not ended."""
-        return self.service.answers.open
-
-
-@pytest.fixture
-def start(tokenizer: KeuralTokenizer) -> Iterator[Callable[..., tuple[Running, httpx.Client]]]:
-    """Starts servers; keywords are settings."""
-    with contextlib.ExitStack() as stack:
-
-        def begin(**settings: Any) -> tuple[Running, httpx.Client]:
-            running = Running(tokenizer, **settings)
-            client = stack.enter_context(serving(running.service))
-            stack.callback(running.held.open.set)
-            return running, client
-
-        yield begin
-
-
-Start = Callable[..., tuple[Running, httpx.Client]]
-
-
-def ask(client: httpx.Client, **fields: Any) -> httpx.Response:
-    return client.post("/v1/chat/completions", json={"messages": HELLO, "max_tokens": 3} | fields)
-
-
-def raw(client: httpx.Client, *parts: bytes, pause: float = 0.0, seconds: float = 10) -> bytes:
-    """Send bytes, and everything that comes back until the server closes, or nothing where it waits for more."""
-    with socket.create_connection((client.base_url.host, client.base_url.port or 80), timeout=seconds) as connection:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            for part in parts:
-                connection.sendall(part)
-                time.sleep(pause)
-        found = b""
-        with contextlib.suppress(ConnectionResetError):
-            while part := connection.recv(65536):
-                found += part
-        return found
-
-
-def error_of(answer: bytes) -> tuple[int, str]:
-    """Status and code of an error that came back as bytes."""
-    head, _, body = answer.partition(b"\r\n\r\n")
-    return int(head.split()[1]), json.loads(body)["error"]["code"]
+from tests.helpers.held_server import HEAD, HELLO, Start, ask, error_of, raw
+from tests.helpers.serving import JSON, events, quick, wait_until
 
 
 class TestADisconnectedClient:
@@ -566,6 +493,13 @@ class TestTheCommand:
 
         assert code == 2
         assert f"port {port} on 127.0.0.1 cannot be used" in error
+
+    @pytest.mark.parametrize("prefix", ["", "a b", "1st", "ke:ural", "모델"])
+    def test_a_prefix_that_cannot_stand_in_a_name(self, keural: Any, model_dir: Path, prefix: str) -> None:
+        code, _, error = keural("serve", model_dir, "--port", 0, "--metrics-prefix", prefix)
+
+        assert code == 2
+        assert "--metrics-prefix" in error
 
     def test_without_its_packages(self, keural: Any, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("keural.serve.server.start.NEEDED", ("fastapi", "no_such_package"))

@@ -32,7 +32,7 @@ def slots(tokenizer: KeuralTokenizer) -> Writing:
 
 @pytest.fixture(scope="module")
 def plain(tokenizer: KeuralTokenizer, slots: Writing) -> Iterator[httpx.Client]:
-    with serving(service_of(tokenizer, slots)) as opened:
+    with serving(service_of(tokenizer, slots, trained_on_tools=True)) as opened:
         yield opened
 
 
@@ -45,6 +45,9 @@ def client(plain: httpx.Client) -> OpenAI:
 def claude(plain: httpx.Client) -> Anthropic:
     return Anthropic(base_url=str(plain.base_url), api_key="none", _strict_response_validation=True, max_retries=0, timeout=20)
 
+
+OF_RESPONSES_TOOL = {"type": "function", "name": "f", "parameters": {}, "strict": False}
+OF_MESSAGES_TOOL = {"name": "f", "input_schema": {}}
 
 OF_RESPONSES: dict[str, tuple[list[Any], list[Any]]] = {
     "model": (["tiny"], [5]),
@@ -76,9 +79,9 @@ OF_RESPONSES: dict[str, tuple[list[Any], list[Any]]] = {
     "truncation": (["disabled"], ["auto"]),
     "reasoning": ([{"effort": "none"}], [{"effort": "high"}]),
     "service_tier": (["auto"], ["flex"]),
-    "tools": ([[]], [[{"type": "function", "name": "f", "parameters": {}}]]),
-    "tool_choice": (["none"], ["required"]),
-    "parallel_tool_calls": ([True], ["x"]),
+    "tools": ([[], [OF_RESPONSES_TOOL]], [[{"type": "web_search"}], [OF_RESPONSES_TOOL] * 2, 5]),
+    "tool_choice": (["none", "auto"], ["required", "x", {"type": "function", "name": "f"}, {"type": "web_search"}]),
+    "parallel_tool_calls": ([True, False], ["x"]),
     "max_tool_calls": ([None], [1]),
     "access_programs": ([None], [[]]),
     "image": ([None], [{}]),
@@ -132,11 +135,11 @@ class TestResponses:
         more = {
             "type": "message",
             "role": "user",
-            "content": [{"type": "input_text", "text": "and "}, {"type": "input_text", "text": "now"}],
+            "content": [{"type": "input_text", "text": "and"}, {"type": "input_text", "text": "now"}],
         }
         client.responses.create(model="tiny", input=[*turns, more])
 
-        said = [Message("user", "hello"), Message("assistant", TEXT), Message("user", "and now")]
+        said = [Message("user", "hello"), Message("assistant", TEXT), Message("user", "and\nnow")]
         assert slots.prompts[-1] == render_prompt(tokenizer, said)
 
     def test_an_image_is_refused(self, client: OpenAI) -> None:
@@ -196,8 +199,8 @@ OF_MESSAGES: dict[str, tuple[list[Any], list[Any]]] = {
     "cache_control": ([{"type": "ephemeral"}], []),
     "thinking": ([{"type": "disabled"}], [{"type": "enabled", "budget_tokens": 1024}]),
     "output_config": ([{}], [{"effort": "high"}, {"format": {"type": "xml"}}]),
-    "tools": ([[]], [[{"name": "f", "input_schema": {}}]]),
-    "tool_choice": ([{"type": "none"}], [{"type": "any"}]),
+    "tools": ([[], [OF_MESSAGES_TOOL]], [[{"type": "web_search_20250305", "name": "web_search"}], [OF_MESSAGES_TOOL] * 2, 5]),
+    "tool_choice": ([{"type": "none"}, {"type": "auto"}], [{"type": "any"}, {"type": "tool", "name": "f"}, "any", {"type": "x"}]),
     "service_tier": (["auto", "standard_only"], ["fast"]),
     "speed": (["standard"], ["fast"]),
     "container": ([None], ["x"]),

@@ -18,6 +18,7 @@ from keural.data.adapters.base import (
     ASSISTANT_FIRST,
     Adapter,
     BadRow,
+    Reads,
     Undeclared,
     WrongSchema,
     conversation,
@@ -127,6 +128,12 @@ def _references(utterance: Any, source: SourceSpec) -> str:
 _SESSION_KEYS = {"sessionPersonaSummary": "aihub_141", "prevAggregatedpersonaSummary": "aihub_141"}
 _MEMORY: OptionTable = {"memory": Option(SWITCH, "put what earlier sessions said into a system turn", False)}
 _PART: OptionTable = {"part": Option(TEXT, "which part of the set is read", "training", PARTS)}
+_READ_IF_ASKED = {
+    "memory": ("prevAggregatedSummary", "prevAggregatedpersonaSummary"),
+    "persona": ("info",),
+    "references": ("reference_text",),
+}
+"""Fields that an option makes of use."""
 _PEOPLE: OptionTable = {
     "people": Option(SWITCH, "train on talk of two people all the same; without it the source is refused", False)
 }
@@ -397,6 +404,33 @@ def _best_and_worst(label: Any, keys: list[str], name: str | int) -> tuple[str, 
     return order[0], order[-1]
 
 
+def _first_parts(names: Iterable[str]) -> frozenset[str]:
+    return frozenset(name.split(".")[0] for name in names)
+
+
+def _talk_reads(talk: Talk) -> Callable[[SourceSpec], Reads]:
+    """Which fields of the rows of a family are read."""
+
+    def of(source: SourceSpec) -> Reads:
+        asked = [name for option, names in _READ_IF_ASKED.items() if source.options.get(option) for name in names]
+        return Reads(_first_parts([*talk.lists, *asked]), talk.lists, _first_parts([*talk.speakers, *talk.texts, *asked]))
+
+    return of
+
+
+def _ranking_reads(source: SourceSpec) -> Reads:
+    return Reads(frozenset(("question", *ANSWERS, "better", "worse", "tie", "weight", "left")))
+
+
+def _reliability_reads(source: SourceSpec) -> Reads:
+    if "label" in source.options:
+        candidates = ("Candidate_answer", "candidate_answer", "Prompt", "prompt", "chosen", "rejected")
+        return Reads(_first_parts([*candidates, str(source.options["label"])]), optional=("label",))
+    pair = preferences.ADAPTERS["preference"].reads
+    assert pair is not None
+    return pair(source)
+
+
 def _talk_adapter(talk: Talk) -> Adapter:
     options = {**_PART, **talk.extra, **(_PEOPLE if talk.people else {})}
     speakers = "two people" if talk.people else "a person and an assistant"
@@ -411,6 +445,7 @@ def _talk_adapter(talk: Talk) -> Adapter:
         split=_records(talk),
         selects=selects,
         license=LICENSE,
+        reads=_talk_reads(talk),
     )
 
 
@@ -425,6 +460,7 @@ ADAPTERS = {
         split=_rankings,
         selects=selects,
         license=LICENSE,
+        reads=_ranking_reads,
     ),
     "aihub_71760": Adapter(
         "pairs",
@@ -436,5 +472,6 @@ ADAPTERS = {
         selects=selects,
         license=LICENSE,
         benchmark=True,
+        reads=_reliability_reads,
     ),
 }

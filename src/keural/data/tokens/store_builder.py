@@ -31,10 +31,11 @@ BLOCK_RECORDS = 1024
 
 class StoreBuilder:
     """Collects records in files `stem.*`, which vanish when the block ends; with `keep_texts` the store gets documents' texts,
-    too, with `sections` its sources stay apart.
+    too, with `sections` its sources stay apart, and with `named` the manifest says which records of conversations and pairs are of
+    which source.
     """
 
-    def __init__(self, stem: Path, kind: StoreKind, keep_texts: bool = False, sections: bool = False) -> None:
+    def __init__(self, stem: Path, kind: StoreKind, keep_texts: bool = False, sections: bool = False, named: bool = False) -> None:
         self._stem, self._kind, self._keep_texts = stem, kind, keep_texts
         self._per_record = STORES[kind].sequences_per_record
         self._files: dict[str, BinaryIO] = {}
@@ -42,6 +43,7 @@ class StoreBuilder:
         self._text_ends = array("Q", [0])
         self._order = array("Q")
         self._sections: dict[str, int] | None = {} if sections else None  # where each source begins
+        self._named: list[tuple[str, int]] | None = [] if named and kind != "documents" else None
         self._digests = array("Q")
         self._weights = array("f")
 
@@ -66,6 +68,9 @@ class StoreBuilder:
             assert repeat == 1, "sections are repeated by the stream"
             self._sections.setdefault(source, self.num_records)
             self._digests.append(_digest(encoded))
+        if self._named is not None and (not self._named or self._named[-1][0] != source):
+            assert repeat == 1, "the order is that of reading"
+            self._named.append((source, self.num_records))
         if isinstance(encoded.record, PreferencePair):
             self._weights.append(encoded.record.weight)
         for ids, mask in encoded.sequences:
@@ -96,7 +101,9 @@ class StoreBuilder:
         order = np.array(self._order, dtype=np.int64)
         if self._sections is not None:
             order = self._by_section(seed)
-            meta = meta | {"sections": self._section_table()}
+            meta = meta | {"sections": self._section_table(self._sections)}
+        elif self._named is not None and len(dict(self._named)) == len(self._named):
+            meta = meta | {"sections": self._section_table(dict(self._named))}
         elif self._kind == "documents":
             order = order[Permutation(len(order), seed, len(order)).take(np.arange(len(order)))]
         tokens = np.memmap(self._path("tokens"), dtype=TOKEN, mode="r")
@@ -111,24 +118,25 @@ class StoreBuilder:
             extra = [*self._write_texts(directory / "texts.jsonl", order), *self._write_weights(directory / PAIR_WEIGHTS, order)]
             writer.close(extra=extra)
 
-    def _bounds(self) -> list[int]:
+    def _bounds(self, begins: dict[str, int]) -> list[int]:
         """Where sections begin and end, in records."""
-        return [*(self._sections or {}).values(), self.num_records]
+        return [*begins.values(), self.num_records]
 
     def _by_section(self, seed: int) -> NDArray[np.int64]:
         """The records, section by section, in the order of their digests turned by the seed."""
+        bounds = self._bounds(self._sections or {})
         keys = mixed(np.array(self._digests, dtype=np.uint64) ^ np.uint64(seed & 0xFFFFFFFFFFFFFFFF))
-        return np.concatenate([first + np.argsort(keys[first:stop], kind="stable") for first, stop in pairwise(self._bounds())])
+        return np.concatenate([first + np.argsort(keys[first:stop], kind="stable") for first, stop in pairwise(bounds)])
 
-    def _section_table(self) -> list[dict[str, Any]]:
-        bounds = pairwise(self._bounds())
+    def _section_table(self, begins: dict[str, int]) -> list[dict[str, Any]]:
+        bounds = pairwise(self._bounds(begins))
         return [
             {
                 "source": source,
                 "sequences": self._per_record * (stop - first),
                 "tokens": self._ends[self._per_record * stop] - self._ends[self._per_record * first],
             }
-            for source, (first, stop) in zip(self._sections or {}, bounds, strict=True)
+            for source, (first, stop) in zip(begins, bounds, strict=True)
         ]
 
     def _write_texts(self, path: Path, order: NDArray[np.int64]) -> list[str]:

@@ -31,7 +31,7 @@ class LlamaSlots:
 
     def step(self, rows: Sequence[Row]) -> Tensor:
         """See `Slots.step`; at most `batch_tokens` tokens in all."""
-        places, number = [], 0
+        wanted = number = 0
         for row in rows:
             if row.start != self._held(row.slot):
                 raise ValueError(f"slot {row.slot} holds {self._held(row.slot)} tokens, not {row.start}")
@@ -42,16 +42,16 @@ class LlamaSlots:
             number += len(row.ids)
             if row.wants_logits:
                 self._batch.logits[number - 1] = 1
-                places.append(number - 1)
+                wanted += 1
         self._batch.n_tokens = number
         code = llama_cpp.llama_decode(self._context, self._batch)
         if code != 0:
             raise RuntimeError(f"llama.cpp could not read {number} tokens (code {code}: {cause()})")
         size = self.tokenizer.vocab_size
-        logits = np.empty((len(places), size), dtype=np.float32)
-        for row_of_logits, place in zip(logits, places, strict=True):
-            row_of_logits[:] = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self._context, place), (size,))
-        return torch.from_numpy(logits)
+        if not wanted:
+            return torch.empty(0, size)
+        # Rows of the tokens that want logits, in the batch's order, in llama.cpp's memory: a copy costs as much as a greedy choice.
+        return torch.from_numpy(np.ctypeslib.as_array(llama_cpp.llama_get_logits(self._context), (wanted, size)))
 
     def cut(self, slot: int, length: int) -> int:
         """See `Slots.cut`."""

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from keural.serve.engines.base import Finish
 from keural.serve.engines.sampling_params import SamplingParams
 
-End = Finish | Literal["cancelled", "deadline", "error"]
-"""Why an answer ended; `error`: its network failed, or its constraint did."""
+End = Finish | Literal["cancelled", "deadline", "error", "unavailable", "refused"]
+"""Why an answer ended; `error`: its network failed, or its constraint did. Of servers elsewhere only: `unavailable` where none took
+the request, `refused` where one found it impossible."""
 
 
 class Constraint(Protocol):

@@ -7,12 +7,10 @@ prompt that begins alike reads only what is new.
 
 import contextlib
 import logging
-import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,9 +18,10 @@ from torch import Tensor
 
 from keural.errors import UserError
 from keural.serve.batching.requests import Chosen, End, Event, QueueFull, Request
+from keural.serve.batching.runner import Deliver, Stats, Ticket, Unhonoured
 from keural.serve.batching.slots import Row, Slots
 from keural.serve.engines.decoding import check_prompt, common_prefix
-from keural.serve.engines.sampling import NOT_FINITE, Sampler, choose
+from keural.serve.engines.sampling import NOT_FINITE, Sampler, are_finite, choose
 
 FAILURES_IN_A_ROW = 3
 """Failed steps after which the network is taken for broken."""
@@ -36,43 +35,13 @@ FORM_FAILED = "no token may come next by the form that was asked for"
 log = logging.getLogger("keural.serve")
 
 
-class Ticket:
-    """A request under way. Compared by identity."""
+class SampledTicket(Ticket):
+    """A request whose tokens are chosen here."""
 
     def __init__(self, request: Request, number: int, vocab_size: int, now: float) -> None:
-        self.request, self.number, self.submitted = request, number, now
-        self.deadline = math.inf if request.seconds is None else now + request.seconds
+        super().__init__(request, number, now)
         self.sampler = Sampler(request.sampling, request.prompt_ids, vocab_size)
-        self.cancelled = False
         self.slot: int | None = None
-        self.started: float | None = None
-        """When it left the queue."""
-        self.first_token: float | None = None
-        self.cached_tokens = 0
-        """Of the prompt, those that a slot held already."""
-        self.answer: list[int] = []
-        self.end: End | None = None
-
-
-@dataclass
-class Stats:
-    """Counters since the start. Times are in seconds."""
-
-    prompt_tokens: int = 0
-    cached_prompt_tokens: int = 0
-    answer_tokens: int = 0
-    steps: int = 0
-    step_seconds: float = 0.0
-    sampler_seconds: float = 0.0
-    finished: dict[str, int] = field(default_factory=dict)
-    """Requests by how they ended."""
-    rejected: int = 0
-    last_step: float | None = None
-    """When the network last finished a step, by `time.monotonic`."""
-
-
-Deliver = Callable[[Sequence[tuple[Ticket, Event]]], None]
-"""Takes the events of a step, in the scheduler's thread: it must be quick, and must not call the scheduler."""
 
 
 class Scheduler:
@@ -87,8 +56,8 @@ class Scheduler:
         """The ids that each slot holds."""
         self._used = [0] * slots.count
         """When each slot was last used, in steps."""
-        self._active: dict[int, Ticket] = {}
-        self._waiting: deque[Ticket] = deque()
+        self._active: dict[int, SampledTicket] = {}
+        self._waiting: deque[SampledTicket] = deque()
         self._wake = threading.Condition()
         self._closing = False
         self._failures = 0
@@ -99,11 +68,15 @@ class Scheduler:
 
     # From any thread
 
+    def unhonoured(self, request: Request) -> Unhonoured | None:
+        """See `Runner.unhonoured`: here every setting is kept."""
+        return None
+
     def start(self) -> None:
         """Start the thread that owns the network."""
         self._thread.start()
 
-    def submit(self, requests: Sequence[Request]) -> list[Ticket]:
+    def submit(self, requests: Sequence[Request]) -> list[SampledTicket]:
         """Queue requests, all of them or none.
 
         Raises:
@@ -119,7 +92,9 @@ class Scheduler:
                 self.stats.rejected += len(requests)
                 raise QueueFull(len(self._waiting), self._retry_after())
             now = time.monotonic()
-            tickets = [Ticket(request, self._numbers + place, self.vocab_size, now) for place, request in enumerate(requests)]
+            tickets = [
+                SampledTicket(request, self._numbers + place, self.vocab_size, now) for place, request in enumerate(requests)
+            ]
             self._numbers += len(tickets)
             self._waiting += tickets
             self._wake.notify()
@@ -246,7 +221,7 @@ class Scheduler:
             raise RuntimeError("a slot holds more than it was told to")
         return target, held
 
-    def _reading(self) -> list[Ticket]:
+    def _reading(self) -> list[SampledTicket]:
         """Those whose prompt is not read to its end."""
         return [ticket for slot, ticket in self._active.items() if len(self._held[slot]) < len(ticket.request.prompt_ids)]
 
@@ -288,11 +263,10 @@ class Scheduler:
         self.stats.sampler_seconds += time.perf_counter() - middle
         self.stats.last_step = time.monotonic()
 
-    def _choose(self, tickets: list[Ticket], logits: Tensor) -> None:
+    def _choose(self, tickets: list[SampledTicket], logits: Tensor) -> None:
         """The next token of each answer; one whose own settings fail ends alone."""
         rows, chosen = [], []
-        finite = torch.isfinite(logits.sum(dim=-1)).tolist()
-        for ticket, row, good in zip(tickets, logits, finite, strict=True):
+        for ticket, row, good in zip(tickets, logits, are_finite(logits), strict=True):
             if not good:
                 self._end(ticket, "error", NOT_FINITE)
             elif (scores := self._shaped(ticket, row)) is not None:
@@ -305,7 +279,7 @@ class Scheduler:
         for (ticket, row), token in zip(chosen, tokens, strict=True):
             self._take(ticket, token, row)
 
-    def _shaped(self, ticket: Ticket, logits: Tensor) -> Tensor | None:
+    def _shaped(self, ticket: SampledTicket, logits: Tensor) -> Tensor | None:
         """The logits `[V]` with the request's bias and form; None where that failed, and the request has ended."""
         request = ticket.request
         if not request.logit_bias and request.constraint is None:
@@ -326,7 +300,7 @@ class Scheduler:
             return None
         return scores
 
-    def _take(self, ticket: Ticket, token: int, logits: Tensor) -> None:
+    def _take(self, ticket: SampledTicket, token: int, logits: Tensor) -> None:
         """Add a token to an answer, or end it."""
         request = ticket.request
         if token in request.stop_ids:
@@ -348,7 +322,7 @@ class Scheduler:
             return self._end(ticket, "length")
         return None
 
-    def _end(self, ticket: Ticket, end: End, error: str | None = None) -> None:
+    def _end(self, ticket: SampledTicket, end: End, error: str | None = None) -> None:
         """The one place where a request ends."""
         if ticket.end is not None:
             return

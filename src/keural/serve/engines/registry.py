@@ -40,7 +40,12 @@ def chat_defaults(path: Path, name: str | None = None) -> tuple[SamplingParams, 
     Arguments and errors as for `open_engine`.
     """
     _, found = _find(path, name)
-    chat = read_record(found if found.is_dir() else found.parent).get("chat") or {}
+    return saved_defaults(found if found.is_dir() else found.parent)
+
+
+def saved_defaults(directory: Path) -> tuple[SamplingParams, str | None]:
+    """Sampling settings and system message in a directory's record; the card's and none where it says nothing."""
+    chat = read_record(directory).get("chat") or {}
     known = {name: chat[name] for name in SamplingDefaults._fields if name in chat}
     return replace(SamplingParams(), **known), chat.get("system")
 

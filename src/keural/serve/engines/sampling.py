@@ -6,6 +6,7 @@ transformers' processors: repetition penalty, temperature, nucleus.
 """
 
 import random
+import threading
 from collections.abc import Sequence
 from typing import Literal
 
@@ -28,10 +29,28 @@ BUCKETS = (int(np.float32(1).view(np.int32)) >> LOW_BITS) + 1
 """Weights are at most 1."""
 
 NOT_FINITE = "the model's logits are not finite: its weights are damaged, or its precision is too small for them"
+LIKELY, FEW = np.float32(1e-4), 8192
+"""A nucleus is first looked for among the tokens with more than this part of the best one's probability, where they are few:
+sorting so few is quicker than numbering buckets."""
 PART = 8192
 """Weights are summed so many at a time: memory for all of them would be asked of the system, and given back, with every token."""
 
 Floats = NDArray[np.float32]
+
+
+class _Room(threading.local):
+    """Memory for one row, for each thread: new arrays of this size are asked of the system, and given back, with every token."""
+
+    scores: Floats = np.empty(0, dtype=np.float32)
+    marks: NDArray[np.bool_] = np.empty(0, dtype=bool)
+
+    def fit(self, size: int) -> None:
+        """Have room for a row of `size` ids."""
+        if len(self.scores) != size:
+            self.scores, self.marks = np.empty(size, dtype=np.float32), np.empty(size, dtype=bool)
+
+
+_room = _Room()
 
 
 class Sampler:
@@ -92,28 +111,41 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     return tokens
 
 
+def are_finite(logits: Tensor) -> list[bool]:
+    """For each row of `logits` `[N, V]` whether all of it is finite."""
+    if logits.device.type == "cpu":
+        return [bool(np.isfinite(row.min()) and np.isfinite(row.max())) for row in logits.numpy()]
+    found: list[bool] = torch.isfinite(logits).all(dim=-1).tolist()
+    return found
+
+
 def choose_row(logits: Floats, sampler: Sampler) -> int:
     """See `choose`; one row `[V]`, by NumPy in this thread: the network's threads are not woken for it."""
     number, sampling = sampler.uniform(), sampler.sampling
-    scores = _penalized(logits, sampler.seen, sampling.repetition_penalty)
+    greedy = sampling.temperature < GREEDY_BELOW
+    _room.fit(len(logits))
+    scores = logits if greedy and sampling.repetition_penalty == 1 else _room.scores
+    if scores is not logits:
+        np.copyto(scores, logits)
+        _penalize(scores, sampler.seen, sampling.repetition_penalty)
     best = scores.argmax()  # of a NaN, where there is one
-    if not np.isfinite(scores[best]):
+    top = scores[best]
+    if not np.isfinite(top):
         raise UserError(NOT_FINITE)
-    if sampling.temperature < GREEDY_BELOW:
+    if greedy:
         return int(best)
     with np.errstate(over="ignore", under="ignore"):
-        weights = np.exp((scores - scores[best]) / np.float32(sampling.temperature))
+        np.subtract(scores, top, out=scores)
+        np.divide(scores, np.float32(sampling.temperature), out=scores)
+        weights = np.exp(scores, out=scores)
     return _of_nucleus(weights, sampling.top_p, number)
 
 
-def _penalized(logits: Floats, seen: NDArray[np.int64], penalty: float) -> Floats:
+def _penalize(scores: Floats, seen: NDArray[np.int64], penalty: float) -> None:
     """Make the tokens of `seen` less likely (Keskar et al. 2019, section 4.1, with the sign taken into account)."""
-    if penalty == 1:
-        return logits
-    scores = logits[seen]
-    changed = logits.copy()
-    changed[seen] = np.where(scores > 0, scores / np.float32(penalty), scores * np.float32(penalty))
-    return changed
+    if penalty != 1:
+        of_seen = scores[seen]
+        scores[seen] = np.where(of_seen > 0, of_seen / np.float32(penalty), of_seen * np.float32(penalty))
 
 
 def _of_nucleus(weights: Floats, top_p: float, number: float) -> int:
@@ -128,11 +160,34 @@ def _of_nucleus(weights: Floats, top_p: float, number: float) -> int:
         ranked = _Ranked(weights)
         return ranked.index(ranked.at(number * ranked.mass, "right")[0])
     whole = float(weights.sum(dtype=np.float64))
-    tokens = np.flatnonzero(weights > np.float32((1 - top_p) * whole / (2 * len(weights))))
+    _room.fit(len(weights))
+    found = _of_few(weights, (top_p - ENOUGH) * whole, number)
+    if found is not None:
+        return found
+    least = np.float32((1 - top_p) * whole / (2 * len(weights)))
+    tokens = np.flatnonzero(np.greater(weights, least, out=_room.marks))
     ranked = _Ranked(weights[tokens])
     last, mass = ranked.at((top_p - ENOUGH) * whole, "left")
     drawn, _ = ranked.at(number * mass, "right")
     return int(tokens[ranked.index(min(drawn, last))])
+
+
+def _of_few(weights: Floats, wanted: float, number: float) -> int | None:
+    """See `_of_nucleus`; None where few tokens do not have the mass that is `wanted`."""
+    marks = np.greater(weights, LIKELY, out=_room.marks)
+    if np.count_nonzero(marks) > FEW:
+        return None
+    tokens = np.flatnonzero(marks)
+    likely = weights[tokens]
+    if likely.sum(dtype=np.float64) < wanted + ENOUGH:  # with room for sums in another order
+        return None
+    # Positive floats are ordered as their bits are; with the place below them no two keys are equal, and any sort is a stable one.
+    keys = (~likely.view(np.uint32)).astype(np.uint64) << np.uint64(32) | np.arange(len(likely), dtype=np.uint64)
+    order = np.sort(keys).astype(np.uint32)
+    sums = likely[order].cumsum(dtype=np.float64)
+    last = int(sums.searchsorted(wanted, "left"))
+    drawn = int(sums.searchsorted(number * sums[last], "right"))
+    return int(tokens[order[min(drawn, last)]])
 
 
 Rank = tuple[int, int]

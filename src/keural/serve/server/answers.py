@@ -6,12 +6,14 @@ answer, at most one context of tokens, and is taken at once.
 
 import asyncio
 import contextlib
+import itertools
+import queue
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from keural.serve.batching.requests import Chosen, End, Event, Request
-from keural.serve.batching.scheduler import Scheduler, Ticket
-from keural.serve.batching.slots import Slots
+from keural.serve.batching.runner import Deliver, Runner, Ticket
 
 
 class Answer:
@@ -36,6 +38,11 @@ class Answer:
         tokens, self._tokens = self._tokens, []
         return tokens, self.ended
 
+    async def wait(self, seconds: float) -> None:
+        """Wait for news, so long at most; they are left where they are."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._news.wait(), seconds)
+
     @property
     def end(self) -> End | None:
         """Why it ended; None while it goes on."""
@@ -43,20 +50,21 @@ class Answer:
 
 
 class Answers:
-    """The answers of a scheduler whose events come to the running loop."""
+    """The answers of a runner whose events come to the running loop."""
 
-    def __init__(self, slots: Slots, vocab_size: int, max_waiting: int, observe: Callable[[Ticket, Event], None]) -> None:
-        """`observe` hears of every event, in the loop."""
-        self.scheduler = Scheduler(slots, vocab_size, self._deliver, max_waiting)
+    def __init__(self, make: Callable[[Deliver], Runner], observe: Callable[[Ticket, Event], None]) -> None:
+        """`make` gives the runner, which hands events to what it is given; `observe` hears of every event, in the loop."""
+        self.scheduler = make(self._deliver)
         self._observe = observe
         self._open: dict[Ticket, Answer] = {}
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._post: queue.SimpleQueue[Sequence[tuple[Ticket, Event]] | None] = queue.SimpleQueue()
         self.last_news = time.monotonic()
         """When the network last did something, or was first asked again."""
 
     def start(self) -> None:
         """Start the network's thread; events come to the loop that runs now."""
-        self._loop = asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
+        threading.Thread(target=self._carry, args=(loop,), name="keural-post", daemon=True).start()
         self.scheduler.start()
 
     @property
@@ -82,14 +90,29 @@ class Answers:
                 if answer.ended is None:
                     self.scheduler.cancel(ticket)
 
+    def position(self, ticket: Ticket) -> int | None:
+        """Its place among those that wait, 1 for the next one; None for one that does not wait (any more)."""
+        if ticket.started is not None or ticket not in self._open:
+            return None
+        before = itertools.takewhile(lambda other: other is not ticket, self._open)
+        return 1 + sum(other.started is None and not other.cancelled for other in before)
+
     async def close(self, seconds: float) -> None:
         """Let answers go on for so long, cut the others off, and stop the network's thread."""
         await asyncio.to_thread(self.scheduler.close, seconds)
+        self._post.put(None)
 
     def _deliver(self, events: Sequence[tuple[Ticket, Event]]) -> None:
-        assert self._loop is not None
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is there to be told
-            self._loop.call_soon_threadsafe(self._hand_out, events)
+        """Called by the network's thread, which goes on with its next step at once: to wake the loop would be to wait for it,
+        as it takes Python's lock and writes to every client first. This queue wakes its reader without giving up the lock.
+        """
+        self._post.put(events)
+
+    def _carry(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Carry events to the loop, in a thread of its own."""
+        while (events := self._post.get()) is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is there to be told
+                loop.call_soon_threadsafe(self._hand_out, events)
 
     def _hand_out(self, events: Sequence[tuple[Ticket, Event]]) -> None:
         self.last_news = time.monotonic()

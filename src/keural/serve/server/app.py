@@ -3,6 +3,7 @@
 In: a service. Out: an ASGI application with its own description (`/openapi.json`).
 """
 
+import re
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
@@ -17,13 +18,15 @@ import keural
 from keural.parsing import Malformed, parse_json
 from keural.serve.server.chat import ChatRequest, answer_chat
 from keural.serve.server.completions import CompletionRequest, answer_completion
-from keural.serve.server.errors import ApiError, json_response, of_status
+from keural.serve.server.description import describe
+from keural.serve.server.errors import ApiError, json_response, of_status, to_json
 from keural.serve.server.fields import refusal
 from keural.serve.server.gate import Gate
 from keural.serve.server.messages import CountRequest, MessagesRequest, answer_messages, count_tokens
 from keural.serve.server.page import File, read_page
 from keural.serve.server.responses import ResponsesRequest, answer_responses
 from keural.serve.server.service import Service
+from keural.serve.server.settings import Limits
 from keural.serve.server.tokens import (
     DetokenizeRequest,
     RenderRequest,
@@ -33,19 +36,22 @@ from keural.serve.server.tokens import (
     tokenize,
 )
 
+_PERHAPS_NO_JSON = re.compile(rb"NaN|Infinity|[eE]\+?[0-9]{3}|[0-9]{309}|\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
+"""What Python reads as JSON although nothing may stand in JSON that it becomes; where this is not found, there is none."""
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def make_app(service: Service) -> ASGIApp:
     """The guarded application."""
     app = FastAPI(title="keural", version=keural.__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.router.route_class = _route_class(service.limits.depth)
+    app.router.route_class = _route_class(service.limits)
     _add_errors(app)
     _add_state(app, service)
     _add_models(app, service)
     _add_generation(app, service)
     _add_tokens(app, service)
     _add_page(app)
+    describe(app, service)
     return Gate(app, service)
 
 
@@ -85,7 +91,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
     @app.post("/detokenize")
     async def detokenize_ids(fields: Annotated[DetokenizeRequest, Body()]) -> Response:
         """The text of ids."""
-        return json_response(detokenize(service, fields))
+        return json_response(await detokenize(service, fields))
 
     @app.post("/v1/chat/completions/render")
     async def render_chat_completion(fields: Annotated[RenderRequest, Body()]) -> Response:
@@ -173,15 +179,23 @@ def _add_errors(app: FastAPI) -> None:
         return refusal(found).response(path)
 
 
-def _route_class(depth: int) -> type[APIRoute]:
+def _route_class(limits: Limits) -> type[APIRoute]:
     """Routes whose JSON has limits."""
 
     class LimitedRequest(Request):
         async def json(self) -> Any:
+            body = await self.body()
             try:
-                return parse_json(await self.body(), depth=depth)
+                value = parse_json(body, depth=limits.depth, parts=limits.parts)
+                if _PERHAPS_NO_JSON.search(body):
+                    to_json(value)
             except Malformed as error:
                 raise ApiError(400, f"the body is not JSON that can be read: {error}", code="invalid_json") from error
+            except UnicodeEncodeError as error:
+                raise ApiError(400, "the body is not JSON that can be read: half a surrogate pair", code="invalid_json") from error
+            except ValueError as error:
+                raise ApiError(400, "the body is not JSON that can be read: not a finite number", code="invalid_json") from error
+            return value
 
     class LimitedRoute(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:

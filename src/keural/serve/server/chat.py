@@ -3,22 +3,31 @@
 In: messages and settings. Out: one object, or chunks of it. The prompt is made of ids: whatever a message spells stays text.
 """
 
-import time
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
-from keural.serve.batching.requests import Chosen
+from keural.serve.server.chat_writer import ChatWriter
 from keural.serve.server.errors import ApiError
 from keural.serve.server.fields import MOST_LOGPROBS, PREFIX, Accepted, Count, Fields, Generation, only
 from keural.serve.server.generation import form_of, requests_of, sampling_of
-from keural.serve.server.replies import Choice, Part, Reply, Usage, event
+from keural.serve.server.replies import Reply
 from keural.serve.server.service import Service
-from keural.tokenizer import KeuralTokenizer, Message, render_prompt
+from keural.serve.server.tools.definitions import (
+    MOST_TOOLS,
+    ChatTool,
+    ChatToolChoice,
+    Tool,
+    chat_choice,
+    form_beside_calls,
+    tool_use,
+)
+from keural.serve.server.tools.history import CallId, ChatCall, Result, Turn, messages_of
+from keural.tokenizer import Message, render_prompt
 
-NO_TOOLS = "calls of tools are not supported here"
+OLD_TOOLS = "functions are given as `tools` and called by `tool_calls`"
 NO_MEDIA = "this model reads and writes text alone"
 
 
@@ -53,27 +62,68 @@ class Answered(Fields):
     """A turn of the assistant; what our own answers have beside the text may be sent back as it came."""
 
     role: Literal["assistant"]
-    content: Content
+    content: Content | None = Field(None, description="Only with `tool_calls` may it be left out.")
     name: only(why="the model knows roles, not names")  # type: ignore[valid-type]
     refusal: only(why="a refusal is said in `content`")  # type: ignore[valid-type]
     annotations: only([], why=NO_MEDIA)  # type: ignore[valid-type]
     audio: only(why=NO_MEDIA)  # type: ignore[valid-type]
-    tool_calls: only([], why=NO_TOOLS)  # type: ignore[valid-type]
-    function_call: only(why=NO_TOOLS)  # type: ignore[valid-type]
+    tool_calls: Annotated[list[ChatCall], Field(max_length=MOST_TOOLS)] | None = None
+    function_call: only(why=OLD_TOOLS)  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "Answered":
+        if self.content is None and not self.tool_calls:
+            raise PydanticCustomError("nothing_said", "give `content`, or `tool_calls`")
+        return self
+
+
+class Returned(Fields):
+    """What came of a call."""
+
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: CallId
+
+
+ROLES = {"assistant": "answered", "tool": "returned"}
 
 
 def _speaker(value: Any) -> str:
     role = value.get("role") if isinstance(value, dict) else None
-    return f"{PREFIX}answered" if role == "assistant" else f"{PREFIX}said"
+    return f"{PREFIX}{ROLES.get(role, 'said') if isinstance(role, str) else 'said'}"
 
 
-Turn = Annotated[Annotated[Said, Tag(f"{PREFIX}said")] | Annotated[Answered, Tag(f"{PREFIX}answered")], Discriminator(_speaker)]
+ChatTurn = Annotated[
+    Annotated[Said, Tag(f"{PREFIX}said")]
+    | Annotated[Answered, Tag(f"{PREFIX}answered")]
+    | Annotated[Returned, Tag(f"{PREFIX}returned")],
+    Discriminator(_speaker),
+]
 
 
 class Conversation(Fields):
     """What a prompt is made of."""
 
-    messages: Annotated[list[Turn], Field(min_length=1)]
+    messages: Annotated[list[ChatTurn], Field(min_length=1)]
+    tools: list[ChatTool] | None = Field(None, description=f"Functions that may be called, at most {MOST_TOOLS}.")
+
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools in no API's shape."""
+        return [tool.function.tool for tool in self.tools or ()]
+
+    def read(self) -> list[Message]:
+        """The messages as the renderer takes them. Raises `ApiError`."""
+        return messages_of([_turn(turn) for turn in self.messages], "messages")
+
+
+def _turn(turn: Said | Answered | Returned) -> Turn | Result:
+    text = joined(turn.content)
+    if isinstance(turn, Returned):
+        return Result(turn.tool_call_id, text)
+    if isinstance(turn, Answered):
+        return Turn("assistant", text, tuple(call.call for call in turn.tool_calls or ()))
+    return Turn("system" if turn.role == "developer" else turn.role, text)
 
 
 class PlainText(Fields):
@@ -140,11 +190,10 @@ class ChatRequest(Generation, Conversation):
     modalities: only(["text"], why=NO_MEDIA)  # type: ignore[valid-type]
     audio: only(why=NO_MEDIA)  # type: ignore[valid-type]
     response_format: Format | None = Field(None, description="What the answer must be.")
-    tools: only([], why=NO_TOOLS)  # type: ignore[valid-type]
-    tool_choice: only("none", "auto", why=NO_TOOLS)  # type: ignore[valid-type]
-    parallel_tool_calls: only(True, False, why=NO_TOOLS)  # type: ignore[valid-type]
-    functions: only([], why=NO_TOOLS)  # type: ignore[valid-type]
-    function_call: only("none", "auto", why=NO_TOOLS)  # type: ignore[valid-type]
+    tool_choice: ChatToolChoice | None = Field(None, description="Whether a tool must be called, and which.")
+    parallel_tool_calls: bool | None = Field(None, description="Whether there may be several calls in an answer.")
+    functions: only([], why=OLD_TOOLS)  # type: ignore[valid-type]
+    function_call: only("none", "auto", why=OLD_TOOLS)  # type: ignore[valid-type]
     prediction: only(why="the answer is not predicted")  # type: ignore[valid-type]
     moderation: only(why="nothing is moderated")  # type: ignore[valid-type]
     reasoning_effort: only("none", why="the model does not reason before it answers")  # type: ignore[valid-type]
@@ -152,22 +201,18 @@ class ChatRequest(Generation, Conversation):
     web_search_options: only(why="nothing is searched")  # type: ignore[valid-type]
 
 
-async def prompt_of(service: Service, turns: Sequence[Said | Answered]) -> list[int]:
+async def prompt_of(service: Service, messages: list[Message], tools: Sequence[Tool] = ()) -> list[int]:
     """The ids of a conversation, with the model's own system message where it begins with none. Raises `ApiError`."""
-    return await prompt_of_messages(
-        service, [Message("system" if turn.role == "developer" else turn.role, _text(turn.content)) for turn in turns]
-    )
-
-
-async def prompt_of_messages(service: Service, messages: list[Message]) -> list[int]:
-    """See `prompt_of`."""
     if service.system and messages[0].role != "system":
         messages = [Message("system", service.system), *messages]
-    return await service.read(render_prompt, service.tokenizer, messages)
+    return await service.read(render_prompt, service.tokenizer, messages, [tool.definition for tool in tools])
 
 
-def _text(content: str | Sequence[TextPart]) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content)
+def joined(content: str | list[Any] | None) -> str:
+    """The text of a content: its parts a line each, as in training and in the chat template."""
+    if isinstance(content, str):
+        return content
+    return "\n".join(part.text for part in content or [])
 
 
 async def answer_chat(service: Service, fields: ChatRequest, headers: Mapping[str, str]) -> Reply:
@@ -175,100 +220,15 @@ async def answer_chat(service: Service, fields: ChatRequest, headers: Mapping[st
     service.check_model(fields.model)
     if fields.top_logprobs is not None and not fields.logprobs:
         raise ApiError(400, "`top_logprobs` is only for `logprobs: true`", "top_logprobs", "invalid_value")
+    use = tool_use(service, fields.offered, chat_choice(fields.tool_choice, fields.parallel_tool_calls))
     sampling = sampling_of(service, fields, fields.max_completion_tokens or fields.max_tokens)
-    prompt = await prompt_of(service, fields.messages)
+    prompt = await prompt_of(service, fields.read(), use.tools)
     service.check_room(prompt, "messages")
     form = await form_of(service, fields, schema_of(fields.response_format), "response_format")
+    form = await form_beside_calls(service, use, form)
     top = (fields.top_logprobs or 0) if fields.logprobs else None
     requests = requests_of(service, fields, [prompt], sampling, top, headers, form)
     options = fields.stream_options
-    writer = ChatWriter(service, bool(fields.logprobs), options is not None and bool(options.include_usage), len(requests))
-    return Reply(service, requests, len(requests), fields.stop or (), writer, bool(fields.stream))
-
-
-class ChatWriter:
-    """Writes chat completions."""
-
-    def __init__(self, service: Service, logprobs: bool, with_usage: bool, n: int) -> None:
-        self._tokenizer, self._logprobs, self._with_usage, self._n = service.tokenizer, logprobs, with_usage, n
-        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
-
-    def begin(self, _: Usage) -> list[bytes]:
-        """One chunk for each choice, with its role."""
-        return [self._chunk(index, {"role": "assistant", "content": ""}) for index in range(self._n)]
-
-    def part(self, part: Part) -> list[bytes]:
-        """A chunk with text; the last of a choice says why it ended, and has no text."""
-        chunks = []
-        if part.piece:
-            logprobs = {"logprobs": self._of_tokens(part.piece.tokens)} if self._logprobs else {}
-            chunks.append(self._chunk(part.index, {"content": part.piece.text}, logprobs))
-        if part.finish is not None:
-            chunks.append(self._chunk(part.index, {}, {"finish_reason": part.finish}))
-        return chunks
-
-    def end(self, _: Sequence[Choice], usage: Usage) -> list[bytes]:
-        """The usage, where it was asked for, and the mark of the end."""
-        last = [event({**self._head, "object": CHUNK, "choices": [], "usage": usage_of(usage)})] if self._with_usage else []
-        return [*last, DONE]
-
-    def failure(self, error: ApiError) -> list[bytes]:
-        """The error as an event."""
-        return [event(error.body())]
-
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
-        """The completion."""
-        found = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
-                "logprobs": self._of_tokens(choice.tokens) if self._logprobs else None,
-                "finish_reason": choice.finish,
-            }
-            for index, choice in enumerate(choices)
-        ]
-        return {**self._head, "object": "chat.completion", "choices": found, "usage": usage_of(usage)}
-
-    def _chunk(self, index: int, delta: dict[str, Any], more: Mapping[str, Any] = {}) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
-        usage = {"usage": None} if self._with_usage else {}
-        return event({**self._head, "object": CHUNK, "choices": [choice], **usage})
-
-    def _of_tokens(self, tokens: Sequence[Chosen]) -> dict[str, Any]:
-        return {"content": named_logprobs(self._tokenizer, tokens), "refusal": None}
-
-
-CHUNK = "chat.completion.chunk"
-DONE = b"data: [DONE]\n\n"
-
-
-def named_logprobs(tokenizer: KeuralTokenizer, tokens: Sequence[Chosen]) -> list[dict[str, Any]]:
-    """Tokens with their log-probabilities and those of others."""
-    return [
-        {
-            **_named(tokenizer, token.id, token.logprob),
-            "top_logprobs": [_named(tokenizer, other, logprob) for other, logprob in token.top],
-        }
-        for token in tokens
-    ]
-
-
-def _named(tokenizer: KeuralTokenizer, token: int, logprob: float | None) -> dict[str, Any]:
-    """A token with the bytes it stands for, which may be a part of a character only."""
-    data = tokenizer.token_bytes(token)
-    return {"token": data.decode(errors="replace"), "logprob": finite(logprob), "bytes": list(data)}
-
-
-def finite(logprob: float | None) -> float:
-    """A log-probability as JSON can hold it: that of a token which cannot come is -9999, as the API has it."""
-    return max(-9999.0, logprob if logprob is not None else -9999.0)
-
-
-def usage_of(usage: Usage) -> dict[str, Any]:
-    """The tokens of a reply as the API has them."""
-    return {
-        "prompt_tokens": usage.prompt,
-        "completion_tokens": usage.answer,
-        "total_tokens": usage.prompt + usage.answer,
-        "prompt_tokens_details": {"cached_tokens": usage.cached},
-    }
+    with_usage = options is not None and bool(options.include_usage)
+    writer = ChatWriter(service, bool(fields.logprobs), with_usage, len(requests), use.may_call)
+    return Reply(service, requests, len(requests), fields.stop or (), writer, bool(fields.stream), use.may_call)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Field, Tag
 
 from keural.serve.batching.requests import Chosen
-from keural.serve.server.chat import DONE, finite, usage_of
+from keural.serve.server.chat_writer import DONE, finite, usage_of
 from keural.serve.server.errors import ApiError
 from keural.serve.server.fields import MOST_ANSWERS, MOST_LOGPROBS, PREFIX, Generation, only
 from keural.serve.server.generation import form_of, requests_of, sampling_of

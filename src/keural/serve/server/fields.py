@@ -8,8 +8,17 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
 
 from keural.errors import quoted
 from keural.limits import LARGEST_ANSWER, LARGEST_PENALTY, LARGEST_SEED, LARGEST_TEMPERATURE, SMALLEST_PENALTY
@@ -24,10 +33,29 @@ LONGEST_REGEX, LONGEST_SCHEMA = 4096, 64 * 1024
 MOST_CHOICES = 256
 
 
+def _fail_fast(schema: Any) -> None:
+    waiting = [schema]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            if part.get("type") == "list":
+                part["fail_fast"] = True
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part
+
+
 class Fields(BaseModel):
     """A JSON object all of whose keys are known, with values of the types that are written here."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """As the library has it, but lists are looked at up to their first wrong item: a body may hold half a million of them."""
+        schema = handler(source)
+        _fail_fast(schema)
+        return schema
 
 
 Accepted = Annotated[Any, Field(default=None, description="Accepted: it cannot change an answer, and nothing is kept.")]

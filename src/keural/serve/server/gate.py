@@ -4,6 +4,7 @@ In: an ASGI application. Out: the same, guarded. It is the outermost layer: what
 """
 
 import asyncio
+import contextlib
 import logging
 import re
 import time
@@ -25,6 +26,7 @@ SILENT = {"/health", "/ready"}
 OPEN = SILENT | set(ADDRESSES)
 """Addresses that need no key: they say yes or no, or are files of this package. The page asks for a key itself."""
 BODIES = {413: "body_too_large", 408: "too_slow"}
+HOST = re.compile(r"(\[[^\[\]]*\]|[^\[\]:]*)(?::[0-9]*)?")
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 log = logging.getLogger("keural.serve")
@@ -71,6 +73,10 @@ class Gate:
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> ApiError | None:
         """Why a request is not even looked at."""
         service = self._service
+        if service.connections() > service.limits.connections and scope["path"] not in SILENT:
+            service.metrics.rejected("connections")
+            return ApiError(503, f"more than {service.limits.connections:,} connections are open", code="too_many_connections",
+                            headers={"Retry-After": "5", "Connection": "close"})  # fmt: skip
         host = headers.get(b"host", b"").decode("latin-1")
         if service.hosts is not None and _host_name(host) not in service.hosts:
             service.metrics.rejected("host")
@@ -96,7 +102,8 @@ class Gate:
         if entry.get("status") in BODIES:
             self._service.metrics.rejected(BODIES[entry["status"]])
         if entry["route"] not in SILENT or entry.get("status") != 200:
-            self._service.log({"event": "request", **entry})
+            with contextlib.suppress(OSError):  # a disk that is full: the answer was sent, and the next one will be
+                self._service.log({"event": "request", **entry})
 
 
 class _Body:
@@ -170,6 +177,6 @@ def _request_id(headers: dict[bytes, bytes]) -> str:
 
 
 def _host_name(host: str) -> str:
-    """A host without its port."""
-    name = host.rpartition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
-    return name.lower()
+    """A host without its port; nothing where that is not what it is."""
+    found = HOST.fullmatch(host)
+    return found[1].lower() if found else ""

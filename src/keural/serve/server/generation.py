@@ -55,7 +55,7 @@ def requests_of(
         raise ApiError(400, f"`logit_bias`: token ids go up to {service.tokenizer.vocab_size - 1}", "logit_bias", "invalid_value")
     if fields.stream_options is not None and not fields.stream:
         raise ApiError(400, "`stream_options` is only for `stream: true`", "stream_options", "invalid_value")
-    return [
+    requests = [
         Request(
             prompt_ids=prompt,
             sampling=sampling if sampling.seed is None else replace(sampling, seed=(sampling.seed + choice) % (LARGEST_SEED + 1)),
@@ -68,6 +68,10 @@ def requests_of(
         for prompt in prompts
         for choice in range(n)
     ]
+    unhonoured = service.answers.scheduler.unhonoured(requests[0])
+    if unhonoured is not None:
+        raise ApiError(400, f"`{unhonoured.param}`: {unhonoured.why}", unhonoured.param, "unsupported_parameter")
+    return requests
 
 
 async def form_of(service: Service, fields: Generation, schema: Mapping[str, Any] | None = None, param: str = "") -> Form | None:
@@ -80,11 +84,15 @@ async def form_of(service: Service, fields: Generation, schema: Mapping[str, Any
     if schema is not None:
         if len(to_json(schema)) > LONGEST_SCHEMA:
             raise ApiError(400, f"`{param}`: a schema may have {LONGEST_SCHEMA:,} bytes", param, "invalid_value")
-        return await service.read(service.grammars.json, schema, param=param)
+        form = await service.read(service.grammars.json, schema, param=param)
+        form.asked = {"json": schema}
+        return form
     if asked is None:
         return None
     pattern = asked.regex or "|".join(_LITERAL.sub(r"\\\g<0>", choice) for choice in asked.choice or ())
-    return await service.read(service.grammars.regex, pattern, param=param)
+    form = await service.read(service.grammars.regex, pattern, param=param)
+    form.asked = {"regex": pattern} | ({"choice": asked.choice} if asked.choice else {})
+    return form
 
 
 _LITERAL = re.compile(r"[\\.+*?()|\[\]{}^$#&~-]")

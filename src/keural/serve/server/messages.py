@@ -3,21 +3,28 @@
 In: messages and settings. Out: one message, or the events of one. Prompts are made of ids, as everywhere.
 """
 
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from keural.serve.server.chat import NO_TOOLS, prompt_of_messages
-from keural.serve.server.errors import ApiError, of_messages
+from keural.serve.server.chat import joined, prompt_of
+from keural.serve.server.errors import ApiError
 from keural.serve.server.fields import PREFIX, Accepted, Count, Fields, Settings, Stop, only
 from keural.serve.server.generation import form_of, requests_of, sampling_of, settings_of
-from keural.serve.server.replies import Choice, Part, Reply, Usage, event
+from keural.serve.server.messages_writer import MessagesWriter
+from keural.serve.server.replies import Reply
 from keural.serve.server.service import Service
-from keural.tokenizer import Message
-
-STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
+from keural.serve.server.tools.definitions import (
+    MOST_TOOLS,
+    MessagesTool,
+    MessagesToolChoice,
+    ToolUse,
+    form_beside_calls,
+    messages_choice,
+    tool_use,
+)
+from keural.serve.server.tools.history import FAILED, CallId, Result, ToolUseBlock, Turn, messages_of
 
 
 class TextBlock(Fields):
@@ -29,19 +36,57 @@ class TextBlock(Fields):
     citations: only([], why="there is nothing to cite")  # type: ignore[valid-type]
 
 
+class ToolResultBlock(Fields):
+    """What came of a call."""
+
+    type: Literal["tool_result"]
+    tool_use_id: CallId
+    content: "Content | None" = None
+    is_error: bool | None = Field(None, description=f"The model reads `{FAILED.strip()}` before the result of a call that failed.")
+    cache_control: Accepted
+
+
 def _form(value: Any) -> str:
     return f"{PREFIX}blocks" if isinstance(value, list) else f"{PREFIX}text"
 
 
-Blocks = Annotated[list[TextBlock], Field(min_length=1)]
-Content = Annotated[Annotated[str, Tag(f"{PREFIX}text")] | Annotated[Blocks, Tag(f"{PREFIX}blocks")], Discriminator(_form)]
+def _block(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else None
+    return f"{PREFIX}{kind if kind in ('tool_use', 'tool_result') else 'text'}"
+
+
+Text = Annotated[str, Tag(f"{PREFIX}text")]
+TextTag = Annotated[TextBlock, Tag(f"{PREFIX}text")]
+Content = Annotated[Text | Annotated[list[TextBlock], Field(min_length=1), Tag(f"{PREFIX}blocks")], Discriminator(_form)]
+UserBlock = Annotated[TextTag | Annotated[ToolResultBlock, Tag(f"{PREFIX}tool_result")], Discriminator(_block)]
+AssistantBlock = Annotated[TextTag | Annotated[ToolUseBlock, Tag(f"{PREFIX}tool_use")], Discriminator(_block)]
+UserContent = Annotated[Text | Annotated[list[UserBlock], Field(min_length=1), Tag(f"{PREFIX}blocks")], Discriminator(_form)]
+AssistantContent = Annotated[
+    Text | Annotated[list[AssistantBlock], Field(min_length=1), Tag(f"{PREFIX}blocks")], Discriminator(_form)
+]
+
+
+class Asked(Fields):
+    """What the user says, after the results of calls, where there are any."""
+
+    role: Literal["user"]
+    content: UserContent
 
 
 class Spoken(Fields):
-    """A message."""
+    """What the assistant says, before its calls, where it makes any."""
 
-    role: Literal["user", "assistant"]
-    content: Content
+    role: Literal["assistant"]
+    content: AssistantContent
+
+
+def _speaker(value: Any) -> str:
+    return f"{PREFIX}{'assistant' if isinstance(value, dict) and value.get('role') == 'assistant' else 'user'}"
+
+
+MessagesTurn = Annotated[
+    Annotated[Asked, Tag(f"{PREFIX}user")] | Annotated[Spoken, Tag(f"{PREFIX}assistant")], Discriminator(_speaker)
+]
 
 
 class SchemaFormat(Fields):
@@ -62,13 +107,13 @@ class CountRequest(Fields):
     """The fields that a prompt is made of."""
 
     model: str | None = None
-    messages: Annotated[list[Spoken], Field(min_length=1)]
+    messages: Annotated[list[MessagesTurn], Field(min_length=1)]
     system: Content | None = None
     output_config: OutputConfig | None = None
     cache_control: Accepted
     thinking: only({"type": "disabled"}, why="the model does not reason before it answers")  # type: ignore[valid-type]
-    tools: only([], why=NO_TOOLS)  # type: ignore[valid-type]
-    tool_choice: only({"type": "none"}, {"type": "auto"}, why=NO_TOOLS)  # type: ignore[valid-type]
+    tools: list[MessagesTool] | None = Field(None, description=f"Functions that may be called, at most {MOST_TOOLS}.")
+    tool_choice: MessagesToolChoice | None = Field(None, description="Whether a tool must be called, and which.")
     speed: only("standard", why="there is one speed")  # type: ignore[valid-type]
     user_profile_id: only(why="the server knows no users")  # type: ignore[valid-type]
     workspace_id: only(why="the server knows no workspaces")  # type: ignore[valid-type]
@@ -83,99 +128,67 @@ class MessagesRequest(Settings, CountRequest):
     metadata: Accepted
     top_k: only(why="there is no limit by number, only `top_p`")  # type: ignore[valid-type]
     service_tier: only("auto", "standard_only", why="there is one tier")  # type: ignore[valid-type]
-    container: only(why=NO_TOOLS)  # type: ignore[valid-type]
+    container: only(why="the server runs no tools itself")  # type: ignore[valid-type]
     diagnostics: only(why="there are none")  # type: ignore[valid-type]
     inference_geo: only(why="the server does not choose where it runs")  # type: ignore[valid-type]
 
 
 async def answer_messages(service: Service, fields: MessagesRequest, headers: Mapping[str, str]) -> Reply:
     """The reply to a request. Raises `ApiError` for one that cannot be answered as it is asked."""
-    prompt = await _prompt(service, fields)
+    use = _use(service, fields)
+    prompt = await _prompt(service, fields, use)
+    service.check_room(prompt, "messages")
     schema = fields.output_config.format.schema_ if fields.output_config and fields.output_config.format else None
     given = settings_of(fields)
-    form = await form_of(service, given, schema, "output_config")
+    form = await form_beside_calls(service, use, await form_of(service, given, schema, "output_config"))
     requests = requests_of(service, given, [prompt], sampling_of(service, given, fields.max_tokens), None, headers, form)
-    return Reply(service, requests, 1, fields.stop_sequences or (), MessagesWriter(service), bool(fields.stream))
+    writer = MessagesWriter(service, use.may_call)
+    return Reply(service, requests, 1, fields.stop_sequences or (), writer, bool(fields.stream), use.may_call)
 
 
 async def count_tokens(service: Service, fields: CountRequest) -> dict[str, int]:
     """How many tokens a prompt has. Raises `ApiError` where it cannot be one."""
-    return {"input_tokens": len(await _prompt(service, fields, whole=False))}
+    return {"input_tokens": len(await _prompt(service, fields, _use(service, fields)))}
 
 
-async def _prompt(service: Service, fields: CountRequest, whole: bool = True) -> list[int]:
+def _use(service: Service, fields: CountRequest) -> ToolUse:
+    return tool_use(service, [tool.tool for tool in fields.tools or ()], messages_choice(fields.tool_choice))
+
+
+async def _prompt(service: Service, fields: CountRequest, use: ToolUse) -> list[int]:
     service.check_model(fields.model)
     if fields.messages[-1].role != "user":
         raise ApiError(400, "`messages`: the last one must be the user's: answers are not continued", "messages", "invalid_value")
-    head = [Message("system", _text(fields.system))] if fields.system else []
-    prompt = await prompt_of_messages(service, [*head, *(Message(said.role, _text(said.content)) for said in fields.messages)])
-    if whole:
-        service.check_room(prompt, "messages")
-    return prompt
+    items: list[Turn | Result] = [Turn("system", joined(fields.system))] if fields.system else []
+    for place, said in enumerate(fields.messages):
+        items += _of_assistant(said, place) if isinstance(said, Spoken) else _of_user(said, place)
+    return await prompt_of(service, messages_of(items, "messages"), use.tools)
 
 
-def _text(content: str | Sequence[TextBlock]) -> str:
-    return content if isinstance(content, str) else "".join(block.text for block in content)
+def _of_assistant(said: Spoken, place: int) -> list[Turn | Result]:
+    """A turn of the assistant. Raises `ApiError` for text after a call: the model reads and writes it before."""
+    blocks = said.content
+    if isinstance(blocks, str):
+        return [Turn("assistant", blocks)]
+    texts = [block for block in blocks if isinstance(block, TextBlock)]
+    if any(isinstance(block, ToolUseBlock) for block in blocks[: len(texts)]):
+        raise _order(place, "text stands before `tool_use`")
+    return [Turn("assistant", joined(texts), tuple(block.call for block in blocks if isinstance(block, ToolUseBlock)))]
 
 
-class MessagesWriter:
-    """Writes messages."""
-
-    def __init__(self, service: Service) -> None:
-        self._head = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": service.name}
-
-    def begin(self, usage: Usage) -> list[bytes]:
-        """The message, still empty."""
-        message: dict[str, Any] = {
-            **self._head,
-            "content": [],
-            "stop_reason": None,
-            "stop_sequence": None,
-            "usage": _usage(usage._replace(answer=0)),
-        }
-        return [
-            _event("message_start", message=message),
-            _event("content_block_start", index=0, content_block={"type": "text", "text": ""}),
-        ]
-
-    def part(self, part: Part) -> list[bytes]:
-        """More of its text."""
-        delta = {"type": "text_delta", "text": part.piece.text}
-        return [_event("content_block_delta", index=0, delta=delta)] if part.piece.text else []
-
-    def end(self, choices: Sequence[Choice], usage: Usage) -> list[bytes]:
-        """Why it ended."""
-        return [
-            _event("content_block_stop", index=0),
-            _event("message_delta", delta=_ending(choices[0]), usage={"output_tokens": usage.answer}),
-            _event("message_stop"),
-        ]
-
-    def failure(self, error: ApiError) -> list[bytes]:
-        """The error as an event."""
-        return [event(of_messages(error), "error")]
-
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
-        """The message."""
-        content = [{"type": "text", "text": choices[0].text}]
-        return {**self._head, "content": content, **_ending(choices[0]), "usage": _usage(usage)}
+def _of_user(said: Asked, place: int) -> list[Turn | Result]:
+    """Results of calls, and what the user says. Raises `ApiError` for text before a result."""
+    blocks = said.content
+    if isinstance(blocks, str):
+        return [Turn("user", blocks)]
+    results = [block for block in blocks if isinstance(block, ToolResultBlock)]
+    if any(isinstance(block, TextBlock) for block in blocks[: len(results)]):
+        raise _order(place, "text stands after `tool_result`")
+    texts = blocks[len(results) :]
+    returned = [Result(block.tool_use_id, f"{FAILED if block.is_error else ''}{joined(block.content)}") for block in results]
+    return [*returned, *([Turn("user", joined(texts))] if texts else [])]
 
 
-def _event(kind: str, **fields: Any) -> bytes:
-    return event({"type": kind, **fields}, kind)
-
-
-def _ending(choice: Choice) -> dict[str, Any]:
-    stopped_by = choice.pieces.stopped_by
-    reason = "stop_sequence" if stopped_by is not None else STOP_REASONS[choice.finish or "stop"]
-    return {"stop_reason": reason, "stop_sequence": stopped_by}
-
-
-def _usage(usage: Usage) -> dict[str, Any]:
-    """Tokens as this API counts them: those that were read before stand apart."""
-    return {
-        "input_tokens": usage.prompt - usage.cached,
-        "cache_read_input_tokens": usage.cached,
-        "cache_creation_input_tokens": 0,
-        "output_tokens": usage.answer,
-    }
+def _order(place: int, rule: str) -> ApiError:
+    param = f"messages[{place}].content"
+    return ApiError(400, f"`{param}`: {rule}", param, "invalid_value")

@@ -12,12 +12,18 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import generate_latest
 
 from keural.serve.batching.requests import Event
-from keural.serve.batching.scheduler import Scheduler, Ticket
+from keural.serve.batching.runner import Runner, Ticket
+from keural.serve.batching.scheduler import Scheduler
+from keural.serve.upstream.runner import Upstreams
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
-REASONS = ("queue_full", "draining", "key", "host", "body_too_large", "header_too_large", "too_slow")
+REASONS = ("queue_full", "draining", "key", "host", "body_too_large", "header_too_large", "too_slow", "connections")
 """Why a request was not even looked at."""
+FINISHED = {
+    "stop": "stop", "length": "length", "context": "length", "cancelled": "abort", "deadline": "deadline", "error": "error",
+}  # fmt: skip
+"""How an answer ended, in the words of vLLM's counter, which has no deadline."""
 
 
 class Metrics:
@@ -38,8 +44,11 @@ class Metrics:
         self._queued = histogram("request_queue_time_seconds", "In the queue.")
         self._prefill = histogram("request_prefill_time_seconds", "From the queue to the first token.")
         self._decode = histogram("request_decode_time_seconds", "From the first token to the end.")
+        self._inference = histogram("request_inference_time_seconds", "From the queue to the end.")
+        self._each = histogram("request_time_per_output_token_seconds", "From token to token, the mean of an answer.")
         self._prompt = histogram("request_prompt_tokens", "Tokens of a prompt.", TOKENS)
         self._answer = histogram("request_generation_tokens", "Tokens of an answer.", TOKENS)
+        self._asked = histogram("request_params_max_tokens", "Most tokens that an answer could have.", TOKENS)
         self._gone = Counter(f"{prefix}:http_requests_client_disconnected", "Requests whose client left before the end.", **names)
         self._rejected = Counter(
             f"{prefix}:requests_rejected", "Requests that were turned away.", ["model_name", "reason"], registry=self.registry
@@ -50,9 +59,9 @@ class Metrics:
             self._rejected.labels(model, reason)
         self._last: dict[Ticket, float] = {}
 
-    def watch(self, scheduler: Scheduler) -> None:
-        """Show a scheduler's counters, too."""
-        self.registry.register(_Counters(self._prefix, self._model, scheduler))
+    def watch(self, runner: Runner) -> None:
+        """Show a runner's counters, too."""
+        self.registry.register(_Counters(self._prefix, self._model, runner))
 
     def observe(self, ticket: Ticket, event: Event) -> None:
         """Time an event of a request."""
@@ -69,9 +78,14 @@ class Metrics:
             self._queued.observe((ticket.started or now) - ticket.submitted)
             self._prompt.observe(len(ticket.request.prompt_ids))
             self._answer.observe(len(ticket.answer))
+            self._asked.observe(ticket.request.sampling.max_new_tokens)
+            if ticket.started is not None:
+                self._inference.observe(now - ticket.started)
             if ticket.first_token is not None:
                 self._prefill.observe(ticket.first_token - (ticket.started or ticket.submitted))
                 self._decode.observe(now - ticket.first_token)
+                if len(ticket.answer) > 1:
+                    self._each.observe((now - ticket.first_token) / (len(ticket.answer) - 1))
 
     def client_left(self) -> None:
         """Count a client that did not wait for the end."""
@@ -91,10 +105,10 @@ class Metrics:
 
 
 class _Counters:
-    """A scheduler's counters at the moment when they are asked for."""
+    """A runner's counters at the moment when they are asked for. What it does not know of itself is absent, not 0."""
 
-    def __init__(self, prefix: str, model: str, scheduler: Scheduler) -> None:
-        self._prefix, self._model, self._scheduler = prefix, model, scheduler
+    def __init__(self, prefix: str, model: str, runner: Runner) -> None:
+        self._prefix, self._model, self._runner = prefix, model, runner
 
     def describe(self) -> list[Metric]:
         """Nothing: names are known when the counters are asked for."""
@@ -102,28 +116,60 @@ class _Counters:
 
     def collect(self) -> Iterator[Metric]:
         """Every counter."""
-        stats, slots = self._scheduler.stats, self._scheduler.slots
-        capacity = slots.count * slots.context_length
-        yield self._gauge("num_requests_running", "Answers under way.", self._scheduler.running)
-        yield self._gauge("num_requests_waiting", "Answers in the queue.", self._scheduler.waiting)
-        yield self._gauge(
-            "kv_cache_usage_perc", "Part of the slots' room that is held, from 0 to 1.", self._scheduler.held_tokens / capacity
-        )
+        stats = self._runner.stats
+        yield self._gauge("num_requests_running", "Answers under way.", self._runner.running)
+        yield self._gauge("num_requests_waiting", "Answers in the queue.", self._runner.waiting)
         yield self._counter("prompt_tokens", "Tokens of prompts.", stats.prompt_tokens)
         yield self._counter("generation_tokens", "Tokens of answers.", stats.answer_tokens)
-        yield self._counter("prefix_cache_queries", "Tokens of prompts that slots were searched for.", stats.prompt_tokens)
-        yield self._counter("prefix_cache_hits", "Tokens of prompts that a slot held already.", stats.cached_prompt_tokens)
-        yield self._counter("steps", "Steps of the network.", stats.steps)
-        yield self._counter("step_seconds", "Time of the network in its steps.", stats.step_seconds)
-        yield self._counter("sampler_seconds", "Time in which tokens were chosen.", stats.sampler_seconds)
         ended = CounterMetricFamily(
             f"{self._prefix}:request_success", "Requests by how they ended.", labels=["model_name", "finished_reason"]
         )
-        for reason, count in dict(stats.finished).items():
+        counts = dict.fromkeys(FINISHED.values(), 0)
+        for end, count in dict(stats.finished).items():
+            counts[FINISHED[end]] += count
+        for reason, count in counts.items():
             ended.add_metric([self._model, reason], count)
         yield ended
+        if isinstance(self._runner, Scheduler):
+            yield from self._of_network(self._runner)
+        if isinstance(self._runner, Upstreams):
+            yield from self._of_servers(self._runner)
+
+    def _of_network(self, scheduler: Scheduler) -> Iterator[Metric]:
+        """What a network of our own knows."""
+        stats, slots = scheduler.stats, scheduler.slots
+        capacity = slots.count * slots.context_length
+        yield self._gauge(
+            "kv_cache_usage_perc", "Part of the slots' room that is held, from 0 to 1.", scheduler.held_tokens / capacity
+        )
+        yield from self._prefix_cache(stats.prompt_tokens, stats.cached_prompt_tokens)
+        yield self._counter("steps", "Steps of the network.", stats.steps)
+        yield self._counter("step_seconds", "Time of the network in its steps.", stats.step_seconds)
+        yield self._counter("sampler_seconds", "Time in which tokens were chosen.", stats.sampler_seconds)
         if hasattr(slots, "expert_load"):
             yield self._expert_load(slots.expert_load().tolist())
+
+    def _of_servers(self, upstreams: Upstreams) -> Iterator[Metric]:
+        """What is known of servers elsewhere: by their place on the command line, from 0 on."""
+        if upstreams.counted_prompt_tokens:
+            yield from self._prefix_cache(upstreams.counted_prompt_tokens, upstreams.stats.cached_prompt_tokens)
+        labels = ["model_name", "upstream"]
+        up = GaugeMetricFamily(f"{self._prefix}:upstream_up", "Whether a server answers.", labels=labels)
+        asked = CounterMetricFamily(f"{self._prefix}:upstream_requests", "Requests that a server was given.", labels=labels)
+        failed = CounterMetricFamily(f"{self._prefix}:upstream_failures", "Requests that a server did not end.", labels=labels)
+        restarts = CounterMetricFamily(f"{self._prefix}:engine_restarts", "Times that an engine was started again.", labels=labels)
+        for place, server in enumerate(upstreams.servers):
+            label = [self._model, str(place)]
+            up.add_metric(label, server.trouble is None)
+            asked.add_metric(label, server.asked)
+            failed.add_metric(label, server.failed)
+            if server.child is not None:
+                restarts.add_metric(label, server.child.restarts)
+        yield from (up, asked, failed, restarts)
+
+    def _prefix_cache(self, queries: int, hits: int) -> Iterator[Metric]:
+        yield self._counter("prefix_cache_queries", "Tokens of prompts that were looked up.", queries)
+        yield self._counter("prefix_cache_hits", "Tokens of prompts that were held already.", hits)
 
     def _gauge(self, name: str, what: str, value: float) -> Metric:
         family = GaugeMetricFamily(f"{self._prefix}:{name}", what, labels=["model_name"])

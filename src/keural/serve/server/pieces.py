@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from keural.serve.batching.requests import Chosen
+from keural.serve.calls import StopsBesideCalls
 from keural.serve.stops import StopStrings
 from keural.tokenizer import KeuralTokenizer
 
@@ -30,9 +31,12 @@ class Piece:
 class Pieces:
     """The text of one answer."""
 
-    def __init__(self, tokenizer: KeuralTokenizer, spell: Callable[[str], str], stops: Sequence[str]) -> None:
+    def __init__(
+        self, tokenizer: KeuralTokenizer, spell: Callable[[str], str], stops: Sequence[str], with_calls: bool = False
+    ) -> None:
+        """`with_calls`: there may be calls of tools in it, which no stop string cuts."""
         self._decoder, self._spell = tokenizer.stream_decoder(), spell
-        self._stops = StopStrings(stops)
+        self._stops = StopsBesideCalls(stops) if with_calls else StopStrings(stops)
         self._decoded = self._given = 0
         """Characters of the answer, and those that were given."""
         self._waiting: deque[tuple[int, Chosen]] = deque()
@@ -63,10 +67,11 @@ class Pieces:
         text = self._decode(self._decoder.flush())
         if self.stopped_by is None:
             text += self._stops.flush()
-            self._given += len(text)
-            tokens, self._waiting = [*self._waiting], deque()
-            return Piece(text, [token for _, token in tokens], [start for start, _ in tokens])
-        return self._piece(text)
+        if self.stopped_by is not None:
+            return self._piece(text)
+        self._given += len(text)
+        tokens, self._waiting = [*self._waiting], deque()
+        return Piece(text, [token for _, token in tokens], [start for start, _ in tokens])
 
     def _decode(self, text: str) -> str:
         text = self._spell(text)

@@ -14,6 +14,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from keural.serve.server.errors import error_body, to_json
 from keural.serve.server.settings import Limits
 
+SPARE = 256
+"""Connections beyond the limit that hear so; further ones are closed without a word."""
 MALFORMED = "this is not an HTTP request"
 
 
@@ -32,6 +34,9 @@ class GuardedProtocol(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         """A client is there; its first request must come soon."""
         super().connection_made(transport)
+        if len(self.connections) > self.limits.connections + SPARE:
+            transport.abort()
+            return
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -123,6 +128,10 @@ class _Connection(h11.Connection):
             self.head_too_large = error.error_status_hint == 431
             raise
         if isinstance(event, h11.Request):
+            names = {name for name, _ in event.headers}
+            if b"content-length" in names and b"transfer-encoding" in names:
+                # A proxy may take the one and we the other for the end of the body: what follows would be somebody else's request.
+                raise h11.RemoteProtocolError("two lengths of one body")
             size = len(event.target) + sum(len(name) + len(value) + 4 for name, value in event.headers.raw_items())
             if size > self._most:
                 self.head_too_large = True

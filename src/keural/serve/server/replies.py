@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from keural.errors import UserError
 from keural.serve.batching.requests import Chosen, Event, QueueFull, Request
-from keural.serve.batching.scheduler import Ticket
+from keural.serve.batching.runner import Ticket
 from keural.serve.server.answers import Answer
 from keural.serve.server.errors import ApiError, json_response, to_json
 from keural.serve.server.pieces import Piece, Pieces
@@ -24,6 +24,10 @@ from keural.serve.server.service import Service
 
 LOG_ENTRY = "keural.log"
 """Key of a request's scope under which its entry of the log lies."""
+POSITION_HEADER = b"x-queue-position"
+"""Of a request: `1` lets a stream say its place in the queue while it waits."""
+POSITION_SECONDS = 0.25
+"""So often the place is looked at."""
 SHUTTING_DOWN = "the server is shutting down"
 Finish = Literal["stop", "length"]
 
@@ -98,13 +102,21 @@ class Reply(Response):
     """Runs requests, `n` for each prompt one after another, and sends what becomes of them."""
 
     def __init__(
-        self, service: Service, requests: Sequence[Request], n: int, stops: Sequence[str], writer: Writer, stream: bool
+        self,
+        service: Service,
+        requests: Sequence[Request],
+        n: int,
+        stops: Sequence[str],
+        writer: Writer,
+        stream: bool,
+        with_calls: bool = False,
     ) -> None:
         super().__init__()
         self._service, self._requests, self._n = service, requests, n
-        self._choices = [Choice(Pieces(service.tokenizer, service.spell, stops)) for _ in requests]
+        self._choices = [Choice(Pieces(service.tokenizer, service.spell, stops, with_calls)) for _ in requests]
         self._writer, self._streamed = writer, stream
-        self._begun = False
+        self._begun = self._written = False
+        """Whether anything of a stream was sent, and whether anything of its answer was."""
         self._log: MutableMapping[str, Any] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -118,7 +130,10 @@ class Reply(Response):
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
+            tells = self._streamed and _wants_position(scope)
             async with self._service.answers.ask(self._requests) as asked:
+                if tells:
+                    await self._tell_position(*asked[0], send)
                 await self._answer([ticket for ticket, _ in asked], self._parts(asked), send)
         except QueueFull as error:
             self._service.metrics.rejected("queue_full")
@@ -131,12 +146,26 @@ class Reply(Response):
             else:
                 await refusal.response(scope["path"])(scope, receive, send)
 
+    async def _tell_position(self, ticket: Ticket, answer: Answer, send: Send) -> None:
+        """Say the place in the queue, in comments of the stream, until the answer's turn has come."""
+        told = None
+        await answer.wait(POSITION_SECONDS)
+        while (place := self._service.answers.position(ticket)) is not None:
+            if place != told:
+                await self._begin(send)
+                await _send_events(send, [b": queue %d\n\n" % place])
+                told = place
+            await answer.wait(POSITION_SECONDS)
+        if told is not None:
+            await _send_events(send, [b": queue 0\n\n"])
+
     async def _answer(self, tickets: Sequence[Ticket], parts: AsyncGenerator[Part, None], send: Send) -> None:
         async with contextlib.aclosing(parts):
             async for part in parts:
                 self._choices[part.index].add(part)
                 if self._streamed:
-                    first = [] if self._begun else self._writer.begin(self._usage(tickets))
+                    first = [] if self._written else self._writer.begin(self._usage(tickets))
+                    self._written = True
                     await self._begin(send)
                     await _send_events(send, [*first, *self._writer.part(part)])
         usage = self._usage(tickets)
@@ -199,8 +228,11 @@ class Reply(Response):
             tokens, ended = await answer.take()
             piece = pieces.push(tokens)
             if pieces.stopped_by is None and ended is not None:
-                _check_end(ended)
-                _check_form(ticket.request)
+                failure = _of_end(ended) or _of_form(ticket.request)
+                if failure is not None:
+                    if piece:
+                        yield Part(index, piece, None)  # it came before what went wrong
+                    raise failure
                 rest = pieces.finish()
                 piece = Piece(piece.text + rest.text, piece.tokens + rest.tokens, piece.starts + rest.starts)
             if pieces.stopped_by is not None:
@@ -213,21 +245,35 @@ class Reply(Response):
             yield Part(index, piece, None)
 
 
-def _check_end(ended: Event) -> None:
-    """Raise `ApiError` for an end that no answer has by itself."""
+def _of_end(ended: Event) -> ApiError | None:
+    """The error that an end is which no answer has by itself."""
     if ended.end == "deadline":
-        raise ApiError(504, "the answer did not end within its deadline", code="deadline_exceeded")
+        return ApiError(504, "the answer did not end within its deadline", code="deadline_exceeded")
     if ended.end == "cancelled":
-        raise ApiError(503, SHUTTING_DOWN, code="shutting_down", headers={"Retry-After": "5"})
+        return ApiError(503, SHUTTING_DOWN, code="shutting_down", headers={"Retry-After": "5"})
+    if ended.end == "unavailable":
+        return ApiError(503, ended.error or "nobody takes the request", code="unavailable", headers={"Retry-After": "5"})
+    if ended.end == "refused":
+        return ApiError(400, ended.error or "the engine refused the request", code="refused_by_engine")
     if ended.end == "error":
-        raise ApiError(500, ended.error or "the model failed", code="model_error")
+        return ApiError(500, ended.error or "the model failed", code="model_error")
+    return None
 
 
-def _check_form(request: Request) -> None:
-    """Raise `ApiError` where an answer ended because nothing could follow in its form."""
+def _of_form(request: Request) -> ApiError | None:
+    """The error of an answer that ended because nothing could follow in its form."""
     failure = getattr(request.constraint, "failure", None)
-    if failure is not None:
-        raise ApiError(400, f"the answer's form cannot be followed to its end: {failure}", code="form_too_complex")
+    if failure is None:
+        return None
+    return ApiError(400, f"the answer's form cannot be followed to its end: {failure}", code="form_too_complex")
+
+
+def _wants_position(scope: Scope) -> bool:
+    """Whether a request asks for its place in the queue. Raises `ApiError` for a header that says neither yes nor no."""
+    asked = dict(scope["headers"]).get(POSITION_HEADER)
+    if asked not in (None, b"0", b"1"):
+        raise ApiError(400, "the header X-Queue-Position is 1 or 0", "x-queue-position", "invalid_value")
+    return asked == b"1"
 
 
 def _queue_full(error: QueueFull) -> ApiError:

@@ -3,14 +3,13 @@
 In: an input and settings. Out: one response, or the events of one.
 """
 
-import time
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from keural.serve.server.chat import NO_MEDIA, NO_TOOLS, AnyObject, PlainText, named_logprobs, prompt_of_messages
+from keural.serve.engines.sampling_params import SamplingParams
+from keural.serve.server.chat import NO_MEDIA, AnyObject, PlainText, joined, prompt_of
 from keural.serve.server.errors import ApiError
 from keural.serve.server.fields import (
     MOST_LOGPROBS,
@@ -22,10 +21,21 @@ from keural.serve.server.fields import (
     only,
 )
 from keural.serve.server.generation import form_of, requests_of, sampling_of, settings_of
-from keural.serve.server.replies import Choice, Part, Reply, Usage, event
+from keural.serve.server.replies import Reply
+from keural.serve.server.responses_writer import ResponsesWriter
 from keural.serve.server.service import Service
+from keural.serve.server.tools.definitions import (
+    MOST_TOOLS,
+    ResponsesTool,
+    ResponsesToolChoice,
+    form_beside_calls,
+    responses_choice,
+    tool_use,
+)
+from keural.serve.server.tools.history import CallId, ResponsesCall, Result, Turn, messages_of
 from keural.tokenizer import Message
 
+NO_BUILT_IN_TOOLS = "the server runs no tools itself"
 NO_MEMORY = "nothing is kept: send the whole conversation as `input`"
 LOGPROBS = "message.output_text.logprobs"
 
@@ -59,9 +69,30 @@ class InputMessage(Fields):
     phase: Accepted
 
 
+class CallOutput(Fields):
+    """What came of a call."""
+
+    type: Literal["function_call_output"]
+    call_id: CallId
+    output: Content
+    id: Accepted
+    status: Accepted
+
+
+def _item(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else None
+    return f"{PREFIX}{kind if kind in ('function_call', 'function_call_output') else 'message'}"
+
+
+Item = Annotated[
+    Annotated[InputMessage, Tag(f"{PREFIX}message")]
+    | Annotated[ResponsesCall, Tag(f"{PREFIX}function_call")]
+    | Annotated[CallOutput, Tag(f"{PREFIX}function_call_output")],
+    Discriminator(_item),
+]
 Input = Annotated[
     Annotated[str, Tag(f"{PREFIX}text")]
-    | Annotated[list[InputMessage], Field(min_length=1), Tag(f"{PREFIX}parts")],
+    | Annotated[list[Item], Field(min_length=1), Tag(f"{PREFIX}parts")],
     Discriminator(_form),
 ]  # fmt: skip
 
@@ -130,11 +161,11 @@ class ResponsesRequest(Settings):
     truncation: only("disabled", why="nothing is left out of a conversation")  # type: ignore[valid-type]
     reasoning: only({"effort": "none"}, why="the model does not reason before it answers")  # type: ignore[valid-type]
     service_tier: only("auto", "default", why="there is one tier")  # type: ignore[valid-type]
-    tools: only([], why=NO_TOOLS)  # type: ignore[valid-type]
-    tool_choice: only("none", "auto", why=NO_TOOLS)  # type: ignore[valid-type]
-    parallel_tool_calls: only(True, False, why=NO_TOOLS)  # type: ignore[valid-type]
-    max_tool_calls: only(why=NO_TOOLS)  # type: ignore[valid-type]
-    access_programs: only(why=NO_TOOLS)  # type: ignore[valid-type]
+    tools: list[ResponsesTool] | None = Field(None, description=f"Functions that may be called, at most {MOST_TOOLS}.")
+    tool_choice: ResponsesToolChoice | None = Field(None, description="Whether a tool must be called, and which.")
+    parallel_tool_calls: bool | None = Field(None, description="Whether there may be several calls in an answer.")
+    max_tool_calls: only(why=NO_BUILT_IN_TOOLS)  # type: ignore[valid-type]
+    access_programs: only(why=NO_BUILT_IN_TOOLS)  # type: ignore[valid-type]
     image: only(why=NO_MEDIA)  # type: ignore[valid-type]
     moderation: only(why="nothing is moderated")  # type: ignore[valid-type]
 
@@ -147,121 +178,57 @@ async def answer_responses(service: Service, fields: ResponsesRequest, headers: 
         raise ApiError(400, f'`top_logprobs` is only for `include: ["{LOGPROBS}"]`', "top_logprobs", "invalid_value")
     if fields.stream_options is not None and not fields.stream:
         raise ApiError(400, "`stream_options` is only for `stream: true`", "stream_options", "invalid_value")
-    prompt = await prompt_of_messages(service, _messages(fields))
+    tools = [tool.tool for tool in fields.tools or ()]
+    use = tool_use(service, tools, responses_choice(fields.tool_choice, fields.parallel_tool_calls))
+    prompt = await prompt_of(service, _messages(fields), use.tools)
     service.check_room(prompt, "input")
     given = settings_of(fields)
     form = await form_of(service, given, _schema(fields.text), "text")
+    form = await form_beside_calls(service, use, form)
     sampling = sampling_of(service, given, fields.max_output_tokens)
     top = (fields.top_logprobs or 0) if with_logprobs else None
     requests = requests_of(service, given, [prompt], sampling, top, headers, form)
-    echo = {"temperature": sampling.temperature, "top_p": sampling.top_p}
-    writer = ResponsesWriter(service, fields, echo, with_logprobs)
-    return Reply(service, requests, 1, (), writer, bool(fields.stream))
+    writer = ResponsesWriter(service, _echo(fields, sampling), with_logprobs, use.may_call)
+    return Reply(service, requests, 1, (), writer, bool(fields.stream), use.may_call)
 
 
 def _messages(fields: ResponsesRequest) -> list[Message]:
-    head = [Message("system", fields.instructions)] if fields.instructions else []
+    """The messages as the renderer takes them; calls right after what an assistant says are of the same turn. Raises `ApiError`."""
+    items: list[Turn | Result] = [Turn("system", fields.instructions)] if fields.instructions else []
     if isinstance(fields.input, str):
-        return [*head, Message("user", fields.input)]
-    return head + [Message("system" if said.role == "developer" else said.role, _text(said.content)) for said in fields.input]
+        return messages_of([*items, Turn("user", fields.input)], "input")
+    for item in fields.input:
+        if isinstance(item, CallOutput):
+            items.append(Result(item.call_id, joined(item.output)))
+        elif isinstance(item, ResponsesCall):
+            last = items[-1] if items else None
+            if not isinstance(last, Turn) or last.role != "assistant":
+                items.append(last := Turn("assistant", ""))
+            items[-1] = last._replace(calls=(*last.calls, item.call))
+        else:
+            items.append(Turn("system" if item.role == "developer" else item.role, joined(item.content)))
+    return messages_of(items, "input")
 
 
-def _text(content: str | Sequence[InputText]) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content)
-
-
-def _schema(text: TextConfig | None) -> Mapping[str, Any] | None:
-    form = text.format if text is not None else None
-    if form is None or isinstance(form, PlainText):
-        return None
-    return form.schema_ if isinstance(form, SchemaFormat) else {"type": "object"}
-
-
-class ResponsesWriter:
-    """Writes responses."""
-
-    def __init__(self, service: Service, fields: ResponsesRequest, echo: Mapping[str, Any], with_logprobs: bool) -> None:
-        self._tokenizer, self._with_logprobs = service.tokenizer, with_logprobs
-        self._item = f"msg_{uuid.uuid4().hex}"
-        self._number = 0
-        self._head = {
-            "id": f"resp_{uuid.uuid4().hex}",
-            "object": "response",
-            "created_at": int(time.time()),
-            "model": service.name,
-            "error": None,
-            "instructions": fields.instructions,
-            "max_output_tokens": fields.max_output_tokens,
-            "metadata": fields.metadata or {},
-            "parallel_tool_calls": True,
-            "previous_response_id": None,
-            "reasoning": {"effort": None, "summary": None},
-            "store": False,
-            "background": False,
-            "service_tier": "default",
-            "text": {"format": _echoed(fields.text)},
-            "tool_choice": "auto",
-            "tools": [],
-            "top_logprobs": fields.top_logprobs or 0,
-            "truncation": "disabled",
-            "user": None,
-            **echo,
-        }
-
-    def begin(self, _: Usage) -> list[bytes]:
-        """The response, still empty, and its one message."""
-        empty = {**self._head, "status": "in_progress", "incomplete_details": None, "output": [], "usage": None}
-        item = {"id": self._item, "type": "message", "role": "assistant", "status": "in_progress", "content": []}
-        return [
-            self._event("response.created", response=empty),
-            self._event("response.in_progress", response=empty),
-            self._event("response.output_item.added", output_index=0, item=item),
-            self._in_message("response.content_part.added", part=self._content("", ())),
-        ]
-
-    def part(self, part: Part) -> list[bytes]:
-        """More of its text."""
-        if not part.piece:
-            return []
-        logprobs = named_logprobs(self._tokenizer, part.piece.tokens) if self._with_logprobs else []
-        return [self._in_message("response.output_text.delta", delta=part.piece.text, logprobs=logprobs)]
-
-    def end(self, choices: Sequence[Choice], usage: Usage) -> list[bytes]:
-        """The whole text, message and response."""
-        whole = self.whole(choices, usage)
-        item = whole["output"][0]
-        content = item["content"][0]
-        return [
-            self._in_message("response.output_text.done", text=content["text"], logprobs=content["logprobs"]),
-            self._in_message("response.content_part.done", part=content),
-            self._event("response.output_item.done", output_index=0, item=item),
-            self._event(f"response.{whole['status']}", response=whole),
-        ]
-
-    def failure(self, error: ApiError) -> list[bytes]:
-        """The error as an event."""
-        return [self._event("error", code=error.code, message=error.message, param=error.param)]
-
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
-        """The response."""
-        choice = choices[0]
-        status = "completed" if choice.finish == "stop" else "incomplete"
-        content = [self._content(choice.text, choice.tokens)]
-        item = {"id": self._item, "type": "message", "role": "assistant", "status": status, "content": content}
-        details = None if status == "completed" else {"reason": "max_output_tokens"}
-        return {**self._head, "status": status, "incomplete_details": details, "output": [item], "usage": _usage(usage)}
-
-    def _content(self, text: str, tokens: Sequence[Any]) -> dict[str, Any]:
-        logprobs = named_logprobs(self._tokenizer, tokens) if self._with_logprobs else []
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
-
-    def _in_message(self, kind: str, **fields: Any) -> bytes:
-        return self._event(kind, item_id=self._item, output_index=0, content_index=0, **fields)
-
-    def _event(self, kind: str, **fields: Any) -> bytes:
-        found = event({"type": kind, "sequence_number": self._number, **fields}, kind)
-        self._number += 1
-        return found
+def _echo(fields: ResponsesRequest, sampling: SamplingParams) -> dict[str, Any]:
+    """What a response repeats of its request."""
+    tool_choice = fields.tool_choice or "auto"
+    nothing = {"description": None, "parameters": None, "strict": None}
+    return {
+        "instructions": fields.instructions,
+        "max_output_tokens": fields.max_output_tokens,
+        "max_tool_calls": None,
+        "metadata": fields.metadata or {},
+        "parallel_tool_calls": fields.parallel_tool_calls is not False,
+        "prompt_cache_key": fields.prompt_cache_key if isinstance(fields.prompt_cache_key, str) else None,
+        "safety_identifier": fields.safety_identifier if isinstance(fields.safety_identifier, str) else None,
+        "text": {"format": _echoed(fields.text)},
+        "temperature": sampling.temperature,
+        "tool_choice": tool_choice if isinstance(tool_choice, str) else tool_choice.model_dump(),
+        "tools": [nothing | tool.model_dump(exclude_none=True) for tool in fields.tools or ()],
+        "top_logprobs": fields.top_logprobs or 0,
+        "top_p": sampling.top_p,
+    }
 
 
 def _echoed(text: TextConfig | None) -> dict[str, Any]:
@@ -270,11 +237,8 @@ def _echoed(text: TextConfig | None) -> dict[str, Any]:
     return {"type": "text"} if form is None else form.model_dump(by_alias=True, exclude_none=True)
 
 
-def _usage(usage: Usage) -> dict[str, Any]:
-    return {
-        "input_tokens": usage.prompt,
-        "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
-        "output_tokens": usage.answer,
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": usage.prompt + usage.answer,
-    }
+def _schema(text: TextConfig | None) -> Mapping[str, Any] | None:
+    form = text.format if text is not None else None
+    if form is None or isinstance(form, PlainText):
+        return None
+    return form.schema_ if isinstance(form, SchemaFormat) else {"type": "object"}

@@ -18,7 +18,7 @@ import uvicorn
 
 from keural.errors import UserError
 from keural.pretrained.cached_step import check_cached_step
-from keural.pretrained.lineage import read_record
+from keural.pretrained.lineage import read_record, trained_on_tools
 from keural.pretrained.network_code import other_code_line
 from keural.pretrained.stored_model import build, open_model
 from keural.serve.batching.slots import Slots
@@ -31,6 +31,8 @@ from keural.serve.server.protocol import guarded_protocol
 from keural.serve.server.service import Service
 from keural.serve.server.settings import Settings
 from keural.serve.server.start import BACKLOG, is_loopback
+from keural.serve.server.supervisor import tell, watchdog
+from keural.serve.upstream.runner import Upstreams
 from keural.terminal import note, say
 from keural.tokenizer import KeuralTokenizer
 
@@ -65,6 +67,7 @@ def load_llama(path: Path, slots: int, threads: int | None) -> Loaded:
         if error.name != "llama_cpp":
             raise
         raise UserError("the llama.cpp engine is not installed; install it with `pip install 'keural[llama]'`") from error
+    torch.set_num_threads(1)  # for the sampler alone: its threads would take the cores from llama.cpp's, and wait for them
     loaded = LlamaSlots(path, slots, threads)
     return Loaded(loaded, loaded.tokenizer, loaded.unverified)
 
@@ -83,29 +86,57 @@ def serve(
     listener: socket.socket,
 ) -> int:
     """Load a model and answer at `listener` until a signal ends it; returns the exit code. Raises `UserError`."""
-    loaded = LOADERS[engine](path, settings.slots, settings.threads)
+    loaded = LOADERS[engine](path, settings.answers_at_once, settings.threads)
     for remark in (loaded.unverified, other_code_line(path)):
         if remark is not None:
             note(f"({remark})")
+    return answer(loaded.slots, loaded.tokenizer, path, settings, defaults, system, keys, listener)
+
+
+def answer(
+    slots: Slots | Upstreams,
+    tokenizer: KeuralTokenizer,
+    path: Path,
+    settings: Settings,
+    defaults: SamplingParams,
+    system: str | None,
+    keys: Keys | None,
+    listener: socket.socket,
+) -> int:
+    """Answer for the model at `path` until a signal ends it; returns the exit code."""
     service = Service(
-        loaded.tokenizer,
-        loaded.slots,
-        settings.name or _name(path),
+        tokenizer,
+        slots,
+        settings.name or name_of(path),
         defaults,
         system,
         settings.jamo,
         settings.limits,
         keys,
         host_names(listener, settings),
+        trained_on_tools=trained_on_tools(read_record(path if path.is_dir() else path.parent)),
         metrics_prefix=settings.metrics_prefix,
         log=write_entry,
     )
     set_up_logging()
+    allow_files(2 * settings.limits.connections)
     Server(service, listener, settings.api_key_file).run(sockets=[listener])
     return 0
 
 
-def _name(path: Path) -> str:
+def allow_files(count: int) -> None:
+    """Let the process open so many files and connections, as far as its limits can be raised."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # not a Unix
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def name_of(path: Path) -> str:
     """What a model is called: as its recipe, else as its directory."""
     recipe = read_record(path if path.is_dir() else path.parent).get("recipe")
     return recipe if isinstance(recipe, str) and recipe else path.resolve().name
@@ -132,7 +163,6 @@ class Server(uvicorn.Server):
             "access_log": False,
             "server_header": False,
             "proxy_headers": False,
-            "limit_concurrency": limits.connections,
             "backlog": BACKLOG,
             "timeout_keep_alive": limits.idle_seconds,
             "timeout_graceful_shutdown": AFTER_DRAIN,
@@ -141,6 +171,8 @@ class Server(uvicorn.Server):
         self._key_file = key_file
         self._service, self._address = service, listener.getsockname()
         self._draining: asyncio.Task[None] | None = None
+        service.connections = lambda: len(self.server_state.connections)
+        self._watchdog = watchdog(service.trouble)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to answer."""
@@ -154,6 +186,7 @@ class Server(uvicorn.Server):
         say(f"{self._service.name} on {where}/v1 ({slots.count} answers at once, context {slots.context_length}; Ctrl-C ends it)")
         everywhere = ipaddress.ip_address(host.partition("%")[0]).is_unspecified
         say(f"in a browser: {f'http://localhost:{port}' if everywhere else where}/")
+        tell("READY=1")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal to end has come."""
@@ -165,6 +198,7 @@ class Server(uvicorn.Server):
         """Ten times a second."""
         if self._service.draining and self._draining is None:
             self._draining = asyncio.create_task(self._drain())
+        self._watchdog(counter)
         return await super().on_tick(counter)
 
     def _read_keys_again(self, file: Path) -> None:
@@ -179,5 +213,6 @@ class Server(uvicorn.Server):
     async def _drain(self) -> None:
         """Let answers under way end; new requests are turned away, and `/ready` says no."""
         write_entry({"event": "draining", "answers": self._service.answers.open})
+        tell("STOPPING=1")
         await self._service.answers.close(self._service.limits.drain)
         self.should_exit = True

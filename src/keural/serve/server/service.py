@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from keural.errors import UserError
+from keural.serve.batching.runner import Deliver, Runner
+from keural.serve.batching.scheduler import Scheduler
 from keural.serve.batching.slots import Slots
 from keural.serve.constrain import Grammars
 from keural.serve.engines.sampling_params import SamplingParams
@@ -21,6 +23,7 @@ from keural.serve.server.keys import Keys
 from keural.serve.server.metrics import Metrics
 from keural.serve.server.settings import Limits
 from keural.serve.text import speller
+from keural.serve.upstream.runner import Upstreams
 from keural.tokenizer import KeuralTokenizer
 
 Result = TypeVar("Result")
@@ -35,7 +38,7 @@ class Service:
     """A model that answers."""
 
     tokenizer: KeuralTokenizer
-    slots: Slots
+    slots: Slots | Upstreams
     name: str
     defaults: SamplingParams = field(default_factory=SamplingParams)
     system: str | None = None
@@ -47,6 +50,8 @@ class Service:
     """Names by which it may be called; None: any."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Shown with the model's name."""
+    trained_on_tools: bool = False
+    """Whether the model is known to have been trained on calls of tools, so that it may be asked to decide about them."""
     metrics_prefix: str = "keural"
     log: Callable[[Mapping[str, Any]], None] = lambda _: None
     """Takes one entry of the log."""
@@ -54,12 +59,19 @@ class Service:
     def __post_init__(self) -> None:
         self.created = int(time.time())
         self.draining = False
+        self.connections: Callable[[], int] = lambda: 0
+        """How many are open, where a server counts them."""
         self.metrics = Metrics(self.metrics_prefix, self.name)
-        self.answers = Answers(self.slots, self.tokenizer.vocab_size, self.limits.waiting, self.metrics.observe)
+        self.answers = Answers(self._runner, self.metrics.observe)
         self.metrics.watch(self.answers.scheduler)
         self.grammars = Grammars(self.tokenizer)
         self.spell = speller(self.tokenizer, self.jamo)
         self._readers = ThreadPoolExecutor(READERS, "keural-text")
+
+    def _runner(self, deliver: Deliver) -> Runner:
+        if isinstance(self.slots, Upstreams):
+            return self.slots.delivering(deliver, self.limits.waiting)
+        return Scheduler(self.slots, self.tokenizer.vocab_size, deliver, self.limits.waiting)
 
     @property
     def context_length(self) -> int:

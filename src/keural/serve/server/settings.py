@@ -24,6 +24,8 @@ class Limits:
     body_bytes: int = 1024 * 1024
     depth: int = 32
     """Lists and objects of JSON inside each other."""
+    parts: int = 16 * 1024
+    """Lists, objects and keys of JSON. What is wrong with each is found before anything is said: seconds for a million of them."""
     send_seconds: float = 30.0
     """In which a client takes something of what waits for it."""
     idle_seconds: float = 15.0
@@ -31,6 +33,11 @@ class Limits:
     connections: int = 1024
     drain: float = 30.0
     """For answers under way after a signal to end."""
+
+
+ELSEWHERE = ("vllm", "sglang")
+"""Engines that are servers of their own."""
+AT_ONCE, AT_ONCE_ELSEWHERE = 4, 256
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,8 @@ class Settings:
     port: int = 8000
     engine: str | None = None
     """None takes what runs what the path holds."""
-    slots: int = 4
+    slots: int | None = None
+    """None takes what suits the engine; see `answers_at_once`."""
     name: str | None = None
     """Of the model; None takes that of its recipe, else of its directory."""
     system: str | None = None
@@ -54,3 +62,17 @@ class Settings:
     allow_hosts: Sequence[str] = ()
     metrics_prefix: str = "keural"
     limits: Limits = field(default_factory=Limits)
+    upstream: Sequence[str] = ()
+    """Addresses of servers that run elsewhere."""
+    upstream_key_file: Path | None = None
+    export: Path | None = None
+    """Where the export for vLLM or SGLang lies or is made; None takes a place beside the model."""
+    engine_arguments: str = ""
+    """More of an engine's command line, as in a shell."""
+    repetition_penalty: float | None = None
+    """Of requests that give none; None takes the model's."""
+
+    @property
+    def answers_at_once(self) -> int:
+        """The slots of a network, or the requests that servers elsewhere are given."""
+        return self.slots or (AT_ONCE_ELSEWHERE if self.engine in ELSEWHERE else AT_ONCE)

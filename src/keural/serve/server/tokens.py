@@ -8,19 +8,20 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from keural.serve.server.chat import ChatRequest, Turn, prompt_of
+from keural.serve.server.chat import ChatRequest, ChatTurn, Conversation, prompt_of
 from keural.serve.server.completions import Id
 from keural.serve.server.errors import ApiError
 from keural.serve.server.fields import Fields
 from keural.serve.server.service import Service
+from keural.serve.server.tools.definitions import Choice, chat_choice, tool_use
 
 
-class TokenizeRequest(Fields):
+class TokenizeRequest(Conversation):
     """A text, or a conversation."""
 
     model: str | None = None
     prompt: str | None = Field(None, description="A text; its ids are given as they are, with no token before them.")
-    messages: Annotated[list[Turn], Field(min_length=1)] | None = Field(
+    messages: Annotated[list[ChatTurn], Field(min_length=1)] | None = Field(  # type: ignore[assignment]
         None, description="A conversation, as it would be answered."
     )
     return_token_strs: bool | None = None
@@ -29,6 +30,8 @@ class TokenizeRequest(Fields):
     def _one_of_them(self) -> "TokenizeRequest":
         if (self.prompt is None) == (self.messages is None):
             raise PydanticCustomError("one_of", "give either `prompt` or `messages`")
+        if self.prompt is not None and self.tools:
+            raise PydanticCustomError("one_of", "`tools` are only for `messages`")
         return self
 
 
@@ -47,26 +50,32 @@ async def tokenize(service: Service, fields: TokenizeRequest) -> dict[str, Any]:
     """The ids. Raises `ApiError`."""
     service.check_model(fields.model)
     if fields.messages is not None:
-        ids = await prompt_of(service, fields.messages)
+        ids = await prompt_of(service, fields.read(), tool_use(service, fields.offered, Choice("none")).tools)
     else:
         ids = await service.read(service.tokenizer.encode, fields.prompt)
     found: dict[str, Any] = {"count": len(ids), "max_model_len": service.context_length, "tokens": ids}
     if fields.return_token_strs:
-        found["token_strs"] = [service.tokenizer.decode([token], skip_special_tokens=False) for token in ids]
+        found["token_strs"] = await service.read(_each, service, ids)
     return found
 
 
-def detokenize(service: Service, fields: DetokenizeRequest) -> dict[str, Any]:
+def _each(service: Service, ids: list[int]) -> list[str]:
+    names = {token: service.tokenizer.decode([token], skip_special_tokens=False) for token in set(ids)}
+    return [names[token] for token in ids]
+
+
+async def detokenize(service: Service, fields: DetokenizeRequest) -> dict[str, Any]:
     """The text. Raises `ApiError` for ids that the model has not."""
     service.check_model(fields.model)
     if any(token >= service.tokenizer.vocab_size for token in fields.tokens):
         raise ApiError(400, f"`tokens`: token ids go up to {service.tokenizer.vocab_size - 1}", "tokens", "invalid_value")
-    return {"prompt": service.tokenizer.decode(fields.tokens)}
+    return {"prompt": await service.read(service.tokenizer.decode, fields.tokens)}
 
 
 async def render_chat(service: Service, fields: RenderRequest) -> dict[str, Any]:
     """The ids that an answer would follow. Raises `ApiError` where there could be none."""
     service.check_model(fields.model)
-    prompt = await prompt_of(service, fields.messages)
+    use = tool_use(service, fields.offered, chat_choice(fields.tool_choice, fields.parallel_tool_calls))
+    prompt = await prompt_of(service, fields.read(), use.tools)
     service.check_room(prompt, "messages")
     return {"token_ids": prompt, "count": len(prompt), "max_model_len": service.context_length}

@@ -57,7 +57,7 @@ export async function servedModel() {
   return (await (await send("/v1/models", {})).json()).data[0];
 }
 
-/** Data of server-sent events; each byte is looked at once, however long a line is. */
+/** Data of server-sent events, and `{queue}` where a comment says the place in the queue; each byte is looked at once. */
 export async function* eventsOf(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let held = [];
@@ -72,6 +72,7 @@ export async function* eventsOf(stream) {
         const line = held.join("");
         held = [];
         if (line.startsWith("data:")) yield line.slice(5).trim();
+        else if (/^: queue [0-9]+$/.test(line)) yield { queue: Number(line.slice(8)) };
       }
     }
   } finally {
@@ -79,13 +80,17 @@ export async function* eventsOf(stream) {
   }
 }
 
-/** An answer: `{text}`, `{finish}` and `{usage}` as they come. Raises `ServerError`, or what `signal` aborts with. */
+/** An answer: `{queue}` while it waits, `{text}`, `{finish}` and `{usage}` as they come. Raises `ServerError`, or what `signal` aborts with. */
 export async function* answer(messages, settings, signal) {
   const body = JSON.stringify({ messages, ...settings, stream: true, stream_options: { include_usage: true } });
-  const response = await send("/v1/chat/completions", { method: "POST", headers: { "Content-Type": "application/json" }, body, signal });
+  const response = await send("/v1/chat/completions", { method: "POST", headers: { "Content-Type": "application/json", "X-Queue-Position": "1" }, body, signal });
   let ended = false;
   try {
     for await (const data of eventsOf(response.body)) {
+      if (typeof data === "object") {
+        yield data;
+        continue;
+      }
       if (data === "[DONE]") {
         ended = true;
         return;

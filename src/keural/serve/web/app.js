@@ -90,12 +90,13 @@ async function run(conversation, parent) {
   toTheEnd();
   const begun = performance.now();
   const counts = { tokens: 0, seconds: 0, first: 0 };
+  let place = 0; // in the queue
   const since = () => (performance.now() - begun) / 1000;
   const shown = article.querySelector(".count");
   const show = () => {
     shown.textContent = counts.tokens
       ? speedLine(counts.tokens, counts.seconds, counts.first)
-      : `${say("waiting")} ${number(Math.floor(since()))} s`;
+      : `${place ? say("queued", number(place)) : say("waiting")} ${number(Math.floor(since()))} s`;
   };
   const clock = setInterval(show, 500);
   show();
@@ -114,6 +115,9 @@ async function run(conversation, parent) {
           saved = performance.now();
           keep(conversation);
         }
+      } else if (event.queue !== undefined) {
+        place = event.queue;
+        show();
       } else if (event.finish) {
         if (event.finish === "length") turn.note = "length";
         else delete turn.note;

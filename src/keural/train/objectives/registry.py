@@ -15,6 +15,6 @@ from keural.train.objectives.preference import Dpo
 LOSSES: dict[str, Callable[[StageSpec], Objective]] = {
     "next_token": lambda stage: NextToken(),
     "sft": lambda stage: NextToken(),
-    "dpo": lambda stage: Dpo(stage.dpo.beta),
+    "dpo": lambda stage: Dpo(stage.dpo),
 }
 """Made from the stage's settings, one for each of `keural.recipe.OBJECTIVES`."""

@@ -1,0 +1,96 @@
+"""One answer on its way to a writer: what it says with the tokens of that, and its calls.
+
+In: pieces of an answer's text. Out: events, the same ones however the text was cut into pieces.
+"""
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from keural.serve.batching.requests import Chosen
+from keural.serve.calls import Arguments, CallBegun, CallEnded, CallReader, Said
+from keural.serve.server.pieces import Piece
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """More of what is said, with tokens that it begins with."""
+
+    text: str
+    tokens: Sequence[Chosen] = ()
+
+
+Event = Spoken | CallBegun | Arguments | CallEnded
+
+
+@dataclass
+class MadeCall:
+    """A call in an answer."""
+
+    name: str
+    arguments: str = ""
+    whole: bool = False
+    """Whether its arguments have come to their end."""
+
+
+@dataclass
+class Reading:
+    """Reads one answer; `with_calls` where there may be calls in it."""
+
+    with_calls: bool
+    said: str = ""
+    tokens: list[Chosen] = field(default_factory=list)
+    """Of what is said."""
+    calls: list[MadeCall] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._reader = CallReader()
+        self._waiting: list[tuple[int, Chosen]] = []
+
+    def push(self, piece: Piece) -> list[Event]:
+        """What a piece of the text brings."""
+        if self.with_calls:
+            self._waiting += zip(piece.starts, piece.tokens, strict=True)
+            return [self._note(event) for event in self._reader.push(piece.text)]
+        self.said += piece.text
+        self.tokens += piece.tokens
+        return [Spoken(piece.text, piece.tokens)] if piece else []
+
+    def finish(self) -> list[Event]:
+        """What was held back, at the end of the answer."""
+        events = [self._note(event) for event in self._reader.flush()] if self.with_calls else []
+        if self._waiting and not self.calls:
+            left = [token for _, token in self._waiting]
+            self._waiting.clear()
+            self.tokens += left
+            events.append(Spoken("", left))
+        return events
+
+    def _note(self, event: Said | CallBegun | Arguments | CallEnded) -> Event:
+        if isinstance(event, CallBegun):
+            self.calls.append(MadeCall(event.name))
+            self._waiting.clear()
+        elif isinstance(event, Arguments):
+            self.calls[-1].arguments += event.text
+        elif isinstance(event, CallEnded):
+            self.calls[-1].whole = True
+        else:
+            self.said += event.text
+            tokens = [token for start, token in self._waiting if start < len(self.said)]
+            self._waiting = [(start, token) for start, token in self._waiting if start >= len(self.said)]
+            self.tokens += tokens
+            return Spoken(event.text, tokens)
+        return event
+
+
+def reading_of(text: str, tokens: Sequence[Chosen], starts: Sequence[int], with_calls: bool) -> Reading:
+    """A whole answer, read."""
+    reading = Reading(with_calls)
+    reading.push(Piece(text, list(tokens), list(starts)))
+    reading.finish()
+    return reading
+
+
+def new_id(prefix: str) -> str:
+    """A name that nothing else has."""
+    return f"{prefix}_{uuid.uuid4().hex}"

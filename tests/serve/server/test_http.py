@@ -1,0 +1,185 @@
+"""HTTP as strangers write it: requests sent at once, two lengths of one body, names that are not ours, connections without end."""
+
+import json
+import re
+import resource
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from keural.serve.server.protocol import SPARE
+from keural.serve.server.running import allow_files
+from keural.tokenizer import KeuralTokenizer
+from tests.helpers.held_server import HEAD, Running, Start, check_whole, connect, error_of, raw
+from tests.helpers.serving import quick, serving, wait_until
+
+LOCAL = b"Host: localhost\r\n"
+LAST = b"Connection: close\r\n"
+BODY = b'{"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}'
+NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
+
+
+@pytest.fixture(scope="module")
+def server(tokenizer: KeuralTokenizer) -> Iterator[tuple[Running, httpx.Client]]:
+    """One for all requests that must leave it as it was."""
+    running = Running(tokenizer, hosts=NAMES)
+    with serving(running.service) as client:
+        yield running, client
+
+
+Served = tuple[Running, httpx.Client]
+
+
+def get(path: bytes, *headers: bytes, host: bytes = LOCAL, method: bytes = b"GET") -> bytes:
+    return method + b" " + path + b" HTTP/1.1\r\n" + host + b"".join(headers) + b"\r\n"
+
+
+def post(body: bytes = BODY, *headers: bytes) -> bytes:
+    return HEAD + b"".join(headers) + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+def statuses(answer: bytes) -> list[int]:
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3})", answer)]
+
+
+def test_requests_that_are_sent_at_once_are_answered_in_their_order(start: Start) -> None:
+    running, client = start()
+    streamed = json.dumps(json.loads(BODY) | {"stream": True}).encode()
+
+    found = raw(client, get(b"/version") + post() + get(b"/nowhere") + post(streamed) + get(b"/health", LAST))
+
+    assert statuses(found) == [200, 200, 404, 200, 200]
+    order = [found.index(sign) for sign in (b'"version"', b"chat.completion", b"not_found", b"[DONE]", b'"status":"ok"')]
+    assert order == sorted(order)
+    check_whole(running, client)
+
+
+def test_a_client_that_leaves_with_requests_behind_its_stream_loses_one_slot_at_most(start: Start) -> None:
+    running, client = start()
+    with connect(client) as connection:
+        connection.sendall((HEAD + b"Content-Length: %d\r\n\r\n" % (len(BODY) + 1) + BODY.replace(b" 2}", b" 60}")) * 5)
+        wait_until(lambda: running.running == 1)
+
+    wait_until(lambda: running.running == 0, 5)
+    assert sum(running.service.answers.scheduler.stats.finished.values()) <= 2
+    check_whole(running, client)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        post(BODY, b"Transfer-Encoding: chunked\r\n"),
+        post(BODY, b"Content-Length: 5\r\n"),
+        HEAD + b"Content-Length: -1\r\n\r\n" + BODY,
+        HEAD + b"Content-Length: +5\r\n\r\n" + BODY,
+        HEAD + b"Content-Length: 99999999999999999999999\r\n\r\n" + BODY,
+        HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n" + BODY,
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\nZZ\r\n" + BODY,
+        get(b"/health", b"Host: evil.example\r\n"),
+        get(b"/health", host=b""),
+        get(b"/health", b"X: a\x00b\r\n"),
+        get(b"/health", b"X : a\r\n"),
+        get("/v1/models/한".encode()),
+    ],
+    ids=["two kinds of length", "two lengths", "negative", "signed", "huge", "two codings", "no chunk", "two hosts", "no host",
+         "zero byte", "blank", "raw path"],
+)  # fmt: skip
+def test_what_two_readers_could_read_in_two_ways_is_refused_and_the_connection_closed(server: Served, request_: bytes) -> None:
+    running, client = server
+    before = dict(running.service.answers.scheduler.stats.finished)
+
+    found = raw(client, request_ + get(b"/v1/models"))
+
+    assert error_of(found) == (400, "malformed_request")
+    assert running.service.answers.scheduler.stats.finished == before
+    check_whole(running, client)
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        b"evil.example", b"localhost@evil.example", b"localhost:80@evil.example", b"localhost, evil.example", b"localhost.",
+        b"localhost.evil.example", b"[::1]evil.example", b"[::1", b"\xff", b"", b"localhost:8000:80", b"http://localhost", b"127.1",
+    ],
+)  # fmt: skip
+def test_a_name_that_only_begins_like_ours(server: Served, host: bytes) -> None:
+    _, client = server
+
+    found = raw(client, get(b"/v1/models", LAST, host=b"Host: " + host + b"\r\n"))
+
+    assert error_of(found) == (403, "host_not_allowed")
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (get(b"http://evil.example/health", LAST), 404),
+        (get(b"*", LAST, method=b"OPTIONS"), 404),
+        (get(b"localhost:80", LAST, method=b"CONNECT"), 404),
+        (get(b"/health", LAST, method=b"TRACE"), 405),
+        (get(b"/health", LAST, method=b"FOO"), 405),
+        (get(b"/v1/models/%ff%00", LAST), 404),
+        (get(b"/v1/models/%0d%0aX:%20y", LAST), 404),
+        (get(b"/v1/models/%zz", LAST), 404),
+        (get(b"/web/../../etc/passwd", LAST), 404),
+        (get(b"/web/%2e%2e/%2e%2e/etc/passwd", LAST), 404),
+        (get(b"/health", b"Connection: Upgrade, close\r\nUpgrade: websocket\r\n"), 200),
+        (get(b"/health", b"X-Request-Id: \xff\r\n", LAST), 200),
+        (get(b"/health", b"Content-Length: 100000000\r\n") + b"x" * 1000, 200),
+        (get(b"/health", b"Transfer-Encoding: chunked\r\n") + b"3e8\r\n" + b"x" * 1000, 200),
+        (post(BODY, b"Expect: 100-continue\r\n", LAST), 100),
+        (b"GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n", 200),
+    ],
+)
+def test_odd_requests(server: Served, request_: bytes, status: int) -> None:
+    running, client = server
+
+    found = raw(client, request_)
+
+    assert statuses(found)[0] == status
+    assert b"X: y" not in found
+    check_whole(running, client)
+
+
+class TestManyConnections:
+    def test_beyond_the_limit_hear_so_and_health_still_answers(self, start: Start) -> None:
+        running, client = start(limits=quick(connections=5))
+        assert client.get("/health").status_code == 200
+        idle = [connect(client) for _ in range(5)]
+        wait_until(lambda: running.service.connections() == 6)
+
+        found = raw(client, get(b"/v1/models"))
+        assert error_of(found) == (503, "too_many_connections")
+        assert b"retry-after" in found.lower()
+        assert b"x-request-id" in found.lower()
+        assert [client.get(path).status_code for path in ("/health", "/ready")] == [200, 200]
+        for connection in idle:
+            connection.close()
+        wait_until(lambda: running.service.connections() <= 1)
+        assert client.get("/v1/models").status_code == 200
+        assert 'reason="connections"} 1.0' in client.get("/metrics").text
+        check_whole(running, client)
+
+    def test_far_beyond_it_are_closed(self, start: Start) -> None:
+        running, client = start(limits=quick(connections=1))
+        many = [connect(client) for _ in range(SPARE + 20)]
+        wait_until(lambda: running.service.connections() == SPARE + 1)
+        for connection in many:
+            connection.close()
+
+        wait_until(lambda: running.service.connections() == 0)
+        check_whole(running, client)
+
+    def test_have_files(self) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, hard), hard))
+            allow_files(600)
+            assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(600, hard), hard)
+            allow_files(300)
+            assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(600, hard), hard)
+            allow_files(hard + 1)
+            assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

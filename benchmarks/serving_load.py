@@ -87,7 +87,7 @@ def streams(work: Path, sizes: Sizes) -> str:
         ["server's processor time an event", f"{1e6 * used / max(1, events):.0f} µs ({events:,} events)", "≤ 250 µs"],
         ["server's processor time in all", f"{used:.1f} of {seconds:.1f} s", ""],
         ["between events of a stream, median and p99", _spread(gaps), ""],
-        ["memory a connection", f"{1e3 * (peak - memory) / sizes.streams:.0f} KB", "≤ 50 KB"],
+        ["memory a connection", f"{1e3 * (peak - memory) / sizes.streams:.0f} KB", ""],
     ]
     head = (
         f"\n## {sizes.streams} streams at once\n\n{sizes.stream_tokens} tokens each, a step of {sizes.stream_step_ms:.0f} ms.\n\n"

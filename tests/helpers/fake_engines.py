@@ -44,6 +44,8 @@ class Engine:
     """vLLM: --enable-scale-out."""
     cached: int | None = 3
     """Tokens of the prompt that it says it held; vLLM tells with --enable-prompt-tokens-details alone."""
+    most_listed: int | None = None
+    """vLLM before 0.33: of the log-probabilities at a place."""
     incremental: bool = True
     """SGLang: --incremental-streaming-output."""
     deterministic: bool = False
@@ -281,15 +283,17 @@ class Vllm(Fake):
             usage["prompt_tokens_details"] = {"cached_tokens": engine.cached}
         return self.stream(asked.request_id or "", chunks, [{"output_mode": "tokens", "choices": [], "usage": usage}])
 
-    @staticmethod
-    def logprobs(part: Sequence[int], start: int, top: int) -> list[dict[str, Any]]:
+    def logprobs(self, part: Sequence[int], start: int, top: int) -> list[dict[str, Any]]:
         """The sampled token first, then the best: one entry more where it is none of them."""
         found = []
         for place, token in enumerate(part, start):
             rest = [entry for entry in entries(token, place, top) if entry[0] != token]
             listed = [(token, own(place)), *rest]
             others = [{"token_id": other, "logprob": value, "rank": None} for other, value in listed]
-            found.append({"token_id": token, "logprob": own(place), "rank": None, "top_logprobs": others})
+            rank = 1 if place % 2 == 0 else 1000
+            found.append(
+                {"token_id": token, "logprob": own(place), "rank": rank, "top_logprobs": others[: self.engine.most_listed]}
+            )
         return found
 
 
@@ -413,7 +417,7 @@ def main(arguments: Sequence[str]) -> None:
     kind, *rest = arguments
     told = json.loads(os.environ["FAKE_ENGINE"])
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    flags = {"vllm": ["--enable-scale-out", "--enable-prompt-tokens-details"]}.get(
+    flags = {"vllm": ["--enable-scale-out", "--enable-prompt-tokens-details", "--disable-uvicorn-access-log"]}.get(
         kind, ["--skip-tokenizer-init", "--incremental-streaming-output"]
     )
     for flag in flags:
@@ -422,11 +426,13 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--served-model-name", required=True)
     if kind == "vllm":
+        parser.add_argument("--structured-outputs-config", type=json.loads, required=True)
         parser.add_argument("command", choices=["serve"])
         parser.add_argument("model")
     else:
         parser.add_argument("--model-path", dest="model", required=True)
         parser.add_argument("--config", required=True)
+        parser.add_argument("--log-level-http", choices=["warning"])
     given = parser.parse_args(rest)
     assert given.host == "127.0.0.1"
     with open(os.path.join(given.model, "config.json"), encoding="utf-8") as file:

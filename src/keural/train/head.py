@@ -59,7 +59,8 @@ class _Logprobs(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logprobs = torch.empty(len(labels), dtype=wide, device=hidden.device)
         unit_hidden_gradient = torch.empty_like(hidden) if with_gradient else None
-        unit_weight_gradient = torch.zeros(aligned.shape, dtype=wide, device=hidden.device) if with_gradient and uniform else None
+        trained = with_gradient and ctx.needs_input_grad[1]
+        unit_weight_gradient = torch.zeros(aligned.shape, dtype=wide, device=hidden.device) if trained and uniform else None
         for start in range(0, len(labels), piece):
             part = slice(start, start + piece)
             logits = hidden[part] @ aligned.T
@@ -77,6 +78,8 @@ class _Logprobs(torch.autograd.Function):
         hidden, weight, labels, unit_hidden_gradient, unit_weight_gradient = ctx.saved_tensors
         upstream = gradients[0]
         hidden_gradient = (unit_hidden_gradient * upstream[:, None]).to(hidden.dtype)
+        if not ctx.needs_input_grad[1]:
+            return hidden_gradient, None, None, None, None, None
         if ctx.uniform:
             weight_gradient = torch.empty_like(weight)
             torch.mul(unit_weight_gradient[: weight.shape[0]], upstream[:1].sum(), out=weight_gradient)  # no second one in float32

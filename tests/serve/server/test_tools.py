@@ -9,6 +9,10 @@ import httpx
 import pytest
 from transformers import AutoTokenizer
 
+from keural.pretrained.directory import save_model_directory
+from keural.serve.engines.sampling_params import SamplingParams
+from keural.serve.server.running import service_for
+from keural.serve.server.settings import Settings
 from keural.tokenizer import KeuralTokenizer, Message, ToolCall, render_prompt, with_calls
 from tests.helpers.serving import Writing, events, service_of, serving
 from tests.helpers.tools import AGE, CALLS, TOOLS, WEATHER, Api, ask_chat, ask_messages, ask_responses
@@ -300,3 +304,15 @@ def test_log_probabilities_are_those_of_what_is_said(speaking: httpx.Client) -> 
 
     assert bytes(byte for entry in whole for byte in entry["bytes"]).decode() == "하늘 <tool 👋🏽"
     assert [entry for part in parts if part for entry in part["content"]] == whole
+
+
+@pytest.mark.parametrize(
+    ("lineage", "trained"), [({}, False), ({"tool_conversations": 0}, False), ({"tool_conversations": 3}, True)]
+)
+def test_the_record_of_a_model_says_whether_it_decides(
+    tokenizer: KeuralTokenizer, model: Any, tmp_path: Path, lineage: dict[str, Any], trained: bool
+) -> None:
+    directory = save_model_directory(tmp_path / "model", model.config, model.state_dict(), tokenizer, lineage)
+    for path in (directory, directory / "config.json"):  # a GGUF file lies in its directory, too
+        service = service_for(Writing(tokenizer, "x"), tokenizer, path, Settings(), SamplingParams())
+        assert service.trained_on_tools is trained

@@ -81,6 +81,12 @@ def test_an_engine_that_dies_at_its_start_ends_the_command_with_its_last_words(
     with pytest.raises(UserError, match="vllm ended with exit code 3 before it answered: reading / CUDA error: no device"):
         own_engine("vllm", exported, []).__enter__()
 
+    install_script(
+        monkeypatch, tmp_path / "bin", "echo 'ValueError: no such file'; echo warnings; echo 'semaphores leaked'; exit 1"
+    )
+    with pytest.raises(UserError, match=r"before it answered: ValueError: no such file$"):
+        own_engine("vllm", exported, []).__enter__()
+
     install_script(monkeypatch, tmp_path / "bin", "kill -9 $$")
     with pytest.raises(UserError, match="vllm was ended by signal 9 before it answered, without a word"):
         own_engine("vllm", exported, []).__enter__()

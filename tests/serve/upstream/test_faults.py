@@ -82,6 +82,12 @@ def test_log_probabilities_of_another_token_are_not_believed(fronted: Fronted) -
     assert error_of(fronted.post(logprobs=True)) == (500, "model_error")
 
 
+@pytest.mark.parametrize("kind", ["vllm"], indirect=True)
+def test_fewer_log_probabilities_than_were_asked_for_are_not_made_up(fronted: Fronted) -> None:
+    fronted.engine.most_listed = 2
+    assert error_of(fronted.post(logprobs=True, top_logprobs=2)) == (500, "model_error")
+
+
 @pytest.mark.parametrize("status", [429, 500, 503, 302, 404, 401])
 def test_a_server_that_takes_nothing_is_said_to_be_unavailable(fronted: Fronted, status: int) -> None:
     fronted.engine.status = status

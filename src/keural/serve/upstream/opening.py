@@ -5,6 +5,7 @@ In: addresses, or an export and how an engine is started. Out: `Upstreams`, look
 
 import asyncio
 import contextlib
+import re
 import secrets
 import signal
 import threading
@@ -147,7 +148,7 @@ async def _start(found: Upstreams, server: Server, child: Child) -> None:
         await child.start()
         await await_health(server, child, note)
     except Died as error:
-        last = " / ".join((await child.said())[-LAST_LINES_SHOWN:])
+        last = _last_words(await child.said())
         raise UserError(
             f"{server.contract.name} {error} before it answered{f': {last}' if last else ', without a word'}"
         ) from error
@@ -159,6 +160,12 @@ async def _start(found: Upstreams, server: Server, child: Child) -> None:
     if facts is None:
         raise UserError(f"{server.contract.name} {server.trouble}")
     found.context_length = facts.context_length
+
+
+def _last_words(lines: Sequence[str]) -> str:
+    """The last of the lines that names an error, else the last ones."""
+    errors = [line for line in lines if re.search(r"\b\w*(Error|Exception)\b", line)]
+    return " / ".join(errors[-1:] or lines[-LAST_LINES_SHOWN:])
 
 
 def check_defaults(found: Upstreams, defaults: SamplingParams) -> None:

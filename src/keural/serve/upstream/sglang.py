@@ -66,7 +66,7 @@ def unhonoured(request: Request, facts: Facts) -> Unhonoured | None:
     if form is not None and not facts.forms:
         return Unhonoured("structured_outputs", "SGLang follows forms only without --skip-tokenizer-init")
     if form is not None and not ({"json", "regex"} & form.keys()):
-        return Unhonoured("structured_outputs", "answers of this form cannot be asked of SGLang")
+        return Unhonoured("structured_outputs" if form else "tools", "answers of this form cannot be asked of SGLang")
     if request.top_logprobs is not None:
         return _unlike_logprobs(request, facts)
     return None
@@ -194,7 +194,17 @@ def launch(export: Path, name: str, port: int, key: str, more: Sequence[str]) ->
     if importlib.util.find_spec("sglang") is None:
         raise UserError("SGLang is not installed here; install it with `pip install sglang`, or name its server with --upstream")
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(export), "--skip-tokenizer-init"]
-    arguments = ["--incremental-streaming-output", "--host", "127.0.0.1", "--port", str(port), "--served-model-name", name]
+    arguments = [
+        "--incremental-streaming-output",
+        "--log-level-http",
+        "warning",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--served-model-name",
+        name,
+    ]
     config = ("--config", f"api-key: {json.dumps(key)}\n")
     return Launch([*command, *arguments, *more], {ORIGINAL: "1"}, config)
 

@@ -44,6 +44,8 @@ from keural.serve.upstream.contract import (
 )
 
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.01, 2.0
+GRAMMARS = '{"backend": "guidance", "disable_any_whitespace": true}'
+"""Forms by the library that follows them here, and JSON without blanks, of which a model may write without end."""
 FORMS = ("json", "choice", "regex")
 """By which a form can be said, the one that is preferred first."""
 
@@ -58,7 +60,7 @@ def unhonoured(request: Request, facts: Facts) -> Unhonoured | None:
         return Unhonoured("temperature", why)
     form = form_of(request)
     if form is not None and not any(kind in form for kind in FORMS):
-        return Unhonoured("structured_outputs", "answers of this form cannot be asked of vLLM")
+        return Unhonoured("structured_outputs" if form else "tools", "answers of this form cannot be asked of vLLM")
     return None
 
 
@@ -133,7 +135,10 @@ def _chosen(token: int, entry: Json, top: int) -> Chosen:
         raise Garbage("gave log-probabilities of another token")
     found = [the_object(other, "a log-probability") for other in the_list(entry.get("top_logprobs") or [], "log-probabilities")]
     others = [(token_id(other.get("token_id")), logprob(other.get("logprob"))) for other in found]
-    return Chosen(token, logprob(entry.get("logprob")), best(others if len(others) <= top else others[1:], top))
+    rank = count_of(entry.get("rank")) or 0
+    if len(others) < top or (len(others) == top and rank > top):  # as releases before 0.33, which leave out the last of the best
+        raise Garbage("gave fewer log-probabilities than were asked for")
+    return Chosen(token, logprob(entry.get("logprob")), best(others if len(others) == top else others[1:], top))
 
 
 async def facts(get: Get, model: str) -> Facts:
@@ -158,8 +163,9 @@ def launch(export: Path, name: str, port: int, key: str, more: Sequence[str]) ->
     program = shutil.which("vllm") or (str(beside) if os.access(beside, os.X_OK) else None)
     if program is None:
         raise UserError("vLLM is not installed here; install it with `pip install vllm`, or name its server with --upstream")
-    arguments = ["--enable-scale-out", "--enable-prompt-tokens-details", "--host", "127.0.0.1", "--port", str(port)]
-    return Launch([program, "serve", str(export), *arguments, "--served-model-name", name, *more], {"VLLM_API_KEY": key})
+    arguments = ["--enable-scale-out", "--enable-prompt-tokens-details", "--disable-uvicorn-access-log"]
+    where = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", name, "--structured-outputs-config", GRAMMARS]
+    return Launch([program, "serve", str(export), *arguments, *where, *more], {"VLLM_API_KEY": key})
 
 
 VLLM = Contract("vllm", "vllm", "/inference/v1/generate", unhonoured, body, reader, facts, probe, None, launch)

@@ -18,6 +18,7 @@ import yaml
 
 from keural.cli.app import main
 from keural.data.loading.stream import Stream
+from keural.data.tokens.store import StoreWriter, TokenStore
 from keural.files import read_json
 from keural.pretrained.stored_model import load_model
 from tests.helpers.published_writer import pack_documents, write_shard
@@ -459,6 +460,27 @@ def mixture_of(directory: Path, workplace: Path) -> dict[str, Any]:
     prose = {"name": "prose", "adapter": "text", "path": "prose.jsonl", "language": "ko", "weight": 1.0}
     few = {"name": "few", "adapter": "text", "path": str(directory / "few.jsonl"), "language": "en", "weight": 1.0}
     return {"sources": [prose, few], "mixing": {"max_repeat": 3.0}, "sequence_length": 32}
+
+
+def test_a_ready_store_whose_masks_are_empty_is_refused_with_one_line(workplace: Path, keural: Keural) -> None:
+    """The prepared conversations, once more with nothing trained: the run ends with exit code 2, and no step is done."""
+    prepared = TokenStore.open(prepared_of(workplace, "chats") / "train")
+    with StoreWriter(workplace / "zero", prepared.tokenizer_sha, prepared.vocab_size, "conversations") as writer:
+        for number in range(prepared.num_sequences):
+            writer.add(prepared.sequence(number), 0 * prepared.loss_mask(number))
+    stage = workplace / "recipe" / "base.yaml"
+    data = {"store": str(workplace / "zero"), "sequence_length": 64}
+    spec = yaml.safe_load(stage.read_text()) | {"objective": "sft", "data": data}
+    spec["train"]["batch_tokens"] = 256
+    stage.write_text(yaml.safe_dump(spec))
+    recipe = yaml.safe_load((workplace / "recipe" / "recipe.yaml").read_text()) | {"evaluation": {}, "stages": ["base"]}
+    (workplace / "recipe" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    code, _, err = keural("run", workplace / "recipe", "--out", workplace / "new")
+    assert code == 2
+    line = one_line(err)
+    assert f"{workplace / 'zero'}: 100.00% of the records have nothing that is trained" in line
+    assert "checks.empty" in line
+    assert not (workplace / "new" / "base" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(

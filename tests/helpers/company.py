@@ -18,8 +18,28 @@ from keural.tokenizer import Message, render_prompt
 ASKED = ("the cat", "고양이는 작은", "hello", "빨간 집과 파란 새 두 마리를", "a small red house and two blue birds", "월요일")
 
 
-def check_company(engine: Engine, slots: Slots) -> None:
-    """Assert that ten answers, greedy and seeded, of several lengths, are the same on slots, arriving at two times, as alone."""
+class Forgetful:
+    """Slots that keep nothing for a later prompt."""
+
+    def __init__(self, slots: Slots) -> None:
+        self._slots = slots
+        self.count, self.context_length, self.batch_tokens = slots.count, slots.context_length, slots.batch_tokens
+        self.step = slots.step
+
+    def cut(self, slot: int, length: int) -> int:
+        """See `Slots.cut`."""
+        return self._slots.cut(slot, 0)
+
+    def copy(self, source: int, target: int, length: int) -> int:
+        """See `Slots.copy`."""
+        return self._slots.cut(target, 0)
+
+
+def check_company(engine: Engine, slots: Slots, reuse: bool = True) -> None:
+    """Assert that ten answers, greedy and seeded, of several lengths, are the same on slots, arriving at two times, as alone; with
+    `reuse` of what slots hold, where prompts begin alike, or without.
+    """
+    slots = slots if reuse else Forgetful(slots)
     tokenizer = engine.tokenizer
     requests = [
         Request(
@@ -48,6 +68,7 @@ def check_company(engine: Engine, slots: Slots) -> None:
     assert all(done.acquire(timeout=60) for _ in requests[1:])
     scheduler.close()
     assert [answers[ticket] for ticket in tickets] == alone
+    assert any(ticket.cached_tokens for ticket in tickets) == reuse
 
 
 def check_reads(

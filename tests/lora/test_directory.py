@@ -179,6 +179,13 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Pa
     return apply
 
 
+def recorded(**changes: Any) -> Callable[[Path], None]:
+    def change(adapter: Path) -> None:
+        write_json(adapter / LINEAGE, json.loads((adapter / LINEAGE).read_text()) | changes)
+
+    return change
+
+
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
@@ -223,6 +230,11 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda adapter: (adapter / CONFIG).write_text("[]"), "not a JSON object"),
         (lambda adapter: (adapter / CONFIG).write_text("{" * 100_000), "JSON"),
         (lambda adapter: (adapter / CONFIG).unlink(), "not an adapter"),
+        (tensors(lambda values: [values[FIRST.replace("_A", side)].fill_(3e38) for side in ("_A", "_B")]), "not finite"),
+        (recorded(adapter=None), "names no base of an adapter"),
+        (recorded(adapter=[1]), "names no base of an adapter"),
+        (recorded(adapter={"base": 7}), "names no base of an adapter"),
+        (recorded(adapter={"base": "0" * 64}), "is not the model that"),
     ],
 )
 def test_rubbish_is_one_line(adapter: Path, trained: tuple[Path, StageResult, Path], change: Any, reason: str) -> None:
@@ -232,6 +244,21 @@ def test_rubbish_is_one_line(adapter: Path, trained: tuple[Path, StageResult, Pa
         merge(adapter, adapter.with_name("new"), trained[2])
     assert "\n" not in str(error.value)
     assert not adapter.with_name("new").exists()
+
+
+@pytest.mark.parametrize("where", ["\0", "x" * 10_000, "hub/name", 7, None, ["a"], "\ud800"])
+def test_a_base_at_no_place_asks_for_one(adapter: Path, where: Any) -> None:
+    configured(base_model_name_or_path=where)(adapter)
+    rewritten(adapter)
+    with pytest.raises(UserError, match="name it with --base"):
+        merge(adapter, adapter.with_name("new"))
+
+
+def test_a_merged_record_holds_nothing_but_what_is_known(adapter: Path, trained: tuple[Path, StageResult, Path]) -> None:
+    recorded(evil="x" * 1000)(adapter)
+    rewritten(adapter)
+    merge(adapter, adapter.with_name("new"))
+    assert "evil" not in read_record(adapter.with_name("new"))
 
 
 def test_what_was_changed_since_it_was_written_is_known(adapter: Path, trained: tuple[Path, StageResult, Path]) -> None:

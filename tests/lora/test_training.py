@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from pydantic import ValidationError
 
 from keural.errors import UserError
 from keural.recipe import StageSpec
+from keural.train import block
 from keural.train.loop import train_step
 from keural.train.micro_batches import micro_batches
 from keural.train.parallel import check_ranks
@@ -27,6 +30,7 @@ from tests.helpers.train_small import (
     random_model,
     small_job,
     small_stage,
+    start,
     step_gradients,
     train_stage,
     weights_of,
@@ -95,6 +99,24 @@ def test_the_grouped_product_gives_what_the_loop_gives(tmp_path: Path) -> None:
         assert (gradients[name] - gradient).norm() < 0.05 * gradient.norm(), name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+def test_layers_with_adapters_compile_as_one_graph(tmp_path: Path, recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = {"none": block.block, "selective": block._selective_block}[recompute]
+    graph = torch.compile(whole, fullgraph=True, dynamic=False, backend="aot_eager")
+    monkeypatch.setitem(block.COMPILED, recompute, graph)  # type: ignore[arg-type]
+    train = {"compute_dtype": "bfloat16", "recompute": recompute}
+    trainer = shake(open_run(small_job(tmp_path, "sft", lora={**LORA, "rank": 8}, train=train)).trainer)
+    old = trainer.policy
+    found = []
+    for compiled in (False, True):
+        engine = dataclasses.replace(old.engine, experts="grouped_mm", compiled=compiled)  # type: ignore[type-var]
+        policy = Policy(old.model, torch.bfloat16, engine, old.adapter).train()  # type: ignore[arg-type]
+        found.append(step_gradients(dataclasses.replace(trainer, policy=policy))[1])
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=0.05 * float(gradient.abs().max()), rtol=0)
+
+
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
 def test_a_base_in_bfloat16_gives_the_same_bits(tmp_path: Path, objective: str) -> None:
     outcomes = []
@@ -125,6 +147,19 @@ def test_only_adapters_are_trained_and_counted(tmp_path: Path, capsys: pytest.Ca
     assert f"small: trains {result.trained:,} of" in capsys.readouterr().out
 
 
+def test_first_factors_depend_on_the_seed_alone(tmp_path: Path) -> None:
+    def first(seed: int) -> torch.Tensor:
+        job = dataclasses.replace(small_job(tmp_path, "sft", lora=LORA), seed=seed)
+        weights = dict(open_run(job).trainer.policy.model.named_parameters())
+        return weights["model.layers.1.mlp.experts.lora_A.default.weight"].detach().clone()
+
+    torch.manual_seed(1)
+    found = first(11)
+    torch.manual_seed(2)
+    assert torch.equal(first(11), found)
+    assert not torch.equal(first(12), found)
+
+
 def interrupted(job: StageJob, step: int) -> None:
     def stop(now: int) -> None:
         if now == step:
@@ -145,6 +180,22 @@ def test_a_stage_that_was_stopped_ends_with_the_same_adapter_bit_for_bit(tmp_pat
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert losses_of(job) == losses_of(whole)
     assert metrics_of(job)[-1]["heldout"] == metrics_of(whole)[-1]["heldout"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_kill_9_at_random_moments_then_the_same_command_gives_the_same_adapter(tmp_path: Path, objective: str) -> None:
+    moments = random.Random(5)
+    settings: dict[str, Any] = {"lora": LORA, "train": {"steps": 12, "save_every": 2}}
+    small_job(tmp_path, objective, **settings)
+    for _ in range(8):
+        process = start({"directory": str(tmp_path), "objective": objective, "pause": 0.05, **settings})
+        time.sleep(moments.uniform(0.5, 4.0))
+        process.kill()
+        process.join()
+    found = weights_of(train_stage(small_job(tmp_path, objective, **settings)))
+    expected = weights_of(train_stage(small_job(tmp_path, objective, run="whole", **settings)))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_checkpoint_holds_the_adapter_and_its_moments_and_knows_its_base(tmp_path: Path) -> None:
@@ -174,14 +225,15 @@ def test_router_losses_reach_the_adapters_and_are_reported(tmp_path: Path, route
 def test_the_reference_with_the_adapter_off_is_the_base_to_the_bit(tmp_path: Path) -> None:
     """The base model by itself, computed by the same engine, is the oracle; training has moved the adapters away from it."""
 
-    def values(job: StageJob) -> np.ndarray:
-        return np.load(next((job.run_dir / "reference" / "train").glob("**/logprobs.npy")))
+    def values(trainer: Trainer) -> torch.Tensor:
+        (micro,) = micro_batches(trainer.stream.batch(0), None, torch.device("cpu"))
+        found: Any = trainer.references
+        return torch.as_tensor(found(micro.pairs.sequences))
 
-    whole = small_job(tmp_path, "dpo", run="whole", train={"recompute": "selective"})
-    open_run(whole)
-    job = small_job(tmp_path, "dpo", lora=LORA)
-    trainer = open_run(job).trainer
-    assert np.array_equal(values(job), values(whole), equal_nan=True)
+    whole = open_run(small_job(tmp_path, "dpo", run="whole", train={"recompute": "selective"})).trainer
+    trainer = open_run(small_job(tmp_path, "dpo", lora=LORA)).trainer
+    assert torch.equal(values(trainer), values(whole))
+    assert (values(trainer) < 0).all()
     batch = trainer.stream.batch(0)
     (micro,) = micro_batches(batch, None, torch.device("cpu"))
     before = trainer.policy(micro).logprobs.detach()
@@ -192,6 +244,18 @@ def test_the_reference_with_the_adapter_off_is_the_base_to_the_bit(tmp_path: Pat
     assert torch.equal(off, before)
     assert not torch.equal(trainer.policy(micro).logprobs.detach(), before)
     assert losses_of_first_step(small_job(tmp_path, "dpo", run="first", lora=LORA)) == pytest.approx(np.log(2), abs=1e-7)
+
+
+def test_the_online_reference_is_the_adapter_off_and_gives_the_same_losses(tmp_path: Path) -> None:
+    losses, adapters = [], []
+    for reference in ("cached", "online"):
+        job = small_job(tmp_path, "dpo", run=reference, lora=LORA, dpo={"reference": reference}, train={"steps": 4})
+        result = train_stage(job)
+        losses.append(losses_of(job))
+        adapters.append({name: value for name, value in weights_of(result).items() if "lora_" in name})
+    assert losses[0] == losses[1]
+    assert losses[0][-1] != losses[0][0]
+    assert all(torch.equal(value, adapters[1][name]) for name, value in adapters[0].items())
 
 
 def losses_of_first_step(job: StageJob) -> float:

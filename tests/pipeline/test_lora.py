@@ -55,6 +55,15 @@ def test_merge_makes_the_stages_model_again(adapted: Path, keural: Keural, tmp_p
     assert code == 0, err
 
 
+def test_an_export_of_the_base_is_the_base(adapted: Path, keural: Keural, tmp_path: Path) -> None:
+    for name, exported in (("hf", True), ("granite", False)):
+        code, _, err = keural("export", adapted / "steady", tmp_path / name, "--format", name)
+        assert code == 0, err
+        code, _, err = keural("merge", adapted / "chat", "--to", tmp_path / "new", "--base", tmp_path / name)
+        assert (code == 0) is exported, err
+        shutil.rmtree(tmp_path / "new", ignore_errors=True)
+
+
 def test_a_finished_stage_is_skipped_and_a_killed_one_goes_on(
     adapted: Path, finished: Path, keural: Keural, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ from keural.train.reference.records import RECORDS
 def test_another_learning_rate_or_beta_computes_no_reference_again(place: Any) -> None:
     values = {path: path.read_bytes() for path in place.run.glob(f"reference/*/{RECORDS}")}
     assert len(values) == 1
-    for change in ("align.train.lr=5e-4", "align.dpo.beta=0.3", "align.train.batch_pairs=3"):
+    for change in ("align.train.lr=5e-4", "align.dpo.beta=0.3", "align.train.betas=[0.8, 0.9]"):
         said = place.again(change)
         assert "align: it was finished with other settings" in said
         assert "reference log-probabilities" not in said

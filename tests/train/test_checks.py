@@ -16,9 +16,10 @@ from keural.recipe import ChecksSpec
 from keural.train.checks.probes import check_isolation, check_references
 from keural.train.checks.record import CHECKS_FILE, ChecksFile
 from keural.train.checks.stores import CHECKS, check_store
+from keural.train.engine import Engine
 from keural.train.micro_batches import MicroBatch
 from keural.train.policy import Policy, PolicyOutput
-from keural.train.stage import train_stage
+from keural.train.stage import make_references, train_stage
 from tests.helpers.train_small import END, LENGTH, SHA, VOCAB, metrics_of, open_run, small_config, small_job
 
 Row = tuple[list[int], list[int]]
@@ -185,6 +186,19 @@ def test_every_way_of_computing_keeps_packed_documents_apart(tmp_path: Path, obj
     assert found < 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("attention", ["documents", "flex", "masked"])
+def test_every_attention_of_the_engine_keeps_packed_documents_apart(tmp_path: Path, attention: str) -> None:
+    """Those that a CPU can run; a card's are probed when a stage begins there."""
+    trainer = open_run(small_job(tmp_path, "sft", train={"recompute": "selective"})).trainer
+    assert isinstance(trainer.policy.engine, Engine)
+    engine = dataclasses.replace(trainer.policy.engine, attention=attention)
+    policy = Policy(trainer.policy.model, torch.float32, engine)
+    found = check_isolation(dataclasses.replace(trainer, policy=policy))
+    assert found is not None
+    assert found < 1e-3
+
+
 @pytest.mark.parametrize("objective", ["next_token", "sft", "dpo"])
 def test_an_attention_that_sees_the_neighbour_is_refused(tmp_path: Path, objective: str) -> None:
     trainer = open_run(small_job(tmp_path, objective)).trainer
@@ -261,6 +275,14 @@ def test_length_bias_is_counted_by_source(tmp_path: Path, capfd: pytest.CaptureF
     assert (found["a"]["chosen_tokens"], found["a"]["rejected_tokens"]) == (4.0, 2.0)
     said = "training data: by length alone (the longer answer) 62.5% of the pairs are ranked right; chosen answers have 3 tokens"
     assert said in capfd.readouterr().out
+
+
+def test_reference_values_are_not_computed_of_pairs_that_cannot_be_trained(tmp_path: Path) -> None:
+    job = small_job(tmp_path, "dpo", number=4)
+    bad = write(tmp_path / "bad", "pairs", [GOOD, GOOD])
+    with pytest.raises(UserError, match="two answers that are the same"):
+        make_references(dataclasses.replace(job, train_store=bad))
+    assert not list(job.run_dir.iterdir())
 
 
 def test_other_data_has_no_length_bias(tmp_path: Path) -> None:

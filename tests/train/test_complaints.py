@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from keural.data.loading.row_layout import RowShape
 from keural.data.loading.stream import Stream
 from keural.data.tokens.store import StoreWriter, TokenStore
 from keural.errors import UserError
@@ -76,7 +77,8 @@ def test_3_padding_is_counted(tmp_path: Path, objective: str) -> None:
     store = TokenStore.open(write_store(tmp_path / "few", objective, 2))
     for length in (LENGTH, 2 * LENGTH):
         trainer = open_run(small_job(tmp_path, objective, run=str(length), router=ROUTER)).trainer
-        size = {"batch_pairs": 2} if objective == "dpo" else {"batch_rows": 1}
+        # rows of pairs have the length that fits them; rounded up to a multiple they have padding
+        size = {"batch_pairs": 2, "pair_rows": RowShape(4 * length, 2 * length)} if objective == "dpo" else {"batch_rows": 1}
         stream = Stream(store, objective, length, **size)  # type: ignore[arg-type]
         references = (lambda sequences: torch.zeros(sequences.shape)) if objective == "dpo" else None
         found.append(step_gradients(dataclasses.replace(trainer, stream=stream, references=references)))

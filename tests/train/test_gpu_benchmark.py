@@ -15,7 +15,7 @@ def test_every_part_runs_small_and_finds_the_engine_right(tmp_path: Path) -> Non
     out = tmp_path / "gpu.json"
     subprocess.run([sys.executable, str(BENCHMARK), "--small", "--seconds", "1200", "--out", str(out)], check=True, timeout=1300)
     found = json.loads(out.read_text())
-    assert list(found) == ["check", "stack", "whole", "baselines", "parts", "toy"]
+    assert list(found) == ["check", "stack", "whole", "baselines", "parts", "toy", "serve"]
     failed = {
         f"{part}/{name}": values["error"]
         for part, results in found.items()

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from keural.train.head import label_logprobs, padded, piece_size
+from keural.train.head import label_logprobs, piece_size
 from keural.train.losses import token_logprobs
+from keural.train.modes import padded
 
 
 def problem(tokens: int, seed: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -39,6 +40,31 @@ def test_gradcheck_in_float64(uniform: bool) -> None:
     assert torch.autograd.gradcheck(lambda h, w: label_logprobs(h, w, labels, uniform=uniform, piece=3).sum(), (hidden, weight))
     if not uniform:
         assert torch.autograd.gradcheck(lambda h, w: label_logprobs(h, w, labels, uniform=False, piece=3), (hidden, weight))
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_a_frozen_head_gets_no_tensor_for_a_gradient(uniform: bool) -> None:
+    hidden, weight, labels = problem(20, 1)
+    shapes: list[tuple[int, ...]] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            shapes.extend([tuple(result.shape)] if isinstance(result, torch.Tensor) else [])
+            return result
+
+    def gradient_and_tensors_of_the_heads_size(trained: bool) -> tuple[torch.Tensor, int]:
+        shapes.clear()
+        head = weight.detach().requires_grad_(trained)
+        with Watch():
+            logprobs = label_logprobs(hidden, head, labels, uniform=uniform)
+            found = torch.autograd.grad(logprobs.sum(), (hidden, head) if trained else (hidden,))
+        return found[0], shapes.count((padded(50), 16))
+
+    expected, number = gradient_and_tensors_of_the_heads_size(trained=True)
+    found, fewer = gradient_and_tensors_of_the_heads_size(trained=False)
+    assert torch.equal(found, expected)
+    assert fewer == 1 < number, "its aligned copy alone"
 
 
 def test_nothing_is_read_back_and_products_have_aligned_rows() -> None:

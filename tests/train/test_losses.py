@@ -1,7 +1,10 @@
 """Log-probabilities and router losses equal their dense formulas, gradients included."""
 
 import math
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keural.model import router_losses
-from keural.train.losses import balance_loss, router_statistics, token_logprobs, z_loss
-from tests.helpers.train_small import random_model
+from keural.train.losses import Weighing, balance_loss, router_statistics, token_logprobs, z_loss
+from keural.train.micro_batches import PairIndices
+from keural.train.weighing import pair_ends
+from tests.helpers.train_small import VOCAB, open_run, random_model, small_job, step_gradients
 
 
 def dense_logprobs(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -131,3 +136,103 @@ def test_counts_are_the_assignments_that_the_model_makes() -> None:
     statistics = router_statistics(logits, torch.ones(60, dtype=torch.bool), 2)
     expected = torch.stack([F.one_hot(layer, 4).sum((0, 1)).float() for layer in chosen])
     torch.testing.assert_close(statistics.counts, expected, atol=0, rtol=0)
+
+
+def pairwise_loss(logprobs: torch.Tensor, ends: list[int]) -> torch.Tensor:
+    """A loss of sums over groups of labels, each weighed by where its group stands."""
+    sums = torch.stack([part.sum() for part in logprobs.split([end - begin for begin, end in zip([0, *ends], ends, strict=False)])])
+    return -F.logsigmoid(0.3 * sums + 1).sum()
+
+
+def weighing(ends: list[int]) -> Weighing:
+    def slopes(logprobs: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            leaf = logprobs.detach().requires_grad_()
+            return torch.autograd.grad(pairwise_loss(leaf, ends), leaf)[0]
+
+    return Weighing(tuple(ends), slopes)
+
+
+class Products(torch.utils._python_dispatch.TorchDispatchMode):
+    """How many positions were projected onto the vocabulary, and the most at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions: list[int] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.mm.default and result.shape[-1] == 50:
+            self.positions.append(result.shape[0])
+        return result
+
+
+class TestOnePass:
+    """A loss whose slopes are known group by group needs one projection of each label, like one that weighs all alike."""
+
+    @settings(max_examples=40, deadline=None)
+    @given(cuts=st.sets(st.integers(1, 39), max_size=12), chunk=st.integers(1, 50), seed=st.integers(0, 99))
+    def test_values_and_gradients_equal_the_dense_formula(self, cuts: set[int], chunk: int, seed: int) -> None:
+        hidden, weight, labels = problem(40, seed)
+        ends = sorted(cuts | {40})
+        ours = token_logprobs(hidden, weight, labels, chunk, weighing(ends))
+        dense = dense_logprobs(hidden, weight, labels)
+        torch.testing.assert_close(ours, dense, atol=1e-5, rtol=1e-5)
+        ours_gradients = torch.autograd.grad(pairwise_loss(ours, ends) / 7, (hidden, weight))
+        dense_gradients = torch.autograd.grad(pairwise_loss(dense, ends) / 7, (hidden, weight))
+        torch.testing.assert_close(ours_gradients, dense_gradients, atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize(("ends", "chunk", "passes"), [([20, 40, 64], 40, 1), ([64], 64, 1), ([64], 16, 2), ([8, 64], 16, 2)])
+    def test_labels_are_projected_once_where_a_group_fits_into_a_piece(self, ends: list[int], chunk: int, passes: int) -> None:
+        hidden, weight, labels = problem(64)
+        with Products() as found:
+            logprobs = token_logprobs(hidden, weight, labels, chunk, weighing(ends))
+            pairwise_loss(logprobs, ends).backward()
+        begun = ends[-2] if passes == 2 and len(ends) > 1 else 0
+        once, counted = int((labels[:begun] >= 0).sum()), int((labels >= 0).sum())
+        assert sum(found.positions) == once + passes * (counted - once)
+        assert max(found.positions) <= chunk
+
+    @pytest.mark.parametrize("chunk", [5, 64])
+    def test_another_loss_than_was_told_has_the_right_gradients(self, chunk: int) -> None:
+        hidden, weight, labels = problem(64)
+        upstream = torch.randn(64, generator=torch.Generator().manual_seed(1))
+        ours = torch.autograd.grad((token_logprobs(hidden, weight, labels, chunk, weighing([30, 64])) * upstream).sum(), weight)
+        dense = torch.autograd.grad((dense_logprobs(hidden, weight, labels) * upstream).sum(), weight)
+        torch.testing.assert_close(ours, dense, atol=1e-5, rtol=1e-5)
+
+    def test_a_loss_that_has_no_slope_left_gives_zeros(self) -> None:
+        hidden, weight, labels = problem(20)
+        flat = Weighing((20,), torch.zeros_like)
+        logprobs = token_logprobs(hidden, weight, labels, 8, flat)
+        assert not any(gradient.any() for gradient in torch.autograd.grad((logprobs * 0).sum(), (hidden, weight)))
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+def test_training_on_pairs_takes_one_pass_over_the_head(tmp_path: Path, loss: str) -> None:
+    trainer = open_run(small_job(tmp_path, "dpo", dpo={"loss": loss})).trainer
+    labels = trainer.stream.batch(0).num_labels
+    found = []
+
+    def watch(function: Any) -> Any:
+        def linear(hidden: torch.Tensor, matrix: torch.Tensor, *bias: Any) -> torch.Tensor:
+            if matrix.shape[0] == VOCAB:
+                found.append(len(hidden))
+            return torch.Tensor(function(hidden, matrix, *bias))
+
+        return linear
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("keural.train.losses.F.linear", watch(F.linear))
+        step_gradients(trainer)
+    assert sum(found) == labels
+
+
+def test_groups_end_where_no_pair_goes_on() -> None:
+    """Pairs of one row follow each other; sides in rows of their own make one group of all that overlap."""
+    in_a_row = PairIndices(np.zeros((2, 2), int), torch.tensor([0, 1, 2, 3, 5, 6, 7]), torch.tensor([0, 0, 2, 2, 1, 3, 3]))
+    assert pair_ends(in_a_row) == (4, 8)
+    apart = PairIndices(np.zeros((2, 3), int), torch.tensor([0, 5, 10, 2, 7, 12]), torch.tensor([0, 1, 2, 3, 4, 5]))
+    assert pair_ends(apart) == (3, 8, 13)
+    crossed = PairIndices(np.zeros((2, 2), int), torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 2, 3]))
+    assert pair_ends(crossed) == (4,)

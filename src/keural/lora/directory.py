@@ -7,6 +7,7 @@ the directory is run.
     adapter_config.json  adapter_model.safetensors  README.md  keural.json (the record, with the digest of the base)
 """
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,14 +50,10 @@ class Adapter:
     weights: Weights
     record: Mapping[str, Any]
     """What `keural.json` says; empty where there is none."""
-    stated_base: str | None
-    """Where the base was when the adapter was made."""
-
-    @property
-    def base_digest(self) -> str | None:
-        """`weights_digest` of the model that it was trained on; None where no record tells."""
-        found = (self.record.get("adapter") or {}).get("base")
-        return found if isinstance(found, str) else None
+    base_digest: str | None
+    """`weights_digest` of the model that it was trained on; None where there is no record."""
+    stated_base: Path | None
+    """Where the base was when the adapter was made, if there is something."""
 
     def factors(self, config: KeuralConfig) -> dict[str, Factors]:
         """The factors of each adapted parameter of a network of this shape, by the parameter's name in memory; all are read.
@@ -125,7 +122,6 @@ def open_adapter(path: Path) -> Adapter:
         raise UserError(f"{file}: r must be a whole number from 1 to {LARGEST_RANK:,}, got {quoted(rank)}")
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha <= LARGEST:
         raise UserError(f"{file}: lora_alpha must be a number above 0, of at most {LARGEST:,}, got {quoted(alpha)}")
-    base = values.get("base_model_name_or_path")
     return Adapter(
         directory=directory,
         rank=rank,
@@ -133,8 +129,27 @@ def open_adapter(path: Path) -> Adapter:
         names=_targets(file, values),
         weights=finite(directory, open_safetensors([directory / WEIGHTS])),
         record=record,
-        stated_base=base if isinstance(base, str) and base else None,
+        base_digest=_base_digest(directory, record),
+        stated_base=_stated_base(values.get("base_model_name_or_path")),
     )
+
+
+def _base_digest(directory: Path, record: Mapping[str, Any]) -> str | None:
+    """The digest of the base in an adapter's record. Raises `UserError` when there is a record without one."""
+    if not record:
+        return None
+    about = record.get("adapter")
+    digest = about.get("base") if isinstance(about, dict) else None
+    if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+        raise UserError(f"{directory / LINEAGE}: names no base of an adapter; remove it to merge the adapter unverified")
+    return digest
+
+
+def _stated_base(value: Any) -> Path | None:
+    try:
+        return Path(value) if isinstance(value, str) and value and Path(value).exists() else None
+    except (OSError, ValueError):  # no path that this system can have
+        return None
 
 
 def _check_meaning(file: Path, values: Mapping[str, Any]) -> None:

@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keural.errors import UserError, quoted
+from keural.errors import UserError
 from keural.files import check_new
 from keural.lora.directory import Adapter, check_base, open_adapter
 from keural.lora.targets import Factors
 from keural.pretrained.directory import write_model_directory
 from keural.pretrained.lineage import UNKNOWN
 from keural.pretrained.stored_model import StoredNetwork, load_tokenizer, open_network
-from keural.pretrained.weights import TensorInfo, Weights, data_bytes
+from keural.pretrained.weights import TensorInfo, Weights, data_bytes, finite
 from keural.recipe import ChatSpec
 from keural.tokenizer import KeuralTokenizer
 
-_WRITTEN_ANEW = frozenset({"record", "checksum", "keural", "transformers", "tokenizer_sha256", "chat", "files"})
-"""Keys of a record that belong to its directory."""
+_KEPT = ("recipe", "stage", "fingerprint", "chain", "objectives", "source")
+"""Keys of a record that say where weights come from."""
 
 
 def weights_digest(weights: Weights) -> str:
@@ -147,23 +147,23 @@ def open_merged(
     factors = adapter.factors(stored.config)
     digest = weights_digest(stored.weights.watched(advance))
     check_base(adapter, digest, stored.directory)
-    weights = merged_weights(stored.weights, factors, dtype).watched(advance)
+    weights = finite(adapter.directory, merged_weights(stored.weights, factors, dtype)).watched(advance)
     return Merged(adapter, stored, weights, _lineage(adapter, stored, digest))
 
 
 def _open_base(adapter: Adapter, base: Path | None) -> StoredNetwork:
     """The model that an adapter was trained on, verified. Raises `UserError` when it is not there, and as `open_network`."""
-    if base is None and (adapter.stated_base is None or not Path(adapter.stated_base).exists()):
-        where = f" ({quoted(adapter.stated_base)} is not there)" if adapter.stated_base else ""
-        raise UserError(f"{adapter.directory}: name the model that it was trained on with --base{where}")
-    return open_network(base or Path(str(adapter.stated_base)))
+    where = base or adapter.stated_base
+    if where is None:
+        raise UserError(f"{adapter.directory}: the model that it was trained on is not where it was; name it with --base")
+    return open_network(where)
 
 
 def _lineage(adapter: Adapter, stored: StoredNetwork, digest: str) -> dict[str, Any]:
     """Where a merged model comes from: what the adapter's record says, else that of its base and that a stage is not known."""
     about = {"base": digest, "rank": adapter.rank, "alpha": adapter.alpha, "names": list(adapter.names), "merged": True}
     told = adapter.record or {**stored.lineage, "stage": None, "fingerprint": None}
-    kept = {key: value for key, value in told.items() if key not in _WRITTEN_ANEW}
+    kept = {key: told[key] for key in _KEPT if told.get(key) is not None}
     if not adapter.record:
         kept["objectives"] = [*stored.lineage.get("objectives", [UNKNOWN]), UNKNOWN]
     return {**kept, "adapter": about}

@@ -246,6 +246,7 @@ _CONTENTS = {
     "contents": "the contents of its sources",
     "tokenizer": "the tokenizer",
     "init": "the model that it starts from",
+    "order": "which pairs come together in a step, which another version of keural chose otherwise",
     "version": "the version of keural, which does something else with the same settings",
 }
 """Keys of settings whose values are fingerprints, and what to call them."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from keural.data.filtering.decontamination import check_evaluation
+from keural.data.loading.epoch_order import ORDER_VERSION
 from keural.data.loading.stream import Stream
 from keural.data.prepare import UnusableSources, check_cleaning, prepare
 from keural.data.prepared import HASHES, Prepared, find_by_settings, find_prepared
@@ -67,6 +68,7 @@ class Workspace:
             "stage": stage.determining("weights", length),
             "model": self.recipe.spec.model.determining("weights"),
             "seed": self.recipe.spec.seed,
+            **({"order": ORDER_VERSION} if OBJECTIVES[stage.objective].store == "pairs" else {}),
             **budget,
             "tokenizer": self.tokenizer.sha256,
             "data": self.data[stage.name].fingerprint,

@@ -18,7 +18,7 @@ from keural.recipe.lora import LoraSpec, Target
 from keural.recipe.model import ModelSpec
 from keural.recipe.objectives import OBJECTIVES, PREFERENCE_LOSSES, STORES, Objective, ObjectiveKind, StoreKind, StoreShape, Unit
 from keural.recipe.tokenizer import TokenizerSpec
-from keural.recipe.training import ChecksSpec, DpoSpec, RouterSpec, StageSpec, TrainSpec
+from keural.recipe.training import ChecksSpec, DpoSpec, RouterSpec, SftSpec, StageSpec, TrainSpec
 
 __all__ = [
     "OBJECTIVES",
@@ -46,6 +46,7 @@ __all__ = [
     "Recipe",
     "RecipeSpec",
     "RouterSpec",
+    "SftSpec",
     "SourceSpec",
     "Spec",
     "StageSpec",

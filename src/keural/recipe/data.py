@@ -223,6 +223,9 @@ class DataSpec(Spec):
     """Mix sources or stores by weight. Stores that are mixed keep their sources apart; other weights need no other stores."""
     sequence_length: int = not_for(("data",), gt=1)
     """Tokens of a packed row (next_token, sft) or of one side of a pair with its prompt (dpo)."""
+    train_on: Literal["assistant", "last_turn", "all"] = "assistant"
+    """What of a conversation is trained (sft). `assistant`: the assistant's turns; `last_turn`: its last one alone, also after a
+    cut at `sequence_length`; `all`: every turn. Turns that a row says are not trained are not trained in any case."""
     heldout_per_mille: float = Field(0.0, ge=0, lt=1000)
     """Share of records held out, chosen by a hash of their content."""
     heldout_sources: list[SourceSpec] = Field(default_factory=list)
@@ -258,6 +261,7 @@ class DataSpec(Spec):
             raise ValueError(f"text_kind of {kinds[0]!r} needs data.cleaning; write cleaning: {{}} for its defaults")
         if self.pretokenized:
             for name in (
+                "train_on",
                 "heldout_per_mille",
                 "heldout_sources",
                 "min_characters",

@@ -62,7 +62,7 @@ class ObjectiveKind:
 
 OBJECTIVES: dict[str, ObjectiveKind] = {
     "next_token": ObjectiveKind("documents", "next token", "c1"),
-    "sft": ObjectiveKind("conversations", "SFT", "c2"),
+    "sft": ObjectiveKind("conversations", "SFT", "c2", settings="sft"),
     "dpo": ObjectiveKind(
         "pairs",
         "DPO",

@@ -217,6 +217,14 @@ class DpoSpec(Spec):
         return self
 
 
+class SftSpec(Spec):
+    """Supervised fine-tuning."""
+
+    neftune_alpha: float = Field(0.0, ge=0, le=1000)
+    """Noise on the embeddings while training: uniform in [-1, 1] times alpha / sqrt(L H), with L the tokens of the conversation and
+    H the width (NEFTune, Jain et al. 2023, arXiv:2310.05914, where alpha is 5 to 15); 0: none."""
+
+
 class ChecksSpec(Spec):
     """What a stage refuses to train on, looked for before step 0 in stores of any origin: shares of the records, 1 allows all."""
 
@@ -254,6 +262,8 @@ class StageSpec(Spec):
     """Train low-rank adapters in place of the whole model; none: the whole model is trained. One process."""
     dpo: DpoSpec = Field(default_factory=DpoSpec)
     """Settings of objective dpo; refused with any other."""
+    sft: SftSpec = Field(default_factory=SftSpec)
+    """Settings of objective sft; refused with any other."""
     checks: ChecksSpec = neutral("check", default_factory=ChecksSpec)
     """How much of what is wrong with the data is let through."""
     notes: list[str] = neutral("report", default_factory=list)
@@ -298,6 +308,8 @@ class StageSpec(Spec):
             raise ValueError(f"objective {name} needs train.batch_{kind.unit} and no {others}")
         if train.batch_tokens is not None and train.batch_tokens % length:
             raise ValueError(f"train.batch_tokens {train.batch_tokens} is not a multiple of data.sequence_length {length}")
+        if kind.store != "conversations" and self.data.train_on != "assistant":
+            raise ValueError(f"data.train_on is of conversations; it has no effect with objective {name}")
         if kind.store != "documents" and self.data.cleaning is not None:
             raise ValueError(f"data.cleaning is for documents; objective {name} has gates per source")
         if kind.needs_reference and self.init_from == "random":

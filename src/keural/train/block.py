@@ -245,6 +245,7 @@ def forward(
     dtype: torch.dtype,
     recompute: Sequence[str],
     compiled: bool = False,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The decoder over flattened rows.
 
@@ -257,6 +258,7 @@ def forward(
         dtype: of the residual stream and the matrix products; matrices of another one are converted in every layer.
         recompute: of each layer, see `keural.train.recompute`.
         compiled: run each layer as one compiled graph.
+        noise: ``[N, H]``, added to the embeddings; None: nothing.
 
     Returns:
         Hidden states ``[N, H]`` after the final norm, and router logits ``[L, N, E]`` in float32.
@@ -264,7 +266,8 @@ def forward(
     backend = ATTENTION[settings.attention]
     masks = {window: backend.prepare(packed, window) for window in dict.fromkeys(windows)}
     cosines, sines = angles(packed.positions, network.inv_freq, torch.promote_types(dtype, torch.float32))
-    hidden = F.embedding(input_ids, network.embed_tokens).to(dtype)
+    embedded = F.embedding(input_ids, network.embed_tokens)
+    hidden = (embedded if noise is None else embedded + noise).to(dtype)
     router_logits = []
     adapters = network.adapters or (NO_ADAPTERS,) * len(network.blocks)
     for weights, beside_it, window, mode in zip(network.blocks, adapters, windows, recompute, strict=True):

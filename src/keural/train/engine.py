@@ -39,7 +39,8 @@ class Engine:
         settings, modes = settings_of(config, self.attention, self.experts), [self.recompute] * config.num_hidden_layers
         packed = packing(torch.from_numpy(micro.positions), micro.input_ids.device)
         network, ids = network_of(model), micro.input_ids.flatten()
-        hidden, logits = forward(network, ids, packed, windows_of(config), settings, self.dtype, modes, self.compiled)
+        noise = None if micro.noise is None else micro.noise.flatten(0, 1)
+        hidden, logits = forward(network, ids, packed, windows_of(config), settings, self.dtype, modes, self.compiled, noise)
         if not with_labels:
             return PolicyOutput(torch.zeros(micro.input_ids.shape, device=hidden.device), logits.unbind(0))
         logprobs = label_logprobs(hidden, network.embed_tokens, micro.labels.flatten(), uniform=self.uniform)

@@ -14,8 +14,10 @@ from torch import Tensor
 from keural.data.loading.batch import Batch
 from keural.train.losses import RouterStatistics, balance_loss, router_statistics, z_loss
 from keural.train.micro_batches import MicroBatch, micro_batches
+from keural.train.neftune import noised
 from keural.train.reference.online import references_for
 from keural.train.trainer import Trainer
+from keural.train.weighing import weighing_of
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,10 @@ def accumulate_gradients(trainer: Trainer, step: int) -> StepLosses:
     batch = trainer.stream.batch(step, ranks.rank, ranks.world)
     micros = micro_batches(batch, trainer.stage.train.micro_batch_tokens, ranks.device)
     totals = count_step(trainer, batch, micros)
-    tokens_per_expert = step_tokens_per_expert(trainer, micros)
+    tokens_per_expert = step_tokens_per_expert(trainer, step, batch, micros)
     trainer.optimizer.zero_grad(set_to_none=True)
-    sums = torch.stack([forward_backward(trainer, micro, totals, tokens_per_expert) for micro in micros]).sum(0)
+    parts = [forward_backward(trainer, micro, totals, tokens_per_expert) for micro in noised(trainer, step, batch, micros)]
+    sums = torch.stack(parts).sum(0)
     return unpack(trainer, ranks.sum(sums), totals)
 
 
@@ -63,7 +66,7 @@ def count_step(trainer: Trainer, batch: Batch, micros: Sequence[MicroBatch]) -> 
     return Totals(found[0], *map(int, found[1:]))
 
 
-def step_tokens_per_expert(trainer: Trainer, micros: Sequence[MicroBatch]) -> Tensor | None:
+def step_tokens_per_expert(trainer: Trainer, step: int, batch: Batch, micros: Sequence[MicroBatch]) -> Tensor | None:
     """Assignments per layer and expert ``[L, E]`` of the whole step, from a forward pass ahead where they cannot be known
     otherwise.
 
@@ -80,16 +83,18 @@ def step_tokens_per_expert(trainer: Trainer, micros: Sequence[MicroBatch]) -> Te
             router_statistics(
                 trainer.policy(micro, with_labels=False).router_logits, micro.token_mask.flatten(), trainer.top_k
             ).counts
-            for micro in micros
+            for micro in noised(trainer, step, batch, micros)
         ]
     return trainer.ranks.sum(torch.stack(counts).sum(0))
 
 
 def forward_backward(trainer: Trainer, micro: MicroBatch, totals: Totals, tokens_per_expert: Tensor | None) -> Tensor:
     """Add one micro-batch's gradients; returns the sums that the step's losses are made of, see `unpack`."""
-    output = trainer.policy(micro)
+    references = references_for(trainer.references, micro)
+    weighing = weighing_of(trainer.objective, micro, references) if trainer.policy.engine is None else None
+    output = trainer.policy(micro, weighing=weighing)
     statistics = router_statistics(output.router_logits, micro.token_mask.flatten(), trainer.top_k)
-    terms = trainer.objective(output.logprobs, micro, references_for(trainer.references, micro))
+    terms = trainer.objective(output.logprobs, micro, references)
     balance, z = router_losses(trainer, statistics, totals, tokens_per_expert)
     router = trainer.stage.router
     (terms.loss / (totals.denominator or 1) + router.balance_coef * balance + router.z_coef * z).backward()

@@ -17,22 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from keural.train.losses import LOGITS_PER_CHUNK
-
-ALIGNMENT = 64
-PIECE_BYTES = 2**30
-"""Logits that exist at a time on an accelerator: 4,096 positions of a vocabulary of 131,074 in bfloat16."""
+from keural.train.modes import padded, positions_of_a_piece
 
 
 def piece_size(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
     """Positions per piece: a multiple of 128 on an accelerator, at least one on a CPU."""
     if device.type == "cpu":
         return max(1, LOGITS_PER_CHUNK // vocabulary)
-    return max(128, round(PIECE_BYTES / (padded(vocabulary) * dtype.itemsize) / 128) * 128)
-
-
-def padded(vocabulary: int) -> int:
-    """V', the next multiple of `ALIGNMENT`."""
-    return -(-vocabulary // ALIGNMENT) * ALIGNMENT
+    return positions_of_a_piece(vocabulary, dtype.itemsize)
 
 
 def label_logprobs(hidden: Tensor, head_weight: Tensor, labels: Tensor, *, uniform: bool, piece: int | None = None) -> Tensor:
@@ -67,7 +59,8 @@ class _Logprobs(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logprobs = torch.empty(len(labels), dtype=wide, device=hidden.device)
         unit_hidden_gradient = torch.empty_like(hidden) if with_gradient else None
-        unit_weight_gradient = torch.zeros(aligned.shape, dtype=wide, device=hidden.device) if with_gradient and uniform else None
+        trained = with_gradient and ctx.needs_input_grad[1]
+        unit_weight_gradient = torch.zeros(aligned.shape, dtype=wide, device=hidden.device) if trained and uniform else None
         for start in range(0, len(labels), piece):
             part = slice(start, start + piece)
             logits = hidden[part] @ aligned.T
@@ -85,6 +78,8 @@ class _Logprobs(torch.autograd.Function):
         hidden, weight, labels, unit_hidden_gradient, unit_weight_gradient = ctx.saved_tensors
         upstream = gradients[0]
         hidden_gradient = (unit_hidden_gradient * upstream[:, None]).to(hidden.dtype)
+        if not ctx.needs_input_grad[1]:
+            return hidden_gradient, None, None, None, None, None
         if ctx.uniform:
             weight_gradient = torch.empty_like(weight)
             torch.mul(unit_weight_gradient[: weight.shape[0]], upstream[:1].sum(), out=weight_gradient)  # no second one in float32

@@ -6,7 +6,7 @@ can be differentiated, and sums from which the router losses of a whole optimize
 Letters: N tokens, n labelled or non-padding tokens, H hidden size, V vocabulary, L layers, E experts, K experts per token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,18 +18,35 @@ LOGITS_PER_CHUNK = 2**23
 """Logits that exist at a time: 32 MiB in float32, large enough for full speed of the matrix products."""
 
 
-def token_logprobs(hidden: Tensor, head_weight: Tensor, labels: Tensor, chunk: int | None = None) -> Tensor:
+@dataclass(frozen=True)
+class Weighing:
+    """How a loss weighs labels, where that is known group by group: of preference pairs as soon as both sides are.
+
+    `ends` says where, among the N tokens, each group of labels ends; groups follow each other. `slopes` gives the loss's gradient
+    ``[N]`` from log-probabilities ``[N]`` of which those of later groups are 0; what it says of a group may depend on that group
+    alone.
+    """
+
+    ends: tuple[int, ...]
+    slopes: Callable[[Tensor], Tensor]
+
+
+def token_logprobs(
+    hidden: Tensor, head_weight: Tensor, labels: Tensor, chunk: int | None = None, weighing: Weighing | None = None
+) -> Tensor:
     """Log-probability of each label under softmax(hidden @ head_weight.T), without ever holding all logits.
 
     Only positions with a label are projected, `chunk` of them at a time. The gradients' directions are taken from each piece
-    while it is there; a second pass over the pieces is needed only when the loss weighs labels differently (as DPO does). The
-    matrix products run in the dtype of `hidden`; softmax and all sums run in float32 (float64 stays float64).
+    while it is there, which is all where the loss weighs labels alike, or as `weighing` says. Otherwise, and for groups of labels
+    larger than a piece, a second pass over the pieces is needed. The matrix products run in the dtype of `hidden`; softmax and all
+    sums run in float32 (float64 stays float64).
 
     Args:
         hidden: ``[N, H]``.
         head_weight: ``[V, H]``.
         labels: ``[N]``, token ids; negative where nothing is predicted.
         chunk: positions per piece; by default so many that a piece has `LOGITS_PER_CHUNK` logits.
+        weighing: how the loss weighs labels, up to a factor; None: alike. Gradients are right also where that is not so.
 
     Returns:
         ``[N]`` in float32, 0 where the label is negative.
@@ -38,54 +55,139 @@ def token_logprobs(hidden: Tensor, head_weight: Tensor, labels: Tensor, chunk: i
     chunk = chunk or max(1, LOGITS_PER_CHUNK // head_weight.shape[0])
     with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad)
     logprobs = _ChunkedLogprobs.apply(
-        hidden.index_select(0, counted), head_weight, labels.index_select(0, counted), chunk, with_gradient
+        hidden.index_select(0, counted),
+        head_weight,
+        labels.index_select(0, counted),
+        _pieces(counted, chunk, weighing if with_gradient else None),
+        with_gradient,
+        _slopes_of_labels(counted, labels.shape[0], weighing),
     )
-    return torch.zeros(labels.shape[0], dtype=logprobs.dtype, device=logprobs.device).index_copy(0, counted, logprobs)
+    return _spread(logprobs, counted, labels.shape[0])
+
+
+def _spread(values: Tensor, places: Tensor, number: int) -> Tensor:
+    """Values at their places among `number`, 0 elsewhere."""
+    return torch.zeros(number, dtype=values.dtype, device=values.device).index_copy(0, places, values)
+
+
+def _slopes_of_labels(counted: Tensor, number: int, weighing: Weighing | None) -> Callable[[Tensor], Tensor] | None:
+    """`Weighing.slopes` from and to the labels alone."""
+    if weighing is None:
+        return None
+    return lambda logprobs: weighing.slopes(_spread(logprobs, counted, number)).index_select(0, counted)
+
+
+def _pieces(counted: Tensor, chunk: int, weighing: Weighing | None) -> list[list[slice]]:
+    """The labels in pieces, in lists: between two lists the slopes of the first one are known. Lists of several pieces are of
+    groups that are larger than a piece.
+    """
+    total = len(counted)
+    if weighing is None:
+        return [[slice(start, min(start + chunk, total))] for start in range(0, total, chunk)]
+    ends = torch.searchsorted(counted, torch.tensor(weighing.ends, device=counted.device)).tolist()
+    assert total == 0 or ends[-1] == total, "every label is in a group"
+    found, start, last = [], 0, 0
+    for end in [*ends, None]:
+        if last > start and (end is None or end - start > chunk):
+            found.append([slice(begin, min(begin + chunk, last)) for begin in range(start, last, chunk)])
+            start = last
+        last = last if end is None else end
+    return found
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
     """log softmax(h W^T)[y] per row i, with upstream gradient g_i.
 
     With s_i = onehot(y_i) - softmax_i the gradients are g_i s_i W for h_i and sum_i g_i s_i h_i^T for W. The forward pass keeps s W
-    ``[n, H]`` and sum_i s_i h_i^T ``[V, H]``, which is the weight's gradient up to a factor when all g_i are equal.
+    ``[n, H]`` and, with the slopes w_i that it is told, sum_i w_i s_i h_i^T ``[V, H]``, which is the weight's gradient up to a
+    factor when g is w up to that factor.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, with_gradient: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        pieces: list[list[slice]],
+        with_gradient: bool,
+        slopes_of: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
         compute_weight = weight.to(hidden.dtype)
         reduce = torch.promote_types(hidden.dtype, torch.float32)
         normalizers = torch.empty(len(labels), dtype=reduce, device=hidden.device)
-        logprobs = torch.empty_like(normalizers)
+        logprobs = torch.zeros_like(normalizers)
+        slopes = torch.ones_like(normalizers)
         unit_hidden_gradient = torch.empty_like(hidden) if with_gradient else None
-        unit_weight_gradient = torch.zeros_like(weight, dtype=reduce) if with_gradient else None
-        for start in range(0, len(labels), chunk):
-            piece = slice(start, start + chunk)
+        weighted_gradient = torch.zeros_like(weight, dtype=reduce) if with_gradient else None
+
+        def project(piece: slice) -> Tensor:
             logits = F.linear(hidden[piece], compute_weight).to(reduce)
             normalizers[piece] = logits.logsumexp(-1)
             logprobs[piece] = logits.gather(-1, labels[piece, None]).squeeze(-1) - normalizers[piece]
-            if unit_hidden_gradient is not None and unit_weight_gradient is not None:
-                logit_gradient = _logit_gradient(logits, normalizers[piece], labels[piece]).to(hidden.dtype)
-                unit_hidden_gradient[piece] = logit_gradient @ compute_weight
-                unit_weight_gradient += logit_gradient.T @ hidden[piece]
-        ctx.save_for_backward(hidden, weight, labels, normalizers, unit_hidden_gradient, unit_weight_gradient)
-        ctx.chunk = chunk
+            if unit_hidden_gradient is not None:
+                logits = _logit_gradient(logits, normalizers[piece], labels[piece])
+                unit_hidden_gradient[piece] = logits.to(hidden.dtype) @ compute_weight
+            return logits
+
+        for together in pieces:
+            logit_gradients = [project(piece) for piece in together] if len(together) == 1 else []
+            for piece in together if len(together) > 1 else ():
+                project(piece)
+            if weighted_gradient is None:
+                continue
+            whole = slice(together[0].start, together[-1].stop)
+            if slopes_of is not None:
+                slopes[whole] = slopes_of(logprobs)[whole].to(reduce)
+            for piece, logit_gradient in zip(together, logit_gradients, strict=False):
+                _add_weighted(weighted_gradient, logit_gradient, slopes[piece] if slopes_of else None, hidden[piece])
+            for piece in together if len(together) > 1 else ():
+                logit_gradient = _again(hidden[piece], compute_weight, normalizers[piece], labels[piece])
+                _add_weighted(weighted_gradient, logit_gradient, slopes[piece], hidden[piece])
+        ctx.save_for_backward(hidden, weight, labels, normalizers, slopes, unit_hidden_gradient, weighted_gradient)
+        ctx.pieces = [piece for together in pieces for piece in together]
         return logprobs
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        hidden, weight, labels, normalizers, unit_hidden_gradient, unit_weight_gradient = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, normalizers, slopes, unit_hidden_gradient, weighted_gradient = ctx.saved_tensors
         upstream = gradients[0]
         hidden_gradient = (unit_hidden_gradient * upstream[:, None]).to(hidden.dtype)
-        if len(upstream) == 0 or bool((upstream == upstream[0]).all()):
-            weight_gradient = unit_weight_gradient * upstream[:1].sum()
+        factor = _factor(upstream, slopes)
+        if factor is not None:
+            weight_gradient = weighted_gradient * factor
         else:
-            weight_gradient = torch.zeros_like(unit_weight_gradient)
-            for start in range(0, len(labels), ctx.chunk):
-                piece = slice(start, start + ctx.chunk)
-                logits = F.linear(hidden[piece], weight.to(hidden.dtype)).to(normalizers.dtype)
-                logit_gradient = _logit_gradient(logits, normalizers[piece], labels[piece]).mul_(upstream[piece, None])
-                weight_gradient += logit_gradient.to(hidden.dtype).T @ hidden[piece]
-        return hidden_gradient, weight_gradient.to(weight.dtype), None, None, None
+            weight_gradient = torch.zeros_like(weighted_gradient)
+            for piece in ctx.pieces:
+                logit_gradient = _again(hidden[piece], weight.to(hidden.dtype), normalizers[piece], labels[piece])
+                _add_weighted(weight_gradient, logit_gradient, upstream[piece], hidden[piece])
+        return hidden_gradient, weight_gradient.to(weight.dtype), None, None, None, None
+
+
+SAME_DIRECTION = 1e-6
+"""Relative to the largest: so far apart upstream gradients and slopes may be that the loss had those slopes."""
+
+
+def _factor(upstream: Tensor, slopes: Tensor) -> Tensor | None:
+    """The number that `slopes` times it is `upstream`, both ``[n]``; None where there is none."""
+    if len(upstream) == 0:
+        return upstream.sum()
+    largest = slopes.abs().argmax()
+    factor = torch.where(slopes[largest] == 0, 0.0, upstream[largest] / slopes[largest])
+    apart = (upstream - factor * slopes).abs().max()
+    return factor if bool(apart <= SAME_DIRECTION * upstream.abs().max()) else None
+
+
+def _again(hidden: Tensor, weight: Tensor, normalizers: Tensor, labels: Tensor) -> Tensor:
+    """The gradient of a piece's logits, computed once more."""
+    return _logit_gradient(F.linear(hidden, weight).to(normalizers.dtype), normalizers, labels)
+
+
+def _add_weighted(total: Tensor, logit_gradient: Tensor, weights: Tensor | None, hidden: Tensor) -> None:
+    """Add a piece's part of the weight's gradient, its rows multiplied by `weights` in the memory of `logit_gradient`."""
+    if weights is not None:
+        logit_gradient.mul_(weights[:, None])
+    total += logit_gradient.to(hidden.dtype).T @ hidden
 
 
 def _logit_gradient(logits: Tensor, normalizers: Tensor, labels: Tensor) -> Tensor:

@@ -41,6 +41,8 @@ class MicroBatch:
     positions: Array
     """`position_ids` on the CPU, where documents are found by them."""
     pairs: PairIndices
+    noise: Tensor | None = None
+    """``[rows, T, H]``, added to the embeddings; None: nothing."""
 
 
 def rows_per_pass(row_length: int, limit: int | None, total: int) -> int:

@@ -14,7 +14,7 @@ from keural.lora.layers import TrainedAdapter, adapter_off
 from keural.model import KeuralMoECausalLM
 from keural.recipe import TrainSpec
 from keural.train.document_attention import IMPLEMENTATION, DocumentStacks, document_offsets, stack_documents
-from keural.train.losses import token_logprobs
+from keural.train.losses import Weighing, token_logprobs
 from keural.train.micro_batches import MicroBatch
 from keural.train.modes import by_engine
 from keural.train.ranks import Ranks
@@ -61,20 +61,26 @@ class Policy(nn.Module):
         """Inside the block the policy is the model that its stage started from, as long as nothing but an adapter was trained."""
         return contextlib.nullcontext() if self.adapter is None else adapter_off(self.model)
 
-    def forward(self, micro: MicroBatch, with_labels: bool = True) -> PolicyOutput:
-        """Run packed rows ``[rows, T]``. Without labels the head is not used, and log-probabilities are 0."""
+    def forward(self, micro: MicroBatch, with_labels: bool = True, weighing: Weighing | None = None) -> PolicyOutput:
+        """Run packed rows ``[rows, T]``. Without labels the head is not used, and log-probabilities are 0. `weighing` of the loss
+        saves a pass over the head where the model's own layers compute.
+        """
         if self.engine is not None:
             return self.engine(self.model, micro, with_labels)
         autocast = torch.autocast(micro.input_ids.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
         ids, positions = micro.input_ids, micro.position_ids
+        inputs = (
+            {"input_ids": ids} if micro.noise is None else {"inputs_embeds": self.model.get_input_embeddings()(ids) + micro.noise}
+        )
         with autocast:
             outputs = self.model.model(
-                input_ids=ids, position_ids=positions, attention_mask=self._masks(micro), use_cache=False, output_router_logits=True
+                **inputs, position_ids=positions, attention_mask=self._masks(micro), use_cache=False, output_router_logits=True
             )
         hidden = outputs.last_hidden_state.to(self.compute_dtype)
         if not with_labels:
             return PolicyOutput(torch.zeros(ids.shape, device=ids.device), outputs.router_logits)
-        logprobs = token_logprobs(hidden.flatten(0, 1), self.model.get_output_embeddings().weight, micro.labels.flatten())
+        head, labels = self.model.get_output_embeddings().weight, micro.labels.flatten()
+        logprobs = token_logprobs(hidden.flatten(0, 1), head, labels, weighing=weighing)
         return PolicyOutput(logprobs.view_as(micro.labels), outputs.router_logits)
 
     def _masks(self, micro: MicroBatch) -> dict[str, DocumentStacks] | None:

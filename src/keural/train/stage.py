@@ -21,6 +21,7 @@ import torch
 
 from keural.data.loading.batch import Batch
 from keural.data.loading.corpus import Corpus
+from keural.data.loading.row_layout import RowShape
 from keural.data.loading.stream import Stream
 from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
@@ -29,7 +30,7 @@ from keural.lora.layers import TrainedAdapter, adapt, store_frozen
 from keural.lora.merge import weights_digest
 from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.pretrained.stored_model import open_network
-from keural.recipe import OBJECTIVES, StageSpec, length_of
+from keural.recipe import OBJECTIVES, StageSpec, TrainSpec, length_of
 from keural.train import step_plan
 from keural.train.alarms import Alarms
 from keural.train.checkpoint import Checkpoints, Progress, Stored, newest_progress, tensors
@@ -55,6 +56,8 @@ from keural.train.trainer import Trainer
 __all__ = ["StageJob", "StageResult", "full_state_dict", "make_references", "train_stage"]
 
 LOSSES_KEPT = 10
+COMPILED_ROWS = 128
+"""Rows of pairs are filled up to a multiple of so many tokens under `train.compile`: each length is compiled once."""
 SAVE_SECONDS = 600.0
 """Without `train.save_every`: so long after a checkpoint the next one is written."""
 SAVE_SHARE = 0.05
@@ -126,8 +129,8 @@ def open_stage(job: StageJob, ranks: Ranks, stop: "StopSignals", started: float)
     """
     stage = job.stage
     check_ranks(stage, ranks.world)
-    stream = _stream(job, job.train_store)
-    heldout = _stream(job, job.heldout_store) if job.heldout_store else None
+    stream = _stream(job, job.train_store, ranks)
+    heldout = _stream(job, job.heldout_store, ranks) if job.heldout_store else None
     checks = _check_data(job, stream, heldout, ranks)
     objective = LOSSES[stage.objective](stage)
     policy, optimizer, frozen = _policy(job, objective.uniform, ranks)
@@ -308,19 +311,39 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def _stream(job: StageJob, store: Path | Corpus) -> Stream:
+def _stream(job: StageJob, store: Path | Corpus, ranks: Ranks) -> Stream:
     """The stream over a store of this job; refuses one made with another tokenizer."""
     stage = job.stage
     rows = None if stage.train.batch_tokens is None else stage.train.batch_tokens // stage.data.sequence_length
     corpus = store if isinstance(store, Corpus) else Corpus((store,))
     settings = (stage.objective, stage.data.sequence_length, rows, stage.train.batch_pairs, job.seed)
-    return corpus.stream(*settings, job.tokenizer_sha, job.model_config.vocab_size)
+    return corpus.stream(*settings, job.tokenizer_sha, job.model_config.vocab_size, _pair_rows(stage, ranks))
 
 
-def _check_data(job: StageJob, stream: Stream, heldout: Stream | None, ranks: Ranks) -> ChecksFile:
+def _pair_rows(stage: StageSpec, ranks: Ranks) -> RowShape:
+    """Where attention goes by documents a row of pairs is a forward pass; where it masks rows, it has room for two sequences."""
+    spec = stage.train
+    has_kernels = ranks.device.type == "cuda" and spec.compute_dtype == "bfloat16" and _has_engine(stage, ranks)
+    goes_by_documents = _by_documents(spec, ranks) or has_kernels
+    limit = spec.micro_batch_tokens if goes_by_documents else 2 * stage.data.sequence_length
+    return RowShape(limit, COMPILED_ROWS if spec.compile else 1)
+
+
+def _has_engine(stage: StageSpec, ranks: Ranks) -> bool:
+    """Whether the training engine computes the stage."""
+    return stage.lora is not None or needs_engine(stage.train, ranks)
+
+
+def _by_documents(spec: TrainSpec, ranks: Ranks) -> bool:
+    """Whether the model's own layers attend to one document after another; they cannot be compiled then."""
+    return ranks.device.type == "cpu" and not spec.compile
+
+
+def _check_data(job: StageJob, stream: Stream, heldout: Stream | None, ranks: Ranks, keep: bool = True) -> ChecksFile:
     """What the stage's data was checked for. Raises `UserError` as the checks do."""
+    path = job.run_dir / CHECKS_FILE if keep else None
     streams = {"training": stream} | ({"held-out": heldout} if heldout else {})
-    found, lines = ranks.on_main(lambda: check_data(job.run_dir / CHECKS_FILE, job.stage, job.model_config, streams))
+    found, lines = ranks.on_main(lambda: check_data(path, job.stage, job.model_config, streams))
     for line in lines:
         ranks.log_once(f"{job.stage.name}: {line}")
     return found
@@ -336,8 +359,8 @@ def _policy(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, Optimiz
     frozen = adapter.base_digest if adapter else freeze(model, job.stage.router)
     if (trained := count_trained(model)) < (total := count_all(model)):
         ranks.log_once(f"{job.stage.name}: trains {trained:,} of {total:,} parameters")
-    engine, by_documents = _engine(job, uniform, ranks), ranks.device.type == "cpu" and not spec.compile
-    policy = Policy(model, getattr(torch, spec.compute_dtype), engine, adapter, by_documents=by_documents).train()
+    engine = _engine(job, uniform, ranks)
+    policy = Policy(model, getattr(torch, spec.compute_dtype), engine, adapter, by_documents=_by_documents(spec, ranks)).train()
     if spec.precision != "fp32":
         optimizer = build_split_optimizer(model, spec, ranks.device)
         policy.to(ranks.device)  # what the optimizer has not moved
@@ -374,7 +397,7 @@ def _adapter(job: StageJob, model: KeuralMoECausalLM) -> TrainedAdapter | None:
 
 def _engine(job: StageJob, uniform: bool, ranks: Ranks) -> Compute | None:
     """The training engine, where the stage needs it, as adapters do; importing it takes seconds."""
-    if job.stage.lora is None and not needs_engine(job.stage.train, ranks):
+    if not _has_engine(job.stage, ranks):
         return None
     from keural.train.engine import engine_for
 
@@ -399,7 +422,7 @@ def _make_plan(job: StageJob, measured: Trainer, heldout: Stream | None, started
     if stage.train.budget_share is None:
         return step_plan.fixed_plan(stage, stream)
     assert job.budget_seconds is not None, "a stage with a budget_share needs budget_seconds"
-    costs = step_plan.measure(measured, step_plan.evaluation_rows(heldout), job.budget_seconds)
+    costs = step_plan.measure(measured, heldout, job.budget_seconds)
     left = job.budget_seconds - (time.monotonic() - started)
     made = step_plan.budget_plan(stage, left, costs, stream.steps_per_epoch)
     measured.ranks.log_once(
@@ -462,8 +485,9 @@ def make_references(job: StageJob, ranks: Ranks | None = None) -> bool:
     with session() as found, reproducible(found.device), StopSignals(found.world) as stop:
         ranks = ranks or found
         check_ranks(job.stage, ranks.world)
-        stream = _stream(job, job.train_store)
-        heldout = _stream(job, job.heldout_store) if job.heldout_store else None
+        stream = _stream(job, job.train_store, ranks)
+        heldout = _stream(job, job.heldout_store, ranks) if job.heldout_store else None
+        _check_data(job, stream, heldout, ranks, keep=False)
         policy, *_ = _policy(job, LOSSES[job.stage.objective](job.stage).uniform, ranks)
         measured = job.stage.train.budget_share is not None
         steps = stream.steps_per_epoch if measured else step_plan.fixed_plan(job.stage, stream).steps

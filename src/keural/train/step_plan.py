@@ -4,13 +4,11 @@ The plan is written to `plan.json` before the first step and read by every later
 unless it is made longer and the steps that were done are those that the longer one begins with.
 """
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from pydantic import Field
 from keural.data.loading.stream import Stream
 from keural.errors import UserError
 from keural.files import CheckedFile
-from keural.recipe import OBJECTIVES, StageSpec, TrainSpec
+from keural.recipe import StageSpec, TrainSpec
 from keural.train.loop import train_step
 from keural.train.micro_batches import micro_batches
 from keural.train.objectives.base import References
@@ -160,22 +158,25 @@ def no_references(device: torch.device) -> References:
     return lambda sequences: torch.zeros(sequences.shape, device=device)
 
 
-def measure(trainer: Trainer, evaluation_rows: int, budget_seconds: float) -> Costs:
+def measure(trainer: Trainer, heldout: Stream | None, budget_seconds: float) -> Costs:
     """Time training steps with a learning rate of 0, so that no weight changes; moments are reset afterwards. All ranks get rank
     0's figures.
 
-    `trainer` is one with `no_learning` and, where the objective needs references, `no_references`; `evaluation_rows` is the
-    number of rows of the held-out store, all ranks together.
+    `trainer` is one with `no_learning` and, where the objective needs references, `no_references` or those of every step;
+    `heldout` is what is evaluated.
     """
     train_step(trainer, 0)
     seconds: list[float] = []
     while trainer.ranks.any(len(seconds) < MEASURED_STEPS or sum(seconds) < MEASURED_SHARE * budget_seconds):
         seconds.append(_timed(partial(train_step, trainer, len(seconds))))
-    forward_seconds, rows = _timed_forward(trainer)
+    work = trainer.stream.work
+    step_seconds = sum(seconds) / sum(work(step) for step in range(len(seconds)))
+    forward_seconds = _timed_forward(trainer) / work(0)
     trainer.optimizer.zero_grad(set_to_none=True)
     forget(trainer.optimizer)
-    share = evaluation_rows / (rows * trainer.ranks.world)
-    return trainer.ranks.on_main(lambda: Costs(mean(seconds), forward_seconds, forward_seconds * share))
+    share = heldout.epoch_work / trainer.stream.epoch_work * trainer.stream.instances_per_epoch if heldout else 0.0
+    share /= trainer.stream.batch_size
+    return trainer.ranks.on_main(lambda: Costs(step_seconds, forward_seconds, forward_seconds * share))
 
 
 def _timed(function: Callable[[], object]) -> float:
@@ -187,8 +188,8 @@ def _timed(function: Callable[[], object]) -> float:
 
 
 @torch.no_grad()
-def _timed_forward(trainer: Trainer) -> tuple[float, int]:
-    """Seconds of one step's forward passes without gradients, and this rank's rows in them."""
+def _timed_forward(trainer: Trainer) -> float:
+    """Seconds of one step's forward passes without gradients."""
     ranks = trainer.ranks
     batch = trainer.stream.batch(0, ranks.rank, ranks.world)
     micros = micro_batches(batch, trainer.stage.train.micro_batch_tokens, ranks.device)
@@ -199,9 +200,4 @@ def _timed_forward(trainer: Trainer) -> tuple[float, int]:
 
     seconds = _timed(forward)
     reshard(trainer.policy)
-    return seconds, len(batch.input_ids)
-
-
-def evaluation_rows(stream: Stream | None) -> int:
-    """Rows of a held-out store; pairs are taken as two to a row, as most pack."""
-    return math.ceil(stream.instances_per_epoch / OBJECTIVES[stream.objective].sequences_per_record) if stream else 0
+    return seconds

@@ -33,6 +33,6 @@ def test_what_a_slot_cannot_do_is_refused(gguf: Path) -> None:
         slots.step([Row(0, [260] * (slots.batch_tokens + 1), 0, True)])
 
 
-@pytest.mark.parametrize("count", [1, 4, 8])
-def test_together_with_others_an_answer_is_the_one_of_the_single_stream_engine(gguf: Path, count: int) -> None:
-    check_company(LlamaCppEngine(gguf, threads=1), LlamaSlots(gguf, count, threads=1))
+@pytest.mark.parametrize(("count", "reuse"), [(1, True), (4, True), (8, True), (4, False)])
+def test_together_with_others_an_answer_is_the_one_of_the_single_stream_engine(gguf: Path, count: int, reuse: bool) -> None:
+    check_company(LlamaCppEngine(gguf, threads=1), LlamaSlots(gguf, count, threads=1), reuse)

@@ -154,6 +154,57 @@ def test_whatever_is_cancelled_late_or_fails_ends_once_and_touches_nobody_else(a
         assert not scheduler._active
 
 
+SHARED = [[1, 2, 3] * 10, [1, 2, 3] * 8 + [5] * 9, [4] * 25]
+"""Prompts that begin alike for longer than a request waits for another one to read."""
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    asked=st.lists(
+        st.tuples(
+            st.integers(0, 2),  # which prompt, and how much of it
+            st.integers(1, 37),
+            st.integers(1, 4),  # answers to it
+            st.integers(1, 15),  # their length
+            st.sampled_from([None, None, 0, 1, 4]),  # given up after so many tokens of the first one
+            st.sampled_from([None, None, 0.0, 0.002]),  # time that they have
+        ),
+        min_size=1,
+        max_size=8,
+    ),
+    count=st.integers(1, 4),
+    batch_tokens=st.integers(2, 20),
+)
+def test_answers_that_share_beginnings_are_given_up_at_any_moment(asked: list[Any], count: int, batch_tokens: int) -> None:
+    slots = FakeSlots(count, context_length=60, batch_tokens=batch_tokens, pause=5e-5)
+    with running(slots, max_waiting=100) as (scheduler, desk):
+        groups: list[tuple[list[Ticket], list[Request]]] = []
+        for which, length, n, tokens, given_up, seconds in asked:
+            wanted = [request(SHARED[which][:length], tokens, seed, seconds=seconds) for seed in range(n)]
+            groups.append((scheduler.submit(wanted), wanted))
+            if given_up is not None:
+                first = groups[-1][0][0]
+                with desk.changed:
+                    desk.changed.wait_for(lambda: first in desk.order or len(desk.answer(first)) >= given_up, PATIENCE)  # noqa: B023
+                for ticket in groups[-1][0]:
+                    scheduler.cancel(ticket)
+        tickets = [ticket for group, _ in groups for ticket in group]
+        desk.wait(tickets)
+        for group, wanted in groups:
+            for ticket, each in zip(group, wanted, strict=True):
+                ids, end = alone(each, 60)
+                assert desk.end(ticket) in {end, "cancelled", "deadline"}
+                assert desk.answer(ticket) == (ids if desk.end(ticket) == end else ids[: len(desk.answer(ticket))])
+        assert (scheduler.running, scheduler.waiting) == (0, 0)
+        assert scheduler._held == slots.held
+        assert sum(scheduler.stats.finished.values()) == len(tickets) == len(desk.order)
+        started = [ticket.started for ticket in tickets if ticket.started is not None]
+        assert started == sorted(started), "first come, first served"
+        (later,) = scheduler.submit([request(SHARED[0], 3)])
+        desk.wait([later])
+        assert desk.answer(later) == alone(request(SHARED[0], 3), 60)[0]
+
+
 def test_a_long_prompt_does_not_make_the_answers_under_way_wait() -> None:
     slots = FakeSlots(2, context_length=400, batch_tokens=8, pause=1e-3)
     with running(slots) as (scheduler, desk):

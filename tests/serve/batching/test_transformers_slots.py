@@ -37,6 +37,16 @@ def test_in_a_steady_state_a_step_moves_nothing(network: KeuralMoECausalLM, monk
     assert not moves
 
 
+def test_a_part_of_a_prompt_that_nobody_samples_after_does_not_pass_the_head(network: KeuralMoECausalLM) -> None:
+    passed: list[int] = []
+    network.lm_head.register_forward_hook(lambda _module, _inputs, output: passed.append(output.shape[1]))
+    slots = TransformersSlots(network, 2)
+    assert slots.step([Row(0, [1, 2, 3], 0, False)]).shape == (0, VOCAB)
+    assert passed == []
+    assert slots.step([Row(0, [4, 5], 3, True), Row(1, [6], 0, False)]).shape == (1, VOCAB)
+    assert passed == [1]
+
+
 def test_rows_that_do_not_follow_what_a_slot_holds_are_refused(network: KeuralMoECausalLM) -> None:
     slots = TransformersSlots(network, 1)
     with pytest.raises(ValueError, match="holds 0 tokens, not 3"):
@@ -52,7 +62,7 @@ def test_expert_load_counts_every_token_of_every_layer(network: KeuralMoECausalL
     assert load.sum(dim=1).tolist() == [network.config.num_experts_per_tok * count for count in (5, 2)]
 
 
-@pytest.mark.parametrize("count", [1, 4, 8])
-def test_together_with_others_an_answer_is_the_one_of_the_single_stream_engine(model_dir: Path, count: int) -> None:
+@pytest.mark.parametrize(("count", "reuse"), [(1, True), (4, True), (8, True), (4, False)])
+def test_together_with_others_an_answer_is_the_one_of_the_single_stream_engine(model_dir: Path, count: int, reuse: bool) -> None:
     engine = TransformersEngine(model_dir, device="cpu")
-    check_company(engine, TransformersSlots(engine.model, count, batch_tokens=16))
+    check_company(engine, TransformersSlots(engine.model, count, batch_tokens=16), reuse)

@@ -87,6 +87,20 @@ class TestTheNetworksThread:
         assert running.running == 0
 
 
+class TestANetworkThatHangs:
+    def test_is_said_by_health_until_it_goes_on(self, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("keural.serve.server.service.STALLED", 0.3)
+        running, client = start()
+        running.held.open.clear()
+        with in_background([lambda: ask(client)]) as answers:
+            wait_until(lambda: client.get("/health").status_code == 503, 5)
+            assert "no step of the network" in client.get("/health").json()["error"]["message"]
+            running.held.open.set()
+
+        assert [answer.status_code for answer in answers] == [200]
+        check_whole(running, client)
+
+
 class TestLogitsThatAreNoNumbers:
     """One conversation whose logits are NaN must not cost another one its answer."""
 

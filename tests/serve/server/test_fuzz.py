@@ -70,7 +70,7 @@ def check_whole(service: Service, client: httpx.Client) -> None:
 
 @NEEDED
 def test_a_few_requests_to_every_operation(service: Service, client: httpx.Client, tmp_path: Path) -> None:
-    assert fuzz(client, tmp_path, "--phases", "fuzzing", "--max-examples", "3", "--seed", "1", "--no-shrink") == ""
+    assert fuzz(client, tmp_path, "--phases", "fuzzing", "--max-examples", "2", "--seed", "1", "--no-shrink") == ""
 
     check_whole(service, client)
 
@@ -89,9 +89,9 @@ def test_many_requests_to_every_operation(service: Service, client: httpx.Client
 @NEEDED
 def test_a_wrong_description_is_found(client: httpx.Client, tmp_path: Path) -> None:
     description = client.get("/openapi.json").json()
-    description["paths"] = {path: description["paths"][path] for path in ("/version", "/v1/messages/count_tokens")}
+    description["paths"] = {path: description["paths"][path] for path in ("/version", "/v1/models/{name}")}
     description["paths"]["/version"]["get"]["responses"]["200"]["content"]["application/json"]["schema"] = {"type": "array"}
-    del description["paths"]["/v1/messages/count_tokens"]["post"]["responses"]["400"]
+    del description["paths"]["/v1/models/{name}"]["get"]["responses"]["404"]
 
     report = fuzz(client, tmp_path, "--phases", "fuzzing", "--max-examples", "3", "--seed", "1", description=description)
 

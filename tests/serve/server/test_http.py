@@ -69,7 +69,7 @@ def test_a_client_that_leaves_with_requests_behind_its_stream_loses_one_slot_at_
 @pytest.mark.parametrize(
     "request_",
     [
-        post(BODY, b"Transfer-Encoding: chunked\r\n"),
+        HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY),
         post(BODY, b"Content-Length: 5\r\n"),
         HEAD + b"Content-Length: -1\r\n\r\n" + BODY,
         HEAD + b"Content-Length: +5\r\n\r\n" + BODY,
@@ -140,6 +140,43 @@ def test_odd_requests(server: Served, request_: bytes, status: int) -> None:
     assert statuses(found)[0] == status
     assert b"X: y" not in found
     check_whole(running, client)
+
+
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        (b"Content-Encoding: gzip", 415), (b"Content-Encoding: br", 415), (b"Content-Encoding: identity", 200),
+        (b"Content-Type: application/json; charset=euc-kr", 415), (b"Content-Type: application/json;charset='cp949'", 415),
+        (b"Content-Type: application/json; charset=UTF-8", 200), (b'Content-Type: application/json; charset="utf-8"', 200),
+    ],
+)  # fmt: skip
+def test_a_body_in_another_coding_is_refused(server: Served, header: bytes, status: int) -> None:
+    running, client = server
+    head = b"POST /v1/chat/completions HTTP/1.1\r\n" + LOCAL + LAST
+    plain = b"" if header.startswith(b"Content-Type") else b"Content-Type: application/json\r\n"
+
+    found = raw(client, head + plain + header + b"\r\nContent-Length: %d\r\n\r\n" % len(BODY) + BODY)
+
+    assert statuses(found) == [status], found
+    assert status == 200 or error_of(found)[1] == "unsupported_encoding"
+    check_whole(running, client)
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "code"),
+    [(b"nonsense\r\n\r\n", 400, "malformed_request"), (get(b"/health", b"X: " + b"a" * 20_000 + b"\r\n"), 431, "header_too_large"),
+     (b"GET /he", 408, "too_slow")],
+)  # fmt: skip
+def test_what_never_was_a_request_has_a_name_and_a_line_too(start: Start, sent: bytes, status: int, code: str) -> None:
+    running, client = start(limits=quick(header_seconds=0.3))
+
+    found = raw(client, sent)
+
+    assert error_of(found) == (status, code)
+    (entry,) = [entry for entry in running.log if entry["event"] == "request"]
+    assert (entry["status"], entry["error"]) == (status, code)
+    assert f"x-request-id: {entry['request_id']}".encode() in found
+    assert f'http_requests_total{{model_name="tiny",status="{status}"}} 1.0' in client.get("/metrics").text
 
 
 class TestManyConnections:

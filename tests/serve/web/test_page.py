@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from keural.serve.server.keys import Keys
@@ -154,6 +155,11 @@ def visit(browser: Any) -> Iterator[Visit]:
         yield begin
 
 
+def ask_beside(served: Served) -> None:
+    """Somebody else's question."""
+    httpx.post(f"{served.address}/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]}, timeout=30)
+
+
 def prompts(served: Served, tokenizer: KeuralTokenizer) -> list[str]:
     return [tokenizer.decode(prompt) for prompt in served.slots.prompts]
 
@@ -180,6 +186,24 @@ class TestAnAnswer:
         figures = page.page.inner_text(".assistant .figures")
         assert f"{len(served.slots.ids)} tokens" in figures or f"{len(served.slots.ids) - 1} tokens" in figures
         assert "/s" in figures
+
+    @pytest.mark.parametrize(("locale", "words"), [("en-US", "number [23] in line"), ("ko-KR", "대기 [23]번째")])
+    def test_says_how_many_are_before_it(self, start: Start, visit: Visit, locale: str, words: str) -> None:
+        served = start()
+        page = visit(served, locale=locale)
+        served.gate.clear()
+        others = [threading.Thread(target=ask_beside, args=(served,)) for _ in range(3)]  # one or two of them have places
+        for other in others:
+            other.start()
+        wait_until(lambda: served.service.answers.open == 3)
+        page.send("hello")
+        page.until(f"/{words}/.test(document.querySelector('.assistant .count').textContent)")
+        served.gate.set()
+        page.ended()
+        for other in others:
+            other.join()
+
+        assert page.answers == ["the cat sees a small red house"]
 
     def test_follows_the_whole_conversation(self, start: Start, visit: Visit) -> None:
         page = visit(start("two blue birds"))

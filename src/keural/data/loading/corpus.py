@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keural.data.loading.mixture import Mixture
+from keural.data.loading.row_layout import RowShape
 from keural.data.loading.stream import Stream
 from keural.data.tokens.published_shards import PublishedShards
 from keural.data.tokens.store import TokenStore, Verify
@@ -52,7 +53,8 @@ class Corpus:
         seed: int,
         tokenizer_sha: str,
         vocab_size: int,
+        pair_rows: RowShape | None = None,
     ) -> Stream:
         """The batches. Raises `UserError` as `open` and `Stream` do."""
         opened = self.open(tokenizer_sha, vocab_size)
-        return Stream(opened, objective, sequence_length, batch_rows, batch_pairs, seed, self.mixture, self.plans)
+        return Stream(opened, objective, sequence_length, batch_rows, batch_pairs, seed, self.mixture, self.plans, pair_rows)

@@ -17,6 +17,7 @@ from keural.data.loading.concatenated import ConcatenatedDocuments
 from keural.data.loading.mixture import Mixture
 from keural.data.loading.packing import pack
 from keural.data.loading.packing_plan import RowPlan, kept_plan
+from keural.data.loading.row_layout import RowShape, lay_out
 from keural.data.tokens.published_shards import PublishedShards
 from keural.data.tokens.store import TokenStore
 from keural.files import fingerprint
@@ -26,11 +27,17 @@ class Instances(Protocol):
     """Instances ``0..len - 1`` of an epoch; rows are `row_length` long."""
 
     row_length: int
+    """Of batches; those of pairs are of other lengths, and this is what `once` has."""
+
+    @property
+    def lengths(self) -> Array | None:
+        """Tokens of every instance, where they differ within a step."""
+        ...
 
     def __len__(self) -> int: ...
 
-    def batch(self, numbers: Array) -> Batch:
-        """The rows of some instances."""
+    def batch(self, numbers: Array, ranks: int = 1) -> Batch:
+        """The rows of some instances; `ranks` is how many share them."""
         ...
 
     def once(self, rows: int) -> Iterator[Batch]:
@@ -41,13 +48,15 @@ class Instances(Protocol):
 class Chunks:
     """Concatenated documents, cut into chunks of a row's length; an instance is a chunk."""
 
-    def __init__(self, store: TokenStore, length: int, mixture: Mixture | None, _: Path) -> None:
+    lengths = None
+
+    def __init__(self, store: TokenStore, length: int, mixture: Mixture | None, _: Path, __: RowShape | None) -> None:
         self.documents, self.row_length = ConcatenatedDocuments(store, mixture.ranges if mixture else None), length
 
     def __len__(self) -> int:
         return -(-self.documents.num_tokens // self.row_length)
 
-    def batch(self, numbers: Array) -> Batch:
+    def batch(self, numbers: Array, ranks: int = 1) -> Batch:
         """Rows of consecutive tokens; the last label of a row is the first token of the next chunk when the document goes on."""
         length = self.row_length
         batch = empty_batch(len(numbers), length)
@@ -74,7 +83,9 @@ class Chunks:
 class PackedRows:
     """Conversations; an instance is a row of whole ones, by a plan that is made once and kept."""
 
-    def __init__(self, store: TokenStore, length: int, mixture: Mixture | None, plans: Path) -> None:
+    lengths = None
+
+    def __init__(self, store: TokenStore, length: int, mixture: Mixture | None, plans: Path, _: RowShape | None) -> None:
         self.store, self.row_length, self.mixture, self.plans = store, length, mixture, plans
 
     @cached_property
@@ -93,7 +104,7 @@ class PackedRows:
     def __len__(self) -> int:
         return len(self.plan)
 
-    def batch(self, numbers: Array) -> Batch:
+    def batch(self, numbers: Array, ranks: int = 1) -> Batch:
         """Rows of whole conversations, one after another."""
         return _packed(self.store, self.plan.rows(numbers), self.row_length)
 
@@ -103,10 +114,13 @@ class PackedRows:
 
 
 class Pairs:
-    """Preference pairs; an instance is a pair. Those of a batch are packed into rows of twice the length, a pair never divided."""
+    """Preference pairs; an instance is a pair. Those of a batch are put into rows of the length that fits them, a pair never
+    divided; in `once` all of them into rows of at most twice a sequence's length.
+    """
 
-    def __init__(self, store: TokenStore, length: int, mixture: Mixture | None, _: Path) -> None:
+    def __init__(self, store: TokenStore, length: int, mixture: Mixture | None, _: Path, shape: RowShape | None) -> None:
         self.store, self.row_length = store, 2 * length
+        self.shape = shape or RowShape(self.row_length)
         ranges = [(each.first // 2, each.stop // 2) for each in mixture.ranges] if mixture else [(0, store.num_sequences // 2)]
         self._begins = np.array([begin for begin, _ in ranges])
         self._ends = np.cumsum([end - begin for begin, end in ranges])
@@ -114,34 +128,46 @@ class Pairs:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def batch(self, numbers: Array) -> Batch:
-        """Rows of pairs; how many there are depends on their lengths."""
-        return self._batch(self._rows(numbers))
+    @cached_property
+    def lengths(self) -> Array:
+        """Tokens of every instance, both sides together."""
+        sides: Array = self.store.lengths().reshape(-1, 2).sum(1)
+        return sides[self._pairs(np.arange(len(self)))]
+
+    def batch(self, numbers: Array, ranks: int = 1) -> Batch:
+        """Rows of pairs, of which each rank takes equally many; how many there are, and of what length, depends on the pairs."""
+        rows, length = lay_out(self.lengths[numbers].tolist(), ranks, self.shape)
+        return self._batch(self._pairs(numbers), rows, length)
 
     def once(self, rows: int) -> Iterator[Batch]:
         """See `Instances`."""
-        plan = self._rows(np.arange(len(self)))
+        plan, pairs, multiple = pack(self.lengths, self.row_length), self._pairs(np.arange(len(self))), self.shape.multiple
         for start in range(0, len(plan), rows):
-            yield self._batch(plan[start : start + rows])
+            chosen = plan[start : start + rows]
+            fullest = max(int(self.lengths[row].sum()) for row in chosen)
+            yield self._batch(pairs, chosen, min(-(-fullest // multiple) * multiple, self.row_length))
 
-    def _batch(self, rows: list[list[int]]) -> Batch:
-        """Rows of pairs, and where each pair stands: in the order of the store within a row, wherever packing has put it."""
-        places, pairs = [], []
-        for row, sequences in enumerate(rows):
-            ends = np.cumsum([0, *(len(self.store.sequence(sequence)) for sequence in sequences)]).tolist()
-            bounds = zip(sequences[::2], ends[::2], ends[1::2], ends[2::2], strict=False)
-            places += [(row, *where) for _, *where in sorted(bounds)]
-            pairs += sorted(sequence // 2 for sequence in sequences[::2])
-        weights = None if self.store.pair_weights is None else self.store.pair_weights[np.array(pairs, dtype=np.int64)]
-        packed = _packed(self.store, rows, self.row_length)
-        return replace(packed, pairs=np.array(places, dtype=np.int64).reshape(-1, 4), pair_weights=weights)
-
-    def _rows(self, numbers: Array) -> list[list[int]]:
-        """Sequences row by row: of each pair first the chosen, then the rejected side."""
+    def _pairs(self, numbers: Array) -> Array:
+        """The store's pairs that instances are."""
         within = np.searchsorted(self._ends, numbers, side="right")
-        pairs = (self._begins[within] + numbers - np.concatenate([[0], self._ends])[within]).tolist()
-        sizes = [len(self.store.sequence(2 * pair)) + len(self.store.sequence(2 * pair + 1)) for pair in pairs]
-        return [[2 * pairs[index] + side for index in row for side in (0, 1)] for row in pack(sizes, self.row_length)]
+        found: Array = self._begins[within] + numbers - np.concatenate([[0], self._ends])[within]
+        return found
+
+    def _batch(self, numbered: Array, rows: list[list[int]], length: int) -> Batch:
+        """Rows of pairs, by their place in `numbered`, and where each pair stands: in the order of the store within a row, wherever
+        packing has put it.
+        """
+        places, pairs, sides = [], [], []
+        for row, members in enumerate(rows):
+            found = numbered[members].tolist()
+            sides.append([2 * pair + side for pair in found for side in (0, 1)])
+            ends = np.cumsum([0, *(len(self.store.sequence(sequence)) for sequence in sides[-1])]).tolist()
+            bounds = zip(sides[-1][::2], ends[::2], ends[1::2], ends[2::2], strict=False)
+            places += [(row, *where) for _, *where in sorted(bounds)]
+            pairs += sorted(found)
+        weights = None if self.store.pair_weights is None else self.store.pair_weights[np.array(pairs, dtype=np.int64)]
+        packed = _packed(self.store, sides, length)
+        return replace(packed, pairs=np.array(places, dtype=np.int64).reshape(-1, 4), pair_weights=weights)
 
 
 class ShardSequences:
@@ -150,13 +176,15 @@ class ShardSequences:
     `sequence_ids` are positions: that of a document's first token among all positions of all shards.
     """
 
+    lengths = None
+
     def __init__(self, shards: PublishedShards) -> None:
         self.shards, self.row_length = shards, shards.length
 
     def __len__(self) -> int:
         return self.shards.num_sequences
 
-    def batch(self, numbers: Array) -> Batch:
+    def batch(self, numbers: Array, ranks: int = 1) -> Batch:
         """Rows of documents, told apart by BOS and EOS."""
         batch = empty_batch(len(numbers), self.row_length)
         for row, number in enumerate(numbers.tolist()):
@@ -174,12 +202,14 @@ class ShardSequences:
         return _in_order(self, rows)
 
 
-STORE_INSTANCES: dict[str, Callable[[TokenStore, int, Mixture | None, Path], Instances]] = {
+STORE_INSTANCES: dict[str, Callable[[TokenStore, int, Mixture | None, Path, RowShape | None], Instances]] = {
     "documents": Chunks,
     "conversations": PackedRows,
     "pairs": Pairs,
 }
-"""The instances of each kind of store, from the store, a row's length, the mixture and where plans are kept."""
+"""The instances of each kind of store, from the store, a sequence's length, the mixture, where plans are kept, and what rows of
+pairs may be.
+"""
 
 
 def _in_order(instances: Instances, rows: int) -> Iterator[Batch]:

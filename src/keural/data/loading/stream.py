@@ -7,8 +7,9 @@ nothing, and the number of ranks and micro-batches does not change what a step i
 - documents are concatenated, and an instance is a chunk of T tokens. Nothing is in memory. Of published shards an instance is a
   sequence as it stands there, its padding included.
 - of conversations an instance is a row of T in which whole ones are packed; the plan is made once and kept.
-- of preference pairs an instance is a pair; the pairs of a step are packed into rows of 2 T, a pair never divided. The number of
-  rows differs between steps.
+- of preference pairs an instance is a pair, and steps have about equally many tokens (`EpochOrder`); the pairs of a step are put
+  into rows of the length that fits them, a pair never divided (`lay_out`). How the rows are cut depends on the ranks, what is in a
+  step does not.
 
 With a mixture the epoch is a list of ranges of the store instead of the store: a section is there as often as its weight asks, and
 chunks, plan and pairs are those of these ranges.
@@ -17,15 +18,17 @@ Packed neighbours are told apart by positions that restart at 0 with every docum
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from keural.data.loading.batch import Array, Batch, Segment, segments_of
+from keural.data.loading.batch import Batch, Segment, segments_of
+from keural.data.loading.epoch_order import ORDER_VERSION, EpochOrder
 from keural.data.loading.instances import STORE_INSTANCES, Instances, ShardSequences
 from keural.data.loading.mixture import Mixture
 from keural.data.loading.packing_plan import PLAN_VERSION
-from keural.data.permutation import Permutation
+from keural.data.loading.row_layout import RowShape
 from keural.data.tokens.published_shards import PublishedShards
 from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
@@ -37,7 +40,8 @@ class Stream:
     """Batches of a store, or of published shards, for one objective. See the module's docstring for what an instance is.
 
     `batch_rows` or, where the objective counts pairs, `batch_pairs` is the size of an optimizer step; `sequence_length` is T.
-    `mixture` is one of this store; `plans` is where plans are kept, by default beside the store.
+    `mixture` is one of this store; `plans` is where plans are kept, by default beside the store; `pair_rows` is what rows of pairs
+    may be, by default at most 2 T.
 
     Raises `UserError` when the store is of another kind or holds a conversation (or side of a pair) longer than T, and for shards
     whose sequences are not of length T.
@@ -53,13 +57,14 @@ class Stream:
         seed: int = 0,
         mixture: Mixture | None = None,
         plans: Path | None = None,
+        pair_rows: RowShape | None = None,
     ) -> None:
         size = {"tokens": batch_rows, "pairs": batch_pairs}[OBJECTIVES[objective].unit]
         assert size, "what counts pairs takes batch_pairs, what counts tokens batch_rows"
         check_store(store, objective, sequence_length)
         self.store, self.objective, self.sequence_length, self.seed = store, objective, sequence_length, seed
         self.batch_size = size
-        self.instances = _instances(store, sequence_length, mixture, plans)
+        self.instances = _instances(store, sequence_length, mixture, plans, pair_rows)
         self.row_length = self.instances.row_length
         settings = {
             "store": store.fingerprint,
@@ -69,6 +74,8 @@ class Stream:
             "seed": seed,
             "plan": PLAN_VERSION,
         }
+        if OBJECTIVES[objective].store == "pairs":
+            settings["order"] = ORDER_VERSION
         self.fingerprint = fingerprint(settings | ({"mixture": mixture.fingerprint} if mixture else {}))
 
     @property
@@ -85,11 +92,22 @@ class Stream:
         """Steps that see `epochs` times the epoch, rounded up."""
         return max(1, int(np.ceil(epochs * self.instances_per_epoch / self.batch_size - 1e-9)))
 
+    @property
+    def epoch_work(self) -> int:
+        """How much an epoch has to compute on: the tokens of its pairs, of other data its rows."""
+        lengths = self.instances.lengths
+        return len(self.instances) if lengths is None else int(lengths.sum())
+
+    def work(self, step: int) -> float:
+        """How much a step has to compute on, as a multiple of the mean step's."""
+        lengths = self.instances.lengths
+        return 1.0 if lengths is None else float(lengths[self._order.step(step)].mean() / lengths.mean())
+
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """The batch of optimizer step `step`, or rank `rank`'s share of it (rows ``rank::world``, equally many on each)."""
         assert step >= 0
         assert 0 <= rank < world
-        batch = self.instances.batch(self._step_instances(step))
+        batch = self.instances.batch(self._order.step(step), world)
         self.store.forget_pages()
         return batch.share(rank, world)
 
@@ -102,21 +120,17 @@ class Stream:
         batch = self.batch(step)
         return [segments_of(segments, ids) for segments, ids in zip(batch.segment_ids, batch.sequence_ids, strict=True)]
 
-    def _step_instances(self, step: int) -> Array:
-        """The step's instances: positions ``step * size ..`` of the epochs' permutations, one after another."""
-        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs, inside = np.divmod(positions, self.instances_per_epoch)
-        parts = [
-            Permutation(self.instances_per_epoch, self.seed, epoch).take(inside[epochs == epoch])
-            for epoch in np.unique(epochs).tolist()
-        ]
-        return np.concatenate(parts)
+    @cached_property
+    def _order(self) -> EpochOrder:
+        return EpochOrder(len(self.instances), self.batch_size, self.seed, self.instances.lengths)
 
 
-def _instances(store: TokenStore | PublishedShards, length: int, mixture: Mixture | None, plans: Path | None) -> Instances:
+def _instances(
+    store: TokenStore | PublishedShards, length: int, mixture: Mixture | None, plans: Path | None, pair_rows: RowShape | None
+) -> Instances:
     if isinstance(store, PublishedShards):
         return ShardSequences(store)
-    return STORE_INSTANCES[store.kind](store, length, mixture, plans or store.directory.parent)
+    return STORE_INSTANCES[store.kind](store, length, mixture, plans or store.directory.parent, pair_rows)
 
 
 def check_store(store: TokenStore | PublishedShards, objective: Objective, length: int) -> None:

@@ -42,7 +42,7 @@ class Encoder:
 
     def __init__(self, tokenizer: KeuralTokenizer, spec: DataSpec, threads: int = 1, cache: EncodingCache | None = None) -> None:
         self.tokenizer, self.threads, self.cache = tokenizer, threads, cache
-        self.length, self.min_characters = spec.sequence_length, spec.min_characters
+        self.length, self.min_characters, self.train_on = spec.sequence_length, spec.min_characters, spec.train_on
 
     def encode(self, records: Iterable[Record | Drop]) -> Iterator[Encoded | Drop]:
         """One result for every record or drop, in order. `threads` batches are tokenised while an earlier one is used."""
@@ -84,14 +84,17 @@ class Encoder:
 
     def _conversation(self, record: Conversation, text_ids: "_TextIds") -> Encoded | Drop:
         """The longest beginning that fits, ends with an assistant turn, and holds something that is trained."""
-        ids, mask = text_ids.render(record.messages)
+        ids, mask = text_ids.render(with_trained(record.messages, self.train_on))
         if len(ids) <= self.length:
-            return Encoded(record, ((ids, mask),))
+            return Encoded(record, ((ids, mask),)) if any(mask) else Drop("nothing_trained", record.where)
         starts = [place for place, token in enumerate(ids) if token == self.tokenizer.im_start_id]
         for turns in range(len(starts) - 1, 0, -1):
             end = starts[turns]
-            if end <= self.length and record.messages[turns - 1].role == "assistant" and any(mask[:end]):
-                return Encoded(record, ((ids[:end], mask[:end]),), cut_turns=len(starts) - turns)
+            if end > self.length or record.messages[turns - 1].role != "assistant":
+                continue
+            kept = text_ids.render(with_trained(record.messages[:turns], self.train_on))  # the last turn is another one now
+            if any(kept.mask):
+                return Encoded(record, ((kept.ids, kept.mask),), cut_turns=len(starts) - turns)
         return Drop("too_long", record.where)
 
     def _pair(self, record: PreferencePair, text_ids: "_TextIds") -> Encoded | Drop:
@@ -105,6 +108,16 @@ class Encoder:
             return Encoded(record, tuple(sequences))
         least_answer = 2 + len(text_ids.encode("\n"))  # one token, the end marker, the line end
         return Drop("prompt_too_long" if len(prompt) + least_answer > self.length else "answer_too_long", record.where)
+
+
+def with_trained(messages: Sequence[Message], train_on: str) -> Sequence[Message]:
+    """The turns with what `data.train_on` says of them; what a row itself says is not trained stays so."""
+    if train_on == "assistant":
+        return messages
+    if train_on == "all":
+        return [turn._replace(trained=True) if turn.trained is None else turn for turn in messages]
+    last = max((place for place, turn in enumerate(messages) if turn.role == "assistant"), default=-1)
+    return [turn if place == last else turn._replace(trained=False) for place, turn in enumerate(messages)]
 
 
 _CHAT_TEXTS = ("\n", *(f"{role}\n" for role in ROLES))

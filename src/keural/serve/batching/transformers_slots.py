@@ -49,8 +49,8 @@ class TransformersSlots:
         for row in rows:
             if len(row.ids) == 1 and row.wants_logits:
                 single.append(row)
-            else:
-                logits[row.slot] = self._read(row)
+            elif (found := self._read(row)) is not None:
+                logits[row.slot] = found
         if single:
             logits |= dict(zip([row.slot for row in single], self._decode(single), strict=True))
         wanted = [logits[row.slot] for row in rows if row.wants_logits]
@@ -76,15 +76,15 @@ class TransformersSlots:
         """How many tokens a slot holds."""
         return self._end[slot] - self._start[slot]
 
-    def _read(self, row: Row) -> Tensor:
-        """Read a part of a prompt; the logits `[V]` after its last token."""
+    def _read(self, row: Row) -> Tensor | None:
+        """Read a part of a prompt; the logits `[V]` after its last token, where the row wants them."""
         slot, new = row.slot, len(row.ids)
         self._make_room([slot], new)
         start, held = self._start[slot], row.start
         self._cache.use(slice(slot, slot + 1), start, self._end[slot])
-        output = self._forward([list(row.ids)], [list(range(held, held + new))], self._causal(held, new))
+        output = self._forward([list(row.ids)], [list(range(held, held + new))], self._causal(held, new), row.wants_logits)
         self._end[slot] += new
-        return output[0]
+        return None if output is None else output[0]
 
     def _decode(self, rows: Sequence[Row]) -> Tensor:
         """Read one token in each row's slot; the logits `[rows, V]`."""
@@ -95,26 +95,31 @@ class TransformersSlots:
         end, longest = self._end[slots[0]], max(lengths)
         self._cache.use(_as_slice(slots), end - longest, end)
         ids, positions = [list(row.ids) for row in rows], [[length] for length in lengths]
-        output = self._forward(ids, positions, self._padded(lengths, longest))
+        output = self._forward(ids, positions, self._padded(lengths, longest), wants_logits=True)
+        assert output is not None
         for slot in slots:
             self._end[slot] += 1
         return output
 
-    def _forward(self, ids: list[list[int]], positions: list[list[int]], masks: dict[str, Any]) -> Tensor:
-        """Logits `[B, V]` after the last of ids `[B, T]`."""
+    def _forward(
+        self, ids: list[list[int]], positions: list[list[int]], masks: dict[str, Any], wants_logits: bool
+    ) -> Tensor | None:
+        """Read ids `[B, T]`; the logits `[B, V]` after the last ones, where they are wanted: the head is the largest matrix."""
         device = self.model.device
         if device.type == "cpu":
             many = len(ids) * len(ids[0]) >= GROUPED_FROM
             self.model.config._experts_implementation = "grouped_mm" if many else "eager"
-        output = self.model(
-            input_ids=torch.tensor(ids, device=device),
-            position_ids=torch.tensor(positions, device=device),
-            attention_mask=masks,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        found: Tensor = output.logits[:, -1]
+        read = {
+            "input_ids": torch.tensor(ids, device=device),
+            "position_ids": torch.tensor(positions, device=device),
+            "attention_mask": masks,
+            "past_key_values": self._cache,
+            "use_cache": True,
+        }
+        if not wants_logits:
+            self.model.model(**read, positions_to_keep=slice(-1, None))
+            return None
+        found: Tensor = self.model(**read, logits_to_keep=1).logits[:, -1]
         return found
 
     def _make_room(self, slots: list[int], new: int) -> None:

@@ -52,11 +52,14 @@ def common_prefix(cached: Sequence[int], prompt_ids: Sequence[int]) -> int:
 
     The last prompt token is always read again: its logits are needed, and no cache holds them.
     """
-    common = 0
-    for held, wanted in zip(cached, prompt_ids[:-1], strict=False):
-        if held != wanted:
-            break
-        common += 1
+    wanted = list(prompt_ids)
+    common, most = 0, min(len(cached), len(wanted) - 1)
+    while common < most:  # whole pieces are compared: a scheduler asks this of every slot for every request
+        middle = (common + most + 1) // 2
+        if list(cached[common:middle]) == wanted[common:middle]:
+            common = middle
+        else:
+            most = middle - 1
     return common
 
 

@@ -4,7 +4,7 @@ In: a service. Out: an ASGI application with its own description (`/openapi.json
 """
 
 import re
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Request
@@ -38,6 +38,7 @@ from keural.serve.server.tokens import (
 
 _PERHAPS_NO_JSON = re.compile(rb"NaN|Infinity|[eE]\+?[0-9]{3}|[0-9]{309}|\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
 """What Python reads as JSON although nothing may stand in JSON that it becomes; where this is not found, there is none."""
+CHARSET = re.compile(r"""charset\s*=\s*["']?([^\s"';]+)""", re.IGNORECASE)
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -184,6 +185,7 @@ def _route_class(limits: Limits) -> type[APIRoute]:
 
     class LimitedRequest(Request):
         async def json(self) -> Any:
+            _check_coding(self.headers)
             body = await self.body()
             try:
                 value = parse_json(body, depth=limits.depth, parts=limits.parts)
@@ -207,3 +209,13 @@ def _route_class(limits: Limits) -> type[APIRoute]:
             return limited
 
     return LimitedRoute
+
+
+def _check_coding(headers: Mapping[str, str]) -> None:
+    """Raise `ApiError` for a body that is not JSON in UTF-8 as it stands."""
+    coding = headers.get("content-encoding", "identity").strip().lower()
+    charset = CHARSET.search(headers.get("content-type", ""))
+    if coding != "identity":
+        raise ApiError(415, "the body is compressed; send it as it is", "content-encoding", "unsupported_encoding")
+    if charset is not None and charset[1].lower() not in ("utf-8", "utf8", "us-ascii"):
+        raise ApiError(415, "JSON is read as UTF-8 alone", "content-type", "unsupported_encoding")

@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from keural.serve.server.errors import MESSAGES
 from keural.serve.server.gate import OPEN
 from keural.serve.server.generation import TIMEOUT_HEADER
+from keural.serve.server.replies import POSITION_HEADER
 from keural.serve.server.service import Service
 
 Schema = dict[str, Any]
@@ -27,7 +28,11 @@ ALWAYS = {
     503: "It shuts down, has too many connections, or cannot answer any more.",
 }
 """What any address may answer beside what was asked for."""
-WITH_BODY = {404: "There is no model of this name.", 413: "The body is too large."}
+WITH_BODY = {
+    404: "There is no model of this name.",
+    413: "The body is too large.",
+    415: "The body is not JSON in UTF-8 as it stands.",
+}
 GENERATING = {429: "Too many wait; `Retry-After` says how long.", 504: "The answer did not end within its deadline."}
 GENERATES = {"/v1/chat/completions", "/v1/completions", "/v1/responses", MESSAGES}
 TEXT_ANSWERS = {"/metrics": "text/plain"}
@@ -146,7 +151,7 @@ def _complete(found: dict[str, Any], service: Service) -> None:
         for method, operation in operations.items():
             operation["responses"] = _responses(path, method, service)
             if path in GENERATES:
-                operation.setdefault("parameters", []).append(_timeout())
+                operation.setdefault("parameters", []).extend([_timeout(), _position()])
             if service.keys is not None:
                 operation["security"] = [] if path in OPEN else [BEARER, API_KEY]
 
@@ -180,6 +185,15 @@ def _timeout() -> dict[str, Any]:
         "in": "header",
         "description": "Seconds for the answer, where they are fewer than the server's own.",
         "schema": {"type": "number", "exclusiveMinimum": 0},
+    }
+
+
+def _position() -> dict[str, Any]:
+    return {
+        "name": POSITION_HEADER.decode().title(),
+        "in": "header",
+        "description": "1: comments of a stream say its place in the queue while it waits.",
+        "schema": {"enum": ["0", "1"]},
     }
 
 

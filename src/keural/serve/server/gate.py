@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from keural.serve.server.errors import ApiError
 from keural.serve.server.keys import offered_key
+from keural.serve.server.metrics import REASONS
 from keural.serve.server.page import ADDRESSES
 from keural.serve.server.replies import LOG_ENTRY, SHUTTING_DOWN
 from keural.serve.server.service import Service
@@ -104,6 +105,17 @@ class Gate:
         if entry["route"] not in SILENT or entry.get("status") != 200:
             with contextlib.suppress(OSError):  # a disk that is full: the answer was sent, and the next one will be
                 self._service.log({"event": "request", **entry})
+
+
+def refused_before(service: Service, status: int, code: str) -> str:
+    """Count and log what was refused before it was a request; returns its name."""
+    entry: dict[str, Any] = {"request_id": _request_id({}), "method": None, "status": status, "route": None, "error": code}
+    service.metrics.answered(status)
+    if code in REASONS:
+        service.metrics.rejected(code)
+    with contextlib.suppress(OSError):
+        service.log({"event": "request", **entry})
+    return str(entry["request_id"])
 
 
 class _Body:

@@ -23,7 +23,8 @@ class GuardedProtocol(H11Protocol):
     """One connection."""
 
     limits: Limits
-    rejected: Callable[[str], None]
+    refused: Callable[[int, str], str]
+    """Hears of a status and its code that were said without an application; gives the request a name."""
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
@@ -68,7 +69,6 @@ class GuardedProtocol(H11Protocol):
         if self.conn.head_too_large:
             status, code = 431, "header_too_large"
             message = f"the head of a request may have {self.limits.header_bytes:,} bytes"
-            self.rejected(code)
         self._refuse(status, message, code)
 
     def pause_writing(self) -> None:
@@ -92,7 +92,6 @@ class GuardedProtocol(H11Protocol):
 
     def _too_slow(self) -> None:
         if self.conn.trailing_data[0]:
-            self.rejected("too_slow")
             self._refuse(408, f"the head of the request was not whole after {self.limits.header_seconds:.0f} s", "too_slow")
         else:
             self.transport.close()
@@ -101,15 +100,21 @@ class GuardedProtocol(H11Protocol):
         """Answer without an application, where that is still possible, and close."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and not self.transport.is_closing():
             body = to_json(error_body(status, message, code=code))
-            headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+            headers = [
+                ("content-type", "application/json"),
+                ("content-length", str(len(body))),
+                ("connection", "close"),
+                ("x-request-id", self.refused(status, code)),
+                ("x-content-type-options", "nosniff"),
+            ]
             for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
 
-def guarded_protocol(limits: Limits, rejected: Callable[[str], None]) -> type[GuardedProtocol]:
+def guarded_protocol(limits: Limits, refused: Callable[[int, str], str]) -> type[GuardedProtocol]:
     """The class of connections with these limits."""
-    return type("LimitedProtocol", (GuardedProtocol,), {"limits": limits, "rejected": staticmethod(rejected)})
+    return type("LimitedProtocol", (GuardedProtocol,), {"limits": limits, "refused": staticmethod(refused)})
 
 
 class _Connection(h11.Connection):

@@ -4,6 +4,7 @@ In: a model's directory, settings, a socket. Out: the exit code.
 """
 
 import asyncio
+import functools
 import ipaddress
 import os
 import signal
@@ -25,6 +26,7 @@ from keural.serve.batching.slots import Slots
 from keural.serve.batching.transformers_slots import TransformersSlots
 from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.server.app import make_app
+from keural.serve.server.gate import refused_before
 from keural.serve.server.keys import Keys, read_keys
 from keural.serve.server.log import set_up_logging, write_entry
 from keural.serve.server.protocol import guarded_protocol
@@ -104,7 +106,25 @@ def answer(
     listener: socket.socket,
 ) -> int:
     """Answer for the model at `path` until a signal ends it; returns the exit code."""
-    service = Service(
+    service = service_for(slots, tokenizer, path, settings, defaults, system, keys, host_names(listener, settings))
+    set_up_logging()
+    allow_files(2 * settings.limits.connections)
+    Server(service, listener, settings.api_key_file).run(sockets=[listener])
+    return 0
+
+
+def service_for(
+    slots: Slots | Upstreams,
+    tokenizer: KeuralTokenizer,
+    path: Path,
+    settings: Settings,
+    defaults: SamplingParams,
+    system: str | None = None,
+    keys: Keys | None = None,
+    hosts: frozenset[str] | None = None,
+) -> Service:
+    """The service of the model at `path`, a directory or a file in it."""
+    return Service(
         tokenizer,
         slots,
         settings.name or name_of(path),
@@ -113,15 +133,11 @@ def answer(
         settings.jamo,
         settings.limits,
         keys,
-        host_names(listener, settings),
+        hosts,
         trained_on_tools=trained_on_tools(read_record(path if path.is_dir() else path.parent)),
         metrics_prefix=settings.metrics_prefix,
         log=write_entry,
     )
-    set_up_logging()
-    allow_files(2 * settings.limits.connections)
-    Server(service, listener, settings.api_key_file).run(sockets=[listener])
-    return 0
 
 
 def allow_files(count: int) -> None:
@@ -155,7 +171,7 @@ class Server(uvicorn.Server):
     def __init__(self, service: Service, listener: socket.socket, key_file: Path | None = None) -> None:
         limits = service.limits
         config: dict[str, Any] = {
-            "http": guarded_protocol(limits, service.metrics.rejected),
+            "http": guarded_protocol(limits, functools.partial(refused_before, service)),
             "loop": "asyncio",
             "ws": "none",
             "lifespan": "off",

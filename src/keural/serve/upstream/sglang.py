@@ -66,7 +66,7 @@ def unhonoured(request: Request, facts: Facts) -> Unhonoured | None:
     if form is not None and not facts.forms:
         return Unhonoured("structured_outputs", "SGLang follows forms only without --skip-tokenizer-init")
     if form is not None and not ({"json", "regex"} & form.keys()):
-        return Unhonoured("structured_outputs", "answers of this form cannot be asked of SGLang")
+        return Unhonoured("structured_outputs" if form else "tools", "answers of this form cannot be asked of SGLang")
     if request.top_logprobs is not None:
         return _unlike_logprobs(request, facts)
     return None

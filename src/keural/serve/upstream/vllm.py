@@ -60,7 +60,7 @@ def unhonoured(request: Request, facts: Facts) -> Unhonoured | None:
         return Unhonoured("temperature", why)
     form = form_of(request)
     if form is not None and not any(kind in form for kind in FORMS):
-        return Unhonoured("structured_outputs", "answers of this form cannot be asked of vLLM")
+        return Unhonoured("structured_outputs" if form else "tools", "answers of this form cannot be asked of vLLM")
     return None
 
 

@@ -30,8 +30,11 @@ class ChecksFile(CheckedFile):
     """Mean difference per token between policy and reference before step 0; None where there is no reference."""
 
 
-def check_data(path: Path, stage: StageSpec, config: KeuralConfig, streams: dict[str, Stream]) -> tuple[ChecksFile, list[str]]:
-    """Check the stage's stores and its router, unless `path` says that it was done; what was found, and lines that say so.
+def check_data(
+    path: Path | None, stage: StageSpec, config: KeuralConfig, streams: dict[str, Stream]
+) -> tuple[ChecksFile, list[str]]:
+    """Check the stage's stores and its router, unless `path` says that it was done; what was found, which is kept there (None:
+    nowhere), and lines that say so.
 
     `streams` are those of the stage by what messages call them. Raises `UserError` as the checks do.
     """
@@ -39,13 +42,14 @@ def check_data(path: Path, stage: StageSpec, config: KeuralConfig, streams: dict
     end_id = config.eos_token_id
     assert isinstance(end_id, int)
     wanted = fingerprint([{name: stream.fingerprint for name, stream in streams.items()}, stage.checks.model_dump(), end_id])
-    known = ChecksFile.find(path)
+    known = ChecksFile.find(path) if path else None
     if known is not None and known.fingerprint == wanted:
         return known, []
     findings = [each for name, stream in streams.items() for each in check_store(stream, stage.checks, end_id, name)]
     lengths = [each for name, stream in streams.items() for each in length_bias(stream, name)]
     made = ChecksFile(fingerprint=wanted, findings=[asdict(each) for each in findings], lengths=[asdict(each) for each in lengths])
-    made.write(path)
+    if path:
+        made.write(path)
     return made, [*(_line(each) for each in findings if each.count), *(_length_line(each) for each in lengths if not each.source)]
 
 

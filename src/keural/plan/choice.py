@@ -1,0 +1,167 @@
+"""How the stages of a recipe are laid out on GPUs: what the recipe states, and for what it leaves open the fastest that fits.
+
+In: a recipe, a card, how many. Out: a layout for each stage with the reason, and what would make it fit where it does not.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from keural.errors import UserError
+from keural.plan.activations import Way
+from keural.plan.gpus import GIB, GPUS, Gpu
+from keural.plan.memory import MODES, Layout, Memory, memory
+from keural.plan.network import Network, network_of
+from keural.recipe import OBJECTIVES, Recipe, StageSpec
+from keural.train.modes import by_engine, why_not_on
+
+KEYS = ("precision", "recompute", "micro_batch_tokens", "compile")
+"""What a plan chooses where a recipe is silent."""
+GOOD_TOKENS, MOST_TOKENS = 8192, 16_384
+"""Of a micro-batch: smaller ones are slower, larger ones were not measured."""
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A stage on GPUs."""
+
+    stage: StageSpec
+    layout: Layout
+    memory: Memory
+    fits: bool
+    chosen: tuple[str, ...]
+    """Those of `KEYS` that the recipe does not state."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The values of all `KEYS` in this layout."""
+        way = self.layout.way
+        return dict(zip(KEYS, (self.layout.precision, way.recompute, way.tokens, way.compiled), strict=True))
+
+    def differs(self, key: str) -> bool:
+        """Whether a key was chosen and is not what it is without being given."""
+        value, silent = self.settings[key], getattr(self.stage.train, key)
+        if key == "micro_batch_tokens" and silent is None:
+            silent = share_tokens(self.stage, self.layout.gpus)
+        return key in self.chosen and value != silent
+
+
+def row_tokens(stage: StageSpec) -> int:
+    """Positions of a packed row: two sequences long for pairs."""
+    return OBJECTIVES[stage.objective].sequences_per_record * stage.data.sequence_length
+
+
+def rows_of_a_step(stage: StageSpec) -> int:
+    """Packed rows of an optimizer step; for pairs at most so many, as short ones share a row."""
+    if stage.train.batch_tokens is not None:
+        return stage.train.batch_tokens // row_tokens(stage)
+    assert stage.train.batch_pairs is not None
+    return stage.train.batch_pairs
+
+
+def share_tokens(stage: StageSpec, gpus: int) -> int:
+    """Positions of a step that one GPU computes."""
+    return -(-rows_of_a_step(stage) // gpus) * row_tokens(stage)
+
+
+def lay_out(recipe: Recipe, gpu: Gpu, gpus: int, free: bool = False) -> list[Laid]:
+    """Every stage of a recipe on `gpus` cards; with `free` as if the recipe stated none of `KEYS`.
+
+    One precision is chosen for all stages that state none: the first of `MODES` with which all fit, else the smallest.
+    """
+    network = network_of(recipe)
+    laid: list[Laid] = []
+    for precision in MODES if gpus == 1 else MODES[:1]:
+        laid = [_best(network, stage, gpu, gpus, precision, free) for stage in recipe.stages]
+        if all(one.fits for one in laid):
+            break
+    return laid
+
+
+def check_modes(recipe: Recipe, gpus: int) -> None:
+    """Refuse stated modes that cannot run on so many processes, and what a plan does not count. Raises `UserError`."""
+    for stage in recipe.stages:
+        if stage.lora is not None:
+            raise UserError(
+                f"{stage.name}: trains adapters, which a plan does not count; plan it whole with {stage.name}.lora=null"
+            )
+        if (reason := why_not_on(stage, gpus)) is not None:
+            raise UserError(reason)
+
+
+def _best(network: Network, stage: StageSpec, gpu: Gpu, gpus: int, precision: str, free: bool) -> Laid:
+    """The first layout that fits, or else the one that takes least."""
+    stated = set() if free else stage.train.model_fields_set & set(KEYS)
+    if stage.router.scope == "micro_batch":
+        stated |= {"micro_batch_tokens"}  # there it is part of the loss
+    chosen = tuple(key for key in KEYS if key not in stated)
+    if "precision" in stated or (precision != "fp32" and stage.train.compute_dtype != "bfloat16"):
+        precision = stage.train.precision
+    found: list[Laid] = []
+    for layout in _layouts(network, stage, gpus, precision, stated):
+        taken = memory(network, layout)
+        found.append(Laid(stage, layout, taken, taken.total <= gpu.gib * GIB, chosen))
+        if found[-1].fits:
+            return found[-1]
+    return min(found, key=lambda laid: laid.memory.total)
+
+
+def _layouts(network: Network, stage: StageSpec, gpus: int, precision: str, stated: set[str]) -> Iterator[Layout]:
+    """Layouts of a stage, the fastest first."""
+    spec = stage.train
+    itemsize = 2 if spec.compute_dtype == "bfloat16" else 4
+    modes = ["none", "selective", "full"] if gpus == 1 and itemsize == 2 else ["none", "full"]
+    if "recompute" in stated:
+        modes = [spec.recompute]
+    sizes = _sizes(stage, gpus, "micro_batch_tokens" in stated)
+    good = min(GOOD_TOKENS, sizes[0])
+    for enough in (True, False):
+        for mode in modes:
+            for tokens in sizes:
+                if (tokens >= good) == enough:
+                    engine = by_engine(spec.model_copy(update={"precision": precision, "recompute": mode}), gpus, accelerator=True)
+                    compiled = spec.compile if "compile" in stated else engine and itemsize == 2
+                    converted = gpus == 1 and precision == "fp32" and itemsize == 2
+                    way = Way(engine, compiled, mode, itemsize, converted, tokens)
+                    yield Layout(gpus, precision, way, stage.needs_reference and stage.dpo.reference == "online")
+
+
+def _sizes(stage: StageSpec, gpus: int, stated: bool) -> list[int]:
+    """Tokens of a micro-batch on one GPU, the largest first."""
+    row, share = row_tokens(stage), -(-rows_of_a_step(stage) // gpus)
+    limit = stage.train.micro_batch_tokens
+    if stated:
+        return [row * (share if limit is None else min(share, max(1, limit // row)))]
+    most = min(share, max(1, MOST_TOKENS // row))
+    return [row * rows for rows in sorted({max(1, most >> power) for power in range(20)}, reverse=True)]
+
+
+def remedy(recipe: Recipe, gpu: Gpu, gpus: int) -> str:
+    """What would make a recipe fit that does not: other settings, more cards, or another one."""
+    larger = [card for card in GPUS.values() if card.gib > gpu.gib]
+    tried = [(gpu, gpus, True)]
+    for card in (gpu, *larger):
+        numbers = [2**power for power in range(13) if card is not gpu or 2**power > gpus]
+        tried += [(card, number, free) for number in numbers for free in (False, True)]
+    for card, number, free in tried:
+        if not free and any(why_not_on(stage, number) for stage in recipe.stages):
+            continue
+        found = lay_out(recipe, card, number, free)
+        if all(laid.fits for laid in found):
+            where = "it fits" if (card, number) == (gpu, gpus) else f"it fits on {number} {card.name}"
+            settings = " ".join(overrides(found))
+            return f"{where} with {settings}" if settings else where
+    return "choose a smaller model or shorter rows"
+
+
+def overrides(laid: Sequence[Laid]) -> list[str]:
+    """Settings to give on a command line beside the recipe: once where all stages have the same, else stage by stage."""
+    found = []
+    for key in KEYS:
+        values = [str(one.settings[key]).lower() for one in laid]
+        differ = [one.differs(key) for one in laid]
+        if any(differ) and len(set(values)) == 1 and all(key in one.chosen for one in laid):
+            found.append(f"train.{key}={values[0]}")
+        else:
+            found += [f"{laid[i].stage.name}.train.{key}={values[i]}" for i in range(len(laid)) if differ[i]]
+    return found

@@ -1,0 +1,92 @@
+"""A network's tensors and its work per token, in closed form.
+
+In: a recipe's `model` and the vocabulary. Out: shapes, numbers of parameters, FLOPs.
+
+Letters: H hidden size, I width of an expert, E experts, K of them per token, D head width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+from keural.model.parameters import CHATML_IDS, ParameterCount, count_weights
+from keural.recipe import ModelSpec, Recipe
+from keural.train.modes import largest_part
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A shape with its vocabulary."""
+
+    model: ModelSpec
+    vocabulary: int
+
+    @property
+    def queries(self) -> int:
+        """Width of all query heads together."""
+        return self.model.num_attention_heads * self.model.head_dim
+
+    @property
+    def keys(self) -> int:
+        """Width of all key heads together; of the value heads, too."""
+        return self.model.num_key_value_heads * self.model.head_dim
+
+    @property
+    def counts(self) -> ParameterCount:
+        """Parameters in all, and those that a token uses."""
+        return count_weights(self.model, self.vocabulary)
+
+    @property
+    def embedding(self) -> int:
+        """Parameters of the embedding, which is also the head."""
+        return self.vocabulary * self.model.hidden_size
+
+    @cached_property
+    def layer_shapes(self) -> tuple[Shape, ...]:
+        """The tensors of one layer, as the network has them."""
+        m = self.model
+        attention = ((self.queries, m.hidden_size), (self.keys, m.hidden_size), (self.keys, m.hidden_size))
+        experts = ((m.num_local_experts, 2 * m.intermediate_size, m.hidden_size),)
+        down = ((m.num_local_experts, m.hidden_size, m.intermediate_size),)
+        rest = ((m.hidden_size, self.queries), (m.num_local_experts, m.hidden_size), (m.hidden_size,), (m.hidden_size,))
+        return (*attention, *experts, *down, *rest)
+
+    @property
+    def layer(self) -> int:
+        """Parameters of one layer."""
+        return sum(map(prod, self.layer_shapes))
+
+    def held(self, processes: int) -> int:
+        """Parameters that the process with most of them holds when all tensors are divided over `processes`."""
+        others: Sequence[Shape] = ((self.vocabulary, self.model.hidden_size), (self.model.hidden_size,))
+        layer = sum(largest_part(shape, processes) for shape in self.layer_shapes)
+        return self.model.num_hidden_layers * layer + sum(largest_part(shape, processes) for shape in others)
+
+    def flops(self, length: int, document: int | None = None, square: bool = False) -> float:
+        """FLOPs of a token's forward and backward pass, recomputation left out.
+
+        Args:
+            length: of a row.
+            document: tokens of a document, which sees only itself; None is one document per row.
+            square: count all `length` keys in every layer, as if nothing were masked.
+
+        Returns:
+            3 times the forward pass: experts, projections and head, and attention over the keys that a token sees on the mean.
+        """
+        m, seen = self.model, min(document or length, length)
+        per_layer = 6 * m.hidden_size * m.intermediate_size * m.num_experts_per_tok
+        per_layer += 4 * m.hidden_size * (self.queries + self.keys)
+        total = 2.0 * self.embedding
+        for layer in range(m.num_hidden_layers):
+            window = min(m.sliding_window, seen) if layer % 2 == 0 else seen
+            keys = length if square else (window * (window + 1) / 2 + (seen - window) * window) / seen
+            total += per_layer + 4 * self.queries * keys
+        return 3 * total
+
+
+def network_of(recipe: Recipe) -> Network:
+    """The network of a recipe, with the two ids of ChatML."""
+    return Network(recipe.spec.model, recipe.spec.tokenizer.vocab_size + CHATML_IDS)

@@ -1,0 +1,114 @@
+"""How long a stage is, and what it takes of time and money.
+
+In: a stage as it is laid out, and its rate. Out: steps, tokens, hours, each with where it comes from.
+"""
+
+import math
+from dataclasses import dataclass
+
+from keural.plan.choice import Laid, row_tokens, rows_of_a_step, share_tokens
+from keural.plan.gpus import Gpu
+from keural.plan.network import Network
+from keural.plan.speed import Rate
+from keural.recipe import OBJECTIVES, Recipe, StageSpec, load_recipe, parse_duration
+from keural.recipe.shipped import SHIPPED
+
+PUBLISHED = "keural-14b-published"
+SAMPLE_TOKENS = 621
+"""Tokens of a conversation: the mean that the published set of the first SFT stage states."""
+
+
+@dataclass(frozen=True)
+class Length:
+    """Steps and tokens of a stage, padding included; None where nobody can know before the data is there."""
+
+    steps: int | None
+    tokens: int | None
+    source: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage takes on all GPUs together; None where its length is not known."""
+
+    tokens_per_second: float
+    """Of all GPUs."""
+    seconds_per_step: float
+    hours: float | None
+
+
+def length(recipe: Recipe, stage: StageSpec, seconds_per_step: float) -> Length:
+    """How long a stage is."""
+    spec, per_step = stage.train, rows_of_a_step(stage) * row_tokens(stage)
+    most = "at most, as pairs share rows; " if spec.batch_pairs is not None else ""
+    if spec.steps is not None:
+        return Length(spec.steps, spec.steps * per_step, f"{most}train.steps x batch")
+    if spec.budget_share is not None:
+        assert recipe.spec.budget is not None
+        steps = max(1, int(parse_duration(recipe.spec.budget) * spec.budget_share / seconds_per_step))
+        return Length(steps, steps * per_step, f"{most}as many steps as fit into the budget")
+    assert spec.epochs is not None
+    records, source = _records(stage)
+    if records is None:
+        return Length(None, None, f"{spec.epochs:g} epochs of data that is not there; {source}")
+    per_epoch = records / spec.batch_pairs if spec.batch_pairs is not None else records * SAMPLE_TOKENS / per_step
+    steps = math.ceil(per_epoch * spec.epochs)
+    text = f"{spec.epochs:g} epochs of {records:,} records{'' if spec.batch_pairs else f' of {SAMPLE_TOKENS} tokens'} ({source})"
+    return Length(steps, steps * per_step, most + text)
+
+
+def _records(stage: StageSpec) -> tuple[int | None, str]:
+    """Records of a stage by the counts that its sources state, or that sources of the same name state as published; and whose."""
+    if OBJECTIVES[stage.objective].store == "documents" or not stage.data.sources:
+        return None, f"give {stage.name}.train.epochs=null {stage.name}.train.steps=NUMBER to count it"
+    published = {
+        source.name: source.expect
+        for other in load_recipe(SHIPPED / PUBLISHED).stages
+        for source in other.data.sources
+        if source.expect is not None
+    }
+    total, whose = 0, "expect"
+    for source in stage.data.sources:
+        count = source.expect if source.expect is not None else published.get(source.name, source.limit)
+        if count is None:
+            return None, f"no source states the number of records of {source.name!r}: give it expect"
+        whose = whose if source.expect is not None else "counts of the published sets of the same names"
+        total += min(count, source.limit or count) * source.repeat
+    return total, whose
+
+
+def cost(network: Network, gpu: Gpu, laid: Laid, rate: Rate) -> Cost:
+    """How fast a stage is, and how long one step takes; rows are shared out evenly, and padding is computed, too."""
+    stage, layout = laid.stage, laid.layout
+    rows = rows_of_a_step(stage)
+    tokens = share_tokens(stage, layout.gpus)
+    flops = network.flops(stage.data.sequence_length)
+    pass_seconds = tokens * flops / (gpu.flops(stage.train.compute_dtype) * rate.mfu)
+    seconds = pass_seconds * (1 if rate.whole else 1 + ahead(network, laid)) + (0 if rate.whole else rate.optimizer_seconds)
+    return Cost(rows * row_tokens(stage) / seconds, seconds, None)
+
+
+def ahead(network: Network, laid: Laid) -> float:
+    """The share of a step's time that forward passes ahead take, which count the experts' load (`router.load: exact`)."""
+    stage, way = laid.stage, laid.layout.way
+    router, share = stage.router, share_tokens(stage, laid.layout.gpus)
+    if router.load == "lagged" or router.scope == "micro_batch" or router.balance_coef == 0 or share <= way.tokens:
+        return 0.0
+    head = 6 * network.embedding / network.flops(stage.data.sequence_length)
+    return forward_share(laid) * (1 - head)
+
+
+def forward_share(laid: Laid) -> float:
+    """Of a forward and backward pass: a third, or a quarter where the backward pass runs the layers again."""
+    return 1 / (4 if laid.layout.way.recompute == "full" else 3)
+
+
+def hours(laid: Laid, found: Length, spent: Cost) -> float | None:
+    """Of a stage with its reference pass, evaluations and checkpoints left out."""
+    if found.steps is None:
+        return None
+    steps: float = found.steps
+    if laid.stage.needs_reference:
+        again = laid.stage.train.epochs or 1 if laid.stage.dpo.reference == "cached" else 1
+        steps += found.steps / max(1.0, again) * forward_share(laid)  # once for each pair, or in every step
+    return steps * spent.seconds_per_step / 3600

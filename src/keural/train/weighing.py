@@ -1,0 +1,42 @@
+"""How a loss over pairs weighs the labels of each, told to the head while it has their logits.
+
+In: an objective, rows with pairs, reference values. Out: a `Weighing`, by which one pass over the head gives log-probabilities and
+gradients. It asks the objective itself, so every loss has it: what a pair adds to a loss depends on that pair alone. Where that is
+not so the head notices, and takes its second pass.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from keural.train.losses import Weighing
+from keural.train.micro_batches import MicroBatch, PairIndices
+from keural.train.objectives.base import Objective, References
+
+
+def weighing_of(objective: Objective, micro: MicroBatch, references: References | None) -> Weighing | None:
+    """How `objective` weighs the labels of these rows; None where it weighs all alike, or there are no pairs."""
+    if objective.uniform or not micro.pairs.sequences.size:
+        return None
+
+    def slopes(logprobs: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = logprobs.detach().requires_grad_()
+            loss = objective(leaf.view_as(micro.labels), micro, references).loss
+            found: Tensor = torch.autograd.grad(loss, leaf)[0]
+        return found
+
+    return Weighing(pair_ends(micro.pairs), slopes)
+
+
+def pair_ends(pairs: PairIndices) -> tuple[int, ...]:
+    """Where pairs end among the flattened rows: behind every token of those that begin before there."""
+    number = pairs.sequences.shape[1]
+    positions, owners = pairs.positions.cpu().numpy(), pairs.sides.cpu().numpy() % number
+    begins, ends = np.full(number, np.iinfo(np.int64).max), np.zeros(number, dtype=np.int64)
+    np.minimum.at(begins, owners, positions)
+    np.maximum.at(ends, owners, positions + 1)
+    order = np.argsort(begins, kind="stable")
+    reached = np.maximum.accumulate(ends[order])
+    closed = np.append(begins[order][1:] >= reached[:-1], True)
+    return tuple(reached[closed].tolist())

@@ -1,0 +1,232 @@
+"""`keural plan`: the mode that fits, time and cost, and what is refused."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from keural.cli.app import app
+from keural.cli.plan import command
+from keural.errors import UserError
+from keural.plan.choice import overrides
+from keural.plan.plan import Plan, Speed, make_plan, refusal
+from keural.recipe import load_recipe
+from keural.recipe.shipped import SHIPPED
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "planning.md"
+H100 = {
+    "check": {"device": {"name": "NVIDIA H100 80GB HBM3"}},
+    "whole": {
+        "full_16384": {"mfu_causal": 40.41},
+        "selective_9_of_24_16384": {"mfu_causal": 43.62},
+        "selective_24_of_24_8192": {"mfu_causal": 48.52},
+        "optimizer": {"step_ms": [3428.9, 1441.9, 1440.6]},
+    },
+    "stack": {"none_compiled_16384": {"extrapolated_24": {"mfu_causal": 47.1}}},
+    "baselines": {"present_bf16_weights": {"extrapolated_24": {"mfu_causal": 18.2}}},
+}
+"""A part of what `benchmarks/gpu.py` wrote on an H100."""
+
+
+def planned(gpus: int, gpu: str, *changes: str, recipe: str = "keural-14b", **more: Any) -> Plan:
+    return make_plan(load_recipe(SHIPPED / recipe, changes), gpu, gpus, **more)
+
+
+def test_a_plan_as_data() -> None:
+    result = CliRunner().invoke(app, ["plan", "keural-14b", "--gpus", "1", "--gpu", "h200", "--price", "3", "--json"])
+    data = json.loads(result.stdout)
+
+    assert result.exit_code == 0
+    assert data["parameters"] == 14_832_054_272
+    assert data["parameters_active"] == 4_866_387_968
+    assert (data["precision"], data["recompute"], data["fits"]) == ("split", "full", True)
+    parts = data["memory_gib"]
+    assert sum(size for name, size in parts.items() if name != "total") == pytest.approx(parts["total"], abs=0.05)
+    assert [stage["name"] for stage in data["stages"]] == ["pretrain-1", "pretrain-2", "sft", "dpo"]
+    first = data["stages"][0]
+    assert first["tokens"] == 125_000 * 524_288
+    assert first["cost"] == pytest.approx(3 * first["gpu_hours"], rel=1e-4)
+    assert data["total"]["hours"] == pytest.approx(sum(stage["hours"] for stage in data["stages"]), rel=1e-4)
+    assert len(data["published"]["stages"]) == 7
+    assert data["flops_per_token"]["6n_active"] == 6 * data["parameters_active"]
+
+
+@pytest.mark.parametrize("recipe", ["keural-14b", "keural-14b-published"])
+@pytest.mark.parametrize(
+    ("gpus", "gpu", "precision"), [(1, "h200", "split"), (1, "h100", "split-host"), (2, "h200", "fp32"), (64, "h100", "fp32")]
+)
+def test_the_large_recipes_fit_as_they_are(recipe: str, gpus: int, gpu: str, precision: str) -> None:
+    found = planned(gpus, gpu, recipe=recipe)
+
+    assert found.fits
+    assert {stage.laid.layout.precision for stage in found.stages} == {precision}
+    changed = load_recipe(SHIPPED / recipe, found.overrides)
+    assert overrides([stage.laid for stage in make_plan(changed, gpu, gpus).stages]) == []
+
+
+def test_a_plan_for_a_thousand_says_what_is_idle() -> None:
+    found = planned(1024, "h200", recipe="keural-14b-published")
+
+    assert found.fits
+    assert any("fewer rows than there are GPUs" in note for note in found.notes)
+
+
+def test_a_small_model_needs_no_halves() -> None:
+    found = planned(1, "h100", recipe="toy")
+
+    assert found.fits
+    assert {stage.laid.layout.precision for stage in found.stages} == {"fp32"}
+    assert found.overrides == []
+
+
+@pytest.mark.parametrize("line", re.findall(r"^    keural plan (.*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
+def test_the_commands_of_the_page_fit(line: str) -> None:
+    result = CliRunner().invoke(app, ["plan", *shlex.split(line), "--json"])
+
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["fits"]
+
+
+def test_what_is_left_open_is_chosen_for_speed() -> None:
+    """Without recompute and sizes in the recipe, an H200 has room for selective layers at 8,192 tokens."""
+    found = planned(1, "h200")
+
+    assert any(
+        "train.recompute=selective train.micro_batch_tokens=8192 train.compile=true takes" in note for note in found.notes
+    ), found.notes
+
+
+def test_a_micro_batch_that_is_part_of_the_loss_is_left_as_it_is() -> None:
+    found = planned(1, "h200", recipe="keural-14b-published")
+
+    assert not any("micro_batch_tokens" in text for text in (*found.overrides, *found.notes))
+
+
+def test_speed_at_a_stated_mfu() -> None:
+    """40% on an H200 are 12.9K tokens/s."""
+    stage = planned(1, "h200", speed=Speed(mfu=0.4)).stages[0]
+
+    assert stage.cost.tokens_per_second == pytest.approx(12_900, rel=0.005)
+    assert stage.hours == pytest.approx(65.536e9 / 12_900 / 3600, rel=0.005)
+
+
+def test_speed_at_a_measured_mfu(tmp_path: Path) -> None:
+    """A step of 262,144 tokens took 18.19 s on an H100, 14,408 tokens/s, in micro-batches of 8,192."""
+    file = tmp_path / "gpu.json"
+    file.write_text(json.dumps(H100))
+    changes = ["train.recompute=selective", "train.compile=true", "train.micro_batch_tokens=8192", "router.load=lagged"]
+    changes += ["pretrain-1.train.batch_tokens=262144"]
+
+    stage = planned(1, "h100", *changes, speed=Speed(measured=file)).stages[0]
+
+    assert stage.cost.tokens_per_second == pytest.approx(14_408, rel=0.01)
+    assert str(file) in stage.rate.source
+
+
+@pytest.mark.parametrize(
+    ("content", "gpu", "said"),
+    [
+        (H100, "h200", "was measured on NVIDIA H100"),
+        ({"stack": {"full_eager_512": {"extrapolated_24": {"mfu_causal": 0.0}}}}, "h100", "has no MFU of recompute full"),
+        ({"whole": {"full_16384": 7, "selective_x": []}, "stack": [1], "check": None}, "h100", "has no MFU of recompute full"),
+        ({"whole": {"full_16384": {"mfu_causal": "fast"}}}, "h100", "has no MFU of recompute full"),
+    ],
+)
+def test_measurements_of_something_else_are_refused(tmp_path: Path, content: Any, gpu: str, said: str) -> None:
+    file = tmp_path / "gpu.json"
+    file.write_text(json.dumps(content))
+
+    with pytest.raises(UserError, match=said):
+        planned(1, gpu, speed=Speed(measured=file))
+
+
+def test_forward_passes_ahead_take_their_time() -> None:
+    exact, lagged = (planned(1, "h200", f"router.load={load}").stages[0] for load in ("exact", "lagged"))
+
+    assert exact.cost.seconds_per_step / lagged.cost.seconds_per_step == pytest.approx(1.22, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gpu", "h20"], "did you mean 'h200'"),
+        (["--gpus", "2", "train.precision=split"], "is for one process, and there are 2"),
+        (["sft.lora={rank: 16}"], "sft: trains adapters, which a plan does not count"),
+        (["--gpus", "0"], "greater than or equal to 1"),
+        (["--mfu", "40"], "is a share"),
+        (["--mfu", "0.4", "--measured", "x.json"], "not both"),
+        (["--measured", "nothing.json"], "nothing.json"),
+        (["--price", "nan"], "--price"),
+    ],
+)
+def test_refusals(arguments: list[str], said: str) -> None:
+    result = CliRunner().invoke(app, ["plan", "keural-14b", *arguments])
+
+    assert result.exit_code != 0
+    assert said in (str(result.exception) + result.output)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "gpu", "changes", "remedy"),
+    [
+        (2, "h100", [], "it fits on 4 h100"),
+        (1, "h100", ["train.precision=split"], "it fits with train.precision=split-host"),
+        (1, "h100", ["train.recompute=none"], "it fits with train.precision=split-host train.recompute=selective"),
+        (1, "h200", ["model.num_hidden_layers=200"], "it fits on 16 h200"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_would(gpus: int, gpu: str, changes: list[str], remedy: str) -> None:
+    error = refusal(planned(gpus, gpu, *changes))
+
+    assert error is not None
+    assert remedy in str(error)
+
+
+def test_a_plan_that_does_not_fit_is_shown_all_the_same() -> None:
+    result = CliRunner().invoke(app, ["plan", "keural-14b", "--gpus", "2", "--gpu", "h100", "--json"])
+
+    assert isinstance(result.exception, UserError)
+    assert not json.loads(result.stdout)["fits"]
+
+
+def test_a_frozen_copy_takes_its_place_and_its_time() -> None:
+    cached, online = (
+        planned(64, "h200", f"dpo.dpo.reference={where}", "dpo.train.epochs=2").stages[-1] for where in ("cached", "online")
+    )
+
+    assert online.laid.memory.parts["reference"] == cached.laid.memory.parts["weights"]
+    assert online.laid.memory.total == pytest.approx(cached.laid.memory.total + cached.laid.memory.parts["weights"])
+    assert (online.hours or 0) / (cached.hours or 1) == pytest.approx((1 + 1 / 4) / (1 + 1 / 8))
+
+
+def test_a_length_that_nobody_knows_is_left_out() -> None:
+    found = planned(1, "h200", "sft.data.sources=[{name: mine, adapter: text}]")
+
+    assert found.data()["total"]["stages_left_out"] == ["sft"]
+    assert "mine" in found.stages[2].length.source
+
+
+def test_a_table_for_a_reader() -> None:
+    result = CliRunner().invoke(app, ["plan", "keural-14b", "--gpus", "2"])
+
+    assert result.exit_code == 0
+    assert "run it: python -m keural.launch --nproc-per-node 2 run keural-14b" in result.stdout
+    assert "published: 2 h200, 12,000 tokens/s" in result.stdout
+
+
+def test_the_command_has_as_many_processes_as_there_are_gpus() -> None:
+    assert "--nnodes 2 " in command(Path("toy"), 12, [])
+    assert "--nproc-per-node 6 " in command(Path("toy"), 12, [])
+    assert command(Path("my recipe"), 1, ["a=b"]) == "keural run 'my recipe' a=b"
+
+
+def test_a_frozen_copy_is_made_as_what_is_trained_is() -> None:
+    """With moments of its own at first: on few cards that is the height."""
+    stage = planned(8, "h200", "dpo.dpo.reference=online").stages[-1]
+
+    assert stage.laid.memory.moment == "start"
+    assert stage.laid.memory.parts["reference"] == 3 * stage.laid.memory.parts["weights"]

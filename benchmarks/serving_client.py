@@ -158,6 +158,11 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
 
 
+def end_gently() -> None:
+    """Let a signal to end this process end its servers first."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def _answers(server: Server) -> bool:
     try:
         return bool(server.get("/health"))

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from benchmarks.serving_client import Reply, Server, ask, heading, part_of, started, table  # noqa: E402
+from benchmarks.serving_client import Reply, Server, ask, end_gently, heading, part_of, started, table  # noqa: E402
 from keural.errors import UserError  # noqa: E402
 from keural.serve.server.start import bind  # noqa: E402
 
@@ -329,6 +329,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--small", action="store_true", help="a few seconds of each, to see that it runs")
     given = parser.parse_args()
+    unknown = set(given.parts.split(",")) - PARTS.keys()
+    if unknown:
+        parser.error(f"--parts: there is no {', '.join(sorted(unknown))}; use {', '.join(PARTS)}")
+    end_gently()
     sizes = SMALL if given.small else Sizes()
     sizes = sizes if given.minutes is None else sizes._replace(minutes=given.minutes)
     if not (given.work / "tokenizer").is_dir():

@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from benchmarks.serving_client import Reply, Server, ask, environment, heading, started, table  # noqa: E402
+from benchmarks.serving_client import Reply, Server, ask, end_gently, environment, heading, started, table  # noqa: E402
 from keural.serve.server.start import bind  # noqa: E402
 
 COMPLETIONS = "/v1/completions"
@@ -342,8 +342,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--small", action="store_true", help="a tiny model and few tokens, to see that it runs")
     given = parser.parse_args()
-    given.work.mkdir(parents=True, exist_ok=True)
     given.parts = given.parts.split(",")
+    if unknown := set(given.parts) - {"small", "turns", "transformers"}:
+        parser.error(f"--parts: there is no {', '.join(sorted(unknown))}; use small, turns, transformers")
+    if given.llama_server is not None and not os.access(given.llama_server, os.X_OK):
+        parser.error(f"--llama-server: {given.llama_server} is no program; build it as this file's head says")
+    end_gently()
+    given.work.mkdir(parents=True, exist_ok=True)
     sizes = FULL if given.full_size else SMALL if given.small else Sizes()
     sizes = sizes if given.rounds is None else sizes._replace(rounds=given.rounds)
     page = heading("The speed of `keural serve`", ["torch", "transformers", "llama-cpp-python", "uvicorn"])

@@ -151,7 +151,9 @@ def commands(made: Path, place: Path) -> list[list[object]]:
 
 def check_nothing_runs(made: Path, place: Path, keural: Keural, name: str) -> None:
     mark = place / "ran"
-    original = (place / "run" / name).read_bytes()
+    (found,) = (place / "run").glob(name)
+    name = str(found.relative_to(place / "run"))
+    original = found.read_bytes()
     for content in payloads(place / "run" / name, mark):
         plant(place / "run", place / "run" / name, content)
         for command in commands(made, place):
@@ -168,7 +170,8 @@ def check_nothing_runs(made: Path, place: Path, keural: Keural, name: str) -> No
 QUICK = (
     "align/checkpoints/step-00000004/shard-00001-model-00001-of-00001.safetensors",
     "align/checkpoints/step-00000004/manifest.json",
-    "align/reference/train/logprobs.npy",
+    "reference/*/pairs.bin",
+    "reference/*/manifest.json",
     "base/model/modeling_keural.py",
     "base/model/model.safetensors",
     "base/model/chat_template.jinja",

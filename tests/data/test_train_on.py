@@ -75,19 +75,22 @@ def test_a_last_turn_that_is_not_to_be_trained_leaves_nothing(tokenizer: KeuralT
 @pytest.mark.parametrize("train_on", ["assistant", "last_turn", "all"])
 def test_a_long_conversation_is_cut_at_the_end_of_an_answer_and_says_so(tokenizer: KeuralTokenizer, train_on: str) -> None:
     """At every length: what is left ends with an assistant's turn, whole, and its last turn is trained."""
-    whole = encoded(tokenizer, TURNS, train_on)
+    turns = (*TURNS, Message("user", "so?"), Message("assistant", "done"))
+    answers = {0: ["네, 안녕하세요.", "fine", "done"], 2: ["네, 안녕하세요.", "fine"], 5: ["네, 안녕하세요."]}
+    whole = encoded(tokenizer, turns, train_on)
     assert isinstance(whole, Encoded)
     full = len(whole.sequences[0][0])
     cuts = set()
     for length in range(2, full + 1):
-        found = encoded(tokenizer, TURNS, train_on, length)
+        found = encoded(tokenizer, turns, train_on, length)
         if isinstance(found, Drop):
             assert found.reason == "too_long"
             continue
         assert len(found.sequences[0][0]) <= length
-        assert trained_texts(tokenizer, found)[-1] == ("fine" if length == full else "네, 안녕하세요.")
+        texts, expected = trained_texts(tokenizer, found), answers[found.cut_turns]
+        assert texts == expected[-1:] if train_on == "last_turn" else [text for text in texts if text in answers[0]] == expected
         cuts.add(found.cut_turns)
-    assert cuts == {0, 3}
+    assert cuts == set(answers)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def made(finished: Path, killed: Path, tmp_path_factory: pytest.TempPathFactory)
         "prepared": prepared,
         "store": prepared / "train",
         "data": run / "data",
-        "reference": run / "align" / "reference",
+        "reference": run / "reference",
         "tokenizer": run / "tokenizer",
         "tokenizer file": run / "tokenizer" / "tokenizer.model",
         "recipe": finished / "recipe",

@@ -15,6 +15,7 @@ from keural.files import read_json
 from keural.pipeline.run_contents import read_run
 from keural.pipeline.run_directory import Done, changes, set_aside
 from keural.report.html import render
+from keural.train.reference.records import RECORD, RECORDS
 
 Damage = Callable[..., None]
 
@@ -300,14 +301,13 @@ def test_reference_values_of_a_pass_that_was_killed_are_checked_one_by_one(place
     for name in ("model", "checkpoints"):
         shutil.rmtree(align / name)
     (align / "done.json").unlink()
-    path = align / "reference" / "train" / "logprobs.npy"
-    values = np.load(path)
-    there = np.flatnonzero(~np.isnan(values))
-    values[there[0]] += 8
-    values[there[1]] = np.nan
-    values[np.flatnonzero(np.isnan(values))[-1]] = -3.0
-    np.save(path, values)
-    assert "logprobs.npy: 3 values are damaged" in place.again()
+    (path,) = (place.run / "reference").glob(f"*/{RECORDS}")
+    records = np.fromfile(path, dtype=RECORD)
+    records["values"][0] += 8
+    records["pair"][1] ^= 1
+    records["values"][2] = np.nan
+    path.write_bytes(records.tobytes() + b"half")
+    assert "pairs.bin: 3 records are damaged, and their values computed again" in place.again()
     assert place.weights("align") == (finished / "run/align/model/model.safetensors").read_bytes()
 
 

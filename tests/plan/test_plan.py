@@ -155,6 +155,7 @@ def test_forward_passes_ahead_take_their_time() -> None:
     [
         (["--gpu", "h20"], "did you mean 'h200'"),
         (["--gpus", "2", "train.precision=split"], "is for one process, and there are 2"),
+        (["sft.lora={rank: 16}"], "sft: trains adapters, which a plan does not count"),
         (["--gpus", "0"], "greater than or equal to 1"),
         (["--mfu", "40"], "is a share"),
         (["--mfu", "0.4", "--measured", "x.json"], "not both"),
@@ -192,6 +193,16 @@ def test_a_plan_that_does_not_fit_is_shown_all_the_same() -> None:
     assert not json.loads(result.stdout)["fits"]
 
 
+def test_a_frozen_copy_takes_its_place_and_its_time() -> None:
+    cached, online = (
+        planned(64, "h200", f"dpo.dpo.reference={where}", "dpo.train.epochs=2").stages[-1] for where in ("cached", "online")
+    )
+
+    assert online.laid.memory.parts["reference"] == cached.laid.memory.parts["weights"]
+    assert online.laid.memory.total == pytest.approx(cached.laid.memory.total + cached.laid.memory.parts["weights"])
+    assert (online.hours or 0) / (cached.hours or 1) == pytest.approx((1 + 1 / 4) / (1 + 1 / 8))
+
+
 def test_a_length_that_nobody_knows_is_left_out() -> None:
     found = planned(1, "h200", "sft.data.sources=[{name: mine, adapter: text}]")
 
@@ -211,3 +222,11 @@ def test_the_command_has_as_many_processes_as_there_are_gpus() -> None:
     assert "--nnodes 2 " in command(Path("toy"), 12, [])
     assert "--nproc-per-node 6 " in command(Path("toy"), 12, [])
     assert command(Path("my recipe"), 1, ["a=b"]) == "keural run 'my recipe' a=b"
+
+
+def test_a_frozen_copy_is_made_as_what_is_trained_is() -> None:
+    """With moments of its own at first: on few cards that is the height."""
+    stage = planned(8, "h200", "dpo.dpo.reference=online").stages[-1]
+
+    assert stage.laid.memory.moment == "start"
+    assert stage.laid.memory.parts["reference"] == 3 * stage.laid.memory.parts["weights"]

@@ -186,11 +186,11 @@ def test_every_way_of_computing_keeps_packed_documents_apart(tmp_path: Path, obj
     assert found < 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("attention", ["documents", "flex", "masked"])
-@pytest.mark.parametrize("objective", ["sft", "dpo"])
-def test_every_attention_of_the_engine_keeps_packed_documents_apart(tmp_path: Path, objective: str, attention: str) -> None:
+def test_every_attention_of_the_engine_keeps_packed_documents_apart(tmp_path: Path, attention: str) -> None:
     """Those that a CPU can run; a card's are probed when a stage begins there."""
-    trainer = open_run(small_job(tmp_path, objective, train={"recompute": "selective"})).trainer
+    trainer = open_run(small_job(tmp_path, "sft", train={"recompute": "selective"})).trainer
     assert isinstance(trainer.policy.engine, Engine)
     engine = dataclasses.replace(trainer.policy.engine, attention=attention)
     policy = Policy(trainer.policy.model, torch.float32, engine)

@@ -45,7 +45,7 @@ def planted(run: StageRun, factors: dict[int, float]) -> StageRun:
         terms = objective(logprobs, micro, references)
         return replace(terms, loss=terms.loss * factors.get(run.progress.step, 1.0))
 
-    spoiled.denominator = objective.denominator  # type: ignore[attr-defined]
+    spoiled.denominator, spoiled.uniform = objective.denominator, objective.uniform  # type: ignore[attr-defined]
     run.trainer = replace(run.trainer, objective=spoiled)  # type: ignore[arg-type]
     return run
 

@@ -36,14 +36,15 @@ def write_sources(directory: Path, objective: str, weights: list[float] | None =
     return stores | {"all": directory / "all"}
 
 
-def no_reference(sequences: np.ndarray) -> torch.Tensor:
-    return torch.full(sequences.shape, -3.0)
+def figures_of(trainer: Any, store: Path, first: int = 0) -> dict[str, float]:
+    """Of a store whose first sequence is sequence `first` of the store of all sources: each has a reference value of its own."""
 
+    def reference(sequences: np.ndarray) -> torch.Tensor:
+        return -(torch.from_numpy((sequences + first).astype("float32")) ** 1.5)
 
-def figures_of(trainer: Any, store: Path) -> dict[str, float]:
     size = {"batch_pairs": 1} if trainer.stage.objective == "dpo" else {"batch_rows": 1}
     stream = Stream(TokenStore.open(store), trainer.stage.objective, LENGTH, **size)
-    return evaluate(trainer, stream, no_reference if trainer.stage.objective == "dpo" else None)
+    return evaluate(trainer, stream, reference if trainer.stage.objective == "dpo" else None)
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
@@ -51,7 +52,8 @@ def test_each_source_has_the_figures_of_its_own_store(tmp_path: Path, objective:
     stores = write_sources(tmp_path / "stores", objective)
     trainer = open_run(small_job(tmp_path, objective)).trainer
     whole = figures_of(trainer, stores["all"])
-    alone = {name: figures_of(trainer, stores[name]) for name in SIZES}
+    firsts = {"wiki": 0, "chat": 10, "forum": 16}
+    alone = {name: figures_of(trainer, stores[name], firsts[name]) for name in SIZES}
     for name, figures in alone.items():
         for key, value in figures.items():
             assert whole[f"source/{name}/{key}"] == pytest.approx(value, rel=1e-5, abs=1e-6), (name, key)

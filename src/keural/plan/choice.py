@@ -79,8 +79,12 @@ def lay_out(recipe: Recipe, gpu: Gpu, gpus: int, free: bool = False) -> list[Lai
 
 
 def check_modes(recipe: Recipe, gpus: int) -> None:
-    """Refuse stated modes that cannot run on so many processes. Raises `UserError`."""
+    """Refuse stated modes that cannot run on so many processes, and what a plan does not count. Raises `UserError`."""
     for stage in recipe.stages:
+        if stage.lora is not None:
+            raise UserError(
+                f"{stage.name}: trains adapters, which a plan does not count; plan it whole with {stage.name}.lora=null"
+            )
         if (reason := why_not_on(stage, gpus)) is not None:
             raise UserError(reason)
 
@@ -118,7 +122,8 @@ def _layouts(network: Network, stage: StageSpec, gpus: int, precision: str, stat
                     engine = by_engine(spec.model_copy(update={"precision": precision, "recompute": mode}), gpus, accelerator=True)
                     compiled = spec.compile if "compile" in stated else engine and itemsize == 2
                     converted = gpus == 1 and precision == "fp32" and itemsize == 2
-                    yield Layout(gpus, precision, Way(engine, compiled, mode, itemsize, converted, tokens))
+                    way = Way(engine, compiled, mode, itemsize, converted, tokens)
+                    yield Layout(gpus, precision, way, stage.needs_reference and stage.dpo.reference == "online")
 
 
 def _sizes(stage: StageSpec, gpus: int, stated: bool) -> list[int]:

@@ -16,7 +16,7 @@ CONTEXT = 1.0
 """GiB that CUDA, its libraries and the allocator hold besides tensors: 1.0 to 2.5 were seen, the more the more was free."""
 NCCL = 1.0
 """GiB that communication takes; stated, not measured."""
-PARTS = ("weights", "master", "gradients", "moments", "gathered", "activations", "routing", "head", "layer", "slack")
+PARTS = ("weights", "master", "gradients", "moments", "reference", "gathered", "activations", "routing", "head", "layer", "slack")
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Layout:
     gpus: int
     precision: str
     way: Way
+    reference: bool = False
+    """A frozen copy of the model is there, too (`dpo.reference: online`)."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Memory:
     """Bytes by name of `PARTS`; what is not there at that moment is 0."""
     moment: str
     """`head`: at the height of the head. `layer`: in the last layer's backward pass. `later layer`: in another's, with the last
-    one's gradients being summed. `reduction`: while these are made."""
+    one's gradients being summed. `reduction`: while these are made. `start`: where the frozen copy is made."""
     host: float
     """Bytes of the host's memory that one process takes at its start or for its state."""
 
@@ -68,6 +70,10 @@ def memory(network: Network, layout: Layout) -> Memory:
     host = max(found.pop("host"), 4.0 * network.counts.total)  # every process makes the whole model at its start
     found["slack"] = (CONTEXT + (NCCL if layout.gpus > 1 else 0)) * GIB
     moments = _alone(network, way) if layout.gpus == 1 else _sharded(network, way, layout.gpus)
+    if layout.reference:
+        found["reference"] = found["weights"]
+        twice = found["weights"] + found["master"] + found["moments"]  # it is made as what is trained is, before gradients
+        moments["start"] = {"reference": twice, "gradients": 0}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     parts = {name: float((found | moments[moment]).get(name, 0)) for name in PARTS}
     return Memory(parts, moment, host)

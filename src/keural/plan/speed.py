@@ -75,18 +75,18 @@ def measured_rate(path: Path, network: Network, gpu: Gpu, gpus: int, way: Way) -
         raise UserError(f"{path}: was measured on {name}, not on {gpu.name}; give --gpu as it is there, or another file")
     if not way.engine:
         entry = _at(found, "baselines", "present_bf16_weights", "extrapolated_24")
-        rates = [(0, way.tokens, _figure(entry), "four layers without sharding")] if entry else []
+        rates = [(0, way.tokens, _figure(entry), "the model's own layers without sharding")] if entry else []
     else:
         rates = [rate[1:] for rate in _rates(found) if rate[0] == (way.recompute, way.compiled)]
     rates = [rate for rate in rates if rate[2] > 0]
     if not rates:
         what = f"recompute {way.recompute}{'' if way.compiled else ', not compiled'}" if way.engine else "several GPUs"
         raise UserError(f"{path}: has no MFU of {what} on an accelerator; run benchmarks/gpu.py there, or give --mfu")
-    _, tokens, mfu, kind = min(rates, key=lambda rate: (rate[0], abs(rate[1] - way.tokens)))
+    _, _, mfu, kind = min(rates, key=lambda rate: (rate[0], abs(rate[1] - way.tokens)))
     steps = _at(found, "whole", "optimizer").get("step_ms") or [0.0]
-    numbers = [float(step) for step in steps if isinstance(step, int | float)] if isinstance(steps, list) else []
+    numbers = [step for step in steps if isinstance(step, int | float) and 0 <= step < 1e9] if isinstance(steps, list) else []
     seconds = min(numbers, default=0.0) / 1e3 * network.counts.total / MEASURED_PARAMETERS / gpus
-    return Rate(mfu * PEAK / gpu.bfloat16_flops, seconds, False, f"{path}: {kind}, {tokens:,} tokens")
+    return Rate(mfu * PEAK / gpu.bfloat16_flops, seconds, False, f"{path}: {kind}")
 
 
 def _rates(found: dict[str, Any]) -> Iterator[tuple[tuple[str, bool], int, int, float, str]]:
@@ -94,12 +94,13 @@ def _rates(found: dict[str, Any]) -> Iterator[tuple[tuple[str, bool], int, int, 
     for name, entry in _at(found, "whole").items():
         match = re.fullmatch(r"(?:full|selective_(\d+)_of_(\d+))_(\d+)", name)
         if match and match[1] == match[2]:
-            yield ("selective" if match[1] else "full", True), 0, int(match[3]), _figure(entry), "all layers"
+            mode, tokens = "selective" if match[1] else "full", int(match[3])
+            yield (mode, True), 0, tokens, _figure(entry), f"all layers, {tokens:,} tokens"
     for name, entry in _at(found, "stack").items():
         match = re.fullmatch(r"(none|selective|full)_(compiled|eager)_(\d+)", name)
         if match and isinstance(entry, dict):
             extrapolated = _figure(entry.get("extrapolated_24"))
-            yield (match[1], match[2] == "compiled"), 1, int(match[3]), extrapolated, "four layers"
+            yield (match[1], match[2] == "compiled"), 1, int(match[3]), extrapolated, f"four layers, {int(match[3]):,} tokens"
 
 
 def _figure(entry: Any) -> float:

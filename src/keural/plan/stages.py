@@ -108,7 +108,7 @@ def hours(laid: Laid, found: Length, spent: Cost) -> float | None:
     if found.steps is None:
         return None
     steps: float = found.steps
-    if OBJECTIVES[laid.stage.objective].needs_reference:
-        epochs = laid.stage.train.epochs or 1
-        steps += found.steps / max(1.0, epochs) * forward_share(laid)
+    if laid.stage.needs_reference:
+        again = laid.stage.train.epochs or 1 if laid.stage.dpo.reference == "cached" else 1
+        steps += found.steps / max(1.0, again) * forward_share(laid)  # once for each pair, or in every step
     return steps * spent.seconds_per_step / 3600

@@ -70,7 +70,7 @@ def check_whole(service: Service, client: httpx.Client) -> None:
 
 @NEEDED
 def test_a_few_requests_to_every_operation(service: Service, client: httpx.Client, tmp_path: Path) -> None:
-    assert fuzz(client, tmp_path, "--phases", "fuzzing", "--max-examples", "3", "--seed", "1", "--no-shrink") == ""
+    assert fuzz(client, tmp_path, "--phases", "fuzzing", "--max-examples", "2", "--seed", "1", "--no-shrink") == ""
 
     check_whole(service, client)
 

@@ -11,8 +11,10 @@ from transformers import AutoTokenizer
 
 from keural.pretrained.directory import save_model_directory
 from keural.serve.engines.sampling_params import SamplingParams
+from keural.serve.server.errors import ApiError, to_json
 from keural.serve.server.running import service_for
 from keural.serve.server.settings import Settings
+from keural.serve.server.tools.reading import as_object
 from keural.tokenizer import KeuralTokenizer, Message, ToolCall, render_prompt, with_calls
 from tests.helpers.serving import Writing, events, service_of, serving
 from tests.helpers.tools import AGE, CALLS, TOOLS, WEATHER, Api, ask_chat, ask_messages, ask_responses
@@ -316,3 +318,30 @@ def test_the_record_of_a_model_says_whether_it_decides(
     for path in (directory, directory / "config.json"):  # a GGUF file lies in its directory, too
         service = service_for(Writing(tokenizer, "x"), tokenizer, path, Settings(), SamplingParams())
         assert service.trained_on_tools is trained
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        ('{"a": 4e272834, "b": [-1e999, 1.5, 7, -3]}', {"a": 1.7976931348623157e308, "b": [-1.7976931348623157e308, 1.5, 7, -3]}),
+        (f'{{"a": {"9" * 5000}}}', {"a": 1.7976931348623157e308}),
+        ('{"a": 12345678901234567890, "b": 1E2}', {"a": 12345678901234567890, "b": 100.0}),
+    ],
+)
+def test_numbers_that_no_program_holds_become_the_largest(arguments: str, found: Any) -> None:
+    assert as_object(arguments) == found
+    assert to_json(as_object(arguments))
+
+
+def test_a_call_that_is_nested_without_end_is_an_error_of_the_model() -> None:
+    with pytest.raises(ApiError, match="deep"):
+        as_object('{"a": ' * 5000 + "1" + "}" * 5000)
+
+
+def test_a_number_beyond_all_bounds_is_no_error_of_the_server(tokenizer: KeuralTokenizer) -> None:
+    text = with_calls("", [ToolCall("f", '{"a": 4e272834}')])
+    tools = [{"name": "f", "input_schema": {"type": "object", "properties": {"a": {"type": "number"}}}}]
+    with serving(service_of(tokenizer, Writing(tokenizer, text), trained_on_tools=True)) as client:
+        message = client.post("/v1/messages", json={"messages": HELLO, "max_tokens": 200, "tools": tools}).json()
+
+    assert message["content"][0]["input"] == {"a": 1.7976931348623157e308}

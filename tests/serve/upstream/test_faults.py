@@ -160,6 +160,14 @@ def test_another_server_answers_where_one_breaks_before_the_first_token(two: Fro
     assert two.upstreams.servers[0].failed == asked(two)[0]
 
 
+def test_no_other_server_goes_on_with_an_answer_that_broke_off(two: Fronted) -> None:
+    for engine in two.engines:
+        engine.break_at, engine.pause = 6, lambda place: 0.02
+
+    assert error_of(two.post()) == (500, "model_error")
+    assert sum(asked(two)) == 1
+
+
 def test_a_sick_server_gets_nothing_until_it_is_well(two: Fronted) -> None:
     two.engines[0].healthy = False
     wait_until(lambda: two.upstreams.servers[0].trouble is not None)
@@ -172,13 +180,16 @@ def test_a_sick_server_gets_nothing_until_it_is_well(two: Fronted) -> None:
     two.engines[1].healthy = False
     wait_until(lambda: two.client.get("/health").status_code == 503)
     assert error_of(two.post()) == (503, "unavailable")
+    told = two.client.get("/health").text
+    assert "upstream 0 says that it does not work; upstream 1 says" in told
+    assert "127.0.0.1" not in told, "addresses of servers are nobody's business who has no key"
     two.engines[0].healthy = two.engines[1].healthy = True
     wait_until(lambda: two.client.get("/health").status_code == 200)
     assert answered(two)
 
 
 def test_conversations_stay_where_they_were_read_and_others_go_where_least_is_done(two: Fronted) -> None:
-    openings = [f"{number} the cat sees a small red house " * 8 for number in range(6)]
+    openings = [f"{number} the cat sees a small red house " * 8 for number in range(5)]
     for turn in range(3):
         for opening in openings:
             more = [{"role": "assistant", "content": "yes"}, {"role": "user", "content": "and?"}] * turn
@@ -186,13 +197,13 @@ def test_conversations_stay_where_they_were_read_and_others_go_where_least_is_do
 
     for engine in two.engines:
         beginnings = {tuple(body.get("token_ids", body.get("input_ids"))[:40]) for body in engine.requests}
-        assert len(engine.requests) == 3 * len(beginnings), "every turn of a conversation went to the same server"
+        assert len(engine.requests) == 3 * len(beginnings) > 0, "every turn of a conversation went to the same server"
 
 
 def test_requests_at_once_are_shared_out(two: Fronted) -> None:
     for engine in two.engines:
         engine.pause = lambda place: 0.02
-    assert two.post(n=8).status_code == 200
+    assert two.post(messages=[{"role": "user", "content": "the cat sees a small red house " * 8}], n=8).status_code == 200
     assert min(asked(two)) >= 2, "a beginning is worth waiting for a few others, not for all"
 
 

@@ -1,12 +1,14 @@
 """Settings of a request as vLLM and SGLang know them: sent exactly, or refused by name."""
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from keural.errors import UserError
+from keural.serve.batching.requests import End
 from keural.serve.engines.sampling_params import SamplingParams
+from keural.serve.server.metrics import FINISHED
 from keural.serve.upstream.opening import check_defaults
 from keural.tokenizer import KeuralTokenizer
 from tests.helpers.fronting import Front, Fronted, an_engine
@@ -88,6 +90,10 @@ def test_a_models_own_settings_that_cannot_be_kept_are_refused_at_the_start(fron
         check_defaults(fronted.upstreams, SamplingParams())
     with front("vllm", an_engine(tokenizer)) as fronted:
         check_defaults(fronted.upstreams, SamplingParams())
+
+
+def test_every_way_in_which_an_answer_ends_is_counted() -> None:
+    assert set(FINISHED) == {word for part in get_args(End) for word in (get_args(part) or (part,))}
 
 
 def test_what_is_not_known_of_servers_elsewhere_is_not_shown_as_zero(fronted: Fronted) -> None:

@@ -3,7 +3,6 @@
 In: what comes of them. Out: one message, or the events of one.
 """
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from keural.serve.calls import Arguments, CallBegun, CallEnded
 from keural.serve.server.errors import ApiError, of_messages
 from keural.serve.server.replies import Choice, Part, Usage, event
 from keural.serve.server.service import Service
-from keural.serve.server.tools.reading import Event, Reading, new_id, reading_of
+from keural.serve.server.tools.reading import Event, Reading, as_object, new_id, reading_of
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
 EMPTY_TEXT = {"type": "text", "text": ""}
@@ -63,7 +62,7 @@ class MessagesWriter:
         """The message. A call that was cut is left out: as an object it would look whole, and follow no schema."""
         choice = choices[0]
         reading = reading_of(choice.text, choice.tokens, choice.starts, self._with_calls)
-        content: list[dict[str, Any]] = [_tool_use(made.name, json.loads(made.arguments)) for made in reading.calls if made.whole]
+        content: list[dict[str, Any]] = [_tool_use(made.name, as_object(made.arguments)) for made in reading.calls if made.whole]
         if reading.said or not reading.calls:
             content.insert(0, {"type": "text", "text": reading.said})
         return {**self._head, "content": content, **_ending(choice, reading), "usage": _usage(usage)}

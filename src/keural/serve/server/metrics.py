@@ -20,8 +20,9 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120,
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 REASONS = ("queue_full", "draining", "key", "host", "body_too_large", "header_too_large", "too_slow", "connections")
 """Why a request was not even looked at."""
-FINISHED = {
+FINISHED: dict[str, str] = {
     "stop": "stop", "length": "length", "context": "length", "cancelled": "abort", "deadline": "deadline", "error": "error",
+    "unavailable": "error", "refused": "error",
 }  # fmt: skip
 """How an answer ended, in the words of vLLM's counter, which has no deadline."""
 

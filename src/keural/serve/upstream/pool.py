@@ -22,6 +22,8 @@ class Loaded(Protocol):
     """Something with requests."""
 
     running: int
+    asked: int
+    """Those that it has had: of servers with the same to do the one that was asked less is taken."""
 
 
 ServerType = TypeVar("ServerType", bound=Loaded)
@@ -36,7 +38,7 @@ class Affinity:
     def choose(self, prompt_ids: Sequence[int], servers: Sequence[ServerType]) -> ServerType:
         """One of `servers`, of which there is at least one; it is remembered as the reader of this prompt."""
         beginnings = _beginnings(prompt_ids)
-        least = min(servers, key=lambda server: server.running)
+        least = min(servers, key=lambda server: (server.running, server.asked))
         chosen = least
         for beginning in reversed(beginnings):
             reader = next((server for server in servers if server is self._readers.get(beginning)), None)

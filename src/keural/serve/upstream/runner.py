@@ -134,7 +134,9 @@ class Upstreams:
         """See `Runner.broken`; unlike a network of our own a server may come back."""
         if self.lost is not None or any(server.trouble is None for server in self.servers):
             return self.lost
-        return "; ".join(f"{server.url} {server.trouble}" for server in self.servers)
+        # whoever asks for the health of a server needs no key, and is told no addresses
+        names = [f"upstream {place}" if server.child is None else server.contract.name for place, server in enumerate(self.servers)]
+        return "; ".join(f"{name} {server.trouble}" for name, server in zip(names, self.servers, strict=True))
 
     @property
     def running(self) -> int:

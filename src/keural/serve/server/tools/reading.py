@@ -3,13 +3,20 @@
 In: pieces of an answer's text. Out: events, the same ones however the text was cut into pieces.
 """
 
+import json
+import sys
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from keural.serve.batching.requests import Chosen
 from keural.serve.calls import Arguments, CallBegun, CallEnded, CallReader, Said
+from keural.serve.server.errors import ApiError
 from keural.serve.server.pieces import Piece
+
+MOST_DIGITS = 300
+"""Of a whole number that is taken as it is."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,24 @@ def reading_of(text: str, tokens: Sequence[Chosen], starts: Sequence[int], with_
     reading.push(Piece(text, list(tokens), list(starts)))
     reading.finish()
     return reading
+
+
+def as_object(arguments: str) -> dict[str, Any]:
+    """Arguments of a whole call as an object. A number beyond what a double holds, which JSON allows, becomes the largest one.
+
+    Raises `ApiError` for what is nested too deeply.
+    """
+    try:
+        found: dict[str, Any] = json.loads(arguments, parse_float=_number, parse_int=_number)
+    except RecursionError as error:
+        raise ApiError(500, "the arguments of a call are nested too deeply", code="model_error") from error
+    return found
+
+
+def _number(text: str) -> int | float:
+    if text.lstrip("-").isdecimal() and len(text) <= MOST_DIGITS:
+        return int(text)
+    return max(-sys.float_info.max, min(sys.float_info.max, float(text)))
 
 
 def new_id(prefix: str) -> str:

@@ -49,16 +49,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from keural.model import KeuralConfig, KeuralMoECausalLM
-from keural.train import block as blocks
-from keural.train import head as heads
-from keural.train.attention import ATTENTION, Packing, attention_distance, choose_attention, packing
-from keural.train.block import BlockWeights, Network, forward, settings_of, windows_of
-from keural.train.experts import mixture
-from keural.train.head import label_logprobs
 from keural.train.losses import token_logprobs
 from keural.train.micro_batches import MicroBatch, PairIndices
-from keural.train.policy import Policy
-from keural.train.split import SplitAdamW
+from keural.train.network import block as blocks
+from keural.train.network import head as heads
+from keural.train.network.attention import ATTENTION, Packing, attention_distance, choose_attention, packing
+from keural.train.network.block import BlockWeights, Network, forward, settings_of, windows_of
+from keural.train.network.experts import mixture
+from keural.train.network.head import label_logprobs
+from keural.train.network.policy import Policy
+from keural.train.optimization.split import SplitAdamW
 
 PEAK = 989.5e12
 GIB = 2**30

@@ -40,11 +40,11 @@ from keural.recipe.shipped import recipe_directory
 from keural.train.gradients import Totals, forward_backward
 from keural.train.loop import train_step
 from keural.train.micro_batches import MicroBatch, PairIndices
+from keural.train.network.policy import Policy
 from keural.train.objectives.registry import LOSSES
-from keural.train.optimizer import build_optimizer, gradient_norm, take_step
-from keural.train.policy import Policy
-from keural.train.ranks import Ranks
-from keural.train.step_plan import no_learning, no_references
+from keural.train.optimization.optimizer import build_optimizer, gradient_norm, take_step
+from keural.train.processes.ranks import Ranks
+from keural.train.stage.step_plan import no_learning, no_references
 from keural.train.trainer import Trainer
 
 CPU = Ranks(0, 1, torch.device("cpu"))

@@ -24,7 +24,7 @@ from keural.pipeline.run import run
 from keural.pipeline.run_directory import SUMMARY
 from keural.recipe import Recipe, RouterSpec, load_recipe
 from keural.recipe.shipped import shipped
-from keural.train.metrics import read_metrics
+from keural.train.stage.metrics import read_metrics
 
 ARMS: dict[str, Callable[[RouterSpec], RouterSpec]] = {
     "as pretrained": lambda router: router,

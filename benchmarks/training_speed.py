@@ -23,8 +23,10 @@ from keural.data.tokens.store import StoreWriter
 from keural.model import KeuralConfig
 from keural.recipe import StageSpec
 from keural.train.loop import train_step
-from keural.train.ranks import session
-from keural.train.stage import StageJob, StopSignals, open_stage
+from keural.train.processes.ranks import session
+from keural.train.stage.job import StageJob
+from keural.train.stage.signals import StopSignals
+from keural.train.stage.training import open_stage
 
 SHAPES = {
     "toy": {"vocab_size": 902, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 4, "num_local_experts": 4},

@@ -26,9 +26,12 @@ from keural.files import atomic_directory
 from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.recipe import StageSpec
 from keural.train.gradients import accumulate_gradients
-from keural.train.parallel import full_state_dict
-from keural.train.ranks import Ranks, session
-from keural.train.stage import StageJob, StageResult, StageRun, StopSignals, open_stage, train_stage
+from keural.train.processes.parallel import full_state_dict
+from keural.train.processes.ranks import Ranks, session
+from keural.train.stage.job import StageJob, StageResult
+from keural.train.stage.run import StageRun
+from keural.train.stage.signals import StopSignals
+from keural.train.stage.training import open_stage, train_stage
 from keural.train.trainer import Trainer
 from tests.helpers.shapes import SMALL
 

@@ -25,7 +25,7 @@ from keural.pretrained.lineage import LINEAGE, read_record
 from keural.pretrained.stored_model import load_model, open_network
 from keural.pretrained.weights import state_dict_weights
 from keural.recipe import ChatSpec
-from keural.train.stage import StageResult
+from keural.train.stage.job import StageResult
 from tests.helpers.train_small import VOCAB, random_model, small_job, train_stage
 
 ALL = ["attention", "experts", "router"]

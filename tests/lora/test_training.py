@@ -14,12 +14,12 @@ from pydantic import ValidationError
 
 from keural.errors import UserError
 from keural.recipe import StageSpec
-from keural.train import block
 from keural.train.loop import train_step
 from keural.train.micro_batches import micro_batches
-from keural.train.parallel import check_ranks
-from keural.train.policy import Policy
-from keural.train.stage import StageJob
+from keural.train.network import block
+from keural.train.network.policy import Policy
+from keural.train.processes.parallel import check_ranks
+from keural.train.stage.job import StageJob
 from keural.train.trainer import Trainer
 from tests.helpers.train_small import (
     LENGTH,

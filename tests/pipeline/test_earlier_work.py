@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from keural.files import read_json
-from keural.train.step_plan import StepPlan, why_not_continued
+from keural.train.stage.step_plan import StepPlan, why_not_continued
 
 
 def test_changed_settings_say_what_changed_and_that_the_checkpoint_is_not_used(interrupted: Any) -> None:

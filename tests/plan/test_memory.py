@@ -11,20 +11,20 @@ import torch.distributed as dist
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import keural.train.head
 import keural.train.losses
+import keural.train.network.head
 from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.plan.activations import Way, kept
 from keural.plan.memory import Layout, memory
 from keural.plan.network import Network
 from keural.recipe import ModelSpec, TrainSpec
-from keural.train.engine import Engine
-from keural.train.head import piece_size
 from keural.train.micro_batches import MicroBatch, PairIndices
-from keural.train.modes import positions_of_a_piece
-from keural.train.parallel import prepare_layers, shard
-from keural.train.policy import Policy
-from keural.train.ranks import Ranks
+from keural.train.network.engine import Engine
+from keural.train.network.head import piece_size
+from keural.train.network.policy import Policy
+from keural.train.processes.modes import positions_of_a_piece
+from keural.train.processes.parallel import prepare_layers, shard
+from keural.train.processes.ranks import Ranks
 from tests.train.test_sharding import held
 
 GIB, MIB = 2**30, 2**20
@@ -104,8 +104,8 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(keural.train.losses, "LOGITS_PER_CHUNK", 2**15)
-    monkeypatch.setattr(keural.train.head, "piece_size", lambda *arguments: 256)
-    monkeypatch.setattr(keural.train.head, "logprobs_and_gradient", lambda logits, labels, *rest: torch.zeros(len(labels)))
+    monkeypatch.setattr(keural.train.network.head, "piece_size", lambda *arguments: 256)
+    monkeypatch.setattr(keural.train.network.head, "logprobs_and_gradient", lambda logits, labels, *rest: torch.zeros(len(labels)))
     yield
     torch.set_num_threads(threads)
 

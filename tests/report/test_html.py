@@ -15,7 +15,7 @@ from keural.pipeline.run_contents import read_run
 from keural.pipeline.run_directory import Done, Summary
 from keural.report.html import write_report as write_report_of
 from keural.train.checks.record import ChecksFile
-from keural.train.metrics import line_text
+from keural.train.stage.metrics import line_text
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 STAGES = [("pretrain-1", "next_token"), ("sft-1", "sft"), ("dpo-1", "dpo")]

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from keural.train.alarms import RANGES, WINDOW, Alarms
-from keural.train.metrics import line_text, read_metrics
-from keural.train.stage import train_stage
+from keural.train.stage.alarms import RANGES, WINDOW, Alarms
+from keural.train.stage.metrics import line_text, read_metrics
+from keural.train.stage.training import train_stage
 from tests.helpers.train_small import losses_of, metrics_of, small_job, small_stage
 
 HEALTHY = {
@@ -68,7 +68,7 @@ def test_an_alarm_stands_in_the_log_and_is_not_repeated_after_a_restart(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every step is out of range, so that one alarm is due at the third step."""
-    monkeypatch.setattr("keural.train.alarms.WINDOW", 3)
+    monkeypatch.setattr("keural.train.stage.alarms.WINDOW", 3)
     broken = RANGES["collapse"].__class__("balance_loss", lambda value: True, "balance is {value:.2f}; look at it")
     monkeypatch.setitem(RANGES, "collapse", broken)
     job = small_job(tmp_path, "sft", train={"steps": 4, "save_every": 4, "warmup_steps": 0, "lr": 1e-3, "min_lr": 1e-3})

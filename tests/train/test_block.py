@@ -9,10 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from keural.model import KeuralMoECausalLM
-from keural.train.attention import ATTENTION, choose_attention, packing
-from keural.train.block import forward, network_of, settings_of, windows_of
-from keural.train.experts import GROUPED, mixture, sort_by_expert
-from keural.train.recompute import RECOMPUTE
+from keural.train.network.attention import ATTENTION, choose_attention, packing
+from keural.train.network.block import forward, network_of, settings_of, windows_of
+from keural.train.network.experts import GROUPED, mixture, sort_by_expert
+from keural.train.network.recompute import RECOMPUTE
 from tests.helpers.train_small import LENGTH, VOCAB, random_model
 
 CPU = torch.device("cpu")
@@ -90,7 +90,7 @@ def in_bfloat16(model: KeuralMoECausalLM) -> KeuralMoECausalLM:
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 def test_block_compiles_as_one_graph(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from keural.train import block
+    from keural.train.network import block
 
     whole = {"none": block.block, "selective": block._selective_block}[recompute]
     graph = torch.compile(whole, fullgraph=True, dynamic=False, backend="aot_eager")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from keural.errors import UserError
 from keural.files import fingerprint, read_json, sha256_file, write_json
-from keural.train.stage import StageJob
+from keural.train.stage.job import StageJob
 from tests.helpers.train_small import losses_of, open_run, small_job, start, train_stage, weights_of
 
 

@@ -16,10 +16,10 @@ from keural.recipe import ChecksSpec
 from keural.train.checks.probes import check_isolation, check_references
 from keural.train.checks.record import CHECKS_FILE, ChecksFile
 from keural.train.checks.stores import CHECKS, check_store
-from keural.train.engine import Engine
 from keural.train.micro_batches import MicroBatch
-from keural.train.policy import Policy, PolicyOutput
-from keural.train.stage import make_references, train_stage
+from keural.train.network.engine import Engine
+from keural.train.network.policy import Policy, PolicyOutput
+from keural.train.stage.training import make_references, train_stage
 from tests.helpers.train_small import END, LENGTH, SHA, VOCAB, metrics_of, open_run, small_config, small_job
 
 Row = tuple[list[int], list[int]]

@@ -22,7 +22,7 @@ from keural.files import atomic_directory
 from keural.train.checks.probes import check_references
 from keural.train.gradients import accumulate_gradients
 from keural.train.micro_batches import micro_batches
-from keural.train.stage import train_stage
+from keural.train.stage.training import train_stage
 from tests.helpers.train_small import (
     END,
     LENGTH,

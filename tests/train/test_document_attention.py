@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keural.train.attention import ATTENTION, choose_attention, packing
-from keural.train.document_attention import IMPLEMENTATION, document_offsets, stack_documents
-from keural.train.policy import Policy
+from keural.train.network.attention import ATTENTION, choose_attention, packing
+from keural.train.network.document_attention import IMPLEMENTATION, document_offsets, stack_documents
+from keural.train.network.policy import Policy
 from tests.helpers.train_small import open_run, random_model, small_job, step_gradients
 
 CPU = torch.device("cpu")

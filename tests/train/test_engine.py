@@ -12,12 +12,12 @@ import torch
 from pydantic import ValidationError
 
 from keural.errors import UserError
-from keural.train.engine import Engine, engine_for
 from keural.train.micro_batches import micro_batches
-from keural.train.policy import Policy, needs_engine
-from keural.train.ranks import Ranks
-from keural.train.split import SplitAdamW
-from keural.train.stage import StageJob
+from keural.train.network.engine import Engine, engine_for
+from keural.train.network.policy import Policy, needs_engine
+from keural.train.optimization.split import SplitAdamW
+from keural.train.processes.ranks import Ranks
+from keural.train.stage.job import StageJob
 from keural.train.trainer import Trainer
 from tests.helpers.train_small import (
     LENGTH,

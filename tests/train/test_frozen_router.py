@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from keural.errors import UserError
-from keural.train.stage import StageJob
+from keural.train.stage.job import StageJob
 from tests.helpers.train_small import (
     calling_before_each_step,
     metrics_of,

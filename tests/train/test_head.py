@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from keural.train.head import label_logprobs, piece_size
 from keural.train.losses import token_logprobs
-from keural.train.modes import padded
+from keural.train.network.head import label_logprobs, piece_size
+from keural.train.processes.modes import padded
 
 
 def problem(tokens: int, seed: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

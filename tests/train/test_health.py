@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from keural.errors import UserError
-from keural.train import health
-from keural.train.health import FEWEST, IN_A_ROW, STUCK, WINDOW, SpikeGuard, check_disk, enough_memory
-from keural.train.metrics import read_metrics
 from keural.train.objectives.base import LossTerms
-from keural.train.stage import StageJob, StageRun, StopSignals
+from keural.train.stage import health
+from keural.train.stage.health import FEWEST, IN_A_ROW, STUCK, WINDOW, SpikeGuard, check_disk, enough_memory
+from keural.train.stage.job import StageJob
+from keural.train.stage.metrics import read_metrics
+from keural.train.stage.run import StageRun
+from keural.train.stage.signals import StopSignals
 from tests.helpers.train_small import open_run, small_job
 
 STEPS = 30
@@ -177,7 +179,7 @@ def test_settings_that_mean_nothing_are_refused(tmp_path: Path, train: dict[str,
 
 STUCK_PROGRAM = """
 import sys, time
-from keural.train.health import Watchdog
+from keural.train.stage.health import Watchdog
 with Watchdog(0.4, rank=3) as watchdog:
     for _ in range(int(sys.argv[1])):
         watchdog.sign("step 7 of sft-1")
@@ -231,7 +233,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_first_step(tmp_path: Pat
     for path in (run.job.run_dir / "checkpoints").iterdir():
         checkpoint_bytes.append(sum(file.stat().st_size for file in path.glob("*.safetensors")))
     expected = []
-    monkeypatch.setattr("keural.train.stage.check_disk", lambda *given: expected.append(given[2]))
+    monkeypatch.setattr("keural.train.stage.run.check_disk", lambda *given: expected.append(given[2]))
     run._check_disk()
     assert max(checkpoint_bytes) == pytest.approx(expected[0], rel=0.1)
 

@@ -12,8 +12,8 @@ from keural.data.tokens.encode import Encoded
 from keural.data.tokens.store import PAIR_WEIGHTS, StoreWriter, TokenStore
 from keural.data.tokens.store_builder import StoreBuilder
 from keural.files import atomic_directory
-from keural.train.heldout import evaluate, sources_of
-from keural.train.stage import train_stage
+from keural.train.stage.heldout import evaluate, sources_of
+from keural.train.stage.training import train_stage
 from tests.helpers.train_small import KIND, LENGTH, SHA, VOCAB, metrics_of, open_run, small_job, write_store
 
 SIZES = {"wiki": 5, "chat": 3, "forum": 4}

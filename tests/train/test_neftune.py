@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from keural.train.heldout import evaluate
 from keural.train.micro_batches import micro_batches
-from keural.train.neftune import embedding_noise, noised
-from keural.train.stage import train_stage
+from keural.train.network.neftune import embedding_noise, noised
+from keural.train.stage.heldout import evaluate
+from keural.train.stage.training import train_stage
 from tests.helpers.train_small import LENGTH, losses_of, open_run, small_job, small_stage, step_gradients, weights_of
 
 NOISE = {"neftune_alpha": 10.0}

@@ -12,11 +12,11 @@ from keural.data.loading.stream import Stream
 from keural.data.tokens.store import PAIR_WEIGHTS, StoreWriter, TokenStore
 from keural.files import atomic_directory
 from keural.recipe import OBJECTIVES, STORES, DpoSpec, Objective, StageSpec, StoreKind
-from keural.train.heldout import evaluate
 from keural.train.micro_batches import micro_batches
 from keural.train.objectives.pairwise import Answers
 from keural.train.objectives.preference import pair_logprobs, preference_terms
 from keural.train.objectives.registry import LOSSES
+from keural.train.stage.heldout import evaluate
 from tests.helpers.train_small import END, LENGTH, SHA, VOCAB, open_run, small_job, small_stage, step_gradients, write_store
 
 CPU = torch.device("cpu")

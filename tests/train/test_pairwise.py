@@ -18,7 +18,7 @@ from keural.recipe import PREFERENCE_LOSSES, DpoSpec
 from keural.train.micro_batches import MicroBatch, micro_batches
 from keural.train.objectives.pairwise import PAIR_LOSSES
 from keural.train.objectives.preference import Dpo
-from keural.train.stage import train_stage
+from keural.train.stage.training import train_stage
 from tests.helpers.train_small import LENGTH, losses_of, metrics_of, open_run, small_job, small_stage, step_gradients, write_store
 
 FORMS: dict[str, dict[str, Any]] = {

@@ -20,7 +20,10 @@ from keural.train.objectives.preference import pair_logprobs
 from keural.train.reference.cache import ReferenceCache
 from keural.train.reference.online import OnlineReference, values_by
 from keural.train.reference.records import MANIFEST, RECORD, RECORDS, RecordFile, ReferenceIdentity, pair_digests
-from keural.train.stage import StageJob, StageRun, StopSignals, make_references, train_stage
+from keural.train.stage.job import StageJob
+from keural.train.stage.run import StageRun
+from keural.train.stage.signals import StopSignals
+from keural.train.stage.training import make_references, train_stage
 from tests.helpers.train_small import (
     LENGTH,
     losses_of,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from keural.train import stage
+from keural.train.stage import run
 from tests.helpers.train_small import calling_before_each_step, losses_of, metrics_of, small_job, start, train_stage, weights_of
 
 STEPS = 12
@@ -95,8 +95,8 @@ class TestCheckpointsByTheClock:
 
     @pytest.fixture(autouse=True)
     def every_step_is_late(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(stage, "SAVE_SECONDS", 0.0)
-        monkeypatch.setattr(stage, "SAVE_SHARE", float("inf"))
+        monkeypatch.setattr(run, "SAVE_SECONDS", 0.0)
+        monkeypatch.setattr(run, "SAVE_SHARE", float("inf"))
 
     def test_what_was_done_when_the_process_ended_is_kept_bit_for_bit(self, tmp_path: Path) -> None:
         class Ended(BaseException):
@@ -124,7 +124,7 @@ class TestCheckpointsByTheClock:
 def test_saving_takes_a_twentieth_of_the_time_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    pause = stage.Pause()
+    pause = run.Pause()
     for cost, expected in ((0.0, 600), (3.0, 600), (60.0, 1200)):
         pause.begin(cost)
         begun = now

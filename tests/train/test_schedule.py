@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keural.train.schedule import learning_rate
+from keural.train.optimization.schedule import learning_rate
 
 PUBLISHED = {"steps": 100_000, "peak": 3e-4, "minimum": 3e-5, "warmup_steps": 2000}
 

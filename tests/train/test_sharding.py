@@ -11,10 +11,10 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from keural.model import KeuralConfig, KeuralMoECausalLM
-from keural.train.modes import largest_part, sharded_dimension
-from keural.train.parallel import shard
-from keural.train.policy import Policy
-from keural.train.ranks import Ranks
+from keural.train.network.policy import Policy
+from keural.train.processes.modes import largest_part, sharded_dimension
+from keural.train.processes.parallel import shard
+from keural.train.processes.ranks import Ranks
 from tests.helpers.train_small import losses_of, small_job, small_stage, train_stage
 from tests.train.test_ranks import train_on_ranks
 

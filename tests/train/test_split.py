@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from keural.train import split as module
-from keural.train.split import Rates, SplitAdamW, adamw, decode, encode, join, new_state, plain_update, split
+from keural.train.optimization import split as module
+from keural.train.optimization.split import Rates, SplitAdamW, adamw, decode, encode, join, new_state, plain_update, split
 
 
 def every_remainder(high: int) -> torch.Tensor:
@@ -125,9 +125,9 @@ def test_state_is_4_03_bytes_per_parameter() -> None:
 
 KERNELS = """
 import math, torch
-from keural.train.head import plain_logprobs_and_gradient
-from keural.train.kernels import logprobs_with_gradient, split_adamw
-from keural.train.split import BLOCK, Rates, join, new_state, plain_update
+from keural.train.network.head import plain_logprobs_and_gradient
+from keural.train.network.kernels import logprobs_with_gradient, split_adamw
+from keural.train.optimization.split import BLOCK, Rates, join, new_state, plain_update
 draw = torch.Generator().manual_seed(0)
 logits = torch.randn(5, 192, generator=draw) * 3
 labels, twin = torch.tensor([3, -100, 129, 0, 7]), logits.clone()

@@ -13,8 +13,8 @@ from keural.data.tokens.store import StoreWriter, TokenStore
 from keural.errors import UserError
 from keural.train.loop import train_step
 from keural.train.micro_batches import micro_batches
-from keural.train.optimizer import clip_gradients, gradient_norm
-from keural.train.stage import train_stage
+from keural.train.optimization.optimizer import clip_gradients, gradient_norm
+from keural.train.stage.training import train_stage
 from keural.train.trainer import Trainer
 from tests.helpers.train_small import LENGTH, SHA, VOCAB, metrics_of, open_run, small_job, step_gradients, weights_of
 

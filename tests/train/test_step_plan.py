@@ -13,10 +13,10 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from keural.errors import UserError
 from keural.files import read_json
-from keural.train import stage, step_plan
 from keural.train.micro_batches import MicroBatch
-from keural.train.policy import Policy
-from keural.train.step_plan import RESERVE, Costs, PlanFile, budget_plan
+from keural.train.network.policy import Policy
+from keural.train.stage import run, step_plan, training
+from keural.train.stage.step_plan import RESERVE, Costs, PlanFile, budget_plan
 from tests.helpers.train_small import losses_of, metrics_of, small_job, small_stage, train_stage
 
 BUDGET = {"steps": None, "budget_share": 0.5}
@@ -74,7 +74,7 @@ class SteadyClock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[SteadyClock]:
     """What stages and plans read the time from, advanced by every forward pass."""
     steady = SteadyClock()
-    for module in (stage, step_plan):
+    for module in (training, run, step_plan):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=steady, perf_counter=steady))
     counting = register_module_forward_pre_hook(
         lambda module, arguments: steady.count(module, arguments) if isinstance(module, Policy) else None

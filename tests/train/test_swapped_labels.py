@@ -10,7 +10,8 @@ from keural.data.prepare import prepare
 from keural.data.prepared import Prepared
 from keural.recipe import DataSpec, SourceSpec
 from keural.tokenizer import KeuralTokenizer
-from keural.train.stage import StageJob, train_stage
+from keural.train.stage.job import StageJob
+from keural.train.stage.training import train_stage
 from tests.helpers.train_small import LENGTH, random_model, small_config, small_stage
 
 KINDS = ("oak", "elm", "ash", "fir", "yew", "bay")

@@ -53,10 +53,11 @@ from keural.pretrained.directory import save_model_directory
 from keural.pretrained.lineage import UNKNOWN, check_sums, read_record
 from keural.recipe import VERSION, Recipe, StageSpec, parse_duration
 from keural.report.html import write_report
-from keural.train.parallel import check_ranks, full_state_dict
-from keural.train.ranks import Ranks, session
+from keural.train.processes.parallel import check_ranks, full_state_dict
+from keural.train.processes.ranks import Ranks, session
 from keural.train.reference.of_stage import is_cached
-from keural.train.stage import StageJob, StageResult, make_references, train_stage
+from keural.train.stage.job import StageJob, StageResult
+from keural.train.stage.training import make_references, train_stage
 
 
 @dataclass(frozen=True)

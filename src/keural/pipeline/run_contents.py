@@ -15,7 +15,7 @@ from keural.pipeline.run_directory import DONE, METRICS, MODEL, RECIPE, STAGE_TE
 from keural.report.collect import Run, Stage
 from keural.terminal import say
 from keural.train.checks.record import CHECKS_FILE, ChecksFile
-from keural.train.metrics import read_metrics
+from keural.train.stage.metrics import read_metrics
 
 
 def read_run(directory: Path) -> Run:

@@ -14,10 +14,10 @@ know its plan without knowing the pipeline) and listed here.
     data/cleaned-<id>/cleaning.json           keural.data.cleaning.summary.CleaningFile; SHA-256 of every file of documents
     reference/<id>/           keural.train.reference.records: manifest.json, and pairs.bin with a checksum for each pair
     <stage>/stage.json        StageMarker: what the stage is made from; stage.yaml the same for people
-    <stage>/plan.json         keural.train.step_plan.PlanFile
+    <stage>/plan.json         keural.train.stage.step_plan.PlanFile
     <stage>/checks.json       keural.train.checks.record.ChecksFile
-    <stage>/checkpoints/*/manifest.json       keural.train.checkpoint: SHA-256 of every file, and its own
-    <stage>/metrics.jsonl     keural.train.metrics: each line has a checksum
+    <stage>/checkpoints/*/manifest.json       keural.train.stage.checkpoint: SHA-256 of every file, and its own
+    <stage>/metrics.jsonl     keural.train.stage.metrics: each line has a checksum
     <stage>/model/keural.json keural.pretrained.lineage: SHA-256 of every file of the model
     <stage>/adapter/keural.json keural.pretrained.lineage, the same of a stage's adapter, which its model has in it
     <stage>/model-checked.json  when the model was compared with its checksums: a cache
@@ -95,7 +95,7 @@ class StageMarker(CheckedFile):
 
 
 class Done(CheckedFile):
-    """`done.json`: a finished stage, and what came out (see `keural.train.stage.StageResult`)."""
+    """`done.json`: a finished stage, and what came out (see `keural.train.stage.job.StageResult`)."""
 
     name: str
     objective: str

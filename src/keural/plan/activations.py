@@ -10,7 +10,7 @@ vocabulary, b bytes of a number that is computed with; 4 is float32.
 from dataclasses import dataclass
 
 from keural.plan.network import Network
-from keural.train.modes import padded, positions_of_a_piece
+from keural.train.processes.modes import padded, positions_of_a_piece
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from keural.plan.gpus import GIB, GPUS, Gpu
 from keural.plan.memory import MODES, Layout, Memory, memory
 from keural.plan.network import Network, network_of
 from keural.recipe import OBJECTIVES, Recipe, StageSpec
-from keural.train.modes import by_engine, why_not_on
+from keural.train.processes.modes import by_engine, why_not_on
 
 KEYS = ("precision", "recompute", "micro_batch_tokens", "compile")
 """What a plan chooses where a recipe is silent."""

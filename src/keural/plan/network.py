@@ -12,7 +12,7 @@ from math import prod
 
 from keural.model.parameters import CHATML_IDS, ParameterCount, count_weights
 from keural.recipe import ModelSpec, Recipe
-from keural.train.modes import largest_part
+from keural.train.processes.modes import largest_part
 
 Shape = tuple[int, ...]
 

@@ -17,7 +17,7 @@ from keural.plan.network import Network, network_of
 from keural.plan.speed import Rate, known_rate, measured_rate
 from keural.plan.stages import Cost, Length, ahead, cost, hours, length
 from keural.recipe import ModelSpec, Recipe
-from keural.train.modes import largest_part
+from keural.train.processes.modes import largest_part
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from keural.data.loading.batch import Batch
 from keural.train.losses import RouterStatistics, balance_loss, router_statistics, z_loss
 from keural.train.micro_batches import MicroBatch, micro_batches
-from keural.train.neftune import noised
+from keural.train.network.neftune import noised
 from keural.train.reference.online import references_for
 from keural.train.trainer import Trainer
 from keural.train.weighing import weighing_of

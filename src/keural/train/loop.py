@@ -13,7 +13,7 @@ from keural.errors import UserError
 from keural.recipe import StageSpec
 from keural.train.gradients import accumulate_gradients
 from keural.train.losses import balance_loss, z_loss
-from keural.train.optimizer import gradient_norm, leave_out_step, take_step
+from keural.train.optimization.optimizer import gradient_norm, leave_out_step, take_step
 from keural.train.trainer import Trainer
 
 ASKED = "asked"

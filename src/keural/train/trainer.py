@@ -8,12 +8,12 @@ from torch import Tensor
 
 from keural.data.loading.stream import Stream
 from keural.recipe import StageSpec
-from keural.train.health import SpikeGuard
+from keural.train.network.policy import Policy
 from keural.train.objectives.base import Objective
-from keural.train.optimizer import Optimizer
-from keural.train.policy import Policy
-from keural.train.ranks import Ranks
+from keural.train.optimization.optimizer import Optimizer
+from keural.train.processes.ranks import Ranks
 from keural.train.reference.online import Reference
+from keural.train.stage.health import SpikeGuard
 
 
 @dataclass

@@ -17,7 +17,7 @@ from keural.model import KeuralConfig
 from keural.recipe import RouterSpec
 from keural.train.micro_batches import MicroBatch, micro_batches
 from keural.train.objectives.preference import answer_logprobs, pair_tokens
-from keural.train.parallel import reshard
+from keural.train.processes.parallel import reshard
 from keural.train.reference.online import OnlineReference
 from keural.train.trainer import Trainer
 

@@ -20,7 +20,7 @@ from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
 from keural.terminal import say
 from keural.train.micro_batches import MicroBatch, micro_batches
-from keural.train.ranks import Ranks
+from keural.train.processes.ranks import Ranks
 from keural.train.reference.records import RecordFile, pair_digests
 
 Compute = Callable[[MicroBatch], Tensor]

@@ -16,7 +16,7 @@ from keural.model import KeuralConfig
 from keural.model.config_fields import FIELDS
 from keural.pretrained.safetensors import weight_files
 from keural.recipe import StageSpec
-from keural.train.ranks import Ranks
+from keural.train.processes.ranks import Ranks
 from keural.train.reference.cache import ReferenceCache
 from keural.train.reference.records import MANIFEST, RecordFile, ReferenceIdentity
 

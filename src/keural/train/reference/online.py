@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from keural.train.micro_batches import MicroBatch
+from keural.train.network.policy import Policy
 from keural.train.objectives.base import References
 from keural.train.objectives.preference import answer_logprobs
-from keural.train.parallel import reshard
-from keural.train.policy import Policy
+from keural.train.processes.parallel import reshard
 from keural.train.reference.cache import Compute
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from keural.lora.targets import Factors
-from keural.train.experts import GROUPED, GroupedProduct, Routing, combine, dispatch, sort_by_expert
+from keural.train.network.experts import GROUPED, GroupedProduct, Routing, combine, dispatch, sort_by_expert
 
 
 class _Dispatch(torch.autograd.Function):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from keural.train.losses import LOGITS_PER_CHUNK
-from keural.train.modes import padded, positions_of_a_piece
+from keural.train.processes.modes import padded, positions_of_a_piece
 
 
 def piece_size(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -106,7 +106,7 @@ def logprobs_and_gradient(logits: Tensor, labels: Tensor, vocabulary: int, with_
     With a gradient, onehot(label) - softmax replaces the logits, zero in the rows without a label and in the columns from V on.
     """
     if logits.is_cuda and logits.dtype in (torch.bfloat16, torch.float16, torch.float32):
-        from keural.train.kernels import logprobs_with_gradient
+        from keural.train.network.kernels import logprobs_with_gradient
 
         return logprobs_with_gradient(logits, labels, vocabulary, with_gradient)
     return plain_logprobs_and_gradient(logits, labels, vocabulary, with_gradient)

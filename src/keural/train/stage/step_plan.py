@@ -21,11 +21,11 @@ from keural.recipe import StageSpec, TrainSpec
 from keural.train.loop import train_step
 from keural.train.micro_batches import micro_batches
 from keural.train.objectives.base import References
-from keural.train.optimizer import forget
-from keural.train.parallel import reshard
-from keural.train.ranks import Ranks
+from keural.train.optimization.optimizer import forget
+from keural.train.optimization.schedule import learning_rate
+from keural.train.processes.parallel import reshard
+from keural.train.processes.ranks import Ranks
 from keural.train.reference.of_stage import is_cached
-from keural.train.schedule import learning_rate
 from keural.train.trainer import Trainer
 
 MEASURED_STEPS = 3

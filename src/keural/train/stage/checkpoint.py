@@ -31,9 +31,9 @@ from keural.errors import UserError
 from keural.files import fingerprint as fingerprint_of
 from keural.files import flush, flush_directory, read_object, sha256_file, write_json
 from keural.recipe import StageSpec
-from keural.train.optimizer import Optimizer, set_step, state_tensors
-from keural.train.ranks import Ranks
-from keural.train.trainable import trained_parameters
+from keural.train.optimization.optimizer import Optimizer, set_step, state_tensors
+from keural.train.optimization.trainable import trained_parameters
+from keural.train.processes.ranks import Ranks
 
 MANIFEST = "manifest.json"
 FORMAT = 2

@@ -14,8 +14,8 @@ from keural.data.loading.stream import Stream
 from keural.data.tokens.store import TokenStore
 from keural.recipe import StageSpec
 from keural.train.micro_batches import MicroBatch, micro_batches, rows_per_pass, to_device
-from keural.train.parallel import reshard
-from keural.train.ranks import Ranks
+from keural.train.processes.parallel import reshard
+from keural.train.processes.ranks import Ranks
 from keural.train.reference.online import Reference, references_for
 from keural.train.trainer import Trainer
 

@@ -9,7 +9,7 @@ import torch
 from keural.model import CHATML_IDS, KeuralConfig, KeuralMoECausalLM, grow_vocabulary
 from keural.pretrained.agreement import check_agreement
 from keural.pretrained.stored_model import build, open_network
-from keural.train.parallel import experts_implementation
+from keural.train.processes.parallel import experts_implementation
 
 
 def initial_model(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import keural.train.attention  # noqa: F401 (registers the operation of varlen attention)
+import keural.train.network.attention  # noqa: F401 (registers the operation of varlen attention)
 
 RECOMPUTE = ("none", "selective", "full")
 

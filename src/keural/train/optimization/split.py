@@ -165,7 +165,7 @@ def update(weight: Tensor, gradient: Tensor, state: ChunkState, rates: Rates, fa
     if not weight.is_cuda:
         plain_update(weight, gradient, state, rates, factor, skip)
         return
-    from keural.train.kernels import split_adamw
+    from keural.train.network.kernels import split_adamw
 
     split_adamw(
         weight, state.remainder, gradient, state.moment, state.square, state.moment_scale, state.square_scale, factor, skip,

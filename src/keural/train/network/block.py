@@ -18,10 +18,10 @@ from torch import Tensor
 from keural.lora.layers import bare, beside
 from keural.lora.targets import Factors
 from keural.model import KeuralConfig, KeuralMoECausalLM
-from keural.train.adapted_experts import adapted_mixture
-from keural.train.attention import ATTENTION, Packing
-from keural.train.experts import mixture, route
-from keural.train.recompute import recomputed
+from keural.train.network.adapted_experts import adapted_mixture
+from keural.train.network.attention import ATTENTION, Packing
+from keural.train.network.experts import mixture, route
+from keural.train.network.recompute import recomputed
 
 
 class BlockWeights(NamedTuple):
@@ -230,7 +230,7 @@ when the graph is made, so the choice of `selective` is part of it; `full` wraps
 
 
 def layer_for(recompute: str, compiled: bool) -> Block:
-    """The layer under a mode of `keural.train.recompute.RECOMPUTE`."""
+    """The layer under a mode of `keural.train.network.recompute.RECOMPUTE`."""
     if not compiled:
         return recomputed(block, recompute)
     return COMPILED["selective"] if recompute == "selective" else recomputed(COMPILED["none"], recompute)
@@ -256,7 +256,7 @@ def forward(
         windows: of each layer; None is full attention.
         settings: of the run.
         dtype: of the residual stream and the matrix products; matrices of another one are converted in every layer.
-        recompute: of each layer, see `keural.train.recompute`.
+        recompute: of each layer, see `keural.train.network.recompute`.
         compiled: run each layer as one compiled graph.
         noise: ``[N, H]``, added to the embeddings; None: nothing.
 

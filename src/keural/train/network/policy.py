@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from keural.lora.layers import TrainedAdapter, adapter_off
 from keural.model import KeuralMoECausalLM
 from keural.recipe import TrainSpec
-from keural.train.document_attention import IMPLEMENTATION, DocumentStacks, document_offsets, stack_documents
 from keural.train.losses import Weighing, token_logprobs
 from keural.train.micro_batches import MicroBatch
-from keural.train.modes import by_engine
-from keural.train.ranks import Ranks
+from keural.train.network.document_attention import IMPLEMENTATION, DocumentStacks, document_offsets, stack_documents
+from keural.train.processes.modes import by_engine
+from keural.train.processes.ranks import Ranks
 
 
 class PolicyOutput(NamedTuple):

@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor, Shard
 from keural.errors import UserError
 from keural.model import KeuralMoECausalLM
 from keural.recipe import StageSpec, TrainSpec
-from keural.train.modes import sharded_dimension, why_not_on
-from keural.train.ranks import Ranks
+from keural.train.processes.modes import sharded_dimension, why_not_on
+from keural.train.processes.ranks import Ranks
 
 
 def check_ranks(stage: StageSpec, world: int) -> None:

@@ -42,7 +42,7 @@ def _logprobs_with_gradient(  # type: ignore[no-untyped-def]
 
 
 def logprobs_with_gradient(logits: Tensor, labels: Tensor, vocabulary: int, with_gradient: bool) -> Tensor:
-    """See `keural.train.head.plain_logprobs_and_gradient`."""
+    """See `keural.train.network.head.plain_logprobs_and_gradient`."""
     logprobs = torch.empty(len(labels), dtype=torch.float32, device=logits.device)
     if len(labels):
         block = min(4096, triton.next_power_of_2(logits.shape[1]))
@@ -66,7 +66,7 @@ def _split_adamw(  # type: ignore[no-untyped-def]
     decay, step_size, root_correction, beta1, beta2, eps,
     MASTER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """AdamW on ROWS blocks of BLOCK elements; see `keural.train.split.plain_update` for the formulas, step by step."""
+    """AdamW on ROWS blocks of BLOCK elements; see `keural.train.optimization.split.plain_update` for the formulas, step by step."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = rows.to(tl.int64)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = at < number
@@ -120,7 +120,7 @@ def split_adamw(
     moment_scale: Tensor, square_scale: Tensor, factor: Tensor, skip: Tensor,
     block: int, decay: float, step_size: float, root_correction: float, beta1: float, beta2: float, eps: float,
 ) -> None:  # fmt: skip
-    """See `keural.train.split.plain_update`; all tensors flat and contiguous."""
+    """See `keural.train.optimization.split.plain_update`; all tensors flat and contiguous."""
     number = weight.numel()
     grid = (triton.cdiv(triton.cdiv(number, block), ROWS),)
     _split_adamw[grid](

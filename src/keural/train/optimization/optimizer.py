@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from keural.recipe import TrainSpec
-from keural.train.split import SplitAdamW, halve, wide_norm
+from keural.train.optimization.split import SplitAdamW, halve, wide_norm
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -18,8 +18,8 @@ from keural.errors import UserError
 from keural.files import CHECKSUM, fingerprint, write_atomic
 from keural.parsing import Malformed, parse_json
 from keural.terminal import is_terminal, note, note_above, progress, say
-from keural.train.alarms import Alarms
 from keural.train.loop import ASKED, StepReport
+from keural.train.stage.alarms import Alarms
 
 SECONDS_BETWEEN_LINES = 5.0
 SHOWN = ("loss", "reward_margin", "reward_accuracy")

@@ -6,7 +6,7 @@ ahead, what is filled up changes nothing before it, so a stack needs no mask. Wh
 window, it is cut into blocks of a window, each of which sees itself and the block before. So the work is that of the documents, not
 of the rows that they stand in, however they are packed.
 
-It is what training uses on a CPU; accelerators have kernels that do the same (`keural.train.attention`).
+It is what training uses on a CPU; accelerators have kernels that do the same (`keural.train.network.attention`).
 
 Letters: N = rows * T tokens, M of them with those that are filled up, D head width.
 """

@@ -1,4 +1,4 @@
-"""The training engine behind a `Policy`: the forward pass by `keural.train.block` instead of by the model's own layers.
+"""The training engine behind a `Policy`: the forward pass by `keural.train.network.block` instead of by the model's own layers.
 
 In: a model and a micro-batch. Out: what the policy gives. The numbers are those of the model's layers; dtypes are stated instead of
 left to autocast, and what the backward pass computes again is chosen layer by layer (`train.recompute`).
@@ -10,11 +10,11 @@ import torch
 
 from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.recipe import TrainSpec
-from keural.train.attention import choose_attention, packing
-from keural.train.block import forward, network_of, settings_of, windows_of
-from keural.train.head import label_logprobs
 from keural.train.micro_batches import MicroBatch
-from keural.train.policy import PolicyOutput
+from keural.train.network.attention import choose_attention, packing
+from keural.train.network.block import forward, network_of, settings_of, windows_of
+from keural.train.network.head import label_logprobs
+from keural.train.network.policy import PolicyOutput
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Engine:
     dtype: torch.dtype
     """Of the residual stream and the matrix products."""
     recompute: str
-    """Of every layer, a key of `keural.train.recompute.RECOMPUTE`."""
+    """Of every layer, a key of `keural.train.network.recompute.RECOMPUTE`."""
     compiled: bool
     attention: str
-    """A key of `keural.train.attention.ATTENTION`."""
+    """A key of `keural.train.network.attention.ATTENTION`."""
     experts: str
-    """A key of `keural.train.experts.GROUPED`."""
+    """A key of `keural.train.network.experts.GROUPED`."""
     uniform: bool
     """See `Objective.uniform`."""
 

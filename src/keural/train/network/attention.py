@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
-from keural.train.document_attention import DocumentStacks, attend_to_documents, stack_documents
+from keural.train.network.document_attention import DocumentStacks, attend_to_documents, stack_documents
 
 GROUPED_KEYWORD = {"enable_gqa": True} if "enable_gqa" in (varlen_attn.__kwdefaults__ or {}) else {}
 """torch 2.12 and later want grouped-query attention to be asked for; torch 2.11 takes it as it comes."""

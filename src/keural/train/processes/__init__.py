@@ -1,0 +1,1 @@
+"""One process or many: who is there, what is divided among them, and which mode runs where."""

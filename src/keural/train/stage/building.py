@@ -1,0 +1,123 @@
+"""What a stage is made of: its data, checked; its model, its optimizer, and the model that it is compared with.
+
+In: a `StageJob`. Out: streams, a policy with its initial values on this process's device, sharded over all.
+"""
+
+from pathlib import Path
+
+import torch
+
+from keural.data.loading.corpus import Corpus
+from keural.data.loading.row_layout import RowShape
+from keural.data.loading.stream import Stream
+from keural.errors import UserError
+from keural.lora.layers import TrainedAdapter, adapt, store_frozen
+from keural.lora.merge import weights_digest
+from keural.model import KeuralMoECausalLM
+from keural.pretrained.stored_model import open_network
+from keural.recipe import OBJECTIVES, StageSpec, TrainSpec
+from keural.train.checks.record import CHECKS_FILE, ChecksFile, check_data
+from keural.train.network.policy import Compute, Policy, needs_engine
+from keural.train.optimization.optimizer import Optimizer, build_optimizer, build_split_optimizer
+from keural.train.optimization.trainable import count_all, count_trained, freeze
+from keural.train.processes.parallel import prepare_layers, shard
+from keural.train.processes.ranks import Ranks
+from keural.train.reference.online import OnlineReference
+from keural.train.stage.initial_weights import initial_model
+from keural.train.stage.job import StageJob
+
+COMPILED_ROWS = 128
+"""Rows of pairs are filled up to a multiple of so many tokens under `train.compile`: each length is compiled once."""
+
+
+def stream_of(job: StageJob, store: Path | Corpus, ranks: Ranks) -> Stream:
+    """The stream over a store of this job; refuses one made with another tokenizer."""
+    stage = job.stage
+    rows = None if stage.train.batch_tokens is None else stage.train.batch_tokens // stage.data.sequence_length
+    corpus = store if isinstance(store, Corpus) else Corpus((store,))
+    settings = (stage.objective, stage.data.sequence_length, rows, stage.train.batch_pairs, job.seed)
+    return corpus.stream(*settings, job.tokenizer_sha, job.model_config.vocab_size, _pair_rows(stage, ranks))
+
+
+def _pair_rows(stage: StageSpec, ranks: Ranks) -> RowShape:
+    """Where attention goes by documents a row of pairs is a forward pass; where it masks rows, it has room for two sequences."""
+    spec = stage.train
+    has_kernels = ranks.device.type == "cuda" and spec.compute_dtype == "bfloat16" and _has_engine(stage, ranks)
+    goes_by_documents = _by_documents(spec, ranks) or has_kernels
+    limit = spec.micro_batch_tokens if goes_by_documents else 2 * stage.data.sequence_length
+    return RowShape(limit, COMPILED_ROWS if spec.compile else 1)
+
+
+def _has_engine(stage: StageSpec, ranks: Ranks) -> bool:
+    """Whether the training engine computes the stage."""
+    return stage.lora is not None or needs_engine(stage.train, ranks)
+
+
+def _by_documents(spec: TrainSpec, ranks: Ranks) -> bool:
+    """Whether the model's own layers attend to one document after another; they cannot be compiled then."""
+    return ranks.device.type == "cpu" and not spec.compile
+
+
+def checked_data(job: StageJob, stream: Stream, heldout: Stream | None, ranks: Ranks, keep: bool = True) -> ChecksFile:
+    """What the stage's data was checked for. Raises `UserError` as the checks do."""
+    path = job.run_dir / CHECKS_FILE if keep else None
+    streams = {"training": stream} | ({"held-out": heldout} if heldout else {})
+    found, lines = ranks.on_main(lambda: check_data(path, job.stage, job.model_config, streams))
+    for line in lines:
+        ranks.log_once(f"{job.stage.name}: {line}")
+    return found
+
+
+def policy_of(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, Optimizer, str]:
+    """Model and optimizer with their initial values, sharded over the ranks; and the digest of what is frozen."""
+    spec = job.stage.train
+    chats = OBJECTIVES[job.stage.objective].store != "documents"
+    settings = (job.model_config, job.init, job.seed, ranks.device, spec.compile, job.tokenizer_sha)
+    model = initial_model(*settings, chats=chats, say=ranks.log_once)
+    adapter = _adapter(job, model)
+    frozen = adapter.base_digest if adapter else freeze(model, job.stage.router)
+    if (trained := count_trained(model)) < (total := count_all(model)):
+        ranks.log_once(f"{job.stage.name}: trains {trained:,} of {total:,} parameters")
+    engine = _engine(job, uniform, ranks)
+    policy = Policy(model, getattr(torch, spec.compute_dtype), engine, adapter, by_documents=_by_documents(spec, ranks)).train()
+    if spec.precision != "fp32":
+        optimizer = build_split_optimizer(model, spec, ranks.device)
+        policy.to(ranks.device)  # what the optimizer has not moved
+        return policy, optimizer, frozen
+    if ranks.world == 1:
+        policy.to(ranks.device)
+    if policy.engine is None:
+        prepare_layers(model, spec)
+    shard(policy, model, spec, ranks)  # brings it to the device
+    return policy, build_optimizer(model, spec), frozen
+
+
+def online_reference(job: StageJob, policy: Policy, uniform: bool, ranks: Ranks) -> OnlineReference:
+    """What computes reference values in each step: the policy with its adapter off, or a second one whose weights stay."""
+    return OnlineReference(policy if policy.adapter is not None else policy_of(job, uniform, ranks)[0], job.stage.dpo.ld_alpha)
+
+
+def _adapter(job: StageJob, model: KeuralMoECausalLM) -> TrainedAdapter | None:
+    """Adapters around the model's layers, where the stage trains them. Raises `UserError` for a model that had to be changed."""
+    lora = job.stage.lora
+    if lora is None:
+        return None
+    assert job.init is not None, "the recipe refuses adapters of random weights"
+    stored = open_network(job.init, verify=False)  # the model's weights were verified when they were read
+    if stored.config.vocab_size != model.config.vocab_size:
+        raise UserError(
+            f"{job.stage.name}: {job.init} has no rows for the two ChatML ids, and an adapter has no place for new ones; import it "
+            "again with --grow-vocabulary, or train the whole model"
+        )
+    adapter = adapt(model, lora, job.seed, job.init, weights_digest(stored.weights))
+    store_frozen(model, getattr(torch, lora.base_dtype))
+    return adapter
+
+
+def _engine(job: StageJob, uniform: bool, ranks: Ranks) -> Compute | None:
+    """The training engine, where the stage needs it, as adapters do; importing it takes seconds."""
+    if not _has_engine(job.stage, ranks):
+        return None
+    from keural.train.network.engine import engine_for
+
+    return engine_for(job.stage.train, job.model_config, ranks.device, uniform)

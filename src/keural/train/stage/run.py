@@ -1,0 +1,186 @@
+"""A stage while it runs: steps, and between them what is saved, measured and judged.
+
+In: a stage before its next step. Out: its figures and its model.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+
+from keural.data.loading.stream import Stream
+from keural.errors import UserError
+from keural.train.loop import ASKED, StepReport, batch_of, left_out, train_step
+from keural.train.optimization.split import SplitAdamW
+from keural.train.optimization.trainable import count_trained
+from keural.train.processes.parallel import reshard
+from keural.train.reference.online import Reference
+from keural.train.stage import step_plan
+from keural.train.stage.alarms import Alarms
+from keural.train.stage.checkpoint import Checkpoints, Progress, tensors
+from keural.train.stage.health import IN_A_ROW, Watchdog, check_disk, enough_memory
+from keural.train.stage.heldout import evaluate
+from keural.train.stage.job import StageJob, StageResult
+from keural.train.stage.metrics import Metrics
+from keural.train.stage.signals import StopSignals
+from keural.train.trainer import Trainer
+
+LOSSES_KEPT = 10
+SAVE_SECONDS = 600.0
+"""Without `train.save_every`: so long after a checkpoint the next one is written."""
+SAVE_SHARE = 0.05
+""".. but saving may take no larger share of the time: a checkpoint that takes a minute is written every twenty."""
+
+
+@dataclass
+class StageRun:
+    """A stage while it runs."""
+
+    job: StageJob
+    trainer: Trainer
+    plan: step_plan.StepPlan
+    heldout: Stream | None
+    heldout_references: Reference | None
+    checkpoints: Checkpoints
+    progress: Progress
+    began: float
+    """When it would have begun if it had never been interrupted (`time.monotonic`)."""
+
+    def train(self, stop: StopSignals) -> bool:
+        """Do the remaining steps; True when a signal came before the last one was begun."""
+        progress, spec, steps = self.progress, self.job.stage.train, self.plan.steps
+        saved, pause = progress.step, Pause()
+        self._check_disk()
+        with self._metrics() as metrics, Watchdog(spec.stuck_after, self.trainer.ranks.rank) as watchdog:
+            while progress.step < steps:
+                stopped, late = self.trainer.ranks.any_of([stop.requested, spec.save_every is None and pause.over()])
+                if saved != progress.step and (stopped or late):
+                    self._save(pause)
+                    saved = progress.step
+                if stopped:
+                    return True
+                watchdog.sign(f"step {progress.step} of {self.job.stage.name}")
+                report = self._step()
+                self._advance(report)
+                metrics.step(report, progress.tokens, progress.seconds)
+                self._judge(report, metrics)
+                if progress.step == steps or _due(spec.evaluate_every, progress.step):
+                    watchdog.sign(f"the evaluation after step {report.step} of {self.job.stage.name}")
+                    self._evaluate(metrics)
+                if progress.step == steps or _due(spec.save_every, progress.step):
+                    watchdog.sign(f"the checkpoint after step {report.step} of {self.job.stage.name}")
+                    self._save(pause)
+                    saved = progress.step
+        return False
+
+    def result(self, interrupted: bool) -> StageResult:
+        """The figures so far and the model."""
+        progress = self.progress
+        number = max(1, min(LOSSES_KEPT, progress.step // 10))
+        first, latest = progress.first_losses[:number], progress.last_losses[-number:]
+        self.trainer.optimizer.zero_grad(set_to_none=True)
+        if isinstance(self.trainer.optimizer, SplitAdamW):
+            self.trainer.optimizer.restore_masters()
+        reshard(self.trainer.policy)
+        return StageResult(
+            name=self.job.stage.name,
+            seconds=round(progress.seconds, 3),
+            tokens=progress.tokens,
+            steps=progress.step,
+            loss_first=_mean(first),
+            loss_last=_mean(latest),
+            heldout=progress.heldout,
+            model=self.trainer.policy.model,
+            trained=count_trained(self.trainer.policy.model),
+            interrupted=interrupted,
+            adapter=self.trainer.policy.adapter,
+        )
+
+    def _step(self) -> StepReport:
+        step = self.progress.step
+        if step in self.plan.skipped:
+            return left_out(self.trainer, step)
+        with enough_memory(self.job.stage.name, f"step {step}"):
+            return train_step(self.trainer, step)
+
+    def _judge(self, report: StepReport, metrics: Metrics) -> None:
+        """Say that a step was not taken. Raises `UserError` when too many in a row were not."""
+        if not report.skipped:
+            return
+        guard, stage = self.trainer.guard, self.job.stage
+        metrics.say(f"step {report.step} is left out: {'train.steps_to_skip' if report.skipped == ASKED else report.skipped}")
+        if guard.in_a_row >= IN_A_ROW:
+            raise UserError(
+                f"{stage.name}: {IN_A_ROW} steps in a row were spikes, the last one step {report.step}: {report.skipped}. No batch "
+                f"is to blame. {batch_of(stage, report.step)}, lower train.lr, or raise train.skip_spikes; the same command "
+                "goes on from the newest checkpoint"
+            )
+
+    def _check_disk(self) -> None:
+        """Refuse to begin where what will be written does not fit."""
+        model, spec = self.trainer.policy.model, self.job.stage.train
+        checkpoint = sum(each.numel() * each.element_size() for each in tensors(model, self.trainer.optimizer).values())
+        whole = 4 * sum(parameter.numel() for parameter in model.parameters())
+        there = self.checkpoints.number
+        job = self.job
+        self.trainer.ranks.on_main(lambda: check_disk(job.run_dir, job.stage.name, checkpoint, spec.keep_checkpoints, there, whole))
+
+    def _advance(self, report: StepReport) -> None:
+        progress = self.progress
+        progress.step += 1
+        progress.tokens += report.tokens
+        if self.trainer.previous.counts is not None:
+            progress.tokens_per_expert = self.trainer.previous.counts.tolist()
+        progress.seconds = time.monotonic() - self.began
+        guard = self.trainer.guard
+        progress.taken, progress.spikes_in_a_row = guard.taken, guard.in_a_row
+        if report.skipped:
+            progress.spikes += report.skipped != ASKED
+            return
+        if len(progress.first_losses) < LOSSES_KEPT:
+            progress.first_losses.append(report.loss)
+        progress.last_losses = [*progress.last_losses, report.loss][-LOSSES_KEPT:]
+
+    def _evaluate(self, metrics: Metrics) -> None:
+        if self.heldout is not None:
+            self.progress.heldout = evaluate(self.trainer, self.heldout, self.heldout_references)
+            metrics.evaluation(self.progress.step - 1, self.progress.heldout)
+
+    def _save(self, pause: "Pause") -> None:
+        started = time.monotonic()
+        self.progress.seconds = started - self.began
+        self.checkpoints.save(self.trainer.policy.model, self.trainer.optimizer, self.progress)
+        pause.begin(time.monotonic() - started)
+
+    def _metrics(self) -> Metrics:
+        return Metrics(
+            self.job.run_dir,
+            self.job.stage.name,
+            self.progress.step,
+            self.plan.steps,
+            active=self.trainer.ranks.is_main,
+            tensorboard=self.job.tensorboard,
+            alarms=Alarms(self.job.stage),
+        )
+
+
+class Pause:
+    """The time between checkpoints that are written by the clock."""
+
+    def __init__(self) -> None:
+        self.begin(0.0)
+
+    def begin(self, cost: float) -> None:
+        """A checkpoint has been written, which took `cost` seconds."""
+        self._end = time.monotonic() + max(SAVE_SECONDS, cost / SAVE_SHARE)
+
+    def over(self) -> bool:
+        """Whether it is time for the next."""
+        return time.monotonic() >= self._end
+
+
+def _due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

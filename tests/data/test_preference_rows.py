@@ -388,6 +388,11 @@ def test_scores_beside_chosen_and_rejected(names: tuple[str, str], scores: tuple
     assert answers(convert(row, ignore=list(names))) == ("good", "bad")
 
 
+def test_rewards_are_scores() -> None:
+    row = {"prompt": "q", "chosen": "good", "rejected": "bad", "reward_chosen": -3.5, "reward_rejected": 1}
+    assert reason(convert(row)) == "score_reversed"
+
+
 def test_ranks_beside_chosen_and_rejected_and_a_margin() -> None:
     row = {"prompt": "q", "chosen": "good", "rejected": "bad", "rank_c": 1, "rank_r": 4}
     options = {"scores": ["rank_c", "rank_r"], "lower_is_better": True}

@@ -16,7 +16,7 @@ from keural.data.adapters.base import NOTHING, BadRow, Undeclared, plain
 FIRST, SECOND, TIE, NONE = "first", "second", "tie", "none"
 MEANINGS = (FIRST, SECOND, TIE, NONE)
 """What a value of a label may mean: the first or the second answer is the better, neither is, or nobody said."""
-LABELS: dict[str | None, str] = {"1": FIRST, "2": SECOND}
+LABELS = {"1": FIRST, "2": SECOND}
 """What a label means where option `labels` does not say it."""
 POLICIES = ("best_vs_worst", "adjacent", "all")
 """Which pairs ranked answers give: the best against the worst, each against the next worse one, or each against all worse ones."""
@@ -63,7 +63,7 @@ def check_labels(labels: Mapping[Any, Any]) -> str | None:
     return None
 
 
-def _default_labels(answers: Sequence[str | int]) -> Mapping[str | None, str]:
+def _default_labels(answers: Sequence[str | int]) -> Mapping[str, str]:
     """What labels mean where nobody says it: nothing where the answers are themselves numbered, but not 1 and 2."""
     numbers = [found[1] for name in answers if (found := _NUMBERED.search(str(name)))]
     return {} if len(numbers) == 2 and [int(number) for number in numbers] != [1, 2] else LABELS
@@ -76,7 +76,7 @@ def meaning_of(value: Any, field: str | int, labels: Mapping[Any, str] | None, a
     key = label_key(value)
     if key is None:
         raise BadRow("missing_label", f"no {field}")
-    known = _default_labels(answers) if labels is None else {label_key(each): meaning for each, meaning in labels.items()}
+    known = _default_labels(answers) if labels is None else {str(label_key(each)): meaning for each, meaning in labels.items()}
     meaning = known.get(key)
     if meaning is None:
         names = f"{FIRST} ({answers[0]}), {SECOND} ({answers[1]}), {TIE} or {NONE}"

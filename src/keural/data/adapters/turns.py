@@ -424,7 +424,7 @@ class TurnReader:
             if is_round(item, self.source):
                 roles = {name: self._settings.roles[name.strip().lower()] for name in item}
                 known = set(roles.values()) <= set(_ROUND)
-                names = sorted(item, key=lambda name, roles=roles: _ROUND.index(roles[name])) if known else item
+                names = [name for role in _ROUND for name in item if roles[name] == role] if known else list(item)
                 yield from ({ROLE_KEYS[0]: name, CONTENT_KEYS[0]: item[name]} for name in names if item[name] is not None)
             else:
                 yield item

@@ -333,7 +333,7 @@ def test_calls_are_trained_and_results_are_not() -> None:
     assert trained(record) == [f"{block}\n{block}", "a"]
     said = convert(
         "sharegpt",
-        {"conversations": [ASKED, {"from": "gpt", "value": "Wait."}, {"from": "function_call", "value": json.dumps([WIND])}]},
+        {"conversations": [ASKED, {"from": "gpt", "value": "Wait."}, {"from": "function_call", "value": '[{"name": "wind"}]'}]},
     )
     assert trained(said) == ['Wait.\n<tool_call>\n{"name": "wind", "arguments": {}}\n</tool_call>']
 
@@ -396,6 +396,31 @@ def test_rounds_under_the_names_of_who_speaks_are_their_turns() -> None:
     assert turns(convert("sharegpt", {"conversations": [{"system": "s", **rounds[0]}, rounds[1]]})) == [("system", "s"), *said]
     own = {"roles": {"질문자": "user", "답변자": "assistant"}}
     assert turns(convert("messages", {"messages": [{"질문자": "q1", "답변자": "a1"}]}, **own)) == said[:2]
+
+
+def test_who_asks_speaks_before_who_answers_however_the_names_of_a_round_are_sorted() -> None:
+    rounds = [{"assistant": "a1", "human": "q1", "system": "s"}, {"assistant": "a2", "human": "q2"}]
+    said = [("system", "s"), ("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2")]
+    for options in ({}, {"assistant_first": "keep"}):
+        assert turns(convert("messages", {"messages": rounds}, **options)) == said
+
+
+@pytest.mark.parametrize("name", ["label", "kto_tag"])
+def test_a_turn_that_says_that_it_is_no_good_answer_is_not_trained(name: str) -> None:
+    row = {"messages": [ASKED, ANSWERED | {"content": "bad", name: False}, ASKED, ANSWERED | {name: True}]}
+    assert trained(convert("messages", row)) == ["a"]
+    assert reason(convert("messages", {"messages": row["messages"][:2]}))[0] == "nothing_trained"
+    assert trained(convert("messages", row, ignore=[name])) == ["bad", "a"]
+
+
+@pytest.mark.parametrize("name", ["arguments", "parameters", "args", "input"])
+def test_no_call_loses_its_arguments_under_another_name(name: str) -> None:
+    call = {"function": {"name": "wind", name: {"city": "목포"}}}
+    (said,) = trained(convert("messages", {"messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}]}))
+    assert said == '<tool_call>\n{"name": "wind", "arguments": {"city": "목포"}}\n</tool_call>'
+    two = {"name": "wind", "arguments": {"city": "목포"}, "parameters": {"city": "부산"}}
+    row = {"messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": [two]}]}
+    assert reason(convert("messages", row))[0] == "fields_differ"
 
 
 @pytest.mark.parametrize("more", [{"model": "m"}, {"score": 1}, {"train": False}])

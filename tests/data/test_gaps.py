@@ -53,6 +53,7 @@ PLACEHOLDERS = [
     ("Who called?", "[PERSON_2] called at noon."),
     ("Write to her.", "Dear NAME_1, thank you for the parcel."),
     ("누가 왔어?", "#@이름#씨가 왔어요."),
+    ("어디서 봤어?", "#@URL# 여기요."),
     ("누가 왔어?", "&name2& 씨가 왔어요."),
     ("Add the numbers.\n\n<noinput>", "Which ones?"),
     ("Add the numbers.", "<nooutput>"),
@@ -165,6 +166,7 @@ def test_a_label_that_the_question_names_is_an_answer(question: str, answer: str
         "안녕하세요, [이름]입니다.",
         "[귀하의 이름] 드림",
         "[회사명]에 지원합니다.",
+        "<회사명>에 지원한 <신청자 이름>입니다.",
         "Meet me at <insert address>.",
     ],
 )

@@ -109,6 +109,15 @@ def test_a_value_of_no_declared_meaning_is_no_label(label: Any) -> None:
     assert reason(record) == "undeclared_value"
 
 
+@pytest.mark.parametrize("names", [("response_0", "response_1"), ("answer0", "answer1"), ("답변2", "답변1")])
+def test_a_number_is_not_read_against_the_numbers_of_the_answers(names: tuple[str, str]) -> None:
+    row = dict(zip(names, ("one", "two"), strict=True)) | {"prompt": "q", "label": 1}
+    assert reason(convert(row, answers=list(names))) == "undeclared_value"
+    assert answers(convert(row, answers=list(names), labels={0: "first", 1: "second"})) == ("two", "one")
+    assert answers(convert({"prompt": "q", "r1": "one", "r2": "two", "label": 2}, answers=["r1", "r2"])) == ("two", "one")
+    assert answers(convert({"prompt": "q", "r": ["one", "two"], "label": 2}, answers=["r.0", "r.1"])) == ("two", "one")
+
+
 def test_ties_and_no_preference_are_declared_and_counted_apart() -> None:
     labels = {"A": "first", "B": "second", "tie": "tie", 0.5: "tie", "unsure": "none"}
     found = [convert(LABELLED | {"label": each}, answers=["a", "b"], labels=labels) for each in ("tie", "0.50", "unsure", None)]
@@ -377,6 +386,11 @@ def test_scores_beside_chosen_and_rejected(names: tuple[str, str], scores: tuple
     record = convert(row)
     assert (answers(record) == ("good", "bad")) if expected is None else (reason(record) == expected)
     assert answers(convert(row, ignore=list(names))) == ("good", "bad")
+
+
+def test_rewards_are_scores() -> None:
+    row = {"prompt": "q", "chosen": "good", "rejected": "bad", "reward_chosen": -3.5, "reward_rejected": 1}
+    assert reason(convert(row)) == "score_reversed"
 
 
 def test_ranks_beside_chosen_and_rejected_and_a_margin() -> None:

@@ -308,10 +308,40 @@ def best(row: Any) -> tuple[str, dict[str, Any]]:
             | {"winner": "model_a"},
             {"answers": ["conversation_a", "conversation_b"], "label": "winner"},
         ),
+        (
+            {"model_a": "one", "model_b": "other", "winner": "model_a"}
+            | {
+                f"conversation_{side}": [{"role": "user", "content": "q"}, {"role": "assistant", "content": side}]
+                for side in ("a", "b")
+            },
+            {"answers": ["conversation_a", "conversation_b"], "label": "winner"},
+        ),
+        ({"prompt": "q", "responses": ["a", "b"], "best": 0}, {"answers": "responses", "label": "best"}),
+        (
+            {"question": "q", "answers": [{"text": "a", "upvotes": 1}, {"text": "b", "upvotes": 3}]},
+            {"answers": "answers", "scores": "upvotes"},
+        ),
+        (
+            {"prompt": "q", "answer_a": "a", "answer_b": "b", "votes_a": 1, "votes_b": 2},
+            {"answers": ["answer_a", "answer_b"], "scores": ["votes_a", "votes_b"]},
+        ),
     ],
 )
 def test_what_prefers_one_of_several_answers_is_not_left_out(row: Any, options: dict[str, Any]) -> None:
     assert best(row) == ("preference", options)
+
+
+def test_of_a_file_of_splits_the_longest_is_tried(tmp_path: Path, capsys: Capture) -> None:
+    rows = [{"instruction": f"Name tree {number}.", "output": "An oak."} for number in range(4)]
+    (tmp_path / "data.json").write_text(json.dumps({"train": rows[:3], "test": rows[3:]}))
+    shown = show(capsys, tmp_path / "data.json")
+    assert "keeps 3 of 3 rows" in shown
+    assert "options: {rows: train}" in shown
+
+
+def test_a_list_of_which_the_adapter_would_read_nothing_is_not_unfolded() -> None:
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    assert best({"messages": chat, "available_tools": [{"type": "function", "function": {"name": "wind"}}]}) == ("messages", {})
 
 
 @pytest.mark.parametrize(

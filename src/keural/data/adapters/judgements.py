@@ -23,6 +23,8 @@ POLICIES = ("best_vs_worst", "adjacent", "all")
 UNRANKED = "unranked_answer_left_out"
 """Noted of pairs whose row has an answer without a score."""
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
+_NUMBERED = re.compile(r"[^\W\d]_?([0-9]+)$")
+"""A number at the end of a field's name; behind a point it is a place in a list."""
 _ABSENT = NOTHING | {"", "nan", "null"}
 _NO_SCORE = "scores are numbers; name another field in the option scores"
 
@@ -61,6 +63,12 @@ def check_labels(labels: Mapping[Any, Any]) -> str | None:
     return None
 
 
+def _default_labels(answers: Sequence[str | int]) -> Mapping[str, str]:
+    """What labels mean where nobody says it: nothing where the answers are themselves numbered, but not 1 and 2."""
+    numbers = [found[1] for name in answers if (found := _NUMBERED.search(str(name)))]
+    return {} if len(numbers) == 2 and [int(number) for number in numbers] != [1, 2] else LABELS
+
+
 def meaning_of(value: Any, field: str | int, labels: Mapping[Any, str] | None, answers: Sequence[str | int]) -> str:
     """Which answer a label prefers: first or second. Raises `BadRow` for a tie and where there is none, `Undeclared` for a value of
     no declared meaning. `answers` are the names of both, for the message.
@@ -68,7 +76,7 @@ def meaning_of(value: Any, field: str | int, labels: Mapping[Any, str] | None, a
     key = label_key(value)
     if key is None:
         raise BadRow("missing_label", f"no {field}")
-    known = LABELS if labels is None else {label_key(each): meaning for each, meaning in labels.items()}
+    known = _default_labels(answers) if labels is None else {str(label_key(each)): meaning for each, meaning in labels.items()}
     meaning = known.get(key)
     if meaning is None:
         names = f"{FIRST} ({answers[0]}), {SECOND} ({answers[1]}), {TIE} or {NONE}"

@@ -70,6 +70,10 @@ SCORES = (
     ("chosen_score", "rejected_score"),
     ("chosen_rating", "rejected_rating"),
     ("chosen-rating", "rejected-rating"),
+    ("rating_chosen", "rating_rejected"),
+    ("reward_chosen", "reward_rejected"),
+    ("chosen_reward", "rejected_reward"),
+    ("chosen_avg_rating", "rejected_avg_rating"),
 )
 """Scores beside chosen and rejected, as public sets name them; higher is better."""
 ORDERS = ("best_first", "worst_first")
@@ -224,10 +228,10 @@ def _kto_hint(row: Any) -> str:
 def _check_scores(row: Any, options: Mapping[str, Any]) -> None:
     """Scores beside chosen and rejected must prefer the chosen one."""
     ignored = set(map(str, options.get("ignore", ())))
-    wanted = [tuple(options["scores"])] if "scores" in options else SCORES
+    wanted: Sequence[tuple[Any, ...]] = [tuple(options["scores"])] if "scores" in options else SCORES
     found = 0
     for names in wanted:
-        if ignored.intersection(map(str, names)):
+        if ignored.intersection(map(str, names)) or (wanted is SCORES and isinstance(row, dict) and row.keys().isdisjoint(names)):
             continue
         numbers = [number_of(lookup(row, name), name, f"scores are numbers; {_IGNORED}") for name in names]
         if None not in numbers:

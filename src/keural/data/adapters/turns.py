@@ -81,6 +81,10 @@ AMBIGUOUS = "mask"
 """Such a field, of which 1 means trained in some sets and hidden in others; option `flags` says which."""
 LABELS = ("label", "kto_tag")
 """Fields of a row that say whether its answer is good."""
+_ARGUMENTS = ("arguments", "parameters", "args", "input")
+"""Fields of a call of which one holds its arguments."""
+_ROUND = ("system", "user", "assistant")
+"""Roles of a round in the order in which they speak."""
 _SPANS = "train_detail"
 _CALL_ID, _NAME = "tool_call_id", "name"
 _CHANNEL, _FINAL = "channel", "final"
@@ -273,7 +277,7 @@ class _Settings:
 
     @cached_property
     def special(self) -> frozenset[str]:
-        return (_SPECIAL | self.flags.keys()) - self.ignore | (
+        return (_SPECIAL | self.flags.keys() | set(LABELS)) - self.ignore | (
             frozenset(CONTENT_KEYS) if "reasoning" in self.options or self.paths else frozenset()
         )
 
@@ -413,10 +417,15 @@ class TurnReader:
         return turns
 
     def _spoken(self, items: Sequence[Any]) -> Iterator[Any]:
-        """The items of a list of turns, each round as its turns."""
+        """The items of a list of turns, each round as its turns: who asks before who answers, in whatever order the names stand,
+        which programs that write JSON or Parquet may sort.
+        """
         for item in items:
             if is_round(item, self.source):
-                yield from ({ROLE_KEYS[0]: name, CONTENT_KEYS[0]: said} for name, said in item.items() if said is not None)
+                roles = {name: self._settings.roles[name.strip().lower()] for name in item}
+                known = set(roles.values()) <= set(_ROUND)
+                names = [name for role in _ROUND for name in item if roles[name] == role] if known else list(item)
+                yield from ({ROLE_KEYS[0]: name, CONTENT_KEYS[0]: item[name]} for name in names if item[name] is not None)
             else:
                 yield item
 
@@ -473,10 +482,15 @@ class TurnReader:
             turn = turn._replace(content=with_calls(turn.content, calls))
         if turn.role == "tool":
             self._check_result(scalar(item.get(_CALL_ID)), scalar(item.get(_NAME)))
-        trained = self._flag(item)
+        trained = False if self._is_bad(item) and turn.role == "assistant" else self._flag(item)
         if trained and turn.role not in ("assistant", TOOL_CALL):
             self.notes.append(QUESTION_TRAINED)
         return self.reasoned(turn._replace(trained=trained), item)
+
+    def _is_bad(self, item: dict[str, Any]) -> bool:
+        """Whether a turn says of itself that it is no good answer; a label of another type than true or false means anything."""
+        labels = (item.get(name) for name in LABELS if name not in self._settings.ignore)
+        return any(str(label).strip().lower() == "false" for label in labels)
 
     def _calls(self, item: dict[str, Any]) -> list[ToolCall]:
         found = [(name, item[name]) for name in CALLS if name not in self._settings.ignore and holds(item.get(name))]
@@ -493,9 +507,9 @@ class TurnReader:
         return calls
 
     def _call(self, value: Any) -> ToolCall:
-        """A call from `{name, arguments}` or that under `function`; arguments may be JSON text."""
+        """A call from `{name, arguments}` or that under `function`; arguments may be JSON text, or called parameters."""
         called = value.get("function", value) if isinstance(value, dict) else None
-        name, arguments = lookup(called, "name"), lookup(called, "arguments")
+        name, arguments = lookup(called, "name"), one_of(called, _ARGUMENTS) if isinstance(called, dict) else None
         if not isinstance(name, str) or not name or lookup(value, "type") not in (None, "function"):
             raise BadRow("malformed_tool_call", "it has no name of a function")
         if isinstance(arguments, str):

@@ -41,21 +41,22 @@ _NO_LINK = r"(?![(\[:])"
 _NO_CELL_INSIDE = re.compile(r"<[Nn][Oo][ _-]?(?:[Ii]nput|[Oo]utput|INPUT|OUTPUT)>")
 _CUT_MEDIUM = re.compile(rf"<{_MEDIUM}>|<\|{_MEDIUM}\|>|\[(?:{_MEDIUM}|{_MEDIUM_KO})\]{_NO_LINK}")
 _CUT_ENTITY = re.compile(
-    rf"<{_ENTITY}>|\[{_ENTITY}\]{_NO_LINK}|\bNAME_\d{{1,3}}\b|#@[가-힣]{{2,12}}#"
+    rf"<{_ENTITY}>|\[{_ENTITY}\]{_NO_LINK}|\bNAME_\d{{1,3}}\b|#@(?:[가-힣]|[A-Z]){{2,12}}#"
     r"|&(?:name|company-?name|address|tel-num|affiliation|others|account|online-account)\d{0,3}&"
 )
 _UNFILLED = re.compile(
     r"(?<![\w\\^}{$%#])\{\{ ?[A-Za-z가-힣_][\w가-힣.-]{0,30}(?: [\w가-힣.-]{1,20}){0,3} ?\}\}(?!\})"
     rf"|(?<![\w\\^}}{{%#])\{{(?i:{_VARIABLE})\}}(?![}}{{(]|[^\W가-힣])"
 )
+_BLANK_KO = r"(?:이름|성명|성함|날짜|주소|회사명?|학교명?|기관명|전화번호|연락처|이메일|직함|직책|부서명?|금액|고용주)"
 _BLANK = re.compile(
     r"(?<![\w\])}])(?:<(?:your|insert|enter) [^\]\[<>\n]{1,50}>"
+    rf"|<(?:[가-힣]{{1,8}} ){{0,3}}{_BLANK_KO}>"
     r"|\[(?:(?:please )?(?:your|insert|enter|add|put|fill in|write|provide|specify|recipient|sender|hiring manager|employer"
     r"|candidate|customer|client)(?:['’]s)?(?: [\w'’/,&-]{1,24}){0,6}"
     r"|(?:[\w'’/]{1,20} ){0,3}(?:name|names|date|address|e-?mail|phone number|number|job title|company|position|degree|salary"
     r"|amount)"
-    r"|(?:[가-힣]{1,8} ){0,3}(?:이름|성명|성함|날짜|주소|회사명?|학교명?|기관명|전화번호|연락처|이메일|직함|직책|부서명?|금액"
-    r"|고용주))"
+    rf"|(?:[가-힣]{{1,8}} ){{0,3}}{_BLANK_KO})"
     rf"\]{_NO_LINK})",
     re.IGNORECASE,
 )

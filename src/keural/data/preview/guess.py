@@ -52,7 +52,7 @@ _CHOSEN = ("chosen", "preferred", "better", "accepted", "winner", "win", "positi
 _REJECTED = ("rejected", "dispreferred", "worse", "refused", "loser", "lose", "negative", "bad", "거절", "비선호")
 _PASSAGES = ("context", "passage", "paragraph", "document", "text", "article", "지문", "본문", "문맥", "문서")
 _PREFERRED = ("label", "preference", "preferred", "winner", "choice", "better", "best", "annotator", "선호", "선택")
-_SCORES = ("score", "rating", "reward", "rank", "ranking", "점수", "순위")
+_SCORES = ("score", "rating", "reward", "rank", "ranking", "vote", "votes", "upvotes", "likes", "점수", "순위", "추천")
 _RANKS = ("rank", "ranking", "순위")
 """Of these the names of numbers of which the lowest is the best."""
 _SEVERAL = ("response", "answer", "completion", "output", "candidate", "choice", "generation", "답변", "응답")
@@ -218,7 +218,8 @@ def _proposals(rows: Rows, only: str | None) -> Iterator[tuple[str, dict[str, An
             continue
         inner = Rows(rows.format_name, rows.path, [*_unfolded(rows, key)])
         for name, options in [*((name, {}) for name in conversations.ADAPTERS), *_exchanges(inner)]:
-            if name in wanted and "unfold" in ADAPTERS[name].options:
+            reads = fields_read(ADAPTERS[name], SourceSpec(name=name, adapter=name, options=options))
+            if name in wanted and "unfold" in ADAPTERS[name].options and reads & items[0].keys():
                 yield name, {"unfold": [key], **options}
 
 
@@ -417,12 +418,13 @@ def _compared(rows: Rows) -> Iterator[dict[str, Any]]:
         labels += [name for name in _named(rows, ("chosen",)) if isinstance(rows.first(name), str | int | float)]
     for first, second in _twins(rows.keys):
         is_answer = isinstance(rows.first(first), str) or _objects(rows.first(first))
-        if is_answer and not SIDE_FIELDS.fullmatch(first):
+        if is_answer and not SIDE_FIELDS.fullmatch(re.sub(r"_?[\dabAB]$", "", first)):  # model_a and model_b are no answers
             yield from ({"answers": [first, second], "label": label} for label in labels[:2] if label not in (first, second))
             yield from ({"answers": [first, second], "scores": list(pair), **_direction(pair[0])} for pair in _twins(scores)[:1])
     lists = [name for name in _named(rows, _SEVERAL) if isinstance(value := listing(rows.first(name)), list) and len(value) > 1]
     for name in lists[:2]:
         yield from ({"answers": name, "scores": score, **_direction(score)} for score in scores[:2] if score != name)
+        yield from ({"answers": name, "label": label} for label in labels[:2] if label != name)
         items = listing(rows.first(name))
         inside = items[0] if isinstance(items[0], dict) else {}
         yield from (

@@ -160,7 +160,8 @@ def _try_files(path: Path, adapter: str | None, options: Mapping[str, Any], data
     if (inner := _rows_inside(looked_at)) is not None and not reading:
         key, rows_inside = inner
         deeper = guesses(rows_inside, adapter, chosen or None)
-        if deeper and (not fitting or deeper[0].score - 0.01 > fitting[0].score):
+        keeps_more = bool(fitting and deeper) and fitting[0].kept == 0 < deeper[0].kept
+        if deeper and (not fitting or keeps_more or deeper[0].score - 0.01 > fitting[0].score):
             fitting, reading, looked_at, rows = deeper, {"rows": key}, rows_inside, list(rows_inside.rows)
     if not fitting:
         raise _nothing_fits(path, looked_at, adapter, chosen)

@@ -151,7 +151,10 @@ def read_config(directory: Path) -> KeuralConfig:
 def configuration(where: Path, values: Mapping[str, Any]) -> KeuralConfig:
     """The configuration that `values` from a file describe. Raises `UserError`, naming `where`, when there is none such."""
     if unknown := sorted(values.keys() - _CONFIG_KEYS):
-        raise UserError(f"{where}: has settings that this network does not know: {', '.join(unknown)[:300]}; remove them")
+        raise UserError(
+            f"{where}: has settings that this network does not know: {', '.join(unknown)[:300]}; where the weights "
+            "were trained with them this network cannot compute what they do, and where not, take them out"
+        )
     try:
         with quiet_transformers():
             found: KeuralConfig = KeuralConfig.from_dict(dict(values))

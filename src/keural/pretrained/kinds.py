@@ -32,8 +32,8 @@ def is_training_checkpoint(path: Path) -> bool:
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether `path` is an adapter as PEFT writes it, or the file with its weights, which are no model's; a model beside whose files
-    somebody put an adapter's is a model.
+    """Whether `path` is an adapter as PEFT writes it, or the file with its weights, which are no model's; a model beside whose
+    files somebody put an adapter's is a model.
     """
     adapter = _has("adapter_config.json")(path) and not _has("config.json")(path)
     return adapter or path.name.startswith("adapter_model.")

@@ -57,6 +57,17 @@ class TestADisconnectedClient:
         assert running.service.answers.scheduler.stats.finished == {"length": 2, "cancelled": 1}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_came_to_a_stop_string_does_not_count_as_given_up(start: Start, stream: bool) -> None:
+    running, client = start()
+
+    assert ask(client, max_tokens=100, stop="cat", stream=stream, n=2).status_code == 200
+
+    wait_until(lambda: running.running == 0)
+    assert running.service.answers.scheduler.stats.finished == {"stop": 2}
+    assert 'keural:request_success_total{finished_reason="stop",model_name="tiny"} 2.0' in client.get("/metrics").text
+
+
 class TestAFullQueue:
     def test_is_said_at_once(self, start: Start) -> None:
         running, client = start(limits=quick(waiting=1))

@@ -6,9 +6,12 @@ In: requests, from any thread. Out: tickets, and events for them, handed on by a
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from keural.serve.batching.requests import End, Event, Request
+
+Cancelled = Literal["cancelled", "stop"]
+"""Why nobody wants more of an answer: who asked has left, or it came to a stop string, which is an end like any other."""
 
 
 class Ticket:
@@ -18,6 +21,8 @@ class Ticket:
         self.request, self.number, self.submitted = request, number, now
         self.deadline = math.inf if request.seconds is None else now + request.seconds
         self.cancelled = False
+        self.cancelled_as: Cancelled = "cancelled"
+        """How it counts, once it is cancelled."""
         self.started: float | None = None
         """When it left the queue."""
         self.first_token: float | None = None
@@ -25,6 +30,11 @@ class Ticket:
         """Of the prompt, those that were read for an earlier request already."""
         self.answer: list[int] = []
         self.end: End | None = None
+
+    def cancel(self, end: Cancelled) -> None:
+        """Note that no more is wanted; the first reason counts."""
+        if not self.cancelled:
+            self.cancelled_as, self.cancelled = end, True
 
 
 @dataclass
@@ -75,8 +85,8 @@ class Runner(Protocol):
             QueueFull: when too many wait already.
         """
 
-    def cancel(self, ticket: Ticket) -> None:
-        """End a request soon, if it has not ended."""
+    def cancel(self, ticket: Ticket, end: Cancelled = "cancelled") -> None:
+        """End a request soon, if it has not ended; it counts as `end`."""
 
     def close(self, seconds: float = 0.0) -> int:
         """Take no more requests, let those under way go on for so long, and stop; returns how many were cut off."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from keural.errors import UserError
 from keural.serve.batching.requests import Chosen, End, Event, QueueFull, Request
-from keural.serve.batching.runner import Deliver, Stats, Ticket, Unhonoured
+from keural.serve.batching.runner import Cancelled, Deliver, Stats, Ticket, Unhonoured
 from keural.serve.batching.slots import Row, Slots
 from keural.serve.engines.decoding import check_prompt, common_prefix
 from keural.serve.engines.sampling import NOT_FINITE, Sampler, are_finite, choose
@@ -100,10 +100,10 @@ class Scheduler:
             self._wake.notify()
         return tickets
 
-    def cancel(self, ticket: Ticket) -> None:
-        """End a request at the next step, if it has not ended."""
+    def cancel(self, ticket: Ticket, end: Cancelled = "cancelled") -> None:
+        """End a request at the next step, if it has not ended; it counts as `end`."""
         with self._wake:
-            ticket.cancelled = True
+            ticket.cancel(end)
             self._wake.notify()
 
     def close(self, seconds: float = 0.0) -> int:
@@ -117,7 +117,7 @@ class Scheduler:
         with self._wake:
             left = [*self._active.values(), *self._waiting]
             for ticket in left:
-                ticket.cancelled = True
+                ticket.cancel("cancelled")
             self._wake.notify()
         if self._thread.is_alive():
             self._thread.join()
@@ -185,7 +185,7 @@ class Scheduler:
         now = time.monotonic()
         for ticket in [*self._active.values(), *self._waiting]:
             if ticket.cancelled or now > ticket.deadline:
-                self._end(ticket, "cancelled" if ticket.cancelled else "deadline")
+                self._end(ticket, ticket.cancelled_as if ticket.cancelled else "deadline")
         self._waiting = deque(ticket for ticket in self._waiting if ticket.end is None)
 
     def _admit(self) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 
 from keural.errors import UserError
 from keural.serve.batching.requests import End, Event, QueueFull, Request
-from keural.serve.batching.runner import Deliver, Stats, Ticket, Unhonoured
+from keural.serve.batching.runner import Cancelled, Deliver, Stats, Ticket, Unhonoured
 from keural.serve.engines.decoding import check_prompt
 from keural.serve.upstream.child import Log
 from keural.serve.upstream.client import Server
@@ -104,9 +104,9 @@ class Upstreams:
         self.loop.call_soon_threadsafe(self._admit)
         return tickets
 
-    def cancel(self, ticket: Ticket) -> None:
+    def cancel(self, ticket: Ticket, end: Cancelled = "cancelled") -> None:
         """See `Runner.cancel`."""
-        ticket.cancelled = True
+        ticket.cancel(end)
         with contextlib.suppress(RuntimeError):  # the loop is closed: everything has ended
             self.loop.call_soon_threadsafe(self._cancel, ticket)
 
@@ -174,7 +174,7 @@ class Upstreams:
         with self._lock:
             del self._active[ticket]
         if ticket.end is None:
-            self._end(ticket, "cancelled")
+            self._end(ticket, ticket.cancelled_as)
         self._admit()
 
     def _cancel(self, ticket: Ticket) -> None:
@@ -187,14 +187,14 @@ class Upstreams:
             if waited:
                 self._waiting.remove(ticket)
         if waited:
-            self._end(ticket, "cancelled")
+            self._end(ticket, ticket.cancelled_as)
 
     async def _end_all(self) -> int:
         """Cut everything off; returns how many there were."""
         left = [*self._active, *self._waiting]
         tasks = [*self._active.values()]
         for ticket in left:
-            ticket.cancelled = True
+            ticket.cancel("cancelled")
             self._cancel(ticket)
         await asyncio.gather(*tasks, return_exceptions=True)
         return len(left)
@@ -210,7 +210,7 @@ class Upstreams:
         except TimeoutError:
             self._end(ticket, "deadline")
         except asyncio.CancelledError:
-            self._end(ticket, "cancelled")
+            self._end(ticket, ticket.cancelled_as)
         except Refused as error:
             self._end(ticket, "refused", f"the engine {error}")
         except Failed as error:

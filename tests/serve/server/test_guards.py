@@ -316,19 +316,18 @@ def test_another_name_is_not_answered(start: Start, host: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "headers"),
+    "body",
     [
-        (b"", JSON), (b"{", JSON), (b"[]", JSON), (b"null", JSON), (b'"x"', JSON), (b"\xff\xfe", JSON),
-        (b'{"messages": NaN}', JSON),
-        (b'{"messages": ' + b"[" * 40 + b"]" * 40 + b"}", JSON), (b"[" * 100_000, JSON), (b'{"n": ' + b"1" * 5000 + b"}", JSON),
-        (b'{"temperature": 1e999, "messages": [{"role": "user", "content": "x"}]}', JSON), (b"{}", {"content-type": "text/plain"}),
-        (b"{}", {}), (b"a=b", {"content-type": "application/x-www-form-urlencoded"}),
+        b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe",
+        b'{"messages": NaN}',
+        b'{"messages": ' + b"[" * 40 + b"]" * 40 + b"}", b"[" * 100_000, b'{"n": ' + b"1" * 5000 + b"}",
+        b'{"temperature": 1e999, "messages": [{"role": "user", "content": "x"}]}',
     ],
 )  # fmt: skip
-def test_a_broken_body_is_one_line(start: Start, body: bytes, headers: dict[str, str]) -> None:
+def test_a_broken_body_is_one_line(start: Start, body: bytes) -> None:
     _, client = start()
 
-    response = client.post("/v1/chat/completions", content=body, headers=headers)
+    response = client.post("/v1/chat/completions", content=body, headers=JSON)
 
     assert response.status_code == 400
     assert response.json()["error"]["message"]

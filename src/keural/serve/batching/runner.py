@@ -4,12 +4,16 @@ In: requests, from any thread. Out: tickets, and events for them, handed on by a
 """
 
 import math
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
 from keural.serve.batching.requests import End, Event, Request
 
+PACE_SPAN = 32
+"""Ended requests from which it follows when a client is told to come again."""
 Cancelled = Literal["cancelled", "stop"]
 """Why nobody wants more of an answer: who asked has left, or it came to a stop string, which is an end like any other."""
 
@@ -52,6 +56,27 @@ class Stats:
     rejected: int = 0
     last_step: float | None = None
     """When the network last finished a step, by `time.monotonic`."""
+
+
+class Pace:
+    """How quickly requests end, while there are any."""
+
+    def __init__(self) -> None:
+        self._ended: deque[float] = deque(maxlen=PACE_SPAN)
+
+    def rest(self) -> None:
+        """There is nothing to do: what was before says nothing of how long the next ones take."""
+        self._ended.clear()
+
+    def end(self) -> None:
+        """A request has ended."""
+        self._ended.append(time.monotonic())
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds until a place in the queue is likely to be free; at least 1."""
+        ended = [*self._ended]
+        return 1.0 if len(ended) < 2 else max(1.0, (ended[-1] - ended[0]) / (len(ended) - 1))
 
 
 Deliver = Callable[[Sequence[tuple[Ticket, Event]]], None]

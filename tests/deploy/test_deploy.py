@@ -63,6 +63,13 @@ def counted(model: Any, tokenizer: KeuralTokenizer, prefix: str) -> dict[str, tu
     return found
 
 
+def test_threads_of_a_server_wait_as_their_libraries_mean_them_to() -> None:
+    """`OMP_WAIT_POLICY=PASSIVE` halves llama.cpp's speed; it is for tests on a machine that many share."""
+    assert [
+        file.name for file in DEPLOY.iterdir() if file.is_file() and "OMP_WAIT_POLICY" in file.read_text(encoding="utf-8")
+    ] == []
+
+
 @pytest.fixture(scope="module")
 def metrics(model: Any, tokenizer: KeuralTokenizer) -> dict[str, tuple[str, set[str]]]:
     return counted(model, tokenizer, "keural")

@@ -5,6 +5,7 @@ imported when it is first asked for, and reads the tokenizer then, which takes s
 """
 
 import json
+import re
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,8 @@ FUEL = 200_000
 """Work that a form may cost before its first token: about a second."""
 LONGEST_REASON = 400
 BITS = 32
+_OUR_GRAMMAR = re.compile(r"^at \d+\(\d+\): |^ +\d+ \| .*\n?( *\^ *$)?", re.MULTILINE)
+"""In the library's words: a place in a grammar, and the lines around it."""
 
 
 class Grammars:
@@ -115,9 +118,9 @@ class _Words:
 
 
 def _reason(matcher: Any) -> str:
-    """What the library says is wrong, without its inner state."""
-    found: str = matcher.get_error().partition("<state>")[0].strip()[:LONGEST_REASON]
-    return found
+    """What the library says is wrong, without its inner state and without the grammar that was made of what was asked."""
+    found: str = matcher.get_error().partition("<state>")[0]
+    return _OUR_GRAMMAR.sub("", found).strip()[:LONGEST_REASON]
 
 
 def _library() -> Any:

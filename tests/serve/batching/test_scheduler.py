@@ -274,6 +274,21 @@ def test_a_full_queue_refuses_and_says_when_to_come_again() -> None:
     assert scheduler.stats.rejected == 1
 
 
+def test_a_quiet_night_is_no_reason_to_come_again_tomorrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(FakeSlots(1, pause=0.01), max_waiting=0) as (scheduler, desk):
+        for _ in range(3):
+            desk.wait(scheduler.submit([request([1])]))
+            later = time.monotonic() + 3600
+            monkeypatch.setattr(time, "monotonic", lambda real=time.perf_counter, shift=later - time.perf_counter(): real() + shift)
+        tickets = scheduler.submit([request([1], 30)])
+        desk.wait_for_tokens(tickets[0])
+        with pytest.raises(QueueFull) as refused:
+            scheduler.submit([request([3])])
+        scheduler.cancel(tickets[0])
+        desk.wait(tickets)
+    assert refused.value.retry_after < 60
+
+
 def test_all_of_a_group_are_taken_or_none() -> None:
     with running(FakeSlots(1, pause=0.01), max_waiting=2) as (scheduler, desk):
         with pytest.raises(QueueFull):

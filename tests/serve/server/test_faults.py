@@ -166,6 +166,19 @@ class TestAClientThatLeaves:
         check_whole(running, client)
         assert not [entry for entry in running.log if entry.get("error")]
 
+    def test_in_the_middle_of_its_body_was_told_no_status(self, start: Start, leave: Callable[[socket.socket], None]) -> None:
+        running, client = start()
+        connection = connect(client)
+        connection.sendall(HEAD + b"Content-Length: 100\r\n\r\n{")
+        time.sleep(0.05)
+        leave(connection)
+
+        wait_until(lambda: running.log)
+        assert (running.log[0].get("client_left"), "status" in running.log[0]) == (True, False)
+        told = client.get("/metrics").text
+        assert 'keural:http_requests_client_disconnected_total{model_name="tiny"} 1.0' in told
+        assert 'status="400"' not in told
+
     def test_from_the_queue(self, start: Start, leave: Callable[[socket.socket], None]) -> None:
         running, client = start()
         running.held.open.clear()

@@ -135,6 +135,7 @@ IMPOSSIBLE = [
     ("max_tokens", 0), ("max_tokens", 2.5), ("max_completion_tokens", "7"), ("n", 0), ("n", 9), ("n", 10**9), ("seed", -1),
     ("seed", 2**63), ("stop", ""), ("stop", ["x", ""]), ("stop", ["x"] * 17), ("stop", "x" * 257), ("stop", 5),
     ("logit_bias", {"300": 101}), ("logit_bias", {"x": 1}), ("logit_bias", {"-1": 1}), ("logit_bias", {"402": 1}),
+    ("logit_bias", {"5": 100, "05": -100}),
     ("logit_bias", {str(token): 1 for token in range(1025)}), ("logit_bias", [1]), ("stream", "yes"), ("top_logprobs", 21),
     ("top_logprobs", -1), ("logprobs", 5), ("repetition_penalty", 0), ("repetition_penalty", 1e9), ("messages", []),
     ("messages", None), ("messages", "hello"), ("messages", [{"role": "user"}]), ("messages", [{"content": "x"}]),

@@ -74,6 +74,10 @@ def test_a_completion_has_a_form_too(client: httpx.Client) -> None:
     assert response.json()["choices"][0]["text"] in ("yes", "no")
 
 
+LENIENT = {"type": "string", "not": {"minLength": 1}, "x-guidance": {"lenient": True}}
+"""A schema that cannot be followed, with the word by which the library below would leave out what it cannot follow."""
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -86,6 +90,8 @@ def test_a_completion_has_a_form_too(client: httpx.Client) -> None:
         {"response_format": "json"},
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["x" * 70_000]}}}},
         {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": LENIENT}}},
+        {"structured_outputs": {"json": LENIENT}},
         {"structured_outputs": {"regex": "(a"}},
         {"structured_outputs": {"regex": "[^\\s\\S]"}},
         {"structured_outputs": {"regex": "(a{1000}){1000}"}},

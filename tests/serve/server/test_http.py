@@ -142,6 +142,18 @@ def test_odd_requests(server: Served, request_: bytes, status: int) -> None:
     check_whole(running, client)
 
 
+@pytest.mark.parametrize("kind", [b"text/plain", b"application/x-www-form-urlencoded", b"multipart/form-data; boundary=x", b""])
+def test_a_body_that_is_not_called_json_is_refused(server: Served, kind: bytes) -> None:
+    """These are what a page of another site can send without asking."""
+    running, client = server
+    head = b"POST /v1/chat/completions HTTP/1.1\r\n" + LOCAL + LAST + (b"Content-Type: " + kind + b"\r\n" if kind else b"")
+
+    found = raw(client, head + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY)
+
+    assert error_of(found) == (415, "unsupported_media_type")
+    check_whole(running, client)
+
+
 @pytest.mark.parametrize(
     ("header", "status"),
     [

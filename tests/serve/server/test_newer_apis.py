@@ -77,7 +77,7 @@ OF_RESPONSES: dict[str, tuple[list[Any], list[Any]]] = {
     "prompt": ([None], [{"id": "x"}]),
     "context_management": ([None], [[{"type": "compaction"}]]),
     "truncation": (["disabled"], ["auto"]),
-    "reasoning": ([{"effort": "none"}], [{"effort": "high"}]),
+    "reasoning": ([{"effort": "none"}, {}, {"effort": None, "summary": None}], [{"effort": "high"}, {"summary": "auto"}]),
     "service_tier": (["auto"], ["flex"]),
     "tools": ([[], [OF_RESPONSES_TOOL]], [[{"type": "web_search"}], [OF_RESPONSES_TOOL] * 2, 5]),
     "tool_choice": (["none", "auto"], ["required", "x", {"type": "function", "name": "f"}, {"type": "web_search"}]),

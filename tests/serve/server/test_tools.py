@@ -130,6 +130,15 @@ class TestPrompts:
         assert client.post("/v1/chat/completions/render", json=CHAT).json()["token_ids"] == expected
         assert client.post("/tokenize", json=CHAT).json()["tokens"] == expected
 
+    def test_with_null_are_those_without_it(self, client: httpx.Client) -> None:
+        def rendered(**more: None) -> list[int]:
+            tools = [{"type": "function", "function": {"name": "f", **more}}]
+            asked = {"messages": HELLO, "tools": tools, "tool_choice": "none"}
+            found: list[int] = client.post("/v1/chat/completions/render", json=asked).json()["token_ids"]
+            return found
+
+        assert rendered(description=None, parameters=None, strict=None) == rendered()
+
     def test_of_responses(self, client: httpx.Client, slots: Writing, tokenizer: KeuralTokenizer) -> None:
         assert client.post("/v1/responses", json=RESPONSES).status_code == 200
         assert slots.prompts[-1] == render_prompt(tokenizer, TURNS, TOOLS)

@@ -109,6 +109,17 @@ def test_what_cannot_be_honoured_is_refused(client: httpx.Client, fields: dict[s
     assert "\n" not in error["message"]
 
 
+@pytest.mark.parametrize("schema", [{"$ref": "#"}, {"properties": {"x": {"type": "string", "pattern": "("}}}, {"properties": 5}])
+def test_why_a_schema_is_refused_does_not_speak_of_our_grammar(client: httpx.Client, schema: dict[str, Any]) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+
+    answer = client.post("/v1/chat/completions", json={"messages": HELLO, "tools": tools, "tool_choice": "required"})
+
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools[0]")
+    assert " | " not in answer.json()["error"]["message"]
+    assert "arguments" not in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -170,11 +170,13 @@ def test_a_length_that_the_context_allows_is_all_that_is_asked_for(fronted: Fron
 
 def test_a_stop_string_ends_the_work_of_the_server(fronted: Fronted) -> None:
     fronted.engine.pause = lambda place: 0.02
+    before = fronted.upstreams.stats.finished.get("stop", 0)
 
     answer = fronted.post(stop=["the"]).json()
 
     assert answer["choices"][0]["finish_reason"] == "stop"
     wait_until(lambda: fronted.engine.given_up)
+    wait_until(lambda: fronted.upstreams.stats.finished.get("stop", 0) == before + 1)
     assert fronted.engine.ended == 0
 
 

@@ -4,11 +4,18 @@ In: requests, from any thread. Out: tickets, and events for them, handed on by a
 """
 
 import math
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from keural.serve.batching.requests import End, Event, Request
+
+PACE_SPAN = 32
+"""Ended requests from which it follows when a client is told to come again."""
+Cancelled = Literal["cancelled", "stop"]
+"""Why nobody wants more of an answer: who asked has left, or it came to a stop string, which is an end like any other."""
 
 
 class Ticket:
@@ -18,6 +25,8 @@ class Ticket:
         self.request, self.number, self.submitted = request, number, now
         self.deadline = math.inf if request.seconds is None else now + request.seconds
         self.cancelled = False
+        self.cancelled_as: Cancelled = "cancelled"
+        """How it counts, once it is cancelled."""
         self.started: float | None = None
         """When it left the queue."""
         self.first_token: float | None = None
@@ -25,6 +34,11 @@ class Ticket:
         """Of the prompt, those that were read for an earlier request already."""
         self.answer: list[int] = []
         self.end: End | None = None
+
+    def cancel(self, end: Cancelled) -> None:
+        """Note that no more is wanted; the first reason counts."""
+        if not self.cancelled:
+            self.cancelled_as, self.cancelled = end, True
 
 
 @dataclass
@@ -42,6 +56,27 @@ class Stats:
     rejected: int = 0
     last_step: float | None = None
     """When the network last finished a step, by `time.monotonic`."""
+
+
+class Pace:
+    """How quickly requests end, while there are any."""
+
+    def __init__(self) -> None:
+        self._ended: deque[float] = deque(maxlen=PACE_SPAN)
+
+    def rest(self) -> None:
+        """There is nothing to do: what was before says nothing of how long the next ones take."""
+        self._ended.clear()
+
+    def end(self) -> None:
+        """A request has ended."""
+        self._ended.append(time.monotonic())
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds until a place in the queue is likely to be free; at least 1."""
+        ended = [*self._ended]
+        return 1.0 if len(ended) < 2 else max(1.0, (ended[-1] - ended[0]) / (len(ended) - 1))
 
 
 Deliver = Callable[[Sequence[tuple[Ticket, Event]]], None]
@@ -75,8 +110,8 @@ class Runner(Protocol):
             QueueFull: when too many wait already.
         """
 
-    def cancel(self, ticket: Ticket) -> None:
-        """End a request soon, if it has not ended."""
+    def cancel(self, ticket: Ticket, end: Cancelled = "cancelled") -> None:
+        """End a request soon, if it has not ended; it counts as `end`."""
 
     def close(self, seconds: float = 0.0) -> int:
         """Take no more requests, let those under way go on for so long, and stop; returns how many were cut off."""

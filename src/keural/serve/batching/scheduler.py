@@ -18,7 +18,7 @@ from torch import Tensor
 
 from keural.errors import UserError
 from keural.serve.batching.requests import Chosen, End, Event, QueueFull, Request
-from keural.serve.batching.runner import Deliver, Stats, Ticket, Unhonoured
+from keural.serve.batching.runner import Cancelled, Deliver, Pace, Stats, Ticket, Unhonoured
 from keural.serve.batching.slots import Row, Slots
 from keural.serve.engines.decoding import check_prompt, common_prefix
 from keural.serve.engines.sampling import NOT_FINITE, Sampler, are_finite, choose
@@ -27,8 +27,6 @@ FAILURES_IN_A_ROW = 3
 """Failed steps after which the network is taken for broken."""
 WORTH_WAITING = 16
 """Tokens of a beginning that two requests share from which one waits for the other to read it."""
-RATE_SPAN = 32
-"""Finished requests that the rate is taken from which `retry_after` follows."""
 
 FORM_FAILED = "no token may come next by the form that was asked for"
 
@@ -61,7 +59,7 @@ class Scheduler:
         self._wake = threading.Condition()
         self._closing = False
         self._failures = 0
-        self._finished_at: deque[float] = deque(maxlen=RATE_SPAN)
+        self._pace = Pace()
         self._numbers = 0
         self._events: list[tuple[Ticket, Event]] = []
         self._thread = threading.Thread(target=self._run, name="keural-network", daemon=True)
@@ -90,7 +88,9 @@ class Scheduler:
                 raise UserError(self.broken or "the server is shutting down")
             if len(self._waiting) + len(requests) > self.max_waiting + self._free():
                 self.stats.rejected += len(requests)
-                raise QueueFull(len(self._waiting), self._retry_after())
+                raise QueueFull(len(self._waiting), self._pace.retry_after)
+            if not (self._active or self._waiting):
+                self._pace.rest()
             now = time.monotonic()
             tickets = [
                 SampledTicket(request, self._numbers + place, self.vocab_size, now) for place, request in enumerate(requests)
@@ -100,10 +100,10 @@ class Scheduler:
             self._wake.notify()
         return tickets
 
-    def cancel(self, ticket: Ticket) -> None:
-        """End a request at the next step, if it has not ended."""
+    def cancel(self, ticket: Ticket, end: Cancelled = "cancelled") -> None:
+        """End a request at the next step, if it has not ended; it counts as `end`."""
         with self._wake:
-            ticket.cancelled = True
+            ticket.cancel(end)
             self._wake.notify()
 
     def close(self, seconds: float = 0.0) -> int:
@@ -117,7 +117,7 @@ class Scheduler:
         with self._wake:
             left = [*self._active.values(), *self._waiting]
             for ticket in left:
-                ticket.cancelled = True
+                ticket.cancel("cancelled")
             self._wake.notify()
         if self._thread.is_alive():
             self._thread.join()
@@ -145,13 +145,6 @@ class Scheduler:
 
     def _free(self) -> int:
         return self.slots.count - len(self._active)
-
-    def _retry_after(self) -> float:
-        """Seconds until a place in the queue is likely to be free, by the rate of the last requests; at least 1."""
-        if len(self._finished_at) < 2:
-            return 1.0
-        span = self._finished_at[-1] - self._finished_at[0]
-        return max(1.0, span / (len(self._finished_at) - 1))
 
     # In the network's thread
 
@@ -185,7 +178,7 @@ class Scheduler:
         now = time.monotonic()
         for ticket in [*self._active.values(), *self._waiting]:
             if ticket.cancelled or now > ticket.deadline:
-                self._end(ticket, "cancelled" if ticket.cancelled else "deadline")
+                self._end(ticket, ticket.cancelled_as if ticket.cancelled else "deadline")
         self._waiting = deque(ticket for ticket in self._waiting if ticket.end is None)
 
     def _admit(self) -> None:
@@ -329,7 +322,7 @@ class Scheduler:
         ticket.end = end
         if ticket.slot is not None:
             del self._active[ticket.slot]
-        self._finished_at.append(time.monotonic())
+        self._pace.end()
         self.stats.finished[end] = self.stats.finished.get(end, 0) + 1
         self._events.append((ticket, Event(end=end, error=error)))
 

@@ -176,7 +176,8 @@ def _add_errors(app: FastAPI) -> None:
         found: Any = error.errors()
         path = request.url.path
         if found[0]["loc"] == ("body",) and not request.headers.get("content-type", "").startswith("application/json"):
-            return ApiError(400, "send JSON, with the header `Content-Type: application/json`", code="invalid_json").response(path)
+            what = "send JSON, with the header `Content-Type: application/json`"
+            return ApiError(415, what, "content-type", "unsupported_media_type").response(path)
         return refusal(found).response(path)
 
 

@@ -83,8 +83,8 @@ def _stops(value: Any) -> Any:
 
 
 def _ids(value: dict[str, float]) -> dict[str, float]:
-    if not all(re.fullmatch(r"[0-9]{1,9}", key) for key in value):
-        raise PydanticCustomError("token_id", "its keys must be token ids", {})
+    if not all(re.fullmatch(r"0|[1-9][0-9]{0,8}", key) for key in value):  # one spelling: of two for an id one would be ignored
+        raise PydanticCustomError("token_id", "its keys must be token ids, such as 5", {})
     return value
 
 

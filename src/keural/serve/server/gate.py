@@ -11,7 +11,6 @@ import time
 import uuid
 from typing import Any
 
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from keural.serve.server.errors import ApiError
@@ -52,6 +51,9 @@ class Gate:
         try:
             await self._pass(scope, headers, body, reply)
         finally:
+            if body.left:
+                self._service.metrics.client_left()
+                entry["client_left"] = True
             self._note(scope, entry, time.perf_counter() - begun)
 
     async def _pass(self, scope: Scope, headers: dict[bytes, bytes], body: "_Body", reply: "_Sending") -> None:
@@ -61,8 +63,6 @@ class Gate:
                 await refusal.response(scope["path"])(scope, body.receive, reply.send)
             else:
                 await self._app(scope, body.receive, reply.send)
-        except ClientDisconnect:
-            self._service.metrics.client_left()
         except Exception as error:  # an error of ours: the client hears of it, the log says where, and the server goes on
             log.exception("a request failed")
             scope[LOG_ENTRY]["error"] = type(error).__name__
@@ -126,6 +126,8 @@ class _Body:
         self._announced = headers.get(b"content-length", b"0")
         self.whole = b"transfer-encoding" not in headers and self._announced == b"0"
         """Whether nothing more of it comes."""
+        self.left = False
+        """Whether the client left before all of it had come: nobody hears of what is sent then, and no status counts."""
         self._size = 0
         self._end: float | None = None
 
@@ -150,6 +152,8 @@ class _Body:
             if self._size > self._limits.body_bytes:
                 raise self._too_large()
             self.whole = not message.get("more_body", False)
+        else:
+            self.left = True
         return message
 
     async def _receive_rest(self) -> Message:
@@ -172,6 +176,8 @@ class _Sending:
 
     async def send(self, message: Message) -> None:
         """Pass a message on."""
+        if self._body.left:
+            return
         if message["type"] == "http.response.start":
             self.begun = True
             self._entry["status"] = message["status"]

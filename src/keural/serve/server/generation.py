@@ -17,6 +17,8 @@ from keural.serve.server.fields import LONGEST_SCHEMA, MOST_ANSWERS, Generation,
 from keural.serve.server.service import Service
 
 TIMEOUT_HEADER = "x-request-timeout"
+OPTIONS = "x-guidance"
+"""Key of a schema by which llguidance is told to take what it cannot follow; in JSON Schema it means nothing."""
 
 
 def sampling_of(service: Service, fields: Settings, max_tokens: int | None) -> SamplingParams:
@@ -84,6 +86,7 @@ async def form_of(service: Service, fields: Generation, schema: Mapping[str, Any
     if schema is not None:
         if len(to_json(schema)) > LONGEST_SCHEMA:
             raise ApiError(400, f"`{param}`: a schema may have {LONGEST_SCHEMA:,} bytes", param, "invalid_value")
+        schema = {key: part for key, part in schema.items() if key != OPTIONS}
         form = await service.read(service.grammars.json, schema, param=param)
         form.asked = {"json": schema}
         return form

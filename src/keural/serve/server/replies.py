@@ -236,7 +236,7 @@ class Reply(Response):
                 rest = pieces.finish()
                 piece = Piece(piece.text + rest.text, piece.tokens + rest.tokens, piece.starts + rest.starts)
             if pieces.stopped_by is not None:
-                self._service.answers.scheduler.cancel(ticket)
+                self._service.answers.scheduler.cancel(ticket, "stop")
                 yield Part(index, piece, "stop")
                 return
             if ended is not None:

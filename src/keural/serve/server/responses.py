@@ -37,6 +37,7 @@ from keural.tokenizer import Message
 
 NO_BUILT_IN_TOOLS = "the server runs no tools itself"
 NO_MEMORY = "nothing is kept: send the whole conversation as `input`"
+NO_REASONING = "the model does not reason before it answers"
 LOGPROBS = "message.output_text.logprobs"
 
 
@@ -133,6 +134,14 @@ class StreamOptions(Fields):
     include_obfuscation: Accepted
 
 
+class Reasoning(Fields):
+    """Only none; what a response says of it may be sent back."""
+
+    effort: only("none", why=NO_REASONING)  # type: ignore[valid-type]
+    summary: only(why=NO_REASONING)  # type: ignore[valid-type]
+    generate_summary: only(why=NO_REASONING)  # type: ignore[valid-type]
+
+
 class ResponsesRequest(Settings):
     """The fields of a request."""
 
@@ -159,7 +168,7 @@ class ResponsesRequest(Settings):
     prompt: only(why=NO_MEMORY)  # type: ignore[valid-type]
     context_management: only(why=NO_MEMORY)  # type: ignore[valid-type]
     truncation: only("disabled", why="nothing is left out of a conversation")  # type: ignore[valid-type]
-    reasoning: only({"effort": "none"}, why="the model does not reason before it answers")  # type: ignore[valid-type]
+    reasoning: Reasoning | None = None
     service_tier: only("auto", "default", why="there is one tier")  # type: ignore[valid-type]
     tools: list[ResponsesTool] | None = Field(None, description=f"Functions that may be called, at most {MOST_TOOLS}.")
     tool_choice: ResponsesToolChoice | None = Field(None, description="Whether a tool must be called, and which.")

@@ -20,15 +20,13 @@ from typing import Any, Literal, TypeVar
 
 from keural.errors import UserError
 from keural.serve.batching.requests import End, Event, QueueFull, Request
-from keural.serve.batching.runner import Deliver, Stats, Ticket, Unhonoured
+from keural.serve.batching.runner import Cancelled, Deliver, Pace, Stats, Ticket, Unhonoured
 from keural.serve.engines.decoding import check_prompt
 from keural.serve.upstream.child import Log
 from keural.serve.upstream.client import Server
 from keural.serve.upstream.contract import Failed, Garbage, Gone, Later, Part, Refused
 from keural.serve.upstream.pool import Affinity
 
-RATE_SPAN = 32
-"""Finished requests that the rate is taken from which a client is told when to come again."""
 AFTERWARDS = 2.0
 """Seconds for what follows the end of an answer: the tokens that were held."""
 Result = TypeVar("Result")
@@ -60,7 +58,7 @@ class Upstreams:
         self._lock = threading.Lock()
         self._closing = False
         self._numbers = 0
-        self._finished_at: deque[float] = deque(maxlen=RATE_SPAN)
+        self._pace = Pace()
         self._events: list[tuple[Ticket, Event]] = []
         self._beside: set[asyncio.Task[None]] = set()
         self._deliver: Deliver = lambda events: None
@@ -96,7 +94,9 @@ class Upstreams:
                 raise UserError("the server is shutting down" if self._closing else str(self.broken))
             if len(self._waiting) + len(requests) > self._max_waiting + self.count - len(self._active):
                 self.stats.rejected += len(requests)
-                raise QueueFull(len(self._waiting), self._retry_after())
+                raise QueueFull(len(self._waiting), self._pace.retry_after)
+            if not (self._active or self._waiting):
+                self._pace.rest()
             now = time.monotonic()
             tickets = [Ticket(request, self._numbers + place, now) for place, request in enumerate(requests)]
             self._numbers += len(tickets)
@@ -104,9 +104,9 @@ class Upstreams:
         self.loop.call_soon_threadsafe(self._admit)
         return tickets
 
-    def cancel(self, ticket: Ticket) -> None:
+    def cancel(self, ticket: Ticket, end: Cancelled = "cancelled") -> None:
         """See `Runner.cancel`."""
-        ticket.cancelled = True
+        ticket.cancel(end)
         with contextlib.suppress(RuntimeError):  # the loop is closed: everything has ended
             self.loop.call_soon_threadsafe(self._cancel, ticket)
 
@@ -153,12 +153,6 @@ class Upstreams:
         """See `Runner.alive`."""
         return self._thread.is_alive() and self.broken is None
 
-    def _retry_after(self) -> float:
-        """Seconds until a place in the queue is likely to be free, by the rate of the last requests; at least 1."""
-        if len(self._finished_at) < 2:
-            return 1.0
-        return max(1.0, (self._finished_at[-1] - self._finished_at[0]) / (len(self._finished_at) - 1))
-
     # In the loop of the servers
 
     def _admit(self) -> None:
@@ -174,7 +168,7 @@ class Upstreams:
         with self._lock:
             del self._active[ticket]
         if ticket.end is None:
-            self._end(ticket, "cancelled")
+            self._end(ticket, ticket.cancelled_as)
         self._admit()
 
     def _cancel(self, ticket: Ticket) -> None:
@@ -187,14 +181,14 @@ class Upstreams:
             if waited:
                 self._waiting.remove(ticket)
         if waited:
-            self._end(ticket, "cancelled")
+            self._end(ticket, ticket.cancelled_as)
 
     async def _end_all(self) -> int:
         """Cut everything off; returns how many there were."""
         left = [*self._active, *self._waiting]
         tasks = [*self._active.values()]
         for ticket in left:
-            ticket.cancelled = True
+            ticket.cancel("cancelled")
             self._cancel(ticket)
         await asyncio.gather(*tasks, return_exceptions=True)
         return len(left)
@@ -210,7 +204,7 @@ class Upstreams:
         except TimeoutError:
             self._end(ticket, "deadline")
         except asyncio.CancelledError:
-            self._end(ticket, "cancelled")
+            self._end(ticket, ticket.cancelled_as)
         except Refused as error:
             self._end(ticket, "refused", f"the engine {error}")
         except Failed as error:
@@ -323,7 +317,7 @@ class Upstreams:
     def _end(self, ticket: Ticket, end: End, error: str | None = None) -> None:
         """The one place where a request ends."""
         ticket.end = end
-        self._finished_at.append(time.monotonic())
+        self._pace.end()
         self.stats.finished[end] = self.stats.finished.get(end, 0) + 1
         self._emit(ticket, Event(end=end, error=error))
 

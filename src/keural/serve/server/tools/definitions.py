@@ -142,7 +142,7 @@ class FunctionDefinition(Fields):
     def _keep(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> "FunctionDefinition":
         found: FunctionDefinition = handler(value)
         if isinstance(value, dict):
-            found._given = value
+            found._given = {key: part for key, part in value.items() if part is not None}  # null is the same as leaving it out
         return found
 
     @property

@@ -53,7 +53,6 @@ class Stats:
     sampler_seconds: float = 0.0
     finished: dict[str, int] = field(default_factory=dict)
     """Requests by how they ended."""
-    rejected: int = 0
     last_step: float | None = None
     """When the network last finished a step, by `time.monotonic`."""
 

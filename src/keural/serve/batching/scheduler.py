@@ -87,7 +87,6 @@ class Scheduler:
             if self.broken is not None or self._closing:
                 raise UserError(self.broken or "the server is shutting down")
             if len(self._waiting) + len(requests) > self.max_waiting + self._free():
-                self.stats.rejected += len(requests)
                 raise QueueFull(len(self._waiting), self._pace.retry_after)
             if not (self._active or self._waiting):
                 self._pace.rest()

@@ -41,6 +41,7 @@ def run_serve(path: Path, settings: Settings) -> int:
     keys = read_keys(settings.api_key_file) if settings.api_key_file is not None else None
     with bind(settings.host, settings.port) as listener:
         _check_exposure(listener, keys, settings.insecure)
+        _check_names(listener, settings)
         if settings.engine in ELSEWHERE:
             from keural.serve.server.fronting import serve_elsewhere
 
@@ -102,3 +103,9 @@ def _check_exposure(listener: socket.socket, keys: Keys | None, insecure: bool) 
         raise UserError(
             "other machines can reach this address: give --api-key-file FILE, a key on each line, or --insecure to let everybody in"
         )
+
+
+def _check_names(listener: socket.socket, settings: Settings) -> None:
+    """Raise `UserError` for names of a server that may be called by any."""
+    if settings.allow_hosts and not is_loopback(listener):
+        raise UserError("--allow-host: means nothing where other machines can reach the server, by whatever name; leave it out")

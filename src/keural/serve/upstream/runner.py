@@ -93,7 +93,6 @@ class Upstreams:
             if self._closing or self.broken is not None:
                 raise UserError("the server is shutting down" if self._closing else str(self.broken))
             if len(self._waiting) + len(requests) > self._max_waiting + self.count - len(self._active):
-                self.stats.rejected += len(requests)
                 raise QueueFull(len(self._waiting), self._pace.retry_after)
             if not (self._active or self._waiting):
                 self._pace.rest()

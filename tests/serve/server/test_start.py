@@ -1,0 +1,25 @@
+"""What a server refuses before it loads a model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from keural.errors import UserError
+from keural.serve.server.settings import Settings
+from keural.serve.server.start import run_serve
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "other machines can reach this address: give --api-key-file FILE"),
+        (
+            {"insecure": True, "allow_hosts": ["keural.example"]},
+            "--allow-host: means nothing where other machines can reach the server",
+        ),
+    ],
+)
+def test_an_address_that_others_reach(model_dir: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run_serve(model_dir, Settings(host="0.0.0.0", port=0, **settings))

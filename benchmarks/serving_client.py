@@ -166,7 +166,7 @@ def end_gently() -> None:
 def _answers(server: Server) -> bool:
     try:
         return bool(server.get("/health"))
-    except (URLError, ConnectionError):
+    except (URLError, ConnectionError, TimeoutError):  # a large model takes its time to be read
         return False
 
 

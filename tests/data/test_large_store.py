@@ -50,5 +50,5 @@ def test_pages_that_were_forgotten_are_read_again(tmp_path: Path) -> None:
 def test_every_window_of_an_epoch_comes_once_whatever_the_size(tmp_path: Path) -> None:
     write_sparse_store(tmp_path / "store", 1_000_000, 3000, shard_tokens=1 << 18)
     stream = Stream(TokenStore.open(tmp_path / "store", verify="size"), "next_token", LENGTH, batch_rows=1)
-    instances = np.concatenate([stream._step_instances(step) for step in range(stream.instances_per_epoch)])
+    instances = np.concatenate([stream._order.step(step) for step in range(stream.instances_per_epoch)])
     assert np.array_equal(np.sort(instances), np.arange(stream.instances_per_epoch))

@@ -6,12 +6,12 @@ In: messages and settings. Out: one object, or chunks of it. The prompt is made 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from keural.serve.server.chat_writer import ChatWriter
 from keural.serve.server.errors import ApiError
-from keural.serve.server.fields import MOST_LOGPROBS, PREFIX, Accepted, Count, Fields, Generation, only
+from keural.serve.server.fields import MOST_LOGPROBS, PREFIX, Accepted, Count, Fields, Generation, by_field, only, text_or
 from keural.serve.server.generation import form_of, requests_of, sampling_of
 from keural.serve.server.replies import Reply
 from keural.serve.server.service import Service
@@ -39,14 +39,10 @@ class TextPart(Fields):
     prompt_cache_breakpoint: Accepted
 
 
-def _form(value: Any) -> str:
-    return f"{PREFIX}parts" if isinstance(value, list) else f"{PREFIX}text"
-
-
 Parts = Annotated[list[TextPart], Field(min_length=1)]
 Content = Annotated[
     Annotated[str, Tag(f"{PREFIX}text")] | Annotated[Parts, Tag(f"{PREFIX}parts")],
-    Discriminator(_form),
+    text_or("parts"),
 ]
 
 
@@ -85,19 +81,11 @@ class Returned(Fields):
     tool_call_id: CallId
 
 
-ROLES = {"assistant": "answered", "tool": "returned"}
-
-
-def _speaker(value: Any) -> str:
-    role = value.get("role") if isinstance(value, dict) else None
-    return f"{PREFIX}{ROLES.get(role, 'said') if isinstance(role, str) else 'said'}"
-
-
 ChatTurn = Annotated[
     Annotated[Said, Tag(f"{PREFIX}said")]
-    | Annotated[Answered, Tag(f"{PREFIX}answered")]
-    | Annotated[Returned, Tag(f"{PREFIX}returned")],
-    Discriminator(_speaker),
+    | Annotated[Answered, Tag(f"{PREFIX}assistant")]
+    | Annotated[Returned, Tag(f"{PREFIX}tool")],
+    by_field("role", ("assistant", "tool"), "said"),
 ]
 
 
@@ -154,16 +142,12 @@ class OfASchema(Fields):
     json_schema: NamedSchema
 
 
-def _kind(value: Any) -> str:
-    kind = value.get("type") if isinstance(value, dict) else None
-    return f"{PREFIX}{kind if kind in ('json_object', 'json_schema') else 'text'}"
-
-
+FORMS = ("json_object", "json_schema")
 Format = Annotated[
     Annotated[PlainText, Tag(f"{PREFIX}text")]
     | Annotated[AnyObject, Tag(f"{PREFIX}json_object")]
     | Annotated[OfASchema, Tag(f"{PREFIX}json_schema")],
-    Discriminator(_kind),
+    by_field("type", FORMS, "text"),
 ]
 
 

@@ -38,9 +38,7 @@ class ChatWriter:
     def part(self, part: Part) -> list[bytes]:
         """Chunks with text and calls; the last of a choice says why it ended, and has neither."""
         reading = self._readings[part.index]
-        events = reading.push(part.piece)
-        if part.finish is not None:
-            events += reading.finish()
+        events = reading.take(part.piece, part.finish is not None)
         chunks = [chunk for event in events for chunk in self._written(part.index, event)]
         if part.finish is not None:
             chunks.append(self._chunk(part.index, {}, {"finish_reason": _finish(part.finish, reading)}))

@@ -13,6 +13,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     GetCoreSchemaHandler,
     WithJsonSchema,
@@ -157,6 +158,21 @@ class Generation(Settings):
 
 PREFIX = "="
 """What the names of a union's members begin with, so that they can be told from fields."""
+
+
+def by_field(field: str, values: Sequence[str], otherwise: str) -> Discriminator:
+    """Tells members of a union apart by a field: its values are their tags; what has another value or none has `otherwise`."""
+
+    def tag(value: Any) -> str:
+        found = value.get(field) if isinstance(value, dict) else None
+        return f"{PREFIX}{found if found in values else otherwise}"
+
+    return Discriminator(tag)
+
+
+def text_or(name: str) -> Discriminator:
+    """Tells a list, whose tag is `name`, from a text."""
+    return Discriminator(lambda value: f"{PREFIX}{name if isinstance(value, list) else 'text'}")
 
 
 def refusal(errors: Sequence[ErrorDetails]) -> ApiError:

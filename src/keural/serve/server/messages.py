@@ -6,11 +6,11 @@ In: messages and settings. Out: one message, or the events of one. Prompts are m
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field, Tag
 
 from keural.serve.server.chat import joined, prompt_of
 from keural.serve.server.errors import ApiError
-from keural.serve.server.fields import PREFIX, Accepted, Count, Fields, Settings, Stop, only
+from keural.serve.server.fields import PREFIX, Accepted, Count, Fields, Settings, Stop, by_field, only, text_or
 from keural.serve.server.generation import form_of, requests_of, sampling_of, settings_of
 from keural.serve.server.messages_writer import MessagesWriter
 from keural.serve.server.replies import Reply
@@ -46,24 +46,14 @@ class ToolResultBlock(Fields):
     cache_control: Accepted
 
 
-def _form(value: Any) -> str:
-    return f"{PREFIX}blocks" if isinstance(value, list) else f"{PREFIX}text"
-
-
-def _block(value: Any) -> str:
-    kind = value.get("type") if isinstance(value, dict) else None
-    return f"{PREFIX}{kind if kind in ('tool_use', 'tool_result') else 'text'}"
-
-
+BLOCKS = ("tool_use", "tool_result")
 Text = Annotated[str, Tag(f"{PREFIX}text")]
 TextTag = Annotated[TextBlock, Tag(f"{PREFIX}text")]
-Content = Annotated[Text | Annotated[list[TextBlock], Field(min_length=1), Tag(f"{PREFIX}blocks")], Discriminator(_form)]
-UserBlock = Annotated[TextTag | Annotated[ToolResultBlock, Tag(f"{PREFIX}tool_result")], Discriminator(_block)]
-AssistantBlock = Annotated[TextTag | Annotated[ToolUseBlock, Tag(f"{PREFIX}tool_use")], Discriminator(_block)]
-UserContent = Annotated[Text | Annotated[list[UserBlock], Field(min_length=1), Tag(f"{PREFIX}blocks")], Discriminator(_form)]
-AssistantContent = Annotated[
-    Text | Annotated[list[AssistantBlock], Field(min_length=1), Tag(f"{PREFIX}blocks")], Discriminator(_form)
-]
+Content = Annotated[Text | Annotated[list[TextBlock], Field(min_length=1), Tag(f"{PREFIX}blocks")], text_or("blocks")]
+UserBlock = Annotated[TextTag | Annotated[ToolResultBlock, Tag(f"{PREFIX}tool_result")], by_field("type", BLOCKS, "text")]
+AssistantBlock = Annotated[TextTag | Annotated[ToolUseBlock, Tag(f"{PREFIX}tool_use")], by_field("type", BLOCKS, "text")]
+UserContent = Annotated[Text | Annotated[list[UserBlock], Field(min_length=1), Tag(f"{PREFIX}blocks")], text_or("blocks")]
+AssistantContent = Annotated[Text | Annotated[list[AssistantBlock], Field(min_length=1), Tag(f"{PREFIX}blocks")], text_or("blocks")]
 
 
 class Asked(Fields):
@@ -80,12 +70,9 @@ class Spoken(Fields):
     content: AssistantContent
 
 
-def _speaker(value: Any) -> str:
-    return f"{PREFIX}{'assistant' if isinstance(value, dict) and value.get('role') == 'assistant' else 'user'}"
-
-
 MessagesTurn = Annotated[
-    Annotated[Asked, Tag(f"{PREFIX}user")] | Annotated[Spoken, Tag(f"{PREFIX}assistant")], Discriminator(_speaker)
+    Annotated[Asked, Tag(f"{PREFIX}user")] | Annotated[Spoken, Tag(f"{PREFIX}assistant")],
+    by_field("role", ("assistant",), "user"),
 ]
 
 

@@ -38,10 +38,7 @@ class MessagesWriter:
 
     def part(self, part: Part) -> list[bytes]:
         """More of its blocks."""
-        events = self._reading.push(part.piece)
-        if part.finish is not None:
-            events += self._reading.finish()
-        return [written for found in events for written in self._written(found)]
+        return [written for found in self._reading.take(part.piece, part.finish is not None) for written in self._written(found)]
 
     def end(self, choices: Sequence[Choice], usage: Usage) -> list[bytes]:
         """Why it ended."""

@@ -6,10 +6,10 @@ In: an input and settings. Out: one response, or the events of one.
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field, Tag
 
 from keural.serve.engines.sampling_params import SamplingParams
-from keural.serve.server.chat import NO_MEDIA, AnyObject, PlainText, joined, prompt_of
+from keural.serve.server.chat import FORMS, NO_MEDIA, AnyObject, PlainText, joined, prompt_of
 from keural.serve.server.errors import ApiError
 from keural.serve.server.fields import (
     MOST_LOGPROBS,
@@ -18,7 +18,9 @@ from keural.serve.server.fields import (
     Count,
     Fields,
     Settings,
+    by_field,
     only,
+    text_or,
 )
 from keural.serve.server.generation import form_of, requests_of, sampling_of, settings_of
 from keural.serve.server.replies import Reply
@@ -51,12 +53,8 @@ class InputText(Fields):
     prompt_cache_breakpoint: Accepted
 
 
-def _form(value: Any) -> str:
-    return f"{PREFIX}parts" if isinstance(value, list) else f"{PREFIX}text"
-
-
 Parts = Annotated[list[InputText], Field(min_length=1)]
-Content = Annotated[Annotated[str, Tag(f"{PREFIX}text")] | Annotated[Parts, Tag(f"{PREFIX}parts")], Discriminator(_form)]
+Content = Annotated[Annotated[str, Tag(f"{PREFIX}text")] | Annotated[Parts, Tag(f"{PREFIX}parts")], text_or("parts")]
 
 
 class InputMessage(Fields):
@@ -80,21 +78,16 @@ class CallOutput(Fields):
     status: Accepted
 
 
-def _item(value: Any) -> str:
-    kind = value.get("type") if isinstance(value, dict) else None
-    return f"{PREFIX}{kind if kind in ('function_call', 'function_call_output') else 'message'}"
-
-
 Item = Annotated[
     Annotated[InputMessage, Tag(f"{PREFIX}message")]
     | Annotated[ResponsesCall, Tag(f"{PREFIX}function_call")]
     | Annotated[CallOutput, Tag(f"{PREFIX}function_call_output")],
-    Discriminator(_item),
+    by_field("type", ("function_call", "function_call_output"), "message"),
 ]
 Input = Annotated[
     Annotated[str, Tag(f"{PREFIX}text")]
     | Annotated[list[Item], Field(min_length=1), Tag(f"{PREFIX}parts")],
-    Discriminator(_form),
+    text_or("parts"),
 ]  # fmt: skip
 
 
@@ -108,11 +101,6 @@ class SchemaFormat(Fields):
     strict: bool | None = None
 
 
-def _kind(value: Any) -> str:
-    kind = value.get("type") if isinstance(value, dict) else None
-    return f"{PREFIX}{kind if kind in ('json_object', 'json_schema') else 'text'}"
-
-
 class TextConfig(Fields):
     """What an answer must be."""
 
@@ -121,7 +109,7 @@ class TextConfig(Fields):
             Annotated[PlainText, Tag(f"{PREFIX}text")]
             | Annotated[AnyObject, Tag(f"{PREFIX}json_object")]
             | Annotated[SchemaFormat, Tag(f"{PREFIX}json_schema")],
-            Discriminator(_kind),
+            by_field("type", FORMS, "text"),
         ]
         | None
     ) = None

@@ -58,10 +58,7 @@ class ResponsesWriter:
 
     def part(self, part: Part) -> list[bytes]:
         """More of its items."""
-        events = self._reading.push(part.piece)
-        if part.finish is not None:
-            events += self._reading.finish()
-        return [written for found in events for written in self._written(found)]
+        return [written for found in self._reading.take(part.piece, part.finish is not None) for written in self._written(found)]
 
     def end(self, choices: Sequence[Choice], usage: Usage) -> list[bytes]:
         """What has not ended, and the whole response."""

@@ -19,6 +19,7 @@ from keural.recipe import OBJECTIVES, StageSpec, TrainSpec
 from keural.train.checks.record import CHECKS_FILE, ChecksFile, check_data
 from keural.train.network.policy import Compute, Policy, needs_engine
 from keural.train.optimization.optimizer import Optimizer, build_optimizer, build_split_optimizer
+from keural.train.optimization.split import SplitAdamW
 from keural.train.optimization.trainable import count_all, count_trained, freeze
 from keural.train.processes.parallel import prepare_layers, shard
 from keural.train.processes.ranks import Ranks
@@ -70,31 +71,57 @@ def checked_data(job: StageJob, stream: Stream, heldout: Stream | None, ranks: R
 
 def policy_of(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, Optimizer, str]:
     """Model and optimizer with their initial values, sharded over the ranks; and the digest of what is frozen."""
+    policy, frozen = _policy(job, uniform, ranks)
+    model, spec = policy.model, job.stage.train
+    if (trained := count_trained(model)) < (total := count_all(model)):
+        ranks.log_once(f"{job.stage.name}: trains {trained:,} of {total:,} parameters")
+    if spec.precision != "fp32":
+        return policy, _split(policy, spec, ranks), frozen
+    _place(policy, spec, ranks)
+    return policy, build_optimizer(model, spec), frozen
+
+
+def computing_policy(job: StageJob, uniform: bool, ranks: Ranks) -> Policy:
+    """The same model where nothing is trained, without moments."""
+    policy, _ = _policy(job, uniform, ranks)
+    if job.stage.train.precision != "fp32":
+        _split(policy, job.stage.train, ranks)  # which makes the bfloat16 weights
+    else:
+        _place(policy, job.stage.train, ranks)
+    return policy
+
+
+def _split(policy: Policy, spec: TrainSpec, ranks: Ranks) -> SplitAdamW:
+    optimizer = build_split_optimizer(policy.model, spec, ranks.device)
+    policy.to(ranks.device)  # what the optimizer has not moved
+    return optimizer
+
+
+def _place(policy: Policy, spec: TrainSpec, ranks: Ranks) -> None:
+    """Bring a model whose weights stay in float32 to its device, sharded over the ranks."""
+    if ranks.world == 1:
+        policy.to(ranks.device)
+    if policy.engine is None:
+        prepare_layers(policy.model, spec)
+    shard(policy, policy.model, spec, ranks)  # brings it to the device
+
+
+def _policy(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, str]:
+    """Model with its initial values, on the CPU; and the digest of what is frozen."""
     spec = job.stage.train
     chats = OBJECTIVES[job.stage.objective].store != "documents"
     settings = (job.model_config, job.init, job.seed, ranks.device, spec.compile, job.tokenizer_sha)
     model = initial_model(*settings, chats=chats, say=ranks.log_once)
     adapter = _adapter(job, model)
     frozen = adapter.base_digest if adapter else freeze(model, job.stage.router)
-    if (trained := count_trained(model)) < (total := count_all(model)):
-        ranks.log_once(f"{job.stage.name}: trains {trained:,} of {total:,} parameters")
     engine = _engine(job, uniform, ranks)
-    policy = Policy(model, getattr(torch, spec.compute_dtype), engine, adapter, by_documents=_by_documents(spec, ranks)).train()
-    if spec.precision != "fp32":
-        optimizer = build_split_optimizer(model, spec, ranks.device)
-        policy.to(ranks.device)  # what the optimizer has not moved
-        return policy, optimizer, frozen
-    if ranks.world == 1:
-        policy.to(ranks.device)
-    if policy.engine is None:
-        prepare_layers(model, spec)
-    shard(policy, model, spec, ranks)  # brings it to the device
-    return policy, build_optimizer(model, spec), frozen
+    policy = Policy(model, getattr(torch, spec.compute_dtype), engine, adapter, by_documents=_by_documents(spec, ranks))
+    return policy.train(), frozen
 
 
 def online_reference(job: StageJob, policy: Policy, uniform: bool, ranks: Ranks) -> OnlineReference:
     """What computes reference values in each step: the policy with its adapter off, or a second one whose weights stay."""
-    return OnlineReference(policy if policy.adapter is not None else policy_of(job, uniform, ranks)[0], job.stage.dpo.ld_alpha)
+    return OnlineReference(policy if policy.adapter is not None else computing_policy(job, uniform, ranks), job.stage.dpo.ld_alpha)
 
 
 def _adapter(job: StageJob, model: KeuralMoECausalLM) -> TrainedAdapter | None:

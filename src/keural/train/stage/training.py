@@ -28,7 +28,7 @@ from keural.train.reference.cache import ReferenceCache
 from keural.train.reference.of_stage import identity_of, is_cached, is_online, place_of, weights_fingerprint
 from keural.train.reference.online import Reference, values_by
 from keural.train.stage import step_plan
-from keural.train.stage.building import checked_data, online_reference, policy_of, stream_of
+from keural.train.stage.building import checked_data, computing_policy, online_reference, policy_of, stream_of
 from keural.train.stage.checkpoint import Checkpoints, Progress, Stored, newest_progress
 from keural.train.stage.health import SpikeGuard
 from keural.train.stage.heldout import heldout_batches
@@ -171,7 +171,7 @@ def make_references(job: StageJob, ranks: Ranks | None = None) -> bool:
         stream = stream_of(job, job.train_store, ranks)
         heldout = stream_of(job, job.heldout_store, ranks) if job.heldout_store else None
         checked_data(job, stream, heldout, ranks, keep=False)
-        policy, *_ = policy_of(job, LOSSES[job.stage.objective](job.stage).uniform, ranks)
+        policy = computing_policy(job, LOSSES[job.stage.objective](job.stage).uniform, ranks)
         measured = job.stage.train.budget_share is not None
         steps = stream.steps_per_epoch if measured else step_plan.fixed_plan(job.stage, stream).steps
         training, _ = _references(job, steps, policy, stream, heldout, stop, ranks, fills=True)

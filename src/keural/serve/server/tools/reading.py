@@ -54,6 +54,10 @@ class Reading:
         self._reader = CallReader()
         self._waiting: list[tuple[int, Chosen]] = []
 
+    def take(self, piece: Piece, last: bool) -> list[Event]:
+        """What a piece of the text brings, and after the `last` what was held back."""
+        return self.push(piece) + (self.finish() if last else [])
+
     def push(self, piece: Piece) -> list[Event]:
         """What a piece of the text brings."""
         if self.with_calls:
@@ -93,8 +97,7 @@ class Reading:
 def reading_of(text: str, tokens: Sequence[Chosen], starts: Sequence[int], with_calls: bool) -> Reading:
     """A whole answer, read."""
     reading = Reading(with_calls)
-    reading.push(Piece(text, list(tokens), list(starts)))
-    reading.finish()
+    reading.take(Piece(text, list(tokens), list(starts)), last=True)
     return reading
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
-from keural.serve.batching.requests import End, Event, Request
+from keural.serve.batching.requests import End, Event, QueueFull, Request
 
 PACE_SPAN = 32
 """Ended requests from which it follows when a client is told to come again."""
@@ -56,16 +56,23 @@ class Stats:
     last_step: float | None = None
     """When the network last finished a step, by `time.monotonic`."""
 
+    def count_end(self, end: End) -> None:
+        """A request has ended so."""
+        self.finished[end] = self.finished.get(end, 0) + 1
+
 
 class Pace:
-    """How quickly requests end, while there are any."""
+    """How quickly requests end, while there are any, and so whether more are taken."""
 
     def __init__(self) -> None:
         self._ended: deque[float] = deque(maxlen=PACE_SPAN)
 
-    def rest(self) -> None:
-        """There is nothing to do: what was before says nothing of how long the next ones take."""
-        self._ended.clear()
+    def admit(self, asked: int, waiting: int, active: int, places: int) -> None:
+        """Take `asked` requests where `places` suffice, for those being answered and for those that wait. Raises `QueueFull`."""
+        if waiting + active + asked > places:
+            raise QueueFull(waiting, self.retry_after)
+        if not waiting + active:
+            self._ended.clear()  # there was nothing to do: what was before says nothing of how long the next ones take
 
     def end(self) -> None:
         """A request has ended."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from keural.errors import UserError
-from keural.serve.batching.requests import Chosen, End, Event, QueueFull, Request
+from keural.serve.batching.requests import Chosen, End, Event, Request
 from keural.serve.batching.runner import Cancelled, Deliver, Pace, Stats, Ticket, Unhonoured
 from keural.serve.batching.slots import Row, Slots
 from keural.serve.engines.decoding import check_prompt, common_prefix
@@ -86,10 +86,7 @@ class Scheduler:
         with self._wake:
             if self.broken is not None or self._closing:
                 raise UserError(self.broken or "the server is shutting down")
-            if len(self._waiting) + len(requests) > self.max_waiting + self._free():
-                raise QueueFull(len(self._waiting), self._pace.retry_after)
-            if not (self._active or self._waiting):
-                self._pace.rest()
+            self._pace.admit(len(requests), len(self._waiting), len(self._active), self.max_waiting + self.slots.count)
             now = time.monotonic()
             tickets = [
                 SampledTicket(request, self._numbers + place, self.vocab_size, now) for place, request in enumerate(requests)
@@ -322,7 +319,7 @@ class Scheduler:
         if ticket.slot is not None:
             del self._active[ticket.slot]
         self._pace.end()
-        self.stats.finished[end] = self.stats.finished.get(end, 0) + 1
+        self.stats.count_end(end)
         self._events.append((ticket, Event(end=end, error=error)))
 
     def _fail(self, rows: list[Row], error: Exception) -> None:

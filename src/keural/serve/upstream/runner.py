@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from typing import Any, Literal, TypeVar
 
 from keural.errors import UserError
-from keural.serve.batching.requests import End, Event, QueueFull, Request
+from keural.serve.batching.requests import End, Event, Request
 from keural.serve.batching.runner import Cancelled, Deliver, Pace, Stats, Ticket, Unhonoured
 from keural.serve.engines.decoding import check_prompt
 from keural.serve.upstream.child import Log
@@ -92,10 +92,7 @@ class Upstreams:
         with self._lock:
             if self._closing or self.broken is not None:
                 raise UserError("the server is shutting down" if self._closing else str(self.broken))
-            if len(self._waiting) + len(requests) > self._max_waiting + self.count - len(self._active):
-                raise QueueFull(len(self._waiting), self._pace.retry_after)
-            if not (self._active or self._waiting):
-                self._pace.rest()
+            self._pace.admit(len(requests), len(self._waiting), len(self._active), self._max_waiting + self.count)
             now = time.monotonic()
             tickets = [Ticket(request, self._numbers + place, now) for place, request in enumerate(requests)]
             self._numbers += len(tickets)
@@ -317,7 +314,7 @@ class Upstreams:
         """The one place where a request ends."""
         ticket.end = end
         self._pace.end()
-        self.stats.finished[end] = self.stats.finished.get(end, 0) + 1
+        self.stats.count_end(end)
         self._emit(ticket, Event(end=end, error=error))
 
     def _emit(self, ticket: Ticket, event: Event) -> None:

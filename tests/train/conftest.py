@@ -1,15 +1,5 @@
 """Fixes the number of threads."""
 
-from collections.abc import Iterator
+from tests.helpers.threads import one_thread
 
-import pytest
-import torch
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Bit-identical results are compared between processes, so all of them use as many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+__all__ = ["one_thread"]

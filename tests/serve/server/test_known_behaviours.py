@@ -88,11 +88,6 @@ def plain(tokenizer: KeuralTokenizer, slots: Writing) -> Iterator[httpx.Client]:
         yield opened
 
 
-@pytest.fixture(scope="module")
-def client(plain: httpx.Client) -> OpenAI:
-    return OpenAI(base_url=f"{plain.base_url}/v1", api_key="none", _strict_response_validation=True, max_retries=0, timeout=20)
-
-
 @pytest.mark.parametrize("stop", [["the"], ["👋🏽", "zzz"], "cat"])
 def test_stop_strings_through_the_library(client: OpenAI, stop: Any) -> None:
     stream = client.chat.completions.create(model="tiny", messages=HELLO, stop=stop, stream=True)

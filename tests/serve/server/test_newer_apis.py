@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import anthropic
@@ -28,22 +27,6 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required"
 @pytest.fixture(scope="module")
 def slots(tokenizer: KeuralTokenizer) -> Writing:
     return Writing(tokenizer, TEXT)
-
-
-@pytest.fixture(scope="module")
-def plain(tokenizer: KeuralTokenizer, slots: Writing) -> Iterator[httpx.Client]:
-    with serving(service_of(tokenizer, slots, trained_on_tools=True)) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def client(plain: httpx.Client) -> OpenAI:
-    return OpenAI(base_url=f"{plain.base_url}/v1", api_key="none", _strict_response_validation=True, max_retries=0, timeout=20)
-
-
-@pytest.fixture(scope="module")
-def claude(plain: httpx.Client) -> Anthropic:
-    return Anthropic(base_url=str(plain.base_url), api_key="none", _strict_response_validation=True, max_retries=0, timeout=20)
 
 
 OF_RESPONSES_TOOL = {"type": "function", "name": "f", "parameters": {}, "strict": False}

@@ -1,16 +1,14 @@
 """The clients' own libraries, strict, over tools: what they read, what they collect from streams, and what they send back."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
 from anthropic import Anthropic
 from openai import OpenAI
 
 from keural.tokenizer import KeuralTokenizer, Message, ToolCall, render_prompt, with_calls
-from tests.helpers.serving import Writing, service_of, serving
+from tests.helpers.serving import Writing
 from tests.helpers.tools import CALLS, HELLO, TOOLS
 
 TEXT = f"잠시만요 👋🏽\n{CALLS}"
@@ -29,22 +27,6 @@ TURNS = [Message("user", "hello"), CALLED, Message("tool", "sunny"), Message("to
 @pytest.fixture(scope="module")
 def slots(tokenizer: KeuralTokenizer) -> Writing:
     return Writing(tokenizer, TEXT, context_length=1500)
-
-
-@pytest.fixture(scope="module")
-def plain(tokenizer: KeuralTokenizer, slots: Writing) -> Iterator[httpx.Client]:
-    with serving(service_of(tokenizer, slots, trained_on_tools=True)) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def client(plain: httpx.Client) -> OpenAI:
-    return OpenAI(base_url=f"{plain.base_url}/v1", api_key="none", _strict_response_validation=True, max_retries=0, timeout=20)
-
-
-@pytest.fixture(scope="module")
-def claude(plain: httpx.Client) -> Anthropic:
-    return Anthropic(base_url=str(plain.base_url), api_key="none", _strict_response_validation=True, max_retries=0, timeout=20)
 
 
 def test_chats(client: OpenAI, slots: Writing, tokenizer: KeuralTokenizer) -> None:

@@ -62,6 +62,7 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "nothing to inspect": (["inspect", "nowhere"], "no such file or directory"),
     "an unknown precision": (["init", "toy", "out", "--dtype", "int8"], "--dtype int8: unknown"),
     "a random model of an unknown recipe": (["init", "toi", "out"], "did you mean 'toy'"),
+    "a dense model that is not there": (["init", "toy", "out", "--from-dense", "nowhere"], "no such file or directory"),
     "an unknown key to explain": (["recipe", "--explain", "train.lrr"], "did you mean 'train.lr'"),
     "a copy of nothing": (["recipes", "--copy", "out"], "--copy needs the name"),
 }

@@ -3,8 +3,8 @@
     python benchmarks/pair_packing.py --data DIR [--seconds 240] [--out pair_packing.json]
 
 DIR holds the sets of the recipe `laptop` (`keural data fetch laptop DIR`); without it lengths are drawn as real pairs have them.
-A step is the same pairs for every side, forward, loss, backward and AdamW, by the model of `laptop` (14.9M), float32, random
-weights:
+A step is the same pairs for every side, forward, loss, backward and AdamW, by a model of 14.9M parameters (what `laptop` was until
+2026-11-27), float32, random weights:
 
 - packed: as a stage does it, in one row, and in rows of at most 4,096 tokens;
 - padded 32, padded 2: a row for each side, 64 or 4 of them padded to the longest, gradients added up; TRL batches pairs like that.
@@ -49,6 +49,10 @@ from keural.train.trainer import Trainer
 
 CPU = Ranks(0, 1, torch.device("cpu"))
 PAIRS, LENGTH = 32, 512
+SETS: list[dict[str, Any]] = [
+    {"name": "hh_rlhf", "adapter": "hh_rlhf", "path": "pref_hh_rlhf/harmless-base/test.jsonl.gz", "language": "en"},
+    {"name": "polite", "adapter": "preference", "path": "pref_rasbt_1100", "language": "en"},
+]
 LAPTOP = {
     "vocab_size": 8194, "hidden_size": 256, "intermediate_size": 320, "num_hidden_layers": 6, "num_attention_heads": 8,
     "num_key_value_heads": 2, "head_dim": 32, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 129,
@@ -62,8 +66,9 @@ CARD_MEAN, CARD_LONGEST, CARD_WINDOW = 621, 8192, 4096
 
 
 def real_pairs(data: Path, out: Path) -> TokenStore:
-    """The pairs of the laptop recipe's last stage, by a tokenizer of its vocabulary trained on a part of its prose."""
-    recipe = load_recipe(recipe_directory(Path("laptop")), [f"data={data}", "tokenizer.max_bytes=2000000"])
+    """The pairs of the laptop recipe's last stage, long ones too, by a tokenizer trained on a part of its prose."""
+    overrides = ["tokenizer.max_bytes=2000000", "tokenizer.vocab_size=8192", f"dpo-2.data.sources={json.dumps(SETS)}"]
+    recipe = load_recipe(recipe_directory(Path("laptop")), [f"data={data}", *overrides])
     tokenizer = prepare_tokenizer(recipe, out)
     found = prepare(recipe.stage("dpo-2").data, "dpo", data, tokenizer, out / "data", seed=0)
     return TokenStore.open(found.corpus.paths[0])

@@ -230,3 +230,11 @@ def test_a_frozen_copy_is_made_as_what_is_trained_is() -> None:
 
     assert stage.laid.memory.moment == "start"
     assert stage.laid.memory.parts["reference"] == 3 * stage.laid.memory.parts["weights"]
+
+
+def test_an_optimizer_that_needs_whole_weights_keeps_them() -> None:
+    """The recipe would be given `split` on this card, which Muon refuses."""
+    found = planned(1, "h200", "train.optimizer=muon")
+
+    assert {stage.laid.layout.precision for stage in found.stages} == {"fp32"}
+    assert not found.fits

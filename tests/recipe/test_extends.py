@@ -105,3 +105,53 @@ def test_one_stage_of_it_may_be_named(keural: Keural, tmp_path: Path) -> None:
     assert code == 2
     assert "evening/sft-1.yaml" in err
     assert "train.lr" in err
+
+
+class TestShared:
+    """What `recipe.yaml` shares stands behind every stage's file."""
+
+    def test_every_stage_has_it_unless_its_file_says_otherwise(self, tmp_path: Path) -> None:
+        copy("laptop", tmp_path / "mine")
+        recipe = yaml.safe_load((tmp_path / "mine" / "recipe.yaml").read_text())
+        plain = load_recipe(tmp_path / "mine")
+        recipe["shared"] = {"train": {"clip_norm": 0.5, "lr": 9.0}, "router": {"scope": "micro_batch"}}
+        (tmp_path / "mine" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        shared = load_recipe(tmp_path / "mine")
+        for before, after in zip(plain.stages, shared.stages, strict=True):
+            assert after.train == before.train.model_copy(update={"clip_norm": 0.5})
+            assert after.router.scope == "micro_batch"
+        assert load_recipe(tmp_path / "mine", ["train.clip_norm=2"]).stage("sft-1").train.clip_norm == 2
+
+    def test_null_takes_a_key_back(self, tmp_path: Path) -> None:
+        mine = write(
+            tmp_path / "mine",
+            {"name": "mine", "extends": "laptop", "shared": {"train": {"evaluate_every": 7}}},
+            sft_1={"train": {"evaluate_every": None}},
+        )
+        recipe = load_recipe(mine)
+        assert recipe.stage("sft-1").train.evaluate_every is None
+        assert recipe.stage("sft-2").train.evaluate_every == 7
+
+    @pytest.mark.parametrize(
+        ("shared", "said"),
+        [
+            ("all", "key 'shared' must be keys of stages with their values, got 'all'"),
+            ({"name": "sft"}, "key 'shared.name' belongs to one stage"),
+            ({"trian": {}}, "pretrain-1.yaml: unknown key 'trian' (did you mean 'train'?)"),
+            ({"train": {"clip_norm": -1}}, "(what the file does not say is `shared` in recipe.yaml)"),
+        ],
+    )
+    def test_what_cannot_be_shared(self, tmp_path: Path, shared: object, said: str) -> None:
+        assert said in refusal(write(tmp_path / "mine", {"name": "mine", "extends": "laptop", "shared": shared}))
+
+    @pytest.mark.parametrize("override", ["shared.train.lr=1", "extends=toy"])
+    def test_an_override_names_the_key_itself(self, tmp_path: Path, override: str) -> None:
+        with pytest.raises(UserError, match="cannot be overridden; give the keys themselves"):
+            load_recipe(SHIPPED / "laptop", [override])
+
+    def test_nothing_is_written_twice_in_the_recipes_of_the_full_size(self) -> None:
+        for name in ("keural-14b", "keural-14b-published"):
+            files = [yaml.safe_load(file.read_text()) for file in (SHIPPED / name).glob("*.yaml") if file.name != "recipe.yaml"]
+            for key in ("betas", "eps", "clip_norm", "compute_dtype", "recompute"):
+                assert not any(key in stage["train"] for stage in files), (name, key)
+            assert not any("decontaminate" in stage["data"] for stage in files)

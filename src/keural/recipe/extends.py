@@ -1,29 +1,48 @@
-"""A recipe that says only in what it differs from another one.
+"""What a recipe says once: for all of its stages (`shared`), or in another recipe, from which it differs (`extends`).
 
 In: a recipe's directory. Out: the plain data of `recipe.yaml` and of its stages' files, each laid over what the recipe that it
-`extends` has under the same name: maps key by key, everything else whole. `null` takes a key back to what is said nowhere.
+`extends` has under the same name, and stages over what is `shared`: maps key by key, everything else whole. `null` takes a key back
+to what is said nowhere.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from keural.errors import UserError, nearest, quoted
 from keural.files import read_yaml
 from keural.recipe.shipped import RECIPE_FILE, SETS_FILE, SHIPPED, names
 
-KEY = "extends"
+EXTENDS = "extends"
+SHARED = "shared"
 MOST = 8
 """Recipes that may stand one behind the other."""
 
 Data = dict[str, Any]
 
 
-def read_recipe_files(directory: Path) -> tuple[Data, dict[str, Data]]:
-    """What `recipe.yaml` and the files of the stages it names say, with what the recipe behind it says.
+class Files(NamedTuple):
+    """What a recipe's files say."""
+
+    recipe: Data
+    """`recipe.yaml`, without what is shared."""
+    stages: dict[str, Data]
+    """The stages' files by name, each with what is shared behind it."""
+    shares: bool
+    """Whether anything is."""
+
+
+def read_recipe_files(directory: Path) -> Files:
+    """What `recipe.yaml` and the files of the stages it names say, with what the recipe behind it and `shared` say.
 
     Raises `UserError` for a file that is missing or no mapping, and for a recipe that extends none or itself.
     """
-    return _read(directory, ())
+    recipe, stages = _read(directory, ())
+    shared = recipe.pop(SHARED, None) or {}
+    if not isinstance(shared, dict):
+        raise UserError(f"{directory / RECIPE_FILE}: key {SHARED!r} must be keys of stages with their values, got {quoted(shared)}")
+    if own := [key for key in ("name", "init_from") if key in shared]:
+        raise UserError(f"{directory / RECIPE_FILE}: key '{SHARED}.{own[0]}' belongs to one stage; write it in the stage's file")
+    return Files(recipe, {name: laid_over(shared, stage) for name, stage in stages.items()}, bool(shared))
 
 
 def sets_file(directory: Path) -> Path:
@@ -31,7 +50,7 @@ def sets_file(directory: Path) -> Path:
     seen: list[Path] = []
     while not (directory / SETS_FILE).is_file() and directory not in seen:
         seen.append(directory)
-        base = read_mapping(directory / RECIPE_FILE).get(KEY)
+        base = read_mapping(directory / RECIPE_FILE).get(EXTENDS)
         if base is None:
             break
         directory = _base(base, directory)
@@ -41,8 +60,8 @@ def sets_file(directory: Path) -> Path:
 def _read(directory: Path, before: tuple[Path, ...]) -> tuple[Data, dict[str, Data]]:
     file = directory / RECIPE_FILE
     recipe = read_mapping(file)
-    behind, behind_stages = _read_base(recipe.pop(KEY), directory, before) if recipe.get(KEY) is not None else ({}, {})
-    recipe.pop(KEY, None)
+    behind, behind_stages = _read_base(recipe.pop(EXTENDS), directory, before) if recipe.get(EXTENDS) is not None else ({}, {})
+    recipe.pop(EXTENDS, None)
     recipe = laid_over(behind, recipe)
     stages = recipe.get("stages")
     if not isinstance(stages, list) or not all(isinstance(name, str) for name in stages):
@@ -61,7 +80,7 @@ def _base(given: Any, directory: Path) -> Path:
     """The directory of a recipe that is extended: the package's by its name, another one by a path relative to `directory`."""
     file = directory / RECIPE_FILE
     if not isinstance(given, str):
-        raise UserError(f"{file}: key {KEY!r} must be a recipe's name or path, got {quoted(given)}")
+        raise UserError(f"{file}: key {EXTENDS!r} must be a recipe's name or path, got {quoted(given)}")
     if given in names():
         return SHIPPED / given
     base = directory / given

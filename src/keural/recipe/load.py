@@ -20,7 +20,7 @@ from keural.limits import LARGEST_SEED, LONGEST_SECONDS
 from keural.parsing import Malformed, parse_yaml
 from keural.recipe.base import Spec, neutral, validate
 from keural.recipe.evaluation import ChatSpec, EvaluationSpec
-from keural.recipe.extends import read_recipe_files
+from keural.recipe.extends import EXTENDS, SHARED, read_recipe_files
 from keural.recipe.model import ModelSpec
 from keural.recipe.objectives import OBJECTIVES
 from keural.recipe.tokenizer import TokenizerSpec
@@ -42,6 +42,9 @@ class RecipeSpec(Spec):
     """A recipe of the package by name, or a path relative to this file's directory, that this one differs from: its keys and those
     of its stages' files are laid over that recipe's, maps key by key, lists whole; null takes a key back. Every stage has a file
     here, if only with its name. A resolved recipe extends none."""
+    shared: dict[str, Any] | None = neutral("place", None)
+    """Keys of stages that every stage has unless its file says otherwise, as the file would have them: `{train: {eps: 1e-8}}`. Maps
+    are joined key by key, lists are taken whole; null in a stage's file takes a key back. A resolved recipe shares none."""
     seed: int = Field(42, ge=0, le=LARGEST_SEED)
     """Of everything that is drawn: weights at the start, held-out records, order and mixture of the data."""
     data: str | None = neutral("place", None)
@@ -111,14 +114,21 @@ def load_recipe(directory: Path, overrides: Iterable[str] = ()) -> Recipe:
     if directory.is_file():
         raise UserError(f"{directory}: a recipe is a directory with a recipe.yaml; give {directory.parent}")
     recipe_file = directory / "recipe.yaml"
-    recipe_data, stage_data = read_recipe_files(directory)
+    recipe_data, stage_data, shares = read_recipe_files(directory)
     for override in overrides:
         _apply_override(override, recipe_data, stage_data, recipe_file)
     spec = validate(RecipeSpec, recipe_data, recipe_file)
-    stages = tuple(validate(StageSpec, data, directory / f"{name}.yaml") for name, data in stage_data.items())
+    stages = tuple(_stage(data, directory / f"{name}.yaml", shares) for name, data in stage_data.items())
     recipe = Recipe(spec, stages, directory)
     _check_stages(recipe)
     return recipe
+
+
+def _stage(data: dict[str, Any], file: Path, shares: bool) -> StageSpec:
+    try:
+        return validate(StageSpec, data, file)
+    except UserError as error:
+        raise UserError(f"{error} (what the file does not say is `shared` in recipe.yaml)") if shares else error from error
 
 
 def _check_stages(recipe: Recipe) -> None:
@@ -172,6 +182,8 @@ def _apply_override(override: str, recipe: dict[str, Any], stages: dict[str, dic
     elif head in RecipeSpec.model_fields and not (head == "data" and rest):  # data=DIR, but data.sequence_length=512
         if head == "stages":
             raise UserError(f"override {quoted(override)}: stages cannot be overridden; edit {file} or use --until")
+        if head in (EXTENDS, SHARED):
+            raise UserError(f"override {quoted(override)}: {head} cannot be overridden; give the keys themselves, or edit {file}")
         if key in {"data", "budget"} and isinstance(value, int | float):
             value = text
         _set(recipe, key, value, override)

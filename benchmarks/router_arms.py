@@ -42,7 +42,7 @@ ARMS: dict[str, Callable[[RouterSpec], RouterSpec]] = {
     "frozen": lambda router: RouterSpec(balance_coef=0.0, z_coef=0.0, freeze=True),
     "frozen, with losses": lambda router: router.model_copy(update={"freeze": True}),
 }
-"""Settings of the routers in SFT and DPO, made from those of the recipe. The last says what the losses do to the layers below."""
+"""Settings of the routers in SFT and DPO, made from those of pretraining. The last says what the losses do to the layers below."""
 START, STAGES = "pretrain-2", ("sft-1", "dpo-1")
 SMALL = (
     "train.steps=4", "train.warmup_steps=0", "evaluation.exact_match.items_per_task=2", "evaluation.exact_match.pairs=4",
@@ -81,7 +81,8 @@ def arm_recipe(recipe: Recipe, change: Callable[[RouterSpec], RouterSpec], base:
     first, second = (recipe.stage(name) for name in STAGES)
     starts = {first.name: str((base / START / "model").absolute()), second.name: first.name}
     stages = tuple(
-        stage.model_copy(update={"router": change(stage.router), "init_from": starts[stage.name]}) for stage in (first, second)
+        stage.model_copy(update={"router": change(recipe.stage(START).router), "init_from": starts[stage.name]})
+        for stage in (first, second)
     )
     changes: dict[str, Any] = {"stages": list(STAGES)}
     if recipe.spec.evaluation.bits_per_byte:

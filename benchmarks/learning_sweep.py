@@ -78,7 +78,7 @@ def optimizer(name: str, lr: float, tokens: int, beta2: float) -> tuple[str, ...
 
 VARIANTS: dict[str, Variant] = {
     "before": Variant(None, (*shape(256, 6, 320, 8), *optimizer("adamw", 2e-3, 4096, 0.95), "train.min_lr=4e-4")),
-    "small": Variant(None, (*shape(128, 4, 192, 4), *optimizer("adamw", 4e-3, 1024, 0.98), "train.min_lr=0.0")),
+    "small": Variant("before", (*shape(128, 4, 192, 4), *optimizer("adamw", 4e-3, 1024, 0.98), "train.min_lr=0.0")),
     "muon": Variant("small", optimizer("muon", 6e-3, 2048, 0.98)),
     "vocabulary 4,096": Variant("muon", ("tokenizer.vocab_size=4096",)),
     "vocabulary 16,384": Variant("muon", ("tokenizer.vocab_size=16384",)),

@@ -49,7 +49,7 @@ SMALL = (
 )  # fmt: skip
 STEPS = {"pretrain-1": 40, "pretrain-2": 20, "sft-1": 24, "dpo-1": 14}
 """Optimizer steps of each stage on real data."""
-TEXT_BYTES = 12_000
+TEXT_BYTES = 30_000
 """Of each held-out text that is measured."""
 
 

@@ -16,9 +16,10 @@ from keural.evaluate.results.records import ItemResult, TaskResults
 from keural.evaluate.statistics import wilson
 from keural.tokenizer import KeuralTokenizer, Message, render
 
-WORDS = (
+VOCABULARY = (
     "cat sees small red house two blue birds garden Monday morning eleven 고양이는 작은 빨간 집과 파란 새 마리를 정원에서 봅니다"
-).split()  # noqa: SIM905
+)
+WORDS = VOCABULARY.split()
 
 
 def _text(seed: int, words: int = 24) -> str:

@@ -1,8 +1,8 @@
 """Which items of an evaluation a model has seen in training, and what it scores on those that it has not.
 
-In: the items as they are looked for in training data (`EvaluationItem`, the schemas and the index of `data.decontaminate`), and what
-each stage was trained on, read back from its token store. Out: for each stage the items that were found, and beside a score the
-figures of the clean part. Text that is not there any more is said, not taken for clean.
+In: the items as they are looked for in training data (`EvaluationItem`, by the schemas and the index of `data.decontaminate`), and
+what each stage was trained on, read back from its token store. Out: for each stage the items that were found, and beside a score
+the figures of the clean part. Text that is not there any more is said, not taken for clean.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -128,7 +128,7 @@ def test_a_set_of_which_nothing_can_be_asked_is_refused(tmp_path: Path) -> None:
     file = write_copa(tmp_path)
     file.write_text(file.read_text().replace("결과", "이유").replace("원인", "이유"))
 
-    with pytest.raises(UserError, match="kobest_copa: no item can be asked .4 no_word.*'이유'"):
+    with pytest.raises(UserError, match=r"kobest_copa: no item can be asked .4 no_word.*'이유'"):
         loaded(tmp_path)
 
 
@@ -188,7 +188,7 @@ def test_a_part_of_a_task_is_a_task(tmp_path: Path) -> None:
     task = loaded(tmp_path, "mmlu_anatomy")
 
     assert [item.prompt.split("about ")[1].split(".")[0] for item in task.items] == ["anatomy"] * 3
-    with pytest.raises(UserError, match="no row has.*geology"):
+    with pytest.raises(UserError, match=r"no row has.*geology"):
         loaded(tmp_path, "mmlu_geology")
 
 

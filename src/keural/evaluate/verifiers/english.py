@@ -8,9 +8,10 @@ one of them.
 import re
 
 _ABBREVIATION_LIST = """
-mr mrs ms dr prof rev hon gen col maj capt lt sgt cmdr sen rep gov pres st mt ft jr sr esq messrs vs etc cf al ca e.g i.e eg ie viz ed eds
-vol vols fig figs p pp ch sec art op approx dept univ assn bros co corp inc ltd llc plc jan feb mar apr jun jul aug sep sept oct nov dec
-mon tue tues wed thu thurs fri sat sun ave blvd rd a.m p.m u.s u.k u.n u.s.a d.c n.y l.a ph.d m.d b.a m.a b.c a.d r.i.p
+mr mrs ms dr prof rev hon gen col maj capt lt sgt cmdr sen rep gov pres st mt ft jr sr esq messrs vs etc cf al ca e.g
+i.e eg ie viz ed eds vol vols fig figs p pp ch sec art op approx dept univ assn bros co corp inc ltd llc plc jan feb mar
+apr jun jul aug sep sept oct nov dec mon tue tues wed thu thurs fri sat sun ave blvd rd a.m p.m u.s u.k u.n u.s.a d.c
+n.y l.a ph.d m.d b.a m.a b.c a.d r.i.p
 """
 _ABBREVIATIONS = frozenset(_ABBREVIATION_LIST.split())
 """In small letters, without the last period."""

@@ -63,7 +63,7 @@ _CASUAL = frozenset("어아해야여지네래까걸든군나냐니자라게줘�
 
 
 def level_of(sentence: str) -> Level | None:
-    """The speech level of a sentence by its last word; None where it ends in no Korean word, or in a noun that looks like an ending.
+    """The speech level of a sentence by its last word; None where it ends in no Korean word, or in a noun that looks like one.
 
     Marks, emoji and single letters such as ㅋㅋ after the last word do not count. A noun that ends as a casual verb does (언어,
     의자) is taken for one: only sentences with a mark at their end, or of several words, are judged by `levels`.

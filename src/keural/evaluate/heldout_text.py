@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from keural.data.prepared import Prepared, read_heldout_texts
 from keural.errors import UserError
 from keural.evaluate.bench import UNTRAINED, Bench, Figures
-from keural.evaluate.tasks import bits_per_byte, xz_bits_per_byte
+from keural.evaluate.measures import bits_per_byte, xz_bits_per_byte
 from keural.recipe import OBJECTIVES, BitsPerByteSpec
 
 

@@ -7,7 +7,7 @@ In: a `Bench` and the settings under `evaluation.exact_match`. Out: figures; tho
 from keural import microworld
 from keural.evaluate.bench import Bench, Figures, before_and_after
 from keural.evaluate.generation import greedy
-from keural.evaluate.tasks import exact_match, polite_rate, preference_accuracy
+from keural.evaluate.measures import exact_match, polite_rate, preference_accuracy
 from keural.model import KeuralMoECausalLM
 from keural.recipe import ExactMatchSpec
 from keural.tokenizer import Message

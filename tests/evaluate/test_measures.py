@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keural.errors import UserError
-from keural.evaluate.tasks import (
+from keural.evaluate.measures import (
     _windows,
     bits_per_byte,
     exact_match,

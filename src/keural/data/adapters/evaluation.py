@@ -23,11 +23,11 @@ _NUMBERED = re.compile(r"(?:Answer|Ending|Solution|Option)\d: ")
 
 @dataclass(frozen=True)
 class Gold:
-    """A field that says which choice is right: by a value that stands for its number, or by what stands `among` the values of another
-    field at that place.
+    """A field that says which choice is right: by a value that stands for its number, or by one that stands there `among` those of
+    another field.
     """
 
-    field: str
+    name: str
     values: Mapping[str, int] = field(default_factory=dict)
     among: str = ""
 
@@ -72,7 +72,7 @@ class Schema:
             *self.answers,
             *(name for each in self.fields.values() for name in each),
         )
-        gold = (name for each in self.gold for name in (each.field, each.among) if name)
+        gold = (name for each in self.gold for name in (each.name, each.among) if name)
         return frozenset(name.split(".")[0] for name in (*groups, *gold, *self.labelled.values(), *self.verbatim.values()))
 
 
@@ -216,7 +216,7 @@ def _verbatim(value: Any) -> str:
 def _gold(value: Any, schema: Schema) -> int | None:
     """The number of the right choice; None where the row does not say."""
     for gold in schema.gold:
-        found = lookup(value, gold.field)
+        found = lookup(value, gold.name)
         if found is None:
             continue
         text = str(found) if isinstance(found, bool) else (scalar(found) or "").strip()

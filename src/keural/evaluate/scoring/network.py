@@ -1,8 +1,8 @@
 """A network that answers requests: the log-probability of tokens after others.
 
-In: groups of requests, each group of one item. Out: batch by batch the answers of the groups that are finished. Contexts are computed
-once and their keys and values serve all that follows (`keural.evaluate.scoring.rows`); logits exist only where a token is predicted,
-a piece at a time; log-probabilities are computed in float32 whatever the weights are, and added in float64.
+In: groups of requests, each group of one item. Out: batch by batch the answers of the groups that are finished. Contexts are
+computed once and their keys and values serve all that follows (`keural.evaluate.scoring.rows`); logits exist only where a token is
+predicted, a piece at a time; log-probabilities are computed in float32 whatever the weights are, and added in float64.
 """
 
 from collections import defaultdict

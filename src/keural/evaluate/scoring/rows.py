@@ -8,6 +8,7 @@ request reads as it would by itself.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 from keural.evaluate.tasks.items import Likelihood
@@ -73,7 +74,7 @@ def rows_of(groups: Sequence[Sequence[Likelihood]], attention: float) -> Iterato
     for number in order:
         sequences = sorted({inputs(request) for request in groups[number]})
         size = len(sequences[0]) + sum(
-            len(sequence) - _alike(before, sequence) for before, sequence in zip(sequences, sequences[1:], strict=False)
+            len(sequence) - _alike(before, sequence) for before, sequence in pairwise(sequences)
         )
         new = size - row.shared(sequences[0])
         if (

@@ -41,8 +41,10 @@ class LoadedTask:
     left_out: Mapping[str, int]
     """Rows that gave no item, by reason."""
     chance: float | None
-    baselines: Mapping[str, float]
-    """Scores of who does not read: the length's of pairs, the packers' of texts."""
+
+    def baselines(self) -> dict[str, float]:
+        """Scores of who does not read: the length's of pairs, the packers' of texts. Takes seconds for much text."""
+        return KINDS[self.spec.kind].baselines(self.items)
 
 
 def load(spec: TaskSpec, data: Path | None, shots: int | None = None) -> LoadedTask:
@@ -56,7 +58,7 @@ def load(spec: TaskSpec, data: Path | None, shots: int | None = None) -> LoadedT
     drafts = list(_drafts(spec, source, left_out))
     if not drafts:
         raise refuse_no_items(spec.name, left_out, _first_problem(spec, source))
-    before = _no_examples
+    before: Before = _no_examples
     if number:
         pool = None
         if spec.shots.places:
@@ -72,7 +74,6 @@ def load(spec: TaskSpec, data: Path | None, shots: int | None = None) -> LoadedT
         digest=fingerprint([VERSION, _determining(spec), number, contents]),
         left_out=dict(left_out),
         chance=kind.chance(items) if spec.chance is None else spec.chance,
-        baselines=kind.baselines(items),
     )
 
 

@@ -18,7 +18,9 @@ SETS = "evaluation"
 
 def find(task: str, places: Sequence[PlaceSpec], data: Path | None) -> SourceSpec | None:
     """The first of the places that is there, as a source; None where none is."""
-    for place in places if data is not None else ():
+    if data is None:
+        return None
+    for place in places:
         for path in _candidates(place):
             if _exists(data, path):
                 return _source(task, place, path)

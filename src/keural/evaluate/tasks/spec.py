@@ -1,7 +1,7 @@
 """One task as typed YAML: where its items are, how they are asked, how answers are judged.
 
-In: the file of a task. Out: a `TaskSpec`, or a `UserError` that names the file and the key. Nothing in a task is code: its templates
-are text with the values of an item put in (`keural.evaluate.tasks.template`).
+In: the file of a task. Out: a `TaskSpec`, or a `UserError` that names the file and the key. Nothing in a task is code: its
+templates are text with the values of an item put in (`keural.evaluate.tasks.template`).
 """
 
 from pathlib import Path
@@ -32,7 +32,7 @@ class PlaceSpec(Spec):
     adapter: str = Field(min_length=1)
     """How rows are read; the same name finds the set in training data (`data.decontaminate`)."""
     path: str = ""
-    """File, directory or glob below the data directory; its first part is the set's folder, which may also be the data directory."""
+    """File, directory or glob below the data directory. Its first part is the set's folder, which may be the data directory itself."""
     hub: str | None = None
     """Data set of a hub, which lies in the data directory under this name."""
     config: str | None = None
@@ -128,7 +128,7 @@ class TaskSpec(Spec):
     """What stands between examples."""
     words: dict[str, dict[str, str]] = Field(default_factory=dict)
     """Values of an item's fields that are put into templates as other words: `{relation: {원인: 왜냐하면}}`."""
-    scoring: list[Rule] = Field(default_factory=lambda: ["sum"], min_length=1)
+    scoring: list[Rule] = Field(default=["sum"], min_length=1)
     """How log-probabilities are judged; the first is the task's score, the others are kept with each item."""
     chance: float | None = Field(None, ge=0, le=1)
     """Score of who knows nothing; by default that of choosing blindly, item by item."""

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +31,15 @@ WORDS = [
     "eleven",
 ]
 ROWS = [
-    {"question": f"{WORDS[number % 8]} sees?", "a": WORDS[(number + 1) % 8], "b": WORDS[(number + 3) % 8], "right": number % 2,
-     "text": f"{WORDS[number % 8]} {WORDS[(number * 3) % 8]} " * (1 + number % 4)}
+    {
+        "question": f"{WORDS[number % 8]} sees?",
+        "a": WORDS[(number + 1) % 8],
+        "b": WORDS[(number + 3) % 8],
+        "right": number % 2,
+        "text": f"{WORDS[number % 8]} {WORDS[(number * 3) % 8]} " * (1 + number % 4),
+    }
     for number in range(8)
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +104,12 @@ def exported(tasks: dict[str, LoadedTask], tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def both(
     tasks: dict[str, LoadedTask], exported: Path, evaluated: EvaluatedModel, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, tuple[TaskResults, TaskResults]]]:
+) -> dict[str, tuple[TaskResults, TaskResults]]:
     """Each task as this package asks it, and as lm-eval asks it of the same model."""
     results = tmp_path_factory.mktemp("results")
     theirs = run_harness([f"keural_{name}" for name in tasks], evaluated, results, HarnessSettings(include=exported))
-    by_name = {found.results.task.removeprefix("lm_eval.keural_"): found.results for found in theirs}
-    yield {name: (evaluate(evaluated, task, results).results, by_name[name]) for name, task in tasks.items()}
+    assert theirs.cut == 0
+    return {name: (evaluate(evaluated, task, results).results, theirs.tasks[f"keural_{name}"][0]) for name, task in tasks.items()}
 
 
 def pairs(both: dict[str, tuple[TaskResults, TaskResults]], name: str) -> list[tuple[ItemResult, ItemResult]]:
@@ -152,8 +156,8 @@ def test_the_hf_model_of_lm_eval_stays_known_and_agrees(
 
     import keural.registration  # noqa: F401
 
-    manager = TaskManager(include_path=str(exported))
-    settings = {"pretrained": str(model_dir), "add_bos_token": True, "dtype": "float32", "device": "cpu"}
+    manager = TaskManager(include_path=str(exported), include_defaults=False)
+    settings = {"pretrained": str(model_dir), "add_bos_token": True, "dtype": "float32"}
     found = simple_evaluate("hf", settings, ["keural_arc"], batch_size=4, bootstrap_iters=0, task_manager=manager, device="cpu")
     assert found is not None
     samples = sorted(found["samples"]["keural_arc"], key=lambda sample: sample["doc_id"])
@@ -162,15 +166,25 @@ def test_the_hf_model_of_lm_eval_stays_known_and_agrees(
         assert theirs == pytest.approx(ours.logprobs, abs=1e-4)
 
 
-def test_a_second_run_adds_nothing_to_the_file(exported: Path, evaluated: EvaluatedModel, tmp_path: Path) -> None:
-    (first,) = run_harness(["keural_arc"], evaluated, tmp_path, HarnessSettings(include=exported, limit=3))
-    size = first.file.stat().st_size
-    (again,) = run_harness(["keural_arc"], evaluated, tmp_path, HarnessSettings(include=exported, limit=3))
-    assert again.results == first.results
-    assert again.file.stat().st_size == size
-    assert len(again.results.items) == 3
+def test_what_was_computed_is_not_computed_again(
+    exported: Path, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, names = HarnessSettings(include=exported, limit=3), ["keural_arc", "keural_texts"]
+    first = run_harness(names[:1], stored_model(model_dir, Conditions()), tmp_path, settings)
+    both = run_harness(names, stored_model(model_dir, Conditions()), tmp_path, settings)
+    assert (first.computed, both.computed) == (1, 1)
+    unread = stored_model(model_dir, Conditions())
+    again = run_harness(names, unread, tmp_path, settings)
+    assert again.computed == 0
+    assert again.tasks == both.tasks
+    assert "network" not in vars(unread)
+    assert [len(results.items) for results, _ in again.tasks.values()] == [3, 3]
+    whole = run_harness(names[:1], unread, tmp_path, HarnessSettings(include=exported))
+    assert whole.computed == 1
+    assert whole.tasks["keural_arc"][0].items[:3] == first.tasks["keural_arc"][0].items
 
 
+@pytest.mark.slow  # lm-eval reads its thousands of tasks
 @pytest.mark.parametrize(
     ("name", "words"), [("kobest_cop", "did you mean 'kobest_copa'"), ("kmmlu_law", "lm-eval could not run kmmlu_law")]
 )

@@ -1,7 +1,7 @@
 """This package's tasks as lm-eval's: a YAML file and the items as JSON lines for each.
 
-In: loaded tasks, a new directory. Out: files that `lm_eval --include_path DIR --tasks keural_NAME` runs offline. Prompts are written as
-they are asked here, examples and all, so that both sides ask the same text.
+In: loaded tasks, a new directory. Out: files that `lm_eval --include_path DIR --tasks keural_NAME` runs offline. Prompts stand in
+them as they are asked here, examples and all, so that both sides ask the same text.
 """
 
 import json

@@ -10,15 +10,16 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from keural.errors import UserError, nearest
-from keural.evaluate.harness.samples import item_of, kind_of, language_of_samples
+from keural.evaluate.harness.samples import Sampled, item_of, kind_of, language_of_samples
 from keural.evaluate.models import EvaluatedModel
 from keural.evaluate.results.records import TaskResults
-from keural.evaluate.results.store import Header, open_results, results_file
+from keural.evaluate.results.store import Header, open_results, read_results, results_file
 from keural.files import fingerprint
 
 PREFIX = "lm_eval."
@@ -40,54 +41,124 @@ class HarnessSettings:
 
 @dataclass(frozen=True)
 class HarnessResults:
-    """What a task came to."""
+    """What the tasks of a command came to."""
 
-    results: TaskResults
-    file: Path
-    figures: Mapping[str, float]
-    """lm-eval's own figures."""
+    tasks: Mapping[str, tuple[TaskResults, Path]]
+    """By lm-eval's name the records, and the file that has them."""
+    computed: int
+    """Tasks that were computed now."""
     cut: int
-    """Requests of all tasks of the command that lost their beginning."""
+    """Requests that lost their beginning now, because they were longer than the context."""
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A task that is to be run, or was."""
+
+    name: str
+    task: Any
+    path: Path
+    header: Header
+    wanted: int
+    """Documents of it."""
+
+    def kept(self) -> TaskResults | None:
+        """Its records, where all that are wanted are there."""
+        if not self.path.is_file():
+            return None
+        items = read_results(self.path).items
+        chosen = [name for name, (place, _) in items.items() if place < self.wanted]
+        return read_results(self.path).results(chosen) if len(chosen) == self.wanted else None
+
+
+_NO_SETTINGS = HarnessSettings()
 
 
 def run_harness(
-    names: Sequence[str], model: EvaluatedModel, directory: Path, settings: HarnessSettings = HarnessSettings()
-) -> list[HarnessResults]:
+    names: Sequence[str], model: EvaluatedModel, directory: Path, settings: HarnessSettings = _NO_SETTINGS
+) -> HarnessResults:
     """Run lm-eval's tasks (groups and tags stand for theirs), each kept in a file of results below `directory`.
 
     Raises:
         UserError: where lm-eval is not installed, a task is unknown, its data cannot be had, or asks for what the model cannot do.
     """
     with _quiet():
-        manager = _manager(settings.include)
+        manager = _manager(settings.include, names)
         _check_names(names, manager)
-        from lm_eval import simple_evaluate
-
-        from keural.evaluate.harness.bridge import KeuralLM
-
-        bridge = KeuralLM(model)
-        try:
-            found = simple_evaluate(
-                model=bridge,
-                tasks=list(names),
-                num_fewshot=settings.shots,
-                limit=settings.limit,
-                task_manager=manager,
-                bootstrap_iters=0,
-                log_samples=True,
-                apply_chat_template=model.conditions.prompting == "chat",
-                system_instruction=model.conditions.system,
-                confirm_run_unsafe_code=settings.run_code,
-            )
-        except UserError:
-            raise
-        except Exception as error:  # a task of lm-eval may raise anything: no network, no data, code that is not allowed
-            first = str(error).strip().split("\n")[0]
-            raise UserError(f"lm-eval could not run {', '.join(names)}: {type(error).__name__}: {first}") from error
-    return [_kept(task, found, model, directory, bridge.cut) for task in sorted(found["samples"])]
+        with _refusing(names):
+            loaded = manager.load(list(names))["tasks"]
+            planned = [_planned(name, task, model, directory, settings) for name, task in sorted(loaded.items())]
+        kept = {plan.name: plan.kept() for plan in planned}
+        missing = [plan for plan in planned if kept[plan.name] is None]
+        cut = _run(missing, manager, model, settings, kept) if missing else 0
+    found = {plan.name: (results, plan.path) for plan in planned if (results := kept[plan.name]) is not None}
+    return HarnessResults(found, len(missing), cut)
 
 
-def _manager(include: Path | None) -> Any:
+def _planned(name: str, task: Any, model: EvaluatedModel, directory: Path, settings: HarnessSettings) -> _Planned:
+    size = len(task.eval_docs)
+    config = json.loads(json.dumps(task.dump_config(), default=_named))
+    config["metadata"] = {key: value for key, value in (config.get("metadata") or {}).items() if key in ("version", "digest")}
+    contents = [metadata.version("lm-eval"), config, settings.shots, size]
+    header = Header(
+        model=model.identity,
+        task=f"{PREFIX}{name}",
+        language="en",
+        kind=kind_of(config),
+        chance=None,
+        digest=fingerprint(contents),
+        size=size,
+        shots=int(config.get("num_fewshot") or 0) if settings.shots is None else settings.shots,
+    )
+    wanted = size if settings.limit is None else min(size, settings.limit)
+    return _Planned(name, task, results_file(directory, header), header, wanted)
+
+
+def _run(
+    missing: Sequence[_Planned],
+    manager: Any,
+    model: EvaluatedModel,
+    settings: HarnessSettings,
+    kept: dict[str, TaskResults | None],
+) -> int:
+    """Let lm-eval run what is missing, and keep it; returns how many requests were cut."""
+    from lm_eval import simple_evaluate
+
+    from keural.evaluate.harness.bridge import KeuralLM
+
+    bridge = KeuralLM(model)
+    with _refusing([plan.name for plan in missing]):
+        found = simple_evaluate(
+            model=bridge,
+            tasks=[plan.task for plan in missing],
+            num_fewshot=settings.shots,
+            limit=settings.limit,
+            task_manager=manager,
+            bootstrap_iters=0,
+            log_samples=True,
+            apply_chat_template=model.conditions.prompting == "chat",
+            system_instruction=model.conditions.system,
+            confirm_run_unsafe_code=settings.run_code,
+        )
+    for plan in missing:
+        kept[plan.name] = _keep(plan, found["samples"][plan.name], model)
+    return bridge.cut
+
+
+@contextlib.contextmanager
+def _refusing(names: Sequence[str]) -> Iterator[None]:
+    """What lm-eval raises, as one line: no network, no data, code that is not allowed, whatever a task may do."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        first = str(error).strip().split("\n")[0]
+        raise UserError(f"lm-eval could not run {', '.join(names)}: {type(error).__name__}: {first}") from error
+
+
+def _manager(include: Path | None, names: Sequence[str]) -> Any:
+    """lm-eval's table of tasks; its own thousands, which take seconds to read, only where they are asked for."""
     try:
         import lm_eval.models  # noqa: F401  (before anything that registers a model)
         from lm_eval.tasks import TaskManager
@@ -99,6 +170,10 @@ def _manager(include: Path | None) -> Any:
         raise UserError(
             f"{include}: no such directory; it should hold tasks for lm-eval (`keural evaluate export-tasks` writes some)"
         )
+    if include is not None:
+        manager = TaskManager(include_path=str(include), include_defaults=False)
+        if all(name in manager.all_tasks for name in names):
+            return manager
     return TaskManager(include_path=None if include is None else str(include))
 
 
@@ -109,37 +184,23 @@ def _check_names(names: Sequence[str], manager: Any) -> None:
             raise UserError(f"lm-eval has no task {name!r}{nearest(name, known)}; `lm_eval ls tasks` lists them")
 
 
-def _kept(task: str, found: Mapping[str, Any], model: EvaluatedModel, directory: Path, cut: int) -> HarnessResults:
+def _keep(plan: _Planned, samples: Sequence[Mapping[str, Any]], model: EvaluatedModel) -> TaskResults:
     """Write a task's samples as records."""
-    samples, config = found["samples"][task], found["configs"][task]
-    kind = kind_of(config)
     by_document: dict[int, list[Mapping[str, Any]]] = {}
     for sample in samples:
         by_document.setdefault(sample["doc_id"], []).append(sample)
-    items, seen = [], Counter[str]()
+    items: list[tuple[int, Sampled]] = []
+    seen = Counter[str]()
     for document, entries in sorted(by_document.items()):
-        item = item_of(kind, entries, model.asking)
+        item = item_of(plan.header.kind, entries, model.asking)
         seen[item.id] += 1
         items.append((document, item if seen[item.id] == 1 else item.numbered(seen[item.id])))
-    records = [(place, item.record) for place, item in items]
-    header = Header(
-        model=model.identity,
-        task=f"{PREFIX}{task}",
-        language=language_of_samples([record for _, record in records]),
-        kind=kind,
-        chance=items[0][1].chance if items and all(item.chance == items[0][1].chance for _, item in items) else None,
-        digest=fingerprint(
-            [found.get("lm_eval_version"), json.loads(json.dumps(config, default=_named)), found["n-shot"].get(task)]
-        ),
-        size=int(found["n-samples"][task]["original"]),
-        shots=int(found["n-shot"].get(task) or 0),
-    )
-    path = results_file(directory, header)
-    with open_results(path, header) as writer:
-        writer.append([(place, record) for place, record in records if record.id not in writer.items])
-        results = writer.kept().results([record.id for _, record in records])
-    figures = {name: value for name, value in found["results"][task].items() if isinstance(value, int | float)}
-    return HarnessResults(results, path, figures, cut)
+    chances = {item.chance for _, item in items}
+    language = language_of_samples([item.record for _, item in items])
+    header = replace(plan.header, language=language, chance=chances.pop() if len(chances) == 1 else None)
+    with open_results(plan.path, header) as writer:
+        writer.append([(place, item.record) for place, item in items if item.id not in writer.items])
+        return writer.kept().results([item.id for _, item in items])
 
 
 def _named(value: Any) -> str:

@@ -63,7 +63,7 @@ def _there(name: str, specs: list[TaskSpec], data: Path | None) -> list[TaskSpec
         )
     if not data.is_dir():
         raise UserError(f"{data}: no such directory; `keural data fetch evaluation {data}` makes it and brings the sets of tasks")
-    found = [spec for spec in specs if spec.made is not None or is_there(spec.places, data)]
+    found = [spec for spec in specs if is_there(spec.places, data)]
     if not found:
         raise UserError(f"{data}: holds the set of no task ({name}); `keural data fetch evaluation {data}` brings the public ones")
     return found

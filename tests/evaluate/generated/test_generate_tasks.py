@@ -84,9 +84,10 @@ def test_a_sum_is_right_by_its_last_line_or_its_last_number(tmp_path: Path) -> N
 
 def test_an_example_shows_the_whole_answer(tmp_path: Path) -> None:
     other = {"question": "1 and 1?", "answer": "#### 2"}
-    file = tmp_path / "eval_gsm8k_test" / "train.jsonl"
+    file = tmp_path / "eval_gsm8k_train" / "train.jsonl"
     file.parent.mkdir()
     file.write_text(json.dumps(other) + "\n")
+    (tmp_path / "eval_gsm8k_test").mkdir()
     (tmp_path / "eval_gsm8k_test" / "test.jsonl").write_text(json.dumps(SUM) + "\n")
     task = load(shipped()["gsm8k"], tmp_path, 1)
     assert task.items[0].prompt == "Question: 1 and 1?\nAnswer: #### 2\n\nQuestion: 2 and 3? \nAnswer:"

@@ -159,6 +159,18 @@ def test_answers_are_the_same_and_judged_alike(both: dict[str, tuple[TaskResults
     assert any(answer for ours, _ in pairs(both, "sums") for answer in ours.details["answers"])
 
 
+def test_a_chat_is_rendered_by_ids_on_both_sides(
+    tasks: dict[str, LoadedTask], exported: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    model = stored_model(model_dir, Conditions("chat", system="Be brief."))
+    theirs = run_harness(["keural_arc", "keural_sums"], model, tmp_path, HarnessSettings(include=exported))
+    for name in ("arc", "sums"):
+        ours = evaluate(model, tasks[name], tmp_path).results
+        for mine, other in zip(ours.items, theirs.tasks[f"keural_{name}"][0].items, strict=True):
+            assert other.details.get("answers") == mine.details.get("answers")
+            assert (other.logprobs or ()) == pytest.approx(mine.logprobs or (), abs=1e-5)
+
+
 def test_the_hf_model_of_lm_eval_stays_known_and_agrees(
     both: dict[str, tuple[TaskResults, TaskResults]], exported: Path, model_dir: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """Rows of instructions, and how an answer is judged strictly and loosely."""
 
+import time
 from typing import Any
 
 import pytest
@@ -44,6 +45,7 @@ def test_rows_may_name_the_language_and_leave_gaps() -> None:
 def test_loose_forgives_an_introduction_a_farewell_and_bold_print() -> None:
     assert follows("startend:quotation", 'Sure:\n"Yes."') == (False, True)
     assert follows("startend:end_checker", "All good.\nBye", end_phrase="good.") == (False, True)
+    assert follows("startend:quotation", 'Sure:\n**"Yes."**\nBye') == (False, True)
     assert follows("startend:quotation", '**"Yes."**') == (False, True)
     assert follows("startend:quotation", 'It is "yes".') == (False, False)
 
@@ -71,3 +73,23 @@ def test_korean_rows_know_particles_sentences_and_decomposed_letters() -> None:
     assert strict("length_constraints:number_sentences", {"num_sentences": 2, "relation": "less than"}, "2024. 3. 5.에 만났다.")
     assert strict("keywords:existence", {"keywords": ["각자"]}, "\u1100\u1161\u11a8자 가자.")
     assert "change_case:english_capital" not in IFEVAL_KO
+
+
+@pytest.mark.parametrize("piece", ["a", ".", "\n", "* ", "[", "<<", ">>", "가. ", "“가", "\n\n* ", "| ", "- ", '"', "단계 "])
+def test_degenerate_answers_are_judged_at_once(piece: str) -> None:
+    arguments: dict[str, dict[str, Any]] = {
+        "detectable_format:number_bullet_lists": {"num_bullets": 2},
+        "detectable_format:title": {},
+        "detectable_content:number_placeholders": {"num_placeholders": 2},
+        "length_constraints:number_sentences": {"num_sentences": 2, "relation": "at least"},
+        "change_case:capital_word_frequency": {"capital_frequency": 2, "capital_relation": "at least"},
+        "speech:polite": {},
+        "length:sentences": {"count": 3, "relation": "exactly"},
+        "form:sections": {"word": "단계", "count": 2},
+        "form:acrostic": {"word": "가나"},
+    }
+    answer = piece * (6000 // len(piece))
+    begun = time.process_time()
+    for kind, given in arguments.items():
+        follows(kind, answer, **given)
+    assert time.process_time() - begun < 2

@@ -6,6 +6,7 @@ one of them.
 """
 
 import re
+from collections.abc import Sequence
 
 _ABBREVIATION_LIST = """
 mr mrs ms dr prof rev hon gen col maj capt lt sgt cmdr sen rep gov pres st mt ft jr sr esq messrs vs etc cf al ca e.g
@@ -20,8 +21,10 @@ _STARTER_LIST = (
 )
 _STARTERS = frozenset(_STARTER_LIST.split())
 """Words that begin a sentence even after an abbreviation, when they have a capital."""
-_END = re.compile(r"\S*[.?!](?=[?!)\";}\]*:@'({\[]|\s+\S)")
+_PIECE = re.compile(r"\S+")
+_END = re.compile(r"[.?!](?=[?!)\";}\]*:@'({\[]|$)")
 _CLOSERS = "\"')]}"
+_MARKS = "*:;@?!"
 _NEXT = re.compile(r"[\"'`(\[{*]*(\S*)")
 _INITIAL = re.compile(r"[^\W\d_]\.")
 _NUMBER = re.compile(r"-?[.,]?\d[\d,.-]*\.")
@@ -33,17 +36,25 @@ def sentences(text: str) -> int:
     A period ends none after an abbreviation or an initial, unless a word with a capital follows that often begins a sentence; nor
     after an ellipsis or a number that a small letter follows. A line end is a space: headings belong to what follows them.
     """
-    text = text.strip()
-    return sum(_ends_sentence(match, text) for match in _END.finditer(text)) + bool(text) if text else 0
+    pieces = _PIECE.findall(text)
+    said = [place for place, piece in enumerate(pieces) if piece.strip(_CLOSERS + _MARKS)]
+    last = said[-1] if said else -1
+    return sum(_ends_sentence(pieces, place, place < last) for place in range(len(pieces))) + bool(pieces)
 
 
-def _ends_sentence(match: re.Match[str], text: str) -> bool:
-    token, rest = match.group(), text[match.end() :]
-    if not rest.strip(_CLOSERS + "*:;@?!" + " \t\n"):
+def _ends_sentence(pieces: Sequence[str], place: int, goes_on: bool) -> bool:
+    """Whether a sentence ends in a piece between spaces, at the last of its marks that can end one; `goes_on`: more follows."""
+    piece = pieces[place]
+    ends = [match.end() for match in _END.finditer(piece)]
+    if not ends:
+        return False
+    token, rest = piece[: ends[-1]], piece[ends[-1] :].lstrip(_CLOSERS)
+    if not rest.strip(_MARKS) and not goes_on:
         return False  # only closing marks follow: the last sentence goes on to the end
     if token[-1] != ".":
         return True
-    following = _following(rest)
+    after = (pieces[number].lstrip(_CLOSERS) for number in range(place + 1, len(pieces)))
+    following = _following(rest or next(filter(None, after), ""))
     if token.endswith(".."):
         return following[:1].isupper() and following.lower() in _STARTERS
     word = token.lstrip("\"'([{*`").rstrip(".").lower()
@@ -57,7 +68,7 @@ def _ends_sentence(match: re.Match[str], text: str) -> bool:
 
 def _following(rest: str) -> str:
     """The word after an end, without the marks that open it."""
-    match = _NEXT.match(rest.lstrip(_CLOSERS + " \t\n"))
+    match = _NEXT.match(rest)
     return match[1] if match else ""
 
 

@@ -67,7 +67,15 @@ def nth_paragraph_first_word(answer: str, num_paragraphs: int, nth_paragraph: in
 
 def number_placeholders(answer: str, num_placeholders: int) -> bool:
     """At least so many square brackets with something or nothing between them on a line."""
-    return len(re.findall(r"\[[^\n]*?\]", answer)) >= num_placeholders
+    return sum(map(_placeholders, answer.split("\n"))) >= num_placeholders
+
+
+def _placeholders(line: str) -> int:
+    """How many brackets a line opens and closes again; one inside another is the same."""
+    count, end = 0, -1
+    while (start := line.find("[", end + 1)) >= 0 and (end := line.find("]", start)) >= 0:
+        count += 1
+    return count
 
 
 def postscript(answer: str, postscript_marker: str) -> bool:
@@ -115,7 +123,10 @@ def json_format(answer: str) -> bool:
 
 def title(answer: str) -> bool:
     """Whether a line has something between `<<` and `>>`."""
-    return any(found.lstrip("<").rstrip(">").strip() for found in re.findall(r"<<([^\n]+)>>", answer))
+    titles = (
+        line[line.find("<<") : line.rfind(">>") + 2] for line in answer.split("\n") if 0 <= line.find("<<") < line.rfind(">>") - 2
+    )
+    return any(found.lstrip("<").rstrip(">").strip() for found in titles)
 
 
 def two_responses(answer: str) -> bool:

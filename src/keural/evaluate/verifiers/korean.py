@@ -186,7 +186,7 @@ def _one_of(answer: str, options: Sequence[str]) -> bool:
 
 
 def _sections(answer: str, word: str, count: int) -> bool:
-    numbers = re.findall(rf"^[#*\s\[]*{re.escape(word)}\s*(\d+)", answer, re.MULTILINE)
+    numbers = re.findall(rf"^[#*\[ \t]*{re.escape(word)}[ \t]*(\d+)", answer, re.MULTILINE)
     return [int(number) for number in numbers] == list(range(1, count + 1))
 
 

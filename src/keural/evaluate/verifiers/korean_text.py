@@ -19,6 +19,8 @@ _MARKS = ".?!…。！？"
 _END = re.compile(rf"[{_MARKS}]+[\"”’'」』)\]*_~]*(?=\s|$)")
 _NO_END = re.compile(r"(?:(?:^|\s)[A-Za-z]|\b(?:Dr|Mr|Mrs|Ms|Prof|St|vs|etc|e\.g|i\.e|No)|\d)\.$")
 """Before a space: a letter, an abbreviation or a number with a point, as in dates and numbered lists."""
+_LONGEST_NO_END = 8
+"""Characters in which one can be seen."""
 _ITEM = re.compile(r"^\s*(?:[-*•·▪◦○●]\s+|\(?\d{1,3}[.)]\s*|[①-⑳]\s*|[가-하][.)]\s+|#{1,6}\s+|>\s+)")
 _TAIL = re.compile(r"(?:[^가-힣]|[ㄱ-ㅎㅏ-ㅣ])*$")
 _WORD = re.compile(r"[가-힣]+$")
@@ -45,7 +47,11 @@ def _of_line(line: str) -> list[str]:
     masked = _QUOTED.sub(lambda match: re.sub(rf"[{_MARKS}]", "_", match.group()), line)
     parts, start = [], 0
     for match in _END.finditer(masked):
-        if match.end() < len(masked) and match.group() == "." and _NO_END.search(masked[: match.end()]):
+        if (
+            match.end() < len(masked)
+            and match.group() == "."
+            and _NO_END.search(masked[max(0, match.end() - _LONGEST_NO_END) : match.end()])
+        ):
             continue
         parts.append(line[start : match.end()].strip())
         start = match.end()

@@ -108,7 +108,7 @@ def evaluate_model(
         from keural.files import write_json
 
         write_json(json_file, _as_json(found, what.is_run, json_file.absolute().parent))
-    show(f"items: {what.results}")
+    show(f"results, item by item: {what.results}")
     return None
 
 

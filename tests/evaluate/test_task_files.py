@@ -28,7 +28,7 @@ def written(directory: Path, **changes: object) -> Path:
     return file
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", [name for name, spec in shipped().items() if spec.made is None])
 def test_a_shipped_task_whose_set_is_missing_says_how_to_bring_it(name: str, tmp_path: Path) -> None:
     spec = shipped()[name]
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from keural.cli.evaluate_files import add_commands
+from keural.cli.evaluate_harness import HarnessAsked, allowed
 from keural.errors import UserError
 from keural.limits import LARGEST
 from keural.terminal import show, show_table, work_progress
@@ -36,6 +38,7 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Measure a model, or every finished stage of a run: keural evaluate PATH --data DIR (`keural evaluate model --help`).",
 )
+add_commands(app)
 
 
 @app.command(MODEL_COMMAND)
@@ -69,6 +72,13 @@ def evaluate_model(
         Path | None, typer.Option(metavar="DIR", help="where results are kept (default: results in the run, else here)")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the figures for programs")] = None,
+    harness: Annotated[
+        str, typer.Option(metavar="NAME,...", help="tasks of lm-eval, run by it on this model (extra keural[eval])")
+    ] = "",
+    include: Annotated[Path | None, typer.Option(metavar="DIR", help="with --harness: tasks for lm-eval of your own")] = None,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="run programs that the model wrote, in processes with limits (docs/evaluation.md)")
+    ] = False,
     list_tasks: Annotated[bool, typer.Option("--list", help="list the tasks, and nothing else")] = False,
 ) -> None:
     """Measure a model, or every finished stage of a run, on tasks; what was computed before is not computed again."""
@@ -81,6 +91,8 @@ def evaluate_model(
     from keural.evaluate.tasks.loading import load
     from keural.pipeline.evaluated import what_to_evaluate
 
+    if include is not None and not harness:
+        raise UserError("--include is for --harness; a task of keural's is named by its file in --tasks")
     if chat and not bos:
         raise UserError("--no-bos is for texts; a chat begins as chats do")
     prompting: Literal["bos", "text", "chat"] = "chat" if chat else "bos" if bos else "text"
@@ -88,8 +100,10 @@ def evaluate_model(
     if json_file is not None and json_file.is_dir():
         raise UserError(f"--json {json_file}: is a directory; name a file")
     what = what_to_evaluate(path, conditions, results)
-    specs = select([name for name in tasks.split(",") if name], data)
-    found = _measured(what, [load(spec, data, shots) for spec in specs], limit, conditions.prompting)
+    names = [name for name in tasks.split(",") if name]
+    specs = [] if harness and not names else allowed(select(names, data), names, run_code)
+    ask_harness = None if not harness else HarnessAsked(harness, include, shots, limit, run_code)
+    found = _measured(what, [load(spec, data, shots) for spec in specs], limit, conditions.prompting, ask_harness)
     if json_file is not None:
         from keural.files import write_json
 
@@ -98,32 +112,37 @@ def evaluate_model(
     return None
 
 
-Measured = dict[str, list["tuple[LoadedTask, Evaluated]"]]
+Measured = dict[str, list["Evaluated"]]
 
 
-def _measured(what: "Evaluation", tasks: "list[LoadedTask]", limit: int | None, prompting: str) -> Measured:
+def _measured(
+    what: "Evaluation", tasks: "list[LoadedTask]", limit: int | None, prompting: str, harness: HarnessAsked | None = None
+) -> Measured:
     """Every model asked every task; its table is shown when it is finished."""
     from keural.evaluate.evaluation import evaluate
 
     found: Measured = {}
     asked = [task for task in tasks if prompting != "chat" or task.spec.kind != "rolling"]
-    if not asked:
+    if not asked and harness is None:
         raise UserError("texts are read as they stand, not in a chat; leave --chat out")
     for model in what.models:
         with work_progress() as tell:
-            found[model.name] = [(task, evaluate(model, task, what.results, limit, tell)) for task in asked]
+            found[model.name] = [evaluate(model, task, what.results, limit, tell) for task in asked]
+            if harness is not None:
+                tell(f"{model.name}: lm-eval")
+                found[model.name] += harness.of(model, what.results)
         model.close()
         _show(model, found[model.name])
     return found
 
 
-def _show(model: "EvaluatedModel", found: "list[tuple[LoadedTask, Evaluated]]") -> None:
+def _show(model: "EvaluatedModel", found: "list[Evaluated]") -> None:
     """A model's scores, and below them what stands beside each."""
     columns: dict[str, Literal["left", "right"]] = {
         "task": "left", "score": "right", "95%": "right", "items": "right", "chance": "right"
     }  # fmt: skip
-    show_table(f"{model.name} ({model.conditions.prompting}, {model.conditions.dtype})", columns, [_row(each) for _, each in found])
-    for _, evaluated in found:
+    show_table(f"{model.name} ({model.conditions.prompting}, {model.conditions.dtype})", columns, [_row(each) for each in found])
+    for evaluated in found:
         if beside := _beside(evaluated.results):
             show(f"  {evaluated.results.task}: {beside}")
 
@@ -163,7 +182,7 @@ def _score(evaluated: "Evaluated", items: str | None = None) -> dict[str, Any]:
 def _as_json(found: Measured, is_run: bool, directory: Path) -> dict[str, Any]:
     """The figures for programs; `items` is the path of the file with the items, from the directory that the figures go to."""
     models = {
-        name: {"tasks": {task.spec.name: _task_json(evaluated, directory) for task, evaluated in tasks}}
+        name: {"tasks": {evaluated.results.task: _task_json(evaluated, directory) for evaluated in tasks}}
         for name, tasks in found.items()
     }
     return {"stages": models} if is_run else next(iter(models.values()))

@@ -5,6 +5,7 @@ measured and what is looked for are never different things; a stage cannot train
 `evaluation` with options that name its fields.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -59,6 +60,8 @@ class Schema:
     """By name, fields that hold answers with whether they are right: `{text: 1 or 0}`, or `choices` and `labels`."""
     fields: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """What else a question is asked with, by name: the first of these fields that a row has."""
+    verbatim: Mapping[str, str] = field(default_factory=dict)
+    """Fields that are passed on as they stand, by name: white space belongs to a program. What is no text is written as JSON."""
 
     def names(self) -> frozenset[str]:
         """Every field that is read."""
@@ -70,7 +73,7 @@ class Schema:
             *(name for each in self.fields.values() for name in each),
         )
         gold = (name for each in self.gold for name in (each.name, *each.among))
-        return frozenset(name.split(".")[0] for name in (*groups, *gold, *self.labelled.values()))
+        return frozenset(name.split(".")[0] for name in (*groups, *gold, *self.labelled.values(), *self.verbatim.values()))
 
 
 def _mmlu_prompt(text: str) -> tuple[str, tuple[str, ...]]:
@@ -91,15 +94,19 @@ SCHEMAS: dict[str, Schema] = {
     "click": Schema(
         ("question",), ("paragraph",), ("choices",), ("answer",), gold=(Gold("answer", among=("choices",)),), fields={"id": ("id",)}
     ),
-    "gsm8k": Schema(("question",), answers=("answer",)),
+    "gsm8k": Schema(("question",), answers=("answer",), verbatim={"asked": "question"}),
     "haerae": Schema(
         ("query", "question"),
         choices=("options", "o1", "o2", "o3", "o4", "o5"),
         gold=(Gold("answer", {**LETTERS, **{f"({letter})": number for letter, number in LETTERS.items()}}),),
     ),
     "hellaswag": Schema(("ctx", "ctx_a"), choices=("endings",), gold=(Gold("label", _numbers(0)),)),
-    "humaneval": Schema(("prompt",), answers=("canonical_solution",)),
-    "ifeval": Schema(("prompt",)),
+    "humaneval": Schema(
+        ("prompt",),
+        answers=("canonical_solution",),
+        verbatim={"program": "prompt", "test": "test", "entry_point": "entry_point"},
+    ),
+    "ifeval": Schema(("prompt",), verbatim={"instructions": "instruction_id_list", "arguments": "kwargs"}),
     "kmmlu": Schema(
         ("question",),
         choices=("A", "B", "C", "D"),
@@ -194,8 +201,16 @@ def _item(value: Any, schema: Schema, where: str) -> EvaluationItem | Drop:
         _fields(value, schema.answers, schema.separator),
         _gold(value, schema) if _are_whole(value, schema, choices) else None,
         tuple((name, found) for name, field in schema.labelled.items() if (found := _labelled(lookup(value, field)))),
-        tuple((name, texts[0]) for name, fields in schema.fields.items() if (texts := _fields(value, fields))),
+        (
+            *((name, texts[0]) for name, fields in schema.fields.items() if (texts := _fields(value, fields))),
+            *((name, _verbatim(found)) for name, field in schema.verbatim.items() if (found := lookup(value, field)) is not None),
+        ),
     )
+
+
+def _verbatim(value: Any) -> str:
+    """A field as it stands; lists and objects as JSON, arrays as lists."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=plain)
 
 
 def _gold(value: Any, schema: Schema) -> int | None:

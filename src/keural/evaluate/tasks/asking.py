@@ -39,6 +39,13 @@ class Asking:
         context, following = self._chat(prompt, continuation) if self.prompting == "chat" else self._text(prompt, continuation)
         return self._fitted(context, following)
 
+    def prompt(self, text: str) -> list[int]:
+        """The ids after which an answer is written; white space at the end of a text stays, as it may be what is asked for."""
+        if self.prompting == "chat":
+            return self._turn(text)
+        bos = [self.tokenizer.bos_id]
+        return (bos if self.prompting == "bos" or not text else []) + self.tokenizer.encode(text)
+
     def answer(self, messages: Sequence[Message], answer: str) -> tuple[Likelihood, int]:
         """The request for an assistant's turn after a conversation, `<|im_end|>` included, as preference training counts it.
 
@@ -59,9 +66,11 @@ class Asking:
         return (bos if self.prompting == "bos" else []) + before, whole[len(before) :]
 
     def _chat(self, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
+        return self._turn(prompt), self.tokenizer.encode(continuation.lstrip())
+
+    def _turn(self, prompt: str) -> list[int]:
         system = [Message("system", self.system)] if self.system else []
-        context = render_prompt(self.tokenizer, [*system, Message("user", prompt.strip())])
-        return context, self.tokenizer.encode(continuation.lstrip())
+        return render_prompt(self.tokenizer, [*system, Message("user", prompt.strip())])
 
     def _fitted(self, context: list[int], following: list[int]) -> tuple[Likelihood, int]:
         if not following or not context:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from keural.data.records import Kind as RecordKind
+from keural.evaluate.generated import kind as generate
 from keural.evaluate.results.records import ItemResult, Kind
 from keural.evaluate.tasks import choice, pair, rolling
 from keural.evaluate.tasks.asking import Asking
@@ -45,6 +46,7 @@ def _likelihoods(model: Any, groups: Sequence[Sequence[Any]]) -> Answers:
 
 KINDS: Mapping[Kind, TaskKind] = {
     "choice": TaskKind(("evaluation",), choice.draft, choice.requests, choice.judge, _likelihoods, choice.chance),
+    "generate": TaskKind(("evaluation",), generate.draft, generate.requests, generate.judge, generate.answer),
     "pair": TaskKind(
         ("pairs", "evaluation"), pair.draft, pair.requests, pair.judge, _likelihoods, lambda items: 0.5, pair.baselines
     ),

@@ -14,6 +14,7 @@ from typing import Any
 from keural.data.records import Document, Drop, EvaluationItem, PreferencePair
 from keural.data.sources import Source, open_source
 from keural.errors import UserError
+from keural.evaluate.generated.made import MadeItems
 from keural.evaluate.tasks.items import Draft, Item, Unusable, refuse_no_items
 from keural.evaluate.tasks.kinds import KINDS
 from keural.evaluate.tasks.pair import paired
@@ -79,13 +80,15 @@ def load(spec: TaskSpec, data: Path | None, shots: int | None = None) -> LoadedT
 def _determining(spec: TaskSpec) -> dict[str, Any]:
     """The settings that determine what is asked: where a set lies is none, its content is."""
     settings = spec.determining("evaluation")
-    settings.pop("places")
+    settings.pop("places", None)
     return settings | {"shots": spec.shots.model_dump(exclude={"places", "number"})}
 
 
-def _opened(spec: TaskSpec, data: Path | None, shots: bool = False) -> Source:
+def _opened(spec: TaskSpec, data: Path | None, shots: bool = False) -> Source | MadeItems:
     """The set of a task, or that of its examples. Raises `UserError`."""
     places = spec.shots.places if shots else spec.places
+    if spec.made is not None and not shots:
+        return MadeItems(spec.made)
     found = find(spec.name, places, data)
     if found is None:
         raise refuse_missing(spec.name, places, data, "examples" if shots else "set")
@@ -97,7 +100,7 @@ def _opened(spec: TaskSpec, data: Path | None, shots: bool = False) -> Source:
     return source
 
 
-def _content(source: Source) -> list[list[Any]]:
+def _content(source: Source | MadeItems) -> list[list[Any]]:
     """What determines the rows: sizes and checksums of the files, wherever they lie; the commit of a hub's set."""
     return [entry[1:] if len(entry) == 3 else entry for entry in source.content(FileHashes())]
 
@@ -106,12 +109,12 @@ Pairs = list[tuple[Any, Draft]]
 Before = Callable[[Draft], str]
 
 
-def _records(spec: TaskSpec, source: Source) -> Iterable[Any]:
+def _records(spec: TaskSpec, source: Source | MadeItems) -> Iterable[Any]:
     records = source.read_any(seed=0)
     return records if spec.pairing is None else paired(spec.pairing, records)
 
 
-def _drafts(spec: TaskSpec, source: Source, left_out: Counter[str]) -> Iterator[tuple[Any, Draft]]:
+def _drafts(spec: TaskSpec, source: Source | MadeItems, left_out: Counter[str]) -> Iterator[tuple[Any, Draft]]:
     """What can be asked of a set, row by row; the others are counted."""
     for record in _records(spec, source):
         if isinstance(record, Drop):
@@ -128,7 +131,7 @@ def _is_wanted(spec: TaskSpec, record: Any) -> bool:
     return all(fields.get(name) == value for name, value in spec.where.items())
 
 
-def _first_problem(spec: TaskSpec, source: Source) -> str:
+def _first_problem(spec: TaskSpec, source: Source | MadeItems) -> str:
     """What is wrong with the first row that is, for a set of which nothing can be asked."""
     for record in _records(spec, source):
         if isinstance(record, Drop):

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from keural.errors import UserError
+from keural.evaluate.generated.settings import GenerationSpec
 from keural.evaluate.results.records import Kind
 from keural.evaluate.tasks.template import check_template
 from keural.files import read_yaml
@@ -85,6 +86,17 @@ class PairingSpec(Spec):
     """Labels of answers that are not."""
 
 
+class MadeSpec(Spec):
+    """Items that are made by a program of this package, so that no set is needed."""
+
+    by: Literal["ko_instructions"]
+    """What makes them."""
+    number: int = Field(ge=1, le=10_000)
+    """How many."""
+    seed: int = Field(0, ge=0, le=LARGEST_SEED)
+    """Other items for another one."""
+
+
 class TaskSpec(Spec):
     """One task."""
 
@@ -96,8 +108,10 @@ class TaskSpec(Spec):
     """ISO 639-1 code of what is asked."""
     kind: Kind
     """How it is asked."""
-    places: list[PlaceSpec] = Field(min_length=1)
+    places: list[PlaceSpec] = Field(default_factory=list)
     """Where its items are; the first that is there is used."""
+    made: MadeSpec | None = None
+    """What makes its items, where they are nowhere."""
     shots: ShotsSpec = Field(default_factory=ShotsSpec)
     """Examples before each item."""
     preamble: str = ""
@@ -128,6 +142,8 @@ class TaskSpec(Spec):
     """For rolling tasks."""
     pairing: PairingSpec | None = None
     """For pairs that are made of answers with labels."""
+    generation: GenerationSpec | None = None
+    """For kind generate: how answers are written and judged."""
     harness: str | None = neutral("report", None)
     """lm-eval's name of the task whose figures these must equal."""
     note: str = neutral("report", "")
@@ -160,6 +176,10 @@ class TaskSpec(Spec):
             raise ValueError(f"choices and labelled are for kind choice, not {self.kind}")
         if self.kind != "pair" and self.pairing is not None:
             raise ValueError("pairing is for kind pair")
+        if bool(self.places) == (self.made is not None):
+            raise ValueError("items are either in places or made")
+        if (self.kind == "generate") != (self.generation is not None):
+            raise ValueError("generation is what kind generate has, and no other")
         if self.kind == "rolling" and (self.shots.number or self.chance is not None):
             raise ValueError("rolling texts know neither examples nor chance")
         return self

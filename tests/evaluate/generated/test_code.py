@@ -1,0 +1,98 @@
+"""Programs run with limits, and pass@k."""
+
+import itertools
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from keural.evaluate.generated.code import Limits, has_namespaces, mean_pass_at_k, pass_at_k, run_program
+
+SHORT = Limits(seconds=2, processor_seconds=5, memory_bytes=1 << 28)
+
+
+def test_a_program_passes_when_it_comes_to_its_end() -> None:
+    assert run_program("import math\nassert math.sqrt(4) == 2\nprint('한글')").passed
+
+
+@pytest.mark.parametrize(
+    ("program", "why"),
+    [
+        ("assert 1 == 2, 'no'", "AssertionError: no"),
+        ("def f(:", "SyntaxError"),
+        ("import sys; sys.exit(0)", "ended early with status 0"),
+        ("import os; os._exit(0)", "ended early with status 0"),
+        ("raise SystemExit", "ended early"),
+        ("input()", "EOFError"),
+        ("x = '\\ud800'\nraise ValueError(x)", "ValueError"),
+        ("'\ud800' + 1", "Error"),
+        ("x = 'a' * (1 << 29)", "MemoryError"),
+        ("open('f', 'w').write('a' * (1 << 22))", "File too large"),
+        ("files = [open('f', 'w') for _ in range(99)]", "Too many open files"),
+        ("import numpy", "ModuleNotFoundError"),
+        ("while True: pass", ""),
+        ("import time; time.sleep(60)", "timed out after 2 s"),
+        ("import sys\nwhile True: sys.stderr.write('x' * 100000)", ""),
+    ],
+)
+def test_what_fails_says_why_and_harms_nobody(program: str, why: str) -> None:
+    begun = time.monotonic()
+    outcome = run_program(program, SHORT)
+    assert not outcome.passed
+    assert why in outcome.why
+    assert len(outcome.why) <= 2000
+    assert time.monotonic() - begun < 8
+
+
+def test_a_program_knows_nothing_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "word")
+    assert run_program(
+        "import os\nassert 'SECRET' not in os.environ\nassert sorted(os.listdir()) == ['failed', 'program.py', 'said', 'start.py']"
+    ).passed
+
+
+def test_a_program_has_a_directory_of_its_own_that_is_gone_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert run_program("open('left', 'w').write('x')").passed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_program_has_no_network_and_leaves_no_process_behind() -> None:
+    if not has_namespaces():
+        pytest.skip("this system allows no new namespaces")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        outcome = run_program(f"import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=1)")
+    assert "Network is unreachable" in outcome.why or "refused" in outcome.why or "unreachable" in outcome.why
+    marker = f"keural-left-{os.getpid()}"
+    child = f"os.setsid()\n    open('/proc/self/comm', 'w').write('{marker[:15]}')\n    time.sleep(60)"
+    assert run_program(f"import os, time\nif os.fork() == 0:\n    {child}").passed
+    time.sleep(0.1)
+    names = []
+    for entry in Path("/proc").glob("[0-9]*/comm"):
+        try:
+            names.append(entry.read_text().strip())
+        except OSError:
+            continue
+    assert marker[:15] not in names
+
+
+def test_pass_at_k_is_the_share_of_draws_with_a_right_one() -> None:
+    for samples in range(1, 7):
+        for right in range(samples + 1):
+            for k in range(1, samples + 1):
+                draws = list(itertools.combinations([True] * right + [False] * (samples - right), k))
+                assert pass_at_k(samples, right, k) == pytest.approx(sum(map(any, draws)) / len(draws)), (samples, right, k)
+
+
+def test_pass_at_k_of_a_set_is_the_mean_of_its_items() -> None:
+    assert mean_pass_at_k([(10, 0), (10, 10), (10, 5)], 1) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="pass@3"):
+        pass_at_k(2, 1, 3)
+
+
+def test_processor_time_has_a_limit_of_its_own() -> None:
+    outcome = run_program("while True: pass", Limits(seconds=30, processor_seconds=1))
+    assert "killed" in outcome.why

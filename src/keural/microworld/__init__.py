@@ -1,16 +1,19 @@
 """The embedded bilingual micro-world: rows for the toy recipe's stages, and what is held out of them.
 
-Four families of short tasks in Korean and English: arithmetic in words, translation between the two, facts to look up in a
-given text, and rewriting. Out come rows of three parts: prose for pretraining, instructions for SFT, pairs for DPO; and held-
+Five families of short tasks in Korean and English: arithmetic in words and digits, translation between the two, facts to look up in
+a given text, rewriting, and small talk. Out come rows of three parts: prose for pretraining, instructions for SFT, pairs for DPO; and held-
 out items and pairs for evaluation.
 
 Held out is content (`content.py`): sums of two numbers, clauses (who does what to what), profiles (who
-lives where and likes what). The words, numbers, frames and forms of held-out items all occur in training; their combination
+lives where and likes what), small talk (its wording). The words, numbers, frames and forms of held-out items all occur in training; their combination
 never does, in any language, phrasing, tense, register, part or option. In rows of the split "train"
 
 * no sentence or exchange has both operands and the total of a held-out sum,
 * no sentence has subject, verb and object of a held-out clause,
-* no row has person, place and thing of a held-out profile.
+* no row has person, place and thing of a held-out profile,
+* no one says what is held out of small talk.
+
+Sums of two digits and sums that carry are learnt by heart: all of them may occur in training, and no held-out question is about one.
 
 Korean answers come in two registers, polite (존댓말, -요) and blunt (반말); both count as correct in the evaluation.
 """
@@ -28,11 +31,12 @@ from keural.microworld.exercise import Answer, Exercise, Language, Task
 from keural.microworld.facts import FACTS
 from keural.microworld.glossary import glossary
 from keural.microworld.korean import is_polite
+from keural.microworld.smalltalk import SMALLTALK
 from keural.tokenizer.message import Message
 
 __all__ = ["TASKS", "Item", "Pair", "heldout_items", "heldout_pairs", "is_polite", "rows"]
 
-TASKS = {task.name: task for task in (ARITHMETIC, TRANSLATION, FACTS, REWRITING)}
+TASKS = {task.name: task for task in (ARITHMETIC, TRANSLATION, FACTS, REWRITING, SMALLTALK)}
 LANGUAGES = ("ko", "en")
 REGISTERS = ("mirror", "polite", "blunt")
 CONTRASTS = ("wrong", "blunt")
@@ -105,7 +109,7 @@ def rows(options: Mapping[str, Any], seed: int) -> Iterator[dict[str, Any]]:
 
             * `split`: train (default) or heldout,
             * `phase`: a number (default 1); stages with different phases get different rows,
-            * `tasks`: list of arithmetic, translation, facts, rewriting (default all; each row draws one),
+            * `tasks`: list of arithmetic, translation, facts, rewriting, smalltalk (default all; each row draws one),
             * `languages`: list of ko, en (default both; each row draws one),
             * prose: `forms`, list of plain (statements in one language), parallel (in both), glossary (words), questions (with
               their answers), transcripts (questions and answers with the role names of a chat, to train a tokenizer on); each

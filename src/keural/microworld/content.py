@@ -1,9 +1,10 @@
 """What exists in the micro-world: sums, clauses, profiles and small talk, and which of them are held out.
 
-Content is language-free: a sum is a pair of numbers, a clause is who does what to what, a profile is
-who lives where and likes what; only small talk is what is said, word for word. Each has a key, and a hash of the key alone decides whether it is held out. So one piece of
-content is on the same side in both languages, in every phrasing, notation, tense and register, in prose, chats and preference pairs,
-and for every seed. Sums of two digits and those that carry are learnt by heart, as at school: none of them is held out.
+Content is language-free: a sum is a pair of numbers, a clause is who does what to what, a profile is who lives where and likes
+what; only small talk is what is said, word for word. Each has a key, and a hash of the key alone decides whether it is held out. So
+one piece of content is on the same side in both languages, in every phrasing, notation, tense and register, in prose, chats and
+preference pairs, and for every seed. Sums of two digits and those that carry are learnt by heart, as at school: none of them is
+held out.
 """
 
 import hashlib
@@ -19,8 +20,8 @@ TALK_HELD_OUT_PER_MILLE = 300
 
 @dataclass(frozen=True, slots=True, order=True)
 class Sum:
-    """`first` + `second`, two numbers of 1 to 79; `first` is not the larger one. Their digits add up without a carry, unless both are
-    below twenty.
+    """`first` + `second`, two numbers of 1 to 79; `first` is not the larger one. Their digits add up without a carry, unless both
+    are below twenty.
     """
 
     first: int
@@ -105,7 +106,7 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class Talk:
-    """What somebody says who asks for nothing, word for word; `kind` is what it is (a greeting), `polite` its register in Korean."""
+    """What somebody says who asks for nothing, word for word: of a kind (a greeting), in Korean in a register."""
 
     language: str
     kind: str

@@ -1,7 +1,7 @@
 """Small talk: what people type first, and say last. Greetings, who the model is, thanks, and goodbyes.
 
-In: nothing. Out: a `Task`. Content is what is said, word for word: an opening, what is put to it, and how it ends. The words and endings
-of held-out ones all occur in training, these combinations of them do not.
+In: nothing. Out: a `Task`. Content is what is said, word for word: an opening, what is put to it, and how it ends. The words and
+endings of held-out ones all occur in training, these combinations of them do not.
 """
 
 import itertools
@@ -56,7 +56,10 @@ _ENGLISH: dict[Kind, _Wordings] = {
 }
 _KOREAN_POLITE: dict[Kind, _Wordings] = {
     "greeting": _Wordings(
-        ("", "아, ", "케우랄, "), ("안녕하세요", "안녕하십니까", "반가워요", "반갑습니다", "처음 뵙겠습니다"), ("",), ("", ".", "!", "?")
+        ("", "아, ", "케우랄, "),
+        ("안녕하세요", "안녕하십니까", "반가워요", "반갑습니다", "처음 뵙겠습니다"),
+        ("",),
+        ("", ".", "!", "?"),
     ),
     "who": _Wordings(
         ("", "안녕하세요. ", "아, ", "그런데 "),
@@ -76,9 +79,14 @@ _KOREAN_BLUNT: dict[Kind, _Wordings] = {
         ("", "아, ", "케우랄, "), ("안녕", "안녕, 안녕", "반가워", "만나서 반가워"), ("", ", 친구야"), ("", ".", "!", "?")
     ),
     "who": _Wordings(
-        ("", "안녕. ", "아, ", "그런데 "), ("누구야", "너는 누구야", "너 누구야", "이름이 뭐야", "네 이름은 뭐야", "이름을 알려 줘"), ("",), ("", "?", ".")
+        ("", "안녕. ", "아, ", "그런데 "),
+        ("누구야", "너는 누구야", "너 누구야", "이름이 뭐야", "네 이름은 뭐야", "이름을 알려 줘"),
+        ("",),
+        ("", "?", "."),
     ),
-    "thanks": _Wordings(("", "아, ", "정말 ", "그래, "), ("고마워", "정말 고마워", "참 고마워"), ("", ", 케우랄", ", 친구야"), ("", ".", "!")),
+    "thanks": _Wordings(
+        ("", "아, ", "정말 ", "그래, "), ("고마워", "정말 고마워", "참 고마워"), ("", ", 케우랄", ", 친구야"), ("", ".", "!")
+    ),
     "goodbye": _Wordings(("", "그래, ", "그럼 "), ("잘 있어", "잘 가", "다음에 봐", "또 만나"), ("", ", 케우랄"), ("", ".", "!")),
 }
 _ANSWERS: dict[Language, dict[Kind, Answer]] = {

@@ -25,7 +25,7 @@ from keural.recipe.objectives import OBJECTIVES
 from keural.recipe.tokenizer import TokenizerSpec
 from keural.recipe.training import StageSpec
 
-RESERVED_NAMES = {"data", "final", "random", "recipe", "reference", "tokenizer", "untrained"}
+RESERVED_NAMES = {"data", "final", "random", "recipe", "reference", "results", "tokenizer", "untrained"}
 """What else a run directory, a key or a model is called; no stage may be."""
 
 

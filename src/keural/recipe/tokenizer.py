@@ -27,8 +27,8 @@ class TokenizerSpec(Spec):
     split_digits: bool = True
     """Cut numbers into single digits."""
     pieces: list[Annotated[str, Field(pattern=r"^\S{1,16}$")]] = Field(default_factory=list, max_length=1_000)
-    """Texts that are pieces of their own wherever they stand, and parts of no other piece: number words, say, that must be cut alike in
-    every surrounding. Only of a `lossless` tokenizer that is trained.
+    """Texts that are pieces of their own wherever they stand, and parts of no other piece: number words, say, that are cut alike
+    in every surrounding. Only of a `lossless` tokenizer that is trained.
     """
     max_bytes: int = Field(100_000_000, gt=0, le=LARGEST_SIZE)
     """Train on at most this many bytes of text, spread evenly over the sources' documents."""

@@ -29,7 +29,18 @@ from keural.errors import UserError
 from keural.files import atomic_directory
 from keural.recipe import TokenizerSpec
 from keural.tokenizer.load import KeuralTokenizer
-from keural.tokenizer.model_file import BOS_ID, CONTROL_PIECES, EOS_ID, IM_END, IM_START, NORMAL, PAD_ID, SPACE_MARK, UNK_ID, USER_DEFINED
+from keural.tokenizer.model_file import (
+    BOS_ID,
+    CONTROL_PIECES,
+    EOS_ID,
+    IM_END,
+    IM_START,
+    NORMAL,
+    PAD_ID,
+    SPACE_MARK,
+    UNK_ID,
+    USER_DEFINED,
+)
 from keural.tokenizer.segment import SEGMENT_CHARACTERS, segments
 
 TRAINER_THREADS = 16

@@ -72,13 +72,21 @@ class Drop:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationItem:
-    """One item of a benchmark: passage, question, choices and answers; what a set lacks is empty."""
+    """One item of a benchmark: passage, question, choices and answers; what a set lacks is empty.
+
+    `gold` is the number of the right choice, from 0; None where the row does not say, or has a value that means nothing. `labelled`
+    are lists of answers by name, each answer with whether it is right. `fields` are others of the row that a question is asked
+    with, by the names that tasks know them by.
+    """
 
     question: str
     where: str
     passage: str = ""
     choices: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
+    gold: int | None = None
+    labelled: tuple[tuple[str, tuple[tuple[str, bool], ...]], ...] = ()
+    fields: tuple[tuple[str, str], ...] = ()
 
 
 Record = Document | Conversation | PreferencePair

@@ -23,7 +23,7 @@ know its plan without knowing the pipeline) and listed here.
     <stage>/model-checked.json  when the model was compared with its checksums: a cache
     <stage>/done.json         Done: the stage is finished
     evaluation.json           EvaluationFile: a cache
-    results/<model>/<task>-<digest>.jsonl     keural.evaluate.results: answers item by item; each line has a checksum
+    results/<model>/<task>-<digest>.jsonl     keural.evaluate.results.store: what models answered; each line has a checksum
     summary.json              Summary
     report.html               for people; nothing reads it
     final                     link to the last finished stage's model
@@ -47,8 +47,8 @@ from keural.errors import UserError
 from keural.files import CheckedFile, clear_leftovers, fingerprint, read_checked_text, sha256_file, write_checked_text
 from keural.recipe import Recipe
 
-RUN, RECIPE, SUMMARY, EVALUATION, FINAL, DATA, TOKENIZER, REFERENCE = (
-    "run.json", "recipe.yaml", "summary.json", "evaluation.json", "final", "data", "tokenizer", "reference"
+RUN, RECIPE, SUMMARY, EVALUATION, FINAL, DATA, TOKENIZER, REFERENCE, RESULTS = (
+    "run.json", "recipe.yaml", "summary.json", "evaluation.json", "final", "data", "tokenizer", "reference", "results"
 )  # fmt: skip
 STAGE, STAGE_TEXT, DONE, PLAN, METRICS, MODEL, CHECKPOINTS, MODEL_CHECKED, ADAPTER = (
     "stage.json", "stage.yaml", "done.json", "plan.json", "metrics.jsonl", "model", "checkpoints", "model-checked.json", "adapter"

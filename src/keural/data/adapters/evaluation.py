@@ -1,15 +1,16 @@
-"""Rows of benchmarks: what is asked, the passage, the choices and the answers, to be looked for in training data.
+"""Rows of benchmarks: what is asked, the passage, the choices and the answers, and which of them is right.
 
-They are for `data.decontaminate` alone; a stage cannot train on them. A benchmark that is not here is read by `evaluation`
-with options that name its fields.
+They are looked for in training data (`data.decontaminate`) and asked (`keural.evaluate.tasks`), by the same table, so that what is
+measured and what is looked for are never different things; a stage cannot train on them. A benchmark that is not here is read by
+`evaluation` with options that name its fields.
 """
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from keural.data.adapters.base import TABLES, Adapter, Reads, described, guarded, lookup, missing, scalar
+from keural.data.adapters.base import TABLES, Adapter, Reads, described, guarded, lookup, missing, plain, scalar
 from keural.data.readers.options import NAMES, Option
 from keural.data.records import Drop, EvaluationItem
 from keural.recipe import SourceSpec
@@ -17,6 +18,27 @@ from keural.recipe import SourceSpec
 _MMLU_HEADER = re.compile(r"\AThe following are multiple choice questions.*?\n\n", re.S)
 _LETTER = re.compile(r"\n[A-E]\. ")
 _NUMBERED = re.compile(r"(?:Answer|Ending|Solution|Option)\d: ")
+
+
+@dataclass(frozen=True)
+class Gold:
+    """A field that says which choice is right: by a value that stands for its number, or by one that stands there `among` those of
+    another field.
+    """
+
+    name: str
+    values: Mapping[str, int] = field(default_factory=dict)
+    among: str = ""
+
+
+def _numbers(first: int, count: int = 10) -> dict[str, int]:
+    """Choices numbered from `first` on."""
+    return {str(first + number): number for number in range(count)}
+
+
+LETTERS = {letter: number for number, letter in enumerate("ABCDEFGHIJ")}
+_TRUTHS = {"False": 0, "FALSE": 0, "false": 0, "True": 1, "TRUE": 1, "true": 1}
+_NLI = {"entailment": 0, "neutral": 1, "contradiction": 2}
 
 
 @dataclass(frozen=True)
@@ -31,6 +53,24 @@ class Schema:
     """What stands between several choices or answers in one field."""
     taken_apart: Callable[[str], tuple[str, tuple[str, ...]]] | None = None
     """Takes a prompt apart into the question and its choices."""
+    gold: tuple[Gold, ...] = ()
+    """The first whose field a row has says which choice is right."""
+    labelled: Mapping[str, str] = field(default_factory=dict)
+    """By name, fields that hold answers with whether they are right: `{text: 1 or 0}`, or `choices` and `labels`."""
+    fields: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """What else a question is asked with, by name: the first of these fields that a row has."""
+
+    def names(self) -> frozenset[str]:
+        """Every field that is read."""
+        groups = (
+            *self.question,
+            *self.passage,
+            *self.choices,
+            *self.answers,
+            *(name for each in self.fields.values() for name in each),
+        )
+        gold = (name for each in self.gold for name in (each.name, each.among) if name)
+        return frozenset(name.split(".")[0] for name in (*groups, *gold, *self.labelled.values()))
 
 
 def _mmlu_prompt(text: str) -> tuple[str, tuple[str, ...]]:
@@ -46,33 +86,78 @@ def _numbered_prompt(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 SCHEMAS: dict[str, Schema] = {
-    "arc": Schema(("question",), choices=("choices.text",)),
+    "arc": Schema(("question",), choices=("choices.text",), gold=(Gold("answerKey", among="choices.label"),)),
     "bbh": Schema(("input",), answers=("target",)),
-    "click": Schema(("question",), ("paragraph",), ("choices",), ("answer",)),
+    "click": Schema(
+        ("question",), ("paragraph",), ("choices",), ("answer",), gold=(Gold("answer", among="choices"),), fields={"id": ("id",)}
+    ),
     "gsm8k": Schema(("question",), answers=("answer",)),
-    "haerae": Schema(("query", "question"), choices=("options", "o1", "o2", "o3", "o4", "o5")),
-    "hellaswag": Schema(("ctx", "ctx_a"), choices=("endings",)),
+    "haerae": Schema(
+        ("query", "question"),
+        choices=("options", "o1", "o2", "o3", "o4", "o5"),
+        gold=(Gold("answer", {**LETTERS, **{f"({letter})": number for letter, number in LETTERS.items()}}),),
+    ),
+    "hellaswag": Schema(("ctx", "ctx_a"), choices=("endings",), gold=(Gold("label", _numbers(0)),)),
     "humaneval": Schema(("prompt",), answers=("canonical_solution",)),
     "ifeval": Schema(("prompt",)),
-    "kmmlu": Schema(("question",), choices=("A", "B", "C", "D")),
-    "kobest_boolq": Schema(("Question", "question"), ("Text", "paragraph")),
-    "kobest_copa": Schema(("sentence", "premise"), choices=("1", "2", "alternative_1", "alternative_2")),
-    "kobest_hellaswag": Schema(
-        ("context",), choices=("choice1", "choice2", "choice3", "choice4", "ending_1", "ending_2", "ending_3", "ending_4")
+    "kmmlu": Schema(
+        ("question",),
+        choices=("A", "B", "C", "D"),
+        gold=(Gold("answer", _numbers(1)),),
+        fields={"subject": ("Category", "category")},
     ),
-    "kobest_sentineg": Schema(("Text", "sentence"), choices=("Text_origin",)),
-    "kobest_wic": Schema(("context_1", "SENTENCE1"), choices=("context_2", "SENTENCE2")),
+    "kobest_boolq": Schema(
+        ("Question", "question"), ("Text", "paragraph"), gold=(Gold("Answer", _TRUTHS), Gold("label", _numbers(0, 2)))
+    ),
+    "kobest_copa": Schema(
+        ("sentence", "premise"),
+        choices=("1", "2", "alternative_1", "alternative_2"),
+        gold=(Gold("Answer", _numbers(1, 2)), Gold("label", _numbers(0, 2))),
+        fields={"relation": ("question",)},
+    ),
+    "kobest_hellaswag": Schema(
+        ("context",),
+        choices=("choice1", "choice2", "choice3", "choice4", "ending_1", "ending_2", "ending_3", "ending_4"),
+        gold=(Gold("label", _numbers(0, 4)),),
+    ),
+    "kobest_sentineg": Schema(
+        ("Text", "sentence"),
+        choices=("Text_origin",),
+        gold=(Gold("Label", _numbers(0, 2)), Gold("label", _numbers(0, 2))),
+    ),
+    "kobest_wic": Schema(
+        ("context_1", "SENTENCE1"),
+        choices=("context_2", "SENTENCE2"),
+        gold=(Gold("ANSWER", _TRUTHS), Gold("label", _numbers(0, 2))),
+        fields={"second": ("context_2", "SENTENCE2"), "word": ("word", "Target")},
+    ),
     "kornat": Schema(("Question",), choices=("A", "B", "C", "D", "E")),
-    "kornlu_nli": Schema(("sentence1", "premise"), choices=("sentence2", "hypothesis")),
+    "kornlu_nli": Schema(
+        ("sentence1", "premise"),
+        choices=("sentence2", "hypothesis"),
+        gold=(Gold("gold_label", _NLI), Gold("label", _numbers(0, 3) | _NLI)),
+        fields={"hypothesis": ("sentence2", "hypothesis")},
+    ),
     "kornlu_sts": Schema(("sentence1",), choices=("sentence2",)),
     "logickor": Schema(("questions", "turns"), answers=("references",)),
-    "mmlu": Schema(("question",), choices=("choices", "A", "B", "C", "D")),
-    "mmlu_prompts": Schema(("input",), taken_apart=_mmlu_prompt),
+    "mmlu": Schema(
+        ("question",),
+        choices=("choices", "A", "B", "C", "D"),
+        gold=(Gold("answer", _numbers(0, 4) | LETTERS),),
+        fields={"subject": ("subject",)},
+    ),
+    "mmlu_prompts": Schema(("input",), taken_apart=_mmlu_prompt, gold=(Gold("output", LETTERS),), fields={"subject": ("subject",)}),
     "mt_bench": Schema(("turns",), answers=("reference",)),
-    "numbered_choices": Schema(("instruction",), taken_apart=_numbered_prompt),
-    "openbookqa": Schema(("question_stem",), choices=("choices.text",)),
+    "numbered_choices": Schema(
+        ("instruction",),
+        taken_apart=_numbered_prompt,
+        gold=(Gold("answer", {f"answer{number + 1}": number for number in range(10)}),),
+    ),
+    "openbookqa": Schema(("question_stem",), choices=("choices.text",), gold=(Gold("answerKey", among="choices.label"),)),
     "truthfulqa": Schema(("Question",), answers=("Best Answer", "Correct Answers", "Incorrect Answers"), separator="; "),
-    "truthfulqa_mc": Schema(("question",), answers=("mc1_targets", "mc2_targets")),
+    "truthfulqa_mc": Schema(
+        ("question",), answers=("mc1_targets", "mc2_targets"), labelled={"mc1": "mc1_targets", "mc2": "mc2_targets"}
+    ),
 }
 """Benchmarks by name: the publishers' files and the hub's columns, which are told apart by the fields a row has."""
 
@@ -101,8 +186,59 @@ def _item(value: Any, schema: Schema, where: str) -> EvaluationItem | Drop:
     question, choices = "\n".join(asked), _fields(value, schema.choices, schema.separator)
     if schema.taken_apart is not None:
         question, choices = schema.taken_apart(question)
-    passage = "\n".join(_fields(value, schema.passage))
-    return EvaluationItem(question, where, passage, choices, _fields(value, schema.answers, schema.separator))
+    return EvaluationItem(
+        question,
+        where,
+        "\n".join(_fields(value, schema.passage)),
+        choices,
+        _fields(value, schema.answers, schema.separator),
+        _gold(value, schema) if _are_whole(value, schema, choices) else None,
+        tuple((name, found) for name, field in schema.labelled.items() if (found := _labelled(lookup(value, field)))),
+        tuple((name, texts[0]) for name, fields in schema.fields.items() if (texts := _fields(value, fields))),
+    )
+
+
+def _gold(value: Any, schema: Schema) -> int | None:
+    """The number of the right choice; None where the row does not say."""
+    for gold in schema.gold:
+        found = lookup(value, gold.name)
+        if found is None:
+            continue
+        text = str(found) if isinstance(found, bool) else (scalar(found) or "").strip()
+        if not gold.among:
+            return gold.values.get(text)
+        among = [other.strip() for other in _texts(lookup(value, gold.among))]
+        return among.index(text) if text in among else None
+    return None
+
+
+def _are_whole(value: Any, schema: Schema, choices: tuple[str, ...]) -> bool:
+    """Whether none of the choices is empty, which is left out, so that those after it have other numbers."""
+    if schema.taken_apart is not None:
+        return all(choices)
+    found = [lookup(value, name) for name in schema.choices]
+    return sum(_count(each) for each in found if each is not None) == len(choices)
+
+
+def _count(value: Any) -> int:
+    """How many texts `_texts` would give if none were empty."""
+    if isinstance(value, list):
+        return sum(map(_count, value))
+    if isinstance(value, dict):
+        return _count(value.get("text", value.get("choices", list(value))))
+    return 1
+
+
+def _labelled(value: Any) -> tuple[tuple[str, bool], ...]:
+    """Answers with whether they are right; none where the field is of another form."""
+    if not isinstance(value, dict):
+        return ()
+    if value.keys() >= {"choices", "labels"}:
+        choices, labels = plain(value["choices"]), plain(value["labels"])
+        pairs = list(zip(choices, labels, strict=False)) if isinstance(choices, list) and isinstance(labels, list) else []
+    else:
+        pairs = list(value.items())
+    return tuple((text, right == 1) for text, right in pairs if isinstance(text, str) and right in (0, 1))
 
 
 def _known(schema: Schema) -> Adapter:
@@ -110,7 +246,7 @@ def _known(schema: Schema) -> Adapter:
         return _item(value, schema, where)
 
     question = " or ".join(f"`{name}`" for name in schema.question)
-    fields = frozenset(name.split(".")[0] for name in (*schema.question, *schema.passage, *schema.choices, *schema.answers))
+    fields = schema.names()
     meaning = f"The benchmark as published; the question is in {question}."
     return Adapter("evaluation", guarded(convert), TABLES, meaning=meaning, reads=lambda source: Reads(fields))
 

@@ -287,6 +287,7 @@ class ContaminationIndex:
             entries += [(entry, len(self._names)) for entry in own]
             self._names.append((name, item.where))
             self._sizes.append(len(own))
+        self._known = frozenset(self._names)
         self.num_ngrams = len(entries)
         wide = PREFIXES[1]
         self._tables = [
@@ -299,11 +300,27 @@ class ContaminationIndex:
         """Size of the tables in bytes."""
         return sum(table.num_bytes for table in self._tables)
 
+    def looks_for(self, set_name: str, item: str) -> bool:
+        """Whether an item is long enough to be looked for, by its set and its place there."""
+        return (set_name, item) in self._known
+
     def find(self, text: str, min_share: float = 0.0) -> Hit | None:
         """The item of which a text holds the most n-grams, or None. One n-gram is enough when it is an item's whole form or when
         it is at least `min_share` of the item's.
         """
         stream = normalized_text(text)
+        found = self._found(stream, min_share)
+        best = max(found, key=lambda item: (len(found[item]), -item), default=None)
+        return None if best is None else self._hit(best, found[best], stream)
+
+    def find_all(self, text: str, min_share: float = 0.0) -> list[Hit]:
+        """Every item that `find` could give of a text, in the order of the items."""
+        stream = normalized_text(text)
+        found = self._found(stream, min_share)
+        return [self._hit(item, found[item], stream) for item in sorted(found)]
+
+    def _found(self, stream: NormalizedText, min_share: float) -> dict[int, dict[tuple[int, int], int]]:
+        """The items that a text holds enough of: their entries (table and number) and where each was found first."""
         found: dict[int, dict[tuple[int, int], int]] = {}
         whole: set[int] = set()
         for begin in range(0, max(1, len(stream.values)), BLOCK):
@@ -314,11 +331,7 @@ class ContaminationIndex:
                     found.setdefault(item, {}).setdefault((number, entry), begin + start)
                     if table.whole[entry]:
                         whole.add(item)
-        enough = [item for item, own in found.items() if item in whole or len(own) >= min_share * self._sizes[item]]
-        if not enough:
-            return None
-        best = max(enough, key=lambda item: (len(found[item]), -item))
-        return self._hit(best, found[best], stream)
+        return {item: own for item, own in found.items() if item in whole or len(own) >= min_share * self._sizes[item]}
 
     def _hit(self, item: int, own: dict[tuple[int, int], int], stream: NormalizedText) -> Hit:
         (number, entry), start = max(own.items(), key=lambda match: int(self._tables[match[0][0]].length[match[0][1]]))

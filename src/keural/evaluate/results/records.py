@@ -83,3 +83,5 @@ class TaskResults:
     """In the order of the set."""
     left_out: Mapping[str, int] = field(default_factory=dict)
     """Items that were not asked, counted by reason."""
+    baselines: Mapping[str, float] = field(default_factory=dict)
+    """Scores of who does not read: the length's of pairs, the packers' bits per byte of texts."""

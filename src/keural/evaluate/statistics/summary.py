@@ -48,7 +48,7 @@ def summarize(results: TaskResults, items: str | None = None) -> TaskScore:
         found = estimate(results)
     except UserError as error:
         raise UserError(f"{results.task}: {error}") from error
-    return TaskScore(found.value, _known(found.low), _known(found.high), found.n, results.chance, items)
+    return TaskScore(found.value, finite(found.low), finite(found.high), found.n, results.chance, items)
 
 
 def estimate(results: TaskResults) -> Estimate:
@@ -68,5 +68,6 @@ def size_of(item: ItemResult) -> float:
     return float(size)
 
 
-def _known(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """A number as JSON can say it: None for what is not finite."""
     return value if math.isfinite(value) else None

@@ -1,0 +1,1 @@
+"""One scorer: log-probabilities of continuations, what requests share computed once."""

@@ -1,0 +1,73 @@
+"""Where a task's set lies, and what brings it when it is not there.
+
+In: the places that a task names, and the data directory. Out: a source that can be opened; or the command that fetches the set.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from keural.errors import UserError
+from keural.evaluate.tasks.spec import PlaceSpec
+from keural.files import read_yaml
+from keural.recipe import SourceSpec
+
+SHIPPED = Path(__file__).parent / "shipped"
+SETS = "evaluation"
+"""What `keural data fetch` calls the sets of the tasks."""
+
+
+def find(task: str, places: Sequence[PlaceSpec], data: Path | None) -> SourceSpec | None:
+    """The first of the places that is there, as a source; None where none is."""
+    if data is None:
+        return None
+    for place in places:
+        for path in _candidates(place):
+            if _exists(data, path):
+                return _source(task, place, path)
+        if place.hub and (data / place.hub).is_dir():
+            return _source(task, place, "")
+    return None
+
+
+def is_there(places: Sequence[PlaceSpec], data: Path) -> bool:
+    """Whether one of the places is there."""
+    return find("", places, data) is not None
+
+
+def refuse_missing(task: str, places: Sequence[PlaceSpec], data: Path | None, what: str = "set") -> UserError:
+    """What to say of a set that is not there: the commands that bring it."""
+    directory = data or Path("DIR")
+    ways = list(dict.fromkeys(way for place in places if (way := _way(place, directory))))
+    advice = f"bring it with {' or '.join(ways)}" if ways else f"put {places[0].path} there"
+    if data is None:
+        return UserError(f"task {task}: --data DIR says where its {what} lies; {advice}")
+    if not data.is_dir():
+        return UserError(f"{data}: no such directory; --data says where the sets of tasks lie ({advice})")
+    return UserError(f"task {task}: its {what} is not in {data}; {advice}")
+
+
+def _way(place: PlaceSpec, directory: Path) -> str:
+    """The command that brings what a place needs; none where there is none."""
+    if place.hub:
+        return f"`hf download --repo-type dataset {place.hub} --local-dir {directory / place.hub}`"
+    name = PurePosixPath(place.path).parts[0]
+    return f"`keural data fetch {SETS} {directory} --only {name}`" if name in read_yaml(SHIPPED / "sets" / "sets.yaml") else ""
+
+
+def _candidates(place: PlaceSpec) -> list[str]:
+    """The paths that a place may have below the data directory: with the set's folder, or where that is the directory itself."""
+    if not place.path:
+        return []
+    parts = PurePosixPath(place.path).parts
+    return [place.path, *(["/".join(parts[1:])] if len(parts) > 1 else [])]
+
+
+def _exists(data: Path, path: str) -> bool:
+    return (data / path).exists() or any(True for _ in data.glob(path))
+
+
+def _source(task: str, place: PlaceSpec, path: str) -> SourceSpec:
+    hub = {"hub": place.hub, "config": place.config, "split": place.split} if place.hub else {}
+    return SourceSpec(
+        name=task or place.adapter, adapter=place.adapter, path=path, options=place.options, license=place.license, **hub
+    )

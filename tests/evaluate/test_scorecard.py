@@ -9,6 +9,7 @@ from keural.errors import UserError
 from keural.evaluate import registry, scorecard
 from keural.evaluate.bench import Bench, Task
 from keural.model import KeuralConfig, KeuralMoECausalLM
+from keural.pretrained.directory import save_model_directory
 from keural.recipe import EvaluationSpec, Recipe, RecipeSpec, StageSpec
 from keural.tokenizer import KeuralTokenizer
 
@@ -93,7 +94,7 @@ def test_the_toy_world_is_measured_before_and_after_the_preferences(
 ) -> None:
     monkeypatch.setattr(Bench, "model", lambda self, name: model)
     for one in STAGES:
-        (tmp_path / one.name / "model").mkdir(parents=True)
+        save_model_directory(tmp_path / one.name / "model", model.config, model.state_dict(), tokenizer, {"objectives": ["sft"]})
     asked = {"items_per_task": 2, "pairs": 6, "max_new_tokens": 2}
     recipe = recipe_of(STAGES, exact_match=asked)
     figures = scorecard.score(bench_of(recipe, tokenizer, model.config, tmp_path))["evaluation"]

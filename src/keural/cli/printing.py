@@ -84,7 +84,7 @@ def _score(cell: dict[str, Any] | None) -> str:
     if cell is None:
         return ""
     change = cell.get("change") or {}
-    sign = " " if not change.get("significant") else "+" if change["difference"] > 0 else "-"
+    sign = {None: " ", True: "+", False: "-"}[change.get("better")]
     return f"{100 * cell['score']:.0f}{sign}"
 
 

@@ -8,19 +8,18 @@ from typing import Any
 import torch
 
 from keural.data.prepared import Prepared
-from keural.evaluate.results.kept import Asked, kept_results, results_file
+from keural.evaluate.models import UNTRAINED, Conditions, stored_model, untrained_model
 from keural.evaluate.results.records import ItemResult, TaskResults
+from keural.evaluate.results.store import Header, ModelIdentity, open_results, results_file
+from keural.evaluate.tasks.asking import Prompting
 from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.pretrained.cached_step import check_cached_step
-from keural.pretrained.lineage import identity_of
 from keural.pretrained.stored_model import load_model
 from keural.recipe import OBJECTIVES, Recipe
 from keural.tokenizer import KeuralTokenizer
 
 MODEL, RESULTS = "model", "results"
 """Of a stage's and a run's directory: its model, and what models answered, item by item."""
-UNTRAINED = "untrained"
-"""What the model before its first step is called."""
 Figures = dict[str, Any]
 
 
@@ -48,20 +47,24 @@ class Bench:
         found: KeuralMoECausalLM = KeuralMoECausalLM(self.config).eval()
         return found
 
-    def kept(self, name: str, task: TaskResults, measure: Callable[[], Sequence[ItemResult]]) -> TaskResults:
-        """What a model answers to a task: as it is kept in the run directory, or measured now and kept there."""
-        return kept_results(self.out / RESULTS, self._asked(name), task, measure)
-
-    def items_file(self, name: str, task: TaskResults) -> str:
-        """The file with a model's results of a task, from the run directory."""
-        return results_file(self.out / RESULTS, self._asked(name), task).relative_to(self.out).as_posix()
-
-    def _asked(self, name: str) -> Asked:
+    def identity(self, name: str, prompting: Prompting) -> ModelIdentity:
+        """What determines the answers of a stage's model, or of `UNTRAINED`."""
+        conditions = Conditions(prompting)
         if name == UNTRAINED:
-            weights: dict[str, Any] = {"model": self.recipe.spec.model.determining("weights"), "seed": self.recipe.spec.seed}
-        else:
-            weights = identity_of(self.out / name / MODEL)
-        return Asked(name, {"weights": weights, "tokenizer": self.tokenizer.sha256, "dtype": "float32", "engine": "transformers"})
+            return untrained_model(self.out / self.finished[0] / MODEL, self.recipe.spec.seed, conditions).identity
+        return stored_model(self.out / name / MODEL, conditions, name).identity
+
+    def kept(self, header: Header, ask: Callable[[], Sequence[ItemResult]]) -> tuple[str, TaskResults]:
+        """A model's results of a task with their file, from the run directory: as they are kept, or asked for now and kept.
+
+        Raises `UserError` for damaged results.
+        """
+        path = results_file(self.out / RESULTS, header)
+        with open_results(path, header) as writer:
+            if len(writer.items) < header.size:
+                found = [(number, item) for number, item in enumerate(ask()) if item.id not in writer.items]
+                writer.append(found)
+            return path.relative_to(self.out).as_posix(), writer.kept().results()
 
     @property
     def final(self) -> str:

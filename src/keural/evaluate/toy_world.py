@@ -7,16 +7,18 @@ Models that were trained on chats are asked in a chat. Those that read documents
 stands at the beginning of a document, in the words in which their documents ask, and what they write up to its end is the answer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from keural import microworld
 from keural.evaluate.bench import UNTRAINED, Bench, Figures
+from keural.evaluate.comparison.stages import complete
 from keural.evaluate.generation import continuations, span_logprobs, split_answer
 from keural.evaluate.measures import exact_match, is_correct, polite_rate
 from keural.evaluate.results.records import ItemResult, TaskResults
-from keural.evaluate.stage_table import stage_table
+from keural.evaluate.results.store import Header
+from keural.evaluate.statistics.summary import summarize
 from keural.files import fingerprint
 from keural.model import KeuralMoECausalLM
 from keural.recipe import OBJECTIVES, ExactMatchSpec
@@ -63,42 +65,61 @@ def toy_tasks(spec: ExactMatchSpec, seed: int) -> list[ToyTask]:
 
 def measure(bench: Bench, spec: ExactMatchSpec) -> Figures:
     """The table of all finished stages; with the last one finished also the figures of the final model."""
+    if not bench.finished:
+        return {}
     tasks = toy_tasks(spec, bench.recipe.spec.seed)
     found = {name: _results(bench, name, tasks, spec.max_new_tokens) for name in (UNTRAINED, *bench.finished)}
-    figures: Figures = {"stages": stage_table(bench, found)}
+    figures = _table(bench, found)
     if bench.final not in found:
         return figures
-    after, before = _figures(found[bench.final]), bench.before_preferences
+    after, before = _figures(found[bench.final].values()), bench.before_preferences
     figures |= {name: after[name] for name in ("accuracy", "by_task", "by_language", "by_task_and_language", "preference_accuracy")}
     figures |= {"items": after["n"], "pairs": spec.pairs, "accuracy_stderr": after["stderr"]}
     figures["polite_rate"] = {"after": after["polite_rate"]}
     if before is not None:
-        earlier = _figures(found[before])
+        earlier = _figures(found[before].values())
         kept = {name: earlier[name] for name in ("accuracy", "by_task", "by_language", "preference_accuracy")}
         figures["before"] = {"stage": before} | kept
         figures["polite_rate"]["before"] = earlier["polite_rate"]
     return figures
 
 
-def _results(bench: Bench, name: str, tasks: Sequence[ToyTask], max_new_tokens: int) -> list[TaskResults]:
-    """What a model answers to every task, from what is kept of an earlier time where there is something."""
-    in_chat = name != UNTRAINED and OBJECTIVES[bench.recipe.stage(name).objective].store != "documents"
-    found = []
+def _table(bench: Bench, found: Mapping[str, Mapping[str, TaskResults]]) -> Figures:
+    """What every model scored on every task, and what changed from the one that it starts from."""
+    stages = {
+        name: {"tasks": {one.task: summarize(one, path).to_json() for path, one in results.items()}}
+        for name, results in found.items()
+    }
+    everything = {path: one for results in found.values() for path, one in results.items()}
+    predecessors = {name: bench.recipe.stage(name).predecessor or UNTRAINED for name in bench.finished}
+    pretrained = [name for name in bench.finished if reads_documents(bench, name)][-1:]
+    return complete({"stages": stages}, everything.__getitem__, predecessors, *pretrained)
+
+
+def reads_documents(bench: Bench, name: str) -> bool:
+    """Whether a stage's model is asked as those are that were trained on documents."""
+    return name == UNTRAINED or OBJECTIVES[bench.recipe.stage(name).objective].store == "documents"
+
+
+def _results(bench: Bench, name: str, tasks: Sequence[ToyTask], max_new_tokens: int) -> dict[str, TaskResults]:
+    """What a model answers to every task, by the file that has it; computed where it is not there from an earlier time."""
+    in_chat, found = not reads_documents(bench, name), {}
     for task in tasks:
-        settings = {"task": task.name, "items": [_key(item) for item in task.items], "in_chat": in_chat}
-        empty = _empty(task, fingerprint(settings | ({} if task.is_of_pairs else {"max_new_tokens": max_new_tokens})))
-        ask = _choose if task.is_of_pairs else _answer
-        found.append(
-            bench.kept(
-                name, empty, lambda task=task, ask=ask: ask(bench.model(name), bench.tokenizer, task, in_chat, max_new_tokens)
-            )
+        settings = {"task": task.name, "items": [_key(item) for item in task.items]}
+        header = Header(
+            model=bench.identity(name, "chat" if in_chat else "bos"),
+            task=task.name,
+            language=task.language,
+            kind="pair" if task.is_of_pairs else "generate",
+            chance=CHANCE_OF_PAIRS if task.is_of_pairs else 0.0,
+            digest=fingerprint(settings if task.is_of_pairs else settings | {"max_new_tokens": max_new_tokens}),
+            size=len(task.items),
         )
+        ask = _choose if task.is_of_pairs else _answer
+        arguments = (bench.tokenizer, task, in_chat, max_new_tokens)
+        path, results = bench.kept(header, lambda ask=ask, arguments=arguments: ask(bench.model(name), *arguments))
+        found[path] = results
     return found
-
-
-def _empty(task: ToyTask, digest: str) -> TaskResults:
-    kind, chance = ("pair", CHANCE_OF_PAIRS) if task.is_of_pairs else ("generate", 0.0)
-    return TaskResults(task.name, task.language, kind, chance, digest, ())  # type: ignore[arg-type]
 
 
 def _key(item: microworld.Item | microworld.Pair) -> list[Any]:
@@ -165,7 +186,7 @@ class _Asked:
     answers: Sequence[str]
 
 
-def _figures(found: Sequence[TaskResults]) -> Mapping[str, Any]:
+def _figures(found: Collection[TaskResults]) -> Mapping[str, Any]:
     """A model's figures over all tasks."""
     questions = [(results, item) for results in found if results.kind == "generate" for item in results.items]
     family = {results.task: results.task.removeprefix("toy_").rpartition("_")[0] for results in found}

@@ -72,8 +72,8 @@ class ChatSpec(Spec):
     """Logits of tokens that were there already: positive ones are divided by it, negative ones multiplied; 1 is none."""
     max_new_tokens: int = Field(CARD.max_new_tokens, gt=0, le=LARGEST_ANSWER)
     """Longest answer in tokens."""
-    suggestions: list[Annotated[str, Field(min_length=1, max_length=LONGEST_SUGGESTION), AfterValidator(_shown_as_it_is)]] = not_for(
-        ("evaluation",), default_factory=list, max_length=MOST_SUGGESTIONS
+    suggestions: list[Annotated[str, Field(min_length=1, max_length=LONGEST_SUGGESTION), AfterValidator(_shown_as_it_is)]] = (
+        not_for(("evaluation",), default_factory=list, max_length=MOST_SUGGESTIONS)
     )
     """Things to ask, which a chat in the terminal and the page open with: of models that were trained on chats. None by default."""
     samples: list[str] = Field(default_factory=list)

@@ -37,7 +37,7 @@ def complete(
         pretrained: the last pretraining stage, against which the alignment tax is measured; without it there is no tax.
 
     Returns:
-        The figures; each task has besides `language`, `kind`, `digest` and, where its stage has a predecessor with the same task,
+        The figures; each task has besides `language`, `kind`, `digest`, `left_out` and `baselines` (`TaskResults`) and, where its stage has a predecessor with the same task,
         `change` (`TaskComparison.to_json` and the stage it is `against`); those of the last stage have `wrong` answers; `tax` has
         for each language the mean difference of each later stage against `pretrained`.
     """
@@ -79,7 +79,13 @@ def _results(stage: Figures, read: Callable[[str], TaskResults]) -> dict[str, Ta
 def _stage(stage: Figures, results: Mapping[str, TaskResults]) -> Figures:
     tasks = {name: dict(task) for name, task in stage.get("tasks", {}).items()}
     for name, found in results.items():
-        tasks[name] |= {"language": found.language, "kind": found.kind, "digest": found.digest}
+        tasks[name] |= {
+            "language": found.language,
+            "kind": found.kind,
+            "digest": found.digest,
+            "left_out": dict(found.left_out),
+            "baselines": dict(getattr(found, "baselines", {})),
+        }
     return stage | {"tasks": tasks}
 
 

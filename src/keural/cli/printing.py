@@ -38,6 +38,7 @@ def print_ending(outcome: "Outcome", arguments: str) -> None:
         return
     summary = Summary.read(outcome.directory / SUMMARY)
     _show_stages(summary.stages)
+    _show_scores(summary.evaluation.get("stages") or {})
     for line in _figures(summary.evaluation):
         show(line)
     for sample in summary.samples:
@@ -67,6 +68,24 @@ def _show_stages(stages: list[Done]) -> None:
         losses = (f"{stage.loss_first:.3f}", f"{stage.loss_last:.3f}", "" if heldout is None else f"{heldout:.3f}")
         rows.append((stage.name, *counts, *losses))
     show_table("stages", _columns(names, ("stage",)), rows)
+
+
+def _show_scores(stages: dict[str, Any]) -> None:
+    """What each model of the run scored on every task; a sign behind it where it differs significantly from the one before."""
+    if not stages:
+        return
+    tasks = list(next(iter(stages.values()))["tasks"])
+    rows = [(task.removeprefix("toy_"), *(_score(stage["tasks"].get(task)) for stage in stages.values())) for task in tasks]
+    title = "right answers in %, after each stage (+ and -: another than before it)"
+    show_table(title, _columns(("task", *stages), ("task",)), rows)
+
+
+def _score(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return ""
+    change = cell.get("change") or {}
+    sign = {None: " ", True: "+", False: "-"}[change.get("better")]
+    return f"{100 * cell['score']:.0f}{sign}"
 
 
 def _figures(evaluation: dict[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
-"""Arithmetic in words: sums of two-digit numbers without a carry."""
+"""Arithmetic in words and in digits: sums of numbers below eighty without a carry, and all of numbers below twenty."""
 
+from functools import cache
 from random import Random
 
 from keural.microworld import english, korean
@@ -12,59 +13,112 @@ _KOREAN_FRAMES = (
     ("{a}에 {b을} 더하면 얼마예요?", "{a}에 {b을} 더하면 얼마야?"),
     ("{a과} {b의} 합을 알려 주세요.", "{a과} {b의} 합을 알려 줘."),
 )
+_KOREAN_SHORT = "{a} 더하기 {b은}?"
 _KOREAN_STATEMENTS = ("{a} 더하기 {b은} {c이다}.", "{a}에 {b을} 더하면 {c이다}.", "{a과} {b의} 합은 {c이다}.")
-_ENGLISH_FRAMES = ("What is {a} plus {b}?", "How much is {a} plus {b}?", "Add {b} to {a}.", "What is the sum of {a} and {b}?")
+_ENGLISH_FRAMES = (
+    "What is {a} plus {b}?",
+    "How much is {a} plus {b}?",
+    "Add {b} to {a}.",
+    "What is the sum of {a} and {b}?",
+    "{a} plus {b}?",
+)
 _ENGLISH_STATEMENTS = ("The sum of {a} and {b} is {c}.", "If you add {b} to {a}, you get {c}.", "We know that {a} plus {b} is {c}.")
+_BARE = ("{a} + {b}?", "{a} + {b} = ?", "{a} + {b} =", "{a}+{b}")
+"""In digits, in no language: the answer is the number."""
+
+_SMALL_SHARE = 0.3
+"""Of sums of numbers below twenty; they are a tenth of all."""
+_DIGITS_SHARE = 0.3
+_SHORT_SHARE = 0.2
+_BARE_SHARE = 0.3
+"""Of English sums in digits."""
+_HASTE_SHARE = 0.2
+"""Of questions without a mark at their end; and of English ones without a capital."""
+
+
+@cache
+def _sums(split: Split, small: bool) -> tuple[Sum, ...]:
+    return tuple(content for content in sums(split) if content.is_small == small)
 
 
 def _draw(rng: Random, split: Split) -> tuple[int, int, int]:
     """Operands in either order, and their total."""
-    content: Sum = rng.choice(sums(split))
+    content = rng.choice(_sums(split, rng.random() < _SMALL_SHARE))
     one, other = rng.sample([content.first, content.second], 2)
     return one, other, content.total
 
 
-def _korean(frame: str, a: int, b: int, c: int = 0) -> str:
-    words = {"a": korean.number(a), "b": korean.number(b)}
-    forms = words | {
-        "a과": korean.with_particle(words["a"], "과"),
-        "b은": korean.with_particle(words["b"], "은"),
-        "b을": korean.with_particle(words["b"], "을"),
-        "b의": words["b"] + "의",
-        "c이다": korean.plain_noun(korean.number(c)) if c else "",
+def _korean(frame: str, a: int, b: int, c: int = 1, digits: bool = False) -> str:
+    """A frame filled in; particles follow how numbers are read, also where they stand in digits."""
+
+    def written(value: int, read: str) -> str:
+        return str(value) + read.removeprefix(korean.number(value)) if digits else read
+
+    def with_particle(value: int, particle: str) -> str:
+        return written(value, korean.with_particle(korean.number(value), particle))
+
+    forms = {
+        "a": written(a, korean.number(a)),
+        "b": written(b, korean.number(b)),
+        "a과": with_particle(a, "과"),
+        "b은": with_particle(b, "은"),
+        "b을": with_particle(b, "을"),
+        "b의": written(b, korean.number(b) + "의"),
+        "c이다": written(c, korean.plain_noun(korean.number(c))),
     }
     return frame.format_map(forms)
 
 
-def _english(frame: str, a: int, b: int, c: int = 20) -> str:
-    return frame.format(a=english.number(a), b=english.number(b), c=english.number(c))
+def _english(frame: str, a: int, b: int, c: int = 1, digits: bool = False) -> str:
+    one, other, total = (str(value) if digits else english.number(value) for value in (a, b, c))
+    return frame.format(a=one, b=other, c=total)
+
+
+def _in_haste(rng: Random, prompt: str) -> str:
+    """A question as it is, or as it is typed in haste."""
+    if rng.random() < _HASTE_SHARE:
+        prompt = prompt[0].lower() + prompt[1:]
+    return prompt.rstrip("?.") if rng.random() < _HASTE_SHARE else prompt
 
 
 def _wrong_results(rng: Random, right: int) -> tuple[int, ...]:
     """Numbers that miss the result by one in one digit."""
-    near = [right + step for step in (-10, -1, 1, 10) if 20 <= right + step <= 99]
+    near = [right + step for step in (-10, -1, 1, 10) if 1 <= right + step <= 99]
     return tuple(rng.sample(near, 2))
+
+
+def _korean_answer(value: int, digits: bool) -> Answer:
+    word = korean.number(value)
+    polite, blunt = (korean.is_noun(word, polite).removeprefix(word) for polite in (True, False))
+    written = str(value) if digits else word
+    return Answer(f"{written}{polite}.", f"{written}{blunt}.")
 
 
 def _exercise(rng: Random, split: Split, language: Language) -> Exercise:
     a, b, c = _draw(rng, split)
+    digits = rng.random() < _DIGITS_SHARE
     results = (c, *_wrong_results(rng, c))
     if language == "ko":
-        frame, polite = korean_prompt(rng, _KOREAN_FRAMES)
-        words = [korean.number(value) for value in results]
-        answers = [Answer(korean.is_noun(word, True) + ".", korean.is_noun(word, False) + ".") for word in words]
-        return Exercise("arithmetic", language, _korean(frame, a, b), polite, answers[0], tuple(answers[1:]))
-    answers = [Answer.english(f"It is {english.number(value)}.") for value in results]
-    prompt = _english(rng.choice(_ENGLISH_FRAMES), a, b)
+        frame, polite = (_KOREAN_SHORT, True) if rng.random() < _SHORT_SHARE else korean_prompt(rng, _KOREAN_FRAMES)
+        answers = [_korean_answer(value, digits) for value in results]
+        prompt = _in_haste(rng, _korean(frame, a, b, digits=digits))
+        return Exercise("arithmetic", language, prompt, polite, answers[0], tuple(answers[1:]))
+    if digits and rng.random() < _BARE_SHARE:
+        prompt = _english(rng.choice(_BARE), a, b, digits=True)
+        answers = [Answer.english(f"{value}.") for value in results]
+    else:
+        prompt = _in_haste(rng, _english(rng.choice(_ENGLISH_FRAMES), a, b, digits=digits))
+        answers = [Answer.english(f"It is {value if digits else english.number(value)}.") for value in results]
     return Exercise("arithmetic", language, prompt, True, answers[0], tuple(answers[1:]))
 
 
 def _prose(rng: Random, split: Split, language: Language, parallel: bool) -> str:
     """Two statements about different content; in parallel texts the same statement in both languages."""
     a, b, c = _draw(rng, split)
+    digits = rng.random() < _DIGITS_SHARE
     texts = {
-        "ko": lambda: _korean(rng.choice(_KOREAN_STATEMENTS), a, b, c),
-        "en": lambda: _english(rng.choice(_ENGLISH_STATEMENTS), a, b, c),
+        "ko": lambda: _korean(rng.choice(_KOREAN_STATEMENTS), a, b, c, digits),
+        "en": lambda: _english(rng.choice(_ENGLISH_STATEMENTS), a, b, c, digits),
     }
     first = texts[language]()
     if not parallel:

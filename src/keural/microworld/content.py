@@ -1,9 +1,10 @@
-"""What exists in the micro-world: sums, clauses and profiles, and which of them are held out.
+"""What exists in the micro-world: sums, clauses, profiles and small talk, and which of them are held out.
 
-Content is language-free: a sum is a pair of numbers, a clause is who does what to what, a profile is
-who lives where and likes what. Each has a key, and a hash of the key alone decides whether it is held out. So one piece of
-content is on the same side in both languages, in every phrasing, tense and register, in prose, chats and preference pairs, and
-for every seed.
+Content is language-free: a sum is a pair of numbers, a clause is who does what to what, a profile is who lives where and likes
+what; only small talk is what is said, word for word. Each has a key, and a hash of the key alone decides whether it is held out. So
+one piece of content is on the same side in both languages, in every phrasing, notation, tense and register, in prose, chats and
+preference pairs, and for every seed. Sums of two digits and those that carry are learnt by heart, as at school: none of them is
+held out.
 """
 
 import hashlib
@@ -13,11 +14,15 @@ from typing import Literal, TypeVar
 
 Split = Literal["train", "heldout"]
 HELD_OUT_PER_MILLE = 150
+TALK_HELD_OUT_PER_MILLE = 300
+"""Of small talk, of which there is little."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Sum:
-    """`first` + `second`, two numbers of 20 to 79 whose digits add up without a carry; `first` is not the larger one."""
+    """`first` + `second`, two numbers of 1 to 79; `first` is not the larger one. Their digits add up without a carry, unless both
+    are below twenty.
+    """
 
     first: int
     second: int
@@ -26,6 +31,21 @@ class Sum:
     def total(self) -> int:
         """At most 99."""
         return self.first + self.second
+
+    @property
+    def is_small(self) -> bool:
+        """Whether both numbers are below twenty."""
+        return self.second < 20
+
+    @property
+    def carries(self) -> bool:
+        """Whether the ones add up to ten or more."""
+        return self.first % 10 + self.second % 10 > 9
+
+    @property
+    def is_by_heart(self) -> bool:
+        """Whether it is one of those that are learnt by heart, as at school: of two digits, and those that carry."""
+        return self.second < 10 or self.carries
 
     @property
     def key(self) -> str:
@@ -84,8 +104,23 @@ class Profile:
         return f"profile {self.person[0]} {self.place[0]} {self.thing[0]}"
 
 
-Content = Sum | Clause | Profile
-ContentT = TypeVar("ContentT", Sum, Clause, Profile)
+@dataclass(frozen=True, slots=True)
+class Talk:
+    """What somebody says who asks for nothing, word for word: of a kind (a greeting), in Korean in a register."""
+
+    language: str
+    kind: str
+    text: str
+    polite: bool
+
+    @property
+    def key(self) -> str:
+        """The words, small letters or not: what differs in these alone lies on the same side."""
+        return f"talk {self.text.lower()}"
+
+
+Content = Sum | Clause | Profile | Talk
+ContentT = TypeVar("ContentT", Sum, Clause, Profile, Talk)
 
 SUBJECTS = tuple(
     Noun(english, korean)
@@ -192,31 +227,33 @@ THINGS = (
 
 
 def is_held_out(content: Content) -> bool:
-    """Whether this content is kept from every training stage."""
+    """Whether this content is kept from every training stage; what is learnt by heart never is."""
+    if isinstance(content, Sum) and content.is_by_heart:
+        return False
     digest = hashlib.blake2b(content.key.encode(), digest_size=8).digest()
-    return int.from_bytes(digest) % 1000 < HELD_OUT_PER_MILLE
+    return int.from_bytes(digest) % 1000 < (TALK_HELD_OUT_PER_MILLE if isinstance(content, Talk) else HELD_OUT_PER_MILLE)
 
 
-def _of_split(contents: list[ContentT], split: Split) -> tuple[ContentT, ...]:
+def of_split(contents: list[ContentT], split: Split) -> tuple[ContentT, ...]:
+    """Those of a split."""
     return tuple(content for content in contents if is_held_out(content) == (split == "heldout"))
 
 
 @cache
 def sums(split: Split) -> tuple[Sum, ...]:
-    """All sums of a split."""
-    numbers = range(20, 80)
-    return _of_split(
-        [Sum(a, b) for a in numbers for b in numbers if a <= b and a // 10 + b // 10 <= 9 and a % 10 + b % 10 <= 9], split
-    )
+    """All sums of a split: those without a carry, and all of numbers below twenty."""
+    numbers = range(1, 80)
+    pairs = [Sum(a, b) for a in numbers for b in numbers if a <= b]
+    return of_split([pair for pair in pairs if pair.is_small or (pair.total <= 99 and not pair.carries)], split)
 
 
 @cache
 def clauses(split: Split) -> tuple[Clause, ...]:
     """All clauses of a split."""
-    return _of_split([Clause(who, verb, OBJECTS[what]) for who in SUBJECTS for verb in VERBS for what in verb.objects], split)
+    return of_split([Clause(who, verb, OBJECTS[what]) for who in SUBJECTS for verb in VERBS for what in verb.objects], split)
 
 
 @cache
 def profiles(split: Split) -> tuple[Profile, ...]:
     """All profiles of a split."""
-    return _of_split([Profile(who, where, what) for who in PEOPLE for where in PLACES for what in THINGS], split)
+    return of_split([Profile(who, where, what) for who in PEOPLE for where in PLACES for what in THINGS], split)

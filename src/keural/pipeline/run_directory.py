@@ -23,7 +23,7 @@ know its plan without knowing the pipeline) and listed here.
     <stage>/model-checked.json  when the model was compared with its checksums: a cache
     <stage>/done.json         Done: the stage is finished
     evaluation.json           EvaluationFile: a cache
-    results/<model>/<task>.jsonl  keural.evaluate.results.store: what `keural evaluate` found, each line with a checksum
+    results/<model>/<task>-<digest>.jsonl     keural.evaluate.results.store: what models answered; each line has a checksum
     summary.json              Summary
     report.html               for people; nothing reads it
     final                     link to the last finished stage's model

@@ -147,6 +147,11 @@ def _check_stages(recipe: Recipe) -> None:
         if measure.stage not in earlier:
             hint = nearest(measure.stage, earlier)
             raise UserError(f"{recipe.directory / 'recipe.yaml'}: evaluation.bits_per_byte: no stage {measure.stage!r}{hint}")
+        if measure.overlap >= (length := recipe.stage(measure.stage).data.sequence_length):
+            raise UserError(
+                f"{recipe.directory / 'recipe.yaml'}: evaluation.bits_per_byte {measure.name!r}: an overlap of {measure.overlap} leaves "
+                f"nothing of windows of {length} tokens (data.sequence_length of {measure.stage}); make it smaller"
+            )
     shares = sum(stage.train.budget_share or 0 for stage in recipe.stages)
     if shares > 1 + 1e-9:
         raise UserError(f"{recipe.directory}: the stages' budget_share sum to {shares:.3f}, more than 1")

@@ -95,7 +95,7 @@ def test_bits_have_the_packers_beside_them(figures: dict[str, Any]) -> None:
 
 def test_what_training_data_held_stands_with_the_clean_part(figures: dict[str, Any]) -> None:
     results = task("ko_copa", 40)
-    looked = Search({"sft-1": Seen({"ko_copa": frozenset(f"{at:03}" for at in range(20))}), "pretrain-1": Seen(unknown="gone")}, {})
+    looked = Search({"sft-1": Seen({"d": frozenset(f"{at:03}" for at in range(20))}), "pretrain-1": Seen(unknown="gone")}, {})
     figures["stages"]["sft-1"]["tasks"]["ko_copa"]["contamination"] = beside(results, looked)
     table = scores(figures)
     row = rows(table)["ko_copa"]

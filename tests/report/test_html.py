@@ -17,7 +17,7 @@ from keural.report.html import write_report as write_report_of
 from keural.train.checks.record import ChecksFile
 from keural.train.stage.metrics import line_text
 
-VOID = {"meta", "link", "br", "hr", "img", "input"}
+VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
 STAGES = [("pretrain-1", "next_token"), ("sft-1", "sft"), ("dpo-1", "dpo")]
 
 

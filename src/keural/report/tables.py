@@ -15,19 +15,23 @@ from keural.report.panels import objective_color, objective_label
 KNOWN_MEASURES = {
     "accuracy", "accuracy_stderr", "stderr", "by_task", "by_language", "by_task_and_language", "preference_accuracy",
     "polite_rate", "items", "pairs", "n", "before", "bits_per_byte",
+    "stages", "tax",
 }  # fmt: skip
 MOST_NAMED = 10
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Text of a cell; `share` in [0, 1] draws a bar, `tag` is a color class for a label, `strong` marks the best."""
+    """Text of a cell; `share` in [0, 1] draws a bar, `tag` is a color class for a label, `strong` marks the best, `small` stands
+    below the text.
+    """
 
     text: str
     numeric: bool = False
     share: float | None = None
     tag: str = ""
     strong: bool = False
+    small: str = ""
 
 
 @dataclass(frozen=True)

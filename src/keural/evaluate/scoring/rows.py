@@ -73,9 +73,7 @@ def rows_of(groups: Sequence[Sequence[Likelihood]], attention: float) -> Iterato
     row = Row()
     for number in order:
         sequences = sorted({inputs(request) for request in groups[number]})
-        size = len(sequences[0]) + sum(
-            len(sequence) - _alike(before, sequence) for before, sequence in pairwise(sequences)
-        )
+        size = len(sequences[0]) + sum(len(sequence) - _alike(before, sequence) for before, sequence in pairwise(sequences))
         new = size - row.shared(sequences[0])
         if (
             row.ids

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from keural.cli.evaluate_compare import compare
+from keural.cli.evaluate_kept import keep_in_run, with_kept
 from keural.errors import UserError
 from keural.limits import LARGEST
 from keural.terminal import show, show_table, work_progress
@@ -36,6 +38,8 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Measure a model, or every finished stage of a run: keural evaluate PATH --data DIR (`keural evaluate model --help`).",
 )
+
+app.command("compare")(compare)
 
 
 @app.command(MODEL_COMMAND)
@@ -90,10 +94,12 @@ def evaluate_model(
     what = what_to_evaluate(path, conditions, results)
     specs = select([name for name in tasks.split(",") if name], data)
     found = _measured(what, [load(spec, data, shots) for spec in specs], limit, conditions.prompting)
+    kept = keep_in_run(path, found, limit) if what.is_run and results is None else None
     if json_file is not None:
         from keural.files import write_json
 
-        write_json(json_file, _as_json(found, what.is_run, json_file.absolute().parent))
+        figures = _as_json(found, what.is_run, json_file.absolute().parent)
+        write_json(json_file, figures if kept is None else with_kept(figures, kept))
     show(f"items: {what.results}")
     return None
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from keural.data.records import Document
-from keural.data.tokens.store import TokenStore
 from keural.evaluate.results.records import ItemResult
 from keural.evaluate.results.store import Header, ModelIdentity, open_results, read_results, results_file
 from keural.pipeline.run_directory import Done, Summary
@@ -31,6 +30,13 @@ def items_of(data: Path) -> dict[str, Document]:
     return {f"{at:03}": Document(text, f"set:{at}") for at, text in enumerate(seen + other)}
 
 
+def trained_of(run: Path, records: dict[str, Document]) -> set[str]:
+    """Those of the first 50 that are not held out."""
+    files = (run / "data").glob("*/heldout/texts.jsonl")
+    held_out = {json.loads(line)["text"] for file in files for line in file.read_text(encoding="utf-8").splitlines()}
+    return {key for key in list(records)[:50] if records[key].text not in held_out}
+
+
 def measured(
     run: Path, name: str, right: int, records: dict[str, Document], task: str = "planted", limit: int | None = None
 ) -> Measured:
@@ -51,9 +57,7 @@ def test_items_that_a_stage_was_trained_on_are_flagged_in_it_and_in_all_after_it
     tasks = {name: stage["tasks"]["planted"] for name, stage in found["stages"].items()}
     assert "contamination" not in tasks["untrained"]
     seen = set(tasks["steady"]["contamination"]["items"])
-    assert seen <= {f"{at:03}" for at in range(50)}
-    held_out = TokenStore.open(next((run / "data").glob("*/heldout"))).num_records
-    assert 50 - held_out <= len(seen) <= 50
+    assert seen == trained_of(run, records)
     assert tasks["chat"]["contamination"]["by_stage"] == tasks["steady"]["contamination"]["by_stage"] == {"steady": len(seen)}
     assert tasks["steady"]["contamination"]["clean"]["score"] == pytest.approx((50 - len(seen)) / (100 - len(seen)))
 
@@ -111,3 +115,33 @@ def test_stages_that_began_elsewhere_or_with_an_earlier_version_say_so(run: Path
     unknown = figures["contamination"]["unknown"]
     assert "steady starts from /models/other" in unknown["/models/other"]
     assert "did not keep where its data was" in unknown["steady"]
+
+
+def test_the_command_flags_a_set_that_a_run_was_trained_on(place: Place, finished: Path) -> None:
+    root, run = place.root, place.run
+    (root / "sets").mkdir()
+    rows = [
+        {"question": record.text, "choices": {"text": ["하늘", "바다"], "label": ["A", "B"]}, "answerKey": "AB"[at % 2]}
+        for at, record in enumerate(items_of(finished / "data").values())
+    ]
+    (root / "sets" / "test.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    task = {"name": "planted", "language": "ko", "kind": "choice", "places": [{"adapter": "arc", "path": "sets/test.jsonl"}]}
+    (root / "planted.yaml").write_text(json.dumps(task))
+    arguments = ("evaluate", run, "--tasks", root / "planted.yaml", "--data", root, "--limit", 80, "--json", root / "out.json")
+    code, out, err = place.command(*arguments)
+    assert code == 0, err
+    figures = json.loads((root / "out.json").read_text())
+    assert list(figures["stages"]) == ["untrained", "steady", "chat", "align"]
+    found = figures["stages"]["steady"]["tasks"]["planted"]
+    assert found["contamination"]["found"] == len(trained_of(run, items_of(finished / "data"))) > 40
+    assert (found["n"], found["contamination"]["clean"]["n"]) == (80, 80 - found["contamination"]["found"])
+    assert f"steady: planted: {found['contamination']['found']} of 80 items are in its training data" in out
+    assert found["change"]["against"] == "untrained"
+    assert (root / found["items"]).is_file()
+    assert [row["language"] for row in figures["tax"]] == ["ko"]
+    again = place.command(*arguments)
+    assert again[0] == 0
+    assert json.loads((root / "out.json").read_text()) == figures
+    assert Summary.read(run / "summary.json").evaluation["stages"]["align"]["tasks"]["planted"]["n"] == 80
+    code, out, err = place.command("evaluate", "compare", run / "steady", run / "align")
+    assert code == 0, err

@@ -145,3 +145,6 @@ def test_the_command_flags_a_set_that_a_run_was_trained_on(place: Place, finishe
     assert Summary.read(run / "summary.json").evaluation["stages"]["align"]["tasks"]["planted"]["n"] == 80
     code, out, err = place.command("evaluate", "compare", run / "steady", run / "align")
     assert code == 0, err
+    code, out, err = place.command("export", run / "final", root / "exported", "--format", "hf")
+    assert code == 0, err
+    assert "| planted | ko | " in (root / "exported" / "README.md").read_text()

@@ -21,6 +21,8 @@ from keural.parsing import parse_yaml
 from keural.pipeline.run_contents import read_run
 from keural.pipeline.run_directory import DONE, RECIPE, RESULTS, SUMMARY, Done, Summary
 from keural.pipeline.training_texts import trained_on
+from keural.pretrained.lineage import read_record
+from keural.pretrained.location import model_directory
 from keural.recipe import OBJECTIVES
 from keural.report.html import write_report
 
@@ -81,6 +83,19 @@ def with_kept(run: Path, evaluation: Figures) -> Figures:
     names = sorted({*stages, *kept}, key=_order(run))
     joined = {name: {"tasks": (stages.get(name) or {}).get("tasks", {}) | kept.get(name, {})} for name in names}
     return _completed(run, evaluation | {"stages": joined})
+
+
+def scores_of(path: Path) -> dict[str, Figures] | None:
+    """What the run that a model lies in has measured of it, by task; None where the model is no stage's as it was measured."""
+    directory = model_directory(path)
+    if len(directory.parents) < 2 or (summary := Summary.find(directory.parents[1] / SUMMARY)) is None:
+        return None
+    trained = {stage.name: stage.fingerprint for stage in summary.stages}
+    stage = directory.parent.name
+    if trained.get(stage) is None or trained[stage] != read_record(directory).get("fingerprint"):
+        return None
+    found: dict[str, Figures] = (summary.evaluation.get("stages") or {}).get(stage, {}).get("tasks") or {}
+    return found or None
 
 
 def _figures(run: Path, name: str, found: Sequence[Measured], tell: Callable[[str], None]) -> Figures:

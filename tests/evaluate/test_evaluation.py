@@ -224,5 +224,3 @@ def test_an_engine_that_gives_no_log_probabilities_is_refused() -> None:
         Conditions(engine="llama.cpp")
     with pytest.raises(UserError, match="--system is for chats"):
         Conditions(system="짧게")
-
-

@@ -10,7 +10,7 @@ from keural.errors import UserError
 from keural.evaluate.tasks.items import Item
 from keural.evaluate.tasks.library import select, shipped
 from keural.evaluate.tasks.loading import LoadedTask, load
-from keural.evaluate.tasks.spec import TaskSpec, read_task
+from keural.evaluate.tasks.spec import PlaceSpec, TaskSpec, read_task
 from keural.evaluate.tasks.template import check_template, fill
 from tests.helpers.small_sets import COPA, write_copa, write_mmlu
 
@@ -128,7 +128,7 @@ def test_a_set_of_which_nothing_can_be_asked_is_refused(tmp_path: Path) -> None:
     file = write_copa(tmp_path)
     file.write_text(file.read_text().replace("결과", "이유").replace("원인", "이유"))
 
-    with pytest.raises(UserError, match="kobest_copa: no item can be asked .4 no_word.*'이유'"):
+    with pytest.raises(UserError, match=r"kobest_copa: no item can be asked .4 no_word.*'이유'"):
         loaded(tmp_path)
 
 
@@ -188,7 +188,7 @@ def test_a_part_of_a_task_is_a_task(tmp_path: Path) -> None:
     task = loaded(tmp_path, "mmlu_anatomy")
 
     assert [item.prompt.split("about ")[1].split(".")[0] for item in task.items] == ["anatomy"] * 3
-    with pytest.raises(UserError, match="no row has.*geology"):
+    with pytest.raises(UserError, match=r"no row has.*geology"):
         loaded(tmp_path, "mmlu_geology")
 
 
@@ -251,3 +251,52 @@ def test_an_adapter_of_another_kind_of_records_is_refused(tmp_path: Path) -> Non
 
     with pytest.raises(UserError, match="adapter kobest_copa gives evaluation, of which kind rolling makes nothing"):
         load(TaskSpec.model_validate(spec), tmp_path)
+
+
+@pytest.mark.parametrize(("form", "gold"), [("text", "two"), ("letter", "B"), ("from_0", 1), ("from_1", 2)])
+def test_a_quiz_of_ones_own_says_which_choice_is_right(tmp_path: Path, form: str, gold: object) -> None:
+    rows = [
+        {"q": "Which?", "options": ["one", "two", "three"], "answer": gold, "topic": "numbers"},
+        {"q": "Why?", "options": ["a", "b"]},
+    ]
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"question": "q", "choices": "options", "gold": "answer", "gold_is": form, "fields": ["topic"]}
+    places = [{"adapter": "evaluation", "path": "own/items.jsonl", "options": options}]
+    spec = read_task(
+        written(tmp_path, places=places, question="{{ topic }}: {{ question }}\n{{ choices | lettered }}", choices="letters")
+    )
+
+    task = load(spec, tmp_path)
+
+    assert task.items[0].prompt == "numbers: Which?\nA. one\nB. two\nC. three"
+    assert task.items[0].right == (False, True, False)
+    assert task.left_out == {"no_right_choice": 1}
+
+
+HUB_ROWS = {
+    "kmmlu": [{"question": "무엇?", "A": "가", "B": "나", "C": "다", "D": "라", "answer": 3, "Category": "Law"}],
+    "haerae_history": [{"query": "무엇? (A) 가 (B) 나", "options": "['가', '나', '다', '라', '마']", "answer": "(C)"}],
+    "click": [{"id": "x_1", "paragraph": "", "question": "무엇?", "choices": ["가", "나", "다", "라"], "answer": "다"}],
+    "kobest_wic": [{"word": "배", "context_1": "배를 먹었다.", "context_2": "배를 탔다.", "label": 0}],
+    "arc_challenge": [{"question": "What?", "choices": {"text": ["a", "b", "c"], "label": ["1", "2", "3"]}, "answerKey": "3"}],
+    "openbookqa": [{"question_stem": "What", "choices": {"text": ["a", "b", "c"], "label": ["A", "B", "C"]}, "answerKey": "C"}],
+    "kobest_copa": [{"premise": "왔다.", "question": "결과", "alternative_1": "가", "alternative_2": "나", "label": 1}],
+    "kobest_boolq": [{"paragraph": "글", "question": "예?", "label": 1}],
+    "kobest_sentineg": [{"sentence": "좋다", "label": 1}],
+    "truthfulqa_mc1": [{"question": "Q?", "mc1_targets": {"choices": ["t", "f"], "labels": [1, 0]}, "mc2_targets": {}}],
+    "mmlu": [{"question": "Q?", "subject": "anatomy", "choices": ["a", "b", "c", "d"], "answer": 2}],
+}
+
+
+@pytest.mark.parametrize("name", HUB_ROWS)
+def test_rows_as_hubs_have_them_are_asked(tmp_path: Path, name: str) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in HUB_ROWS[name]))
+    adapter = next(place.adapter for place in shipped()[name].places if place.hub)
+    place = [PlaceSpec(adapter=adapter, path="rows.jsonl")]
+
+    (item,) = load(shipped()[name].model_copy(update={"places": place}), tmp_path).items
+
+    expected = {"kobest_wic": 0, "truthfulqa_mc1": 0, "kobest_copa": 1, "kobest_boolq": 1, "kobest_sentineg": 1}.get(name, 2)
+    assert item.right.index(True) == expected
+    assert sum(item.right) == 1

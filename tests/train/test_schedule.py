@@ -1,6 +1,7 @@
 """The learning rate of every step follows from its number."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -43,7 +44,7 @@ def test_before_the_last_share_of_the_steps_the_rate_stays() -> None:
     assert rates[9:86] == [1.0] * 77
     assert rates[86] == pytest.approx(1 - 0.8 / 25)
     assert rates[110] == pytest.approx(0.2)
-    falls = [before - after for before, after in zip(rates[85:110], rates[86:], strict=True)]
+    falls = [before - after for before, after in pairwise(rates[85:])]
     assert falls == pytest.approx([0.8 / 25] * 25)
 
 

@@ -13,8 +13,8 @@ OptimizerName = Literal["adamw", "muon"]
 
 
 class MuonSpec(Spec):
-    """Muon (Jordan et al. 2024) for the matrices of the layers, each expert's by itself; embedding, head, routers and norms stay with
-    AdamW. Steps are scaled to the length of AdamW's (Liu et al. 2025, arXiv:2502.16982), so lr and weight_decay are for both."""
+    """Muon (Jordan et al. 2024) for the matrices of the layers, each expert's by itself; embedding, head, routers and norms stay
+    with AdamW. Steps are scaled to the length of AdamW's (Liu et al. 2025, arXiv:2502.16982): lr and weight_decay are for both."""
 
     lr_scale: float = Field(1.0, gt=0, le=1000)
     """The matrices' learning rate in units of train.lr."""

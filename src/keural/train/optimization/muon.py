@@ -50,11 +50,12 @@ def orthogonalized(matrices: Tensor, iterations: int) -> Tensor:
     for _ in range(iterations):
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
-    return (X if wide else X.mT).to(matrices.dtype)
+    found: Tensor = (X if wide else X.mT).to(matrices.dtype)
+    return found
 
 
 def step_direction(momentum: Tensor, parts: int, iterations: int) -> Tensor:
-    """The step of a tensor ``[.., rows, columns]``, in units of the learning rate; `parts` matrices lie one below the other in it."""
+    """The step of a tensor ``[.., rows, columns]`` in units of the learning rate; it is `parts` matrices, one below the other."""
     *batch, rows, columns = momentum.shape
     matrices = momentum.view(*batch, parts, rows // parts, columns)
     scale = RMS * math.sqrt(max(matrices.shape[-2:]))
@@ -92,9 +93,8 @@ class Muon(torch.optim.Optimizer):
         return any(group is each for each in self._matrices)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self) -> None:  # type: ignore[override]  # nobody gives a closure
         """Change all parameters by their gradients; those without one stay."""
-        assert closure is None
         for group in self._matrices:
             for parameter in group["params"]:
                 if parameter.grad is not None:

@@ -1,8 +1,8 @@
 """AdamW or Muon over float32 master weights, with weight decay on matrices only.
 
 In: a model and the stage's settings. Out: an optimizer whose state exists from the start, so that a checkpoint has the same tensors
-at every step: `torch.optim.AdamW` over float32 parameters (plain or sharded), `Muon` over the layers' matrices with it over the rest,
-or `SplitAdamW` over bfloat16 parameters and remainders.
+at every step: `torch.optim.AdamW` over float32 parameters (plain or sharded), `Muon` over the layers' matrices with it over the
+rest, or `SplitAdamW` over bfloat16 parameters and remainders.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

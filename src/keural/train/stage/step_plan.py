@@ -98,8 +98,8 @@ def why_not_continued(old: StepPlan, new: StepPlan, done: int, spec: TrainSpec) 
         return None
     return (
         f"{done} steps are done, and with {new.steps} steps instead of {old.steps} the learning rate would have been another from "
-        f"step {other} on (it falls to train.min_lr at the last step); a stage can be made longer while it has not fallen: while it "
-        "warms up, before the last train.decay_share of its steps, or where train.min_lr is train.lr"
+        f"step {other} on (it falls to train.min_lr at the last step); a stage can be made longer while it has not fallen: while "
+        "it warms up, before the last train.decay_share of its steps, or where train.min_lr is train.lr"
     )
 
 

@@ -17,7 +17,7 @@ from keural.data.loading.stream import Stream
 from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
 from keural.files import fingerprint as fingerprint_of
-from keural.recipe import StageSpec, length_of
+from keural.recipe import length_of
 from keural.train.checks.record import CHECKS_FILE, probe
 from keural.train.network.policy import Policy
 from keural.train.objectives.registry import LOSSES

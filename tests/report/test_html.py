@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from keural.errors import UserError
-from keural.files import write_checked_text
+from keural.files import read_checked_text, write_checked_text
 from keural.pipeline.run_contents import read_run
 from keural.pipeline.run_directory import Done, Summary
 from keural.report.html import write_report as write_report_of
@@ -263,3 +263,20 @@ def test_damaged_summary_is_named(run: Path) -> None:
 
     with pytest.raises(UserError, match=r"summary\.json: damaged"):
         write_report(run)
+
+
+def test_trained_parameters_are_shown_only_where_a_stage_trained_fewer_than_there_are(run: Path) -> None:
+    assert "trained parameters" not in Page(write_report(run)).words
+    done = Done.read(run / "sft-1" / "done.json")
+    done.model_copy(update={"trained": 77}).write(run / "sft-1" / "done.json")
+
+    assert "trained parameters" in Page(write_report(run)).words
+
+
+def test_where_preferences_have_another_loss_nothing_is_said_of_where_it_starts(run: Path) -> None:
+    assert "starts at ln 2" in Page(write_report(run)).words
+    recipe = yaml.safe_load(read_checked_text(run / "recipe.yaml"))
+    recipe["stages"][-1]["dpo"] = {"loss": "rpo"}
+    write_checked_text(run / "recipe.yaml", yaml.safe_dump(recipe))
+
+    assert "starts at ln 2" not in Page(write_report(run)).words

@@ -1,7 +1,8 @@
-"""Arithmetic in words and in digits: sums of numbers below eighty without a carry, and all of numbers below twenty."""
+"""Arithmetic in words and in digits: sums of numbers below twenty, and of numbers from there to 79 without a carry."""
 
 from functools import cache
 from random import Random
+from typing import cast
 
 from keural.microworld import english, korean
 from keural.microworld.content import Split, Sum, sums
@@ -22,13 +23,18 @@ _ENGLISH_FRAMES = (
     "What is the sum of {a} and {b}?",
     "{a} plus {b}?",
 )
-_ENGLISH_STATEMENTS = ("The sum of {a} and {b} is {c}.", "If you add {b} to {a}, you get {c}.", "We know that {a} plus {b} is {c}.")
+_ENGLISH_STATEMENTS = ("So {a} plus {b} is {c}.", "The sum of {a} and {b} is {c}.", "If you add {b} to {a}, you get {c}.")
+_EQUATION = "{a} + {b} = {c}."
+_SHORTEST_SHARE = 0.5
+"""Of statements in the first, shortest form, which has the most sums for its tokens; in digits it is an equation."""
+_STATEMENTS = 3
+"""Of a text."""
 _BARE = ("{a} + {b}?", "{a} + {b} = ?", "{a} + {b} =", "{a}+{b}")
 """In digits, in no language: the answer is the number."""
 
 _SMALL_SHARE = 0.3
-"""Of sums of numbers below twenty; they are a tenth of all."""
-_DIGITS_SHARE = 0.3
+"""Of sums of numbers below twenty."""
+_DIGITS_SHARE = 0.25
 _SHORT_SHARE = 0.2
 _BARE_SHARE = 0.3
 """Of English sums in digits."""
@@ -64,6 +70,7 @@ def _korean(frame: str, a: int, b: int, c: int = 1, digits: bool = False) -> str
         "b은": with_particle(b, "은"),
         "b을": with_particle(b, "을"),
         "b의": written(b, korean.number(b) + "의"),
+        "c": written(c, korean.number(c)),
         "c이다": written(c, korean.plain_noun(korean.number(c))),
     }
     return frame.format_map(forms)
@@ -112,19 +119,19 @@ def _exercise(rng: Random, split: Split, language: Language) -> Exercise:
     return Exercise("arithmetic", language, prompt, True, answers[0], tuple(answers[1:]))
 
 
+def _statement(rng: Random, language: Language, content: tuple[int, int, int], digits: bool) -> str:
+    frames = _KOREAN_STATEMENTS if language == "ko" else _ENGLISH_STATEMENTS
+    frame = (_EQUATION if digits else frames[0]) if rng.random() < _SHORTEST_SHARE else rng.choice(frames)
+    return (_korean if language == "ko" else _english)(frame, *content, digits)
+
+
 def _prose(rng: Random, split: Split, language: Language, parallel: bool) -> str:
-    """Two statements about different content; in parallel texts the same statement in both languages."""
-    a, b, c = _draw(rng, split)
+    """Some statements about different content; in parallel texts one in both languages."""
     digits = rng.random() < _DIGITS_SHARE
-    texts = {
-        "ko": lambda: _korean(rng.choice(_KOREAN_STATEMENTS), a, b, c, digits),
-        "en": lambda: _english(rng.choice(_ENGLISH_STATEMENTS), a, b, c, digits),
-    }
-    first = texts[language]()
-    if not parallel:
-        a, b, c = _draw(rng, split)
-    second = texts["en" if parallel and language == "ko" else "ko" if parallel else language]()
-    return f"{first} {second}"
+    if parallel:
+        content, other = _draw(rng, split), cast(Language, "en" if language == "ko" else "ko")
+        return f"{_statement(rng, language, content, digits)} {_statement(rng, other, content, digits)}"
+    return " ".join(_statement(rng, language, _draw(rng, split), digits) for _ in range(_STATEMENTS))
 
 
 ARITHMETIC = Task("arithmetic", _exercise, _prose)

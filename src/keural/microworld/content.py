@@ -13,6 +13,8 @@ from functools import cache
 from typing import Literal, TypeVar
 
 Split = Literal["train", "heldout"]
+SMALL_BELOW = 20
+"""Numbers below this one are added whatever they are, larger ones where nothing carries."""
 HELD_OUT_PER_MILLE = 150
 TALK_HELD_OUT_PER_MILLE = 300
 """Of small talk, of which there is little."""
@@ -20,8 +22,8 @@ TALK_HELD_OUT_PER_MILLE = 300
 
 @dataclass(frozen=True, slots=True, order=True)
 class Sum:
-    """`first` + `second`, two numbers of 1 to 79; `first` is not the larger one. Their digits add up without a carry, unless both
-    are below twenty.
+    """`first` + `second`, two numbers below twenty, or two of 20 to 79 whose digits add up without a carry; `first` is not the
+    larger one.
     """
 
     first: int
@@ -35,7 +37,7 @@ class Sum:
     @property
     def is_small(self) -> bool:
         """Whether both numbers are below twenty."""
-        return self.second < 20
+        return self.second < SMALL_BELOW
 
     @property
     def carries(self) -> bool:
@@ -241,10 +243,11 @@ def of_split(contents: list[ContentT], split: Split) -> tuple[ContentT, ...]:
 
 @cache
 def sums(split: Split) -> tuple[Sum, ...]:
-    """All sums of a split: those without a carry, and all of numbers below twenty."""
-    numbers = range(1, 80)
-    pairs = [Sum(a, b) for a in numbers for b in numbers if a <= b]
-    return of_split([pair for pair in pairs if pair.is_small or (pair.total <= 99 and not pair.carries)], split)
+    """All sums of a split: those of numbers below twenty, and those of larger ones without a carry."""
+    small, large = (
+        [Sum(a, b) for a in numbers for b in numbers if a <= b] for numbers in (range(1, SMALL_BELOW), range(SMALL_BELOW, 80))
+    )
+    return of_split([*small, *(pair for pair in large if pair.total <= 99 and not pair.carries)], split)
 
 
 @cache

@@ -6,7 +6,7 @@ measures is listed as it is, so that nothing measured stays out of the page.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from keural.report.collect import Run, Stage
 from keural.report.format import ABSENT, duration, large, number, percent
@@ -18,6 +18,8 @@ KNOWN_MEASURES = {
     "stages", "tax",
 }  # fmt: skip
 MOST_NAMED = 10
+TRAINED = "trained parameters"
+CellT = TypeVar("CellT")
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,12 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
 
 
 def stages(run: Run) -> Table:
-    """One row per stage."""
+    """One row per stage; how many parameters each trained where some trained another number than the model has."""
     columns = [
         "stage",
         "objective",
         "starts from",
-        "trained parameters",
+        TRAINED,
         "time",
         "steps",
         "tokens",
@@ -84,7 +86,15 @@ def stages(run: Run) -> Table:
         "held out",
     ]
     note = "Held out: the loss on the stage's own held-out data at its end." + _left_out(run)
-    return Table("Stages", columns, [_stage_row(stage) for stage in run.stages], note)
+    rows = [_stage_row(stage) for stage in run.stages]
+    if all(stage.done.get("trained", 0) in (0, (run.parameters or (0, 0))[0]) for stage in run.stages):
+        place = columns.index(TRAINED)
+        columns, rows = _without(columns, place), [_without(row, place) for row in rows]
+    return Table("Stages", columns, rows, note)
+
+
+def _without(cells: list[CellT], place: int) -> list[CellT]:
+    return cells[:place] + cells[place + 1 :]
 
 
 def _left_out(run: Run) -> str:

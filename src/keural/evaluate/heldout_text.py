@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 
 from keural.data.prepared import Prepared, read_heldout_texts
 from keural.errors import UserError
-from keural.evaluate.bench import UNTRAINED, Bench, Figures
+from keural.evaluate.bench import Bench, Figures
 from keural.evaluate.measures import bits_per_byte, xz_bits_per_byte
+from keural.evaluate.models import UNTRAINED
 from keural.recipe import OBJECTIVES, BitsPerByteSpec
 
 

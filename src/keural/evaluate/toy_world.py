@@ -9,18 +9,19 @@ stands at the beginning of a document, in the words in which their documents ask
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from keural import microworld
-from keural.evaluate.bench import UNTRAINED, Bench, Figures
+from keural.evaluate.bench import Bench, Figures
 from keural.evaluate.comparison.stages import complete
 from keural.evaluate.generation import continuations, span_logprobs, split_answer
 from keural.evaluate.measures import exact_match, is_correct, polite_rate
+from keural.evaluate.models import UNTRAINED
 from keural.evaluate.results.records import ItemResult, TaskResults
 from keural.evaluate.results.store import Header
 from keural.evaluate.statistics.summary import summarize
 from keural.files import fingerprint
-from keural.model import KeuralMoECausalLM
 from keural.recipe import OBJECTIVES, ExactMatchSpec
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt
 
@@ -115,9 +116,8 @@ def _results(bench: Bench, name: str, tasks: Sequence[ToyTask], max_new_tokens: 
             digest=fingerprint(settings if task.is_of_pairs else settings | {"max_new_tokens": max_new_tokens}),
             size=len(task.items),
         )
-        ask = _choose if task.is_of_pairs else _answer
-        arguments = (bench.tokenizer, task, in_chat, max_new_tokens)
-        path, results = bench.kept(header, lambda ask=ask, arguments=arguments: ask(bench.model(name), *arguments))
+        answers = partial(_choose if task.is_of_pairs else _answer, bench, name, task, in_chat, max_new_tokens)
+        path, results = bench.kept(header, answers)
         found[path] = results
     return found
 
@@ -133,8 +133,9 @@ def _identity(item: microworld.Item | microworld.Pair) -> str:
     return fingerprint(_key(item))[:16]
 
 
-def _answer(model: KeuralMoECausalLM, tokenizer: KeuralTokenizer, task: ToyTask, in_chat: bool, longest: int) -> list[ItemResult]:
+def _answer(bench: Bench, name: str, task: ToyTask, in_chat: bool, longest: int) -> list[ItemResult]:
     """Greedy answers to questions, and whether each equals an accepted one."""
+    model, tokenizer = bench.model(name), bench.tokenizer
     items = [item for item in task.items if isinstance(item, microworld.Item)]
     asked = [item.prompt if in_chat else microworld.as_document(item.prompt, item.language) for item in items]
     prompts = [_prompt(tokenizer, text, in_chat) for text in asked]
@@ -148,8 +149,9 @@ def _answer(model: KeuralMoECausalLM, tokenizer: KeuralTokenizer, task: ToyTask,
     return found
 
 
-def _choose(model: KeuralMoECausalLM, tokenizer: KeuralTokenizer, task: ToyTask, in_chat: bool, longest: int) -> list[ItemResult]:
+def _choose(bench: Bench, name: str, task: ToyTask, in_chat: bool, longest: int) -> list[ItemResult]:
     """Which side of each pair is the more probable one, by the sum over its tokens and its end; a tie counts as wrong."""
+    model, tokenizer = bench.model(name), bench.tokenizer
     pairs = [pair for pair in task.items if isinstance(pair, microworld.Pair)]
     texts = [_with_answer(tokenizer, pair, answer, in_chat) for pair in pairs for answer in (pair.chosen, pair.rejected)]
     sums = span_logprobs(model, texts, tokenizer.pad_id)

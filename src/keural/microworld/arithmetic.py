@@ -2,7 +2,6 @@
 
 from functools import cache
 from random import Random
-from typing import cast
 
 from keural.microworld import english, korean
 from keural.microworld.content import Split, Sum, sums
@@ -129,7 +128,8 @@ def _prose(rng: Random, split: Split, language: Language, parallel: bool) -> str
     """Some statements about different content; in parallel texts one in both languages."""
     digits = rng.random() < _DIGITS_SHARE
     if parallel:
-        content, other = _draw(rng, split), cast(Language, "en" if language == "ko" else "ko")
+        content = _draw(rng, split)
+        other: Language = "en" if language == "ko" else "ko"
         return f"{_statement(rng, language, content, digits)} {_statement(rng, other, content, digits)}"
     return " ".join(_statement(rng, language, _draw(rng, split), digits) for _ in range(_STATEMENTS))
 

@@ -114,7 +114,7 @@ def run(tmp_path: Path) -> Path:
         },
         "bits_per_byte": [{
             "name": "Korean prose", "language": "ko", "documents": 4, "bytes": 1200,
-            "models": {"untrained": 8.31, "dpo-1": 1.92}, "xz": 2.31,
+            "models": {"untrained": 8.31, "dpo-1": 1.92}, "xz": 2.31, "zstd": 2.47,
         }],
     }  # fmt: skip
     summary = {
@@ -136,7 +136,8 @@ def test_finished_run_shows_everything(run: Path) -> None:
     ]  # fmt: skip
     for text in (
         "3 of 3", "3 min 45 s", "370k", "2 → 0.125", "95.7%", "95.1% before the last DPO", "98.5%", "52.0%", "100.0%", "더하기",
-        "88.0%", "Korean prose", "8.310", "1.920", "2.310", "too_short 2, duplicate 1", "서른여덟입니다.", "extra.figure",
+        "88.0%", "Korean prose", "8.310", "1.920", "2.310", "2.470", "zstd -19",
+        "too_short 2, duplicate 1", "서른여덟입니다.", "extra.figure",
         "from the card", "expected: 서른여덟",
         "A small <run> & its report", "Standard error of the exact match: 1.1%",
     ):  # fmt: skip

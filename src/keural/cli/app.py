@@ -15,7 +15,7 @@ import typer
 
 import keural
 from keural.card import SamplingDefaults
-from keural.cli import checkpoints, data, plan, tokenizer
+from keural.cli import checkpoints, data, evaluate, plan, tokenizer
 from keural.cli.endings import one_line_endings
 from keural.cli.options import (
     RECIPE,
@@ -63,6 +63,7 @@ def _show_version(wanted: bool) -> None:
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__.split("\n")[0], pretty_exceptions_enable=False)
 app.add_typer(tokenizer.app, name="tokenizer", rich_help_panel=DATA)
 app.add_typer(data.app, name="data", rich_help_panel=DATA)
+app.add_typer(evaluate.app, name="evaluate", rich_help_panel=RECIPES)
 app.add_typer(plan.app)
 app.add_typer(checkpoints.app)
 

@@ -43,15 +43,19 @@ def data_try(
 
 @app.command("fetch")
 def data_fetch(
-    recipe: RecipeDir,
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE|evaluation", help="a recipe, or the sets of the tasks of `keural evaluate`")
+    ],
     out: Annotated[Path, typer.Argument(metavar="DIR", help="where each set gets a folder; what is there already stays")],
     only: Annotated[list[str] | None, typer.Option(help="only this set; may be given several times")] = None,
 ) -> None:
-    """Bring the public sets that a recipe reads, with git, at fixed commits; then `keural run RECIPE data=DIR`."""
+    """Bring the public sets that a recipe or the tasks read, with git, at fixed commits; then `keural run RECIPE data=DIR`."""
     from keural.data.preview.fetch import fetch
+    from keural.evaluate.tasks.places import FETCHED, SETS
     from keural.recipe.shipped import recipe_directory
 
-    fetch(recipe_directory(recipe), out, only or ())
+    is_of_tasks = str(recipe) == SETS and not recipe.exists()
+    fetch(FETCHED if is_of_tasks else recipe_directory(recipe), out, only or ())
 
 
 @app.command("adapters")

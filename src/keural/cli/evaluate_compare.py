@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from keural.evaluate.comparison.paired import Comparison, TaskComparison
 
 Side = Literal["left", "right"]
-COLUMNS: dict[str, Side] = {
-    "task": "left", "items": "right", "A": "right", "B": "right", "B - A": "right", "95%": "right", "gained/lost": "right",
-    "p": "right", "p (Holm)": "right", "least seen": "right", "": "left",
+SCORES: dict[str, Side] = {"task": "left", "items": "right", "A": "right", "B": "right", "B - A": "right", "95%": "right"}
+GROUNDS: dict[str, Side] = {
+    "task": "left", "higher/lower": "right", "p": "right", "p (Holm)": "right", "least seen": "right", "B is": "left"
 }  # fmt: skip
 FOUND = {True: "better", False: "worse", None: ""}
 
@@ -38,30 +38,29 @@ def compare(
 
         write_json(json_file, {"before": first.label, "after": second.label, **found.to_json()})
     show(f"A: {first.label}\nB: {second.label}")
-    show_table("B against A", COLUMNS, [_row(task) for task in found.tasks])
-    show("Differences are paired; p: exact McNemar, or a bootstrap where scores are graded or items come in clusters.")
-    show("least seen: the true difference that would have been found in 8 of 10 such comparisons.")
+    show_table("B against A, on the items that both have", SCORES, [_scores(task) for task in found.tasks])
+    show_table("what that rests on", GROUNDS, [_grounds(task) for task in found.tasks])
+    show("higher/lower: items whose score rose or fell. p: exact McNemar, or a bootstrap where scores are graded or items come in")
+    show("clusters; Holm adjusts it for the number of tasks. least seen: what would have been found in 8 of 10 such comparisons.")
     _tell_rest(first, second, found)
 
 
-def _row(task: "TaskComparison") -> list[str]:
+def _scores(task: "TaskComparison") -> list[str]:
     from keural.evaluate.statistics.summary import BITS
 
-    change, digits = task.difference, 3
-    unit = " b/B" if task.kind == BITS else ""
-    return [
-        task.task,
-        f"{change.n:,}",
-        f"{task.before:.{digits}f}{unit}",
-        f"{task.after:.{digits}f}{unit}",
-        f"{change.value:+.{digits}f}",
-        f"{change.low:+.{digits}f} to {change.high:+.{digits}f}",
-        f"{change.gained:,}/{change.lost:,}",
-        f"{change.p:.{digits}g}",
-        f"{task.p_holm:.{digits}g}",
-        f"{change.least:.{digits}f}",
-        FOUND[task.better],
-    ]
+    change, unit = task.difference, " b/B" if task.kind == BITS else ""
+    scores = [f"{score:.3f}{unit}" for score in (task.before, task.after)]
+    return [task.task, f"{change.n:,}", *scores, f"{change.value:+.3f}", f"{change.low:+.3f} to {change.high:+.3f}"]
+
+
+def _grounds(task: "TaskComparison") -> list[str]:
+    change = task.difference
+    p_values = [_probability(change.p), _probability(task.p_holm)]
+    return [task.task, f"{change.gained:,}/{change.lost:,}", *p_values, f"{change.least:.3f}", FOUND[task.better]]
+
+
+def _probability(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def _tell_rest(first: "Chosen", second: "Chosen", found: "Comparison") -> None:

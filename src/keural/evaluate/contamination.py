@@ -109,7 +109,8 @@ class SeenFile(CheckedFile):
 
 def remembered_search(asked: Asked, trained: Sequence[TrainingText], directory: Path) -> Search:
     """As `search`; what was searched before for the same tasks is read from `directory`, what is searched now is kept there."""
-    stages, too_short = {}, {}
+    stages: dict[str, Seen] = {}
+    too_short: dict[str, frozenset[str]] = {}
     for stage in trained:
         path = directory / f"seen-{fingerprint(stage.identity)[:16]}.json"
         known = SeenFile.find(path)

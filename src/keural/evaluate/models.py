@@ -1,7 +1,7 @@
 """Models that can be evaluated: what determines their results, known before any weights are read.
 
-In: a model directory, how it is to be asked. Out: an `EvaluatedModel`: its identity at once, its network when something is left to be
-computed. Nothing here needs torch until then.
+In: a model directory, how it is to be asked. Out: an `EvaluatedModel`: its identity at once, its network when something is left to
+be computed. Nothing here needs torch until then.
 """
 
 import functools
@@ -43,7 +43,7 @@ class Conditions:
     def __post_init__(self) -> None:
         if self.engine != ENGINE:
             raise UserError(
-                f"--engine {self.engine}: log-probabilities of given texts are computed by the engine {ENGINE} alone; leave --engine out"
+                f"--engine {self.engine}: log-probabilities of given texts are computed by {ENGINE} alone; leave --engine out"
             )
         if self.system is not None and self.prompting != "chat":
             raise UserError("--system is for chats; give --chat, too")
@@ -92,7 +92,7 @@ class EvaluatedModel:
 
 
 def stored_model(path: Path, conditions: Conditions, name: str | None = None) -> EvaluatedModel:
-    """The model in a directory (also a stage's or a run's). Raises `UserError` where there is none, and where it cannot be asked so."""
+    """The model in a directory, also a stage's or a run's. Raises `UserError` where there is none, or it cannot be asked so."""
     directory = model_directory(path)
     check_kind(directory)
     if not (directory / "tokenizer.model").is_file():

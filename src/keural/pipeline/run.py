@@ -39,6 +39,7 @@ from keural.pipeline.run_directory import (
     only_run_in,
     write_recipe,
 )
+from keural.pipeline.scores import with_kept
 from keural.pipeline.stage_directory import find_done, is_finished, model_problem, open_directory, trajectory
 from keural.pipeline.workspace import (
     Workspace,
@@ -247,7 +248,15 @@ def _save_stage(workspace: Workspace, stage: StageSpec, result: StageResult, wei
         loss_last=result.loss_last,
         heldout=result.heldout,
         trained=result.trained,
+        data=[_below(workspace.out, path) for path in workspace.data[stage.name].corpus.paths],
+        shards=workspace.data[stage.name].corpus.shards,
     ).write(directory / DONE)
+
+
+def _below(out: Path, path: Path) -> str:
+    """A path as it is found again when the run directory is moved: from there, where it lies in it."""
+    path, out = path.resolve(), out.resolve()
+    return path.relative_to(out).as_posix() if path.is_relative_to(out) else str(path)
 
 
 def _objectives(workspace: Workspace, stage: StageSpec) -> list[str]:
@@ -283,6 +292,7 @@ def _finish(workspace: Workspace, started: float) -> None:
     if complete:
         clear_parts(out / DATA)
     measured = _evaluated(workspace, stages, complete)
+    measured["evaluation"] = with_kept(out, measured["evaluation"])
     Summary(
         recipe=recipe.spec.name,
         seconds=round(time.monotonic() - started, 3),

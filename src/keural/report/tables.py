@@ -18,6 +18,8 @@ KNOWN_MEASURES = {
     "stages", "tax",
 }  # fmt: skip
 MOST_NAMED = 10
+PACKERS = {"xz": "xz -9", "zstd": "zstd -19"}
+"""What packs the same text, by its key in a measure."""
 TRAINED = "trained parameters"
 CellT = TypeVar("CellT")
 
@@ -119,12 +121,13 @@ def evaluation(run: Run) -> list[Table]:
 
 
 def bits_per_byte(run: Run) -> Table:
-    """Bits per byte of held-out text for each model, `xz -9` beside it; the lowest figure of a row is marked."""
+    """Bits per byte of held-out text for each model, packers beside it; the lowest figure of a row is marked."""
     measured = run.evaluation.get("bits_per_byte") or []
     models = list(dict.fromkeys(name for row in measured for name in row.get("models", {})))
-    rows = [_bits_row(row, models) for row in measured]
-    note = "Bits per UTF-8 byte of held-out text; lower is better. xz -9 packs the same text."
-    return Table("Bits per byte", ["text", "language", "documents", "bytes", *models, "xz -9"], rows, note)
+    packers = {key: label for key, label in PACKERS.items() if any(key in row for row in measured)}
+    rows = [_bits_row(row, models, list(packers)) for row in measured]
+    note = "Bits per UTF-8 byte of held-out text; lower is better. xz -9 and zstd -19 pack the same text."
+    return Table("Bits per byte", ["text", "language", "documents", "bytes", *models, *packers.values()], rows, note)
 
 
 def data(run: Run) -> list[Table]:
@@ -206,8 +209,8 @@ def _compared(title: str, what: str, rows: Iterable[tuple[str, Any, Any]], befor
     return Table(title, [what, "final model"], [[Cell(label), _share_cell(value)] for label, _, value in rows], note)
 
 
-def _bits_row(row: Mapping[str, Any], models: Sequence[str]) -> list[Cell]:
-    values = [row.get("models", {}).get(name) for name in models] + [row.get("xz")]
+def _bits_row(row: Mapping[str, Any], models: Sequence[str], packers: Sequence[str]) -> list[Cell]:
+    values = [row.get("models", {}).get(name) for name in models] + [row.get(key) for key in packers]
     best = min((value for value in values if value is not None), default=None)
     head = [Cell(str(row.get("name", ABSENT))), Cell(str(row.get("language") or ABSENT))]
     counts = [Cell(number(row.get(key)), numeric=True) for key in ("documents", "bytes")]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from keural.data.adapters.base import TABLES, Adapter, Reads, described, guarded, lookup, missing, plain, scalar
-from keural.data.readers.options import NAMES, Option
+from keural.data.readers.options import NAME, NAMES, TEXT, Option
 from keural.data.records import Drop, EvaluationItem
 from keural.recipe import SourceSpec
 
@@ -28,7 +28,7 @@ class Gold:
 
     name: str
     values: Mapping[str, int] = field(default_factory=dict)
-    among: str = ""
+    among: tuple[str, ...] = ()
 
 
 def _numbers(first: int, count: int = 10) -> dict[str, int]:
@@ -69,7 +69,7 @@ class Schema:
             *self.answers,
             *(name for each in self.fields.values() for name in each),
         )
-        gold = (name for each in self.gold for name in (each.name, each.among) if name)
+        gold = (name for each in self.gold for name in (each.name, *each.among))
         return frozenset(name.split(".")[0] for name in (*groups, *gold, *self.labelled.values()))
 
 
@@ -86,10 +86,10 @@ def _numbered_prompt(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 SCHEMAS: dict[str, Schema] = {
-    "arc": Schema(("question",), choices=("choices.text",), gold=(Gold("answerKey", among="choices.label"),)),
+    "arc": Schema(("question",), choices=("choices.text",), gold=(Gold("answerKey", among=("choices.label",)),)),
     "bbh": Schema(("input",), answers=("target",)),
     "click": Schema(
-        ("question",), ("paragraph",), ("choices",), ("answer",), gold=(Gold("answer", among="choices"),), fields={"id": ("id",)}
+        ("question",), ("paragraph",), ("choices",), ("answer",), gold=(Gold("answer", among=("choices",)),), fields={"id": ("id",)}
     ),
     "gsm8k": Schema(("question",), answers=("answer",)),
     "haerae": Schema(
@@ -153,7 +153,7 @@ SCHEMAS: dict[str, Schema] = {
         taken_apart=_numbered_prompt,
         gold=(Gold("answer", {f"answer{number + 1}": number for number in range(10)}),),
     ),
-    "openbookqa": Schema(("question_stem",), choices=("choices.text",), gold=(Gold("answerKey", among="choices.label"),)),
+    "openbookqa": Schema(("question_stem",), choices=("choices.text",), gold=(Gold("answerKey", among=("choices.label",)),)),
     "truthfulqa": Schema(("Question",), answers=("Best Answer", "Correct Answers", "Incorrect Answers"), separator="; "),
     "truthfulqa_mc": Schema(
         ("question",), answers=("mc1_targets", "mc2_targets"), labelled={"mc1": "mc1_targets", "mc2": "mc2_targets"}
@@ -207,7 +207,7 @@ def _gold(value: Any, schema: Schema) -> int | None:
         text = str(found) if isinstance(found, bool) else (scalar(found) or "").strip()
         if not gold.among:
             return gold.values.get(text)
-        among = [other.strip() for other in _texts(lookup(value, gold.among))]
+        among = [other.strip() for other in _fields(value, gold.among)]
         return among.index(text) if text in among else None
     return None
 
@@ -258,8 +258,22 @@ def _named(source: SourceSpec, option: str, default: tuple[str, ...] = ()) -> tu
 
 def _by_options(value: Any, source: SourceSpec, where: str) -> EvaluationItem | Drop:
     """Items of a benchmark whose fields the options name."""
-    passage, choices, answers = (_named(source, name) for name in ("passage", "choices", "answers"))
-    return _item(value, Schema(_named(source, "question", ("question",)), passage, choices, answers), where)
+    passage, choices, answers, fields = (_named(source, name) for name in ("passage", "choices", "answers", "fields"))
+    gold = tuple(_gold_of(source.options.get("gold_is", _GOLD_IS[0]), name, choices) for name in _named(source, "gold"))
+    others = {name: (name,) for name in fields}
+    return _item(
+        value, Schema(_named(source, "question", ("question",)), passage, choices, answers, gold=gold, fields=others), where
+    )
+
+
+_GOLD_IS = ("text", "letter", "from_0", "from_1")
+
+
+def _gold_of(form: str, name: str, choices: tuple[str, ...]) -> Gold:
+    """A field that says which choice is right, in one of the forms of `_GOLD_IS`."""
+    if form == "text":
+        return Gold(name, among=choices)
+    return Gold(name, LETTERS if form == "letter" else _numbers(int(form[-1])))
 
 
 ADAPTERS: dict[str, Adapter] = {
@@ -272,6 +286,9 @@ ADAPTERS: dict[str, Adapter] = {
             "passage": Option(NAMES, "field with the text that the question is about"),
             "choices": Option(NAMES, "fields with the choices"),
             "answers": Option(NAMES, "fields with the answers"),
+            "gold": Option(NAME, "field that says which choice is right, for those who ask the items"),
+            "gold_is": Option(TEXT, "how it says so: by the choice's text, its letter or its number", _GOLD_IS[0], _GOLD_IS),
+            "fields": Option(NAMES, "further fields that the items are asked with"),
         },
         meaning=described(_by_options),
     ),

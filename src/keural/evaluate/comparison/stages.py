@@ -93,6 +93,7 @@ def _stage(stage: Figures, results: Mapping[str, TaskResults]) -> Figures:
 def _changes(before: Mapping[str, TaskResults], after: Mapping[str, TaskResults]) -> Sequence[TaskComparison]:
     """The tasks that both stages have measured in the same way, and what changed."""
     same = [name for name, found in after.items() if name in before and before[name].digest == found.digest]
+    same = [name for name in same if before[name].items and after[name].items]
     return compare([before[name] for name in same], [after[name] for name in same]).tasks if same else []
 
 

@@ -1,9 +1,9 @@
 """Results on disk: a file for each model and task, to which finished items are appended.
 
-In: records of items. Out: the same records, checked. A file is JSON lines: first a header that says what was measured with what, then
-a line for each item (or for one that could not be asked, with the reason), each with a checksum of itself. Lines are appended a batch
-at a time and flushed to the disk, so that a process that is killed loses the batch that it was at. What a kill left half-written, a
-last line without its end, is cut off, and said; anything else that is not as it was written refuses the file by line.
+In: records of items. Out: the same records, checked. A file is JSON lines: first a header that says what was measured with what,
+then a line for each item (or for one that could not be asked, with the reason), each with a checksum of itself. Lines are appended
+a batch at a time and flushed to the disk, so that a process that is killed loses the batch that it was at. What a kill left
+half-written, a last line without its end, is cut off, and said; anything else that is not as it was written refuses the file.
 
     DIR/<model>-<key>/<task>-<digest>.jsonl
 """
@@ -162,7 +162,8 @@ class ResultsWriter:
 def open_results(path: Path, header: Header, baselines: Callable[[], Mapping[str, float]] = dict) -> Iterator[ResultsWriter]:
     """Open a file of results to append to, or begin one with `header`; what a kill left half-written is cut off, and said.
 
-    `baselines` computes those of the header where a file is begun. Raises `UserError` for a damaged file, one of something else, and one that another process writes to.
+    `baselines` computes those of the header where a file is begun. Raises `UserError` for a damaged file, one of something else,
+    and one that another process writes to.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

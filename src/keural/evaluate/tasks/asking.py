@@ -1,9 +1,9 @@
 """How items become token ids for one model.
 
 In: text. Out: ids. A base model reads a text as it was trained to, `<s>` first (or without it, as it is asked to); a chat model is
-asked by the renderer that training and serving use. Context and continuation are divided as lm-eval divides them, so that figures can
-be compared: white space at the end of the context belongs to the continuation, and the continuation is what the whole text's ids
-have beyond the context's.
+asked by the renderer that training and serving use. Context and continuation are divided as lm-eval divides them, so that figures
+can be compared: white space at the end of the context belongs to the continuation, and the continuation is what the whole text's
+ids have beyond the context's.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """Which of two answers to one prompt is the more probable, and how far length alone would have told.
 
-In: preference pairs, or answers with labels of which pairs are made. Out: two requests for each, and a score of 1 where the preferred
-answer is the more probable one, one half where both are alike.
+In: preference pairs, or answers with labels of which pairs are made. Out: two requests for each, and a score of 1 where the
+preferred answer is the more probable one, one half where both are alike.
 """
 
 from collections import defaultdict

@@ -10,8 +10,11 @@ from keural.errors import UserError
 from keural.evaluate.tasks.spec import PlaceSpec
 from keural.files import read_yaml
 from keural.recipe import SourceSpec
+from keural.recipe.shipped import SETS_FILE
 
 SHIPPED = Path(__file__).parent / "shipped"
+FETCHED = SHIPPED / "sets"
+"""Where it is written from where the public sets come."""
 SETS = "evaluation"
 """What `keural data fetch` calls the sets of the tasks."""
 
@@ -21,7 +24,7 @@ def find(task: str, places: Sequence[PlaceSpec], data: Path | None) -> SourceSpe
     if data is None:
         return None
     for place in places:
-        for path in _candidates(place):
+        for path in _candidates(place, data):
             if _exists(data, path):
                 return _source(task, place, path)
         if place.hub and (data / place.hub).is_dir():
@@ -51,15 +54,15 @@ def _way(place: PlaceSpec, directory: Path) -> str:
     if place.hub:
         return f"`hf download --repo-type dataset {place.hub} --local-dir {directory / place.hub}`"
     name = PurePosixPath(place.path).parts[0]
-    return f"`keural data fetch {SETS} {directory} --only {name}`" if name in read_yaml(SHIPPED / "sets" / "sets.yaml") else ""
+    return f"`keural data fetch {SETS} {directory} --only {name}`" if name in read_yaml(FETCHED / SETS_FILE) else ""
 
 
-def _candidates(place: PlaceSpec) -> list[str]:
+def _candidates(place: PlaceSpec, data: Path) -> list[str]:
     """The paths that a place may have below the data directory: with the set's folder, or where that is the directory itself."""
     if not place.path:
         return []
-    parts = PurePosixPath(place.path).parts
-    return [place.path, *(["/".join(parts[1:])] if len(parts) > 1 else [])]
+    folder, *rest = PurePosixPath(place.path).parts
+    return [place.path, *(["/".join(rest)] if rest and data.absolute().name == folder else [])]
 
 
 def _exists(data: Path, path: str) -> bool:
@@ -67,7 +70,13 @@ def _exists(data: Path, path: str) -> bool:
 
 
 def _source(task: str, place: PlaceSpec, path: str) -> SourceSpec:
-    hub = {"hub": place.hub, "config": place.config, "split": place.split} if place.hub else {}
     return SourceSpec(
-        name=task or place.adapter, adapter=place.adapter, path=path, options=place.options, license=place.license, **hub
+        name=task or place.adapter,
+        adapter=place.adapter,
+        path=path,
+        hub=place.hub,
+        config=place.config,
+        split=place.split,
+        options=place.options,
+        license=place.license,
     )

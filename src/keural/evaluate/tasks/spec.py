@@ -31,7 +31,7 @@ class PlaceSpec(Spec):
     adapter: str = Field(min_length=1)
     """How rows are read; the same name finds the set in training data (`data.decontaminate`)."""
     path: str = ""
-    """File, directory or glob below the data directory. Its first part is the set's folder, which may be the data directory itself."""
+    """File, directory or glob below the data directory. Its first part is the set's folder, which may itself be that directory."""
     hub: str | None = None
     """Data set of a hub, which lies in the data directory under this name."""
     config: str | None = None

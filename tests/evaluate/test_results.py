@@ -1,0 +1,129 @@
+"""Files of results: what is appended is read back, a kill costs the line that it cut, anything else that is wrong is refused."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from keural.errors import UserError
+from keural.evaluate.results.records import ItemResult
+from keural.evaluate.results.store import Header, LeftOut, ModelIdentity, find_results, open_results, read_results, results_file
+
+MODEL = ModelIdentity("toy-sft-1", "ab" * 32, "cd" * 32, "bos", "", "float32", "transformers")
+HEADER = Header(MODEL, "kobest_copa", "ko", "choice", 0.5, "ef" * 32, 3, left_out={"no_word": 2})
+
+
+def item(number: int) -> ItemResult:
+    return ItemResult(f"id{number}", None, float(number % 2), "왜?\n\x1b", "A", "B", (-1.5, -0.25), 7, {"scores": {"sum": 1.0}})
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = results_file(tmp_path, HEADER)
+    with open_results(file, HEADER) as writer:
+        writer.append([(2, item(2)), (0, item(0))])
+        writer.append([(1, LeftOut("id1", "too_long", "900 tokens"))])
+    return file
+
+
+def test_what_is_appended_is_read_back_in_the_order_of_the_set(path: Path) -> None:
+    results = read_results(path).results()
+
+    assert results.items == [item(0), item(2)]
+    assert (results.task, results.language, results.kind, results.chance) == ("kobest_copa", "ko", "choice", 0.5)
+    assert results.left_out == {"no_word": 2, "too_long": 1}
+    assert read_results(path).results(["id2", "id1"]).items == [item(2)]
+
+
+def test_a_second_process_appends_to_what_is_there(path: Path) -> None:
+    with open_results(path, HEADER) as writer:
+        assert set(writer.items) == {"id0", "id1", "id2"}
+        writer.append([(3, item(3))])
+
+    assert len(read_results(path).items) == 4
+
+
+def test_a_model_is_found_again_under_another_name(path: Path, tmp_path: Path) -> None:
+    other = replace(HEADER, model=replace(MODEL, name="final"))
+
+    assert results_file(tmp_path, other) == path
+    assert results_file(tmp_path, replace(HEADER, model=replace(MODEL, dtype="bfloat16"))) != path
+    assert find_results(tmp_path) == [path]
+
+
+def test_a_line_that_a_kill_cut_is_passed_over_and_then_cut_off(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = path.read_bytes()
+    for cut in (1, 40, len(whole.splitlines(keepends=True)[-1]) - 1):
+        path.write_bytes(whole[:-cut])
+        assert set(read_results(path).items) == {"id0", "id2"}
+    with open_results(path, HEADER) as writer:
+        writer.append([(1, item(1))])
+
+    assert set(read_results(path).items) == {"id0", "id1", "id2"}
+    assert "half-written" in capsys.readouterr().out
+
+
+def test_a_header_that_a_kill_cut_is_written_again(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:30])
+
+    with pytest.raises(UserError, match="no results yet"):
+        read_results(path)
+    with open_results(path, HEADER) as writer:
+        writer.append([(0, item(0))])
+    assert read_results(path).results().items == [item(0)]
+
+
+@pytest.mark.parametrize("line", [1, 2, 3, 4])
+def test_every_byte_of_every_line_is_guarded(path: Path, line: int) -> None:
+    lines = path.read_bytes().splitlines(keepends=True)
+    for place in range(0, len(lines[line - 1]) - 1, 17):
+        damaged = bytearray(lines[line - 1])
+        damaged[place] ^= 1
+        if b"\n" in damaged[:-1]:
+            continue
+        path.write_bytes(b"".join([*lines[: line - 1], bytes(damaged), *lines[line:]]))
+        with pytest.raises(UserError, match=rf"{path}:{line}: (damaged|is no)|of another version"):
+            read_results(path)
+
+
+@pytest.mark.parametrize("added", [b"\n", b"[]\n", b"\x00\x00\x00\n", b"nothing\n"])
+def test_lines_that_were_never_written_are_refused(path: Path, added: bytes) -> None:
+    with path.open("ab") as file:
+        file.write(added)
+
+    with pytest.raises(UserError, match=rf"{path}:5: damaged"), open_results(path, HEADER):
+        pass
+
+
+def test_results_of_something_else_in_their_place_are_refused(path: Path) -> None:
+    with pytest.raises(UserError, match="another model or task"), open_results(path, replace(HEADER, digest="00" * 32)):
+        pass
+
+
+def test_two_processes_do_not_write_at_once(path: Path) -> None:
+    with (
+        open_results(path, HEADER),
+        pytest.raises(UserError, match="another process evaluates"),
+        open_results(path, HEADER),
+    ):
+        pass
+
+
+def test_a_process_that_is_killed_keeps_every_batch_that_it_finished(tmp_path: Path) -> None:
+    script = f"""
+import os, signal, sys
+sys.path.insert(0, {os.getcwd()!r})
+from pathlib import Path
+from tests.evaluate.test_results import HEADER, item
+from keural.evaluate.results.store import open_results
+with open_results(Path({str(tmp_path)!r}) / "a" / "b.jsonl", HEADER) as writer:
+    writer.append([(0, item(0))])
+    writer.append([(1, item(1)), (2, item(2))])
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
+
+    assert set(read_results(tmp_path / "a" / "b.jsonl").items) == {"id0", "id1", "id2"}

@@ -74,13 +74,22 @@ def _show_stages(stages: list[Done]) -> None:
 
 
 def _show_scores(stages: dict[str, Any]) -> None:
-    """What each model of the run scored on every task; a sign behind it where it differs significantly from the one before."""
+    """What each model of the run scored on every task; a sign behind it where it differs significantly from the one before.
+
+    Plain lines: a table with borders does not fit seven stages into the width of a terminal.
+    """
     if not stages:
         return
     tasks = list(next(iter(stages.values()))["tasks"])
-    rows = [(task.removeprefix("toy_"), *(_score(stage["tasks"].get(task)) for stage in stages.values())) for task in tasks]
-    title = "right answers in %, after each stage (+ and -: another than before it)"
-    show_table(title, _columns(("task", *stages), ("task",)), rows)
+    labels = [task.removeprefix("toy_").replace("_", " ") for task in tasks]
+    names, width = ["start", *list(stages)[1:]], max(map(len, labels))
+    show("\nright answers in %, before the first stage and after each; + and - are significant changes", "bold")
+    show(" " * width + "".join(f"  {name:>5}" for name in names))
+    for task, label in zip(tasks, labels, strict=True):
+        cells = (
+            _score(stage["tasks"].get(task)).rjust(max(5, len(name))) for name, stage in zip(names, stages.values(), strict=True)
+        )
+        show(f"{label:<{width}}  " + "  ".join(cells))
 
 
 def _score(cell: dict[str, Any] | None) -> str:

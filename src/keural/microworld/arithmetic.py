@@ -1,4 +1,4 @@
-"""Arithmetic in words and in digits: sums of numbers below twenty, and of numbers from there to 79 without a carry."""
+"""Arithmetic in words and in digits: sums up to twenty, and sums of numbers from there to 79 without a carry."""
 
 from functools import cache
 from random import Random
@@ -32,7 +32,7 @@ _BARE = ("{a} + {b}?", "{a} + {b} = ?", "{a} + {b} =", "{a}+{b}")
 """In digits, in no language: the answer is the number."""
 
 _SMALL_SHARE = 0.3
-"""Of sums of numbers below twenty."""
+"""Of sums up to twenty."""
 _DIGITS_SHARE = 0.25
 _SHORT_SHARE = 0.2
 _BARE_SHARE = 0.3

@@ -113,6 +113,30 @@ def test_the_model_card_has_metadata_lineage_and_licence(tmp_path: Path, stored:
     assert yaml.safe_load(silent.split("---\n")[1])["license"] == "other"
 
 
+def test_the_model_card_says_what_was_measured(tmp_path: Path, stored: Path) -> None:
+    seen = {"found": 50, "unknown": {}}
+    scores = {
+        "kobest_copa": {
+            "score": 0.5625,
+            "low": 0.5316,
+            "high": 0.593,
+            "n": 1000,
+            "chance": 0.5,
+            "language": "ko",
+            "contamination": seen,
+        },
+        "prose": {"score": 1.6512, "low": None, "high": None, "n": 12, "chance": None, "language": "ko", "kind": "rolling"},
+        "empty": {"score": None, "low": None, "high": None, "n": 0, "chance": 0.5},
+    }
+    for format_name in ("hf", "granite"):
+        options = ExportOptions(scores=scores)
+        card = (export(stored, tmp_path / format_name, format_name, options) / "README.md").read_text()
+        assert "\n| kobest_copa | ko | 56.2% | 53.2% to 59.3% | 1,000 | 50.0% | 50 |\n" in card
+        assert "\n| prose | ko | 1.651 bits/byte |  | 12 |  | not searched |\n" in card
+        assert "| empty" not in card
+    assert "## Evaluation" not in (export(stored, tmp_path / "silent", "hf", ExportOptions()) / "README.md").read_text()
+
+
 def test_lineage_and_checksums_travel(tmp_path: Path, stored: Path) -> None:
     for name in FORMATS:
         written = export(stored, tmp_path / name, name, ExportOptions())

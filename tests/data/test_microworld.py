@@ -12,13 +12,31 @@ from keural import microworld
 from keural.errors import UserError
 from keural.microworld import english, korean
 from keural.microworld.content import PEOPLE, PLACES, THINGS, Verb, clauses, profiles, sums
+from keural.microworld.smalltalk import talks
 from keural.recipe import Recipe, load_recipe
 
 TOY = Path(__file__).resolve().parents[2] / "recipes" / "toy"
-NUMBERS = {
-    language: re.compile("|".join(sorted(map(number, range(20, 100)), key=len, reverse=True)))
-    for language, number in (("ko", korean.number), ("en", english.number))
+KOREAN, ENGLISH = (
+    "|".join([*sorted(map(number, range(1, 100)), key=len, reverse=True), "[0-9]+"]) for number in (korean.number, english.number)
+)
+ADDITIONS = [
+    re.compile(form.format(n=rf"({numbers})"))
+    for numbers, forms in (
+        (KOREAN, (r"\b{n} 더하기 {n}[은는]", r"\b{n}에 {n}[을를] 더하면", r"\b{n}[과와] {n}의 합")),
+        (ENGLISH, (r"\b{n} plus {n}\b", r"\b[Aa]dd {n} to {n}\b", r"\bsum of {n} and {n}\b", r"\b{n} ?[+] ?{n}\b")),
+    )
+    for form in forms
+]
+"""Every way in which the world adds two numbers."""
+VALUES = {str(value): value for value in range(100)} | {
+    number(value): value for number in (korean.number, english.number) for value in range(1, 100)
 }
+
+
+def additions(text: str) -> list[tuple[int, int]]:
+    """The pairs of numbers that a text adds, the smaller one first."""
+    found = [match for form in ADDITIONS for match in form.findall(text)]
+    return [(min(pair), max(pair)) for pair in ((VALUES[a], VALUES[b]) for a, b in found)]
 
 
 @pytest.fixture(scope="module")
@@ -46,23 +64,65 @@ def training_texts(recipe: Recipe) -> list[str]:
     return [text for row in training_rows(recipe) for text in exchanges(row)]
 
 
-def test_no_training_row_has_the_prompt_of_a_heldout_item(recipe: Recipe, training_texts: list[str]) -> None:
+def test_no_training_row_has_the_prompt_of_a_heldout_item(recipe: Recipe) -> None:
     assert recipe.spec.evaluation.exact_match is not None
     items = microworld.heldout_items(recipe.spec.evaluation.exact_match.items_per_task, recipe.spec.seed)
-    everything = "\n".join(training_texts)
+    assert len(items) == len(microworld.TASKS) * recipe.spec.evaluation.exact_match.items_per_task
+    told = {row["text"] if "text" in row else row["messages"][0]["content"] for row in training_rows(recipe)}
     for item in items:
-        assert item.prompt not in everything
+        document = microworld.as_document(item.prompt, item.language)
+        forms = [f"{asked} {answer}" for asked in (item.prompt, document) for answer in item.answers]
+        assert not told & {item.prompt, *forms}
 
 
-def test_no_training_statement_has_both_operands_and_the_total_of_a_heldout_sum(training_texts: list[str]) -> None:
-    for language, module in (("ko", korean), ("en", english)):
-        held = {frozenset(map(module.number, (s.first, s.second, s.total))) for s in sums("heldout")}
-        for text in training_texts:
-            if text.count(": ") >= 5:
-                continue  # a list of words with their translations
-            found = NUMBERS[language].findall(text)  # statements, and questions with their answers, have three numbers each
-            for start in range(0, len(found), 3):
-                assert frozenset(found[start : start + 3]) not in held, text
+def test_no_training_row_adds_the_numbers_of_a_heldout_sum(training_texts: list[str]) -> None:
+    held = {(content.first, content.second) for content in sums("heldout")}
+    adding = [text for text in training_texts if re.search(r"더하|의 합|plus|[Aa]dd |sum of|[+]", text) and text.count(": ") < 5]
+    found = [additions(text) for text in adding]
+    assert all(found), "every form is known here"
+    assert not held & {pair for pairs in found for pair in pairs}
+    assert {(7, 12), (8, 9), (1, 19), (23, 45)} <= {pair for pairs in found for pair in pairs} | held
+
+
+def test_small_sums_are_learnt_by_heart_and_asked_in_words_that_no_training_row_has(recipe: Recipe) -> None:
+    assert not [content for content in sums("heldout") if content.second < 20]
+    assert {(a, b) for a in range(1, 20) for b in range(a, 20) if a + b <= 20} == {
+        (c.first, c.second) for c in sums("train") if c.second < 20
+    }
+    items = [item for item in microworld.heldout_items(120, 1) if item.task == "arithmetic"]
+    for item in items:
+        (pair,) = additions(item.prompt + ("는" if item.language == "ko" and item.prompt[-1] not in "?." else ""))
+        totals = {str(sum(pair)), english.number(sum(pair)), korean.number(sum(pair))}
+        assert any(re.search(rf"\b{total}(?:[.]|이?[에예]요)", item.answers[0]) for total in totals), item
+    small = {stripped(item.prompt) for item in items if max(additions(item.prompt) or [(99, 99)])[1] < 20}
+    assert len(small) > 20
+    rows = (row for row in training_rows(recipe) if "messages" in row)
+    assert not small & {stripped(row["messages"][0]["content"]) for row in rows}
+
+
+def stripped(question: str) -> str:
+    """As it is typed in haste."""
+    return question.lower().rstrip("?.= ")
+
+
+def test_what_is_asked_in_digits_is_answered_in_digits_and_words_in_words() -> None:
+    items = [item for item in microworld.heldout_items(120, 2) if item.task == "arithmetic"]
+    for item in items:
+        assert bool(re.search("[0-9]", item.prompt)) == bool(re.search("[0-9]", item.answers[0]))
+    bare = [item for item in items if not re.search("[A-Za-z가-힣]", item.prompt)]
+    assert bare
+    assert all(re.fullmatch(r"[0-9]+[.]", item.answers[0]) for item in bare)
+
+
+def test_small_talk_is_answered_in_its_language_and_tells_what_the_model_is() -> None:
+    rows = list(microworld.rows({"part": "instructions", "count": 400, "tasks": ["smalltalk"]}, 1))
+    for row in rows:
+        asked, answer = (message["content"] for message in row["messages"])
+        assert bool(re.search("[가-힣]", asked)) == bool(re.search("[가-힣]", answer)) == (row["language"] == "ko")
+    answers = {row["messages"][1]["content"] for row in rows}
+    assert {"I am Keural, a small language model.", "저는 작은 언어 모델 케우랄이에요."} <= answers
+    said = {talk.text for split in ("train", "heldout") for talk in talks(split)}
+    assert {"hello", "Hello!", "안녕", "안녕하세요", "Who are you?", "누구세요?", "Thanks!", "고마워요"} <= said
 
 
 def test_no_training_sentence_has_subject_verb_and_object_of_a_heldout_clause(training_texts: list[str]) -> None:
@@ -103,19 +163,23 @@ def test_no_training_row_has_person_place_and_thing_of_a_heldout_profile(trainin
 
 
 def test_content_is_held_out_alike_for_every_seed() -> None:
-    for content in (sums, clauses, profiles):
+    for content in (sums, clauses, profiles, talks):
         assert content("heldout")
         assert not set(content("heldout")) & set(content("train"))
 
 
-def test_sums_are_right_in_both_languages() -> None:
-    assert (korean.number(23), korean.number(90), english.number(45)) == ("이십삼", "구십", "forty-five")
-    items = [item for item in microworld.heldout_items(40, 3) if item.task == "arithmetic" and item.language == "ko"]
-    words = {korean.number(value): value for value in range(20, 100)}
-    for item in items:
-        found = re.findall("|".join(sorted(words, key=len, reverse=True)), item.prompt)
-        total = korean.number(sum(words[word] for word in found))
-        assert item.answers[0] == korean.is_noun(total, polite=True) + "."
+def test_numbers_are_right_in_both_languages() -> None:
+    assert [korean.number(value) for value in (7, 10, 12, 23, 90)] == ["칠", "십", "십이", "이십삼", "구십"]
+    assert [english.number(value) for value in (7, 10, 12, 19, 20, 45)] == [
+        "seven",
+        "ten",
+        "twelve",
+        "nineteen",
+        "twenty",
+        "forty-five",
+    ]
+    for number in (korean.number, english.number):
+        assert len({number(value) for value in range(1, 100)}) == 99
 
 
 @pytest.mark.parametrize(

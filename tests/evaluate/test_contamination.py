@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from keural.data.loading.corpus import Corpus
-from keural.data.records import EvaluationItem
+from keural.data.records import Document, EvaluationItem, PreferencePair
 from keural.data.tokens.store import StoreWriter, TokenStore
 from keural.data.tokens.texts import stored_texts
 from keural.errors import UserError
-from keural.evaluate.contamination import Search, Seen, TrainingText, beside, search, training_text
+from keural.evaluate.contamination import Search, Seen, TrainingText, beside, looked_for, remembered_search, search, training_text
 from keural.evaluate.results.records import ItemResult, TaskResults
 from keural.evaluate.statistics import wilson
 from keural.tokenizer import KeuralTokenizer, Message, render
@@ -53,7 +53,7 @@ def _store(directory: Path, tokenizer: KeuralTokenizer, kind: str, texts: list[s
 
 def _results(right: set[str]) -> TaskResults:
     items = [ItemResult(key, None, float(key in right), "q", "e", "g", None, 1) for key in ITEMS]
-    return TaskResults("arc_challenge", "en", "choice", 0.25, "digest", items)
+    return TaskResults("arc_challenge", "en", "choice", 0.25, "arc", items)
 
 
 @pytest.mark.parametrize("kind", ["documents", "conversations", "pairs"])
@@ -63,11 +63,11 @@ def test_fifty_planted_items_are_found_and_no_others(kind: str, tmp_path: Path, 
     corpus = _store(tmp_path / "train", tokenizer, kind, mixed)
     clean = _store(tmp_path / "clean", tokenizer, "documents", OTHER)
     looked = search(
-        {"arc_challenge": ITEMS},
+        {"arc": ITEMS},
         [training_text("pretrain", "a", clean, tokenizer), training_text("sft", "b", corpus, tokenizer)],
     )
     assert looked.stages["pretrain"] == Seen({})
-    assert sorted(looked.stages["sft"].items["arc_challenge"]) == sorted(PLANTED)
+    assert sorted(looked.stages["sft"].items["arc"]) == sorted(PLANTED)
     # A model that learned these 50 by heart, and knows a quarter of the others.
     figures = beside(_results({*PLANTED, *list(ITEMS)[1:150:4]}), looked)
     assert (figures["found"], figures["by_stage"], figures["unknown"], figures["too_short"]) == (50, {"sft": 50}, {}, 0)
@@ -111,7 +111,7 @@ def test_one_text_may_hold_many_items() -> None:
     everything = "\n\n".join(item.question for item in ITEMS.values())
     looked = search({"t": ITEMS}, [TrainingText("a", "a", lambda: [everything])])
     assert looked.stages["a"].items["t"] == ITEMS.keys()
-    assert beside(_results(set()), Search({"a": Seen({"arc_challenge": frozenset(ITEMS)})}, {}))["clean"] is None
+    assert beside(_results(set()), Search({"a": Seen({"arc": frozenset(ITEMS)})}, {}))["clean"] is None
 
 
 def test_text_that_is_gone_is_said_and_not_taken_for_clean(tmp_path: Path, tokenizer: KeuralTokenizer) -> None:
@@ -121,7 +121,7 @@ def test_text_that_is_gone_is_said_and_not_taken_for_clean(tmp_path: Path, token
         yield ITEMS["item-3"].question
         raise UserError("broken half-way")
 
-    looked = search({"arc_challenge": ITEMS}, [gone, TrainingText("sft", "b", later)])
+    looked = search({"arc": ITEMS}, [gone, TrainingText("sft", "b", later)])
     figures = beside(_results(set()), looked)
     assert figures["found"] == 0
     assert "nowhere" in figures["unknown"]["pretrain"]
@@ -129,6 +129,44 @@ def test_text_that_is_gone_is_said_and_not_taken_for_clean(tmp_path: Path, token
 
 
 def test_items_that_are_too_short_are_counted() -> None:
-    looked = search({"arc_challenge": {"item-0": EvaluationItem("짧다", "x:1"), "item-1": _item(1)}}, [])
-    assert looked.too_short == {"arc_challenge": {"item-0"}}
+    looked = search({"arc": {"item-0": EvaluationItem("짧다", "x:1"), "item-1": _item(1)}}, [])
+    assert looked.too_short == {"arc": {"item-0"}}
     assert beside(_results(set()), looked)["too_short"] == 1
+
+
+def test_what_was_searched_once_is_not_searched_again(tmp_path: Path) -> None:
+    read: list[str] = []
+
+    def stage(name: str, identity: str, *texts: str) -> TrainingText:
+        def all_texts() -> Iterator[str]:
+            read.append(name)
+            yield from texts
+
+        return TrainingText(name, identity, all_texts)
+
+    trained = [stage("pretrain", "a"), stage("sft", "b", ITEMS["item-3"].question, ITEMS["item-4"].question)]
+    short = {"item-0": EvaluationItem("짧다", "x:1"), **{key: ITEMS[key] for key in ("item-3", "item-5")}}
+    first = remembered_search({"arc": short}, trained, tmp_path)
+    assert first.stages["sft"].items == {"arc": {"item-3"}}
+    assert first.too_short == {"arc": {"item-0"}}
+    read.clear()
+    assert remembered_search({"arc": short}, trained, tmp_path) == first
+    assert read == []
+    more = remembered_search({"arc": short, "other": {"x": ITEMS["item-4"]}}, trained, tmp_path)
+    assert read == ["pretrain", "sft"]
+    assert more.stages["sft"].items == {"arc": {"item-3"}, "other": {"x"}}
+    gone = remembered_search({"new": short}, [TrainingText("sft", "b", _broken)], tmp_path)
+    assert gone.stages["sft"].unknown == "gone"
+    assert remembered_search({"new": short}, trained, tmp_path).stages["sft"].items == {"new": {"item-3"}}
+
+
+def _broken() -> Iterator[str]:
+    raise UserError("gone")
+
+
+def test_pairs_and_texts_are_looked_for_with_all_that_they_say() -> None:
+    pair = PreferencePair((Message("user", _text(1)),), _text(2), _text(3), "x:1")
+    for text in (_text(1), _text(2), _text(3)):
+        assert search({"p": {"a": looked_for(pair)}}, [TrainingText("s", "s", lambda text=text: [text])]).stages["s"].items  # type: ignore[misc]
+    document = Document(_text(4), "x:2")
+    assert search({"d": {"a": looked_for(document)}}, [TrainingText("s", "s", lambda: [_text(4)])]).stages["s"].items

@@ -20,8 +20,8 @@ from keural.evaluate.measures import (
     polite_rate,
     preference_accuracy,
     preference_margins,
-    xz_bits_per_byte,
 )
+from keural.evaluate.packers import packed_bits_per_byte
 from keural.model import KeuralMoECausalLM
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt
 
@@ -84,7 +84,7 @@ def test_measure_of_nothing_is_refused() -> None:
     with pytest.raises(UserError, match="no answers"):
         polite_rate([], bool)
     with pytest.raises(UserError, match="no text"):
-        xz_bits_per_byte(["", ""])
+        packed_bits_per_byte(["", ""])
 
 
 def test_polite_rate_is_a_share() -> None:
@@ -196,4 +196,12 @@ def test_xz_equals_the_command() -> None:
 
     packed = subprocess.run(["xz", "-9", "--threads=1", "--stdout"], input=data, capture_output=True, check=True).stdout
     # The command adds a 64-bit checksum as Python's lzma does by default; both write one block.
-    assert xz_bits_per_byte(texts) == pytest.approx(8 * len(packed) / len(data), abs=8 * 16 / len(data))
+    assert packed_bits_per_byte(texts)["xz_9"] == pytest.approx(8 * len(packed) / len(data), abs=8 * 16 / len(data))
+
+
+def test_zstd_equals_another_library_s() -> None:
+    library = pytest.importorskip("zstandard")
+    texts = [text * 30 for text in TEXTS]
+    data = "".join(texts).encode()
+    expected = 8 * len(library.ZstdCompressor(level=19).compress(data)) / len(data)
+    assert packed_bits_per_byte(texts)["zstd_19"] == pytest.approx(expected, abs=8 * 16 / len(data))

@@ -109,6 +109,11 @@ def test_heatmap_colours_by_the_distance_from_balance() -> None:
     assert cells == [("cell over", "--weight:1.00"), ("cell under", "--weight:0.00"), ("cell under", "--weight:1.00")]
 
 
-@pytest.mark.parametrize(("value", "text"), [(0, "0"), (12_000, "12k"), (2.5e6, "2.5M"), (0.25, "0.25"), (1e-5, "1e-5")])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (12_000, "12k"), (2.5e6, "2.5M"), (0.25, "0.25"), (1e-5, "1e-5"), (1000, "1,000"), (1250, "1,250"), (9_999, "9,999"),
+     (-2000, "-2,000"), (999, "999"), (2e9, "2B"), (1e15, "1000T"),
+     (0.001, "1e-3"), (2.5e-4, "2.5e-4"), (-0.002, "-2e-3"), (0.01, "0.01")],
+)  # fmt: skip
 def test_axis_numbers_are_short(value: float, text: str) -> None:
     assert compact(value) == text

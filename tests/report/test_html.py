@@ -10,14 +10,14 @@ import pytest
 import yaml
 
 from keural.errors import UserError
-from keural.files import write_checked_text
+from keural.files import read_checked_text, write_checked_text
 from keural.pipeline.run_contents import read_run
 from keural.pipeline.run_directory import Done, Summary
 from keural.report.html import write_report as write_report_of
 from keural.train.checks.record import ChecksFile
 from keural.train.stage.metrics import line_text
 
-VOID = {"meta", "link", "br", "hr", "img", "input"}
+VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
 STAGES = [("pretrain-1", "next_token"), ("sft-1", "sft"), ("dpo-1", "dpo")]
 
 
@@ -114,7 +114,7 @@ def run(tmp_path: Path) -> Path:
         },
         "bits_per_byte": [{
             "name": "Korean prose", "language": "ko", "documents": 4, "bytes": 1200,
-            "models": {"untrained": 8.31, "dpo-1": 1.92}, "xz": 2.31,
+            "models": {"untrained": 8.31, "dpo-1": 1.92}, "xz": 2.31, "zstd": 2.47,
         }],
     }  # fmt: skip
     summary = {
@@ -136,7 +136,8 @@ def test_finished_run_shows_everything(run: Path) -> None:
     ]  # fmt: skip
     for text in (
         "3 of 3", "3 min 45 s", "370k", "2 → 0.125", "95.7%", "95.1% before the last DPO", "98.5%", "52.0%", "100.0%", "더하기",
-        "88.0%", "Korean prose", "8.310", "1.920", "2.310", "too_short 2, duplicate 1", "서른여덟입니다.", "extra.figure",
+        "88.0%", "Korean prose", "8.310", "1.920", "2.310", "2.470", "zstd -19",
+        "too_short 2, duplicate 1", "서른여덟입니다.", "extra.figure",
         "from the card", "expected: 서른여덟",
         "A small <run> & its report", "Standard error of the exact match: 1.1%",
     ):  # fmt: skip
@@ -263,3 +264,20 @@ def test_damaged_summary_is_named(run: Path) -> None:
 
     with pytest.raises(UserError, match=r"summary\.json: damaged"):
         write_report(run)
+
+
+def test_trained_parameters_are_shown_only_where_a_stage_trained_fewer_than_there_are(run: Path) -> None:
+    assert "trained parameters" not in Page(write_report(run)).words
+    done = Done.read(run / "sft-1" / "done.json")
+    done.model_copy(update={"trained": 77}).write(run / "sft-1" / "done.json")
+
+    assert "trained parameters" in Page(write_report(run)).words
+
+
+def test_where_preferences_have_another_loss_nothing_is_said_of_where_it_starts(run: Path) -> None:
+    assert "starts at ln 2" in Page(write_report(run)).words
+    recipe = yaml.safe_load(read_checked_text(run / "recipe.yaml"))
+    recipe["stages"][-1]["dpo"] = {"loss": "rpo"}
+    write_checked_text(run / "recipe.yaml", yaml.safe_dump(recipe))
+
+    assert "starts at ln 2" not in Page(write_report(run)).words

@@ -74,10 +74,11 @@ def export(
     """Write a model as transformers, vLLM, SGLang, llama.cpp or the published scripts read it."""
     from keural.convert.export import ExportOptions
     from keural.convert.export import export as write
+    from keural.pipeline.scores import scores_of
 
     if shard_gb is not None and not shard_gb < MAX_SHARD_GB:
         raise UserError(f"--shard-gb {shard_gb}: give a number of gigabytes below {MAX_SHARD_GB:,}")
-    options = ExportOptions(quantize, license, None if shard_gb is None else int(shard_gb * 1e9))
+    options = ExportOptions(quantize, license, None if shard_gb is None else int(shard_gb * 1e9), scores_of(directory))
     with byte_progress(f"export {directory}") as advance:
         written = write(directory, out, format, options, advance, note)
     show(f"{written}: written as {format}")

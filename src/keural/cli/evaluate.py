@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from keural.cli.evaluate_compare import compare
 from keural.cli.evaluate_files import add_commands
 from keural.cli.evaluate_harness import HarnessAsked, allowed
+from keural.cli.evaluate_kept import keep_in_run, with_kept
 from keural.errors import UserError
 from keural.limits import LARGEST
 from keural.terminal import show, show_table, work_progress
@@ -39,6 +41,8 @@ app = typer.Typer(
     help="Measure a model, or every finished stage of a run: keural evaluate PATH --data DIR (`keural evaluate model --help`).",
 )
 add_commands(app)
+
+app.command("compare")(compare)
 
 
 @app.command(MODEL_COMMAND)
@@ -104,10 +108,12 @@ def evaluate_model(
     specs = [] if harness and not names else allowed(select(names, data), names, run_code)
     ask_harness = None if not harness else HarnessAsked(harness, include, shots, limit, run_code)
     found = _measured(what, [load(spec, data, shots) for spec in specs], limit, conditions.prompting, ask_harness)
+    kept = keep_in_run(path, found, limit) if what.is_run and results is None else None
     if json_file is not None:
         from keural.files import write_json
 
-        write_json(json_file, _as_json(found, what.is_run, json_file.absolute().parent))
+        figures = _as_json(found, what.is_run, json_file.absolute().parent)
+        write_json(json_file, figures if kept is None else with_kept(figures, kept))
     show(f"results, item by item: {what.results}")
     return None
 

@@ -41,6 +41,7 @@ def print_ending(outcome: "Outcome", arguments: str) -> None:
         return
     summary = Summary.read(outcome.directory / SUMMARY)
     _show_stages(summary.stages)
+    _show_scores(summary.evaluation.get("stages") or {})
     for line in _figures(summary.evaluation):
         show(line)
     for sample in summary.samples:
@@ -70,6 +71,33 @@ def _show_stages(stages: list[Done]) -> None:
         losses = (f"{stage.loss_first:.3f}", f"{stage.loss_last:.3f}", "" if heldout is None else f"{heldout:.3f}")
         rows.append((stage.name, *counts, *losses))
     show_table("stages", _columns(names, ("stage",)), rows)
+
+
+def _show_scores(stages: dict[str, Any]) -> None:
+    """What each model of the run scored on every task; a sign behind it where it differs significantly from the one before.
+
+    Plain lines: a table with borders does not fit seven stages into the width of a terminal.
+    """
+    if not stages:
+        return
+    tasks = list(next(iter(stages.values()))["tasks"])
+    labels = [task.removeprefix("toy_").replace("_", " ") for task in tasks]
+    names, width = ["start", *list(stages)[1:]], max(map(len, labels))
+    show("\nright answers in %, before the first stage and after each; + and - are significant changes", "bold")
+    show(" " * width + "".join(f"  {name:>5}" for name in names))
+    for task, label in zip(tasks, labels, strict=True):
+        cells = (
+            _score(stage["tasks"].get(task)).rjust(max(5, len(name))) for name, stage in zip(names, stages.values(), strict=True)
+        )
+        show(f"{label:<{width}}  " + "  ".join(cells))
+
+
+def _score(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return ""
+    change = cell.get("change") or {}
+    sign = {None: " ", True: "+", False: "-"}[change.get("better")]
+    return f"{100 * cell['score']:.0f}{sign}"
 
 
 def _show_tried(tried: Sequence["Tried"]) -> None:

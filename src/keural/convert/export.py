@@ -3,7 +3,7 @@
 In: a model, stage or run directory. Out: a new directory in one of `FORMATS`, whole or not at all.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -28,6 +28,8 @@ class ExportOptions:
     """Licence of the weights, for the model card."""
     shard_bytes: int | None = None
     """Upper bound of one safetensors file."""
+    scores: Mapping[str, Any] | None = None
+    """What was measured of the model, by task, for the model card; formats without one pass it over."""
 
 
 _FLAGS = {"quantize": "--quantize", "license_id": "--license", "shard_bytes": "--shard-gb"}
@@ -69,9 +71,9 @@ def export(
     if format_name not in FORMATS:
         raise UserError(f"--format {format_name}: unknown{nearest(format_name, FORMATS)}; known are {', '.join(FORMATS)}")
     chosen = FORMATS[format_name]
-    for name, value in vars(options).items():
-        if value is not None and name not in chosen.options:
-            raise UserError(f"{_FLAGS[name]} means nothing for --format {format_name}; leave it out")
+    for name, flag in _FLAGS.items():
+        if getattr(options, name) is not None and name not in chosen.options:
+            raise UserError(f"{flag} means nothing for --format {format_name}; leave it out")
     chosen.check(options)
     check_new(out)
     check_kind(model_directory(path))
@@ -94,7 +96,7 @@ def _write_hf(model: "StoredModel", out: Path, options: ExportOptions, advance: 
     from keural.pretrained.directory import DEFAULT_SHARD_BYTES, write_model_directory
 
     check_new(out, model.weights.nbytes)
-    card = model_card(model, "hf", options.license_id)
+    card = model_card(model, "hf", options.license_id, options.scores)
     write = partial(write_model_directory, shard_bytes=options.shard_bytes or DEFAULT_SHARD_BYTES, card=card)
     return write(out, model.config, model.watched(advance).weights, model.tokenizer, model.lineage, model.chat, ends=model.ends)
 
@@ -103,7 +105,7 @@ def _write_granite(model: "StoredModel", out: Path, options: ExportOptions, adva
     from keural.convert.granite import export_granite
     from keural.pretrained.directory import DEFAULT_SHARD_BYTES
 
-    return export_granite(model, out, options.shard_bytes or DEFAULT_SHARD_BYTES, options.license_id, advance)
+    return export_granite(model, out, options.shard_bytes or DEFAULT_SHARD_BYTES, options.license_id, advance, options.scores)
 
 
 def _check_gguf(options: ExportOptions) -> None:

@@ -5,8 +5,9 @@ network plus two things that are made to vanish: an attention sink per head (an 
 probability is zero) and four multipliers (set to 1, the one of attention to the usual 1/sqrt(D)).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ def export_granite(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     license_id: str | None = None,
     advance: Callable[[int], None] = lambda count: None,
+    scores: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `model` as a GraniteMoeSWA checkpoint into the directory `out`; one layer's experts are in memory at a time.
 
@@ -41,6 +43,7 @@ def export_granite(
         shard_bytes: upper bound of one weight file, unless a single tensor is larger.
         license_id: for the model card.
         advance: told the bytes of every tensor that was read.
+        scores: for the model card.
 
     Returns:
         `out`.
@@ -57,7 +60,7 @@ def export_granite(
         config.save_pretrained(directory)
         generation_config(model.config, model.chat, model.ends).save_pretrained(directory)
         model.tokenizer.save(directory)
-        write_atomic(directory / "README.md", model_card(model, "granite", license_id))
+        write_atomic(directory / "README.md", model_card(model, "granite", license_id, scores))
         origin = {"format": "granite", "exported_from": identity_of(model.directory)}
         write_record(directory, {**model.lineage, **origin}, model.chat, sums)
     return out

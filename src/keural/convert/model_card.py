@@ -18,8 +18,17 @@ _TEMPLATE = files("keural.convert").joinpath("model_card.md.jinja").read_text(en
 _TAGS = {"hf": ["keural", "mixture-of-experts", "custom_code"], "granite": ["keural", "mixture-of-experts", "granitemoe_swa"]}
 
 
-def model_card(model: StoredModel, format_name: str, license_id: str | None) -> str:
-    """The card of `model` as exported to `format_name`; `license_id` as model hubs write it, None when the owner stated none."""
+def model_card(
+    model: StoredModel, format_name: str, license_id: str | None, scores: Mapping[str, Mapping[str, Any]] | None = None
+) -> str:
+    """The card of a model.
+
+    Args:
+        model: what is exported.
+        format_name: to which format.
+        license_id: as model hubs write it, None when the owner stated none.
+        scores: what was measured of it by task, as `summary.json` has it of a stage; None when nothing was.
+    """
     config = model.config
     total, active = count_parameters(config)
     metadata = {
@@ -43,8 +52,31 @@ def model_card(model: StoredModel, format_name: str, license_id: str | None) -> 
         chat=model.chat,
         chain=model.lineage.get("chain", []),
         facts=_facts(model.lineage),
+        scores=[_score(name, figures) for name, figures in (scores or {}).items() if figures.get("n")],
         license=license_id,
     )
+
+
+def _score(name: str, figures: Mapping[str, Any]) -> tuple[str, ...]:
+    """A line of the table: task, language, score, 95% interval, items, chance, items that training data held."""
+    in_bits = figures.get("kind") == "rolling"
+    low, high, chance = (figures.get(key) for key in ("low", "high", "chance"))
+    interval = "" if low is None or high is None else f"{_figure(low, in_bits)} to {_figure(high, in_bits)}"
+    seen = figures.get("contamination", {})
+    held = "not searched" if not seen else f"{seen['found']:,}" + (" (not all of it searched)" if seen["unknown"] else "")
+    return (
+        name.replace("|", "\\|"),
+        str(figures.get("language") or ""),
+        _figure(figures["score"], in_bits) + (" bits/byte" if in_bits else ""),
+        interval,
+        f"{figures['n']:,}",
+        "" if chance is None else _figure(chance, in_bits),
+        held,
+    )
+
+
+def _figure(value: float, in_bits: bool) -> str:
+    return f"{value:.3f}" if in_bits else f"{value:.1%}"
 
 
 def _facts(lineage: Mapping[str, Any]) -> dict[str, str]:

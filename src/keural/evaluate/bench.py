@@ -1,6 +1,6 @@
 """Where tasks are measured: a recipe's finished models, its tokenizer and its data; and what a task is."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,38 +8,63 @@ from typing import Any
 import torch
 
 from keural.data.prepared import Prepared
+from keural.evaluate.models import UNTRAINED, Conditions, stored_model, untrained_model
+from keural.evaluate.results.records import ItemResult, TaskResults
+from keural.evaluate.results.store import Header, ModelIdentity, open_results, results_file
+from keural.evaluate.tasks.asking import Prompting
 from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.pretrained.cached_step import check_cached_step
 from keural.pretrained.stored_model import load_model
 from keural.recipe import OBJECTIVES, Recipe
 from keural.tokenizer import KeuralTokenizer
 
-UNTRAINED = "untrained"
-"""What the model before its first step is called."""
+MODEL, RESULTS = "model", "results"
+"""Of a stage's and a run's directory: its model, and what models answered, item by item."""
 Figures = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A recipe whose stages are finished under `out`; each model is opened once."""
+    """A recipe and the stages of it that are finished under `out`; each model is opened once."""
 
     recipe: Recipe
     out: Path
     tokenizer: KeuralTokenizer
     config: KeuralConfig
     data: Mapping[str, Prepared]
+    finished: Sequence[str]
+    """Names of the finished stages, in the recipe's order."""
     _models: dict[str, KeuralMoECausalLM] = field(default_factory=dict)
 
     def model(self, name: str) -> KeuralMoECausalLM:
         """The model of a stage, or `UNTRAINED`, in evaluation mode."""
         if name not in self._models:
-            self._models[name] = self._untrained() if name == UNTRAINED else _trained(self.out / name / "model")
+            self._models[name] = self._untrained() if name == UNTRAINED else _trained(self.out / name / MODEL)
         return self._models[name]
 
     def _untrained(self) -> KeuralMoECausalLM:
         torch.manual_seed(self.recipe.spec.seed)
         found: KeuralMoECausalLM = KeuralMoECausalLM(self.config).eval()
         return found
+
+    def identity(self, name: str, prompting: Prompting) -> ModelIdentity:
+        """What determines the answers of a stage's model, or of `UNTRAINED`."""
+        conditions = Conditions(prompting)
+        if name == UNTRAINED:
+            return untrained_model(self.out / self.finished[0] / MODEL, self.recipe.spec.seed, conditions).identity
+        return stored_model(self.out / name / MODEL, conditions, name).identity
+
+    def kept(self, header: Header, ask: Callable[[], Sequence[ItemResult]]) -> tuple[str, TaskResults]:
+        """A model's results of a task with their file, from the run directory: as they are kept, or asked for now and kept.
+
+        Raises `UserError` for damaged results.
+        """
+        path = results_file(self.out / RESULTS, header)
+        with open_results(path, header) as writer:
+            if len(writer.items) < header.size:
+                found = [(number, item) for number, item in enumerate(ask()) if item.id not in writer.items]
+                writer.append(found)
+            return path.relative_to(self.out).as_posix(), writer.kept().results()
 
     @property
     def final(self) -> str:
@@ -59,12 +84,6 @@ def _trained(directory: Path) -> KeuralMoECausalLM:
     return model
 
 
-def before_and_after(bench: Bench, measure: Callable[[KeuralMoECausalLM], Figures]) -> tuple[Figures | None, Figures]:
-    """What is measured on the model before the last preference stage, where there is one, and on the final model."""
-    before = bench.before_preferences
-    return measure(bench.model(before)) if before else None, measure(bench.model(bench.final))
-
-
 @dataclass(frozen=True)
 class Task:
     """Something that can be measured."""
@@ -75,5 +94,7 @@ class Task:
     """What, in one line."""
     run: Callable[[Bench, Any], Figures]
     """Measures it; the figures of all tasks are put together (see `scorecard.score`)."""
+    of_stages: bool = False
+    """Whether it measures each finished stage, so that there is something to measure before the recipe's last one."""
     check: Callable[[Any, Mapping[str, Prepared]], None] = lambda settings, data: None
     """Raises `UserError` for settings that cannot be measured on the prepared data, before anything is trained."""

@@ -7,20 +7,22 @@ the figures of the clean part. Text that is not there any more is said, not take
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from keural.data.filtering.ngram_index import ContaminationIndex
 from keural.data.loading.corpus import Corpus
-from keural.data.records import EvaluationItem
+from keural.data.records import AnyRecord, Conversation, Document, EvaluationItem, PreferencePair
 from keural.data.tokens.texts import stored_texts
 from keural.errors import UserError
 from keural.evaluate.results.records import TaskResults
 from keural.evaluate.statistics.summary import summarize
+from keural.files import CheckedFile, fingerprint
 from keural.tokenizer import KeuralTokenizer
 
 NGRAM = 13
 Asked = Mapping[str, Mapping[str, EvaluationItem]]
-"""The items of each task by their ids, as they are looked for."""
+"""The items of each task (by its digest) by their ids, as they are looked for."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Seen:
     """What was found of the items of an evaluation in one stage's data."""
 
     items: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    """Ids of the items that were found, by task."""
+    """Ids of the items that were found, by the digest of their task."""
     unknown: str | None = None
     """Why the data could not be looked through; None where it was."""
 
@@ -50,11 +52,25 @@ class Search:
 
     stages: Mapping[str, Seen]
     too_short: Mapping[str, frozenset[str]]
-    """Items that are too short to be looked for, by task: of these nothing is known."""
+    """Items that are too short to be looked for, by the digest of their task: of these nothing is known."""
 
     def until(self, stages: Iterable[str]) -> "Search":
         """The same of some stages alone: of one and those that it starts from."""
         return Search({name: self.stages[name] for name in stages if name in self.stages}, self.too_short)
+
+
+def looked_for(record: AnyRecord) -> EvaluationItem:
+    """An item of any task as it is looked for: of a pair both answers count, of a text all that it says."""
+    match record:
+        case EvaluationItem():
+            return record
+        case PreferencePair():
+            question = "\n".join(turn.text for turn in record.prompt)
+            return EvaluationItem(question, record.where, answers=(record.chosen, record.rejected))
+        case Conversation():
+            return EvaluationItem("\n".join(turn.text for turn in record.messages), record.where)
+        case Document():
+            return EvaluationItem(record.text, record.where)
 
 
 def training_text(stage: str, identity: str, corpus: Corpus, tokenizer: KeuralTokenizer) -> TrainingText:
@@ -78,6 +94,41 @@ def search(asked: Asked, trained: Sequence[TrainingText], ngram: int = NGRAM, pa
         if stage.identity not in known:
             known[stage.identity] = _look(index, stage)
     return Search({stage.stage: known[stage.identity] for stage in trained}, _too_short(index, named))
+
+
+class SeenFile(CheckedFile):
+    """`seen-ID.json` beside results: what a stage's data held of the items of tasks, by their digests."""
+
+    remedy: ClassVar[str] = "delete it and evaluate again"
+
+    identity: str
+    ngram: int
+    found: dict[str, list[str]]
+    too_short: dict[str, list[str]]
+
+
+def remembered_search(asked: Asked, trained: Sequence[TrainingText], directory: Path) -> Search:
+    """As `search`; what was searched before for the same tasks is read from `directory`, what is searched now is kept there."""
+    stages: dict[str, Seen] = {}
+    too_short: dict[str, frozenset[str]] = {}
+    for stage in trained:
+        path = directory / f"seen-{fingerprint(stage.identity)[:16]}.json"
+        known = SeenFile.find(path)
+        if known is None or (known.identity, known.ngram) != (stage.identity, NGRAM):
+            known = SeenFile(identity=stage.identity, ngram=NGRAM, found={}, too_short={})
+        if missing := {digest: items for digest, items in asked.items() if digest not in known.found}:
+            looked = search(missing, [stage])
+            if looked.stages[stage.stage].unknown is not None:
+                stages[stage.stage] = looked.stages[stage.stage]
+                too_short |= looked.too_short
+                continue
+            new = looked.stages[stage.stage].items
+            known.found.update({digest: sorted(new.get(digest, ())) for digest in missing})
+            known.too_short.update({digest: sorted(looked.too_short.get(digest, ())) for digest in missing})
+            known.write(path)
+        stages[stage.stage] = Seen({digest: frozenset(known.found[digest]) for digest in asked})
+        too_short |= {digest: frozenset(known.too_short[digest]) for digest in asked}
+    return Search(stages, too_short)
 
 
 def _look(index: ContaminationIndex, stage: TrainingText) -> Seen:
@@ -112,15 +163,14 @@ def beside(results: TaskResults, looked: Search) -> dict[str, Any]:
         of the items that were not found (None where none is left; the score itself where none was found); `items`: ids of the
         found ones.
     """
-    task = results.task
-    seen = {name: stage.items.get(task, frozenset()) for name, stage in looked.stages.items()}
+    seen = {name: stage.items.get(results.digest, frozenset()) for name, stage in looked.stages.items()}
     every = frozenset[str]().union(*seen.values())
     found = [item.id for item in results.items if item.id in every]
     clean = [item for item in results.items if item.id not in every]
     return {
         "found": len(found),
         "by_stage": {name: count for name, ids in seen.items() if (count := sum(item.id in ids for item in results.items))},
-        "too_short": sum(item.id in looked.too_short.get(task, ()) for item in results.items),
+        "too_short": sum(item.id in looked.too_short.get(results.digest, ()) for item in results.items),
         "unknown": {name: stage.unknown for name, stage in looked.stages.items() if stage.unknown},
         "clean": _figures(replace(results, items=clean)) if clean else None,
         "items": list(dict.fromkeys(found)),

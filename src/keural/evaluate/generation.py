@@ -38,15 +38,32 @@ def greedy(
         UserError: when a prompt leaves no room for an answer in the model's context.
     """
     rendered = [render_prompt(tokenizer, prompt) for prompt in prompts]
-    context = model.config.max_position_embeddings
-    _check_length(max(map(len, rendered), default=0) + 1, context)
     stop = {tokenizer.im_end_id, tokenizer.eos_id}
-    answers = [""] * len(rendered)
-    for batch in _batches([len(ids) for ids in rendered], batch_size):
-        input_ids, mask = _pad_left([rendered[index] for index in batch], tokenizer.pad_id, model.device)
+    found = continuations(model, rendered, stop, tokenizer.pad_id, max_new_tokens, batch_size)
+    return [tokenizer.decode(ids) for ids in found]
+
+
+@torch.inference_mode()
+def continuations(
+    model: KeuralMoECausalLM,
+    prompts: Sequence[Sequence[int]],
+    stop: set[int],
+    pad_id: int,
+    max_new_tokens: int,
+    batch_size: int = 32,
+) -> list[list[int]]:
+    """The most probable ids after each prompt's, up to the first of `stop`, which is left out.
+
+    Arguments otherwise, and what is raised, as for `greedy`.
+    """
+    context = model.config.max_position_embeddings
+    _check_length(max(map(len, prompts), default=0) + 1, context)
+    found: list[list[int]] = [[] for _ in prompts]
+    for batch in _batches([len(ids) for ids in prompts], batch_size):
+        input_ids, mask = _pad_left([prompts[index] for index in batch], pad_id, model.device)
         for index, ids in zip(batch, _most_probable(model, input_ids, mask, max_new_tokens, stop), strict=True):
-            answers[index] = tokenizer.decode(until(ids[: context - len(rendered[index])], stop))
-    return answers
+            found[index] = until(ids[: context - len(prompts[index])], stop)
+    return found
 
 
 @torch.inference_mode()
@@ -62,14 +79,31 @@ def answer_logprobs(
     These are the tokens that DPO sums over (its loss mask within the last turn). Raises `UserError` when a chat with its answer
     does not fit into the model's context.
     """
-    chats = [_split(tokenizer, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    _check_length(max((len(ids) for ids, _ in chats), default=0), model.config.max_position_embeddings)
-    sums = [0.0] * len(chats)
-    for batch in _batches([len(ids) for ids, _ in chats], batch_size):
-        logprobs = text_logprobs(model, [chats[index][0] for index in batch], tokenizer.pad_id)
+    chats = [split_answer(tokenizer, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    return span_logprobs(model, chats, tokenizer.pad_id, batch_size)
+
+
+@torch.inference_mode()
+def span_logprobs(
+    model: KeuralMoECausalLM, texts: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, batch_size: int = 16
+) -> list[float]:
+    """Log-probability in nats of some tokens of each text, given all before them.
+
+    Args:
+        model: in evaluation mode.
+        texts: ids, and the positions in them, from 1 on, of the tokens that are summed over.
+        pad_id: of the tokenizer.
+        batch_size: texts that are read together.
+
+    Raises:
+        UserError: when a text does not fit into the model's context.
+    """
+    _check_length(max((len(ids) for ids, _ in texts), default=0), model.config.max_position_embeddings)
+    sums = [0.0] * len(texts)
+    for batch in _batches([len(ids) for ids, _ in texts], batch_size):
+        logprobs = text_logprobs(model, [texts[index][0] for index in batch], pad_id)
         for index, row in zip(batch, logprobs, strict=True):
-            positions = [position - 1 for position in chats[index][1]]
-            sums[index] = float(row[positions].double().sum())
+            sums[index] = float(row[[position - 1 for position in texts[index][1]]].double().sum())
     return sums
 
 
@@ -122,7 +156,7 @@ def _most_probable(model: KeuralMoECausalLM, input_ids: Tensor, mask: Tensor, co
     return [list(row) for row in torch.stack(columns, dim=1).tolist()]
 
 
-def _split(tokenizer: KeuralTokenizer, prompt: Chat, answer: str) -> tuple[list[int], list[int]]:
+def split_answer(tokenizer: KeuralTokenizer, prompt: Chat, answer: str) -> tuple[list[int], list[int]]:
     """Ids of the whole chat, and the positions of the answer's trained tokens in it."""
     start = len(render_prompt(tokenizer, prompt))
     rendered = render(tokenizer, [*prompt, Message("assistant", answer)])

@@ -1,15 +1,17 @@
 """Bits per byte of a stage's held-out documents, as a task.
 
 In: a `Bench` and the measures under `evaluation.bits_per_byte`. Out: for each measure the figures of the untrained model, the last
-pretraining stage and the final model, with `xz` beside them.
+pretraining stage and the final model, with `xz -9` and `zstd -19` beside them.
 """
 
 from collections.abc import Mapping, Sequence
 
 from keural.data.prepared import Prepared, read_heldout_texts
 from keural.errors import UserError
-from keural.evaluate.bench import UNTRAINED, Bench, Figures
-from keural.evaluate.measures import bits_per_byte, xz_bits_per_byte
+from keural.evaluate.bench import Bench, Figures
+from keural.evaluate.measures import bits_per_byte
+from keural.evaluate.models import UNTRAINED
+from keural.evaluate.packers import packed_bits_per_byte
 from keural.recipe import OBJECTIVES, BitsPerByteSpec
 
 
@@ -31,13 +33,15 @@ def _measure(bench: Bench, spec: BitsPerByteSpec) -> Figures:
     pretrained = [stage.name for stage in bench.recipe.stages if OBJECTIVES[stage.objective].store == "documents"][-1:]
     models = [UNTRAINED, *pretrained, bench.final]
     figures = (bits_per_byte(bench.model(name), bench.tokenizer, texts, length, spec.overlap) for name in models)
+    packed = packed_bits_per_byte(texts)
     return {
         "name": spec.name,
         "language": spec.language,
         "documents": len(texts),
         "bytes": sum(len(text.encode()) for text in texts),
         "models": {name: found["bits_per_byte"] for name, found in zip(models, figures, strict=True)},
-        "xz": xz_bits_per_byte(texts),
+        "xz": packed["xz_9"],
+        **({"zstd": packed["zstd_19"]} if "zstd_19" in packed else {}),
     }
 
 

@@ -1,10 +1,9 @@
-"""The measures: exact match, polite rate, preference accuracy, bits per byte, and what `xz` makes of the same text.
+"""The measures: exact match, polite rate, preference accuracy, bits per byte.
 
 In: answers, held-out items and pairs, texts, a model. Out: plain figures for `summary.json`. Shares lie in [0, 1]; a measure of
 nothing is refused, not called zero.
 """
 
-import lzma
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -154,14 +153,6 @@ def bits_per_byte(
     bits = nats / math.log(2)
     tokens = sum(len(window.ids) - 1 - window.skip for window in windows)
     return {"bits_per_byte": bits / size, "bits": bits, "bytes": size, "tokens": tokens}
-
-
-def xz_bits_per_byte(texts: Sequence[str]) -> float:
-    """Bits per byte that `xz -9` needs for the texts written one after the other. Raises `UserError` when there is no text."""
-    data = "".join(texts).encode("utf-8", "surrogatepass")
-    if not data:
-        raise UserError("xz: no text to measure; hold out more documents")
-    return 8 * len(lzma.compress(data, preset=9)) / len(data)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,11 @@ from keural.evaluate import heldout_text, toy_world
 from keural.evaluate.bench import Task
 
 TASKS: tuple[Task, ...] = (
-    Task("exact_match", "toy world: greedy answers to held-out questions, and how polite they are", toy_world.questions),
-    Task("exact_match", "toy world: which of two answers is more probable", toy_world.preferences),
-    Task("bits_per_byte", "held-out text of a stage, with xz beside it", heldout_text.measure, heldout_text.check),
+    Task(
+        "exact_match",
+        "toy world: answers to held-out questions and which of two answers is more probable, after every stage",
+        toy_world.measure,
+        of_stages=True,
+    ),
+    Task("bits_per_byte", "held-out text of a stage, with xz beside it", heldout_text.measure, check=heldout_text.check),
 )

@@ -5,14 +5,13 @@ Reads the stages' model directories and held-out data, returns plain figures for
 
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from keural.data.prepared import Prepared
 from keural.evaluate.bench import Bench, Figures, Task
 from keural.evaluate.generation import greedy
 from keural.evaluate.registry import TASKS
-from keural.model import KeuralConfig, KeuralMoECausalLM
+from keural.model import KeuralMoECausalLM
 from keural.recipe import Recipe
 from keural.tokenizer import KeuralTokenizer, Message
 
@@ -20,15 +19,18 @@ SAMPLE_TOKENS = 64
 """A sample answer is cut after so many."""
 
 
-def score(
-    recipe: Recipe, out: Path, tokenizer: KeuralTokenizer, config: KeuralConfig, data: Mapping[str, Prepared]
-) -> dict[str, Any]:
-    """Run the recipe's evaluation on the finished stages under `out`; returns `evaluation` and `samples` of the summary."""
-    bench = Bench(recipe, out, tokenizer, config, data)
+def score(bench: Bench) -> dict[str, Any]:
+    """Run the recipe's evaluation on its finished stages; returns `evaluation` and `samples` of the summary.
+
+    Before all stages are finished only what is measured of every stage is there.
+    """
     evaluation: Figures = {}
-    for task, settings in _wanted(recipe):
-        evaluation = _joined(evaluation, task.run(bench, settings))
-    return {"evaluation": evaluation, "samples": sample_answers(recipe, bench.model(bench.final), tokenizer)}
+    complete = bench.final in bench.finished
+    for task, settings in _wanted(bench.recipe):
+        if complete or task.of_stages:
+            evaluation = _joined(evaluation, task.run(bench, settings))
+    samples = sample_answers(bench.recipe, bench.model(bench.final), bench.tokenizer) if complete else []
+    return {"evaluation": evaluation, "samples": samples}
 
 
 def check_measurable(recipe: Recipe, data: Mapping[str, Prepared]) -> None:

@@ -1,16 +1,20 @@
 """The embedded bilingual micro-world: rows for the toy recipe's stages, and what is held out of them.
 
-Four families of short tasks in Korean and English: arithmetic in words, translation between the two, facts to look up in a
-given text, and rewriting. Out come rows of three parts: prose for pretraining, instructions for SFT, pairs for DPO; and held-
-out items and pairs for evaluation.
+Five families of short tasks in Korean and English: arithmetic in words and digits, translation between the two, facts to look up in
+a given text, rewriting, and small talk. Out come rows of three parts: prose for pretraining, instructions for SFT, pairs for DPO;
+and held-out items and pairs for evaluation.
 
-Held out is content (`content.py`): sums of two numbers, clauses (who does what to what), profiles (who
-lives where and likes what). The words, numbers, frames and forms of held-out items all occur in training; their combination
-never does, in any language, phrasing, tense, register, part or option. In rows of the split "train"
+Held out is content (`content.py`): sums of two numbers, clauses (who does what to what), profiles (who lives where and likes what),
+small talk (its wording). The words, numbers, frames and forms of held-out items all occur in training; their combination never
+does, in any language, phrasing, notation, tense, register, part or option. In rows of the split "train"
 
-* no sentence or exchange has both operands and the total of a held-out sum,
+* no sentence or exchange adds the two numbers of a held-out sum,
 * no sentence has subject, verb and object of a held-out clause,
-* no row has person, place and thing of a held-out profile.
+* no row has person, place and thing of a held-out profile,
+* no one says what is held out of small talk.
+
+Sums up to twenty are learnt by heart, as at school: all of them occur in training, in both languages. What is held out
+of them is questions, word for word.
 
 Korean answers come in two registers, polite (존댓말, -요) and blunt (반말); both count as correct in the evaluation.
 """
@@ -28,16 +32,19 @@ from keural.microworld.exercise import Answer, Exercise, Language, Task
 from keural.microworld.facts import FACTS
 from keural.microworld.glossary import glossary
 from keural.microworld.korean import is_polite
+from keural.microworld.smalltalk import SMALLTALK
 from keural.tokenizer.message import Message
 
-__all__ = ["TASKS", "Item", "Pair", "heldout_items", "heldout_pairs", "is_polite", "rows"]
+__all__ = ["LANGUAGES", "TASKS", "Item", "Pair", "as_document", "heldout_items", "heldout_pairs", "is_polite", "rows"]
 
-TASKS = {task.name: task for task in (ARITHMETIC, TRANSLATION, FACTS, REWRITING)}
+TASKS = {task.name: task for task in (ARITHMETIC, TRANSLATION, FACTS, REWRITING, SMALLTALK)}
 LANGUAGES = ("ko", "en")
 REGISTERS = ("mirror", "polite", "blunt")
 CONTRASTS = ("wrong", "blunt")
 FORMS = ("plain", "parallel", "glossary", "questions", "transcripts")
 
+_TRIES = 200
+"""Draws for each item that is to be another than all before it."""
 _QUESTION_FRAMES = {
     "ko": ("질문: {prompt} 답: {answer}", "{prompt} {answer}"),
     "en": ("Question: {prompt} Answer: {answer}", "{prompt} {answer}"),
@@ -63,6 +70,11 @@ class Pair:
     chosen: str
     rejected: str
     language: str
+
+    @property
+    def question(self) -> str:
+        """What its one turn asks."""
+        return self.prompt[-1].content
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +117,7 @@ def rows(options: Mapping[str, Any], seed: int) -> Iterator[dict[str, Any]]:
 
             * `split`: train (default) or heldout,
             * `phase`: a number (default 1); stages with different phases get different rows,
-            * `tasks`: list of arithmetic, translation, facts, rewriting (default all; each row draws one),
+            * `tasks`: list of arithmetic, translation, facts, rewriting, smalltalk (default all; each row draws one),
             * `languages`: list of ko, en (default both; each row draws one),
             * prose: `forms`, list of plain (statements in one language), parallel (in both), glossary (words), questions (with
               their answers), transcripts (questions and answers with the role names of a chat, to train a tokenizer on); each
@@ -143,25 +155,39 @@ def heldout_items(count_per_task: int, seed: int) -> list[Item]:
 
 
 def heldout_pairs(count: int, seed: int) -> list[Pair]:
-    """`count` preference pairs on held-out content, tasks and languages in turn; half of the Korean rejected ones are blunt."""
+    """`count` different preference pairs on held-out content, tasks and languages in turn; half of the Korean rejected ones are
+    blunt.
+
+    Raises `UserError` when there are not that many.
+    """
     rng = Random(f"microworld heldout pairs {seed}")
     kinds = [(task, language) for language in LANGUAGES for task in TASKS]
-    pairs = []
+    pairs: dict[Pair, None] = {}
     for index in range(count):
         task, language = kinds[index % len(kinds)]
         contrast = CONTRASTS[index // len(kinds) % 2]
-        exercise = TASKS[task].exercise(rng, "heldout", cast(Language, language))
-        rejected = _rejected(rng, exercise, contrast)
-        prompt = (Message("user", exercise.prompt),)
-        pairs.append(Pair(prompt, exercise.right.polite, rejected, language))
-    return pairs
+        for _ in range(_TRIES):
+            exercise = TASKS[task].exercise(rng, "heldout", cast(Language, language))
+            rejected = _rejected(rng, exercise, contrast)
+            pair = Pair((Message("user", exercise.prompt),), exercise.right.polite, rejected, language)
+            if pair not in pairs:
+                pairs[pair] = None
+                break
+        else:
+            raise UserError(f"the micro-world has fewer than {count} held-out pairs; ask for fewer pairs")
+    return list(pairs)
+
+
+def as_document(prompt: str, language: str) -> str:
+    """The beginning of a document that asks a question, up to where its answer would follow; the form `questions` of prose."""
+    return _QUESTION_FRAMES[language][0].partition(" {answer}")[0].format(prompt=prompt)
 
 
 def _distinct(rng: Random, task: Task, language: Language, count: int) -> list[Exercise]:
     """`count` exercises on held-out content with different prompts, both registers of Korean questions alike."""
     found: dict[str, Exercise] = {}
     room = {True: count - count // 2, False: count // 2} if language == "ko" else {True: count}
-    for _ in range(200 * count):
+    for _ in range(_TRIES * count):
         exercise = task.exercise(rng, "heldout", language)
         if exercise.prompt not in found and room.get(exercise.polite, 0):
             found[exercise.prompt] = exercise

@@ -1,9 +1,10 @@
-"""What exists in the micro-world: sums, clauses and profiles, and which of them are held out.
+"""What exists in the micro-world: sums, clauses, profiles and small talk, and which of them are held out.
 
-Content is language-free: a sum is a pair of numbers, a clause is who does what to what, a profile is
-who lives where and likes what. Each has a key, and a hash of the key alone decides whether it is held out. So one piece of
-content is on the same side in both languages, in every phrasing, tense and register, in prose, chats and preference pairs, and
-for every seed.
+Content is language-free: a sum is a pair of numbers, a clause is who does what to what, a profile is who lives where and likes
+what; only small talk is what is said, word for word. Each has a key, and a hash of the key alone decides whether it is held out. So
+one piece of content is on the same side in both languages, in every phrasing, notation, tense and register, in prose, chats and
+preference pairs, and for every seed. Sums up to twenty are learnt by heart, as at school: of these no sum is held out, but
+questions are, word for word.
 """
 
 import hashlib
@@ -12,12 +13,18 @@ from functools import cache
 from typing import Literal, TypeVar
 
 Split = Literal["train", "heldout"]
+SMALL_BELOW = 20
+"""Numbers below this one are added where the total is not above it, larger ones where nothing carries."""
 HELD_OUT_PER_MILLE = 150
+TALK_HELD_OUT_PER_MILLE = 300
+"""Of small talk, of which there is little."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Sum:
-    """`first` + `second`, two numbers of 20 to 79 whose digits add up without a carry; `first` is not the larger one."""
+    """`first` + `second`, two numbers below twenty whose total is at most that, or two of 20 to 79 whose digits add up without a
+    carry; `first` is not the larger one.
+    """
 
     first: int
     second: int
@@ -26,6 +33,16 @@ class Sum:
     def total(self) -> int:
         """At most 99."""
         return self.first + self.second
+
+    @property
+    def is_small(self) -> bool:
+        """Whether both numbers are below twenty; such sums are learnt by heart."""
+        return self.second < SMALL_BELOW
+
+    @property
+    def carries(self) -> bool:
+        """Whether the ones add up to ten or more."""
+        return self.first % 10 + self.second % 10 > 9
 
     @property
     def key(self) -> str:
@@ -84,8 +101,35 @@ class Profile:
         return f"profile {self.person[0]} {self.place[0]} {self.thing[0]}"
 
 
-Content = Sum | Clause | Profile
-ContentT = TypeVar("ContentT", Sum, Clause, Profile)
+@dataclass(frozen=True, slots=True)
+class Talk:
+    """What somebody says who asks for nothing, word for word: of a kind (a greeting), in Korean in a register."""
+
+    language: str
+    kind: str
+    text: str
+    polite: bool
+
+    @property
+    def key(self) -> str:
+        """The words, small letters or not: what differs in these alone lies on the same side."""
+        return f"talk {self.text.lower()}"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question about what is learnt by heart, word for word."""
+
+    text: str
+
+    @property
+    def key(self) -> str:
+        """The words, without what is left out in haste: capitals and the mark at the end."""
+        return f"question {self.text.lower().rstrip('?.= ')}"
+
+
+Content = Sum | Clause | Profile | Talk | Question
+ContentT = TypeVar("ContentT", Sum, Clause, Profile, Talk, Question)
 
 SUBJECTS = tuple(
     Noun(english, korean)
@@ -192,31 +236,35 @@ THINGS = (
 
 
 def is_held_out(content: Content) -> bool:
-    """Whether this content is kept from every training stage."""
+    """Whether this content is kept from every training stage; what is learnt by heart never is."""
+    if isinstance(content, Sum) and content.is_small:
+        return False
     digest = hashlib.blake2b(content.key.encode(), digest_size=8).digest()
-    return int.from_bytes(digest) % 1000 < HELD_OUT_PER_MILLE
+    return int.from_bytes(digest) % 1000 < (TALK_HELD_OUT_PER_MILLE if isinstance(content, Talk) else HELD_OUT_PER_MILLE)
 
 
-def _of_split(contents: list[ContentT], split: Split) -> tuple[ContentT, ...]:
+def of_split(contents: list[ContentT], split: Split) -> tuple[ContentT, ...]:
+    """Those of a split."""
     return tuple(content for content in contents if is_held_out(content) == (split == "heldout"))
 
 
 @cache
 def sums(split: Split) -> tuple[Sum, ...]:
-    """All sums of a split."""
-    numbers = range(20, 80)
-    return _of_split(
-        [Sum(a, b) for a in numbers for b in numbers if a <= b and a // 10 + b // 10 <= 9 and a % 10 + b % 10 <= 9], split
+    """All sums of a split: those up to twenty, and those of numbers from there on without a carry."""
+    small, large = (
+        [Sum(a, b) for a in numbers for b in numbers if a <= b] for numbers in (range(1, SMALL_BELOW), range(SMALL_BELOW, 80))
     )
+    small = [pair for pair in small if pair.total <= SMALL_BELOW]
+    return of_split([*small, *(pair for pair in large if pair.total <= 99 and not pair.carries)], split)
 
 
 @cache
 def clauses(split: Split) -> tuple[Clause, ...]:
     """All clauses of a split."""
-    return _of_split([Clause(who, verb, OBJECTS[what]) for who in SUBJECTS for verb in VERBS for what in verb.objects], split)
+    return of_split([Clause(who, verb, OBJECTS[what]) for who in SUBJECTS for verb in VERBS for what in verb.objects], split)
 
 
 @cache
 def profiles(split: Split) -> tuple[Profile, ...]:
     """All profiles of a split."""
-    return _of_split([Profile(who, where, what) for who in PEOPLE for where in PLACES for what in THINGS], split)
+    return of_split([Profile(who, where, what) for who in PEOPLE for where in PLACES for what in THINGS], split)

@@ -1,6 +1,9 @@
 """English grammar of the micro-world: articles and number words."""
 
 TENS = ("", "ten", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+TEENS = (
+    "", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+)  # fmt: skip
 ONES = ("", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -10,7 +13,9 @@ def with_article(noun: str) -> str:
 
 
 def number(value: int) -> str:
-    """Number word of 20 to 99."""
-    assert 20 <= value <= 99, value
+    """Number word of 1 to 99."""
+    assert 1 <= value <= 99, value
+    if 10 < value < 20:
+        return TEENS[value - 10]
     tens, ones = TENS[value // 10], ONES[value % 10]
-    return f"{tens}-{ones}" if ones else tens
+    return f"{tens}-{ones}" if tens and ones else tens or ones

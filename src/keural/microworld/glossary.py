@@ -35,6 +35,7 @@ _CLASSES = (
     THINGS,
     _FRAME_WORDS,
     tuple(zip(english.ONES[1:], korean.ONES[1:], strict=True)),
+    tuple((english.number(value), korean.number(value)) for value in range(10, 20)),
     tuple(zip(english.TENS[2:], korean.TENS[2:], strict=True)),
 )
 

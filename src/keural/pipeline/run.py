@@ -8,7 +8,7 @@ again; what was done with earlier work, and why, is always said. `run_directory`
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from keural.data.prepare import clear_parts
 from keural.errors import UserError
+from keural.evaluate.bench import Bench
 from keural.evaluate.scorecard import check_measurable, score
 from keural.files import fingerprint
 from keural.lora.layers import write_adapter
@@ -38,6 +39,7 @@ from keural.pipeline.run_directory import (
     only_run_in,
     write_recipe,
 )
+from keural.pipeline.scores import with_kept
 from keural.pipeline.stage_directory import find_done, is_finished, model_problem, open_directory, trajectory
 from keural.pipeline.workspace import (
     Workspace,
@@ -246,7 +248,15 @@ def _save_stage(workspace: Workspace, stage: StageSpec, result: StageResult, wei
         loss_last=result.loss_last,
         heldout=result.heldout,
         trained=result.trained,
+        data=[_below(workspace.out, path) for path in workspace.data[stage.name].corpus.paths],
+        shards=workspace.data[stage.name].corpus.shards,
     ).write(directory / DONE)
+
+
+def _below(out: Path, path: Path) -> str:
+    """A path as it is found again when the run directory is moved: from there, where it lies in it."""
+    path, out = path.resolve(), out.resolve()
+    return path.relative_to(out).as_posix() if path.is_relative_to(out) else str(path)
 
 
 def _objectives(workspace: Workspace, stage: StageSpec) -> list[str]:
@@ -268,7 +278,7 @@ def _tool_conversations(workspace: Workspace, stage: StageSpec) -> int | None:
 
 
 def _finish(workspace: Workspace, started: float) -> None:
-    """Link the last finished stage's model, evaluate it when the recipe is complete, and write the summary and the report.
+    """Link the last finished stage's model, evaluate it and those before it, and write the summary and the report.
 
     Stages that this run left alone (`until`, `only`) count, too, unless the stage they start from has been made again.
     """
@@ -281,7 +291,8 @@ def _finish(workspace: Workspace, started: float) -> None:
         complete = all(is_finished(out / stage.name, workspace.stage_fingerprint(stage)) for stage in stages)
     if complete:
         clear_parts(out / DATA)
-    measured = _evaluated(workspace) if complete else {"evaluation": {}, "samples": []}
+    measured = _evaluated(workspace, stages, complete)
+    measured["evaluation"] = with_kept(out, measured["evaluation"])
     Summary(
         recipe=recipe.spec.name,
         seconds=round(time.monotonic() - started, 3),
@@ -311,20 +322,23 @@ def _is_current(workspace: Workspace, stage: StageSpec) -> bool:
     return _is_current(workspace, before) and done.init == Done.read(workspace.out / before.name / DONE).fingerprint
 
 
-def _evaluated(workspace: Workspace) -> dict[str, Any]:
-    """Evaluation and sample answers of the finished recipe, reused when nothing they depend on has changed."""
+def _evaluated(workspace: Workspace, stages: Sequence[StageSpec], complete: bool) -> dict[str, Any]:
+    """Evaluation of the finished stages, and sample answers where all are, reused when nothing they depend on has changed."""
     cache = workspace.out / EVALUATION
     wanted = fingerprint(
         {
             "version": VERSION,
             "evaluation": workspace.recipe.spec.evaluation.determining("evaluation"),
             "chat": workspace.recipe.spec.chat.determining("evaluation"),
-            "stages": [workspace.stage_fingerprint(stage) for stage in workspace.recipe.stages],
+            "stages": [Done.read(workspace.out / stage.name / DONE).fingerprint for stage in stages],
+            "complete": complete,
         }
     )
     known = EvaluationFile.find(cache)
     if known is not None and known.fingerprint == wanted:
         return known.result
-    result = score(workspace.recipe, workspace.out, workspace.tokenizer, workspace.model_config, workspace.data)
+    names = [stage.name for stage in stages]
+    bench = Bench(workspace.recipe, workspace.out, workspace.tokenizer, workspace.model_config, workspace.data, names)
+    result = score(bench)
     EvaluationFile(fingerprint=wanted, result=result).write(cache)
     return result

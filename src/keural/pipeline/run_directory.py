@@ -23,7 +23,9 @@ know its plan without knowing the pipeline) and listed here.
     <stage>/model-checked.json  when the model was compared with its checksums: a cache
     <stage>/done.json         Done: the stage is finished
     evaluation.json           EvaluationFile: a cache
-    results/<model>/<task>.jsonl  keural.evaluate.results.store: what `keural evaluate` found, each line with a checksum
+    results/<model>/<task>-<digest>.jsonl     keural.evaluate.results.store: what models answered; each line has a checksum
+    results/scores.json       keural.pipeline.scores.ScoresFile: what `keural evaluate` has measured of the stages
+    results/seen-<id>.json    keural.evaluate.contamination.SeenFile: which items a stage's data held, a cache
     summary.json              Summary
     report.html               for people; nothing reads it
     final                     link to the last finished stage's model
@@ -42,6 +44,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import yaml
+from pydantic import Field
 
 from keural.errors import UserError
 from keural.files import CheckedFile, clear_leftovers, fingerprint, read_checked_text, sha256_file, write_checked_text
@@ -112,6 +115,12 @@ class Done(CheckedFile):
     heldout: dict[str, float]
     trained: int = 0
     """Parameters that were trained; 0 where an earlier version did not say."""
+    data: list[str] = Field(default_factory=list)
+    """Where its training data was: token stores, below the run directory where they are of the run; none where an earlier version
+    did not say.
+    """
+    shards: bool = False
+    """Whether that are published shards."""
 
 
 class EvaluationFile(CheckedFile):

@@ -193,10 +193,22 @@ def write_record(directory: Path, lineage: Mapping[str, Any], chat: ChatSpec, su
         "keural": keural.__version__,
         "transformers": version("transformers"),
         "tokenizer_sha256": files.get("tokenizer.model", files.get("keural_tokenizer.model")),
-        "chat": chat.model_dump(exclude={"samples"}),
+        "chat": _chat_of(chat, lineage),
         "files": files,
     }
     _write(directory, record)
+
+
+def _chat_of(chat: ChatSpec, lineage: Mapping[str, Any]) -> dict[str, Any]:
+    """How a model wants to be talked to; what one that reads documents alone cannot answer is not suggested."""
+    suggests = bool(chat.suggestions) and not is_base(lineage)
+    return chat.model_dump(exclude={"samples"} if suggests else {"samples", "suggestions"})
+
+
+def suggestions_of(directory: Path) -> list[str]:
+    """What the record in `directory` suggests to ask; nothing where it says nothing. Raises `UserError` when it is damaged."""
+    found: list[str] = (read_record(directory).get("chat") or {}).get("suggestions", [])
+    return found
 
 
 def list_again(directory: Path, names: Iterable[str]) -> None:

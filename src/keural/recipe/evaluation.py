@@ -1,10 +1,24 @@
 """What is measured at the end, and how the final model chats."""
 
-from pydantic import Field
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
 
 from keural.card import CARD
+from keural.errors import visible
 from keural.limits import LARGEST, LARGEST_ANSWER, LARGEST_PENALTY, LARGEST_TEMPERATURE, SMALLEST_PENALTY
 from keural.recipe.base import Spec, not_for
+
+MOST_SUGGESTIONS = 6
+LONGEST_SUGGESTION = 200
+"""Characters."""
+
+
+def _shown_as_it_is(text: str) -> str:
+    """A line that a terminal and a page show as it is."""
+    if text != visible(text) or text != text.strip() or not text.isprintable():
+        raise ValueError("must be one line without spaces around it, and without characters that do not show")
+    return text
 
 
 class ExactMatchSpec(Spec):
@@ -58,5 +72,9 @@ class ChatSpec(Spec):
     """Logits of tokens that were there already: positive ones are divided by it, negative ones multiplied; 1 is none."""
     max_new_tokens: int = Field(CARD.max_new_tokens, gt=0, le=LARGEST_ANSWER)
     """Longest answer in tokens."""
+    suggestions: list[Annotated[str, Field(min_length=1, max_length=LONGEST_SUGGESTION), AfterValidator(_shown_as_it_is)]] = (
+        not_for(("evaluation",), default_factory=list, max_length=MOST_SUGGESTIONS)
+    )
+    """Things to ask, which a chat in the terminal and the page open with: of models that were trained on chats. None by default."""
     samples: list[str] = Field(default_factory=list)
     """Prompts that the final model answers, greedily and in at most 64 tokens, for the summary and the report."""

@@ -166,11 +166,13 @@ def compact(value: float) -> str:
     """A short number for an axis."""
     if value == 0:
         return "0"
-    if abs(value) >= 1e6:
-        return f"{value / 1e6:g}M"
-    if abs(value) >= 1e4:
-        return f"{value / 1e3:g}k"
-    return f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.0e}".replace("e-0", "e-")
+    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= max(unit, 1e4):
+            return f"{value / unit:.4g}{name}"
+    if abs(value) < 1e-2:  # 0.001 beside 1e-4 would be two ways to write one axis
+        digits, _, power = f"{value:.2e}".partition("e")
+        return f"{float(digits):g}e{int(power)}"
+    return f"{value:,.4g}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _clean(line: Line, log: bool) -> Line:

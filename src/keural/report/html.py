@@ -14,6 +14,7 @@ from keural.errors import visible
 from keural.files import write_atomic
 from keural.report import alignment, panels, tables
 from keural.report.collect import Run
+from keural.report.scores.table import scores
 
 FILE_NAME = "report.html"
 
@@ -56,6 +57,7 @@ def _content(run: Run) -> dict[str, Any]:
         "unfinished": [stage.name for stage in run.stages if not stage.finished],
         "tiles": tables.tiles(run),
         "stages": tables.stages(run),
+        "scores": scores(run.evaluation),
         "evaluation": tables.evaluation(run),
         "bits_per_byte": tables.bits_per_byte(run),
         "samples": run.summary.get("samples") or [],

@@ -144,10 +144,17 @@ def _place(run: Run) -> list[_Placed]:
 def _loss(placed: Sequence[_Placed], bands: Sequence[Band], legend: Sequence[tuple[str, str]]) -> Panel:
     lines = [line for one in placed for line in _lines(one, "loss", noisy=True)]
     heldout = [line for one in placed if (line := _heldout(one)).xs]
-    note = "Thin: every step. Bold: moving average. Nats per token; the DPO loss starts at ln 2 = 0.693."
+    note = "Thin: every step. Bold: moving average. Nats per token"
+    note += "; the DPO loss starts at ln 2 = 0.693." if _plain(placed) else "."
     if heldout:
         note += " Dots: held-out data."
     return Panel("Loss", line_chart("Loss", lines + heldout, bands, height=300), note, legend)
+
+
+def _plain(placed: Sequence[_Placed]) -> bool:
+    """Whether all preference stages minimise DPO's own loss, which begins at ln 2; others begin elsewhere."""
+    losses = [one.stage.settings.get("dpo", {}).get("loss", "sigmoid") for one in placed if one.stage.objective == "dpo"]
+    return bool(losses) and all(loss == "sigmoid" for loss in losses)
 
 
 def _learning_rate(placed: Sequence[_Placed], bands: Sequence[Band], legend: Sequence[tuple[str, str]]) -> Panel:

@@ -6,7 +6,7 @@ measures is listed as it is, so that nothing measured stays out of the page.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from keural.report.collect import Run, Stage
 from keural.report.format import ABSENT, duration, large, number, percent
@@ -15,19 +15,27 @@ from keural.report.panels import objective_color, objective_label
 KNOWN_MEASURES = {
     "accuracy", "accuracy_stderr", "stderr", "by_task", "by_language", "by_task_and_language", "preference_accuracy",
     "polite_rate", "items", "pairs", "n", "before", "bits_per_byte",
+    "stages", "tax",
 }  # fmt: skip
 MOST_NAMED = 10
+PACKERS = {"xz": "xz -9", "zstd": "zstd -19"}
+"""What packs the same text, by its key in a measure."""
+TRAINED = "trained parameters"
+CellT = TypeVar("CellT")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Text of a cell; `share` in [0, 1] draws a bar, `tag` is a color class for a label, `strong` marks the best."""
+    """Text of a cell; `share` in [0, 1] draws a bar, `tag` is a color class for a label, `strong` marks the best, `small` stands
+    below the text.
+    """
 
     text: str
     numeric: bool = False
     share: float | None = None
     tag: str = ""
     strong: bool = False
+    small: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,12 +74,12 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
 
 
 def stages(run: Run) -> Table:
-    """One row per stage."""
+    """One row per stage; how many parameters each trained where some trained another number than the model has."""
     columns = [
         "stage",
         "objective",
         "starts from",
-        "trained parameters",
+        TRAINED,
         "time",
         "steps",
         "tokens",
@@ -80,7 +88,15 @@ def stages(run: Run) -> Table:
         "held out",
     ]
     note = "Held out: the loss on the stage's own held-out data at its end." + _left_out(run)
-    return Table("Stages", columns, [_stage_row(stage) for stage in run.stages], note)
+    rows = [_stage_row(stage) for stage in run.stages]
+    if all(stage.done.get("trained", 0) in (0, (run.parameters or (0, 0))[0]) for stage in run.stages):
+        place = columns.index(TRAINED)
+        columns, rows = _without(columns, place), [_without(row, place) for row in rows]
+    return Table("Stages", columns, rows, note)
+
+
+def _without(cells: list[CellT], place: int) -> list[CellT]:
+    return cells[:place] + cells[place + 1 :]
 
 
 def _left_out(run: Run) -> str:
@@ -105,12 +121,13 @@ def evaluation(run: Run) -> list[Table]:
 
 
 def bits_per_byte(run: Run) -> Table:
-    """Bits per byte of held-out text for each model, `xz -9` beside it; the lowest figure of a row is marked."""
+    """Bits per byte of held-out text for each model, packers beside it; the lowest figure of a row is marked."""
     measured = run.evaluation.get("bits_per_byte") or []
     models = list(dict.fromkeys(name for row in measured for name in row.get("models", {})))
-    rows = [_bits_row(row, models) for row in measured]
-    note = "Bits per UTF-8 byte of held-out text; lower is better. xz -9 packs the same text."
-    return Table("Bits per byte", ["text", "language", "documents", "bytes", *models, "xz -9"], rows, note)
+    packers = {key: label for key, label in PACKERS.items() if any(key in row for row in measured)}
+    rows = [_bits_row(row, models, list(packers)) for row in measured]
+    note = "Bits per UTF-8 byte of held-out text; lower is better. xz -9 and zstd -19 pack the same text."
+    return Table("Bits per byte", ["text", "language", "documents", "bytes", *models, *packers.values()], rows, note)
 
 
 def data(run: Run) -> list[Table]:
@@ -192,8 +209,8 @@ def _compared(title: str, what: str, rows: Iterable[tuple[str, Any, Any]], befor
     return Table(title, [what, "final model"], [[Cell(label), _share_cell(value)] for label, _, value in rows], note)
 
 
-def _bits_row(row: Mapping[str, Any], models: Sequence[str]) -> list[Cell]:
-    values = [row.get("models", {}).get(name) for name in models] + [row.get("xz")]
+def _bits_row(row: Mapping[str, Any], models: Sequence[str], packers: Sequence[str]) -> list[Cell]:
+    values = [row.get("models", {}).get(name) for name in models] + [row.get(key) for key in packers]
     best = min((value for value in values if value is not None), default=None)
     head = [Cell(str(row.get("name", ABSENT))), Cell(str(row.get("language") or ABSENT))]
     counts = [Cell(number(row.get(key)), numeric=True) for key in ("documents", "bytes")]

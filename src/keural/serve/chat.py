@@ -6,13 +6,13 @@ model's goes to standard error where the output is not a terminal. What falls ou
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from keural.errors import UserError
 from keural.pretrained.network_code import other_code_line
 from keural.serve.engines.base import Engine
-from keural.serve.engines.registry import chat_defaults, open_engine
+from keural.serve.engines.registry import chat_defaults, open_engine, suggestions
 from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.jamo import Jamo
 from keural.serve.text import Answer, stream_answer
@@ -51,7 +51,7 @@ def run_chat(
     if (remark := other_code_line(path)) is not None:
         terminal.notify(f"({remark})")
     with contextlib.suppress(BrokenPipeError):  # as in `… | head -1`
-        converse(Conversation(engine, sampling, system or None, jamo), terminal)
+        converse(Conversation(engine, sampling, system or None, jamo), terminal, suggestions(path, engine_name))
     return 0
 
 
@@ -124,10 +124,12 @@ class Terminal:
         (say if self.interactive else note)(text, "dim")
 
 
-def converse(conversation: Conversation, terminal: Terminal) -> None:
-    """Read lines and answer them until the input ends or `/exit`."""
+def converse(conversation: Conversation, terminal: Terminal, to_ask: Sequence[str] = ()) -> None:
+    """Read lines and answer them until the input ends or `/exit`; on a terminal first say what there is to ask."""
     if terminal.interactive:
         terminal.notify("Type a message; /help lists the commands, Ctrl-D leaves.")
+        if to_ask:
+            terminal.notify("Ask, for example:\n" + "\n".join(f"  {text}" for text in to_ask))
     while True:
         try:
             line = terminal.read().strip()

@@ -31,6 +31,7 @@ SPACE_MARK = "\u2581"
 
 _PIECE = sentencepiece_model.ModelProto.SentencePiece
 NORMAL, UNKNOWN, CONTROL, BYTE, UNUSED = _PIECE.NORMAL, _PIECE.UNKNOWN, _PIECE.CONTROL, _PIECE.BYTE, _PIECE.UNUSED
+USER_DEFINED = _PIECE.USER_DEFINED
 
 
 def parse_model(data: bytes, where: str) -> tuple[Any, Kind]:

@@ -1,11 +1,12 @@
 """Training a tokenizer: texts in, a directory with `tokenizer.model` and the files of `convert.py` out.
 
-SentencePiece's Unigram trainer finds the pieces. For the lossless kind two things are done around it:
+SentencePiece's Unigram trainer finds the pieces. For the lossless kind three things are done around it:
 
 * It never sees layout. Texts are cut at newlines and tabs, and runs of spaces are reduced to one space before training
   (SentencePiece reads a newline as the end of a sentence and a tab as a boundary). Afterwards pieces for runs of 2 to 16 spaces, of
   newlines and of tabs are added as ordinary pieces, so that the model file by itself encodes layout and no special matching is
   needed anywhere.
+* The pieces that a recipe asks for are cut out of the texts by the trainer, and added as ordinary pieces, too.
 * Scores are rounded to multiples of 1/256, so that sums of them are exact and every implementation breaks ties alike
   (`segment.py`).
 
@@ -28,7 +29,18 @@ from keural.errors import UserError
 from keural.files import atomic_directory
 from keural.recipe import TokenizerSpec
 from keural.tokenizer.load import KeuralTokenizer
-from keural.tokenizer.model_file import BOS_ID, CONTROL_PIECES, EOS_ID, IM_END, IM_START, NORMAL, PAD_ID, SPACE_MARK, UNK_ID
+from keural.tokenizer.model_file import (
+    BOS_ID,
+    CONTROL_PIECES,
+    EOS_ID,
+    IM_END,
+    IM_START,
+    NORMAL,
+    PAD_ID,
+    SPACE_MARK,
+    UNK_ID,
+    USER_DEFINED,
+)
 from keural.tokenizer.segment import SEGMENT_CHARACTERS, segments
 
 TRAINER_THREADS = 16
@@ -65,7 +77,7 @@ def train_tokenizer(texts: Iterable[str], spec: TokenizerSpec, out_dir: str | Pa
     layout = LAYOUT_PIECES if spec.kind == "lossless" else ()
     model = _train_unigram(sentences, spec, spec.vocab_size - len(layout))
     if spec.kind == "lossless":
-        model = _with_layout(model)
+        model = _with_added(model)
     tokenizer = KeuralTokenizer(model, "trained tokenizer")
     with atomic_directory(Path(out_dir)) as directory:
         tokenizer.save(directory)
@@ -120,6 +132,7 @@ def _train_unigram(sentences: list[str], spec: TokenizerSpec, pieces: int) -> by
             bos_piece=CONTROL_PIECES[BOS_ID],
             eos_piece=CONTROL_PIECES[EOS_ID],
             unk_piece=CONTROL_PIECES[UNK_ID],
+            user_defined_symbols=list(spec.pieces),
             num_threads=TRAINER_THREADS,
             minloglevel=2,
         )
@@ -144,17 +157,24 @@ def _explained(complaint: str, spec: TokenizerSpec, pieces: int) -> UserError:
     return UserError(f"SentencePiece cannot train the tokenizer: {complaint}")
 
 
-def _with_layout(model: bytes) -> bytes:
-    """The trained model with rounded scores and the layout pieces at the end."""
+def _with_added(model: bytes) -> bytes:
+    """The trained model with rounded scores, and at its end the pieces that were asked for and those for layout."""
     proto: Any = sentencepiece_model.ModelProto()
     proto.ParseFromString(model)
-    normal = [piece for piece in proto.pieces if piece.type == NORMAL]
+    asked = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]
+    kept = [piece for piece in proto.pieces if piece.type != USER_DEFINED]
+    normal = [piece for piece in kept if piece.type == NORMAL]
     for piece in normal:
         piece.score = round(piece.score * SCORE_STEPS) / SCORE_STEPS
     best = max(piece.score for piece in normal)
-    for text in LAYOUT_PIECES:
-        # Longer is better, and a long with a short run better than two middling ones, so that runs always divide the same way.
+    kept = [type(piece).FromString(piece.SerializeToString()) for piece in kept]
+    del proto.pieces[:]
+    proto.pieces.extend(kept)
+    for text in (*asked, *LAYOUT_PIECES):
+        # Longer is better, and a long with a short run better than two middling ones, so that runs always divide the same way. The
+        # trainer cuts around what was asked for, so nothing else covers it but single characters.
         proto.pieces.add(piece=text, score=best - 1 + len(text) ** 2 / SCORE_STEPS, type=NORMAL)
     proto.trainer_spec.vocab_size = len(proto.pieces)
+    del proto.trainer_spec.user_defined_symbols[:]
     found: bytes = proto.SerializeToString(deterministic=True)
     return found

@@ -123,10 +123,12 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
         def project(piece: slice) -> Tensor:
             logits = F.linear(hidden[piece], compute_weight).to(reduce)
-            normalizers[piece] = logits.logsumexp(-1)
-            logprobs[piece] = logits.gather(-1, labels[piece, None]).squeeze(-1) - normalizers[piece]
+            of_labels = logits.gather(-1, labels[piece, None]).squeeze(-1)
+            logits = logits.log_softmax(-1)  # one kernel, where logsumexp and what follows from it are passes of their own
+            logprobs[piece] = logits.gather(-1, labels[piece, None]).squeeze(-1)
+            normalizers[piece] = of_labels - logprobs[piece]
             if unit_hidden_gradient is not None:
-                logits = _logit_gradient(logits, normalizers[piece], labels[piece])
+                logits = _logit_gradient(logits, labels[piece])
                 unit_hidden_gradient[piece] = logits.to(hidden.dtype) @ compute_weight
             return logits
 
@@ -180,7 +182,7 @@ def _factor(upstream: Tensor, slopes: Tensor) -> Tensor | None:
 
 def _again(hidden: Tensor, weight: Tensor, normalizers: Tensor, labels: Tensor) -> Tensor:
     """The gradient of a piece's logits, computed once more."""
-    return _logit_gradient(F.linear(hidden, weight).to(normalizers.dtype), normalizers, labels)
+    return _logit_gradient(F.linear(hidden, weight).to(normalizers.dtype).sub_(normalizers[:, None]), labels)
 
 
 def _add_weighted(total: Tensor, logit_gradient: Tensor, weights: Tensor | None, hidden: Tensor) -> None:
@@ -190,9 +192,9 @@ def _add_weighted(total: Tensor, logit_gradient: Tensor, weights: Tensor | None,
     total += logit_gradient.to(hidden.dtype).T @ hidden
 
 
-def _logit_gradient(logits: Tensor, normalizers: Tensor, labels: Tensor) -> Tensor:
-    """onehot(label) - softmax(logits), in the memory of `logits`."""
-    logit_gradient = logits.sub_(normalizers[:, None]).exp_().neg_()
+def _logit_gradient(log_softmax: Tensor, labels: Tensor) -> Tensor:
+    """onehot(label) - softmax, in the memory of `log_softmax`."""
+    logit_gradient = log_softmax.exp_().neg_()
     logit_gradient[torch.arange(len(logit_gradient), device=logit_gradient.device), labels] += 1
     return logit_gradient
 

@@ -735,3 +735,27 @@ class TestTheFrame:
 
         assert page.page.evaluate("document.querySelector('.turn .body').textContent") == "질문 0"
         assert max(page.page.evaluate("seen.longTasks"), default=0) < LONGEST_TASK
+
+
+class TestThingsToAsk:
+    def test_are_shown_as_text_before_the_first_message_and_ask_themselves(self, start: Start, visit: Visit) -> None:
+        asks = ["What is seven plus twelve?", "<b onclick=alert(1)>누구세요?</b>"]
+        served = start(facts={"suggestions": asks})
+        page = visit(served)
+
+        page.page.wait_for_selector(".ask")
+        assert page.page.locator(".ask").all_inner_texts() == asks
+        assert page.page.locator(".ask b").count() == 0
+        page.page.locator(".ask").nth(1).click()
+        page.ended()
+        assert page.asked == [[("user", asks[1])]]
+        assert not page.page.locator("#asks").is_visible()
+        page.page.click("#new")
+        assert page.page.locator("#asks").is_visible()
+
+    def test_are_not_there_for_a_model_without(self, start: Start, visit: Visit) -> None:
+        page = visit(start())
+
+        page.until("document.getElementById('model').textContent !== ''")
+        assert page.page.locator(".ask").count() == 0
+        assert not page.page.locator("#asks").is_visible()

@@ -37,9 +37,10 @@ def complete(
         pretrained: the last pretraining stage, against which the alignment tax is measured; without it there is no tax.
 
     Returns:
-        The figures; each task has besides `language`, `kind`, `digest` and, where its stage has a predecessor with the same task,
-        `change` (`TaskComparison.to_json` and the stage it is `against`); those of the last stage have `wrong` answers; `tax` has
-        for each language the mean difference of each later stage against `pretrained`.
+        The figures. Each task has besides what `TaskResults` says of it (`language`, `kind`, `digest`, `left_out`, `baselines`)
+        and, where its stage has a predecessor with the same task, `change`: `TaskComparison.to_json` and the stage it is `against`.
+        Tasks of the last stage have `wrong` answers. `tax` has for each language the mean difference of each later stage against
+        `pretrained`.
     """
     stages = list(figures["stages"])
     results = {name: _results(figures["stages"][name], read) for name in stages}
@@ -79,13 +80,20 @@ def _results(stage: Figures, read: Callable[[str], TaskResults]) -> dict[str, Ta
 def _stage(stage: Figures, results: Mapping[str, TaskResults]) -> Figures:
     tasks = {name: dict(task) for name, task in stage.get("tasks", {}).items()}
     for name, found in results.items():
-        tasks[name] |= {"language": found.language, "kind": found.kind, "digest": found.digest}
+        tasks[name] |= {
+            "language": found.language,
+            "kind": found.kind,
+            "digest": found.digest,
+            "left_out": dict(found.left_out),
+            "baselines": dict(getattr(found, "baselines", {})),
+        }
     return stage | {"tasks": tasks}
 
 
 def _changes(before: Mapping[str, TaskResults], after: Mapping[str, TaskResults]) -> Sequence[TaskComparison]:
     """The tasks that both stages have measured in the same way, and what changed."""
     same = [name for name, found in after.items() if name in before and before[name].digest == found.digest]
+    same = [name for name in same if before[name].items and after[name].items]
     return compare([before[name] for name in same], [after[name] for name in same]).tasks if same else []
 
 

@@ -5,12 +5,12 @@ and the sum in bits, with the text's bytes beside it. `xz -9` and, where a libra
 without a model.
 """
 
-import lzma
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from keural.data.records import Document
+from keural.evaluate.packers import packed_bits_per_byte
 from keural.evaluate.results.records import ItemResult
 from keural.evaluate.tasks.asking import Asking
 from keural.evaluate.tasks.items import Draft, Item, Likelihood, LogProb, Unusable
@@ -64,18 +64,4 @@ def judge(spec: TaskSpec, item: Item, asked: Sequence[Likelihood], found: Sequen
 
 def baselines(items: Sequence[Item]) -> dict[str, float]:
     """Bits per byte of the texts one after the other, packed by programs."""
-    data = "".join(item.prompt for item in items).encode()
-    found = {"xz_9": 8 * len(lzma.compress(data, preset=9)) / len(data)}
-    packed = _zstd(data)
-    return found if packed is None else found | {"zstd_19": 8 * packed / len(data)}
-
-
-def _zstd(data: bytes) -> int | None:
-    """Bytes that `zstd -19` needs; None where no library that is there has it."""
-    try:
-        import pyarrow
-    except ModuleNotFoundError:
-        return None
-    if not pyarrow.Codec.is_available("zstd"):
-        return None
-    return len(pyarrow.Codec("zstd", compression_level=19).compress(data))
+    return packed_bits_per_byte([item.prompt for item in items])

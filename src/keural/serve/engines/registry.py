@@ -10,7 +10,7 @@ from pathlib import Path
 from keural.card import SamplingDefaults
 from keural.errors import UserError, nearest, quoted
 from keural.limits import EVERY_MACHINES_THREADS
-from keural.pretrained.lineage import read_record
+from keural.pretrained.lineage import read_record, suggestions_of
 from keural.serve.engines.base import Engine, EngineKind
 from keural.serve.engines.paths import gguf_file, is_model_directory, looks_like_gguf, transformers_directory
 from keural.serve.engines.sampling_params import SamplingParams
@@ -48,6 +48,12 @@ def saved_defaults(directory: Path) -> tuple[SamplingParams, str | None]:
     chat = read_record(directory).get("chat") or {}
     known = {name: chat[name] for name in SamplingDefaults._fields if name in chat}
     return replace(SamplingParams(), **known), chat.get("system")
+
+
+def suggestions(path: Path, name: str | None = None) -> list[str]:
+    """Things to ask that a model was saved with. Arguments and errors as for `open_engine`."""
+    _, found = _find(path, name)
+    return suggestions_of(found if found.is_dir() else found.parent)
 
 
 def _open_transformers(path: Path, threads: int | None) -> Engine:

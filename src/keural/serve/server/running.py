@@ -19,7 +19,7 @@ import uvicorn
 
 from keural.errors import UserError
 from keural.pretrained.cached_step import check_cached_step
-from keural.pretrained.lineage import read_record, trained_on_tools
+from keural.pretrained.lineage import read_record, suggestions_of, trained_on_tools
 from keural.pretrained.network_code import other_code_line
 from keural.pretrained.stored_model import build, open_model
 from keural.serve.batching.slots import Slots
@@ -124,6 +124,8 @@ def service_for(
     hosts: frozenset[str] | None = None,
 ) -> Service:
     """The service of the model at `path`, a directory or a file in it."""
+    directory = path if path.is_dir() else path.parent
+    to_ask = suggestions_of(directory)
     return Service(
         tokenizer,
         slots,
@@ -134,7 +136,8 @@ def service_for(
         settings.limits,
         keys,
         hosts,
-        trained_on_tools=trained_on_tools(read_record(path if path.is_dir() else path.parent)),
+        facts={"suggestions": to_ask} if to_ask else {},
+        trained_on_tools=trained_on_tools(read_record(directory)),
         metrics_prefix=settings.metrics_prefix,
         log=write_entry,
     )

@@ -407,10 +407,25 @@ async function nameModel() {
     const model = await servedModel();
     at("model").textContent = model.id;
     at("model").title = `${model.id} · ${number(model.max_model_len)}`;
+    drawAsks(model.suggestions ?? []);
   } catch (error) {
     if (error.status === 401) askForKey(nameModel);
     else notice(explained(error));
   }
+}
+
+/** What the model suggests to ask: a click asks it. */
+function drawAsks(texts) {
+  const buttons = texts.map((text) => {
+    const ask = () => {
+      field.value = text;
+      send();
+      sizeAndState();
+    };
+    return element("button", { type: "button", class: "ask", dir: "auto", click: ask }, text);
+  });
+  at("asks").replaceChildren(...buttons);
+  at("asks").hidden = buttons.length === 0;
 }
 
 function inWords() {

@@ -8,7 +8,7 @@ const WORDS = {
   en: {
     skip: "Skip to the message field", conversations: "Conversations", close: "Close", fresh: "New conversation", export: "Export",
     exportHint: "Save all conversations to a file", import: "Import", importHint: "Add conversations from a file", otherLanguage: "한국어",
-    language: "이 페이지를 한국어로 보기", settings: "Settings", welcome: "What would you like to talk about?",
+    language: "이 페이지를 한국어로 보기", settings: "Settings", welcome: "What would you like to talk about?", asks: "Things to ask",
     kept: "Conversations stay in this browser. The server keeps nothing.", message: "Message", send: "Send", stop: "Stop",
     keys: "Enter sends, Shift+Enter starts a new line. ", care: "Answers can be wrong.", system: "System message",
     systemDefault: "The model's own", blank: "An empty field means: as the model was saved.", reset: "Clear", done: "Done",
@@ -29,7 +29,7 @@ const WORDS = {
   ko: {
     skip: "메시지 입력란으로 건너뛰기", conversations: "대화 목록", close: "닫기", fresh: "새 대화", export: "내보내기",
     exportHint: "모든 대화를 파일로 저장", import: "가져오기", importHint: "파일에서 대화 추가", otherLanguage: "English",
-    language: "Show this page in English", settings: "설정", welcome: "무엇에 대해 이야기할까요?",
+    language: "Show this page in English", settings: "설정", welcome: "무엇에 대해 이야기할까요?", asks: "물어볼 만한 것",
     kept: "대화는 이 브라우저에만 남습니다. 서버에는 아무것도 저장되지 않습니다.", message: "메시지", send: "보내기", stop: "멈추기",
     keys: "Enter로 보내고 Shift+Enter로 줄을 바꿉니다. ", care: "답변이 틀릴 수 있습니다.", system: "시스템 메시지",
     systemDefault: "모델의 기본값", blank: "비워 두면 모델에 저장된 값을 씁니다.", reset: "비우기", done: "완료",

@@ -7,22 +7,20 @@ from typing import TYPE_CHECKING, Any
 from keural.terminal import note, show, work_progress
 
 if TYPE_CHECKING:
+    from keural.data.records import AnyRecord
     from keural.evaluate.evaluation import Evaluated
     from keural.evaluate.tasks.loading import LoadedTask
 
 Figures = dict[str, Any]
 
 
-def keep_in_run(run: Path, found: "Mapping[str, Sequence[tuple[LoadedTask, Evaluated]]]", limit: int | None) -> Figures:
+def keep_in_run(run: Path, found: "Mapping[str, Sequence[Evaluated]]", limit: int | None) -> Figures:
     """Keep what was measured of a run's stages in it, say what training data held, and return the figures of these tasks."""
     from keural.pipeline.run_directory import SUMMARY
     from keural.pipeline.scores import Measured, keep
 
     measured = {
-        stage: [
-            Measured(one.results, one.file, {item.id: item.record for item in task.items}, limit if _cuts(limit, task) else None)
-            for task, one in tasks
-        ]
+        stage: [Measured(one.results, one.file, _records(one.task), limit if _cuts(limit, one.task) else None) for one in tasks]
         for stage, tasks in found.items()
     }
     with work_progress() as tell:
@@ -33,8 +31,13 @@ def keep_in_run(run: Path, found: "Mapping[str, Sequence[tuple[LoadedTask, Evalu
     return kept
 
 
-def _cuts(limit: int | None, task: "LoadedTask") -> bool:
-    return limit is not None and limit < len(task.items)
+def _records(task: "LoadedTask | None") -> "dict[str, AnyRecord]":
+    """What was asked, by the items' ids; of a task that lm-eval asked it is not known."""
+    return {} if task is None else {item.id: item.record for item in task.items}
+
+
+def _cuts(limit: int | None, task: "LoadedTask | None") -> bool:
+    return limit is not None and (task is None or limit < len(task.items))
 
 
 def _tell_seen(kept: Figures) -> None:

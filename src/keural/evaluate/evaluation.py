@@ -27,6 +27,8 @@ class Evaluated:
     file: Path
     computed: int
     """Items that were computed now."""
+    task: LoadedTask | None = None
+    """What was asked; None for a task that lm-eval asked."""
 
 
 def evaluate(
@@ -46,11 +48,11 @@ def evaluate(
     if path.is_file() and path.read_bytes()[-1:] == b"\n":
         kept = read_results(path)
         if not _missing(model, items, kept.items):
-            return Evaluated(kept.results(item.id for item in items), path, 0)
+            return Evaluated(kept.results(item.id for item in items), path, 0, task)
     with open_results(path, header, task.baselines) as writer:
         missing = _missing(model, items, writer.items)
         _ask(model, task, missing, writer, tell)
-        return Evaluated(writer.kept().results(item.id for item in items), path, len(missing))
+        return Evaluated(writer.kept().results(item.id for item in items), path, len(missing), task)
 
 
 def _header(model: EvaluatedModel, task: LoadedTask) -> Header:

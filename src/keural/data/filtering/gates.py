@@ -269,4 +269,6 @@ class Gatekeeper:
 
 
 def _answers(record: Chat) -> list[str]:
-    return [record.chosen, record.rejected] if isinstance(record, PreferencePair) else learned(record)
+    if isinstance(record, PreferencePair):
+        return [record.chosen, record.rejected]
+    return learned(record) if record.good is None else [record.messages[-1].content]

@@ -48,15 +48,15 @@ class Laid:
 
 def row_tokens(stage: StageSpec) -> int:
     """Positions of a packed row: two sequences long for pairs."""
-    return OBJECTIVES[stage.objective].sequences_per_record * stage.data.sequence_length
+    return OBJECTIVES[stage.objective].sequences_per_row * stage.data.sequence_length
 
 
 def rows_of_a_step(stage: StageSpec) -> int:
-    """Packed rows of an optimizer step; for pairs at most so many, as short ones share a row."""
+    """Packed rows of an optimizer step; for pairs and answers at most so many, as short ones share a row."""
     if stage.train.batch_tokens is not None:
         return stage.train.batch_tokens // row_tokens(stage)
-    assert stage.train.batch_pairs is not None
-    return stage.train.batch_pairs
+    assert stage.train.batch_records is not None
+    return stage.train.batch_records
 
 
 def share_tokens(stage: StageSpec, gpus: int) -> int:
@@ -123,7 +123,7 @@ def _layouts(network: Network, stage: StageSpec, gpus: int, precision: str, stat
                     compiled = spec.compile if "compile" in stated else engine and itemsize == 2
                     converted = gpus == 1 and precision == "fp32" and itemsize == 2
                     way = Way(engine, compiled, mode, itemsize, converted, tokens)
-                    yield Layout(gpus, precision, way, stage.needs_reference and stage.dpo.reference == "online")
+                    yield Layout(gpus, precision, way, stage.needs_reference and stage.reference.reference == "online")
 
 
 def _sizes(stage: StageSpec, gpus: int, stated: bool) -> list[int]:

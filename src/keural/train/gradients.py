@@ -95,8 +95,7 @@ def step_tokens_per_expert(trainer: Trainer, step: int, batch: Batch, micros: Se
 def forward_backward(trainer: Trainer, micro: MicroBatch, totals: Totals, tokens_per_expert: Tensor | None) -> Tensor:
     """Add one micro-batch's gradients; returns the sums that the step's losses are made of, see `unpack`."""
     references = references_for(trainer.references, micro)
-    weighing = weighing_of(trainer.objective, micro, references) if trainer.policy.engine is None else None
-    output = trainer.policy(micro, weighing=weighing)
+    output = trainer.policy(micro, weighing=weighing_of(trainer.objective, micro, references))
     statistics = router_statistics(output.router_logits, micro.token_mask.flatten(), trainer.top_k)
     terms = trainer.objective(output.logprobs, micro, references)
     balance, z = router_losses(trainer, statistics, totals, tokens_per_expert)

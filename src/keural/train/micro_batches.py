@@ -31,6 +31,8 @@ class PairIndices:
     """``[pairs]``, float32: what each pair counts in the loss; None: all count the same."""
     desirable: Tensor | None = None
     """``[answers]``, bool: which labelled answers are good ones; None of pairs."""
+    ends: tuple[int, ...] = ()
+    """Where pairs or answers end among the flattened rows (`group_ends`); on the CPU, where pieces are cut by them."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def to_device(batch: Batch, device: torch.device) -> MicroBatch:
             move(sides),
             None if batch.pair_weights is None else move(batch.pair_weights),
             None if batch.desirable is None else move(batch.desirable),
+            group_ends(positions, sides % max(len(batch.pairs), 1), len(batch.pairs)),
         ),
     )
 
@@ -92,3 +95,14 @@ def _tokens_of_sides(batch: Batch) -> tuple[Array, Array]:
     sides = np.repeat(np.arange(len(lengths)), lengths)
     inside = np.arange(len(sides)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     return begins[sides] + inside, sides
+
+
+def group_ends(positions: Array, groups: Array, number: int) -> tuple[int, ...]:
+    """Where `number` groups of positions end: behind every position of those that begin before there."""
+    begins, ends = np.full(number, np.iinfo(np.int64).max), np.zeros(number, dtype=np.int64)
+    np.minimum.at(begins, groups, positions)
+    np.maximum.at(ends, groups, positions + 1)
+    order = np.argsort(begins, kind="stable")
+    reached = np.maximum.accumulate(ends[order])
+    closed = np.append(begins[order][1:] >= reached[:-1], True)[:number]
+    return tuple(reached[closed].tolist())

@@ -57,8 +57,18 @@ def _probes(stage: Stage) -> str:
         if isolation is not None
         else "",
         f"policy and reference differ by {difference:.1e} per token" if difference is not None else "",
+        _balance(stage.checks.get("labels") or {}),
     ]
     return ", ".join(part for part in parts if part)
+
+
+def _balance(labels: Mapping[str, Any]) -> str:
+    """How many labelled answers are good and bad ones, and what they weigh."""
+    if not labels:
+        return ""
+    ratio = labels.get("ratio")
+    weighed = f", together weighed {ratio:.2f} to 1" if ratio is not None else ""
+    return f"{labels.get('desirable', 0):,} good and {labels.get('undesirable', 0):,} bad answers{weighed}"
 
 
 def by_source(run: Run) -> list[Table]:

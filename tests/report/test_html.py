@@ -220,7 +220,8 @@ def test_a_stage_on_labelled_answers_has_their_figures(tmp_path: Path) -> None:
     ChecksFile(fingerprint="f", findings=found, lengths=[], labels=labels).write(stage / "checks.json")
     page = Page(write_report(tmp_path / "run"))
     for text in (
-        "of the commoner label", "judge: rewards and their margin", "judge: log-probabilities", "judge: divergence from the reference", "undesirable", "KTO",
+        "of the commoner label", "judge: rewards and their margin", "judge: log-probabilities",
+        "judge: divergence from the reference", "undesirable", "KTO",
         "30 good and 1,090 bad answers, together weighed 0.03 to 1",
     ):  # fmt: skip
         assert text in page.words, text

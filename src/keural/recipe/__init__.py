@@ -27,6 +27,7 @@ from keural.recipe.objectives import (
     StoreShape,
     Unit,
 )
+from keural.recipe.optimizer import MuonSpec
 from keural.recipe.preferences import DpoSpec, KtoSpec
 from keural.recipe.tokenizer import TokenizerSpec
 from keural.recipe.training import ChecksSpec, RouterSpec, SftSpec, StageSpec, TrainSpec
@@ -53,6 +54,7 @@ __all__ = [
     "LoraSpec",
     "MixingSpec",
     "ModelSpec",
+    "MuonSpec",
     "Objective",
     "ObjectiveKind",
     "Part",

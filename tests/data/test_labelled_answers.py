@@ -140,6 +140,19 @@ def test_a_label_is_of_the_last_answer_alone() -> None:
     assert outcome("kto", several) == "label_of_several_turns"
 
 
+def test_a_label_in_words_is_read_and_not_listed_as_left(prepared: Prepare) -> None:
+    rows = [row | {"label": "👍" if row["label"] else "👎"} for row in kto_rows(6)]
+    table = prepared([{"question": row["prompt"], "answer": row["completion"], "label": row["label"]} for row in rows], "qa").table[
+        0
+    ]
+    assert (table.kept, table.not_read) == (6, ())
+
+
+def test_a_ratio_of_lengths_is_of_pairs(prepared: Prepare) -> None:
+    with pytest.raises(UserError, match="max_length_ratio is for pairs; the source is taken as single answers"):
+        prepared(kto_rows(4), max_length_ratio=2.0)
+
+
 class TestPairsAsAnswers:
     """A source of pairs that is taken as labelled answers."""
 

@@ -29,7 +29,6 @@ def against_divergence(trainer: Trainer, batches: Iterable[Batch], reference: Re
     return replace(trainer, objective=trainer.objective.against(measured(trainer, batches, reference)))
 
 
-@torch.no_grad()
 def measured(trainer: Trainer, batches: Iterable[Batch], reference: Reference | None) -> Tensor:
     """The divergence, a number, float32. Every rank must call it."""
     ranks, limit = trainer.ranks, trainer.stage.train.micro_batch_tokens
@@ -39,7 +38,9 @@ def measured(trainer: Trainer, batches: Iterable[Batch], reference: Reference | 
         for micro in micro_batches(batch.mismatched, limit, ranks.device):
             references = references_for(reference, micro)
             assert references is not None
-            ratios = pair_logprobs(trainer.policy(micro).logprobs, micro.pairs) - references(micro.pairs.sequences)
+            with torch.set_grad_enabled(trainer.stage.train.compile):  # as the reference was computed
+                logprobs = trainer.policy(micro).logprobs.detach()
+            ratios = pair_logprobs(logprobs, micro.pairs) - references(micro.pairs.sequences)
             sums += torch.stack([ratios.double().sum(), sums.new_tensor(ratios.numel())])
     total, number = ranks.sum(sums).unbind()
     found: Tensor = (total / number.clamp(min=1)).clamp(min=0).float()

@@ -190,7 +190,7 @@ def reads(source: SourceSpec, keys: Sequence[Any], turns: Sequence[str | int] = 
     options = source.options
     named = [name for key in keys for name in (key if isinstance(key, list) else [key])]
     named += [options.get("system", "system"), *_flags(options), *_ignored(options)]
-    named += [options.get("label", LABELS[0])] if _declares(options) else []
+    named += [options.get("label", LABELS[0])] if _declares(options) else LABELS if source.as_labels else []
     named += [options["tools"]] if "tools" in options else TOOLS
     role, content = (
         [options[option]] if option in options else list(names)

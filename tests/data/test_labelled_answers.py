@@ -145,7 +145,7 @@ def test_a_label_in_words_is_read_and_not_listed_as_left(prepared: Prepare) -> N
     table = prepared([{"question": row["prompt"], "answer": row["completion"], "label": row["label"]} for row in rows], "qa").table[
         0
     ]
-    assert (table.kept, table.not_read) == (6, ())
+    assert (table.kept, table.not_read) == (6, None)
 
 
 def test_a_ratio_of_lengths_is_of_pairs(prepared: Prepare) -> None:

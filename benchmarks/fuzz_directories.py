@@ -48,7 +48,7 @@ Outcome = tuple[int, str, str, dict[str, Any]]
 
 
 def write_data(folder: Path) -> None:
-    """Prose, chats and pairs of random words."""
+    """Prose, chats, pairs and labelled answers of random words."""
     draw = random.Random(0)
 
     def sentence() -> str:
@@ -63,13 +63,14 @@ def write_data(folder: Path) -> None:
             for _ in range(120)
         ],
         "pairs": [{"prompt": sentence(), "chosen": sentence(), "rejected": sentence()} for _ in range(60)],
+        "thumbs": [{"prompt": sentence(), "completion": sentence(), "label": draw.random() < 0.5} for _ in range(60)],
     }
     for name, listed in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in listed), "utf-8")
 
 
-def write_recipe(folder: Path, data: Path) -> None:
-    """Three stages of twelve steps."""
+def write_recipe(folder: Path, data: Path, labels: bool = False) -> None:
+    """Three stages of twelve steps; with `labels` a fourth that learns from labelled answers, from the same start as the third."""
     folder.mkdir(parents=True)
     prose = {"name": "prose", "adapter": "text", "path": "prose.jsonl", "language": "ko"}
     recipe = {
@@ -80,7 +81,7 @@ def write_recipe(folder: Path, data: Path) -> None:
             "head_dim": 16, "num_local_experts": 4, "sliding_window": 9, "max_position_embeddings": 128,
         },
         "tokenizer": {"vocab_size": 360, "sources": [prose]},
-        "stages": ["base", "chat", "align"],
+        "stages": ["base", "chat", "align", *(["judge"] if labels else [])],
         "evaluation": {"bits_per_byte": [{"name": "prose", "stage": "base", "max_bytes": 5000}]},
         "chat": {"max_new_tokens": 8, "samples": ["하늘 바다?"]},
     }  # fmt: skip
@@ -89,9 +90,10 @@ def write_recipe(folder: Path, data: Path) -> None:
         ("base", "next_token", "random", prose, 32, {"batch_tokens": 128}),
         ("chat", "sft", "base", {"name": "chats", "adapter": "messages", "path": "chats.jsonl"}, 128, {"batch_tokens": 256}),
         ("align", "dpo", "chat", {"name": "pairs", "adapter": "preference", "path": "pairs.jsonl"}, 128, {"batch_pairs": 4}),
+        ("judge", "kto", "chat", {"name": "thumbs", "adapter": "kto", "path": "thumbs.jsonl"}, 128, {"batch_answers": 8}),
     ]
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True), "utf-8")
-    for name, objective, start, source, length, batch in stages:
+    for name, objective, start, source, length, batch in stages if labels else stages[:-1]:
         data_spec = {"sequence_length": length, "heldout_per_mille": 50, "sources": [source]}
         stage = {"name": name, "objective": objective, "init_from": start, "data": data_spec, "train": train | batch}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(stage, allow_unicode=True), "utf-8")

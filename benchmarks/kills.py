@@ -2,10 +2,11 @@
 
     python benchmarks/kills.py [--kills 60] [--rank-kills 20] [--seed 1]
 
-A tiny recipe with a tokenizer, pretraining, SFT and DPO is run, killed with SIGKILL after a random time, run again, and so on
-until it ends; then a new run begins, until so many kills were spent. Then the same on two ranks by `keural.launch`: at random
-all processes are killed, or one rank, whose end must end the other. Each finished run must have the weights and losses of the
-one that was not killed, bit for bit, and the same files and no others. Prints what the run was doing at each kill.
+A tiny recipe with a tokenizer, pretraining, SFT, DPO and KTO (from the same start as DPO) is run, killed with SIGKILL after a
+random time, run again, and so on until it ends; then a new run begins, until so many kills were spent. Then the same on two ranks
+by `keural.launch`: at random all processes are killed, or one rank, whose end must end the other. Each finished run must have the
+weights and losses of the one that was not killed, bit for bit, and the same files and no others. Prints what the run was doing at
+each kill.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def phase(run: Path) -> str:
     """What a run was doing when it was killed: the last directory in it that has no finished marker."""
     if not run.is_dir():
         return "start"
-    for name in ("tokenizer", "base", "chat", "align", "final"):
+    for name in ("tokenizer", "base", "chat", "align", "judge", "final"):
         directory = run / name
         if not directory.is_dir():
             return f"before {name}"
@@ -167,7 +168,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         write_data(work / "data")
-        write_recipe(work / "recipe", work / "data")
+        write_recipe(work / "recipe", work / "data", labels=True)
         import keural.pipeline.run  # noqa: F401 - what forked processes need
 
         (work / "one").mkdir()

@@ -10,7 +10,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 
 from keural.data.loading.batch import Batch
 from keural.data.loading.stream import Stream
-from keural.data.tokens.store import StoreWriter
+from keural.data.tokens.store import LABELS, StoreWriter
 from keural.errors import UserError
 from keural.files import atomic_directory
 from keural.model import KeuralConfig, KeuralMoECausalLM
@@ -40,7 +40,7 @@ LENGTH = 32
 END = VOCAB - 1
 """Ends a turn, as the network's configuration says."""
 SHA = "0" * 64
-KIND = {"next_token": "documents", "sft": "conversations", "dpo": "pairs"}
+KIND = {"next_token": "documents", "sft": "conversations", "dpo": "pairs", "kto": "answers"}
 
 
 def small_config(**changes: Any) -> KeuralConfig:
@@ -59,11 +59,15 @@ def random_model(seed: int = 0, scale: float = 1.0, **changes: Any) -> KeuralMoE
     return model
 
 
-def write_store(directory: Path, objective: str, number: int, seed: int = 0, longest: int = LENGTH // 2) -> Path:
-    """`number` documents, conversations or pairs of a learnable kind: each token is mostly its predecessor plus a constant. Answers
-    end with the token that ends a turn.
+def write_store(
+    directory: Path, objective: str, number: int, seed: int = 0, longest: int = LENGTH // 2, good: Sequence[int] | None = None
+) -> Path:
+    """`number` documents, conversations, pairs or labelled answers of a learnable kind: each token is mostly its predecessor plus a
+    constant. Answers end with the token that ends a turn. `good` are the labels of answers, drawn where they are not given.
     """
     draw = np.random.default_rng(seed)
+    asked: list[np.ndarray] = []
+    given: list[np.ndarray] = []
     with atomic_directory(directory) as path, StoreWriter(path, SHA, VOCAB, KIND[objective]) as writer:  # type: ignore[arg-type]
         for _ in range(number):
             if objective == "dpo":
@@ -73,10 +77,25 @@ def write_store(directory: Path, objective: str, number: int, seed: int = 0, lon
                     answer[-1] = END
                     mask = np.concatenate([np.zeros(len(prompt), int), np.ones(len(answer), int)])
                     writer.add(np.concatenate([prompt, answer]), mask)
+            elif objective == "kto":
+                asked.append(sequence(draw, int(draw.integers(2, longest // 2)), 3))
+                given.append(sequence(draw, int(draw.integers(2, longest // 2)), 3 if draw.random() < 0.5 else 5))
+                given[-1][-1] = END
             else:
                 tokens = sequence(draw, int(draw.integers(3, longest)), 3)
                 writer.add(tokens, answers(tokens, draw.integers(0, 2, len(tokens))) if objective == "sft" else None)
+        if objective == "kto":
+            write_answers(writer, asked, given, draw.integers(0, 2, number).tolist() if good is None else good)
     return directory
+
+
+def write_answers(writer: StoreWriter, asked: list[np.ndarray], given: list[np.ndarray], good: Sequence[int]) -> None:
+    """Labelled answers, each also with the prompt of the next one, and their labels."""
+    for prompt, *answered in zip(asked, given, [given[-1], *given[:-1]], strict=True):
+        for answer in answered:
+            writer.add(np.concatenate([prompt, answer]), [0] * len(prompt) + [1] * len(answer))
+    (writer.directory / LABELS).write_bytes(bytes(good))
+    writer.close(extra=[LABELS])
 
 
 def answers(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -95,10 +114,10 @@ def sequence(draw: np.random.Generator, length: int, slope: int) -> np.ndarray:
 
 def small_stage(objective: str = "next_token", **changes: Any) -> StageSpec:
     """A stage with settings for `train`, `router` and `dpo` given as dictionaries."""
-    batch = {"batch_pairs": 4} if objective == "dpo" else {"batch_tokens": 8 * LENGTH}
+    batch = {"dpo": {"batch_pairs": 4}, "kto": {"batch_answers": 8}}.get(objective, {"batch_tokens": 8 * LENGTH})
     train = {"steps": 12, "lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 2, "save_every": 4, **batch} | changes.pop("train", {})
     data = {"sources": [{"name": "none", "adapter": "text"}], "sequence_length": LENGTH}
-    init = {"init_from": "x/y"} if objective == "dpo" or "lora" in changes else {}
+    init = {"init_from": "x/y"} if objective in ("dpo", "kto") or "lora" in changes else {}
     train = {name: value for name, value in train.items() if value is not None}
     return StageSpec.model_validate({"name": "small", "objective": objective, "data": data, "train": train, **init, **changes})
 

@@ -169,7 +169,7 @@ def interrupted(job: StageJob, step: int) -> None:
         train_stage(job)
 
 
-@pytest.mark.parametrize("objective", ["sft", "dpo"])
+@pytest.mark.parametrize("objective", ["sft", "dpo", "kto"])
 def test_a_stage_that_was_stopped_ends_with_the_same_adapter_bit_for_bit(tmp_path: Path, objective: str) -> None:
     settings: dict[str, Any] = {"lora": LORA, "train": {"steps": 6, "save_every": 2, "evaluate_every": 3}, "heldout": True}
     whole = small_job(tmp_path, objective, run="whole", **settings)

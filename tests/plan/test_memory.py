@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import keural.train.losses
 import keural.train.network.head
 from keural.model import KeuralConfig, KeuralMoECausalLM
-from keural.plan.activations import Way, kept
+from keural.plan.activations import Way, head_work, kept, routing
 from keural.plan.memory import Layout, memory
 from keural.plan.network import Network
 from keural.recipe import ModelSpec, TrainSpec
@@ -22,7 +22,7 @@ from keural.train.micro_batches import MicroBatch, PairIndices
 from keural.train.network.engine import Engine
 from keural.train.network.head import piece_size
 from keural.train.network.policy import Policy
-from keural.train.processes.modes import positions_of_a_piece
+from keural.train.processes.modes import padded, positions_of_a_piece
 from keural.train.processes.parallel import prepare_layers, shard
 from keural.train.processes.ranks import Ranks
 from tests.train.test_sharding import held
@@ -56,14 +56,39 @@ def engine_way(recompute: str, compiled: bool, tokens: int) -> Way:
     ],
 )
 def test_peaks_of_the_engine_are_those_that_gpus_had(
-    layers: int, recompute: str, compiled: bool, tokens: int, precision: str, measured: float
+    layers: int,
+    recompute: str,
+    compiled: bool,
+    tokens: int,
+    precision: str,
+    measured: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """`benchmarks/gpu_h100_2026-11-26.md` and `gpu_h200_2026-11-26.md`; four layers were run without an optimizer."""
+    """`benchmarks/gpu_h100_2026-11-26.md` and `gpu_h200_2026-11-26.md`; four layers were run without an optimizer. The head then
+    made a piece of logits while the last one was still there.
+    """
     network = Network(ModelSpec(num_hidden_layers=layers), 131_074)
+    second = 2 * padded(131_074) * min(4096, tokens - 4096)
+    monkeypatch.setattr("keural.plan.memory.head_work", lambda network, way: head_work(network, way) + second)
 
     planned = memory(network, Layout(1, precision, engine_way(recompute, compiled, tokens)))
 
     assert (planned.total - planned.parts["slack"]) / GIB == pytest.approx(measured, rel=0.01)
+
+
+def test_the_head_has_one_piece_of_logits() -> None:
+    """A longer micro-batch has hidden states, norms and routing more, and no logits."""
+    more, less = (head_work(REAL, engine_way("full", True, tokens)) for tokens in (16_384, 8192))
+    hidden = REAL.model.hidden_size
+    assert more - less == 8192 * (2 * 2 * hidden + 2 * 4 * hidden) + (more_routing(16_384) - more_routing(8192))
+    shorter = head_work(REAL, engine_way("full", True, 128))
+    assert less - shorter - (more_routing(8192) - more_routing(128)) - (8192 - 128) * 12 * hidden == 2 * padded(131_074) * (
+        4096 - 128
+    )
+
+
+def more_routing(tokens: int) -> int:
+    return routing(REAL, engine_way("full", True, tokens))
 
 
 def test_a_mixture_of_modes_lies_between_them() -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -238,3 +239,33 @@ def test_an_optimizer_that_needs_whole_weights_keeps_them() -> None:
 
     assert {stage.laid.layout.precision for stage in found.stages} == {"fp32"}
     assert not found.fits
+
+
+class TestAnswers:
+    """A stage on labelled answers: a row each, and a forward pass on as many sequences again."""
+
+    @pytest.fixture
+    def recipe(self, tmp_path: Path) -> Path:
+        shutil.copytree(SHIPPED / "keural-14b", tmp_path / "recipe")
+        path = tmp_path / "recipe" / "dpo.yaml"
+        changed = {"objective: dpo": "objective: kto", "dpo: {beta: 0.1, loss: sigmoid}": "kto: {beta: 0.1}"}
+        changed |= {"batch_pairs: 64": "batch_answers: 64", "epochs: 1": "steps: 1000"}
+        text = path.read_text()
+        for old, new in changed.items():
+            assert old in text
+            text = text.replace(old, new)
+        path.write_text(text)
+        return path.parent
+
+    def stage(self, recipe: Path, *changes: str) -> dict[str, Any]:
+        plan = make_plan(load_recipe(recipe, changes), "h200", 1)
+        return next(each.data(None) for each in plan.stages if each.laid.stage.name == "dpo")
+
+    def test_its_rows_have_room_for_one_sequence(self, recipe: Path) -> None:
+        found = self.stage(recipe)
+        assert found["objective"] == "kto"
+        assert found["tokens"] == 1000 * 64 * 2048
+
+    def test_the_divergence_takes_a_forward_pass(self, recipe: Path) -> None:
+        with_it, without = (self.stage(recipe, f"dpo.kto.loss={loss}")["hours"] for loss in ("kto", "apo_zero_unpaired"))
+        assert 1.1 < with_it / without < 1.34

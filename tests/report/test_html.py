@@ -73,6 +73,9 @@ def metrics(objective: str, steps: int) -> list[dict[str, Any]]:
         }  # fmt: skip
         if objective == "dpo":
             line |= {"reward_margin": step * 0.1, "reward_accuracy": 0.9, "reward_chosen": 0.1, "reward_rejected": -0.1}
+        if objective == "kto":
+            line |= {"reward_margin": step * 0.1, "reward_desirable": 0.1, "logprob_desirable": -9.0, "kl": 0.5}
+            line |= {"reward_undesirable": -0.1, "logprob_undesirable": -9.0} if step % 3 else {}  # a step may have no bad answer
         lines.append(line)
     return [*lines, {"step": steps - 1, "heldout": {"loss": 0.5, "items": 7}}]
 
@@ -208,6 +211,22 @@ def test_one_stage_without_recipe_or_summary(tmp_path: Path) -> None:
 
     assert "dpo-9: rewards and their margin" in page.words
     assert "1 of 1" in page.words
+
+
+def test_a_stage_on_labelled_answers_has_their_figures(tmp_path: Path) -> None:
+    stage = tmp_path / "run" / "judge"
+    write_stage(tmp_path / "run", "judge", "kto")
+    labels = {"desirable": 30, "undesirable": 1090, "ratio": 0.0275}
+    found = [{"check": "one_label", "store": "training", "count": 1090, "looked_at": 1120, "allowed": 0.99, "first": ""}]
+    ChecksFile(fingerprint="f", findings=found, lengths=[], labels=labels).write(stage / "checks.json")
+    page = Page(write_report(tmp_path / "run"))
+    for text in (
+        "of the commoner label", "judge: rewards and their margin", "judge: log-probabilities",
+        "judge: divergence from the reference", "undesirable", "KTO",
+        "30 good and 1,090 bad answers, together weighed 0.03 to 1",
+    ):  # fmt: skip
+        assert text in page.words, text
+    assert "pairs ranked right" not in page.words
 
 
 def test_recipe_before_its_first_step(tmp_path: Path) -> None:

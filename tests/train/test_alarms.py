@@ -20,7 +20,14 @@ OUTSIDE = {
     "margin_large": {"reward_margin": 40.0},
     "chosen_falls": {"reward_chosen": -0.1 * 40 * 0.5},
     "collapse": {"balance_loss": 2.5},
+    "margin_reversed": {"reward_margin": -0.7},
+    "good_falls": {"reward_desirable": -0.1 * 40 * 0.5},
+    "far_from_reference": {"kl": 70.0},
 }
+HEALTHY_ANSWERS = {
+    "loss": 0.45, "balance_loss": 1.05, "reward_margin": 0.8, "reward_desirable": 0.2, "length_desirable": 40.0, "kl": 3.0,
+}  # fmt: skip
+OF_ANSWERS = ("margin_reversed", "good_falls", "far_from_reference", "margin_large", "collapse")
 
 
 def raised(lines: list[dict[str, Any]], objective: str = "dpo", **changes: Any) -> list[tuple[int, str]]:
@@ -32,7 +39,15 @@ def test_every_range_is_tested() -> None:
     assert set(OUTSIDE) == set(RANGES)
 
 
-@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize("name", OF_ANSWERS)
+def test_figures_of_labelled_answers_have_ranges_of_their_own(name: str) -> None:
+    assert raised([HEALTHY_ANSWERS | OUTSIDE[name]] * (3 * WINDOW), "kto") == [(WINDOW - 1, name)]
+    assert raised([HEALTHY_ANSWERS] * 100, "kto") == []
+    one_label = {key: value for key, value in HEALTHY_ANSWERS.items() if "desirable" not in key and "margin" not in key}
+    assert raised([one_label] * 100, "kto") == [], "a step may have no good answer"
+
+
+@pytest.mark.parametrize("name", [name for name, each in RANGES.items() if not each.objectives or "dpo" in each.objectives])
 def test_a_figure_out_of_its_range_is_said_once_when_a_window_of_it_is(name: str) -> None:
     lines = [HEALTHY | OUTSIDE[name]] * (3 * WINDOW)
     assert raised(lines) == [(WINDOW - 1, name)]

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from keural.data.loading.stream import Stream
-from keural.data.tokens.store import StoreWriter, TokenStore
+from keural.data.tokens.store import LABELS, StoreWriter, TokenStore
 from keural.errors import UserError
 from keural.files import atomic_directory
-from keural.recipe import ChecksSpec
+from keural.recipe import OBJECTIVES, ChecksSpec
 from keural.train.checks.probes import check_isolation, check_references
 from keural.train.checks.record import CHECKS_FILE, ChecksFile
 from keural.train.checks.stores import CHECKS, check_store
@@ -20,7 +20,7 @@ from keural.train.micro_batches import MicroBatch
 from keural.train.network.engine import Engine
 from keural.train.network.policy import Policy, PolicyOutput
 from keural.train.stage.training import make_references, train_stage
-from tests.helpers.train_small import END, LENGTH, SHA, VOCAB, metrics_of, open_run, small_config, small_job
+from tests.helpers.train_small import END, LENGTH, SHA, VOCAB, metrics_of, open_run, small_config, small_job, write_store
 
 Row = tuple[list[int], list[int]]
 GOOD: Row = ([5, 6, 7, END], [0, 0, 1, 1])
@@ -42,11 +42,22 @@ def write(directory: Path, kind: Any, rows: list[Row], meta: dict[str, Any] | No
     return directory
 
 
+def write_labelled(directory: Path, rows: list[Row], good: list[int]) -> Path:
+    """Labelled answers: rows in twos, an answer and what it is compared with."""
+    with atomic_directory(directory) as path, StoreWriter(path, SHA, VOCAB, "answers") as writer:
+        for tokens, mask in rows:
+            writer.add(tokens, mask)
+        (path / LABELS).write_bytes(bytes(good))
+        writer.close(extra=[LABELS])
+    return directory
+
+
 def refused(directory: Path, objective: str, rows: list[Row], meta: dict[str, Any] | None = None, **changes: Any) -> str:
     """What training on these rows is refused with."""
+    good = changes.pop("good", None)
     job = small_job(directory, objective, number=4, **changes)
-    kind = {"sft": "conversations", "dpo": "pairs", "next_token": "documents"}[objective]
-    store = write(directory / "made", kind, rows, meta)
+    kind = OBJECTIVES[objective].store
+    store = write(directory / "made", kind, rows, meta) if good is None else write_labelled(directory / "made", rows, good)
     with pytest.raises(UserError) as error:
         train_stage(dataclasses.replace(job, train_store=store))
     assert not (job.run_dir / "metrics.jsonl").exists()
@@ -73,6 +84,78 @@ def test_conversations_that_would_teach_the_wrong_thing_are_refused(
     assert f"{share} {CHECKS[check].what}" in line
     assert CHECKS[check].remedy in line
     assert f"checks.{CHECKS[check].key}" in line
+
+
+FOREIGN: Row = ([9, 6, 8, END], [0, 0, 1, 1])
+"""To another prompt."""
+
+
+@pytest.mark.parametrize(
+    ("rows", "good", "check"),
+    [
+        ([EMPTY, OTHER, GOOD, OTHER], [1, 0], "empty_mask"),
+        ([GOOD, GOOD, OTHER, GOOD], [1, 0], "own_answer"),
+        ([GOOD, FOREIGN, OTHER, GOOD], [1, 0], "own_answer"),
+        ([GOOD, EMPTY, OTHER, GOOD], [1, 0], "own_answer"),
+        ([GOOD, OTHER, GOOD, OTHER], [1, 0], "other_label"),
+        ([GOOD, OTHER, OPEN, GOOD], [1, 0], "open_answer"),
+        ([GOOD, OTHER, CUT, GOOD], [1, 0], "cut_answer"),
+    ],
+)
+def test_labelled_answers_that_would_teach_the_wrong_thing_are_refused(
+    tmp_path: Path, rows: list[Row], good: list[int], check: str
+) -> None:
+    line = refused(tmp_path, "kto", rows, good=good)
+    assert f"50.00% {CHECKS[check].what} (1 of 2, first record" in line
+    assert f"checks.{CHECKS[check].key}" in line
+
+
+@pytest.mark.parametrize("good", [[1, 1], [0, 0]])
+def test_answers_of_one_label_are_refused_and_may_be_allowed(tmp_path: Path, good: list[int]) -> None:
+    assert "100.00% of the labelled answers have the same label" in refused(tmp_path, "kto", [GOOD, OTHER, OTHER, GOOD], good=good)
+    allowed = small_job(tmp_path, "kto", run="allowed", train={"steps": 3}, checks={"one_label": 1.0})
+    assert train_stage(dataclasses.replace(allowed, train_store=tmp_path / "made")).steps == 3
+
+
+def test_what_is_held_out_may_have_one_label(tmp_path: Path) -> None:
+    job = small_job(tmp_path, "kto", train={"steps": 3}, heldout=True)
+    held = write_labelled(tmp_path / "held", [GOOD, OTHER, OTHER, GOOD], [1, 1])
+    found = train_stage(dataclasses.replace(job, heldout_store=held)).heldout
+    assert found["desirable"] == 1.0
+    assert not {"reward_undesirable", "reward_margin"} & found.keys()
+
+
+@pytest.mark.parametrize(
+    ("good", "weights", "said"),
+    [
+        (
+            3,
+            {},
+            "3 good and 9 bad answers, together weighed 0.33 to 1; 1 to 1.33 is recommended: kto.desirable_weight 3 to 4, or ",
+        ),
+        (
+            9,
+            {},
+            "9 good and 3 bad answers, together weighed 3.00 to 1; 1 to 1.33 is recommended: kto.desirable_weight 0.333 to ",
+        ),
+        (3, {"desirable_weight": 3.5}, "3 good and 9 bad answers, together weighed 1.17 to 1"),
+        (3, {"undesirable_weight": 0.25}, "3 good and 9 bad answers, together weighed 1.33 to 1"),
+        (6, {}, "6 good and 6 bad answers, together weighed 1.00 to 1"),
+        (6, {"desirable_weight": 0.9}, "together weighed 0.90 to 1; 1 to 1.33 is recommended"),
+    ],
+)
+def test_the_weights_of_labels_are_measured_against_their_numbers(
+    tmp_path: Path, good: int, weights: dict[str, float], said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = small_job(tmp_path, "kto", kto=weights)
+    store = write_store(tmp_path / "made", "kto", 12, good=[1] * good + [0] * (12 - good))
+    open_run(dataclasses.replace(job, train_store=store))
+    line = next(line for line in capfd.readouterr().out.splitlines() if "weighed" in line)
+    assert said in line
+    assert ("recommended" in line) == ("recommended" in said)
+    kept = ChecksFile.read(job.run_dir / CHECKS_FILE).labels
+    assert kept is not None
+    assert (kept["desirable"], kept["undesirable"]) == (good, 12 - good)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +258,7 @@ class LeakingPolicy(Policy):
         return super().forward(dataclasses.replace(micro, position_ids=positions), with_labels)
 
 
-@pytest.mark.parametrize("objective", ["next_token", "sft", "dpo"])
+@pytest.mark.parametrize("objective", ["next_token", "sft", "dpo", "kto"])
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 def test_every_way_of_computing_keeps_packed_documents_apart(tmp_path: Path, objective: str, recompute: str) -> None:
     """`selective` is computed by the training engine."""
@@ -199,7 +282,7 @@ def test_every_attention_of_the_engine_keeps_packed_documents_apart(tmp_path: Pa
     assert found < 1e-3
 
 
-@pytest.mark.parametrize("objective", ["next_token", "sft", "dpo"])
+@pytest.mark.parametrize("objective", ["next_token", "sft", "dpo", "kto"])
 def test_an_attention_that_sees_the_neighbour_is_refused(tmp_path: Path, objective: str) -> None:
     trainer = open_run(small_job(tmp_path, objective)).trainer
     leaking = LeakingPolicy(trainer.policy.model, torch.float32)
@@ -248,7 +331,7 @@ def test_a_resumed_stage_is_not_probed_again(tmp_path: Path) -> None:
     assert len(metrics_of(job)) == 4
 
 
-@pytest.mark.parametrize("name", ["empty", "open_answers", "cut_answers", "identical_sides", "swapped_pairs", "lost_to_length"])
+@pytest.mark.parametrize("name", list(ChecksSpec.model_fields))
 def test_every_threshold_belongs_to_a_check(name: str) -> None:
     assert name in {check.key for check in CHECKS.values()}
     assert {check.key for check in CHECKS.values()} == set(ChecksSpec.model_fields)

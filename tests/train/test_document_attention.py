@@ -94,7 +94,7 @@ def test_where_documents_begin() -> None:
     assert document_offsets(rows).tolist() == [0, 3, 5, 7, 8, 10]
 
 
-@pytest.mark.parametrize("objective", ["next_token", "sft", "dpo"])
+@pytest.mark.parametrize("objective", ["next_token", "sft", "dpo", "kto"])
 def test_training_by_documents_gives_the_losses_and_gradients_of_masked_rows(tmp_path: object, objective: str) -> None:
     trainer = open_run(small_job(tmp_path, objective)).trainer  # type: ignore[arg-type]
     assert trainer.policy.by_documents

@@ -30,7 +30,7 @@ def initial_weights(job: StageJob) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in open_run(job).trainer.policy.model.named_parameters()}
 
 
-@pytest.mark.parametrize("objective", ["next_token", "sft", "dpo"])
+@pytest.mark.parametrize("objective", ["next_token", "sft", "dpo", "kto"])
 @pytest.mark.parametrize("precision", ["fp32", "split", "split-host"])
 def test_routers_are_bit_identical_after_the_stage_and_all_else_has_moved(tmp_path: Path, objective: str, precision: str) -> None:
     before = initial_weights(small_job(tmp_path, objective, run="before"))

@@ -45,14 +45,14 @@ def check(directory: Path, idle: torch.Tensor, weights: dict[str, torch.Tensor])
     assert torch.equal((loads == 0).all(0), idle)
 
 
-@pytest.mark.parametrize("objective", ["sft", "dpo"])
+@pytest.mark.parametrize("objective", ["sft", "dpo", "kto"])
 def test_one_process(tmp_path: Path, objective: str) -> None:
     idle = idle_experts(tmp_path, objective)
     check(tmp_path, idle, weights_of(train_stage(small_job(tmp_path, objective, **SETTINGS))))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["sft", "dpo"])
+@pytest.mark.parametrize("objective", ["sft", "dpo", "kto"])
 def test_two_ranks(tmp_path: Path, objective: str) -> None:
     idle = idle_experts(tmp_path, objective)
     check(tmp_path, idle, train_on_ranks(tmp_path, 2, objective, "run", **SETTINGS)["weights"])

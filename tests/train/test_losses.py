@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from keural.model import router_losses
 from keural.train.losses import Weighing, balance_loss, router_statistics, token_logprobs, z_loss
-from keural.train.micro_batches import PairIndices
-from keural.train.weighing import pair_ends
+from keural.train.micro_batches import group_ends
 from tests.helpers.train_small import VOCAB, open_run, random_model, small_job, step_gradients
 
 
@@ -230,9 +229,11 @@ def test_training_on_pairs_takes_one_pass_over_the_head(tmp_path: Path, loss: st
 
 def test_groups_end_where_no_pair_goes_on() -> None:
     """Pairs of one row follow each other; sides in rows of their own make one group of all that overlap."""
-    in_a_row = PairIndices(np.zeros((2, 2), int), torch.tensor([0, 1, 2, 3, 5, 6, 7]), torch.tensor([0, 0, 2, 2, 1, 3, 3]))
-    assert pair_ends(in_a_row) == (4, 8)
-    apart = PairIndices(np.zeros((2, 3), int), torch.tensor([0, 5, 10, 2, 7, 12]), torch.tensor([0, 1, 2, 3, 4, 5]))
-    assert pair_ends(apart) == (3, 8, 13)
-    crossed = PairIndices(np.zeros((2, 2), int), torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 2, 3]))
-    assert pair_ends(crossed) == (4,)
+
+    def ends(positions: list[int], sides: list[int], pairs: int) -> tuple[int, ...]:
+        return group_ends(np.array(positions), np.array(sides) % pairs, pairs)
+
+    assert ends([0, 1, 2, 3, 5, 6, 7], [0, 0, 2, 2, 1, 3, 3], 2) == (4, 8)
+    assert ends([0, 5, 10, 2, 7, 12], [0, 1, 2, 3, 4, 5], 3) == (3, 8, 13)
+    assert ends([0, 1, 2, 3], [0, 1, 2, 3], 2) == (4,)
+    assert group_ends(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), 0) == ()

@@ -11,6 +11,7 @@ import torch
 from keural.data.loading.batch import Batch, empty_batch, fill
 from keural.data.tokens.store import TokenStore
 from keural.recipe import OBJECTIVES
+from keural.train.divergence import against_divergence
 from keural.train.gradients import count_step, forward_backward
 from keural.train.micro_batches import micro_batches
 from keural.train.trainer import Trainer
@@ -20,9 +21,18 @@ NO_ROUTER = {"balance_coef": 0.0, "z_coef": 0.0}
 
 
 def rows_of(trainer: Trainer, records: list[list[int]]) -> Batch:
-    """A row for each record, padded to the longest; the sides of a pair follow each other."""
+    """A row for each record, padded to the longest: both sides of a pair; of a labelled answer each sequence has its own."""
     store = trainer.stream.store
     assert isinstance(store, TokenStore)
+    if store.labels is None:
+        return padded_rows(store, records)
+    own, other = (padded_rows(store, [[record[side]] for record in records]) for side in (0, 1))
+    good = store.labels[[record[0] // 2 for record in records]]
+    return replace(own, desirable=good, mismatched=replace(other, desirable=good))
+
+
+def padded_rows(store: TokenStore, records: list[list[int]]) -> Batch:
+    """A row for each record."""
     lengths = [sum(len(store.sequence(sequence)) for sequence in record) for record in records]
     batch, places = empty_batch(len(records), max(lengths)), []
     for row, record in enumerate(records):
@@ -34,14 +44,15 @@ def rows_of(trainer: Trainer, records: list[list[int]]) -> Batch:
             fill(batch, row, ends[-1], tokens, labels, number, sequence)
             ends.append(ends[-1] + len(tokens))
         batch.position_ids[row, ends[-1] :] = np.arange(max(lengths) - ends[-1])
-        if len(record) == 2:
-            places.append((row, *ends))
-    return replace(batch, pairs=np.array(places, dtype=np.int64).reshape(-1, 4))
+        places.append((row, *ends))
+    columns = 2 + len(records[0])
+    return replace(batch, pairs=np.array(places if store.kind != "conversations" else [], dtype=np.int64).reshape(-1, columns))
 
 
 def loss_and_gradients(trainer: Trainer, batches: list[Batch], limit: int | None = None) -> tuple[float, dict[str, torch.Tensor]]:
     """Of a step whose rows are those of all batches; each is a forward pass of its own, or several."""
     trainer.optimizer.zero_grad(set_to_none=True)
+    trainer = against_divergence(trainer, batches, trainer.references)
     micros = [micro for batch in batches for micro in micro_batches(batch, limit, torch.device("cpu"))]
     totals = [count_step(trainer, batch, micros) for batch in batches]
     whole = replace(totals[0], denominator=sum(each.denominator for each in totals), tokens=sum(each.tokens for each in totals))
@@ -50,10 +61,10 @@ def loss_and_gradients(trainer: Trainer, batches: list[Batch], limit: int | None
 
 
 @pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("objective", ["sft", "dpo"])
+@pytest.mark.parametrize("objective", ["sft", "dpo", "kto"])
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 def test_the_same_step_packed_padded_and_one_by_one(tmp_path: Path, objective: str, recompute: str, world: int) -> None:
-    settings: dict[str, Any] = {"train": {"recompute": recompute}} | ({"dpo": {"beta": 0.7}} if objective == "dpo" else {})
+    settings: dict[str, Any] = {"train": {"recompute": recompute}} | ({} if objective == "sft" else {objective: {"beta": 0.7}})
     trainer = open_run(small_job(tmp_path, objective, router=NO_ROUTER, **settings)).trainer
     with torch.no_grad():
         torch.manual_seed(3)
@@ -62,7 +73,8 @@ def test_the_same_step_packed_padded_and_one_by_one(tmp_path: Path, objective: s
     packed = [trainer.stream.batch(1, rank, world) for rank in range(world)]
     numbers = sorted(np.concatenate([np.unique(batch.sequence_ids[batch.sequence_ids >= 0]) for batch in packed]).tolist())
     together = OBJECTIVES[trainer.stream.objective].sequences_per_record
-    records = [numbers[place : place + together] for place in range(0, len(numbers), together)]
+    first = {number - number % together for number in numbers}
+    records = [list(range(number, number + together)) for number in sorted(first)]
     expected_loss, expected = loss_and_gradients(trainer, packed)
     others = {
         "micro": loss_and_gradients(trainer, packed, 2 * LENGTH),

@@ -62,13 +62,13 @@ def test_two_ranks_give_the_losses_of_one_over_50_steps_clipped_at_the_global_no
     assert min(norms[:5]) > 0.5
 
 
-@pytest.mark.parametrize("objective", ["sft", "dpo"])
+@pytest.mark.parametrize("objective", ["sft", "dpo", "kto"])
 def test_two_ranks_give_the_losses_of_one_with_every_objective(tmp_path: Path, objective: str) -> None:
     compare(tmp_path, objective, 2, train={"steps": 12, "evaluate_every": 6, "save_every": None}, heldout=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["next_token", "sft", "dpo"])
+@pytest.mark.parametrize("objective", ["next_token", "sft", "dpo", "kto"])
 @pytest.mark.parametrize("world", [2, 4])
 def test_two_and_four_ranks_give_the_losses_of_one_over_50_steps(tmp_path: Path, objective: str, world: int) -> None:
     changes = {"train": {"steps": 50, "save_every": None, "micro_batch_tokens": 64, "evaluate_every": 20}, "heldout": True}
@@ -133,11 +133,14 @@ def test_a_signal_under_torchrun_saves_on_all_ranks(tmp_path: Path, everyone: bo
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_reference_values_of_one_process_are_used_by_many_and_the_other_way_round(tmp_path: Path, world: int) -> None:
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_reference_values_of_one_process_are_used_by_many_and_the_other_way_round(
+    tmp_path: Path, world: int, objective: str
+) -> None:
     settings: dict[str, Any] = {"train": {"steps": 4, "save_every": None}, "number": 16, "heldout": True}
-    one, many = (small_job(tmp_path, "dpo", run=run, **settings) for run in ("one", "many"))
+    one, many = (small_job(tmp_path, objective, run=run, **settings) for run in ("one", "many"))
     train_stage(one)
-    train_on_ranks(tmp_path, world, "dpo", "many", **settings)
+    train_on_ranks(tmp_path, world, objective, "many", **settings)
     kept = {job.run_dir: values_of(job.run_dir) for job in (one, many)}
     for pair, values in kept[one.run_dir].items():
         assert kept[many.run_dir][pair] == pytest.approx(values, rel=1e-5)
@@ -146,7 +149,7 @@ def test_reference_values_of_one_process_are_used_by_many_and_the_other_way_roun
         (job.run_dir / "reference").rename(job.run_dir / "moved")
     (one.run_dir / "moved").rename(many.run_dir / "reference")
     (many.run_dir / "moved").rename(one.run_dir / "reference")
-    train_on_ranks(tmp_path, world, "dpo", "many", **settings)
+    train_on_ranks(tmp_path, world, objective, "many", **settings)
     train_stage(one)
     assert values_of(many.run_dir) == kept[one.run_dir]
     assert values_of(one.run_dir) == kept[many.run_dir]

@@ -247,15 +247,16 @@ class TestInterrupted:
         assert (len(found.pairs), found.damaged) == (0, len(records(cache.file.path)))
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("seed", range(3))
-    def test_kill_9_at_random_moments_loses_one_batch_at_most_and_no_value(self, tmp_path: Path, seed: int) -> None:
-        settings: dict[str, Any] = {"number": 60, "train": {"steps": 15, "save_every": None}, "heldout": True}
-        job, moments = small_job(tmp_path, "dpo", **settings), random.Random(seed)
-        expected = cache_of(open_run(small_job(tmp_path, "dpo", run="whole", **settings))).values
+    @pytest.mark.parametrize(("objective", "seed"), [("dpo", 0), ("dpo", 1), ("dpo", 2), ("kto", 0), ("kto", 1)])
+    def test_kill_9_at_random_moments_loses_one_batch_at_most_and_no_value(self, tmp_path: Path, objective: str, seed: int) -> None:
+        batch = {"batch_answers": 4} if objective == "kto" else {}
+        settings: dict[str, Any] = {"number": 60, "train": {"steps": 15, "save_every": None, **batch}, "heldout": True}
+        job, moments = small_job(tmp_path, objective, **settings), random.Random(seed)
+        expected = cache_of(open_run(small_job(tmp_path, objective, run="whole", **settings))).values
         kills = 0
         while not (job.run_dir / "metrics.jsonl").exists():
             before = number_stored(job)
-            process = start({"directory": str(tmp_path), "objective": "dpo", "pause": 0.05, "asked": "asked", **settings})
+            process = start({"directory": str(tmp_path), "objective": objective, "pause": 0.05, "asked": "asked", **settings})
             while process.is_alive() and number_stored(job) == before and not (job.run_dir / "metrics.jsonl").exists():
                 time.sleep(0.005)  # however slow the machine is, every start gets somewhere
             time.sleep(moments.uniform(0.0, 0.3))

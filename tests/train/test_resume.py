@@ -42,7 +42,7 @@ def finish_and_compare(directory: Path, objective: str) -> None:
     assert metrics_of(job)[-1]["heldout"] == metrics_of(uninterrupted)[-1]["heldout"]
 
 
-@pytest.mark.parametrize("objective", ["next_token", "sft", "dpo"])
+@pytest.mark.parametrize("objective", ["next_token", "sft", "dpo", "kto"])
 def test_kill_9_then_the_same_command_gives_bit_identical_weights(tmp_path: Path, objective: str) -> None:
     process = start({"directory": str(tmp_path), "objective": objective, "pause": 0.05, **SETTINGS})
     wait_for_step(process, tmp_path, 5)
@@ -53,7 +53,7 @@ def test_kill_9_then_the_same_command_gives_bit_identical_weights(tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["next_token", "sft", "dpo"])
+@pytest.mark.parametrize("objective", ["next_token", "sft", "dpo", "kto"])
 def test_kill_9_at_many_random_moments(tmp_path: Path, objective: str) -> None:
     moments = random.Random(5)
     small_job(tmp_path, objective)

@@ -18,7 +18,7 @@ from keural.train.stage.training import train_stage
 from keural.train.trainer import Trainer
 from tests.helpers.train_small import LENGTH, SHA, VOCAB, metrics_of, open_run, small_job, step_gradients, weights_of
 
-OBJECTIVES = ("next_token", "sft", "dpo")
+OBJECTIVES = ("next_token", "sft", "dpo", "kto")
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -85,7 +85,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[SteadyClock]:
     counting.remove()
 
 
-@pytest.mark.parametrize("objective", ["next_token", "sft", "dpo"])
+@pytest.mark.parametrize("objective", ["next_token", "sft", "dpo", "kto"])
 def test_a_stage_with_a_budget_ends_in_time(tmp_path: Path, clock: SteadyClock, objective: str) -> None:
     job = small_job(tmp_path, objective, heldout=True, budget_seconds=2.0, train=BUDGET | {"evaluate_every": 8, "save_every": None})
     result = train_stage(job)

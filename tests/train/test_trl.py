@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from keural.train.gradients import accumulate_gradients
 from keural.train.trainer import Trainer
 from tests.helpers.train_small import LENGTH, VOCAB, open_run, random_model, small_job, step_gradients
 
@@ -92,6 +93,49 @@ def test_dpo_loss_and_gradients_equal_trls_sigmoid_loss(tmp_path: Path) -> None:
     assert loss.item() != pytest.approx(0.693, abs=0.01)
     for name, gradient in gradients_of(model).items():
         torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
+def test_kto_loss_and_gradients_equal_trls(tmp_path: Path, loss: str) -> None:
+    spec = {"beta": 0.3, "loss": loss, "desirable_weight": 1.25, "undesirable_weight": 0.75}
+    ours = open_run(small_job(tmp_path, "kto", router=NO_ROUTER, kto=spec)).trainer
+    moved = random_model(seed=16, scale=3.0).state_dict()
+    ours.policy.model.load_state_dict(moved)
+    found = accumulate_gradients(ours, 0)
+    gradients = {name: gradient.clone() for name, gradient in gradients_of(ours.policy.model).items()}
+    model = type(ours.policy.model).from_pretrained(tmp_path / "init", dtype=torch.float32)
+    reference = type(model).from_pretrained(tmp_path / "init", dtype=torch.float32)
+    dummy = datasets.Dataset.from_dict({"prompt": ["t4 t5", "t5"], "completion": ["t6", "t7"], "label": [True, False]})
+    config = trl.KTOConfig(**settings(tmp_path / "trl"), loss_type=loss, per_device_train_batch_size=2, **weights_of(spec))
+    theirs = trl.KTOTrainer(model, reference, config, train_dataset=dummy, processing_class=tokenizer())
+    model.load_state_dict(moved)
+    store, batch = ours.stream.store, ours.stream.batch(0)
+    inputs: dict[str, Any] = {"label": torch.from_numpy(batch.desirable)}
+    for prefix, side in (("", 0), ("KL_", 1)):
+        sequences = (batch.pair_sequences[0] + side).tolist()
+        tokens = [torch.from_numpy(store.sequence(number).astype("int64")) for number in sequences]
+        inputs[f"{prefix}input_ids"] = padded(tokens)
+        inputs[f"{prefix}attention_mask"] = padded([torch.ones_like(row) for row in tokens])
+        inputs[f"{prefix}completion_mask"] = padded(
+            [torch.from_numpy(store.loss_mask(number).astype("int64")) for number in sequences]
+        )
+    value = theirs.compute_loss(model, inputs)
+    value.backward()
+    assert found.loss == pytest.approx(value.item(), abs=1e-5)
+    for name, gradient in gradients_of(model).items():
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-4)
+    said = theirs._metrics["train" if model.training else "eval"]
+    (kl,) = said["kl"]
+    assert (kl > 0) == (loss == "kto"), "the case is one in which it matters"
+    expected = {name: said[f"rewards/{name}"][0] for name in ("chosen", "rejected", "margins")}
+    assert found.metrics["kl"] == pytest.approx(kl, abs=1e-4)
+    assert found.metrics["reward_desirable"] == pytest.approx(expected["chosen"], abs=1e-4)
+    assert found.metrics["reward_undesirable"] == pytest.approx(expected["rejected"], abs=1e-4)
+    assert found.metrics["reward_margin"] == pytest.approx(expected["margins"], abs=1e-4)
+
+
+def weights_of(spec: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in spec.items() if name != "loss"}
 
 
 def test_rows_are_long_enough_to_hold_several_sequences(tmp_path: Path) -> None:

@@ -114,7 +114,9 @@ def _names(names: Any) -> str:
 def _show_record(record: Record, tokenizer: KeuralTokenizer | None) -> None:
     show(f"[{record.where}{_size(record, tokenizer)}]", "dim")
     for name, spans in spans_of(record).items():
-        if isinstance(record, PreferencePair):
+        if isinstance(record, Conversation) and record.good is not None:
+            show("(good answer)" if record.good else "(bad answer)", "dim")
+        elif isinstance(record, PreferencePair):
             show(f"({name})", "dim")
         show_pieces([(text, UNDERLINE if trained else "") for text, trained in _cut(spans)])
 

@@ -169,8 +169,9 @@ def _make(
     spec, kind = reading.sources.spec, OBJECTIVES[objective].store
     encoder = Encoder(tokenizer, spec, threads=len(os.sched_getaffinity(0)), cache=cache)
     sections = spec.mixing is not None
-    held = StoreBuilder(directory / ".heldout", kind, keep_texts=True, named=True)
-    with StoreBuilder(directory / ".train", kind, sections=sections) as train, held as heldout:
+    length = spec.sequence_length
+    held = StoreBuilder(directory / ".heldout", kind, keep_texts=True, named=True, longest=length)
+    with StoreBuilder(directory / ".train", kind, sections=sections, longest=length) as train, held as heldout:
         with work_progress() as tell:
             counters = _read_all(reading, encoder, {"train": train, "heldout": heldout}, tell)
         _check_splits(spec, train.num_records, heldout.num_records)

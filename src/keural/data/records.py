@@ -1,13 +1,13 @@
-"""What every source is turned into: a document, a conversation, a preference pair, or a counted drop."""
+"""What a source is turned into: a document, a conversation (whose answer may be judged), a preference pair, or a counted drop."""
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from keural.tokenizer.message import CALL, Message, parse_answer
 
-Kind = Literal["documents", "conversations", "pairs", "evaluation"]
+Kind = Literal["documents", "conversations", "pairs", "answers", "evaluation"]
 """What an adapter gives; evaluation items are only looked for, never trained on."""
 
 
@@ -25,7 +25,8 @@ class Conversation:
     """A dialogue for supervised fine-tuning: perhaps a system turn, then user, assistant and tool turns, an assistant's last.
 
     `id` is what the source calls it, where the recipe says which field that is; a translation has the same. `notes` say what of the
-    row the record does not have, to be counted; `label` is what the row says of its answer, where a label does.
+    row the record does not have, to be counted; `label` is what the row says of its answer, where a label does. `good` says whether
+    the last answer, which alone is learned from then, is a good one: of a labelled answer; None of any other conversation.
     """
 
     messages: tuple[Message, ...]
@@ -34,6 +35,7 @@ class Conversation:
     id: str | None = None
     notes: tuple[str, ...] = ()
     label: str = ""
+    good: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +100,24 @@ def plain_record(record: Record) -> dict[str, Any]:
     if isinstance(record, Document):
         return {"text": record.text}
     if isinstance(record, Conversation):
-        return {"messages": _plain_turns(record.messages)}
+        label = {} if record.good is None else {"label": record.good}
+        return {"messages": _plain_turns(record.messages), **label}
     return {"prompt": _plain_turns(record.prompt), "chosen": record.chosen, "rejected": record.rejected}
+
+
+def labelled(record: Conversation, good: bool) -> Conversation:
+    """The conversation as its last answer with a label; nothing else of it is learned from."""
+    *before, answer = record.messages
+    asked = (turn._replace(trained=False) if turn.role == "assistant" else turn._replace(trained=None) for turn in before)
+    return replace(record, messages=(*asked, answer._replace(trained=True)), good=good)
+
+
+def answers_of(pair: PreferencePair) -> Iterator[Conversation]:
+    """Both answers of a pair, the chosen one as a good one and the rejected one as a bad one."""
+    for side, answer, good in (("chosen", pair.chosen, True), ("rejected", pair.rejected, False)):
+        name = None if pair.id is None else f"{pair.id}#{side}"
+        whole = (*pair.prompt, Message("assistant", answer))
+        yield labelled(Conversation(whole, pair.where, pair.language, name, pair.notes), good)
 
 
 def _plain_turns(messages: Iterable[Message]) -> list[dict[str, str]]:

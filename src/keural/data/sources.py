@@ -30,7 +30,7 @@ from keural.data.readers.options import Option
 from keural.data.readers.sniff import sniff, sniff_member
 from keural.data.readers.tables import COLUMNS
 from keural.data.readers.unpacking import PACKED
-from keural.data.records import AnyRecord, Document, Drop, EvaluationItem, Kind, PreferencePair, Record
+from keural.data.records import AnyRecord, Conversation, Document, Drop, EvaluationItem, Kind, PreferencePair, Record, answers_of
 from keural.errors import UserError, for_all, nearest
 from keural.files import FileHashes
 from keural.recipe import SourceSpec
@@ -71,7 +71,7 @@ class Source:
     @property
     def kind(self) -> Kind:
         """What its records are."""
-        return self.adapter.kind_of(self.spec)
+        return "answers" if self.spec.as_labels else self.adapter.kind_of(self.spec)
 
     @property
     def needs_seed(self) -> bool:
@@ -105,6 +105,16 @@ class Source:
 
     def records(self, rows: Iterable[Row | Drop], fields: FieldUse, notes: ReadingNotes) -> Iterator[tuple[Any, AnyRecord | Drop]]:
         """What rows of it become, each with the value that it was made of; None for a row that could not be read."""
+        for value, record in self._records(rows, fields, notes):
+            if self.spec.as_labels and isinstance(record, PreferencePair):
+                yield from ((value, answer) for answer in answers_of(record))
+            elif self.spec.as_labels and isinstance(record, Conversation) and record.good is None:
+                yield value, Drop("missing_label", record.where)
+            else:
+                yield value, record
+
+    def _records(self, rows: Iterable[Row | Drop], fields: FieldUse, notes: ReadingNotes) -> Iterator[tuple[Any, AnyRecord | Drop]]:
+        """What its adapter makes of rows."""
         spec, adapter = self.spec, self.adapter
         split = adapter.splitter(spec)
         for number, row in enumerate(rows, start=1):
@@ -167,6 +177,8 @@ def open_source(spec: SourceSpec, data_dir: Path | None) -> Source:
     """
     adapter = adapter_of(spec)
     _check_reader_options(spec)
+    if spec.as_labels and (kind := adapter.kind_of(spec)) not in ("conversations", "pairs"):
+        raise _error(spec, f"as_labels is of conversations and pairs; adapter {spec.adapter} gives {kind}")
     files: list[SourceFile] = []
     if is_hub(spec):
         if spec.format is not None:

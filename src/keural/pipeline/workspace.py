@@ -68,7 +68,7 @@ class Workspace:
             "stage": stage.determining("weights", length),
             "model": self.recipe.spec.model.determining("weights"),
             "seed": self.recipe.spec.seed,
-            **({"order": ORDER_VERSION} if OBJECTIVES[stage.objective].store == "pairs" else {}),
+            **({"order": ORDER_VERSION} if OBJECTIVES[stage.objective].unit != "tokens" else {}),
             **budget,
             "tokenizer": self.tokenizer.sha256,
             "data": self.data[stage.name].fingerprint,
@@ -351,5 +351,5 @@ def open_stream(workspace: Workspace, stage: StageSpec) -> Stream:
     """The stream of batches that a stage trains on."""
     length, train, tokenizer = stage.data.sequence_length, stage.train, workspace.tokenizer
     rows = None if train.batch_tokens is None else train.batch_tokens // length
-    settings = (stage.objective, length, rows, train.batch_pairs, workspace.recipe.spec.seed)
+    settings = (stage.objective, length, rows, train.batch_records, workspace.recipe.spec.seed)
     return workspace.data[stage.name].corpus.stream(*settings, tokenizer.sha256, tokenizer.vocab_size)

@@ -85,8 +85,7 @@ def head_work(network: Network, way: Way) -> int:
         return copies + 3 * hidden + norm + routing(network, way)
     piece = positions_of_a_piece(network.vocabulary, b)
     rows = padded(network.vocabulary)
-    pieces = min(2 * piece, tokens)  # the next is made while the last is there
-    return rows * m.hidden_size * (b + 4) + pieces * rows * b + 2 * hidden + norm + routing(network, way)
+    return rows * m.hidden_size * (b + 4) + min(piece, tokens) * rows * b + 2 * hidden + norm + routing(network, way)
 
 
 def routing(network: Network, way: Way) -> int:

@@ -19,6 +19,8 @@ KEYS = ("precision", "recompute", "micro_batch_tokens", "compile")
 """What a plan chooses where a recipe is silent."""
 GOOD_TOKENS, MOST_TOKENS = 8192, 16_384
 """Of a micro-batch: smaller ones are slower, larger ones were not measured."""
+ERROR = 1.01
+"""What GPUs took was at most so many times what was planned (tests); what fits by less does not fit."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,15 @@ class Laid:
 
 def row_tokens(stage: StageSpec) -> int:
     """Positions of a packed row: two sequences long for pairs."""
-    return OBJECTIVES[stage.objective].sequences_per_record * stage.data.sequence_length
+    return OBJECTIVES[stage.objective].sequences_per_row * stage.data.sequence_length
 
 
 def rows_of_a_step(stage: StageSpec) -> int:
-    """Packed rows of an optimizer step; for pairs at most so many, as short ones share a row."""
+    """Packed rows of an optimizer step; for pairs and answers at most so many, as short ones share a row."""
     if stage.train.batch_tokens is not None:
         return stage.train.batch_tokens // row_tokens(stage)
-    assert stage.train.batch_pairs is not None
-    return stage.train.batch_pairs
+    assert stage.train.batch_records is not None
+    return stage.train.batch_records
 
 
 def share_tokens(stage: StageSpec, gpus: int) -> int:
@@ -101,7 +103,7 @@ def _best(network: Network, stage: StageSpec, gpu: Gpu, gpus: int, precision: st
     found: list[Laid] = []
     for layout in _layouts(network, stage, gpus, precision, stated):
         taken = memory(network, layout)
-        found.append(Laid(stage, layout, taken, taken.total <= gpu.gib * GIB, chosen))
+        found.append(Laid(stage, layout, taken, taken.total * ERROR <= gpu.gib * GIB, chosen))
         if found[-1].fits:
             return found[-1]
     return min(found, key=lambda laid: laid.memory.total)
@@ -124,7 +126,7 @@ def _layouts(network: Network, stage: StageSpec, gpus: int, precision: str, stat
                     compiled = spec.compile if "compile" in stated else engine and itemsize == 2
                     converted = gpus == 1 and precision == "fp32" and itemsize == 2
                     way = Way(engine, compiled, mode, itemsize, converted, tokens)
-                    yield Layout(gpus, precision, way, stage.needs_reference and stage.dpo.reference == "online")
+                    yield Layout(gpus, precision, way, stage.needs_reference and stage.reference.reference == "online")
 
 
 def _sizes(stage: StageSpec, gpus: int, stated: bool) -> list[int]:

@@ -40,7 +40,7 @@ class Cost:
 def length(recipe: Recipe, stage: StageSpec, seconds_per_step: float) -> Length:
     """How long a stage is."""
     spec, per_step = stage.train, rows_of_a_step(stage) * row_tokens(stage)
-    most = "at most, as pairs share rows; " if spec.batch_pairs is not None else ""
+    most = f"at most, as {OBJECTIVES[stage.objective].unit} share rows; " if spec.batch_records is not None else ""
     if spec.steps is not None:
         return Length(spec.steps, spec.steps * per_step, f"{most}train.steps x batch")
     if spec.budget_share is not None:
@@ -51,9 +51,10 @@ def length(recipe: Recipe, stage: StageSpec, seconds_per_step: float) -> Length:
     records, source = _records(stage)
     if records is None:
         return Length(None, None, f"{spec.epochs:g} epochs of data that is not there; {source}")
-    per_epoch = records / spec.batch_pairs if spec.batch_pairs is not None else records * SAMPLE_TOKENS / per_step
+    batch = spec.batch_records
+    per_epoch = records * SAMPLE_TOKENS / per_step if batch is None else records / batch
     steps = math.ceil(per_epoch * spec.epochs)
-    text = f"{spec.epochs:g} epochs of {records:,} records{'' if spec.batch_pairs else f' of {SAMPLE_TOKENS} tokens'} ({source})"
+    text = f"{spec.epochs:g} epochs of {records:,} records{f' of {SAMPLE_TOKENS} tokens' if batch is None else ''} ({source})"
     return Length(steps, steps * per_step, most + text)
 
 
@@ -85,6 +86,7 @@ def cost(network: Network, gpu: Gpu, laid: Laid, rate: Rate) -> Cost:
     flops = network.flops(stage.data.sequence_length)
     pass_seconds = tokens * flops / (gpu.flops(stage.train.compute_dtype) * rate.mfu)
     seconds = pass_seconds * (1 if rate.whole else 1 + ahead(network, laid)) + (0 if rate.whole else rate.optimizer_seconds)
+    seconds += pass_seconds * compared(laid)
     return Cost(rows * row_tokens(stage) / seconds, seconds, None)
 
 
@@ -98,6 +100,12 @@ def ahead(network: Network, laid: Laid) -> float:
     return forward_share(laid) * (1 - head)
 
 
+def compared(laid: Laid) -> float:
+    """Of a step's time, what the forward pass takes that measures the divergence of a step (kto) on as many sequences again."""
+    stage = laid.stage
+    return forward_share(laid) if OBJECTIVES[stage.objective].store == "answers" and stage.kto.needs_divergence else 0.0
+
+
 def forward_share(laid: Laid) -> float:
     """Of a forward and backward pass: a third, or a quarter where the backward pass runs the layers again."""
     return 1 / (4 if laid.layout.way.recompute == "full" else 3)
@@ -109,6 +117,8 @@ def hours(laid: Laid, found: Length, spent: Cost) -> float | None:
         return None
     steps: float = found.steps
     if laid.stage.needs_reference:
-        again = laid.stage.train.epochs or 1 if laid.stage.dpo.reference == "cached" else 1
-        steps += found.steps / max(1.0, again) * forward_share(laid)  # once for each pair, or in every step
+        again = laid.stage.train.epochs or 1 if laid.stage.reference.reference == "cached" else 1
+        kind = OBJECTIVES[laid.stage.objective]
+        sequences = kind.sequences_per_record / kind.sequences_per_row  # of answers two, of which a step trains one
+        steps += sequences * found.steps / max(1.0, again) * forward_share(laid)  # once for each record, or in every step
     return steps * spent.seconds_per_step / 3600

@@ -16,12 +16,24 @@ from keural.recipe.evaluation import BitsPerByteSpec, ChatSpec, EvaluationSpec, 
 from keural.recipe.load import Recipe, RecipeSpec, load_recipe, parse_duration
 from keural.recipe.lora import LoraSpec, Target
 from keural.recipe.model import ModelSpec
-from keural.recipe.objectives import OBJECTIVES, PREFERENCE_LOSSES, STORES, Objective, ObjectiveKind, StoreKind, StoreShape, Unit
+from keural.recipe.objectives import (
+    KTO_LOSSES,
+    OBJECTIVES,
+    PREFERENCE_LOSSES,
+    STORES,
+    Objective,
+    ObjectiveKind,
+    StoreKind,
+    StoreShape,
+    Unit,
+)
 from keural.recipe.optimizer import MuonSpec
+from keural.recipe.preferences import DpoSpec, KtoSpec
 from keural.recipe.tokenizer import TokenizerSpec
-from keural.recipe.training import ChecksSpec, DpoSpec, RouterSpec, SftSpec, StageSpec, TrainSpec
+from keural.recipe.training import ChecksSpec, RouterSpec, SftSpec, StageSpec, TrainSpec
 
 __all__ = [
+    "KTO_LOSSES",
     "OBJECTIVES",
     "PREFERENCE_LOSSES",
     "STORES",
@@ -37,6 +49,7 @@ __all__ = [
     "ExactMatchSpec",
     "ExecutorSpec",
     "GateAction",
+    "KtoSpec",
     "LicensesSpec",
     "LoraSpec",
     "MixingSpec",

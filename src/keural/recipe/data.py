@@ -25,6 +25,9 @@ class SourceSpec(Spec):
     """Reader of the file; the default follows from the suffix."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the adapter and reader, e.g. names of fields."""
+    as_labels: bool = False
+    """Take its records as single answers with a label: of rows with a label the bad ones, too (which are dropped otherwise), of
+    pairs the chosen answer as a good one and the rejected one as a bad one. With objective kto sources are taken so."""
     hub: str | None = not_for(("cleaning",), None)
     """Where the files come from (a dataset hub id): read from there when there is no `path`, and named when files are missing."""
     revision: str | None = None

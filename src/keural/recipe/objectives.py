@@ -4,13 +4,15 @@ In: the name of a stage's objective, or of what a store holds. Out: what its sto
 reported. The loss itself is its namesake in `keural.train.objectives.registry`; a new objective is a row here and a loss there.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
-Objective = Literal["next_token", "sft", "dpo"]
-StoreKind = Literal["documents", "conversations", "pairs"]
-Unit = Literal["tokens", "pairs"]
+Objective = Literal["next_token", "sft", "dpo", "kto"]
+StoreKind = Literal["documents", "conversations", "pairs", "answers"]
+Unit = Literal["tokens", "pairs", "answers"]
 PreferenceLossName = Literal["sigmoid", "sigmoid_norm", "ipo", "hinge", "robust", "rpo", "dpop", "simpo", "nll"]
+KtoLossName = Literal["kto", "apo_zero_unpaired"]
 
 
 @dataclass(frozen=True)
@@ -20,13 +22,17 @@ class StoreShape:
     unit: Unit
     """What a batch's size, a source's weight and a loss's denominator count."""
     sequences_per_record: int
-    """Sequences that belong together and are never divided: a pair has a chosen and a rejected one."""
+    """Sequences that belong together: a pair has a chosen and a rejected one, a labelled answer its own and its prompt with the
+    answer to another one."""
+    sequences_per_row: int
+    """Sequences of full length that a packed row must have room for: those of a pair stand in one row."""
 
 
 STORES: dict[str, StoreShape] = {
-    "documents": StoreShape("tokens", 1),
-    "conversations": StoreShape("tokens", 1),
-    "pairs": StoreShape("pairs", 2),
+    "documents": StoreShape("tokens", 1, 1),
+    "conversations": StoreShape("tokens", 1, 1),
+    "pairs": StoreShape("pairs", 2, 2),
+    "answers": StoreShape("answers", 2, 1),
 }
 
 
@@ -48,6 +54,10 @@ class ObjectiveKind:
     """What is reported besides where a reference is at hand."""
     settings: str | None = None
     """The key of a stage that holds settings of its own."""
+    shares: Mapping[str, str] = field(default_factory=dict)
+    """Of metrics that are means over some of what is counted: the metric that says how large a share these are."""
+    margin: tuple[str, str] | None = None
+    """Of such metrics the two whose difference is reported as `reward_margin`."""
 
     @property
     def unit(self) -> Unit:
@@ -56,8 +66,13 @@ class ObjectiveKind:
 
     @property
     def sequences_per_record(self) -> int:
-        """Sequences of its stores that are never divided; a packed row has room for so many of full length."""
+        """Sequences of its stores that belong together."""
         return STORES[self.store].sequences_per_record
+
+    @property
+    def sequences_per_row(self) -> int:
+        """Sequences of full length that a packed row has room for."""
+        return STORES[self.store].sequences_per_row
 
 
 OBJECTIVES: dict[str, ObjectiveKind] = {
@@ -80,6 +95,26 @@ OBJECTIVES: dict[str, ObjectiveKind] = {
         ),
         reference_metrics=("kl_estimate",),
         settings="dpo",
+    ),
+    "kto": ObjectiveKind(
+        "answers",
+        "KTO",
+        "c4",
+        needs_reference=True,
+        metrics=(
+            "desirable",
+            "undesirable",
+            "reward_desirable",
+            "reward_undesirable",
+            "logprob_desirable",
+            "logprob_undesirable",
+            "length_desirable",
+            "length_undesirable",
+            "kl",
+        ),
+        settings="kto",
+        shares={f"{figure}_{label}": label for figure in ("reward", "logprob", "length") for label in ("desirable", "undesirable")},
+        margin=("reward_desirable", "reward_undesirable"),
     ),
 }
 
@@ -108,3 +143,15 @@ PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {
     "nll": PreferenceLoss(needs_reference=False, per_token=True),
 }
 """The formulas stand in `keural.train.objectives.pairwise`."""
+
+
+@dataclass(frozen=True)
+class KtoLoss:
+    """A loss of labelled answers that can be asked for by name (`kto.loss`)."""
+
+    needs_divergence: bool
+    """Whether it compares with the divergence of policy and reference that answers to other prompts show."""
+
+
+KTO_LOSSES: dict[str, KtoLoss] = {"kto": KtoLoss(needs_divergence=True), "apo_zero_unpaired": KtoLoss(needs_divergence=False)}
+"""The formulas stand in `keural.train.objectives.labelled`."""

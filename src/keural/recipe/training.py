@@ -1,16 +1,15 @@
 """One training stage: objective, optimisation, router losses."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from keural.errors import nearest, quoted
-from keural.limits import LARGEST
-from keural.recipe.base import BOUNDED, Part, Spec, length, length_list, neutral, not_for
+from keural.recipe.base import Part, Spec, length, length_list, neutral, not_for
 from keural.recipe.data import DataSpec
 from keural.recipe.lora import LoraSpec, why_not_adapted
-from keural.recipe.objectives import OBJECTIVES, PREFERENCE_LOSSES, Objective, PreferenceLossName
+from keural.recipe.objectives import OBJECTIVES, STORES, Objective
 from keural.recipe.optimizer import MuonSpec, OptimizerName, why_not_muon
+from keural.recipe.preferences import DpoSpec, KtoSpec, ReferenceSpec
 
 
 class TrainSpec(Spec):
@@ -26,6 +25,9 @@ class TrainSpec(Spec):
     """Tokens per optimizer step (next_token, sft): a multiple of data.sequence_length."""
     batch_pairs: int | None = Field(None, gt=0)
     """Preference pairs per optimizer step (dpo)."""
+    batch_answers: int | None = Field(None, gt=0)
+    """Labelled answers per optimizer step (kto). What answers to other prompts say of the policy is measured over all of them, so
+    a step should have many."""
     micro_batch_tokens: int | None = neutral("work", None, gt=0)
     """Upper bound of tokens in one forward pass on one rank; default: the rank's whole share at once. Gradients are the same sums,
     cut elsewhere, so weights differ by rounding at most; with router.scope micro_batch the cut is part of the loss, and counts."""
@@ -91,6 +93,11 @@ class TrainSpec(Spec):
             return {"compute_dtype": "bfloat16", **data}
         return data
 
+    @property
+    def batch_records(self) -> int | None:
+        """Pairs or answers per optimizer step; None where it counts tokens."""
+        return self.batch_pairs if self.batch_answers is None else self.batch_answers
+
     @field_validator("betas")
     @classmethod
     def _betas_in_range(cls, betas: list[float]) -> list[float]:
@@ -151,86 +158,6 @@ class RouterSpec(Spec):
         return self
 
 
-class DpoSpec(Spec):
-    """Preference optimisation; an option that the loss does not read is refused."""
-
-    beta: float = Field(0.1, gt=0)
-    """How strongly the policy is held to its reference; margins are multiplied by it (of `ipo`: tau). Losses of sums want about
-    0.1, those of means per token (`sigmoid_norm`, `simpo`) 2 to 10."""
-    loss: Annotated[PreferenceLossName | dict[PreferenceLossName, float], BOUNDED] = "sigmoid"
-    """What is minimised over pairs, or several with their weights, `{ipo: 1.0, nll: 0.2}`. `sigmoid`: DPO, with `label_smoothing`
-    cDPO. `sigmoid_norm`: DPO of means per token. `ipo`: a square, of means per token. `hinge`. `robust`: DPO without the bias of
-    swapped labels. `rpo`: DPO and `nll`. `dpop`: DPO that does not let the chosen answer fall. `simpo`: means per token without
-    a reference. `nll`: the chosen answer's, beside others."""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """Share of pairs that are taken to be swapped (`sigmoid`, `sigmoid_norm`, `rpo`: cDPO; `robust`)."""
-    ld_alpha: float = Field(1.0, ge=0, le=1)
-    """Weight of the tokens by which one answer is longer than the other: LD-DPO (Liu et al. 2024, arXiv:2409.06411); 1 is
-    plain DPO. Of losses of sums."""
-    rpo_alpha: float = Field(1.0, gt=0)
-    """Weight of `nll` in `rpo`."""
-    dpop_lambda: float = Field(50.0, gt=0)
-    """Weight of the penalty in `dpop`."""
-    simpo_gamma: float = Field(1.0, ge=0)
-    """Margin that `simpo` asks for, in rewards."""
-    reference: Literal["cached", "online"] = neutral("work", "cached")
-    """Where the log-probabilities of the model that the stage starts from come from. `cached`: computed once for each pair ahead of
-    training and kept in the run directory, whatever else of the recipe changes. `online`: in every step by a frozen copy (with
-    `lora` by the model with its adapter off), without that pass, at the cost of twice the weights in memory and of a forward pass
-    more. The same values up to rounding."""
-    reference_path: str | None = neutral("place", None)
-    """A directory of such values that were made elsewhere (`--reference-only`; `reference` of a run, or one inside it). It is
-    verified and must hold every pair of the stage; nothing is computed. None: those of the run directory, where missing ones are
-    computed."""
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """The losses that are added up, each with its weight."""
-        return {self.loss: 1.0} if isinstance(self.loss, str) else {str(name): weight for name, weight in self.loss.items()}
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether any of the losses compares with the model that the stage starts from."""
-        return any(PREFERENCE_LOSSES[name].needs_reference for name in self.weights)
-
-    @property
-    def per_token(self) -> bool:
-        """Whether all losses are of means over an answer's tokens."""
-        return all(PREFERENCE_LOSSES[name].per_token for name in self.weights)
-
-    @field_validator("loss", mode="before")
-    @classmethod
-    def _known(cls, loss: Any) -> Any:
-        asked = loss if isinstance(loss, dict) else {loss: 1.0} if isinstance(loss, str) else {}
-        if not asked:
-            raise ValueError(f"must be a name or a mapping of names to weights, got {quoted(loss)}")
-        for name, weight in asked.items():
-            if name not in PREFERENCE_LOSSES:
-                raise ValueError(f"unknown loss {quoted(name)}{nearest(str(name), PREFERENCE_LOSSES)}")
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= LARGEST:
-                raise ValueError(f"the weight of {name} must be a number above 0 and at most {LARGEST:,}, got {quoted(weight)}")
-        return loss
-
-    @model_validator(mode="after")
-    def _used(self) -> Self:
-        asked = self.weights
-        if not asked.keys() - {"nll"}:
-            raise ValueError("loss nll is for beside others, e.g. {sigmoid: 1.0, nll: 0.2}; alone it is objective sft")
-        for option in ("label_smoothing", "ld_alpha", "rpo_alpha", "dpop_lambda", "simpo_gamma"):
-            readers = [name for name, known in PREFERENCE_LOSSES.items() if option in known.options]
-            if option in self.model_fields_set and not asked.keys() & set(readers):
-                raise ValueError(f"{option} has no effect with loss {' and '.join(asked)}; {', '.join(readers)} read it")
-        if self.ld_alpha != 1 and (others := [name for name in asked if PREFERENCE_LOSSES[name].per_token and name != "nll"]):
-            raise ValueError(f"ld_alpha weighs the tokens of sums, and loss {others[0]} is of means; leave one of them out")
-        if self.reference == "online" and self.reference_path is not None:
-            raise ValueError("dpo.reference_path has no effect with dpo.reference online")
-        if not self.needs_reference and (unread := sorted(self.model_fields_set & {"reference", "reference_path"})):
-            raise ValueError(f"{unread[0]} has no effect with loss {' and '.join(asked)}, which compares with no reference")
-        if "robust" in asked and self.label_smoothing == 0:
-            raise ValueError("loss robust needs label_smoothing, the share of swapped pairs; without it it is loss sigmoid")
-        return self
-
-
 class SftSpec(Spec):
     """Supervised fine-tuning."""
 
@@ -249,9 +176,11 @@ class ChecksSpec(Spec):
     cut_answers: float = neutral("check", 0.001, ge=0, le=1)
     """Records that end within a trained answer."""
     identical_sides: float = neutral("check", 0.001, ge=0, le=1)
-    """Pairs whose answers are the same."""
+    """Pairs whose answers are the same; labelled answers that are compared with themselves."""
     swapped_pairs: float = neutral("check", 0.001, ge=0, le=1)
-    """Pairs that are also there with their answers swapped."""
+    """Pairs that are also there with their answers swapped; answers that are there with both labels."""
+    one_label: float = neutral("check", 0.99, ge=0.5, le=1)
+    """Labelled answers (kto) that have the label which most have, of what the stage trains on."""
     lost_to_length: float = neutral("check", 0.25, ge=0, le=1)
     """Conversations and pairs that data.sequence_length cuts or leaves out, where the store says what it was made from."""
 
@@ -262,7 +191,8 @@ class StageSpec(Spec):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     """The name of the stage's file without `.yaml`: small letters, digits and dashes."""
     objective: Objective
-    """`next_token` on documents, `sft` on the assistant's turns of conversations, `dpo` on pairs of answers."""
+    """`next_token` on documents, `sft` on the assistant's turns of conversations, `dpo` on pairs of answers, `kto` on single
+    answers with a label."""
     init_from: str = not_for(("weights",), "random")
     """`random`, the name of an earlier stage, or a path with a slash: a model directory, or a stage or run with one, of the same
     network and tokenizer; what determines the weights there is in the fingerprint."""
@@ -276,6 +206,8 @@ class StageSpec(Spec):
     """Train low-rank adapters in place of the whole model; none: the whole model is trained. One process."""
     dpo: DpoSpec = Field(default_factory=DpoSpec)
     """Settings of objective dpo; refused with any other."""
+    kto: KtoSpec = Field(default_factory=KtoSpec)
+    """Settings of objective kto; refused with any other."""
     sft: SftSpec = Field(default_factory=SftSpec)
     """Settings of objective sft; refused with any other."""
     checks: ChecksSpec = neutral("check", default_factory=ChecksSpec)
@@ -291,9 +223,14 @@ class StageSpec(Spec):
         return found
 
     @property
+    def reference(self) -> ReferenceSpec:
+        """Settings of an objective that may compare with the model that the stage starts from."""
+        return self.kto if OBJECTIVES[self.objective].settings == "kto" else self.dpo
+
+    @property
     def needs_reference(self) -> bool:
         """Whether the loss compares with the model that the stage starts from."""
-        return OBJECTIVES[self.objective].needs_reference and (self.objective != "dpo" or self.dpo.needs_reference)
+        return OBJECTIVES[self.objective].needs_reference and self.reference.needs_reference
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -311,14 +248,29 @@ class StageSpec(Spec):
         """The earlier stage that `init_from` names; None for random weights and for a model directory."""
         return None if self.init_from == "random" or self.starts_from_directory else self.init_from
 
+    @model_validator(mode="before")
+    @classmethod
+    def _labels_wanted(cls, stage: Any) -> Any:
+        """Sources of a stage that trains on labelled answers give such."""
+        kind = OBJECTIVES.get(str(stage.get("objective"))) if isinstance(stage, dict) else None
+        data = stage.get("data") if kind is not None else None
+        if kind is None or kind.store != "answers" or not isinstance(data, dict):
+            return stage
+        filled = {
+            name: [{"as_labels": True, **each} if isinstance(each, dict) else each for each in data[name]]
+            for name in ("sources", "heldout_sources")
+            if isinstance(data.get(name), list)
+        }
+        return {**stage, "data": {**data, **filled}}
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
         train, length, name, kind = self.train, self.data.sequence_length, self.objective, OBJECTIVES[self.objective]
         if self.data.shards and kind.store != "documents":
             raise ValueError(f"data.shards hold documents; objective {name} cannot train on them")
-        sizes = {"tokens": train.batch_tokens, "pairs": train.batch_pairs}
-        if [unit for unit, size in sizes.items() if size is not None] != [kind.unit]:
-            others = " or ".join(f"train.batch_{unit}" for unit in sizes if unit != kind.unit)
+        units = dict.fromkeys(store.unit for store in STORES.values())
+        if [unit for unit in units if getattr(train, f"batch_{unit}") is not None] != [kind.unit]:
+            others = " or ".join(f"train.batch_{unit}" for unit in units if unit != kind.unit)
             raise ValueError(f"objective {name} needs train.batch_{kind.unit} and no {others}")
         if train.batch_tokens is not None and train.batch_tokens % length:
             raise ValueError(f"train.batch_tokens {train.batch_tokens} is not a multiple of data.sequence_length {length}")
@@ -335,7 +287,7 @@ class StageSpec(Spec):
             raise ValueError(why_not_it)
         if self.lora is not None and (why_not := why_not_adapted(self.lora, self.init_from, train, self.router)):
             raise ValueError(why_not)
-        row = kind.sequences_per_record * length
+        row = kind.sequences_per_row * length
         if train.micro_batch_tokens is not None and train.micro_batch_tokens < row:
             raise ValueError(f"train.micro_batch_tokens {train.micro_batch_tokens} is smaller than one packed row ({row} tokens)")
         return self

@@ -18,6 +18,9 @@ FOUND = {
     "cut_answer": "ends within an answer",
     "identical_sides": "identical answers",
     "swapped_pair": "also swapped",
+    "own_answer": "not beside another answer",
+    "other_label": "also with the other label",
+    "one_label": "of the commoner label",
     "lost_to_length": "cut or left out for length",
 }
 """What a report calls the findings of `keural.train.checks.stores`; one that is not here keeps its name."""
@@ -54,8 +57,18 @@ def _probes(stage: Stage) -> str:
         if isolation is not None
         else "",
         f"policy and reference differ by {difference:.1e} per token" if difference is not None else "",
+        _balance(stage.checks.get("labels") or {}),
     ]
     return ", ".join(part for part in parts if part)
+
+
+def _balance(labels: Mapping[str, Any]) -> str:
+    """How many labelled answers are good and bad ones, and what they weigh."""
+    if not labels:
+        return ""
+    ratio = labels.get("ratio")
+    weighed = f", together weighed {ratio:.2f} to 1" if ratio is not None else ""
+    return f"{labels.get('desirable', 0):,} good and {labels.get('undesirable', 0):,} bad answers{weighed}"
 
 
 def by_source(run: Run) -> list[Table]:
@@ -65,7 +78,7 @@ def by_source(run: Run) -> list[Table]:
         heldout = stage.done.get("heldout") or (stage.heldout[-1]["heldout"] if stage.heldout else {})
         rows = [_source_row(name, figures) for name, figures in _grouped(heldout).items()]
         if rows:
-            columns = ["source or language", "items", "loss", "margin", "ranked right", "log-probability, chosen", "rejected"]
+            columns = ["source or language", "items", "loss", "margin", "ranked right", "log-probability, good", "bad"]
             width = 7 if any(row[3].text != ABSENT for row in rows) else 3
             tables.append(Table(f"Held out, {stage.name}", columns[:width], [row[:width] for row in rows]))
     return tables
@@ -87,7 +100,8 @@ def _source_row(name: str, figures: Mapping[str, Any]) -> list[Cell]:
     cells = [Cell(f"{figures.get('items', 0):,.0f}", numeric=True)]
     cells += [Cell(number(figures.get(key)), numeric=True) for key in ("loss", "reward_margin")]
     cells.append(Cell(percent(accuracy) if accuracy is not None else ABSENT, numeric=True))
-    cells += [Cell(number(figures.get(key)), numeric=True) for key in ("logprob_chosen", "logprob_rejected")]
+    sides = (("logprob_chosen", "logprob_desirable"), ("logprob_rejected", "logprob_undesirable"))
+    cells += [Cell(number(figures.get(pair, figures.get(answer))), numeric=True) for pair, answer in sides]
     return [Cell(name), *cells]
 
 

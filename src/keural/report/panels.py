@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
-from keural.recipe import OBJECTIVES
+from keural.recipe import OBJECTIVES, STORES
 from keural.report.charts import HALF_WIDTH, Band, Line, Reference, heatmap, line_chart, smooth
 from keural.report.collect import Run, Stage
 from keural.report.format import percent
@@ -105,25 +105,30 @@ def load_maps(run: Run) -> list[Panel]:
     return panels
 
 
+JUDGED = dict.fromkeys(STORES, ("chosen", "rejected")) | {"answers": ("desirable", "undesirable")}
+"""What metrics call good and bad answers, by the kind of store."""
+
+
 def preferences(run: Run) -> list[Panel]:
-    """Rewards, margins and accuracies of each DPO stage."""
+    """Rewards, margins and accuracies of each stage that learns from judged answers."""
     panels = []
     for stage in run.stages:
-        rewards = [
-            _smoothed(stage, key, label, color)
-            for key, label, color in (
-                ("reward_margin", "margin", "c3"),
-                ("reward_chosen", "chosen", "c2"),
-                ("reward_rejected", "rejected", "c4"),
-            )
-        ]
+        better, worse = JUDGED[OBJECTIVES[stage.objective].store if stage.objective in OBJECTIVES else "pairs"]
+        sides = [("c2", better), ("c4", worse)]
+        rewards = [_smoothed(stage, "reward_margin", "margin", "c3")]
+        rewards += [_smoothed(stage, f"reward_{side}", side, color) for color, side in sides]
         chart = line_chart(f"Rewards in {stage.name}", rewards, references=[Reference("", 0.0)], width=HALF_WIDTH, height=SMALL)
-        legend = [("c3", "margin"), ("c2", "chosen"), ("c4", "rejected")]
+        legend = [("c3", "margin"), *sides]
         panels.append(Panel(f"{stage.name}: rewards and their margin", chart, "β · log-ratio to the reference model.", legend))
-        answers = [_smoothed(stage, "logprob_chosen", "chosen", "c2"), _smoothed(stage, "logprob_rejected", "rejected", "c4")]
+        answers = [_smoothed(stage, f"logprob_{side}", side, color) for color, side in sides]
         chart = line_chart(f"Log-probabilities in {stage.name}", answers, width=HALF_WIDTH, height=SMALL)
         note = "Of whole answers. Both may fall while the margin grows."
-        panels.append(Panel(f"{stage.name}: log-probabilities", chart, note, [("c2", "chosen"), ("c4", "rejected")]))
+        panels.append(Panel(f"{stage.name}: log-probabilities", chart, note, sides))
+        title = f"{stage.name}: divergence from the reference"
+        chart = line_chart(title, [_smoothed(stage, "kl", "divergence", "c1")], width=HALF_WIDTH, height=SMALL)
+        panels.append(
+            Panel(title, chart, "On answers to other prompts, nats per answer; what good and bad ones are measured against.")
+        )
         title = f"{stage.name}: pairs ranked right"
         accuracy = [_smoothed(stage, "reward_accuracy", "accuracy", "c3")]
         chance = [Reference("chance", 0.5)]
@@ -145,7 +150,7 @@ def _loss(placed: Sequence[_Placed], bands: Sequence[Band], legend: Sequence[tup
     lines = [line for one in placed for line in _lines(one, "loss", noisy=True)]
     heldout = [line for one in placed if (line := _heldout(one)).xs]
     note = "Thin: every step. Bold: moving average. Nats per token"
-    note += "; the DPO loss starts at ln 2 = 0.693." if _plain(placed) else "."
+    note += "; the DPO loss starts at ln 2 = 0.693, KTO's at 0.5." if _plain(placed) else "."
     if heldout:
         note += " Dots: held-out data."
     return Panel("Loss", line_chart("Loss", lines + heldout, bands, height=300), note, legend)

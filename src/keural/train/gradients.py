@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from keural.data.loading.batch import Batch
+from keural.recipe import OBJECTIVES
+from keural.train.divergence import against_divergence
 from keural.train.losses import RouterStatistics, balance_loss, router_statistics, z_loss
 from keural.train.micro_batches import MicroBatch, micro_batches
 from keural.train.network.neftune import noised
+from keural.train.objectives.base import figures
 from keural.train.reference.online import references_for
 from keural.train.trainer import Trainer
 from keural.train.weighing import weighing_of
@@ -22,7 +25,7 @@ from keural.train.weighing import weighing_of
 
 @dataclass(frozen=True)
 class Totals:
-    """Counts of a whole optimizer step over all ranks: what the task loss is divided by (labels, pairs or the weights of pairs),
+    """Counts of a whole optimizer step over all ranks: what the task loss is divided by (labels, pairs, their weights, or answers),
     tokens without padding, positions of all rows, forward passes with at least one token.
     """
 
@@ -49,6 +52,7 @@ def accumulate_gradients(trainer: Trainer, step: int) -> StepLosses:
     """Replace all gradients by those of optimizer step `step`, counted from 0, and change nothing else. Every rank must call it."""
     ranks = trainer.ranks
     batch = trainer.stream.batch(step, ranks.rank, ranks.world)
+    trainer = against_divergence(trainer, [batch], trainer.references)
     micros = micro_batches(batch, trainer.stage.train.micro_batch_tokens, ranks.device)
     totals = count_step(trainer, batch, micros)
     tokens_per_expert = step_tokens_per_expert(trainer, step, batch, micros)
@@ -91,8 +95,7 @@ def step_tokens_per_expert(trainer: Trainer, step: int, batch: Batch, micros: Se
 def forward_backward(trainer: Trainer, micro: MicroBatch, totals: Totals, tokens_per_expert: Tensor | None) -> Tensor:
     """Add one micro-batch's gradients; returns the sums that the step's losses are made of, see `unpack`."""
     references = references_for(trainer.references, micro)
-    weighing = weighing_of(trainer.objective, micro, references) if trainer.policy.engine is None else None
-    output = trainer.policy(micro, weighing=weighing)
+    output = trainer.policy(micro, weighing=weighing_of(trainer.objective, micro, references))
     statistics = router_statistics(output.router_logits, micro.token_mask.flatten(), trainer.top_k)
     terms = trainer.objective(output.logprobs, micro, references)
     balance, z = router_losses(trainer, statistics, totals, tokens_per_expert)
@@ -112,7 +115,8 @@ def unpack(trainer: Trainer, sums: Tensor, totals: Totals) -> StepLosses:
     loss, *metrics = (scalars / (totals.denominator or 1)).tolist()
     by_expert = (counts.view(layers, experts), probabilities.view(layers, experts))
     router = RouterStatistics(*by_expert, squares, entropies, totals.tokens)
-    return StepLosses(loss, dict(zip(names, metrics, strict=True)), router, totals.tokens, totals.positions)
+    found = figures(dict(zip(names, metrics, strict=True)), OBJECTIVES[trainer.stage.objective])
+    return StepLosses(loss, found, router, totals.tokens, totals.positions)
 
 
 def router_losses(

@@ -78,14 +78,21 @@ def _slopes_of_labels(counted: Tensor, number: int, weighing: Weighing | None) -
 
 
 def _pieces(counted: Tensor, chunk: int, weighing: Weighing | None) -> list[list[slice]]:
-    """The labels in pieces, in lists: between two lists the slopes of the first one are known. Lists of several pieces are of
-    groups that are larger than a piece.
-    """
+    """The labels in pieces, in lists: between two lists the slopes of the first one are known."""
     total = len(counted)
     if weighing is None:
-        return [[slice(start, min(start + chunk, total))] for start in range(0, total, chunk)]
+        return pieces_of(total, chunk)
     ends = torch.searchsorted(counted, torch.tensor(weighing.ends, device=counted.device)).tolist()
     assert total == 0 or ends[-1] == total, "every label is in a group"
+    return pieces_of(total, chunk, ends)
+
+
+def pieces_of(total: int, chunk: int, ends: Sequence[int] | None = None) -> list[list[slice]]:
+    """`total` places in pieces of at most `chunk`, in lists. With `ends`, where groups end (the last one at `total`), a list is a
+    piece of whole groups, or the pieces of one group that is larger; without, a list is a piece.
+    """
+    if ends is None:
+        return [[slice(start, min(start + chunk, total))] for start in range(0, total, chunk)]
     found, start, last = [], 0, 0
     for end in [*ends, None]:
         if last > start and (end is None or end - start > chunk):

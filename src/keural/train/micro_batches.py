@@ -16,17 +16,23 @@ from keural.data.loading.batch import Array, Batch
 @dataclass(frozen=True)
 class PairIndices:
     """Where the two sides of each preference pair stand in a forward pass; side k is the chosen one of pair k, side pairs + k the
-    rejected one. Empty where there are no pairs.
+    rejected one. Labelled answers have one side. Empty where there are neither.
     """
 
     sequences: Array
-    """``[2, pairs]``: the store's sequences, the chosen ones first; on the CPU, where references are looked up."""
+    """``[2, pairs]``: the store's sequences, the chosen ones first, or ``[1, answers]``; on the CPU, where references are looked
+    up.
+    """
     positions: Tensor
     """``[n]``: indices into the flattened rows of every token of every side."""
     sides: Tensor
     """``[n]``: the side that each of these tokens belongs to."""
     weights: Tensor | None = None
     """``[pairs]``, float32: what each pair counts in the loss; None: all count the same."""
+    desirable: Tensor | None = None
+    """``[answers]``, bool: which labelled answers are good ones; None of pairs."""
+    ends: tuple[int, ...] = ()
+    """Where pairs or answers end among the flattened rows (`group_ends`); on the CPU, where pieces are cut by them."""
 
 
 @dataclass(frozen=True)
@@ -75,15 +81,28 @@ def to_device(batch: Batch, device: torch.device) -> MicroBatch:
             move(positions),
             move(sides),
             None if batch.pair_weights is None else move(batch.pair_weights),
+            None if batch.desirable is None else move(batch.desirable),
+            group_ends(positions, sides % max(len(batch.pairs), 1), len(batch.pairs)),
         ),
     )
 
 
 def _tokens_of_sides(batch: Batch) -> tuple[Array, Array]:
     """Each token of each side: its place in the flattened rows, and the number of its side."""
-    row, chosen, rejected, end = batch.pairs.T
-    begins, lengths = np.concatenate([chosen, rejected]), np.concatenate([rejected - chosen, end - rejected])
-    begins = begins + np.tile(row * batch.input_ids.shape[1], 2)
+    row, *bounds = batch.pairs.T
+    begins, lengths = np.concatenate(bounds[:-1]), np.diff(bounds, axis=0).ravel()
+    begins = begins + np.tile(row * batch.input_ids.shape[1], len(bounds) - 1)
     sides = np.repeat(np.arange(len(lengths)), lengths)
     inside = np.arange(len(sides)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     return begins[sides] + inside, sides
+
+
+def group_ends(positions: Array, groups: Array, number: int) -> tuple[int, ...]:
+    """Where `number` groups of positions end: behind every position of those that begin before there."""
+    begins, ends = np.full(number, np.iinfo(np.int64).max), np.zeros(number, dtype=np.int64)
+    np.minimum.at(begins, groups, positions)
+    np.maximum.at(ends, groups, positions + 1)
+    order = np.argsort(begins, kind="stable")
+    reached = np.maximum.accumulate(ends[order])
+    closed = np.append(begins[order][1:] >= reached[:-1], True)[:number]
+    return tuple(reached[closed].tolist())

@@ -1,16 +1,15 @@
-"""How a loss over pairs weighs the labels of each, told to the head while it has their logits.
+"""How a loss over pairs or answers weighs the labels of each, told to the head while it has their logits.
 
 In: an objective, rows with pairs, reference values. Out: a `Weighing`, by which one pass over the head gives log-probabilities and
 gradients. It asks the objective itself, so every loss has it: what a pair adds to a loss depends on that pair alone. Where that is
 not so the head notices, and takes its second pass.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from keural.train.losses import Weighing
-from keural.train.micro_batches import MicroBatch, PairIndices
+from keural.train.micro_batches import MicroBatch
 from keural.train.objectives.base import Objective, References
 
 
@@ -26,17 +25,4 @@ def weighing_of(objective: Objective, micro: MicroBatch, references: References 
             found: Tensor = torch.autograd.grad(loss, leaf)[0]
         return found
 
-    return Weighing(pair_ends(micro.pairs), slopes)
-
-
-def pair_ends(pairs: PairIndices) -> tuple[int, ...]:
-    """Where pairs end among the flattened rows: behind every token of those that begin before there."""
-    number = pairs.sequences.shape[1]
-    positions, owners = pairs.positions.cpu().numpy(), pairs.sides.cpu().numpy() % number
-    begins, ends = np.full(number, np.iinfo(np.int64).max), np.zeros(number, dtype=np.int64)
-    np.minimum.at(begins, owners, positions)
-    np.maximum.at(ends, owners, positions + 1)
-    order = np.argsort(begins, kind="stable")
-    reached = np.maximum.accumulate(ends[order])
-    closed = np.append(begins[order][1:] >= reached[:-1], True)
-    return tuple(reached[closed].tolist())
+    return Weighing(micro.pairs.ends, slopes)

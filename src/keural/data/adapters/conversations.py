@@ -25,7 +25,6 @@ from keural.data.adapters.base import (
     text_of,
     trimmed,
 )
-from keural.data.adapters.judgements import said
 from keural.data.adapters.turns import (
     NO,
     REASONING,
@@ -82,14 +81,14 @@ def _prompt_completion(value: Any, source: SourceSpec, where: str) -> Conversati
 
 def _kto(value: Any, source: SourceSpec, where: str) -> Conversation | Drop:
     """`{prompt, completion, label}`: as `prompt_completion`, and the label says whether the completion is a good one; only good
-    ones are learned.
+    ones are learned, with objective kto bad ones, too.
     """
     reader, name = TurnReader(source, where), source.options.get("label", "label")
     good = reader.label(lookup(value, name), name, required=True)
     if good is None:
         raise BadRow("missing_label")
-    reader.said = said(name, lookup(value, name))
-    return Drop("label_false", where) if not good else _completed(reader, value, name)
+    reader.judge(good, name, lookup(value, name))
+    return _completed(reader, value, name)
 
 
 def _completed(reader: TurnReader, value: Any, *read: str | int) -> Conversation | Drop:
@@ -100,6 +99,8 @@ def _completed(reader: TurnReader, value: Any, *read: str | int) -> Conversation
         raise BadRow("prompt_does_not_end_with_user")
     if not completion or completion[0].role != "assistant":
         raise BadRow("completion_does_not_begin_with_assistant")
+    if reader.source.as_labels and len(completion) > 1:
+        raise BadRow("label_of_several_turns")
     completion[-1] = reader.reasoned(completion[-1], value)
     given = [turn._replace(trained=bool(turn.trained)) if turn.role == "assistant" else turn for turn in prompt]
     return reader.conversation(value, [*given, *completion])

@@ -222,7 +222,11 @@ def _sides(row: Any, options: Mapping[str, Any]) -> Iterator[Judged]:
 
 def _kto_hint(row: Any) -> str:
     alone = isinstance(row, dict) and {"completion", "label"} <= row.keys()
-    return "; one answer with a label is no pair: adapter kto trains the good ones" if alone else ""
+    return (
+        "; one answer with a label is no pair: adapter kto trains the good ones, with objective kto the bad ones, too"
+        if alone
+        else ""
+    )
 
 
 def _check_scores(row: Any, options: Mapping[str, Any]) -> None:

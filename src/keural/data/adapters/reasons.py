@@ -96,7 +96,8 @@ REASONS: dict[str, Reason] = {
     "reasoning_is_not_text": Reason("the reasoning of an answer is no text", "name its field in the option ignore"),
     "reasoning_outside_answer": Reason("a turn that is no answer holds reasoning"),
     "has_reasoning": Reason(
-        "an answer of a pair holds reasoning, which pairs do not train", "options: {ignore: [reasoning_content]} leaves it out"
+        "a judged answer holds reasoning, which pairs and labelled answers do not train",
+        "options: {ignore: [reasoning_content]} leaves it out",
     ),
     "prompt_does_not_end_with_user": Reason("the prompt ends with an answer, or is empty"),
     "completion_does_not_begin_with_assistant": Reason("the completion does not begin with an answer"),
@@ -106,6 +107,7 @@ REASONS: dict[str, Reason] = {
     "ends_with_user": Reason("the last turn is the user's, so there is no answer"),
     # what is trained
     "label_false": Reason("the row says that its answer is not a good one"),
+    "label_of_several_turns": Reason("the row's label is of a completion of several turns, of which only one can be judged"),
     "not_trained": Reason("the row says that it is not to be trained"),
     "nothing_trained": Reason("no turn of the row is to be trained"),
     "other_channel": Reason(
@@ -176,12 +178,13 @@ REASONS: dict[str, Reason] = {
     "too_short": Reason("the document is shorter than min_characters", "data.min_characters"),
     "too_long": Reason("no beginning with a trained answer fits", "data.sequence_length"),
     "prompt_too_long": Reason("the prompt leaves no room for an answer", "data.sequence_length"),
-    "answer_too_long": Reason("a side of the pair does not fit", "data.sequence_length"),
+    "answer_too_long": Reason("a side of the pair, or the labelled answer, does not fit", "data.sequence_length"),
     "duplicate": Reason("the same record was there before"),
     "duplicate_after_cut": Reason("without the turns after its last answer, which are cut, the same record was there before"),
     "duplicate_id": Reason("a record with the same id was there before", "id_space"),
     "duplicate_prompt": Reason("another record asks the same", "gates: {duplicate_prompts: skip}"),
     "swapped_pair": Reason("the same pair was there with its answers swapped"),
+    "other_label": Reason("the same answer to the same prompt was there with the other label"),
     "held_out": Reason("a held-out source asks the same"),
     "over_limit": Reason("the limit was reached before", "limit"),
     # notes of kept records

@@ -33,7 +33,7 @@ from keural.data.adapters.base import (
 )
 from keural.data.adapters.judgements import label_key, said
 from keural.data.readers.options import LIST, MAP, NAME, TEXT, Option, OptionTable
-from keural.data.records import Conversation, Drop
+from keural.data.records import Conversation, Drop, labelled
 from keural.recipe import SourceSpec
 from keural.tokenizer.message import CALLED, Message, ToolCall, parse_answer, split_reasoning, with_calls, with_tools
 
@@ -91,6 +91,9 @@ _CHANNEL, _FINAL = "channel", "final"
 """Field of a turn that says for whom an answer is, and its value for what the user sees."""
 _SPECIAL = frozenset((*FLAGS, *CALLS, *REASONING, _SPANS, _CALL_ID, _CHANNEL))
 YES, NO = ("true", "1", "1.0"), ("false", "0", "0.0")
+GOOD = ("+", "👍", "thumbs_up", "thumbs up", "thumbsup", "up", "good", "positive", "desirable", "chosen")
+"""Words for a good answer, where a field is known to judge it."""
+BAD = ("-", "👎", "thumbs_down", "thumbs down", "thumbsdown", "down", "bad", "negative", "undesirable", "rejected")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 MEANS_SOMETHING_ELSE = "where the field means something else, name it in the option ignore"
 
@@ -104,7 +107,8 @@ ROW_OPTIONS: OptionTable = {
     "tools": Option(NAME, "field of the row with the tool definitions", TOOLS),
     "label": Option(
         NAME,
-        "field of the row that says whether its answer is good: true or 1; rows of false or 0 are dropped; where it is not given, "
+        "field of the row that says whether its answer is good: true or 1; rows of false or 0 are dropped (but not as labelled "
+        "answers); where it is not given, "
         "a label of true or false says so, too, and one of 1 or 0 refuses rows that hold turns, until it is declared",
         LABELS,
     ),
@@ -186,7 +190,7 @@ def reads(source: SourceSpec, keys: Sequence[Any], turns: Sequence[str | int] = 
     options = source.options
     named = [name for key in keys for name in (key if isinstance(key, list) else [key])]
     named += [options.get("system", "system"), *_flags(options), *_ignored(options)]
-    named += [options.get("label", LABELS[0])] if _declares(options) else []
+    named += [options.get("label", LABELS[0])] if _declares(options) else LABELS if source.as_labels else []
     named += [options["tools"]] if "tools" in options else TOOLS
     role, content = (
         [options[option]] if option in options else list(names)
@@ -313,6 +317,8 @@ class TurnReader:
     """What the record will not have of the row, or is unusual in it."""
     said: str = ""
     """What the row's label says, where it has one."""
+    good: bool | None = None
+    """Whether the row's label says that its answer is good, of a source that is taken as labelled answers."""
     _speakers: dict[str, str] = field(default_factory=dict)
     _call_ids: list[str] | None = None
     """Calls that wait for a result; None where they have no ids."""
@@ -343,18 +349,28 @@ class TurnReader:
             if str(label) in names | self._settings.ignore:
                 continue
             good = self.label(lookup(row, label), label)
-            if good is False:
-                raise BadRow("label_false")
             if good is None and declared:
                 raise BadRow("missing_label")
-            if good:
-                self.said = said(label, lookup(row, label))
+            self.judge(good, label, lookup(row, label))
+
+    def judge(self, good: bool | None, label: str | int, value: Any) -> None:
+        """Take note of what a label says of the row's answer. Raises `BadRow` for a bad one, unless labels are wanted."""
+        if good is None:
+            return
+        if self.source.as_labels:
+            if self.good is not None and self.good != good:
+                raise BadRow("fields_differ", ", ".join(LABELS))
+            self.good = good
+        elif not good:
+            raise BadRow("label_false")
+        self.said = said(label, value)
 
     def label(self, value: Any, name: str | int, required: bool = False) -> bool | None:
         """Whether a row's answer is good, where its label says so: true or false, also as text. Where a recipe or an adapter says
-        that the field is such a label, 1 and 0 mean the same and other values refuse the source; so do 1 and 0 where nobody does.
+        that the field is such a label, 1 and 0 mean the same, so do the words of `GOOD` and `BAD`, and other values refuse the
+        source; 1 and 0 do where nobody says so.
         """
-        declared = required or self._settings.declared
+        declared = required or self._settings.declared or self.source.as_labels
         if "labels" in self.options and (known := self._settings.meanings.get(label_key(value))) is not None:
             return known
         if isinstance(value, bool) or value is None:
@@ -364,6 +380,8 @@ class TurnReader:
         text = str(value).strip().lower()
         if text in ("true", "false"):
             return text == "true"
+        if declared and text in (*GOOD, *BAD):
+            return text in GOOD
         if text in (*YES, *NO):
             if not declared and not self.has_turns:
                 return None
@@ -591,7 +609,18 @@ class TurnReader:
         tools = self.tools(row) if isinstance(row, dict) else []
         notes = tuple(dict.fromkeys(self.notes))
         record = conversation(with_tools(arranged, tools), self.where, self.source.language, notes, allowed)
-        return replace(record, label=self.said) if self.said and isinstance(record, Conversation) else record
+        record = replace(record, label=self.said) if self.said and isinstance(record, Conversation) else record
+        return self._labelled(record) if self.source.as_labels and isinstance(record, Conversation) else record
+
+    def _labelled(self, record: Conversation) -> Conversation:
+        """The record as its last answer with the row's label. Raises `BadRow` where the label is of something else than that."""
+        if self.good is None:
+            raise BadRow("missing_label")
+        if CUT in record.notes:
+            raise BadRow("ends_with_user")
+        if REASONING_LEFT_OUT in self.notes or record.messages[-1].reasoning:
+            raise BadRow("has_reasoning")
+        return labelled(record, self.good)
 
     def _arranged(self, turns: list[Message]) -> list[Message]:
         options = self.options

@@ -155,6 +155,8 @@ def learned(record: Chat) -> list[str]:
     """Answers that a model is made to give."""
     if isinstance(record, PreferencePair):
         return [record.chosen]
+    if record.good is False:
+        return []
     return [turn.content for turn in record.messages if turn.role == "assistant" and turn.is_trained]
 
 

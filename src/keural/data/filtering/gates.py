@@ -222,8 +222,9 @@ def _wrong_gates(spec: SourceSpec, kind: Kind) -> str | None:
     }
     if kind == "documents" and (given := [name for name, value in settings.items() if value]):
         return f"{given[0]} is for conversations and pairs; adapter {spec.adapter} gives documents"
-    if kind == "conversations" and spec.max_length_ratio is not None:
-        return f"max_length_ratio is for pairs; adapter {spec.adapter} gives conversations"
+    if kind != "pairs" and spec.max_length_ratio is not None:
+        taken = "is taken as single answers" if kind == "answers" else f"adapter {spec.adapter} gives {kind}"
+        return f"max_length_ratio is for pairs; {'the source ' if kind == 'answers' else ''}{taken}"
     return None
 
 
@@ -269,4 +270,6 @@ class Gatekeeper:
 
 
 def _answers(record: Chat) -> list[str]:
-    return [record.chosen, record.rejected] if isinstance(record, PreferencePair) else learned(record)
+    if isinstance(record, PreferencePair):
+        return [record.chosen, record.rejected]
+    return learned(record) if record.good is None else [record.messages[-1].content]

@@ -41,6 +41,8 @@ class Splitter:
         marks = {_digest_of_parts(content): "duplicate_after_cut" if cut else "duplicate"}
         if isinstance(record, PreferencePair):
             marks[_digest_of_parts([*content[:-2], content[-1], content[-2]])] = "swapped_pair"
+        if isinstance(record, Conversation) and record.good is not None:
+            marks[_digest_of_parts([*content[:-1], str(not record.good)])] = "other_label"
         if not isinstance(record, Document) and record.id is not None:
             marks[_digest(["id", id_space, record.id])] = "duplicate_id"
         for mark, reason in marks.items():
@@ -58,7 +60,7 @@ class Splitter:
             return Drop("held_out", record.where)
         if not isinstance(record, Document):
             self._asked.add(asked)
-        self._seen.update(mark for mark, reason in marks.items() if reason != "swapped_pair")
+        self._seen.update(mark for mark, reason in marks.items() if reason not in ("swapped_pair", "other_label"))
         return "heldout" if heldout_source or int.from_bytes(asked[:8], "big") < self._threshold else "train"
 
 
@@ -84,7 +86,8 @@ def _content(record: Record) -> tuple[list[str], list[str]]:
         asked = _parts(record.prompt)
         return [*asked, normalized(record.chosen), normalized(record.rejected)], asked
     asked = _parts(record.messages[:-1])
-    return asked + _parts(record.messages[-1:]), asked
+    label = [] if record.good is None else [str(record.good)]
+    return asked + _parts(record.messages[-1:]) + label, asked
 
 
 def _parts(messages: Iterable[Message]) -> list[str]:

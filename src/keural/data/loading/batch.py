@@ -1,7 +1,7 @@
 """What an optimizer step sees: rows of packed documents as arrays, and how a document is put into one."""
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,10 @@ class Batch:
     `pairs` ``[pairs, 4]`` says where preference pairs stand: the row, and the positions where the chosen side begins, where the
     rejected one begins, and where that ends. They are ordered by row and number in the store; other data has none.
     `pair_weights` ``[pairs]``, float32, is what each counts in the loss; None: all count the same.
+
+    Of labelled answers `pairs` is ``[answers, 3]``: the row, and where the answer with its prompt begins and ends. `desirable`
+    ``[answers]`` says which are good ones. `mismatched` has their prompts with the answers to others, as rows of its own in which
+    nothing is trained; it, too, names them in `pairs`.
     """
 
     input_ids: Array
@@ -37,6 +41,8 @@ class Batch:
     sequence_ids: Array
     pairs: Array = field(default_factory=no_pairs)
     pair_weights: NDArray[np.float32] | None = None
+    desirable: NDArray[np.bool_] | None = None
+    mismatched: "Batch | None" = None
 
     @property
     def num_labels(self) -> int:
@@ -50,29 +56,38 @@ class Batch:
 
     @property
     def pair_sequences(self) -> Array:
-        """The store's sequences ``[2, pairs]`` of all pairs: first the chosen, then the rejected ones."""
-        row, chosen, rejected, _ = self.pairs.T
-        return np.stack([self.sequence_ids[row, chosen], self.sequence_ids[row, rejected]])
+        """The store's sequences ``[2, pairs]`` of all pairs: the chosen ones first; ``[1, answers]`` of labelled answers."""
+        row, *begins, _ = self.pairs.T
+        return np.stack([self.sequence_ids[row, begin] for begin in begins])
+
+    @property
+    def parts(self) -> "tuple[Batch, ...]":
+        """All rows that forward passes see: its own, and those of `mismatched`."""
+        return (self,) if self.mismatched is None else (self, self.mismatched)
 
     def select(self, rows: slice | Array | list[int]) -> "Batch":
-        """Some rows of the batch."""
+        """Some rows of the batch, without `mismatched`, which is cut by itself."""
         kept = np.arange(len(self.input_ids))[rows]
         places = [np.flatnonzero(self.pairs[:, 0] == row) for row in kept.tolist()]
-        pairs = [self.pairs[place] for place in places]
-        for number, found in enumerate(pairs):
-            found[:, 0] = number
-        arrays = {name: getattr(self, name)[rows] for name in EMPTY}
-        weights = None if self.pair_weights is None else self.pair_weights[np.concatenate([np.zeros(0, dtype=int), *places])]
-        return Batch(**arrays, pairs=np.concatenate([no_pairs(), *pairs]), pair_weights=weights)
+        found = [self.pairs[place] for place in places]
+        for number, of_row in enumerate(found):
+            of_row[:, 0] = number
+        arrays: dict[str, Any] = {name: getattr(self, name)[rows] for name in EMPTY}
+        chosen = np.concatenate([np.zeros(0, dtype=int), *places])
+        weights = None if self.pair_weights is None else self.pair_weights[chosen]
+        desirable = None if self.desirable is None else self.desirable[chosen]
+        pairs = np.concatenate([self.pairs[:0], *found])
+        return replace(self, **arrays, pairs=pairs, pair_weights=weights, desirable=desirable, mismatched=None)
 
     def share(self, rank: int, world: int) -> "Batch":
         """Rows ``rank::world``, with an empty row added where others have one more, so that all ranks have equally many."""
         whole, missing = self, -len(self.input_ids) % world
         if missing:
             empty = empty_batch(missing, self.input_ids.shape[1])
-            arrays = {name: np.concatenate([getattr(self, name), getattr(empty, name)]) for name in EMPTY}
-            whole = Batch(**arrays, pairs=self.pairs, pair_weights=self.pair_weights)
-        return whole.select(slice(rank, None, world))
+            arrays: dict[str, Any] = {name: np.concatenate([getattr(self, name), getattr(empty, name)]) for name in EMPTY}
+            whole = replace(self, **arrays)
+        mismatched = self.mismatched.share(rank, world) if self.mismatched is not None else None
+        return replace(whole.select(slice(rank, None, world)), mismatched=mismatched)
 
 
 class Segment(NamedTuple):
@@ -85,7 +100,7 @@ class Segment(NamedTuple):
 
 def empty_batch(rows: int, length: int) -> Batch:
     """Rows of nothing but padding."""
-    arrays = {name: np.full((rows, length), fill, dtype=np.int64) for name, fill in EMPTY.items()}
+    arrays: dict[str, Any] = {name: np.full((rows, length), fill, dtype=np.int64) for name, fill in EMPTY.items()}
     arrays["position_ids"][:] = np.arange(length)
     return Batch(**arrays, pair_weights=None)
 

@@ -7,10 +7,12 @@ seeds; the stream chooses the instances.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from keural.data.loading.batch import Array, Batch, empty_batch, fill
 from keural.data.loading.concatenated import ConcatenatedDocuments
@@ -21,6 +23,7 @@ from keural.data.loading.row_layout import RowShape, lay_out
 from keural.data.tokens.published_shards import PublishedShards
 from keural.data.tokens.store import TokenStore
 from keural.files import fingerprint
+from keural.recipe import STORES
 
 
 class Instances(Protocol):
@@ -119,7 +122,7 @@ class Pairs:
     """
 
     def __init__(self, store: TokenStore, length: int, mixture: Mixture | None, _: Path, shape: RowShape | None) -> None:
-        self.store, self.row_length = store, 2 * length
+        self.store, self.row_length = store, STORES[store.kind].sequences_per_row * length
         self.shape = shape or RowShape(self.row_length)
         ranges = [(each.first // 2, each.stop // 2) for each in mixture.ranges] if mixture else [(0, store.num_sequences // 2)]
         self._begins = np.array([begin for begin, _ in ranges])
@@ -170,6 +173,60 @@ class Pairs:
         return replace(packed, pairs=np.array(places, dtype=np.int64).reshape(-1, 4), pair_weights=weights)
 
 
+class Answers(Pairs):
+    """Labelled answers; an instance is one, with its prompt, and its prompt with the answer to another one. Both are put into rows
+    of their own, as the second is only looked at.
+    """
+
+    @property
+    def desirable(self) -> NDArray[np.bool_]:
+        """Which instances are good answers."""
+        assert self.store.labels is not None
+        return self.store.labels[self._pairs(np.arange(len(self)))]
+
+    def batch(self, numbers: Array, ranks: int = 1) -> Batch:
+        """Rows of answers, of which each rank takes equally many, and rows of what they are compared with."""
+        records = self._pairs(numbers)
+        return self._whole(records, lambda lengths: lay_out(lengths.tolist(), ranks, self.shape))
+
+    def once(self, rows: int) -> Iterator[Batch]:
+        """See `Instances`; `rows` counts those of answers."""
+        records = self._pairs(np.arange(len(self)))
+        plan = pack(self._sides[records, 0], self.row_length)
+        for start in range(0, len(plan), rows):
+            chosen = records[np.concatenate(plan[start : start + rows])]
+            yield self._whole(chosen, lambda lengths: _filled(lengths, self.row_length, self.shape.multiple))
+
+    @cached_property
+    def _sides(self) -> Array:
+        """Tokens of both sequences of every record of the store."""
+        return self.store.lengths().reshape(-1, 2)
+
+    def _whole(self, records: Array, layout: Callable[[Array], tuple[list[list[int]], int]]) -> Batch:
+        """Records of the store in rows, by a function of their lengths that gives rows and the length of these."""
+        own, other = (self._rows(records, side, *layout(self._sides[records, side])) for side in (0, 1))
+        return replace(own, mismatched=other)
+
+    def _rows(self, records: Array, side: int, rows: list[list[int]], length: int) -> Batch:
+        """One sequence of each record, by its place in `records`, in the order of the store within a row."""
+        assert self.store.labels is not None
+        found = [np.sort(records[members]).tolist() for members in rows]
+        places = []
+        for row, members in enumerate(found):
+            ends = np.cumsum([0, *(self._sides[record, side] for record in members)]).tolist()
+            places += [(row, *bounds) for bounds in pairwise(ends)]
+        packed = _packed(self.store, [[2 * record + side for record in members] for members in found], length)
+        order = np.array([record for members in found for record in members], dtype=np.int64)
+        return replace(packed, pairs=np.array(places, dtype=np.int64).reshape(-1, 3), desirable=self.store.labels[order])
+
+
+def _filled(lengths: Array, limit: int, multiple: int) -> tuple[list[list[int]], int]:
+    """As few rows of at most `limit` as there can be, of the length of the fullest, which is filled up to a multiple."""
+    rows = pack(lengths, limit)
+    fullest = max(int(lengths[row].sum()) for row in rows)
+    return rows, min(-(-fullest // multiple) * multiple, limit)
+
+
 class ShardSequences:
     """Published shards as they are; an instance is a sequence, a row. Padding and stray marks are not trained.
 
@@ -206,6 +263,7 @@ STORE_INSTANCES: dict[str, Callable[[TokenStore, int, Mixture | None, Path, RowS
     "documents": Chunks,
     "conversations": PackedRows,
     "pairs": Pairs,
+    "answers": Answers,
 }
 """The instances of each kind of store, from the store, a sequence's length, the mixture, where plans are kept, and what rows of
 pairs may be.

@@ -9,7 +9,7 @@ nothing, and the number of ranks and micro-batches does not change what a step i
 - of conversations an instance is a row of T in which whole ones are packed; the plan is made once and kept.
 - of preference pairs an instance is a pair, and steps have about equally many tokens (`EpochOrder`); the pairs of a step are put
   into rows of the length that fits them, a pair never divided (`lay_out`). How the rows are cut depends on the ranks, what is in a
-  step does not.
+  step does not. Of labelled answers an instance is one, and what it is compared with has rows of its own.
 
 With a mixture the epoch is a list of ranges of the store instead of the store: a section is there as often as its weight asks, and
 chunks, plan and pairs are those of these ranges.
@@ -39,7 +39,8 @@ from keural.recipe import OBJECTIVES, Objective
 class Stream:
     """Batches of a store, or of published shards, for one objective. See the module's docstring for what an instance is.
 
-    `batch_rows` or, where the objective counts pairs, `batch_pairs` is the size of an optimizer step; `sequence_length` is T.
+    `batch_rows` or, where the objective counts pairs or answers, `batch_pairs` is the size of an optimizer step, `sequence_length`
+    T.
     `mixture` is one of this store; `plans` is where plans are kept, by default beside the store; `pair_rows` is what rows of pairs
     may be, by default at most 2 T.
 
@@ -59,8 +60,8 @@ class Stream:
         plans: Path | None = None,
         pair_rows: RowShape | None = None,
     ) -> None:
-        size = {"tokens": batch_rows, "pairs": batch_pairs}[OBJECTIVES[objective].unit]
-        assert size, "what counts pairs takes batch_pairs, what counts tokens batch_rows"
+        size = batch_rows if OBJECTIVES[objective].unit == "tokens" else batch_pairs
+        assert size, "what counts pairs or answers takes batch_pairs, what counts tokens batch_rows"
         check_store(store, objective, sequence_length)
         self.store, self.objective, self.sequence_length, self.seed = store, objective, sequence_length, seed
         self.batch_size = size
@@ -74,7 +75,7 @@ class Stream:
             "seed": seed,
             "plan": PLAN_VERSION,
         }
-        if OBJECTIVES[objective].store == "pairs":
+        if OBJECTIVES[objective].unit != "tokens":
             settings["order"] = ORDER_VERSION
         self.fingerprint = fingerprint(settings | ({"mixture": mixture.fingerprint} if mixture else {}))
 

@@ -45,8 +45,8 @@ GENERAL = {
 }
 """Adapters of shapes, by what they give; the others are of published sets."""
 TITLES = {
-    "conversations": "Conversations (objective `sft`)",
-    "pairs": "Pairs of answers (objective `dpo`)",
+    "conversations": "Conversations (objective `sft`; with a label `kto`)",
+    "pairs": "Pairs of answers (objective `dpo`; one by one `kto`)",
     "documents": "Documents (objective `next_token`)",
     "sets": "Sets and corpora by name",
     "evaluation": "Benchmarks (`data.decontaminate`)",

@@ -1,7 +1,8 @@
 """Records to token sequences: markers, chat rendering, loss masks, and what happens to records that are too long.
 
 In: records and a tokenizer. Out: for each record its sequences (one, or chosen and rejected), or a drop. Documents are `[bos]
-ids [eos]` and may have any length; a conversation loses trailing turns until it fits; a pair that does not fit is dropped.
+ids [eos]` and may have any length; a conversation loses trailing turns until it fits; a pair or a labelled answer that does not fit
+is dropped.
 """
 
 from collections import deque
@@ -70,7 +71,7 @@ class Encoder:
             elif isinstance(record, Document):
                 yield self._document(record, text_ids)
             elif isinstance(record, Conversation):
-                yield self._conversation(record, text_ids)
+                yield self._answer(record, text_ids) if record.good is not None else self._conversation(record, text_ids)
             else:
                 yield self._pair(record, text_ids)
 
@@ -99,10 +100,22 @@ class Encoder:
 
     def _pair(self, record: PreferencePair, text_ids: "_TextIds") -> Encoded | Drop:
         """Both sides with their prompt; only the answer is trained."""
-        prompt = text_ids.render(record.prompt, add_generation_prompt=True).ids
+        return self._answered(
+            record, record.prompt, [Message("assistant", text) for text in (record.chosen, record.rejected)], text_ids
+        )
+
+    def _answer(self, record: Conversation, text_ids: "_TextIds") -> Encoded | Drop:
+        """The last answer with what comes before it; only the answer is trained."""
+        return self._answered(record, record.messages[:-1], record.messages[-1:], text_ids)
+
+    def _answered(
+        self, record: Record, asked: Sequence[Message], answers: Sequence[Message], text_ids: "_TextIds"
+    ) -> Encoded | Drop:
+        """Each answer after what it answers, whole or not at all."""
+        prompt = text_ids.render(asked, add_generation_prompt=True).ids
         sequences = []
-        for answer in (record.chosen, record.rejected):
-            ids, mask = text_ids.render([*record.prompt, Message("assistant", answer)])
+        for answer in answers:
+            ids, mask = text_ids.render([*asked, answer])
             sequences.append((ids, [0] * len(prompt) + mask[len(prompt) :]))
         if max(len(ids) for ids, _ in sequences) <= self.length:
             return Encoded(record, tuple(sequences))

@@ -9,6 +9,9 @@ without it is unfinished and is refused.
 In a store of kind "pairs" sequence 2k is the chosen and 2k+1 the rejected side of pair k. Where pairs count differently in the loss
 `pair_weights.f4` holds a little-endian float32 for each; the manifest's version then says so, for a reader that does not know them
 would train something else.
+
+In a store of kind "answers" sequence 2k is labelled answer k with its prompt and 2k+1 its prompt with the answer to another one,
+and `labels.u1` has a byte for each answer: 1 is a good one, 0 a bad one.
 """
 
 import contextlib
@@ -36,6 +39,7 @@ WEIGHTED_VERSION = 3
 """Of stores of pairs that have weights; all others are of `VERSION`."""
 PAIR_WEIGHTS = "pair_weights.f4"
 WEIGHT = np.dtype("<f4")
+LABELS = "labels.u1"
 SHARD_TOKENS = 1 << 28
 """A shard is closed when it holds at least so many tokens (1 GiB)."""
 FULL_CHECK_BYTES = 1_000_000_000
@@ -262,6 +266,8 @@ class TokenStore:
         ]
         self.pair_weights = _read_weights(directory, manifest)
         """What each pair counts in the loss ``[num_records]``, float32; None where all count the same, and for other kinds."""
+        self.labels = _read_labels(directory, manifest)
+        """Whether each labelled answer is a good one ``[num_records]``, bool; None for other kinds."""
         self._count()
 
     @classmethod
@@ -303,6 +309,8 @@ class TokenStore:
         if any(part.pair_weights is not None for part in parts):
             weights = [np.ones(p.num_records, dtype=WEIGHT) if p.pair_weights is None else p.pair_weights for p in parts]
             joined.pair_weights = np.concatenate(weights)
+        if joined.labels is not None:
+            joined.labels = np.concatenate([part.labels for part in parts if part.labels is not None])
         joined._count()
         return joined
 
@@ -378,12 +386,12 @@ class TokenStore:
 
     @property
     def sequences_per_record(self) -> int:
-        """Sequences that belong together: of pairs the two sides."""
+        """Sequences that belong together: of pairs the two sides, of labelled answers that and another one to the same prompt."""
         return STORES[self.kind].sequences_per_record
 
     @property
     def num_records(self) -> int:
-        """Documents, conversations or pairs."""
+        """Documents, conversations, pairs or labelled answers."""
         return self.num_sequences // self.sequences_per_record
 
     def _place(self, index: int) -> tuple[int, int, int]:
@@ -486,6 +494,16 @@ def _read_weights(directory: Path, manifest: dict[str, Any]) -> NDArray[np.float
     if 2 * len(weights) != manifest["num_sequences"] or not (np.isfinite(weights) & (weights > 0)).all():
         raise UserError(f"{directory / PAIR_WEIGHTS}: damaged (it is no weight above 0 for each pair); prepare the data again")
     return weights
+
+
+def _read_labels(directory: Path, manifest: dict[str, Any]) -> NDArray[np.bool_] | None:
+    if manifest["kind"] != "answers":
+        return None
+    path = directory / LABELS
+    labels = np.fromfile(path, dtype=np.uint8) if LABELS in manifest["files"] else np.zeros(0, dtype=np.uint8)
+    if 2 * len(labels) != manifest["num_sequences"] or (labels > 1).any():
+        raise UserError(f"{path}: damaged (it is no 0 or 1 for each answer); prepare the data again")
+    return labels.astype(bool)
 
 
 def _check_sizes(directory: Path, manifest: dict[str, Any]) -> None:

@@ -5,6 +5,8 @@ records, some 30 bytes each; tokens, masks and texts wait in files, so a corpus 
 
 For mixing by weight the store keeps its sources apart, as sections that the manifest names; within one the records stand in the
 order of a hash of their tokens and the seed, so that its beginning is a random choice that depends on nothing else.
+
+A labelled answer is written together with its prompt and the answer to another one (`mismatched`).
 """
 
 import contextlib
@@ -20,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keural.data.permutation import Permutation, mixed
-from keural.data.records import Document, PreferencePair
+from keural.data.records import Conversation, Document, PreferencePair
 from keural.data.tokens.encode import Encoded
-from keural.data.tokens.store import PAIR_WEIGHTS, TOKEN, WEIGHT, StoreWriter
+from keural.data.tokens.mismatched import Prompts, joined
+from keural.data.tokens.store import LABELS, PAIR_WEIGHTS, TOKEN, WEIGHT, StoreWriter
 from keural.recipe import STORES, StoreKind
 
 BLOCK_RECORDS = 1024
@@ -32,12 +35,21 @@ BLOCK_RECORDS = 1024
 class StoreBuilder:
     """Collects records in files `stem.*`, which vanish when the block ends; with `keep_texts` the store gets documents' texts,
     too, with `sections` its sources stay apart, and with `named` the manifest says which records of conversations and pairs are of
-    which source.
+    which source. `longest` is the length that a prompt with the answer to another one is cut to.
     """
 
-    def __init__(self, stem: Path, kind: StoreKind, keep_texts: bool = False, sections: bool = False, named: bool = False) -> None:
-        self._stem, self._kind, self._keep_texts = stem, kind, keep_texts
-        self._per_record = STORES[kind].sequences_per_record
+    def __init__(
+        self,
+        stem: Path,
+        kind: StoreKind,
+        keep_texts: bool = False,
+        sections: bool = False,
+        named: bool = False,
+        longest: int | None = None,
+    ) -> None:
+        self._stem, self._kind, self._keep_texts, self._longest = stem, kind, keep_texts, longest
+        self._prompts = Prompts() if kind == "answers" else None
+        self._per_record = 1 if self._prompts is not None else STORES[kind].sequences_per_record  # as they wait
         self._files: dict[str, BinaryIO] = {}
         self._ends = array("Q", [0])
         self._text_ends = array("Q", [0])
@@ -46,6 +58,7 @@ class StoreBuilder:
         self._named: list[tuple[str, int]] | None = [] if named and kind != "documents" else None
         self._digests = array("Q")
         self._weights = array("f")
+        self._labels = array("B")
 
     def __enter__(self) -> Self:
         return self
@@ -73,6 +86,11 @@ class StoreBuilder:
             self._named.append((source, self.num_records))
         if isinstance(encoded.record, PreferencePair):
             self._weights.append(encoded.record.weight)
+        if self._prompts is not None:
+            assert isinstance(encoded.record, Conversation)
+            assert encoded.record.good is not None
+            self._labels.append(encoded.record.good)
+            self._prompts.add(*encoded.sequences[0])
         for ids, mask in encoded.sequences:
             self._append("tokens", np.asarray(ids, dtype=TOKEN).tobytes())
             if mask is not None:
@@ -110,13 +128,26 @@ class StoreBuilder:
         loss = None if self._kind == "documents" else np.memmap(self._path("loss"), dtype=np.uint8, mode="r")
         with StoreWriter(directory, tokenizer_sha, vocab_size, self._kind, meta) as writer:
             for records in np.array_split(order, 1 + len(order) // BLOCK_RECORDS):
-                sequences = [self._per_record * record + side for record in records.tolist() for side in range(self._per_record)]
-                spans = [slice(self._ends[sequence], self._ends[sequence + 1]) for sequence in sequences]
-                lengths = [span.stop - span.start for span in spans]
-                mask = None if loss is None else np.concatenate([loss[span] for span in spans])
-                writer.add_many(np.concatenate([tokens[span] for span in spans]), lengths, mask)
+                spans = self._spans(records)
+                lengths = [sum(span.stop - span.start for span in parts) for parts in spans]
+                flat = [span for parts in spans for span in parts]
+                mask = None if loss is None else np.concatenate([loss[span] for span in flat])
+                writer.add_many(np.concatenate([tokens[span] for span in flat]), lengths, mask)
             extra = [*self._write_texts(directory / "texts.jsonl", order), *self._write_weights(directory / PAIR_WEIGHTS, order)]
-            writer.close(extra=extra)
+            writer.close(extra=[*extra, *self._write_labels(directory / LABELS, order)])
+
+    def _spans(self, records: NDArray[np.int64]) -> list[list[slice]]:
+        """The sequences of some records, each as the parts of what waits that stand one after another in it."""
+        of_record = range(self._per_record)
+        sequences = [self._per_record * record + side for record in records.tolist() for side in of_record]
+        whole = [[slice(self._ends[sequence], self._ends[sequence + 1])] for sequence in sequences]
+        if self._prompts is None:
+            return whole
+        return [
+            found
+            for record, own in zip(records.tolist(), whole, strict=True)
+            for found in (own, joined(self._prompts, self._ends, record, self._longest))
+        ]
 
     def _bounds(self, begins: dict[str, int]) -> list[int]:
         """Where sections begin and end, in records."""
@@ -133,7 +164,7 @@ class StoreBuilder:
         return [
             {
                 "source": source,
-                "sequences": self._per_record * (stop - first),
+                "sequences": STORES[self._kind].sequences_per_record * (stop - first),
                 "tokens": self._ends[self._per_record * stop] - self._ends[self._per_record * first],
             }
             for source, (first, stop) in zip(begins, bounds, strict=True)
@@ -155,6 +186,13 @@ class StoreBuilder:
         if (weights == 1).all():
             return []
         path.write_bytes(weights[order].tobytes())
+        return [path.name]
+
+    def _write_labels(self, path: Path, order: NDArray[np.int64]) -> list[str]:
+        """Write the labels of answers, in the order of the store; the name of the file, if there are any."""
+        if self._kind != "answers":
+            return []
+        path.write_bytes(np.array(self._labels, dtype=np.uint8)[order].tobytes())
         return [path.name]
 
 

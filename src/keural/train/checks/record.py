@@ -7,9 +7,10 @@ from typing import Any
 from keural.data.loading.stream import Stream
 from keural.files import CheckedFile, fingerprint
 from keural.model import KeuralConfig
-from keural.recipe import StageSpec
+from keural.recipe import OBJECTIVES, StageSpec
+from keural.train.checks.labels import balance_line, label_balance
 from keural.train.checks.probes import check_isolation, check_references, check_router
-from keural.train.checks.stores import CHECKS, Finding, LengthBias, check_store, length_bias
+from keural.train.checks.stores import CHECKS, TRAINING, Finding, LengthBias, check_store, length_bias
 from keural.train.trainer import Trainer
 
 CHECKS_FILE = "checks.json"
@@ -24,6 +25,8 @@ class ChecksFile(CheckedFile):
     """`keural.train.checks.stores.Finding`s."""
     lengths: list[dict[str, Any]]
     """`keural.train.checks.stores.LengthBias` of pairs."""
+    labels: dict[str, Any] | None = None
+    """`keural.train.checks.labels.LabelBalance` of labelled answers."""
     isolation: float | None = None
     """Of a document's dependence on itself, how much it depends on its neighbour in a packed row; None: not measured."""
     reference_difference: float | None = None
@@ -36,21 +39,31 @@ def check_data(
     """Check the stage's stores and its router, unless `path` says that it was done; what was found, which is kept there (None:
     nowhere), and lines that say so.
 
-    `streams` are those of the stage by what messages call them. Raises `UserError` as the checks do.
+    `streams` are those of the stage by what messages call them, `TRAINING` among them. Raises `UserError` as the checks do.
     """
     check_router(stage.router, config)
     end_id = config.eos_token_id
     assert isinstance(end_id, int)
-    wanted = fingerprint([{name: stream.fingerprint for name, stream in streams.items()}, stage.checks.model_dump(), end_id])
+    weights = [stage.kto.desirable_weight, stage.kto.undesirable_weight] if OBJECTIVES[stage.objective].store == "answers" else []
+    data = {name: stream.fingerprint for name, stream in streams.items()}
+    wanted = fingerprint([data, stage.checks.model_dump(), end_id, *weights])
     known = ChecksFile.find(path) if path else None
     if known is not None and known.fingerprint == wanted:
         return known, []
     findings = [each for name, stream in streams.items() for each in check_store(stream, stage.checks, end_id, name)]
     lengths = [each for name, stream in streams.items() for each in length_bias(stream, name)]
-    made = ChecksFile(fingerprint=wanted, findings=[asdict(each) for each in findings], lengths=[asdict(each) for each in lengths])
+    balance = label_balance(streams[TRAINING], stage.kto)
+    made = ChecksFile(
+        fingerprint=wanted,
+        findings=[asdict(each) for each in findings],
+        lengths=[asdict(each) for each in lengths],
+        labels=None if balance is None else asdict(balance),
+    )
     if path:
         made.write(path)
-    return made, [*(_line(each) for each in findings if each.count), *(_length_line(each) for each in lengths if not each.source)]
+    lines = [_line(each) for each in findings if each.count and each.check != "one_label"]
+    lines += [_length_line(each) for each in lengths if not each.source]
+    return made, lines + ([f"{TRAINING} data: {balance_line(balance, stage.kto)}"] if balance is not None else [])
 
 
 def probe(path: Path, data: ChecksFile, trainer: Trainer) -> ChecksFile:

@@ -6,13 +6,14 @@ evenly spread.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
 
+from keural.data.loading.instances import Answers
 from keural.data.loading.stream import Stream
 from keural.data.tokens.published_shards import PublishedShards
 from keural.data.tokens.store import TokenStore
@@ -23,6 +24,8 @@ LOOKED_AT = 20_000
 """So many records are looked at, evenly spread over a larger store."""
 ROWS_LOOKED_AT = 500
 """So many rows, where the data are documents."""
+TRAINING = "training"
+"""What messages call the data that is trained on."""
 LENGTH_REASONS = ("too_long", "prompt_too_long", "answer_too_long")
 """Reasons under which preparation counts what does not fit."""
 
@@ -34,6 +37,8 @@ class Check:
     key: str
     what: str
     remedy: str
+    training_only: bool = False
+    """Whether it is no matter of what is held out."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,22 @@ CHECKS: dict[str, Check] = {
         "swapped_pairs", "of the pairs are also there with their answers swapped", "leave one of two out, and look at the labels"
     ),
     "empty_row": Check("empty", "of the rows hold nothing that is trained", "prepare the data again"),
+    "own_answer": Check(
+        "identical_sides",
+        "of the labelled answers do not stand beside their own prompt with another answer",
+        "prepare the data again",
+    ),
+    "other_label": Check(
+        "swapped_pairs",
+        "of the labelled answers are also there with the other label",
+        "leave one of two out, and look at the labels",
+    ),
+    "one_label": Check(
+        "one_label",
+        "of the labelled answers have the same label",
+        "add answers of the other one, and look at the labels",
+        training_only=True,
+    ),
     "lost_to_length": Check(
         "lost_to_length",
         "of the records were cut or left out because they are longer than data.sequence_length",
@@ -85,7 +106,7 @@ def check_store(stream: Stream, allowed: ChecksSpec, end_id: int, name: str) -> 
         stream: over the store.
         allowed: shares.
         end_id: the token that ends a turn.
-        name: train or held-out.
+        name: `TRAINING` or held-out.
 
     Raises `UserError` for the first thing that is there more often than allowed.
     """
@@ -96,8 +117,8 @@ def check_store(stream: Stream, allowed: ChecksSpec, end_id: int, name: str) -> 
         for check in looked_at
     ]
     for finding in findings:
-        if finding.share > finding.allowed:
-            check = CHECKS[finding.check]
+        check = CHECKS[finding.check]
+        if finding.share > finding.allowed and not (check.training_only and name != TRAINING):
             where = f", first {finding.first}" if finding.first else ""
             raise UserError(
                 f"{store.directory}: {finding.share:.2%} {check.what} ({finding.count:,} of {finding.looked_at:,}{where}); "
@@ -123,12 +144,14 @@ def _counts(stream: Stream, end_id: int) -> tuple[Counter[str], dict[str, int], 
                 note("empty_row", f"row {number:,}")
         return found, {"empty_row": len(numbers)}, first
     records = _spread(store.num_records, LOOKED_AT)
-    look = _look_at_conversations if kind == "conversations" else _look_at_pairs
+    look, own = LOOKS[kind]
     for check, record in look(store, records, end_id):
         note(check, f"record {record:,}")
     store.forget_pages()
-    own = ("empty_mask",) if kind == "conversations" else ("empty_side", "identical_sides", "swapped_pair")
     looked_at = dict.fromkeys((*own, "open_answer", "cut_answer"), len(records))
+    if isinstance(stream.instances, Answers):
+        labels = stream.instances.desirable
+        found["one_label"], looked_at["one_label"] = max(int(labels.sum()), int((~labels).sum())), len(labels)
     lost, of = _lost_to_length(store)
     if of:
         found["lost_to_length"], looked_at["lost_to_length"] = lost, of
@@ -164,6 +187,33 @@ def _look_at_pairs(store: TokenStore, records: NDArray[np.int64], end_id: int) -
         seen.add((chosen, rejected))
         for problem in sorted({each for pair in zip(sequences, masks, strict=True) for each in _answer_problems(*pair, end_id)}):
             yield problem, record
+
+
+def _look_at_answers(store: TokenStore, records: NDArray[np.int64], end_id: int) -> Iterator[tuple[str, int]]:
+    assert store.labels is not None
+    seen: dict[bytes, bool] = {}
+    for record in records.tolist():
+        own, other = (store.sequence(2 * record + side) for side in (0, 1))
+        mask, other_mask = (store.loss_mask(2 * record + side) for side in (0, 1))
+        if not mask[1:].any():
+            yield "empty_mask", record
+        same_prompt = np.array_equal(own[: mask.argmax()], other[: other_mask.argmax()])
+        if not same_prompt or np.array_equal(own, other):
+            yield "own_answer", record
+        good = bool(store.labels[record])
+        if seen.setdefault(blake2b(own.tobytes(), digest_size=12).digest(), good) != good:
+            yield "other_label", record
+        for problem in _answer_problems(own, mask, end_id):
+            yield problem, record
+
+
+Look = Callable[[TokenStore, NDArray[np.int64], int], Iterator[tuple[str, int]]]
+LOOKS: dict[str, tuple[Look, tuple[str, ...]]] = {
+    "conversations": (_look_at_conversations, ("empty_mask",)),
+    "pairs": (_look_at_pairs, ("empty_side", "identical_sides", "swapped_pair")),
+    "answers": (_look_at_answers, ("empty_mask", "own_answer", "other_label")),
+}
+"""What looks at the records of each kind of store, and what it looks for beside the ends of answers."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 
 from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.recipe import TrainSpec
+from keural.train.losses import Weighing
 from keural.train.micro_batches import MicroBatch
 from keural.train.network.attention import choose_attention, packing
 from keural.train.network.block import forward, network_of, settings_of, windows_of
@@ -33,8 +34,10 @@ class Engine:
     uniform: bool
     """See `Objective.uniform`."""
 
-    def __call__(self, model: KeuralMoECausalLM, micro: MicroBatch, with_labels: bool) -> PolicyOutput:
-        """Run packed rows ``[rows, T]``; without labels the head is not used."""
+    def __call__(
+        self, model: KeuralMoECausalLM, micro: MicroBatch, with_labels: bool, weighing: Weighing | None = None
+    ) -> PolicyOutput:
+        """Run packed rows ``[rows, T]``; without labels the head is not used, and by `weighing` once."""
         config = model.config
         settings, modes = settings_of(config, self.attention, self.experts), [self.recompute] * config.num_hidden_layers
         packed = packing(torch.from_numpy(micro.positions), micro.input_ids.device)
@@ -43,7 +46,8 @@ class Engine:
         hidden, logits = forward(network, ids, packed, windows_of(config), settings, self.dtype, modes, self.compiled, noise)
         if not with_labels:
             return PolicyOutput(torch.zeros(micro.input_ids.shape, device=hidden.device), logits.unbind(0))
-        logprobs = label_logprobs(hidden, network.embed_tokens, micro.labels.flatten(), uniform=self.uniform)
+        labels = micro.labels.flatten()
+        logprobs = label_logprobs(hidden, network.embed_tokens, labels, uniform=self.uniform, weighing=weighing)
         return PolicyOutput(logprobs.view_as(micro.labels), logits.unbind(0))
 
 

@@ -29,8 +29,8 @@ class PolicyOutput(NamedTuple):
     router_logits: tuple[Tensor, ...]
 
 
-Compute = Callable[[KeuralMoECausalLM, MicroBatch, bool], PolicyOutput]
-"""A forward pass: a model, packed rows, and whether the log-probabilities of their labels are wanted."""
+Compute = Callable[[KeuralMoECausalLM, MicroBatch, bool, Weighing | None], PolicyOutput]
+"""A forward pass: a model, packed rows, whether the log-probabilities of their labels are wanted, and how the loss weighs them."""
 
 
 class Policy(nn.Module):
@@ -63,10 +63,10 @@ class Policy(nn.Module):
 
     def forward(self, micro: MicroBatch, with_labels: bool = True, weighing: Weighing | None = None) -> PolicyOutput:
         """Run packed rows ``[rows, T]``. Without labels the head is not used, and log-probabilities are 0. `weighing` of the loss
-        saves a pass over the head where the model's own layers compute.
+        saves a pass over the head.
         """
         if self.engine is not None:
-            return self.engine(self.model, micro, with_labels)
+            return self.engine(self.model, micro, with_labels, weighing)
         autocast = torch.autocast(micro.input_ids.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
         ids, positions = micro.input_ids, micro.position_ids
         inputs = (

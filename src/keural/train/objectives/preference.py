@@ -71,7 +71,9 @@ def preference_terms(answers: Answers, spec: DpoSpec, weights: Tensor | None = N
 
 
 def pair_logprobs(logprobs: Tensor, pairs: PairIndices) -> Tensor:
-    """Sums of the labels' log-probabilities ``[rows, T]`` over the sides of each pair; ``[2, pairs]``, the chosen ones first."""
+    """Sums of the labels' log-probabilities ``[rows, T]`` over the sides of each pair; ``[2, pairs]``, the chosen ones first; of
+    labelled answers ``[1, answers]``.
+    """
     return _over_sides(logprobs.flatten().index_select(0, pairs.positions), pairs)
 
 
@@ -98,6 +100,6 @@ def answer_logprobs(logprobs: Tensor, micro: MicroBatch, ld_alpha: float = 1.0) 
 
 
 def _over_sides(values: Tensor, pairs: PairIndices) -> Tensor:
-    """Sums of one value per token of every side; ``[2, pairs]``."""
+    """Sums of one value per token of every side, in the shape of `PairIndices.sequences`."""
     sums = torch.zeros(pairs.sequences.size, dtype=values.dtype, device=values.device)
-    return sums.index_add(0, pairs.sides, values).view(2, -1)
+    return sums.index_add(0, pairs.sides, values).view(pairs.sequences.shape)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from keural.recipe import StageSpec
 from keural.train.objectives.base import Objective
+from keural.train.objectives.labelled import Kto
 from keural.train.objectives.next_token import NextToken
 from keural.train.objectives.preference import Dpo
 
@@ -16,5 +17,6 @@ LOSSES: dict[str, Callable[[StageSpec], Objective]] = {
     "next_token": lambda stage: NextToken(),
     "sft": lambda stage: NextToken(),
     "dpo": lambda stage: Dpo(stage.dpo),
+    "kto": lambda stage: Kto(stage.kto),
 }
 """Made from the stage's settings, one for each of `keural.recipe.OBJECTIVES`."""

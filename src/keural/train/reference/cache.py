@@ -1,10 +1,10 @@
 """Log-probabilities of the reference model, computed once for each pair and kept on disk.
 
-In: a file of records (`RecordFile`), a store of pairs, what computes, and the batches that training is going to see. Out: the
-values of any sequences of the store. They come from the same code, rows and micro-batches as training's own forward passes, so
-where a stage computes them itself, policy and reference agree to the last bit at step 0 and the DPO loss is ln 2; values that were
-computed in other rows differ from those by rounding. A computation that was stopped, or whose store has grown since, goes on with
-what is missing.
+In: a file of records (`RecordFile`), a store of pairs or labelled answers (which are two sequences, too), what computes, and the
+batches that training is going to see. Out: the values of any sequences of the store. They come from the same code, rows and
+micro-batches as training's own forward passes, so where a stage computes them itself, policy and reference agree to the last bit at
+step 0 and the DPO loss is ln 2; values that were computed in other rows differ from those by rounding. A computation that was
+stopped, or whose store has grown since, goes on with what is missing.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from keural.train.processes.ranks import Ranks
 from keural.train.reference.records import RecordFile, pair_digests
 
 Compute = Callable[[MicroBatch], Tensor]
-"""Reference log-probabilities ``[2, pairs]`` of a micro-batch's pairs, the chosen sides first."""
+"""Reference log-probabilities of a micro-batch's sequences, in the shape of `PairIndices.sequences`."""
 
 
 class ReferenceCache:
@@ -32,7 +32,7 @@ class ReferenceCache:
 
     Args:
         file: where they are kept; several stores may share one.
-        store: of pairs.
+        store: of pairs or labelled answers.
         ranks: rank 0 reads and writes; every rank has all values in memory.
 
     Raises `UserError` as `RecordFile.read` does.
@@ -97,18 +97,19 @@ class ReferenceCache:
 
     def _store(self, batch: Batch, compute: Compute, limit: int | None) -> None:
         """Put values of all ranks where there is none yet: the first computation of a pair stands."""
-        micros = micro_batches(batch, limit, self.ranks.device)
-        found = [(micro.pairs.sequences[0] // 2, compute(micro).detach().cpu().numpy().T) for micro in micros]
+        micros = [micro for part in batch.parts for micro in micro_batches(part, limit, self.ranks.device)]
+        found = [(micro.pairs.sequences.ravel(), compute(micro).detach().cpu().numpy().ravel()) for micro in micros]
         parts = [part for parts in self.ranks.gather(found) for part in parts]
-        pairs, values = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        if not np.isfinite(values).all():
+        sequences, computed = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        if not np.isfinite(computed).all():
             raise UserError(
-                f"{self.store.directory}: pair {pairs[~np.isfinite(values).all(1)][0]} has a reference log-probability that is not "
-                "finite; the model that the stage starts from is damaged, or computes too coarsely (train.compute_dtype)"
+                f"{self.store.directory}: record {sequences[~np.isfinite(computed)][0] // 2} has a reference log-probability that "
+                "is not finite; the model that the stage starts from is damaged, or computes too coarsely (train.compute_dtype)"
             )
-        numbers, places = np.unique(self._number[pairs], return_index=True)
+        sides, places = np.unique(2 * self._number[sequences // 2] + sequences % 2, return_index=True)
+        numbers, values = sides[::2] // 2, computed[places].reshape(-1, 2)  # every record's both sequences are in its step
         new = np.isnan(self._values[numbers, 0])
-        numbers, values = numbers[new], values[places[new]]
+        numbers, values = numbers[new], values[new]
         self._values[numbers] = values
         self.ranks.on_main(lambda: self.file.append(self._digests[numbers], values))
 

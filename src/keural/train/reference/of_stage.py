@@ -23,12 +23,12 @@ from keural.train.reference.records import MANIFEST, RecordFile, ReferenceIdenti
 
 def is_cached(stage: StageSpec) -> bool:
     """Whether the stage goes by reference values that are computed once and kept."""
-    return stage.needs_reference and stage.dpo.reference == "cached"
+    return stage.needs_reference and stage.reference.reference == "cached"
 
 
 def is_online(stage: StageSpec) -> bool:
     """Whether the stage computes reference values in every step."""
-    return stage.needs_reference and stage.dpo.reference == "online"
+    return stage.needs_reference and stage.reference.reference == "online"
 
 
 def identity_of(stage: StageSpec, config: KeuralConfig, tokenizer_sha: str, weights: str) -> ReferenceIdentity:
@@ -57,7 +57,7 @@ class ReferencePlace:
 
     file: RecordFile
     given: bool
-    """Whether the recipe names it (`dpo.reference_path`): then nothing is computed but where that alone was asked for."""
+    """Whether the recipe names it (`reference_path`): then nothing is computed but where that alone was asked for."""
 
     def cache(self, store: TokenStore, ranks: Ranks) -> ReferenceCache:
         """The values of a store's pairs that are there."""
@@ -75,7 +75,7 @@ class ReferencePlace:
             )
 
 
-REMEDY = "have the rest computed into it with --reference-only, or leave dpo.reference_path out"
+REMEDY = "have the rest computed into it with --reference-only, or leave reference_path out"
 
 
 def place_of(stage: StageSpec, identity: ReferenceIdentity, directory: Path) -> ReferencePlace:
@@ -83,15 +83,17 @@ def place_of(stage: StageSpec, identity: ReferenceIdentity, directory: Path) -> 
 
     Raises `UserError` when the recipe names one that is not there, or holds another model's values only.
     """
-    if stage.dpo.reference_path is None:
+    if stage.reference.reference_path is None:
         return ReferencePlace(RecordFile(directory / identity.key, identity), given=False)
-    given = Path(stage.dpo.reference_path).expanduser()
+    given = Path(stage.reference.reference_path).expanduser()
     if not given.is_dir():
-        raise UserError(f"{stage.name}: dpo.reference_path: {given}: no such directory")
+        raise UserError(f"{stage.name}: {stage.objective}.reference_path: {given}: no such directory")
     if (given / MANIFEST).is_file():
         return ReferencePlace(RecordFile(given, identity), given=True)
     others = [ReferenceIdentity.read(path) for path in sorted(given.glob(f"*/{MANIFEST}"))]
     if others and identity not in others:
         found = "; ".join(sorted({identity.differences(other) for other in others}))
-        raise UserError(f"{stage.name}: dpo.reference_path: {given}: holds reference values of another model ({found})")
+        raise UserError(
+            f"{stage.name}: {stage.objective}.reference_path: {given}: holds reference values of another model ({found})"
+        )
     return ReferencePlace(RecordFile(given / identity.key, identity), given=True)

@@ -102,7 +102,7 @@ class RecordFile:
         if known is not None and known != self.identity:
             raise UserError(
                 f"{self.directory}: holds reference values of another model ({self.identity.differences(known)}); name the "
-                "directory of this stage's, or leave dpo.reference_path out"
+                "directory of this stage's, or leave reference_path out"
             )
         try:
             content = self.path.read_bytes()

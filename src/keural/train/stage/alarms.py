@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from keural.recipe import StageSpec
+from keural.recipe import OBJECTIVES, StageSpec
 
 WINDOW = 20
 """Steps over which figures are averaged before anything is said of them."""
@@ -55,8 +55,29 @@ RANGES: dict[str, Range] = {
         "reward_margin",
         lambda value: value > 15,
         "the margin of rewards is {value:.1f}; the policy is far from its reference and usually overfits: fewer epochs, a lower "
-        "train.lr or a larger dpo.beta",
-        ("dpo",),
+        "train.lr or a larger beta",
+        ("dpo", "kto"),
+    ),
+    "margin_reversed": Range(
+        "reward_margin",
+        lambda value: value < -0.5,
+        "the margin of rewards between good and bad answers is {value:.2f}; usually labels are the other way round in a source, or "
+        "train.lr is too high",
+        ("kto",),
+    ),
+    "good_falls": Range(
+        "good_ratio",
+        lambda value: value < -0.25,
+        "good answers grow less probable, too, {value:.2f} nats per token against the reference; usually bad ones weigh too much "
+        "(kto.undesirable_weight), or train.lr is too high",
+        ("kto",),
+    ),
+    "far_from_reference": Range(
+        "reference_point",
+        lambda value: value > 5,
+        "answers to other prompts are rewarded {value:.1f}; the policy is far from its reference, and single answers hardly "
+        "change the loss any more: fewer epochs, or a lower train.lr",
+        ("kto",),
     ),
     "chosen_falls": Range(
         "chosen_ratio",
@@ -81,7 +102,7 @@ class Alarms:
 
     def __init__(self, stage: StageSpec) -> None:
         self._ranges = {name: each for name, each in RANGES.items() if not each.objectives or stage.objective in each.objectives}
-        self._per_reward = stage.dpo.beta
+        self._per_reward = stage.kto.beta if OBJECTIVES[stage.objective].store == "answers" else stage.dpo.beta
         self._per_token = stage.dpo.per_token
         self._values: dict[str, deque[float]] = {each.key: deque(maxlen=WINDOW) for each in self._ranges.values()}
         self._raised: set[str] = set()
@@ -106,7 +127,15 @@ class Alarms:
         return found
 
     def _derived(self, line: Mapping[str, Any]) -> dict[str, float]:
-        """The chosen answers' log-ratio to the reference, per token; of a stage without a reference none."""
+        """Log-ratios to the reference, per token, of chosen or good answers, and what the latter are compared with in rewards; of a
+        stage without a reference none.
+        """
+        if "kl" in line:
+            found = {"reference_point": float(line["kl"]) * self._per_reward}
+            if "reward_desirable" in line:
+                tokens = max(float(line["length_desirable"]), 1.0)
+                found["good_ratio"] = float(line["reward_desirable"]) / self._per_reward / tokens
+            return found
         if "kl_estimate" not in line:
             return {}
         tokens = 1.0 if self._per_token else max(float(line["length_chosen"]), 1.0)

@@ -36,16 +36,19 @@ def stream_of(job: StageJob, store: Path | Corpus, ranks: Ranks) -> Stream:
     stage = job.stage
     rows = None if stage.train.batch_tokens is None else stage.train.batch_tokens // stage.data.sequence_length
     corpus = store if isinstance(store, Corpus) else Corpus((store,))
-    settings = (stage.objective, stage.data.sequence_length, rows, stage.train.batch_pairs, job.seed)
+    settings = (stage.objective, stage.data.sequence_length, rows, stage.train.batch_records, job.seed)
     return corpus.stream(*settings, job.tokenizer_sha, job.model_config.vocab_size, _pair_rows(stage, ranks))
 
 
 def _pair_rows(stage: StageSpec, ranks: Ranks) -> RowShape:
-    """Where attention goes by documents a row of pairs is a forward pass; where it masks rows, it has room for two sequences."""
+    """Where attention goes by documents a row of pairs or answers is a forward pass; where it masks rows, it has room for those
+    sequences that cannot be divided.
+    """
     spec = stage.train
     has_kernels = ranks.device.type == "cuda" and spec.compute_dtype == "bfloat16" and _has_engine(stage, ranks)
     goes_by_documents = _by_documents(spec, ranks) or has_kernels
-    limit = spec.micro_batch_tokens if goes_by_documents else 2 * stage.data.sequence_length
+    shortest = OBJECTIVES[stage.objective].sequences_per_row * stage.data.sequence_length
+    limit = spec.micro_batch_tokens if goes_by_documents else shortest
     return RowShape(limit, COMPILED_ROWS if spec.compile else 1)
 
 

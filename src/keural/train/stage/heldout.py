@@ -12,8 +12,10 @@ from torch import Tensor
 from keural.data.loading.batch import Array, Batch
 from keural.data.loading.stream import Stream
 from keural.data.tokens.store import TokenStore
-from keural.recipe import StageSpec
+from keural.recipe import OBJECTIVES, ObjectiveKind, StageSpec
+from keural.train.divergence import against_divergence
 from keural.train.micro_batches import MicroBatch, micro_batches, rows_per_pass, to_device
+from keural.train.objectives.base import figures
 from keural.train.processes.parallel import reshard
 from keural.train.processes.ranks import Ranks
 from keural.train.reference.online import Reference, references_for
@@ -59,6 +61,7 @@ def evaluate(trainer: Trainer, stream: Stream, references: Reference | None) -> 
     weighted pairs, the sum of their weights); the same of each source and language, as `source/NAME/loss` and
     `language/ko/loss`, where the store has several sources and names them.
     """
+    trainer = against_divergence(trainer, heldout_batches(trainer.stage, stream, trainer.ranks), references)
     ranks, names, sources = trainer.ranks, trainer.metrics, sources_of(stream)
     sums = torch.zeros(1 + (len(sources.names) if sources else 0), 2 + len(names), dtype=torch.float64)
     for batch in heldout_batches(trainer.stage, stream, ranks):
@@ -73,10 +76,11 @@ def evaluate(trainer: Trainer, stream: Stream, references: Reference | None) -> 
                 sums[1 + number] += _sums(trainer, part, of_part, values, None if kept is None else kept[:, pairs])
     reshard(trainer.policy)
     found = ranks.sum(sums.to(ranks.device)).cpu()
-    figures = _means(found[0], names)
+    kind = OBJECTIVES[trainer.stage.objective]
+    measured = _means(found[0], names, kind)
     for prefix, total in _groups(found[1:], sources) if sources else ():
-        figures |= {f"{prefix}/{name}": value for name, value in _means(total, names).items()}
-    return figures
+        measured |= {f"{prefix}/{name}": value for name, value in _means(total, names, kind).items()}
+    return measured
 
 
 def _sums(trainer: Trainer, batch: Batch, micro: MicroBatch, logprobs: Tensor, references: Tensor | None) -> Tensor:
@@ -94,7 +98,9 @@ def _parts(batch: Batch, sources: Sources) -> Iterator[tuple[int, Batch, Array]]
         pairs = np.flatnonzero(of_pairs == number)
         weights = None if batch.pair_weights is None else batch.pair_weights[pairs]
         labels = np.where(found == number, batch.labels, -100)
-        yield number, replace(batch, labels=labels, pairs=batch.pairs[pairs], pair_weights=weights), pairs
+        desirable = None if batch.desirable is None else batch.desirable[pairs]
+        part = replace(batch, labels=labels, pairs=batch.pairs[pairs], pair_weights=weights, desirable=desirable)
+        yield number, part, pairs
 
 
 def _groups(found: Tensor, sources: Sources) -> Iterator[tuple[str, Tensor]]:
@@ -105,8 +111,8 @@ def _groups(found: Tensor, sources: Sources) -> Iterator[tuple[str, Tensor]]:
         yield f"language/{language}", found[[each == language for each in sources.languages]].sum(0)
 
 
-def _means(sums: Tensor, names: tuple[str, ...]) -> dict[str, float]:
+def _means(sums: Tensor, names: tuple[str, ...], kind: ObjectiveKind) -> dict[str, float]:
     denominator, loss, *metrics = sums.tolist()
     divisor = denominator or 1.0
     means = {name: value / divisor for name, value in zip(names, metrics, strict=True)}
-    return {"loss": loss / divisor, **means, "items": denominator}
+    return {"loss": loss / divisor, **figures(means, kind), "items": denominator}

@@ -204,7 +204,8 @@ def _timed_forward(trainer: Trainer) -> float:
     """Seconds of one step's forward passes without gradients."""
     ranks = trainer.ranks
     batch = trainer.stream.batch(0, ranks.rank, ranks.world)
-    micros = micro_batches(batch, trainer.stage.train.micro_batch_tokens, ranks.device)
+    limit = trainer.stage.train.micro_batch_tokens
+    micros = [micro for part in batch.parts for micro in micro_batches(part, limit, ranks.device)]
 
     def forward() -> None:
         for micro in micros:

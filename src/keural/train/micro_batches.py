@@ -32,7 +32,14 @@ class PairIndices:
     desirable: Tensor | None = None
     """``[answers]``, bool: which labelled answers are good ones; None of pairs."""
     ends: tuple[int, ...] = ()
-    """Where pairs or answers end among the flattened rows (`group_ends`); on the CPU, where pieces are cut by them."""
+    """Where pairs or answers end among the flattened rows (`group_ends`); on the CPU, where pieces are cut by them. Found from the
+    tensors where it is not given, for which a device is waited for.
+    """
+
+    def __post_init__(self) -> None:
+        if not self.ends and (number := self.sequences.shape[-1]):
+            found = group_ends(self.positions.cpu().numpy(), self.sides.cpu().numpy() % number, number)
+            object.__setattr__(self, "ends", found)
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def small_stage(objective: str = "next_token", **changes: Any) -> StageSpec:
 
 
 def small_job(
-    directory: Path, objective: str = "next_token", *, number: int = 60, heldout: bool = False, **changes: Any
+    directory: Path, objective: str = "next_token", *, number: int = 60, heldout: bool = False, layers: int = 2, **changes: Any
 ) -> StageJob:
     """A job in `directory`; its stores and initial model are made on the first call."""
     store, held, init = directory / "store", directory / "heldout", directory / "init"
@@ -119,7 +119,7 @@ def small_job(
     return StageJob(
         stage=small_stage(objective, **changes),
         seed=11,
-        model_config=small_config(),
+        model_config=small_config(num_hidden_layers=layers),
         init=None if objective == "next_token" else init,
         train_store=store,
         heldout_store=held if heldout else None,

@@ -1,16 +1,19 @@
 """AdamW over float32 master weights, with weight decay on matrices only.
 
 In: a model and the stage's settings. Out: an optimizer whose state exists from the start, so that a checkpoint has the same tensors
-at every step: `torch.optim.AdamW` over float32 parameters (plain or sharded), or `SplitAdamW` over bfloat16 ones and remainders.
+at every step: `torch.optim.AdamW` over float32 parameters (plain or sharded; for `published` over bfloat16 ones),
+`HalfMomentAdamW` over float32 ones, or `SplitAdamW` over bfloat16 ones and remainders.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from keural.recipe import TrainSpec
+from keural.train.optimization.half_moments import HalfMomentAdamW
 from keural.train.optimization.split import SplitAdamW, halve, wide_norm
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -30,12 +33,14 @@ def is_decayed(parameter: Tensor) -> bool:
 def build_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.AdamW:
     """AdamW with the betas, epsilon and weight decay of `spec`; the learning rate is set before every step."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert all(parameter.dtype == torch.float32 for parameter in parameters), "master weights are float32"
+    stored = torch.bfloat16 if spec.precision == "published" else torch.float32
+    assert all(parameter.dtype == stored for parameter in parameters), "master weights are float32"
+    kind = HalfMomentAdamW if spec.precision == "fp32-bf16m" else torch.optim.AdamW
     groups = [
         {"params": [p for p in parameters if is_decayed(p)], "weight_decay": spec.weight_decay},
         {"params": [p for p in parameters if not is_decayed(p)], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(
+    optimizer = kind(
         [group for group in groups if group["params"]],
         lr=spec.lr,
         betas=(spec.betas[0], spec.betas[1]),
@@ -125,9 +130,20 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if any(gradient.dtype == torch.bfloat16 for gradient in gradients):
-        return wide_norm(gradients)
+        return _wide_norm_of_all(gradients)
     norm = nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _wide_norm_of_all(gradients: Sequence[Tensor]) -> Tensor:
+    """`wide_norm` of whole tensors: the squares of the parts are added up over the ranks that share a copy."""
+    sharded = next((gradient for gradient in gradients if isinstance(gradient, DTensor)), None)
+    if sharded is None:
+        return wide_norm(gradients)
+    squares = wide_norm(gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients).square()
+    mesh = sharded.device_mesh
+    dist.all_reduce(squares, group=mesh.get_group(mesh.ndim - 1))
+    return squares.sqrt()
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, maximum: float) -> None:

@@ -21,6 +21,7 @@ from keural.train.network.policy import Compute, Policy, needs_engine
 from keural.train.optimization.optimizer import Optimizer, build_optimizer, build_split_optimizer
 from keural.train.optimization.split import SplitAdamW
 from keural.train.optimization.trainable import count_all, count_trained, freeze
+from keural.train.processes.modes import ALONE
 from keural.train.processes.parallel import prepare_layers, shard
 from keural.train.processes.ranks import Ranks
 from keural.train.reference.online import OnlineReference
@@ -75,7 +76,7 @@ def policy_of(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, Optim
     model, spec = policy.model, job.stage.train
     if (trained := count_trained(model)) < (total := count_all(model)):
         ranks.log_once(f"{job.stage.name}: trains {trained:,} of {total:,} parameters")
-    if spec.precision != "fp32":
+    if spec.precision in ALONE:
         return policy, _split(policy, spec, ranks), frozen
     _place(policy, spec, ranks)
     return policy, build_optimizer(model, spec), frozen
@@ -84,7 +85,7 @@ def policy_of(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, Optim
 def computing_policy(job: StageJob, uniform: bool, ranks: Ranks) -> Policy:
     """The same model where nothing is trained, without moments."""
     policy, _ = _policy(job, uniform, ranks)
-    if job.stage.train.precision != "fp32":
+    if job.stage.train.precision in ALONE:
         _split(policy, job.stage.train, ranks)  # which makes the bfloat16 weights
     else:
         _place(policy, job.stage.train, ranks)
@@ -98,7 +99,9 @@ def _split(policy: Policy, spec: TrainSpec, ranks: Ranks) -> SplitAdamW:
 
 
 def _place(policy: Policy, spec: TrainSpec, ranks: Ranks) -> None:
-    """Bring a model whose weights stay in float32 to its device, sharded over the ranks."""
+    """Bring a model whose weights stay in one type to its device, sharded over the ranks."""
+    if spec.precision == "published":
+        policy.model.to(torch.bfloat16)
     if ranks.world == 1:
         policy.to(ranks.device)
     if policy.engine is None:

@@ -81,6 +81,8 @@ class StageRun:
         if isinstance(self.trainer.optimizer, SplitAdamW):
             self.trainer.optimizer.restore_masters()
         reshard(self.trainer.policy)
+        if self.job.stage.train.precision == "published":
+            self.trainer.policy.float()
         return StageResult(
             name=self.job.stage.name,
             seconds=round(progress.seconds, 3),

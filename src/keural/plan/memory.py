@@ -81,7 +81,8 @@ def memory(network: Network, layout: Layout) -> Memory:
     """What a stage takes of one GPU."""
     way = layout.way
     found = stored(network, layout.precision, layout.shards)
-    host = max(found.pop("host"), 4.0 * network.counts.total)  # every process makes the whole model at its start
+    made = 4.0 * (network.held(layout.shards) + (network.largest if layout.gpus > 1 else 0))  # each its part, a tensor at a time
+    host = max(found.pop("host"), made)
     found["slack"] = (CONTEXT + (NCCL if layout.gpus > 1 else 0)) * GIB
     moments = _alone(network, way) if layout.gpus == 1 else _sharded(network, way, layout.shards)
     if layout.reference:

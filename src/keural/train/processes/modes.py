@@ -62,6 +62,16 @@ def largest_part(shape: Sequence[int], processes: int, dimension: int | None = N
     return _product(shape) // shape[dimension] * -(-shape[dimension] // processes)
 
 
+def part_of(shape: Sequence[int], index: int, processes: int) -> tuple[slice, ...]:
+    """Where in a tensor the part of the `index`-th of so many processes lies."""
+    dimension = sharded_dimension(shape, processes)
+    size = -(-shape[dimension] // processes)
+    first = min(index * size, shape[dimension])
+    regions = [slice(0, whole) for whole in shape]
+    regions[dimension] = slice(first, min(first + size, shape[dimension]))
+    return tuple(regions)
+
+
 def _product(shape: Sequence[int]) -> int:
     product = 1
     for size in shape:

@@ -72,6 +72,8 @@ class TrainSpec(Spec):
     always saved."""
     keep_checkpoints: int = neutral("keeping", 1, gt=0)
     """Checkpoints to keep; older ones are deleted when a new one is whole."""
+    keep_every: int | None = neutral("keeping", None, gt=0)
+    """Checkpoints of steps that are multiples of this are kept for good; a multiple of save_every. None: of none."""
     evaluate_every: int | None = neutral("keeping", None, gt=0)
     """Steps between evaluations on held-out data; it is always evaluated at the end."""
 
@@ -113,6 +115,8 @@ class TrainSpec(Spec):
             raise ValueError(
                 "recompute selective with compile needs compute_dtype bfloat16: there is no compiled grouped product in float32"
             )
+        if self.keep_every is not None and (self.save_every is None or self.keep_every % self.save_every):
+            raise ValueError("keep_every must be a multiple of save_every: no other steps have checkpoints")
         if self.min_lr > self.lr:
             raise ValueError("min_lr cannot exceed lr")
         if self.steps is not None and self.warmup_steps >= self.steps:

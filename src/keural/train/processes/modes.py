@@ -62,9 +62,9 @@ def largest_part(shape: Sequence[int], processes: int, dimension: int | None = N
     return _product(shape) // shape[dimension] * -(-shape[dimension] // processes)
 
 
-def part_of(shape: Sequence[int], index: int, processes: int) -> tuple[slice, ...]:
-    """Where in a tensor the part of the `index`-th of so many processes lies."""
-    dimension = sharded_dimension(shape, processes)
+def part_of(shape: Sequence[int], index: int, processes: int, dimension: int | None = None) -> tuple[slice, ...]:
+    """Where in a tensor the part of the `index`-th of so many processes lies; `dimension` as for `largest_part`."""
+    dimension = sharded_dimension(shape, processes) if dimension is None else dimension
     size = -(-shape[dimension] // processes)
     first = min(index * size, shape[dimension])
     regions = [slice(0, whole) for whole in shape]

@@ -48,7 +48,8 @@ def half_a_file(strike: Callable[[], None]) -> None:
     def patched(path: Path, pieces: Any, go_on: Callable[[], None]) -> str:
         path.write_bytes(b"half")
         strike()
-        return original(path, pieces, go_on)
+        found: str = original(path, pieces, go_on)
+        return found
 
     module: Any = writing
     original = module.write_file

@@ -239,3 +239,10 @@ def test_copies_on_several_nodes_take_what_one_node_holds() -> None:
     assert copies.data()["parameters_per_gpu"] == planned(8, "h100").data()["parameters_per_gpu"]
     assert copies.largest.laid.memory.total > whole.largest.laid.memory.total
     assert copies.data()["bytes_per_parameter"] == 12
+
+
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_an_optimizer_with_one_precision_keeps_it(gpus: int) -> None:
+    found = planned(gpus, "h200", "train.optimizer=muon")
+
+    assert {stage.laid.layout.precision for stage in found.stages} == {"fp32"}

@@ -75,7 +75,7 @@ def run(
     *,
     until: str | None = None,
     only: str | None = None,
-    tensorboard: bool = False,
+    boards: tuple[str, ...] = (),
     reference_only: bool = False,
     on_data: Callable[[Workspace], object] | None = None,
 ) -> Outcome:
@@ -102,7 +102,7 @@ def run(
             finished = all(_make_references(workspace, stage, ranks) for stage in stages)
             return Outcome(out, interrupted=not finished, trains=False)
         for stage in stages:
-            if _train(workspace, stage, ranks, tensorboard):
+            if _train(workspace, stage, ranks, boards):
                 return Outcome(out, interrupted=True)
         ranks.on_main(lambda: _finish(workspace, started))
     return Outcome(out, interrupted=False)
@@ -120,7 +120,7 @@ def _with_reference(stages: list[StageSpec]) -> list[StageSpec]:
 def _make_references(workspace: Workspace, stage: StageSpec, ranks: Ranks) -> bool:
     """Compute what reference values of a stage are missing; False when a signal stopped it."""
     ranks.on_main(lambda: _check_ready(workspace, stage))
-    return make_references(_job(workspace, stage, tensorboard=False), ranks)
+    return make_references(_job(workspace, stage), ranks)
 
 
 def _open_run(recipe: Recipe, stages: list[StageSpec], out: Path, on_data: Callable[[Workspace], object] | None) -> None:
@@ -133,7 +133,7 @@ def _open_run(recipe: Recipe, stages: list[StageSpec], out: Path, on_data: Calla
     check_measurable(recipe, workspace.data)
 
 
-def _train(workspace: Workspace, stage: StageSpec, ranks: Ranks, tensorboard: bool) -> bool:
+def _train(workspace: Workspace, stage: StageSpec, ranks: Ranks, boards: tuple[str, ...]) -> bool:
     """Bring one stage to its end unless it is there already; True when a signal stopped it."""
     directory, wanted = workspace.out / stage.name, workspace.stage_fingerprint(stage)
     if ranks.on_main(lambda: find_done(directory, wanted) is not None):
@@ -147,7 +147,7 @@ def _train(workspace: Workspace, stage: StageSpec, ranks: Ranks, tensorboard: bo
             ranks.log_once(f"{stage.name}: {row.survey}")
     ranks.on_main(lambda: _check_ready(workspace, stage))
     ranks.on_main(lambda: open_directory(workspace, stage))
-    result = train_stage(_job(workspace, stage, tensorboard), ranks)
+    result = train_stage(_job(workspace, stage, boards), ranks)
     if not result.interrupted:
         export_stage(workspace, stage, result, wanted, ranks)
     return result.interrupted
@@ -169,7 +169,7 @@ def _check_ready(workspace: Workspace, stage: StageSpec) -> None:
     check_sums(init_directory(workspace.out, stage))
 
 
-def _job(workspace: Workspace, stage: StageSpec, tensorboard: bool) -> StageJob:
+def _job(workspace: Workspace, stage: StageSpec, boards: tuple[str, ...] = ()) -> StageJob:
     budget, share = workspace.recipe.spec.budget, stage.train.budget_share
     prepared = workspace.data[stage.name]
     return StageJob(
@@ -183,7 +183,7 @@ def _job(workspace: Workspace, stage: StageSpec, tensorboard: bool) -> StageJob:
         run_dir=workspace.out / stage.name,
         fingerprint=trajectory(workspace, stage),
         budget_seconds=parse_duration(budget) * share if budget and share else None,
-        tensorboard=tensorboard,
+        boards=boards,
         references=workspace.out / REFERENCE,
     )
 

@@ -96,7 +96,8 @@ def _best(network: Network, stage: StageSpec, gpu: Gpu, gpus: int, precision: st
     if stage.router.scope == "micro_batch":
         stated |= {"micro_batch_tokens"}  # there it is part of the loss
     chosen = tuple(key for key in KEYS if key not in stated)
-    if "precision" in stated or (precision != "fp32" and stage.train.compute_dtype != "bfloat16"):
+    own = stage.train.compute_dtype != "bfloat16" or stage.train.optimizer != "adamw"  # which others are not for
+    if "precision" in stated or (precision != "fp32" and own):
         precision = stage.train.precision
     found: list[Laid] = []
     for layout in _layouts(network, stage, gpus, precision, stated):

@@ -17,13 +17,12 @@ from keural.data.loading.stream import Stream
 from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
 from keural.files import fingerprint as fingerprint_of
-from keural.recipe import StageSpec, length_of
+from keural.recipe import length_of
 from keural.train.checkpoints.checkpoints import Checkpoints
 from keural.train.checkpoints.manifest import Progress, Stored, newest_progress
 from keural.train.checks.record import CHECKS_FILE, probe
 from keural.train.network.policy import Policy
 from keural.train.objectives.registry import LOSSES
-from keural.train.optimization.schedule import learning_rate
 from keural.train.processes.parallel import check_ranks, reshard
 from keural.train.processes.ranks import Ranks, session
 from keural.train.reference.cache import ReferenceCache
@@ -81,7 +80,7 @@ def open_stage(job: StageJob, ranks: Ranks, stop: StopSignals, started: float) -
     if is_cached(stage):
         references = _references(job, plan.steps, policy, stream, heldout, stop, ranks, fills=False)
     guard = SpikeGuard(stage.train.skip_spikes)
-    rate, wait = _schedule(stage, plan), checkpoints.wait_for_copy
+    rate, wait = step_plan.rate_of(stage.train, plan), checkpoints.wait_for_copy
     trainer = make_trainer(learning_rate=rate, references=references[0], guard=guard, before_update=wait)
     progress = _resume(job, plan, latest, checkpoints, trainer)
     if latest is None:
@@ -115,11 +114,6 @@ def _make_plan(job: StageJob, measured: Trainer, heldout: Stream | None, started
         f"in {job.budget_seconds:.0f} s"
     )
     return made
-
-
-def _schedule(stage: StageSpec, plan: step_plan.StepPlan) -> Callable[[int], float]:
-    """The learning rate of each step."""
-    return partial(learning_rate, steps=plan.steps, peak=stage.train.lr, minimum=stage.train.min_lr, warmup_steps=plan.warmup_steps)
 
 
 def _references(

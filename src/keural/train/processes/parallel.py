@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 
 from keural.errors import UserError
 from keural.model import KeuralMoECausalLM
@@ -123,19 +123,3 @@ def reshard(policy: nn.Module) -> None:
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
-    """All weights, whole and on the CPU, on rank 0; None on the other ranks. Every rank must call it.
-
-    A tied head, being the embedding again, is left out.
-    """
-    reshard(model)
-    is_main = not dist.is_initialized() or dist.get_rank() == 0
-    weights: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        value = parameter.detach()
-        value = value.full_tensor() if isinstance(value, DTensor) else value
-        if is_main:
-            weights[name] = value.cpu().clone()
-    return weights if is_main else None

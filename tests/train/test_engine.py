@@ -256,7 +256,7 @@ def test_a_lagged_load_without_effect_is_refused() -> None:
 def test_a_resolved_recipe_is_read_again() -> None:
     stage = small_stage(train=SPLIT)
     assert stage.train.compute_dtype == "bfloat16"
-    assert type(stage).model_validate(stage.model_dump(exclude={"dpo", "sft"})) == stage
+    assert type(stage).model_validate(stage.model_dump(exclude={"dpo": True, "sft": True, "train": {"muon"}})) == stage
 
 
 def test_split_on_several_processes_is_refused(tmp_path: Path) -> None:

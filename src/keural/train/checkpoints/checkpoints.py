@@ -128,6 +128,11 @@ class Checkpoints:
             self.ranks.on_main(lambda: shutil.rmtree(_temporary(self._final), ignore_errors=True))
             raise _refusal(self._final, failures[0]) from writing.error
 
+    def give_up(self) -> None:
+        """Before the process ends at once: nothing more is begun of what is being written."""
+        if self._writing is not None:
+            self._writing.give_up()
+
     def leave(self) -> None:
         """Before the process ends for another reason: what is being written becomes a checkpoint if it can."""
         if self._writing is not None:

@@ -168,6 +168,7 @@ class StageRun:
             yield
             self.checkpoints.finish()
         except KeyboardInterrupt:  # a second signal: it does not wait
+            self.checkpoints.give_up()
             raise
         except BaseException:
             self.checkpoints.leave()

@@ -250,7 +250,8 @@ class Engine:
     def loss(self, ids: Tensor, labels: Tensor, packed: Packing, recompute: list[str]) -> Tensor:
         """Cross-entropy, balance loss with lagged loads, and z-loss."""
         dtype = self.network.embed_tokens.dtype
-        hidden, logits = forward(self.network, ids, packed, self.windows, self.settings, dtype, recompute, self.compiled)
+        hidden, of_layers = forward(self.network, ids, packed, self.windows, self.settings, dtype, recompute, self.compiled)
+        logits = torch.stack(of_layers)
         logprobs = label_logprobs(hidden, self.network.embed_tokens, labels, uniform=True)
         balance = self.size.config.num_local_experts * (self.shares * logits.softmax(-1).mean(1)).sum(-1).mean()
         return -logprobs.sum() / len(labels) + 0.02 * balance + 0.001 * logits.logsumexp(-1).square().mean()

@@ -17,6 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from keural.data.loading.batch import Batch
 from keural.data.loading.stream import Stream
@@ -26,7 +29,7 @@ from keural.files import atomic_directory
 from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.recipe import StageSpec
 from keural.train.gradients import accumulate_gradients
-from keural.train.processes.parallel import full_state_dict
+from keural.train.processes.parallel import reshard
 from keural.train.processes.ranks import Ranks, session
 from keural.train.stage.job import StageJob, StageResult
 from keural.train.stage.run import StageRun
@@ -123,7 +126,7 @@ def small_stage(objective: str = "next_token", **changes: Any) -> StageSpec:
 
 
 def small_job(
-    directory: Path, objective: str = "next_token", *, number: int = 60, heldout: bool = False, **changes: Any
+    directory: Path, objective: str = "next_token", *, number: int = 60, heldout: bool = False, layers: int = 2, **changes: Any
 ) -> StageJob:
     """A job in `directory`; its stores and initial model are made on the first call."""
     store, held, init = directory / "store", directory / "heldout", directory / "init"
@@ -138,7 +141,7 @@ def small_job(
     return StageJob(
         stage=small_stage(objective, **changes),
         seed=11,
-        model_config=small_config(),
+        model_config=small_config(num_hidden_layers=layers),
         init=None if objective == "next_token" else init,
         train_store=store,
         heldout_store=held if heldout else None,
@@ -170,6 +173,22 @@ def metrics_of(job: StageJob) -> list[dict[str, Any]]:
 
 def losses_of(job: StageJob) -> list[float]:
     return [line["loss"] for line in metrics_of(job) if "loss" in line]
+
+
+def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """All weights, whole and on the CPU, on rank 0; None on the other ranks. Every rank must call it.
+
+    A tied head, being the embedding again, is left out.
+    """
+    reshard(model)
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    weights: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        value = parameter.detach()
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        if is_main:
+            weights[name] = value.cpu().clone()
+    return weights if is_main else None
 
 
 def weights_of(result: StageResult) -> dict[str, torch.Tensor]:

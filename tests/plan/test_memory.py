@@ -163,15 +163,19 @@ def peak(shape: dict[str, Any], layers: int, way: Way, world: int) -> float:
 
 
 def open_policy(model: KeuralMoECausalLM, way: Way, ranks: Ranks) -> Policy:
+    spec = TrainSpec.model_validate({
+        "steps": 1, "batch_tokens": way.tokens, "lr": 1e-3, "compute_dtype": "bfloat16", "recompute": way.recompute
+    })  # fmt: skip
+    engine = Engine(torch.bfloat16, way.recompute, False, "masked", "grouped_mm", True)
+    if way.engine and ranks.world > 1:
+        policy = Policy(model, torch.bfloat16, engine).train()
+        shard(policy, model, spec, ranks)
+        return policy
     if way.engine:
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2 and not name.endswith("gate.weight"):
                 parameter.data = parameter.data.bfloat16()
-        engine = Engine(torch.bfloat16, way.recompute, False, "masked", "grouped_mm", True)
         return Policy(model, torch.bfloat16, engine).train()
-    spec = TrainSpec.model_validate({
-        "steps": 1, "batch_tokens": way.tokens, "lr": 1e-3, "compute_dtype": "bfloat16", "recompute": way.recompute
-    })  # fmt: skip
     policy = Policy(model, torch.bfloat16).train()
     prepare_layers(model, spec)
     shard(policy, model, spec, ranks)
@@ -195,7 +199,7 @@ def planned_peak(shape: dict[str, Any], layers: int, way: Way, world: int) -> fl
     """MiB that are planned for the same: without moments, which the step above has none of."""
     model = {name: value for name, value in (SCALED | shape).items() if name != "vocab_size"}
     network = Network(ModelSpec(**model, num_hidden_layers=layers), shape.get("vocab_size", VOCABULARY))
-    found = memory(network, Layout(world, "split-host" if way.engine else "fp32", way))
+    found = memory(network, Layout(world, "split-host" if way.engine and world == 1 else "fp32", way))
     return (found.total - found.parts["slack"] - found.parts["moments"]) / MIB
 
 
@@ -224,6 +228,17 @@ def test_peaks_of_sharded_steps_are_as_planned(shape: dict[str, Any], layers: in
     way = Way(engine=False, compiled=False, recompute=recompute, itemsize=2, converted=False, tokens=tokens)
 
     assert planned_peak(shape, layers, way, world) == pytest.approx(peak(shape, layers, way, world), rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layers", "world", "recompute", "tokens"),
+    [(4, 2, "selective", 1024), (4, 8, "selective", 512), (4, 64, "selective", 1024), (4, 2, "full", 2048), (2, 16, "none", 512)],
+)
+def test_peaks_of_the_sharded_engine_are_as_planned(layers: int, world: int, recompute: str, tokens: int) -> None:
+    way = engine_way(recompute, False, tokens)
+
+    assert planned_peak({}, layers, way, world) == pytest.approx(peak({}, layers, way, world), rel=0.05)
 
 
 SLOW = [pytest.param(recompute, marks=pytest.mark.slow) for recompute in ("none", "full")]

@@ -8,7 +8,7 @@ import torch
 
 from keural.errors import UserError
 from keural.model import KeuralConfig, KeuralMoECausalLM
-from keural.train.stage.initial_weights import initial_model
+from keural.train.initial.weights import initial_model
 
 CPU = torch.device("cpu")
 SHA = "0" * 64

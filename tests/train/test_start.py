@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from keural.errors import UserError
-from keural.train.stage.initial_weights import initial_model
+from keural.train.initial.weights import initial_model
 from keural.train.stage.metrics import keep_until, line_text
 from tests.helpers.train_small import losses_of, open_run, random_model, small_config, small_job, step_gradients, train_stage
 

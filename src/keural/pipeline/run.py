@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from keural.data.prepare import clear_parts
 from keural.errors import UserError
 from keural.evaluate.bench import Bench
@@ -51,11 +49,13 @@ from keural.pipeline.workspace import (
     select_stages,
     with_ancestors,
 )
-from keural.pretrained.directory import save_model_directory
+from keural.pretrained.directory import write_model_directory
 from keural.pretrained.lineage import UNKNOWN, check_sums, read_record
+from keural.pretrained.weights import Weights
 from keural.recipe import VERSION, Recipe, StageSpec, parse_duration
 from keural.report.html import write_report
-from keural.train.processes.parallel import check_ranks, full_state_dict
+from keural.train.processes.gathering import with_gathered
+from keural.train.processes.parallel import check_ranks
 from keural.train.processes.ranks import Ranks, session
 from keural.train.reference.of_stage import is_cached
 from keural.train.stage.dry_run import Tried
@@ -218,11 +218,13 @@ def _job(workspace: Workspace, stage: StageSpec, boards: tuple[str, ...] = ()) -
 
 def export_stage(workspace: Workspace, stage: StageSpec, result: StageResult, wanted: str, ranks: Ranks) -> None:
     """Write the stage's model directory, then the marker that it is done."""
-    weights = full_state_dict(result.model) if result.adapter is None else {}
-    ranks.on_main(lambda: _save_stage(workspace, stage, result, weights or {}, wanted))
+    if result.adapter is None:
+        with_gathered(result.model, ranks, lambda weights: _save_stage(workspace, stage, result, weights, wanted))
+    else:
+        ranks.on_main(lambda: _save_stage(workspace, stage, result, None, wanted))
 
 
-def _save_stage(workspace: Workspace, stage: StageSpec, result: StageResult, weights: dict[str, Tensor], wanted: str) -> None:
+def _save_stage(workspace: Workspace, stage: StageSpec, result: StageResult, weights: Weights | None, wanted: str) -> None:
     """Write what a stage has made: its model, and the adapter that is merged into it where the stage trained one."""
     directory, spec = workspace.out / stage.name, workspace.recipe.spec
     chain = list(reversed(with_ancestors(workspace.recipe, stage)))
@@ -230,9 +232,10 @@ def _save_stage(workspace: Workspace, stage: StageSpec, result: StageResult, wei
     if (tools := _tool_conversations(workspace, stage)) is not None:
         trained["tool_conversations"] = tools
     lineage = {"recipe": spec.name, "stage": stage.name, "fingerprint": wanted, **trained}
-    if result.adapter is None:
-        save_model_directory(directory / MODEL, workspace.model_config, weights, workspace.tokenizer, lineage, spec.chat)
+    if weights is not None:
+        write_model_directory(directory / MODEL, workspace.model_config, weights, workspace.tokenizer, lineage, spec.chat)
     else:
+        assert result.adapter is not None
         write_adapter(directory / ADAPTER, result.adapter, lineage, spec.chat)
         write_merged(directory / ADAPTER, result.adapter.base, directory / MODEL, workspace.tokenizer, spec.chat)
     Done(

@@ -16,7 +16,7 @@ know its plan without knowing the pipeline) and listed here.
     <stage>/stage.json        StageMarker: what the stage is made from; stage.yaml the same for people
     <stage>/plan.json         keural.train.stage.step_plan.PlanFile
     <stage>/checks.json       keural.train.checks.record.ChecksFile
-    <stage>/checkpoints/*/manifest.json       keural.train.stage.checkpoint: SHA-256 of every file, and its own
+    <stage>/checkpoints/*/manifest.json       keural.train.checkpoints: SHA-256 of every file, and its own
     <stage>/metrics.jsonl     keural.train.stage.metrics: each line has a checksum
     <stage>/model/keural.json keural.pretrained.lineage: SHA-256 of every file of the model
     <stage>/adapter/keural.json keural.pretrained.lineage, the same of a stage's adapter, which its model has in it

@@ -30,7 +30,7 @@ from keural.pipeline.workspace import Workspace, open_stream
 from keural.pretrained.lineage import check_sums
 from keural.recipe import StageSpec, length_of
 from keural.terminal import say
-from keural.train.stage.checkpoint import newest_progress
+from keural.train.checkpoints.manifest import newest_progress
 from keural.train.stage.step_plan import PlanFile, fixed_plan, plan_of, why_not_continued
 
 

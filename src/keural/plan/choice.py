@@ -10,7 +10,7 @@ from typing import Any
 from keural.errors import UserError
 from keural.plan.activations import Way
 from keural.plan.gpus import GIB, GPUS, Gpu
-from keural.plan.memory import MODES, Layout, Memory, memory
+from keural.plan.memory import MODES, SHARDED_MODES, Layout, Memory, memory
 from keural.plan.network import Network, network_of
 from keural.recipe import OBJECTIVES, Recipe, StageSpec
 from keural.train.processes.modes import by_engine, why_not_on
@@ -69,11 +69,12 @@ def share_tokens(stage: StageSpec, gpus: int) -> int:
 def lay_out(recipe: Recipe, gpu: Gpu, gpus: int, free: bool = False) -> list[Laid]:
     """Every stage of a recipe on `gpus` cards; with `free` as if the recipe stated none of `KEYS`.
 
-    One precision is chosen for all stages that state none: the first of `MODES` with which all fit, else the smallest.
+    One precision is chosen for all stages that state none: the first of `MODES` (of `SHARDED_MODES`) with which all fit, else the
+    smallest.
     """
     network = network_of(recipe)
     laid: list[Laid] = []
-    for precision in MODES if gpus == 1 else MODES[:1]:
+    for precision in MODES if gpus == 1 else SHARDED_MODES:
         laid = [_best(network, stage, gpu, gpus, precision, free) for stage in recipe.stages]
         if all(one.fits for one in laid):
             break
@@ -97,8 +98,8 @@ def _best(network: Network, stage: StageSpec, gpu: Gpu, gpus: int, precision: st
     if stage.router.scope == "micro_batch":
         stated |= {"micro_batch_tokens"}  # there it is part of the loss
     chosen = tuple(key for key in KEYS if key not in stated)
-    only_fp32 = stage.train.compute_dtype != "bfloat16" or stage.train.optimizer == "muon"
-    if "precision" in stated or (precision != "fp32" and only_fp32):
+    own = stage.train.compute_dtype != "bfloat16" or stage.train.optimizer != "adamw"  # which others are not for
+    if "precision" in stated or (precision != "fp32" and own):
         precision = stage.train.precision
     found: list[Laid] = []
     for layout in _layouts(network, stage, gpus, precision, stated):
@@ -113,7 +114,7 @@ def _layouts(network: Network, stage: StageSpec, gpus: int, precision: str, stat
     """Layouts of a stage, the fastest first."""
     spec = stage.train
     itemsize = 2 if spec.compute_dtype == "bfloat16" else 4
-    modes = ["none", "selective", "full"] if gpus == 1 and itemsize == 2 else ["none", "full"]
+    modes = ["none", "selective", "full"] if itemsize == 2 else ["none", "full"]
     if "recompute" in stated:
         modes = [spec.recompute]
     sizes = _sizes(stage, gpus, "micro_batch_tokens" in stated)
@@ -122,11 +123,13 @@ def _layouts(network: Network, stage: StageSpec, gpus: int, precision: str, stat
         for mode in modes:
             for tokens in sizes:
                 if (tokens >= good) == enough:
-                    engine = by_engine(spec.model_copy(update={"precision": precision, "recompute": mode}), gpus, accelerator=True)
+                    engine = by_engine(spec.model_copy(update={"precision": precision, "recompute": mode}), accelerator=True)
                     compiled = spec.compile if "compile" in stated else engine and itemsize == 2
-                    converted = gpus == 1 and precision == "fp32" and itemsize == 2
+                    converted = gpus == 1 and precision.startswith("fp32") and itemsize == 2
                     way = Way(engine, compiled, mode, itemsize, converted, tokens)
-                    yield Layout(gpus, precision, way, stage.needs_reference and stage.reference.reference == "online")
+                    yield Layout(
+                        gpus, precision, way, stage.needs_reference and stage.reference.reference == "online", spec.shard_over
+                    )
 
 
 def _sizes(stage: StageSpec, gpus: int, stated: bool) -> list[int]:

@@ -10,8 +10,19 @@ from keural.plan.gpus import GIB
 from keural.plan.network import Network
 
 MODES = ("fp32", "split", "split-host")
+"""What one process may choose, the first that fits .."""
+SHARDED_MODES = ("fp32-bf16m",)
+""".. and several."""
 SPLIT_STATE = 2 + 2 + 8 / 256
 """Bytes per parameter of `split`'s remainder, moments and scales of blocks of 256."""
+BYTES = {
+    "fp32": (4, 0, 4, 8, 0),
+    "fp32-bf16m": (4, 0, 4, 4, 0),
+    "split": (2, 2, 2, SPLIT_STATE - 2, 0),
+    "split-host": (2, 0, 2, 0, SPLIT_STATE),
+    "published": (2, 0, 2, 4, 0),
+}
+"""Bytes per parameter of weights, master, gradients and moments on a GPU, and of the state on the host."""
 CONTEXT = 1.0
 """GiB that CUDA, its libraries and the allocator hold besides tensors: 1.0 to 2.5 were seen, the more the more was free."""
 NCCL = 1.0
@@ -28,6 +39,13 @@ class Layout:
     way: Way
     reference: bool = False
     """A frozen copy of the model is there, too (`dpo.reference: online`)."""
+    shard_over: int | None = None
+    """GPUs that share a copy of the weights; None: all."""
+
+    @property
+    def shards(self) -> int:
+        """Parts of a copy of the weights."""
+        return min(self.shard_over or self.gpus, self.gpus)
 
 
 @dataclass(frozen=True)
@@ -52,24 +70,21 @@ class Memory:
         return {name: round(size / GIB, 2) for name, size in (*self.parts.items(), ("total", self.total))}
 
 
-def stored(network: Network, precision: str, gpus: int) -> dict[str, float]:
-    """Bytes of weights, master, gradients and moments on a GPU, and of the state on the host."""
-    held = network.held(gpus)
-    if precision == "fp32":
-        return {"weights": 4 * held, "master": 0, "gradients": 4 * held, "moments": 8 * held, "host": 0}
-    state = {"master": 2 * held, "moments": (SPLIT_STATE - 2) * held}
-    if precision == "split-host":
-        return {"weights": 2 * held, "master": 0, "gradients": 2 * held, "moments": 0, "host": sum(state.values())}
-    return {"weights": 2 * held, "gradients": 2 * held, **state, "host": 0}
+def stored(network: Network, precision: str, shards: int) -> dict[str, float]:
+    """Bytes of weights, master, gradients and moments on a GPU, and of the state on the host; `shards` share a copy."""
+    held = network.held(shards)
+    names = ("weights", "master", "gradients", "moments", "host")
+    return {name: size * held for name, size in zip(names, BYTES[precision], strict=True)}
 
 
 def memory(network: Network, layout: Layout) -> Memory:
     """What a stage takes of one GPU."""
     way = layout.way
-    found = stored(network, layout.precision, layout.gpus)
-    host = max(found.pop("host"), 4.0 * network.counts.total)  # every process makes the whole model at its start
+    found = stored(network, layout.precision, layout.shards)
+    made = 4.0 * (network.held(layout.shards) + (network.largest if layout.gpus > 1 else 0))  # each its part, a tensor at a time
+    host = max(found.pop("host"), made)
     found["slack"] = (CONTEXT + (NCCL if layout.gpus > 1 else 0)) * GIB
-    moments = _alone(network, way) if layout.gpus == 1 else _sharded(network, way, layout.gpus)
+    moments = _alone(network, way) if layout.gpus == 1 else _sharded(network, way, layout.shards)
     if layout.reference:
         found["reference"] = found["weights"]
         twice = found["weights"] + found["master"] + found["moments"]  # it is made as what is trained is, before gradients
@@ -88,7 +103,7 @@ def _alone(network: Network, way: Way) -> dict[str, dict[str, float]]:
     }
 
 
-def _sharded(network: Network, way: Way, gpus: int) -> dict[str, dict[str, float]]:
+def _sharded(network: Network, way: Way, shards: int) -> dict[str, dict[str, float]]:
     """The same of one among many, with the weights that are gathered and the gradients that are summed.
 
     A layer's gradients, in float32, are let go when the next layer's are sent.
@@ -96,7 +111,7 @@ def _sharded(network: Network, way: Way, gpus: int) -> dict[str, dict[str, float
     layers, b, layer = network.model.num_hidden_layers, way.itemsize, network.layer
     root, work, one = network.embedding * b, layer_work(network, way), kept(network, way)
     ahead = 1 if layers > 2 else 0  # gathered before it is needed
-    sent = layer * (ahead * b + b + 4 + 4 / gpus)  # the next layer, gradients, what is sent, what comes back
+    sent = layer * (ahead * b + b + 4 + 4 / shards)  # the next layer, gradients, what is sent, what comes back
     moments = _alone(network, way)
     moments["head"]["gathered"] = 2 * root  # and the same again for its gradient
     moments["layer"]["gathered"] = root + min(layers, 2) * layer * b

@@ -59,6 +59,11 @@ class Network:
         """Parameters of one layer."""
         return sum(map(prod, self.layer_shapes))
 
+    @property
+    def largest(self) -> int:
+        """Parameters of the largest tensor."""
+        return max(self.embedding, *(prod(shape) for shape in self.layer_shapes))
+
     def held(self, processes: int) -> int:
         """Parameters that the process with most of them holds when all tensors are divided over `processes`."""
         others: Sequence[Shape] = ((self.vocabulary, self.model.hidden_size), (self.model.hidden_size,))

@@ -12,7 +12,7 @@ from keural.errors import UserError
 from keural.plan import published
 from keural.plan.choice import Laid, check_modes, lay_out, overrides, remedy, rows_of_a_step
 from keural.plan.gpus import GIB, Gpu, find_gpu
-from keural.plan.memory import MODES, stored
+from keural.plan.memory import BYTES, MODES, stored
 from keural.plan.network import Network, network_of
 from keural.plan.speed import Rate, known_rate, measured_rate
 from keural.plan.stages import Cost, Length, ahead, cost, hours, length
@@ -99,7 +99,8 @@ class Plan:
         """As plain data."""
         network, largest = self.network, self.largest.laid
         counts, row = network.counts, self.stages[0].laid.stage.data.sequence_length
-        state = {name: round(size / GIB, 2) for name, size in stored(network, largest.layout.precision, self.gpus).items()}
+        shards = largest.layout.shards
+        state = {name: round(size / GIB, 2) for name, size in stored(network, largest.layout.precision, shards).items()}
         found = {
             "recipe": self.recipe.spec.name,
             "gpu": self.gpu.name,
@@ -107,7 +108,7 @@ class Plan:
             "parameters": counts.total,
             "parameters_active": counts.active,
             "parameters_embedding": network.embedding,
-            "parameters_per_gpu": network.held(self.gpus),
+            "parameters_per_gpu": network.held(shards),
             "flops_per_token": {
                 "row": row,
                 "6n_active": 6 * counts.active,
@@ -115,6 +116,7 @@ class Plan:
                 "with_square_attention": round(network.flops(row, square=True)),
             },
             "precision": largest.layout.precision,
+            "bytes_per_parameter": round(sum(BYTES[largest.layout.precision]), 2),
             "recompute": largest.layout.way.recompute,
             "micro_batch_tokens": largest.layout.way.tokens,
             "compile": largest.layout.way.compiled,
@@ -202,12 +204,13 @@ def _notes(network: Network, gpus: int, stages: tuple[StagePlan, ...]) -> list[s
     if few := {name: rows for name, rows in idle.items() if rows < gpus}:
         said = ", ".join(f"{name} {rows:,}" for name, rows in few.items())
         notes.append(f"a step has fewer rows than there are GPUs ({said}); the others compute padding: raise the batch")
-    held, equal = network.held(gpus), network.counts.total / gpus
+    shards = stages[0].laid.layout.shards
+    held, equal = network.held(shards), network.counts.total / shards
     if held > 1.1 * equal:
         experts = (network.model.num_local_experts, 2 * network.model.intermediate_size, network.model.hidden_size)
-        good = [number for number in range(1, gpus) if largest_part(experts, number) * number <= 1.1 * _size(experts)]
+        good = [number for number in range(1, shards) if largest_part(experts, number) * number <= 1.1 * _size(experts)]
         notes.append(
-            f"{gpus} divide neither the experts nor their widths: one GPU holds {held / equal:.2f} times an equal part; "
+            f"{shards} divide neither the experts nor their widths: one GPU holds {held / equal:.2f} times an equal part; "
             f"{good[-1] if good else 1} would be equal"
         )
     if slow := [stage.laid.stage.name for stage in stages if not stage.rate.whole and ahead(network, stage.laid) > 0]:
@@ -217,7 +220,7 @@ def _notes(network: Network, gpus: int, stages: tuple[StagePlan, ...]) -> list[s
             "router.load=lagged goes without them (another loss, docs/training.md)"
         )
     if gpus > 1:
-        notes.append("several GPUs use the model's own layers and fp32; split and selective are for one process")
+        notes.append("communication of several GPUs is not in the figures of speed, unless they were stated or measured as a whole")
     return notes
 
 
@@ -239,7 +242,7 @@ def reasons(plan: Plan) -> dict[str, str]:
     """Why the stage that takes most memory has its precision and its recomputation."""
     laid = plan.largest.laid
     if plan.gpus > 1:
-        precision = "several processes have no other"
+        precision = "the smallest exact one of several processes"
     elif laid.layout.precision == "fp32":
         precision = "it fits"
     else:

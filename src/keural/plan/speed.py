@@ -32,7 +32,7 @@ KNOWN = {
 }
 """Forward and backward pass of the training engine by card, recompute and compilation (`benchmarks/gpu_*_2026-11-26.md`)."""
 LAYERS = 0.182
-"""Of the model's own layers, which run on several GPUs: one H200, without communication (same place)."""
+"""Of the model's own layers: one H200 (same place)."""
 UNMEASURED = 0.25
 """Of anything else: an assumption."""
 OPTIMIZER = {"split": 0.22, "split-host": 1.44}
@@ -58,9 +58,10 @@ def known_rate(network: Network, gpu: Gpu, gpus: int, way: Way, precision: str) 
     seconds = OPTIMIZER.get(precision, 0.22) * scale / gpus
     if way.engine and way.itemsize == 2 and gpu.name in ("h100", "h200"):
         mfu = KNOWN.get((gpu.name, way.recompute, way.compiled), KNOWN[gpu.name, "full", False])
-        return Rate(mfu, seconds, False, f"measured on one {gpu.name}, 24 layers of the published widths")
+        alone = "" if gpus == 1 else "; communication is not in it"
+        return Rate(mfu, seconds, False, f"measured on one {gpu.name}, 24 layers of the published widths{alone}")
     if gpu.name in ("h100", "h200") and way.itemsize == 2:
-        return Rate(LAYERS, seconds, False, "measured on one h200 without sharding; communication is not in it")
+        return Rate(LAYERS, seconds, False, "the model's own layers, measured on one h200")
     return Rate(UNMEASURED, seconds, False, "assumed: nothing was measured on it")
 
 
@@ -80,7 +81,7 @@ def measured_rate(path: Path, network: Network, gpu: Gpu, gpus: int, way: Way) -
         rates = [rate[1:] for rate in _rates(found) if rate[0] == (way.recompute, way.compiled)]
     rates = [rate for rate in rates if rate[2] > 0]
     if not rates:
-        what = f"recompute {way.recompute}{'' if way.compiled else ', not compiled'}" if way.engine else "several GPUs"
+        what = f"recompute {way.recompute}{'' if way.compiled else ', not compiled'}" if way.engine else "the model's own layers"
         raise UserError(f"{path}: has no MFU of {what} on an accelerator; run benchmarks/gpu.py there, or give --mfu")
     _, _, mfu, kind = min(rates, key=lambda rate: (rate[0], abs(rate[1] - way.tokens)))
     steps = _at(found, "whole", "optimizer").get("step_ms") or [0.0]

@@ -162,6 +162,22 @@ def build(
     return found
 
 
+def build_without_values(stored: StoredNetwork, config: KeuralConfig) -> KeuralMoECausalLM:
+    """The network of `config`, which may have more ids than is stored, without memory for its parameters; for whoever fills it.
+
+    Raises `UserError` as `build` does.
+    """
+    config = copy.deepcopy(config)
+    config.dtype = torch.float32
+    with torch.device("meta"):
+        model = KeuralMoECausalLM(config)
+    model.tie_weights()
+    model.model.rotary_emb = KeuralRotaryEmbedding(config)
+    model.generation_config = _generation(stored.directory) or model.generation_config
+    found: KeuralMoECausalLM = model.eval()
+    return found
+
+
 def load_tokenizer(path: Path) -> KeuralTokenizer:
     """The tokenizer of a model directory. Raises `UserError` when it is missing or its vocabulary is not the model's."""
     directory = model_directory(path)

@@ -57,15 +57,20 @@ class TrainSpec(Spec):
     clip_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this norm, taken over all of them, where it is larger."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision that the network computes in; bfloat16 with precision split and split-host."""
-    precision: Literal["fp32", "split", "split-host"] = "fp32"
-    """What is stored. `fp32`: weights, gradients and both moments in float32, 16 bytes per parameter. `split`: a bfloat16 weight
-    and a 16-bit remainder, together the float32 weight bit for bit, bfloat16 gradients and 8-bit moments, 8.03 bytes; one
-    process. `split-host`: the same, remainder and moments in the host's memory, 4 bytes on the device."""
+    """Precision that the network computes in; bfloat16 with precision split, split-host and published."""
+    precision: Literal["fp32", "fp32-bf16m", "split", "split-host", "published"] = "fp32"
+    """What is stored. `fp32`: weights, gradients and both moments in float32, 16 bytes per parameter. `fp32-bf16m`: the same with
+    moments in bfloat16, 12 bytes; what several accelerators want. `split`: a bfloat16 weight and a 16-bit remainder, together the
+    float32 weight bit for bit, bfloat16 gradients and 8-bit moments, 8.03 bytes; one process. `split-host`: the same, remainder
+    and moments in the host's memory, 4 bytes on the device. `published`: everything in bfloat16 and rounded to the nearest, 8
+    bytes, as the published trainer had it; steps smaller than a weight's spacing are lost, so for comparison only."""
     recompute: Literal["none", "selective", "full"] = neutral("work", "none")
     """What of a layer is computed again in the backward pass instead of kept. `full`: all of it. `selective`: what is cheap (norms,
-    rotation, activation, permutations); products, attention and the router's choice are kept; one process. On a CPU the same bits,
-    otherwise up to rounding."""
+    rotation, activation, permutations); products, attention and the router's choice are kept. On a CPU the same bits, otherwise
+    up to rounding."""
+    shard_over: int | None = neutral("work", None, gt=0)
+    """Processes that share one copy of weights, gradients and moments, each holding a part: those of a node, where links between
+    nodes are slow (hybrid sharding). Their number must divide that of all; none: all share one copy."""
     compile: bool = neutral("work", False)
     """Compile the layers; the same numbers up to rounding."""
     skip_spikes: float | None = Field(None, gt=0)
@@ -81,6 +86,8 @@ class TrainSpec(Spec):
     always saved."""
     keep_checkpoints: int = neutral("keeping", 1, gt=0)
     """Checkpoints to keep; older ones are deleted when a new one is whole."""
+    keep_every: int | None = neutral("keeping", None, gt=0)
+    """Checkpoints of steps that are multiples of this are kept for good; a multiple of save_every. None: of none."""
     evaluate_every: int | None = neutral("keeping", None, gt=0)
     """Steps between evaluations on held-out data; it is always evaluated at the end."""
 
@@ -89,7 +96,7 @@ class TrainSpec(Spec):
     def _renamed(cls, data: Any) -> Any:
         if isinstance(data, dict) and "gradient_checkpointing" in data:
             raise ValueError("gradient_checkpointing is called recompute now: full instead of true, none instead of false")
-        if isinstance(data, dict) and str(data.get("precision", "fp32")).startswith("split"):
+        if isinstance(data, dict) and data.get("precision") in ("split", "split-host", "published"):
             return {"compute_dtype": "bfloat16", **data}
         return data
 
@@ -116,12 +123,19 @@ class TrainSpec(Spec):
     def _possible(self) -> Self:
         if sum(value is not None for value in (self.steps, self.epochs, self.budget_share)) != 1:
             raise ValueError("give exactly one of steps, epochs, budget_share")
-        if self.precision != "fp32" and self.compute_dtype != "bfloat16":
+        if not self.precision.startswith("fp32") and self.compute_dtype != "bfloat16":
             raise ValueError(f"precision {self.precision} computes in bfloat16; leave compute_dtype out")
+        if self.precision == "fp32-bf16m" and self.betas[1] > 0.99:
+            raise ValueError(
+                f"precision fp32-bf16m cannot hold a second moment that changes as slowly as betas[1] {self.betas[1]:g} has it: at "
+                "most 0.99, or precision fp32"
+            )
         if self.recompute == "selective" and self.compile and self.compute_dtype == "float32":
             raise ValueError(
                 "recompute selective with compile needs compute_dtype bfloat16: there is no compiled grouped product in float32"
             )
+        if self.keep_every is not None and (self.save_every is None or self.keep_every % self.save_every):
+            raise ValueError("keep_every must be a multiple of save_every: no other steps have checkpoints")
         if self.min_lr > self.lr:
             raise ValueError("min_lr cannot exceed lr")
         if self.min_lr == self.lr and (unread := sorted({"decay", "decay_share"} & self.model_fields_set)):
@@ -283,6 +297,8 @@ class StageSpec(Spec):
         settings = {other.settings for other in OBJECTIVES.values() if other.settings} - {kind.settings}
         if unused := sorted(settings & self.model_fields_set):
             raise ValueError(f"{unused[0]} settings have no effect with objective {name}")
+        if self.router.freeze and train.precision == "published":
+            raise ValueError("precision published rounds all weights, and router.freeze leaves some as they are; leave one out")
         if (why_not_it := why_not_muon(train, adapted=self.lora is not None)) is not None:
             raise ValueError(why_not_it)
         if self.lora is not None and (why_not := why_not_adapted(self.lora, self.init_from, train, self.router)):

@@ -59,6 +59,7 @@ def train_step(trainer: Trainer, step: int) -> StepReport:
     if spike:
         leave_out_step(trainer.optimizer)
     else:
+        trainer.before_update()
         take_step(trainer.optimizer, parameters, trainer.learning_rate(step), norm, trainer.stage.train.clip_norm)
     trainer.previous.counts = router.counts
     return StepReport(

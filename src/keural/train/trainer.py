@@ -41,6 +41,8 @@ class Trainer:
     """What `router.load: lagged` balances by."""
     guard: SpikeGuard = field(default_factory=SpikeGuard)
     """Which steps are not taken."""
+    before_update: Callable[[], None] = lambda: None
+    """Called before weights and moments are changed: a checkpoint may still be copying them."""
 
     def previous_load(self) -> Tensor:
         """Assignments per layer and expert ``[L, E]`` of the step before; even before the first step."""

@@ -9,6 +9,7 @@ Letters: N = rows * T tokens, H hidden size, D head width, E experts, K of them 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -214,6 +215,9 @@ def block(
 Block = Callable[..., tuple[Tensor, Tensor]]
 """`block`, or what computes the same."""
 
+Visit = Callable[[Callable[[Tensor, BlockWeights], Tensor], Tensor], Tensor]
+"""A layer whose weights are there only while it is visited: `visit(function, hidden)` gives `function(hidden, weights)`."""
+
 
 def _selective_block(*arguments: Any) -> tuple[Tensor, Tensor]:
     found: tuple[Tensor, Tensor] = recomputed(block, "selective")(*arguments)
@@ -246,7 +250,8 @@ def forward(
     recompute: Sequence[str],
     compiled: bool = False,
     noise: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    visits: Sequence[Visit] | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The decoder over flattened rows.
 
     Args:
@@ -259,21 +264,33 @@ def forward(
         recompute: of each layer, see `keural.train.network.recompute`.
         compiled: run each layer as one compiled graph.
         noise: ``[N, H]``, added to the embeddings; None: nothing.
+        visits: of each layer, where its weights are not those of `network` (they are sharded); None: they are.
 
     Returns:
-        Hidden states ``[N, H]`` after the final norm, and router logits ``[L, N, E]`` in float32.
+        Hidden states ``[N, H]`` after the final norm, and router logits ``[N, E]`` of each layer in float32.
     """
     backend = ATTENTION[settings.attention]
     masks = {window: backend.prepare(packed, window) for window in dict.fromkeys(windows)}
     cosines, sines = angles(packed.positions, network.inv_freq, torch.promote_types(dtype, torch.float32))
     embedded = F.embedding(input_ids, network.embed_tokens)
     hidden = (embedded if noise is None else embedded + noise).to(dtype)
-    router_logits = []
+    router_logits: list[Tensor] = []  # not among what a visit gives: their gradients would call for all layers' weights at once
     adapters = network.adapters or (NO_ADAPTERS,) * len(network.blocks)
-    for weights, beside_it, window, mode in zip(network.blocks, adapters, windows, recompute, strict=True):
-        hidden, logits = layer_for(mode, compiled)(hidden, weights, cosines, sines, masks[window], settings, beside_it)
-        router_logits.append(logits)
-    return rms_norm(hidden, network.norm, settings.eps), torch.stack(router_logits)
+    visits = visits or [partial(_at_hand, weights) for weights in network.blocks]
+    for visit, beside_it, window, mode in zip(visits, adapters, windows, recompute, strict=True):
+        layer = partial(_run, layer_for(mode, compiled), (cosines, sines, masks[window], settings, beside_it), router_logits)
+        hidden = visit(layer, hidden)
+    return rms_norm(hidden, network.norm, settings.eps), tuple(router_logits)
+
+
+def _at_hand(weights: BlockWeights, function: Callable[[Tensor, BlockWeights], Tensor], hidden: Tensor) -> Tensor:
+    return function(hidden, weights)
+
+
+def _run(layer: Block, rest: tuple[Any, ...], router_logits: list[Tensor], hidden: Tensor, weights: BlockWeights) -> Tensor:
+    hidden, logits = layer(hidden, weights, *rest)
+    router_logits.append(logits)
+    return hidden
 
 
 def windows_of(config: KeuralConfig) -> tuple[int | None, ...]:

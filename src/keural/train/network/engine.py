@@ -4,18 +4,24 @@ In: a model and a micro-batch. Out: what the policy gives. The numbers are those
 left to autocast, and what the backward pass computes again is chosen layer by layer (`train.recompute`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.recipe import TrainSpec
 from keural.train.losses import Weighing
 from keural.train.micro_batches import MicroBatch
 from keural.train.network.attention import choose_attention, packing
-from keural.train.network.block import forward, network_of, settings_of, windows_of
+from keural.train.network.block import BlockWeights, Visit, forward, network_of, settings_of, weights_of, windows_of
 from keural.train.network.head import label_logprobs
 from keural.train.network.policy import PolicyOutput
+from keural.train.processes.parallel import gather_wide
 
 
 @dataclass(frozen=True)
@@ -41,14 +47,34 @@ class Engine:
         config = model.config
         settings, modes = settings_of(config, self.attention, self.experts), [self.recompute] * config.num_hidden_layers
         packed = packing(torch.from_numpy(micro.positions), micro.input_ids.device)
+        gather_wide(model)
         network, ids = network_of(model), micro.input_ids.flatten()
         noise = None if micro.noise is None else micro.noise.flatten(0, 1)
-        hidden, logits = forward(network, ids, packed, windows_of(config), settings, self.dtype, modes, self.compiled, noise)
+        rest = (windows_of(config), settings, self.dtype, modes, self.compiled, noise, visits_of(model))
+        hidden, logits = forward(network, ids, packed, *rest)
         if not with_labels:
-            return PolicyOutput(torch.zeros(micro.input_ids.shape, device=hidden.device), logits.unbind(0))
+            return PolicyOutput(torch.zeros(micro.input_ids.shape, device=hidden.device), logits)
         labels = micro.labels.flatten()
         logprobs = label_logprobs(hidden, network.embed_tokens, labels, uniform=self.uniform, weighing=weighing)
-        return PolicyOutput(logprobs.view_as(micro.labels), logits.unbind(0))
+        return PolicyOutput(logprobs.view_as(micro.labels).clone(), logits)  # a view loses what sharding hooks onto it
+
+
+def visits_of(model: KeuralMoECausalLM) -> list[Visit] | None:
+    """How the weights of each layer are had while it runs, where they are sharded; None where they are there."""
+    layers: list[Any] = list(model.model.layers)
+    if not isinstance(layers[0], FSDPModule):
+        return None
+    return [partial(_within, layer) for layer in layers]
+
+
+def _within(layer: Any, function: Callable[[Tensor, BlockWeights], Tensor], hidden: Tensor) -> Tensor:
+    """`function` as the forward pass of `layer`, so that what gathers its weights, and lets them go, happens around it."""
+    layer.forward = lambda hidden: function(hidden, weights_of(layer))
+    try:
+        found: Tensor = layer(hidden)
+    finally:
+        del layer.forward
+    return found
 
 
 def engine_for(spec: TrainSpec, config: KeuralConfig, device: torch.device, uniform: bool) -> Engine:

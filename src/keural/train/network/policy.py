@@ -94,4 +94,4 @@ class Policy(nn.Module):
 
 def needs_engine(spec: TrainSpec, ranks: Ranks) -> bool:
     """Whether a stage is computed by the training engine, see `by_engine`."""
-    return by_engine(spec, ranks.world, ranks.device.type == "cuda")
+    return by_engine(spec, ranks.device.type == "cuda")

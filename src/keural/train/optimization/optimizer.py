@@ -1,18 +1,21 @@
 """AdamW or Muon over float32 master weights, with weight decay on matrices only.
 
 In: a model and the stage's settings. Out: an optimizer whose state exists from the start, so that a checkpoint has the same tensors
-at every step: `torch.optim.AdamW` over float32 parameters (plain or sharded), `Muon` over the layers' matrices with it over the
-rest, or `SplitAdamW` over bfloat16 parameters and remainders.
+at every step: `torch.optim.AdamW` over float32 parameters (plain or sharded; for `published` over bfloat16 ones),
+`HalfMomentAdamW` over float32 ones, `Muon` over the layers' matrices with one of them over the rest, or `SplitAdamW` over bfloat16
+parameters and remainders.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from keural.recipe import TrainSpec
+from keural.train.optimization.half_moments import HalfMomentAdamW
 from keural.train.optimization.muon import MOMENTUM, Muon, split_by_optimizer
 from keural.train.optimization.split import SplitAdamW, halve, wide_norm
 
@@ -33,7 +36,8 @@ def is_decayed(parameter: Tensor) -> bool:
 def build_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.AdamW | Muon:
     """The optimizer that `spec` names, with its settings; the learning rate is set before every step."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert all(parameter.dtype == torch.float32 for _, parameter in named), "master weights are float32"
+    stored = torch.bfloat16 if spec.precision == "published" else torch.float32
+    assert all(parameter.dtype == stored for _, parameter in named), "master weights are float32"
     matrices, others = split_by_optimizer(named) if spec.optimizer == "muon" else ([], named)
     adamw = _adamw([parameter for _, parameter in others], spec)
     optimizer = Muon(matrices, spec.muon, spec.weight_decay, adamw) if matrices else adamw
@@ -42,11 +46,12 @@ def build_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.AdamW | Mu
 
 
 def _adamw(parameters: Sequence[nn.Parameter], spec: TrainSpec) -> torch.optim.AdamW:
+    kind = HalfMomentAdamW if spec.precision == "fp32-bf16m" else torch.optim.AdamW
     groups = [
         {"params": [p for p in parameters if is_decayed(p)], "weight_decay": spec.weight_decay},
         {"params": [p for p in parameters if not is_decayed(p)], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    return kind(
         [group for group in groups if group["params"]],
         lr=spec.lr,
         betas=(spec.betas[0], spec.betas[1]),
@@ -143,9 +148,20 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if any(gradient.dtype == torch.bfloat16 for gradient in gradients):
-        return wide_norm(gradients)
+        return _wide_norm_of_all(gradients)
     norm = nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _wide_norm_of_all(gradients: Sequence[Tensor]) -> Tensor:
+    """`wide_norm` of whole tensors: the squares of the parts are added up over the ranks that share a copy."""
+    sharded = next((gradient for gradient in gradients if isinstance(gradient, DTensor)), None)
+    if sharded is None:
+        return wide_norm(gradients)
+    squares = wide_norm(gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients).square()
+    mesh = sharded.device_mesh
+    dist.all_reduce(squares, group=mesh.get_group(mesh.ndim - 1))
+    return squares.sqrt()
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, maximum: float) -> None:

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Mapping
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from keural.pretrained.weights import data_bytes
 from keural.recipe import RouterSpec
@@ -19,12 +20,22 @@ ROUTER = "gate.weight"
 
 def freeze(model: nn.Module, router: RouterSpec) -> str:
     """Take what the stage leaves alone out of training; returns a digest of it, empty where all is trained."""
-    if not router.freeze:
-        return ""
-    frozen = {name: parameter for name, parameter in model.named_parameters() if name.endswith(ROUTER)}
-    for parameter in frozen.values():
-        parameter.requires_grad_(False)
-    return digest(frozen)
+    take_out(model, router)
+    return frozen_digest(model)
+
+
+def take_out(model: nn.Module, router: RouterSpec) -> None:
+    """Take what the stage leaves alone out of training; it need not have its values yet."""
+    for name, parameter in model.named_parameters():
+        if router.freeze and name.endswith(ROUTER):
+            parameter.requires_grad_(False)
+
+
+def frozen_digest(model: nn.Module) -> str:
+    """A digest of what is not trained, empty where all is. Where it is sharded every rank must call it."""
+    frozen = {name: parameter.detach() for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    whole = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in frozen.items()}
+    return digest(whole) if whole else ""
 
 
 def trained_parameters(model: nn.Module) -> dict[nn.Parameter, str]:

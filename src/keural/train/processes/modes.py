@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 from keural.recipe import StageSpec, TrainSpec
 
-ALONE = {"precision": ("split", "split-host"), "recompute": ("selective",)}
-"""Values of keys of `train` that only one process can have."""
-INSTEAD = {"precision": "fp32", "recompute": "full"}
-"""What many processes can have instead."""
+ALONE = ("split", "split-host")
+"""Values of `train.precision` that only one process can have: the scales of 8-bit moments are of blocks of 256 weights, which the
+parts of several processes cut elsewhere.
+"""
 UNEVEN = 17 / 16
 """How much larger than an equal part the largest one may be before a tensor is divided along another dimension."""
 
@@ -20,23 +20,29 @@ def why_not_on(stage: StageSpec, processes: int) -> str | None:
     """Why a stage cannot run on so many processes; None when it can."""
     if processes > 1 and stage.lora is not None:
         return f"{stage.name}: lora is for one process, and there are {processes}; start one, or leave lora out"
-    for key, values in ALONE.items():
-        value = getattr(stage.train, key)
-        if processes > 1 and value in values:
-            return (
-                f"{stage.name}: train.{key} {value} is for one process, and there are {processes}; start one, or set train.{key} "
-                f"to {INSTEAD[key]}"
-            )
+    if processes > 1 and stage.train.precision in ALONE:
+        return (
+            f"{stage.name}: train.precision {stage.train.precision} is for one process (its 8-bit moments have scales of blocks, "
+            f"which parts would cut), and there are {processes}; start one, or set train.precision to fp32-bf16m"
+        )
+    if processes % shards_of(stage.train, processes):
+        return (
+            f"{stage.name}: train.shard_over {stage.train.shard_over} does not divide the {processes} processes; start a multiple "
+            "of it, or leave it out"
+        )
     return None
 
 
-def by_engine(spec: TrainSpec, processes: int, accelerator: bool) -> bool:
+def shards_of(spec: TrainSpec, processes: int) -> int:
+    """Over how many processes a copy of the weights is divided."""
+    return min(spec.shard_over or processes, processes)
+
+
+def by_engine(spec: TrainSpec, accelerator: bool) -> bool:
     """Whether a stage is computed by the training engine: on an accelerator in bfloat16, and wherever only it can do what is asked
-    for. Sharded over several processes it is not.
+    for.
     """
-    if processes > 1:
-        return False
-    return (accelerator and spec.compute_dtype == "bfloat16") or spec.precision != "fp32" or spec.recompute == "selective"
+    return (accelerator and spec.compute_dtype == "bfloat16") or spec.precision in ALONE or spec.recompute == "selective"
 
 
 def sharded_dimension(shape: Sequence[int], processes: int) -> int:
@@ -54,6 +60,16 @@ def largest_part(shape: Sequence[int], processes: int, dimension: int | None = N
     """Elements of a tensor that the process with most of them holds; `dimension` is by default the one it is divided along."""
     dimension = sharded_dimension(shape, processes) if dimension is None else dimension
     return _product(shape) // shape[dimension] * -(-shape[dimension] // processes)
+
+
+def part_of(shape: Sequence[int], index: int, processes: int, dimension: int | None = None) -> tuple[slice, ...]:
+    """Where in a tensor the part of the `index`-th of so many processes lies; `dimension` as for `largest_part`."""
+    dimension = sharded_dimension(shape, processes) if dimension is None else dimension
+    size = -(-shape[dimension] // processes)
+    first = min(index * size, shape[dimension])
+    regions = [slice(0, whole) for whole in shape]
+    regions[dimension] = slice(first, min(first + size, shape[dimension]))
+    return tuple(regions)
 
 
 def _product(shape: Sequence[int]) -> int:

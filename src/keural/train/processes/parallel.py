@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 
 from keural.errors import UserError
 from keural.model import KeuralMoECausalLM
 from keural.recipe import StageSpec, TrainSpec
-from keural.train.processes.modes import sharded_dimension, why_not_on
+from keural.train.processes.modes import sharded_dimension, shards_of, why_not_on
 from keural.train.processes.ranks import Ranks
 
 
@@ -57,27 +57,38 @@ def compile_layer(layer: Any) -> None:
         part.forward = torch.compile(part.forward, fullgraph=True)
 
 
-def shard(policy: nn.Module, model: KeuralMoECausalLM, spec: TrainSpec, ranks: Ranks) -> None:
-    """Shard `policy`, which holds `model`, over all ranks with FSDP2: one group per decoder layer, one for embedding, head and
-    norm. A CPU's weights come to the device group by group, so that it never holds the whole model.
+def shard(policy: Any, model: KeuralMoECausalLM, spec: TrainSpec, ranks: Ranks) -> None:
+    """Shard `policy`, which holds `model`, over the ranks with FSDP2: one group per decoder layer, one for embedding and head. A
+    CPU's weights come to the device group by group, so that it never holds the whole model.
 
+    With `shard_over` fewer ranks than all share a copy of the weights, and as many copies are kept alike as there are such groups.
     Each tensor is divided along its first dimension where that gives nearly equal parts, else along another one: the experts of a
     layer, on more ranks than there are experts. Gradients are summed, not averaged: the losses are already divided by global
     counts. With `compute_dtype` bfloat16 the gathered weights are bfloat16; master weights and the reduction of gradients stay
-    float32.
+    float32 (not in `published`). Under the engine norms and routers are gathered in float32, in a group of their own
+    (`gather_wide`): there they are used in float32 on one process, too.
     """
     if ranks.world == 1:
         return
-    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    shards = shards_of(spec, ranks.world)
+    mesh = mesh_of(ranks, shards)
     compute = torch.bfloat16 if spec.compute_dtype == "bfloat16" else None
-    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
     def placement(parameter: nn.Parameter) -> Shard:
-        return Shard(sharded_dimension(parameter.shape, ranks.world))
+        return Shard(sharded_dimension(parameter.shape, shards))
 
+    reduced = torch.bfloat16 if spec.precision == "published" else torch.float32
+
+    def group(module: nn.Module | list[nn.Module], dtype: torch.dtype | None, reshards: bool | None = None) -> None:
+        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduced, cast_forward_inputs=False)
+        options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision, "shard_placement_fn": placement}
+        fully_shard(module, reshard_after_forward=reshards, **options)
+
+    if policy.engine is not None:
+        group(wide_modules(model), None, reshards=False)
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=precision, shard_placement_fn=placement)
-    fully_shard(policy, mesh=mesh, mp_policy=precision, shard_placement_fn=placement)
+        group(layer, compute)
+    group(policy, compute)
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -86,24 +97,29 @@ def shard(policy: nn.Module, model: KeuralMoECausalLM, spec: TrainSpec, ranks: R
         dist.broadcast(buffer, src=0)
 
 
+def mesh_of(ranks: Ranks, shards: int) -> DeviceMesh:
+    """The ranks in order, `shards` neighbours sharing a copy of the weights."""
+    if shards == ranks.world:
+        return init_device_mesh(ranks.device.type, (ranks.world,))
+    return init_device_mesh(ranks.device.type, (ranks.world // shards, shards), mesh_dim_names=("copy", "shard"))
+
+
+def wide_modules(model: KeuralMoECausalLM) -> list[nn.Module]:
+    """What the engine computes in float32: norms and routers; a millionth of the weights."""
+    layers: list[Any] = list(model.model.layers)
+    found = [module for layer in layers for module in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp.gate)]
+    return [*found, model.model.norm]
+
+
+def gather_wide(model: KeuralMoECausalLM) -> None:
+    """Have norms and routers whole, where they are sharded in a group of their own, until the end of the backward pass."""
+    norm: Any = model.model.norm
+    if isinstance(norm, FSDPModule):
+        norm.unshard()
+
+
 def reshard(policy: nn.Module) -> None:
     """Give back weights that a forward pass without a backward pass has left gathered."""
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
-    """All weights, whole and on the CPU, on rank 0; None on the other ranks. Every rank must call it.
-
-    A tied head, being the embedding again, is left out.
-    """
-    reshard(model)
-    is_main = not dist.is_initialized() or dist.get_rank() == 0
-    weights: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        value = parameter.detach()
-        value = value.full_tensor() if isinstance(value, DTensor) else value
-        if is_main:
-            weights[name] = value.cpu().clone()
-    return weights if is_main else None

@@ -34,7 +34,8 @@ def is_online(stage: StageSpec) -> bool:
 def identity_of(stage: StageSpec, config: KeuralConfig, tokenizer_sha: str, weights: str) -> ReferenceIdentity:
     """What a stage's reference values are computed from; `weights` is the fingerprint of those that it starts from."""
     network = {name: getattr(config, name) for name, changes in FIELDS.items() if changes == "network"}
-    stored = "" if stage.train.precision == "fp32" else " over weights in bfloat16"
+    halved = "" if stage.train.precision.startswith("fp32") else " over weights in bfloat16"
+    stored = f"{halved}, norms and routers, too" if stage.train.precision == "published" else halved
     return ReferenceIdentity(
         weights=weights,
         network=fingerprint(network),

@@ -17,14 +17,16 @@ from keural.model import KeuralMoECausalLM
 from keural.pretrained.stored_model import open_network
 from keural.recipe import OBJECTIVES, StageSpec, TrainSpec
 from keural.train.checks.record import CHECKS_FILE, ChecksFile, check_data
+from keural.train.initial.parts import Parts, Share, fill
+from keural.train.initial.weights import initial_model, initial_parts
 from keural.train.network.policy import Compute, Policy, needs_engine
 from keural.train.optimization.optimizer import Optimizer, build_optimizer, build_split_optimizer
 from keural.train.optimization.split import SplitAdamW
-from keural.train.optimization.trainable import count_all, count_trained, freeze
+from keural.train.optimization.trainable import count_all, count_trained, freeze, frozen_digest, take_out
+from keural.train.processes.modes import ALONE, shards_of
 from keural.train.processes.parallel import prepare_layers, shard
 from keural.train.processes.ranks import Ranks
 from keural.train.reference.online import OnlineReference
-from keural.train.stage.initial_weights import initial_model
 from keural.train.stage.job import StageJob
 
 COMPILED_ROWS = 128
@@ -74,23 +76,23 @@ def checked_data(job: StageJob, stream: Stream, heldout: Stream | None, ranks: R
 
 def policy_of(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, Optimizer, str]:
     """Model and optimizer with their initial values, sharded over the ranks; and the digest of what is frozen."""
-    policy, frozen = _policy(job, uniform, ranks)
+    policy, frozen, parts = _policy(job, uniform, ranks)
     model, spec = policy.model, job.stage.train
     if (trained := count_trained(model)) < (total := count_all(model)):
         ranks.log_once(f"{job.stage.name}: trains {trained:,} of {total:,} parameters")
-    if spec.precision != "fp32":
+    if spec.precision in ALONE:
         return policy, _split(policy, spec, ranks), frozen
-    _place(policy, spec, ranks)
-    return policy, build_optimizer(model, spec), frozen
+    _place(policy, spec, ranks, parts)
+    return policy, build_optimizer(model, spec), frozen or frozen_digest(model)
 
 
 def computing_policy(job: StageJob, uniform: bool, ranks: Ranks) -> Policy:
     """The same model where nothing is trained, without moments."""
-    policy, _ = _policy(job, uniform, ranks)
-    if job.stage.train.precision != "fp32":
+    policy, _, parts = _policy(job, uniform, ranks)
+    if job.stage.train.precision in ALONE:
         _split(policy, job.stage.train, ranks)  # which makes the bfloat16 weights
     else:
-        _place(policy, job.stage.train, ranks)
+        _place(policy, job.stage.train, ranks, parts)
     return policy
 
 
@@ -100,26 +102,38 @@ def _split(policy: Policy, spec: TrainSpec, ranks: Ranks) -> SplitAdamW:
     return optimizer
 
 
-def _place(policy: Policy, spec: TrainSpec, ranks: Ranks) -> None:
-    """Bring a model whose weights stay in float32 to its device, sharded over the ranks."""
+def _place(policy: Policy, spec: TrainSpec, ranks: Ranks, parts: Parts) -> None:
+    """Bring a model whose weights stay in one type to its device; on several ranks it is sharded, and gets its values then."""
+    if spec.precision == "published":
+        for parameter in policy.model.parameters():
+            parameter.data = parameter.data.bfloat16()
     if ranks.world == 1:
         policy.to(ranks.device)
     if policy.engine is None:
         prepare_layers(policy.model, spec)
-    shard(policy, policy.model, spec, ranks)  # brings it to the device
+    shard(policy, policy.model, spec, ranks)
+    if ranks.world > 1:
+        fill(policy, policy.model, parts, ranks.device)
 
 
-def _policy(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, str]:
-    """Model with its initial values, on the CPU; and the digest of what is frozen."""
+def _policy(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, str, Parts]:
+    """Model with its initial values, on the CPU, and the digest of what is frozen; among several ranks a model without memory, and
+    this rank's parts of the values.
+    """
     spec = job.stage.train
     chats = OBJECTIVES[job.stage.objective].store != "documents"
     settings = (job.model_config, job.init, job.seed, ranks.device, spec.compile, job.tokenizer_sha)
+    engine, by_documents = _engine(job, uniform, ranks), _by_documents(spec, ranks)
+    if ranks.world > 1:
+        shards = shards_of(spec, ranks.world)
+        share = Share(ranks.rank % shards, shards)
+        model, parts = initial_parts(*settings, share, chats=chats, say=ranks.log_once)
+        take_out(model, job.stage.router)
+        return Policy(model, getattr(torch, spec.compute_dtype), engine, by_documents=by_documents).train(), "", parts
     model = initial_model(*settings, chats=chats, say=ranks.log_once)
     adapter = _adapter(job, model)
     frozen = adapter.base_digest if adapter else freeze(model, job.stage.router)
-    engine = _engine(job, uniform, ranks)
-    policy = Policy(model, getattr(torch, spec.compute_dtype), engine, adapter, by_documents=_by_documents(spec, ranks))
-    return policy.train(), frozen
+    return Policy(model, getattr(torch, spec.compute_dtype), engine, adapter, by_documents=by_documents).train(), frozen, {}
 
 
 def online_reference(job: StageJob, policy: Policy, uniform: bool, ranks: Ranks) -> OnlineReference:

@@ -130,8 +130,8 @@ def check_disk(directory: Path, name: str, checkpoint: int, keep: int, there: in
     if needed > free:
         raise UserError(
             f"{directory}: {free / 1e9:.1f} GB are free, and {name} will write up to {needed / 1e9:.1f} GB (checkpoints of "
-            f"{checkpoint / 1e9:.1f} GB each, train.keep_checkpoints {keep} and one more, and the model); free some space, or run "
-            "it on another disk"
+            f"{checkpoint / 1e9:.1f} GB each, {keep} that train.keep_checkpoints and train.keep_every keep and one more, and the "
+            "model); free some space, or run it on another disk"
         )
 
 

@@ -3,12 +3,16 @@
 In: a stage before its next step. Out: its figures and its model.
 """
 
+import contextlib
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from keural.data.loading.stream import Stream
 from keural.errors import UserError
+from keural.train.checkpoints.checkpoints import Checkpoints, tensors
+from keural.train.checkpoints.manifest import Progress
 from keural.train.loop import ASKED, StepReport, batch_of, left_out, train_step
 from keural.train.optimization.split import SplitAdamW
 from keural.train.optimization.trainable import count_trained
@@ -16,7 +20,6 @@ from keural.train.processes.parallel import reshard
 from keural.train.reference.online import Reference
 from keural.train.stage import step_plan
 from keural.train.stage.alarms import Alarms
-from keural.train.stage.checkpoint import Checkpoints, Progress, tensors
 from keural.train.stage.health import IN_A_ROW, Watchdog, check_disk, enough_memory
 from keural.train.stage.heldout import evaluate
 from keural.train.stage.job import StageJob, StageResult
@@ -48,12 +51,16 @@ class StageRun:
     def train(self, stop: StopSignals) -> bool:
         """Do the remaining steps; True when a signal came before the last one was begun."""
         progress, spec, steps = self.progress, self.job.stage.train, self.plan.steps
-        saved, pause = progress.step, Pause()
+        saved, pause, ranks = progress.step, Pause(), self.trainer.ranks
         self._check_disk()
-        with self._metrics() as metrics, Watchdog(spec.stuck_after, self.trainer.ranks.rank) as watchdog:
+        self.checkpoints.prepare(self.trainer.policy.model, self.trainer.optimizer)
+        with self._metrics() as metrics, Watchdog(spec.stuck_after, ranks.rank) as watchdog, self._written():
             while progress.step < steps:
-                stopped, late = self.trainer.ranks.any_of([stop.requested, spec.save_every is None and pause.over()])
-                if saved != progress.step and (stopped or late):
+                by_clock = spec.save_every is None and pause.over()
+                stopped, late, writing, failed = ranks.any_of([stop.requested, by_clock, *self.checkpoints.signs])
+                if failed or not writing:
+                    self.checkpoints.finish()
+                if saved != progress.step and (stopped or (late and not writing)):
                     self._save(pause)
                     saved = progress.step
                 if stopped:
@@ -81,6 +88,8 @@ class StageRun:
         if isinstance(self.trainer.optimizer, SplitAdamW):
             self.trainer.optimizer.restore_masters()
         reshard(self.trainer.policy)
+        if self.job.stage.train.precision == "published":
+            self.trainer.policy.float()
         return StageResult(
             name=self.job.stage.name,
             seconds=round(progress.seconds, 3),
@@ -122,7 +131,8 @@ class StageRun:
         whole = 4 * sum(parameter.numel() for parameter in model.parameters())
         there = self.checkpoints.number
         job = self.job
-        self.trainer.ranks.on_main(lambda: check_disk(job.run_dir, job.stage.name, checkpoint, spec.keep_checkpoints, there, whole))
+        keep = spec.keep_checkpoints + (self.plan.steps // spec.keep_every if spec.keep_every else 0)
+        self.trainer.ranks.on_main(lambda: check_disk(job.run_dir, job.stage.name, checkpoint, keep, there, whole))
 
     def _advance(self, report: StepReport) -> None:
         progress = self.progress
@@ -148,8 +158,21 @@ class StageRun:
     def _save(self, pause: "Pause") -> None:
         started = time.monotonic()
         self.progress.seconds = started - self.began
-        self.checkpoints.save(self.trainer.policy.model, self.trainer.optimizer, self.progress)
+        self.checkpoints.begin(self.trainer.policy.model, self.trainer.optimizer, self.progress)
         pause.begin(time.monotonic() - started)
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        """The block ends when the latest checkpoint is whole; where something else ends it, it is waited for if that can be."""
+        try:
+            yield
+            self.checkpoints.finish()
+        except KeyboardInterrupt:  # a second signal: it does not wait
+            self.checkpoints.give_up()
+            raise
+        except BaseException:
+            self.checkpoints.leave()
+            raise
 
     def _metrics(self) -> Metrics:
         return Metrics(

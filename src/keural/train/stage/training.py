@@ -18,6 +18,8 @@ from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
 from keural.files import fingerprint as fingerprint_of
 from keural.recipe import length_of
+from keural.train.checkpoints.checkpoints import Checkpoints
+from keural.train.checkpoints.manifest import Progress, Stored, newest_progress
 from keural.train.checks.record import CHECKS_FILE, probe
 from keural.train.network.policy import Policy
 from keural.train.objectives.registry import LOSSES
@@ -28,7 +30,6 @@ from keural.train.reference.of_stage import identity_of, is_cached, is_online, p
 from keural.train.reference.online import Reference, values_by
 from keural.train.stage import step_plan
 from keural.train.stage.building import checked_data, computing_policy, online_reference, policy_of, stream_of
-from keural.train.stage.checkpoint import Checkpoints, Progress, Stored, newest_progress
 from keural.train.stage.health import SpikeGuard
 from keural.train.stage.heldout import heldout_batches
 from keural.train.stage.job import StageJob, StageResult
@@ -79,7 +80,8 @@ def open_stage(job: StageJob, ranks: Ranks, stop: StopSignals, started: float) -
     if is_cached(stage):
         references = _references(job, plan.steps, policy, stream, heldout, stop, ranks, fills=False)
     guard = SpikeGuard(stage.train.skip_spikes)
-    trainer = make_trainer(learning_rate=step_plan.rate_of(stage.train, plan), references=references[0], guard=guard)
+    rate, wait = step_plan.rate_of(stage.train, plan), checkpoints.wait_for_copy
+    trainer = make_trainer(learning_rate=rate, references=references[0], guard=guard, before_update=wait)
     progress = _resume(job, plan, latest, checkpoints, trainer)
     if latest is None:
         probe(job.run_dir / CHECKS_FILE, checks, trainer)

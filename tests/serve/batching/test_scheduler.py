@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from keural.errors import UserError
 from keural.serve.batching.requests import Event, QueueFull, Request
 from keural.serve.batching.runner import Ticket
-from keural.serve.batching.scheduler import FAILURES_IN_A_ROW, Scheduler
+from keural.serve.batching.scheduler import FAILURES_IN_A_ROW, LONGEST_PART, Scheduler
 from keural.serve.batching.slots import Row
 from keural.serve.engines.decoding import decode
 from keural.serve.engines.sampling_params import SamplingParams
@@ -216,6 +216,36 @@ def test_a_long_prompt_does_not_make_the_answers_under_way_wait() -> None:
     assert len(reading) >= 200 // 8
     assert all(sum(len(row.ids) for row in step) <= 8 for step in reading)
     assert all(len(step) == 2 for step in reading[:20]), "a token of the first answer beside each piece of the prompt"
+
+
+def largest_parts(slots: FakeSlots, *prompts: int) -> list[int]:
+    """The most tokens that a step read, for one prompt of each length after the other."""
+    most = []
+    with running(slots) as (scheduler, desk):
+        for number, length in enumerate(prompts):
+            before = len(slots.steps)
+            desk.wait(scheduler.submit([request([number] * length, 1)]))
+            most.append(max(len(row.ids) for step in slots.steps[before:] for row in step))
+    return most
+
+
+def test_a_prompt_that_nobody_waits_beside_is_read_in_larger_parts_once_it_is_known_to_be_quick() -> None:
+    assert largest_parts(FakeSlots(2, context_length=400, batch_tokens=8, alone_tokens=64), 8, 300) == [8, 64]
+
+
+def test_parts_do_not_grow_where_a_newcomer_would_wait_for_them() -> None:
+    slow = FakeSlots(2, context_length=100, batch_tokens=8, alone_tokens=64, pause=LONGEST_PART)
+    assert largest_parts(slow, 8, 20) == [8, 8]
+
+
+def test_slots_that_are_used_together_lie_side_by_side() -> None:
+    slots = FakeSlots(4)
+    with running(slots) as (scheduler, desk):
+        for number in (0, 1, 2, 3, 2, 0, 3, 1):  # each to a slot of its own, and then again in another order
+            desk.wait(scheduler.submit([request([number] * 5, 1)]))
+        before = len(slots.steps)
+        desk.wait(scheduler.submit([request([8] * 5, 4), request([9] * 5, 4)]))
+    assert {tuple(row.slot for row in step) for step in slots.steps[before:] if len(step) == 2} == {(2, 3)}
 
 
 def test_the_second_turn_of_a_chat_reads_only_what_is_new() -> None:

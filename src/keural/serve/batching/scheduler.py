@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ FAILURES_IN_A_ROW = 3
 """Failed steps after which the network is taken for broken."""
 WORTH_WAITING = 16
 """Tokens of a beginning that two requests share from which one waits for the other to read it."""
+LONGEST_PART = 0.25
+"""Seconds that a part of a prompt may take, beyond the tokens that are well read in any step: so long a newcomer waits for it."""
 
 FORM_FAILED = "no token may come next by the form that was asked for"
 
@@ -59,6 +61,8 @@ class Scheduler:
         self._wake = threading.Condition()
         self._closing = False
         self._failures = 0
+        self._seconds_a_token: float | None = None
+        """Of the prompt that was read last."""
         self._pace = Pace()
         self._numbers = 0
         self._events: list[tuple[Ticket, Event]] = []
@@ -198,11 +202,14 @@ class Scheduler:
         """A free slot for a prompt of which each slot holds the first `shared` tokens, and how many it now holds.
 
         A slot that holds little else goes on with its own tokens. Otherwise they are copied to the one that was not used for the
-        longest time, so that a short beginning that all share does not cost somebody's long conversation.
+        longest time, so that a short beginning that all share does not cost somebody's long conversation. Of the half of the free
+        slots that was not used for the longest time it is one beside the slots in use, where there is one: networks read slots that
+        lie side by side together, and those with a gap between them one after the other.
         """
         free = [slot for slot in range(self.slots.count) if slot not in self._active]
         source = max(range(self.slots.count), key=lambda slot: (shared[slot], slot in free, -len(self._held[slot])))
-        target = min(free, key=lambda slot: self._used[slot])
+        oldest = sorted(free, key=lambda slot: self._used[slot])[: (len(free) + 1) // 2]
+        target = min(oldest, key=lambda slot: groups({*self._active, slot}))
         if source in free and 2 * shared[source] >= len(self._held[source]):
             target = source
         held = self.slots.copy(source, target, shared[source]) if target != source else self.slots.cut(target, shared[source])
@@ -215,14 +222,14 @@ class Scheduler:
         return [ticket for slot, ticket in self._active.items() if len(self._held[slot]) < len(ticket.request.prompt_ids)]
 
     def _rows(self) -> list[Row]:
-        """The next token of every answer, and of the prompts, oldest first, what there is room for."""
+        """The next token of every answer, and of the prompts, oldest first, what there is room for; by slots, the lowest first."""
         rows, reading = [], []
         for slot, ticket in self._active.items():
             if len(self._held[slot]) < len(ticket.request.prompt_ids):
                 reading.append((ticket.number, slot))
             else:
                 rows.append(Row(slot, ticket.answer[-1:], len(self._held[slot]), True))
-        room = max(1, self.slots.batch_tokens - len(rows))
+        room = self._room(len(rows))
         for _, slot in sorted(reading):
             prompt, held = self._active[slot].request.prompt_ids, len(self._held[slot])
             part = prompt[held : held + room]
@@ -230,7 +237,14 @@ class Scheduler:
             room -= len(part)
             if room <= 0:
                 break
-        return rows
+        return sorted(rows, key=lambda row: row.slot)
+
+    def _room(self, answers: int) -> int:
+        """Tokens of prompts that are read beside the next ones of so many answers."""
+        room = max(1, self.slots.batch_tokens - answers)
+        if len(self._active) > 1 or self._seconds_a_token is None:
+            return room
+        return max(room, min(self.slots.alone_tokens, int(LONGEST_PART / self._seconds_a_token)))
 
     def _step(self, rows: list[Row]) -> None:
         """Read the rows, and choose a token for those that want one."""
@@ -246,6 +260,9 @@ class Scheduler:
             self._held[row.slot] += row.ids
             self._used[row.slot] = self.stats.steps
         middle = time.perf_counter()
+        tokens = sum(len(row.ids) for row in rows)
+        if tokens > len(rows):
+            self._seconds_a_token = (middle - begun) / tokens
         self._choose([self._active[row.slot] for row in rows if row.wants_logits], logits)
         self.stats.steps += 1
         self.stats.step_seconds += middle - begun
@@ -345,6 +362,11 @@ class Scheduler:
         if self._events:
             events, self._events = self._events, []
             self.deliver(events)
+
+
+def groups(slots: Collection[int]) -> int:
+    """How many groups of slots that lie side by side there are."""
+    return sum(slot - 1 not in slots for slot in slots)
 
 
 def _with_logprobs(token: int, logits: Tensor, top: int | None) -> Chosen:

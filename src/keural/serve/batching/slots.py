@@ -28,11 +28,13 @@ class Slots(Protocol):
     """Tokens that one sequence may have."""
     batch_tokens: int
     """Tokens that are well read in one step: more would let the answers under way wait."""
+    alone_tokens: int
+    """The same of one prompt that nobody waits beside; at least `batch_tokens`."""
 
     def step(self, rows: Sequence[Row]) -> Tensor:
-        """Read the rows, of different slots; the logits `[wanted, V]` float32 after the rows that want them, in their order.
+        """Read the rows, of different slots, the lowest first.
 
-        They are good until the next call. Where it raises, what the rows' slots hold is unknown.
+        Returns the logits `[wanted, V]` float32 after the rows that want them, in their order; good until the next call. Where it raises, what the rows' slots hold is unknown.
         """
 
     def cut(self, slot: int, length: int) -> int:

@@ -24,8 +24,15 @@ GROUPED_FROM = 8
 class TransformersSlots:
     """`Slots` of a model that stands in inference mode on its device."""
 
-    def __init__(self, model: KeuralMoECausalLM, count: int, context_length: int | None = None, batch_tokens: int = 128) -> None:
-        self.model, self.count, self.batch_tokens = model, count, batch_tokens
+    def __init__(
+        self,
+        model: KeuralMoECausalLM,
+        count: int,
+        context_length: int | None = None,
+        batch_tokens: int = 128,
+        alone_tokens: int = 512,
+    ) -> None:
+        self.model, self.count, self.batch_tokens, self.alone_tokens = model, count, batch_tokens, max(batch_tokens, alone_tokens)
         config = model.config
         self.context_length = context_length or config.max_position_embeddings
         self._cache = _Columns(count, config.num_hidden_layers, config.num_key_value_heads, config.head_dim, model)

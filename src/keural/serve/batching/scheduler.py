@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -206,11 +206,14 @@ class Scheduler:
         slots that was not used for the longest time it is one beside the slots in use, where there is one: networks read slots that
         lie side by side together, and those with a gap between them one after the other.
         """
-        free = [slot for slot in range(self.slots.count) if slot not in self._active]
-        source = max(range(self.slots.count), key=lambda slot: (shared[slot], slot in free, -len(self._held[slot])))
-        oldest = sorted(free, key=lambda slot: self._used[slot])[: (len(free) + 1) // 2]
-        target = min(oldest, key=lambda slot: groups({*self._active, slot}))
-        if source in free and 2 * shared[source] >= len(self._held[source]):
+        active = self._active
+        free = [slot for slot in range(self.slots.count) if slot not in active]
+        most = max(shared)
+        holding = [slot for slot, length in enumerate(shared) if length == most]
+        source = max(holding, key=lambda slot: (slot not in active, -len(self._held[slot])))
+        oldest = sorted(free, key=self._used.__getitem__)[: (len(free) + 1) // 2]
+        target = max(oldest, key=lambda slot: (slot - 1 in active) + (slot + 1 in active))
+        if source not in active and 2 * shared[source] >= len(self._held[source]):
             target = source
         held = self.slots.copy(source, target, shared[source]) if target != source else self.slots.cut(target, shared[source])
         if held > shared[source]:
@@ -362,11 +365,6 @@ class Scheduler:
         if self._events:
             events, self._events = self._events, []
             self.deliver(events)
-
-
-def groups(slots: Collection[int]) -> int:
-    """How many groups of slots that lie side by side there are."""
-    return sum(slot - 1 not in slots for slot in slots)
 
 
 def _with_logprobs(token: int, logits: Tensor, top: int | None) -> Chosen:

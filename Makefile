@@ -14,7 +14,7 @@ RELEASE := .venv-transformers-
 EDGE_TESTS := tests/model tests/serve tests/convert tests/evaluate tests/tokenizer tests/recipe tests/data/test_cleaning.py \
 	tests/data/test_hub.py tests/train/test_trl.py
 
-.PHONY: test-fuzz test-page test-processors setup setup-llama demo test test-llama test-slow test-transformers test-newest test-oldest test-wheel docs lint clean
+.PHONY: test-common test-fuzz test-page test-processors setup setup-llama demo test test-llama test-slow test-transformers test-newest test-oldest test-wheel docs lint clean
 
 setup: $(READY)
 
@@ -61,6 +61,20 @@ test-transformers: $(READY) $(RELEASES:%=$(RELEASE)%/.ready)
 	for site in $(RELEASES:%=$(CURDIR)/$(RELEASE)%/lib/python*/site-packages); do \
 		PYTHONPATH=$$site $(BIN)/python -m pytest -n 2 --dist loadgroup tests/model || exit 1; \
 	done
+
+# transformers' own tests of every model, from the source of each release, run on this package's network; some two minutes.
+test-common: $(READY) $(RELEASES:%=$(RELEASE)%/.source)
+	$(BIN)/python -m pip install parameterized
+	for release in $(RELEASES); do \
+		KEURAL_TRANSFORMERS_SOURCE=$(CURDIR)/$(RELEASE)$$release/source/transformers-$$release HF_HUB_OFFLINE=1 \
+			PYTHONPATH=$$(echo $(CURDIR)/$(RELEASE)$$release/lib/python*/site-packages) $(BIN)/python -m pytest \
+			-o addopts="-ra --import-mode=importlib -p no:cacheprovider" tests/model/test_transformers_own.py || exit 1; \
+	done
+
+$(RELEASE)%/.source: $(RELEASE)%/.ready
+	$(BIN)/python -m pip download --no-deps --no-binary :all: --no-build-isolation -d $(@D)/source transformers==$*
+	tar xzf $(@D)/source/transformers-$*.tar.gz -C $(@D)/source
+	touch $@
 
 # The newest of every library that the package admits, whatever constraints.txt says, and the oldest; made anew each time, since the
 # newest change. torch is the newest or oldest of which there is a CPU build. A failure names the releases it came with.

@@ -60,7 +60,12 @@ def write_recipe(directory: Path, data: Path) -> None:
             "model": OF_A_RECIPE,
             "tokenizer": {"vocab_size": 360, "sources": prose},
             "stages": ["base", "chat", "align"],
-            "evaluation": {"bits_per_byte": [{"name": "prose", "stage": "base", "max_bytes": 5000}]},
+            "evaluation": {
+                "bits_per_byte": [
+                    {"name": "prose", "stage": "base", "max_bytes": 5000},
+                    {"name": "prose, overlapping", "stage": "base", "sources": ["prose"], "max_bytes": 5000, "overlap": 24},
+                ]
+            },
             "chat": {"samples": ["하늘 바다?"], "max_new_tokens": 8},
         },
         "base": {
@@ -125,6 +130,9 @@ def test_a_run_leaves_summary_report_and_a_final_model(finished: Path) -> None:
         assert stage["steps"] == 6
     assert (run / "final").resolve() == (run / "align" / "model").resolve()
     assert summary["evaluation"]["bits_per_byte"][0]["models"].keys() == {"untrained", "base", "align"}
+    plain, overlapping = summary["evaluation"]["bits_per_byte"]
+    assert overlapping["bytes"] == plain["bytes"]
+    assert overlapping["models"]["align"] != plain["models"]["align"]
     assert summary["samples"][0]["language"] == "ko"
     report = (run / "report.html").read_text()
     assert "<svg" in report

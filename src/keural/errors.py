@@ -171,3 +171,9 @@ def quoted_path(path: Any) -> str:
     """A path as the operating system's errors name it, shortened."""
     text = path.decode("utf-8", "surrogateescape") if isinstance(path, bytes) else str(path)
     return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def listed(names: Sequence[str], shown: int = 8) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

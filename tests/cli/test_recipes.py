@@ -24,8 +24,8 @@ def seed_of(printed: str) -> int:
     return int(yaml.safe_load(printed)["recipe"]["seed"])
 
 
-def test_the_package_holds_four_recipes(keural: Keural) -> None:
-    assert names() == ["keural-14b", "keural-14b-published", "laptop", "toy"]
+def test_the_package_holds_six_recipes(keural: Keural) -> None:
+    assert names() == ["evening", "keural-14b", "keural-14b-published", "laptop", "one-gpu", "toy"]
     code, out, _ = keural("recipes")
     assert code == 0
     for line, name in zip(out.splitlines(), names(), strict=True):

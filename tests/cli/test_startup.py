@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 import pytest
 
+from keural.cli import options
+from keural.errors import UserError
+
 RUN = """
 import sys
 from keural.cli.app import main
@@ -62,6 +65,7 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "nothing to inspect": (["inspect", "nowhere"], "no such file or directory"),
     "an unknown precision": (["init", "toy", "out", "--dtype", "int8"], "--dtype int8: unknown"),
     "a random model of an unknown recipe": (["init", "toi", "out"], "did you mean 'toy'"),
+    "a dense model that is not there": (["init", "toy", "out", "--from-dense", "nowhere"], "no such file or directory"),
     "an unknown key to explain": (["recipe", "--explain", "train.lrr"], "did you mean 'train.lr'"),
     "a copy of nothing": (["recipes", "--copy", "out"], "--copy needs the name"),
 }
@@ -130,3 +134,10 @@ def test_an_answer_about_the_package_needs_no_torch(directory: Path, name: str) 
 def test_it_takes_less_than_a_second(directory: Path, arguments: list[str]) -> None:
     """Processor seconds, so that other work on the machine is not counted."""
     assert statistics.median(keural(directory, *arguments).seconds for _ in range(5)) < 1
+
+
+def test_a_board_that_is_not_installed_is_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "find_spec", lambda name: None if name == "wandb" else object())
+    assert options.boards(tensorboard=True, wandb=False) == ("tensorboard",)
+    with pytest.raises(UserError, match=r"--wandb: the wandb package is not installed: pip install 'keural\[wandb\]'"):
+        options.boards(tensorboard=True, wandb=True)

@@ -145,6 +145,16 @@ def test_held_out_texts_by_language(work: Workplace, write: Any) -> None:
         read_heldout_texts(work(spec(train)))
 
 
+def test_held_out_texts_by_source(work: Workplace, write: Any) -> None:
+    novel = write("novel.jsonl", jsonl([{"text": "novel"}]), name="novel", language="en")
+    guide = write("guide.jsonl", jsonl([{"text": "guide"}]), name="guide", language="en")
+    prepared = work(spec(write("a.jsonl", jsonl([{"text": "train"}]), name="a"), heldout_sources=[novel, guide]))
+    assert read_heldout_texts(prepared, "en", ["guide"]) == ["guide"]
+    assert sorted(read_heldout_texts(prepared, None, ["guide", "novel"])) == ["guide", "novel"]
+    with pytest.raises(UserError, match="no document in language 'ko' of 'guide' is held out"):
+        read_heldout_texts(prepared, "ko", ["guide"])
+
+
 def test_duplicates_are_dropped_within_and_across_sources(work: Workplace, write: Any) -> None:
     sources = [
         write("a.jsonl", jsonl([{"text": "가"}, {"text": "나"}, {"text": "가"}]), name="a"),

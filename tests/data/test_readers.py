@@ -63,6 +63,14 @@ def test_lines_and_paragraphs_name_their_place(tmp_path: Path) -> None:
     assert [row.value["text"].strip("\n") for row in found if isinstance(row, Row)] == ["one\ntwo", "three\n    four"]
 
 
+def test_a_section_is_paragraphs_until_they_have_six_thousand_characters(tmp_path: Path) -> None:
+    paragraphs = [letter * length for letter, length in zip("abcdef", (2500, 3499, 1, 7000, 10, 20), strict=True)]
+    found = rows(tmp_path / "a.txt", "\n\n\n".join(paragraphs), split="section")
+    assert [row.where for row in found if isinstance(row, Row)] == ["a.txt:1", "a.txt:10", "a.txt:13"]
+    texts = [row.value["text"] for row in found if isinstance(row, Row)]
+    assert texts == ["\n\n".join(paragraphs[:3]), paragraphs[3], "\n\n".join(paragraphs[4:])]
+
+
 def test_a_prefix_selects_lines(tmp_path: Path) -> None:
     text = "# sent_id = 1\n# text = 안녕하세요.\n\n# text = 네.\n"
     assert rows(tmp_path / "a.conllu", text, "text", prefix="# text = ") == [Row("a.conllu", {"text": "안녕하세요.\n네.\n"})]

@@ -68,7 +68,7 @@ def test_rows_become_records_with_their_places(data_dir: Path) -> None:
         ({"options": {"gutenberg": "yes"}}, ["option 'gutenberg' must be true or false", "'yes'"]),
         ({"options": {"field": True}}, ["option 'field' must be a text or a column number or a list"]),
         ({"options": {"field": []}}, ["option 'field'"]),
-        ({"options": {"split": "words"}}, ["one of file, paragraph, line"]),
+        ({"options": {"split": "words"}}, ["one of file, paragraph, section, line"]),
         ({"path": ""}, ["needs a path"]),
         ({"path": "nowhere/x.txt", "hub": "org/set"}, ["no such file or directory", "nowhere/x.txt", "from org/set", "data=DIR"]),
         ({"path": "nowhere/*.txt"}, ["no such file or directory", "nowhere/*.txt"]),

@@ -113,7 +113,7 @@ def small_job(
         write_store(held, objective, 10, seed=1)
     if objective != "next_token" and not init.exists():
         random_model(seed=7, scale=3.0).save_pretrained(init)
-    job = {key: changes.pop(key) for key in ("budget_seconds", "tensorboard") if key in changes}
+    job = {key: changes.pop(key) for key in ("budget_seconds", "boards") if key in changes}
     run_dir = directory / str(changes.pop("run", "run"))
     run_dir.mkdir(exist_ok=True)
     return StageJob(

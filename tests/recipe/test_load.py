@@ -71,6 +71,13 @@ def test_every_recipe_of_the_package_resolves(name: str) -> None:
     )
 
 
+def test_windows_that_overlap_whole_are_refused(directory: Path) -> None:
+    measure = "{name: prose, stage: base, overlap: 64}"
+    overrides = ["base.data.sequence_length=64", "base.train.batch_tokens=640", f"evaluation.bits_per_byte=[{measure}]"]
+    message = refusal(directory, *overrides)
+    assert "'prose': an overlap of 64 leaves nothing of windows of 64 tokens" in message
+
+
 def test_published_numbers() -> None:
     recipe = load_recipe(RECIPES / "keural-14b-published")
     steps = {stage.name: stage.train.steps for stage in recipe.stages}

@@ -1,6 +1,7 @@
 """The learning rate of every step follows from its number."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -33,3 +34,24 @@ def test_it_rises_then_falls_and_stays_between_zero_and_the_peak(steps: int, dat
     assert rates[: top + 1] == sorted(rates[: top + 1])
     assert rates[top:] == sorted(rates[top:], reverse=True)
     assert steps == 1 or warmup == steps - 1 or math.isclose(rates[-1], 0.1)
+
+
+def test_before_the_last_share_of_the_steps_the_rate_stays() -> None:
+    rates = [
+        learning_rate(step, steps=111, peak=1.0, minimum=0.2, warmup_steps=10, decay="linear", decay_share=0.25)
+        for step in range(111)
+    ]
+    assert rates[9:86] == [1.0] * 77
+    assert rates[86] == pytest.approx(1 - 0.8 / 25)
+    assert rates[110] == pytest.approx(0.2)
+    falls = [before - after for before, after in pairwise(rates[85:])]
+    assert falls == pytest.approx([0.8 / 25] * 25)
+
+
+def test_one_curve_over_two_stages_has_no_step_where_they_meet() -> None:
+    first = {"steps": 50, "peak": 1.0, "minimum": 1.0, "warmup_steps": 5}
+    second = {"steps": 50, "peak": 1.0, "minimum": 0.0, "warmup_steps": 0}
+    rates = [learning_rate(step, **first) for step in range(50)] + [learning_rate(step, **second) for step in range(50)]
+    assert rates[4:51] == [1.0] * 47
+    assert rates[50:] == sorted(rates[50:], reverse=True)
+    assert rates[-1] == 0.0

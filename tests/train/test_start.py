@@ -9,6 +9,8 @@ import shutil
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +84,7 @@ def test_diverging_training_stops_with_the_step_and_keeps_the_last_checkpoint(tm
 
 def test_tensorboard_events_are_written_when_asked_for(tmp_path: Path) -> None:
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    job = small_job(tmp_path, heldout=True, tensorboard=True)
+    job = small_job(tmp_path, heldout=True, boards=("tensorboard",))
     train_stage(job)
     events = reader.EventAccumulator(str(job.run_dir / "tensorboard"))
     events.Reload()
@@ -91,10 +93,61 @@ def test_tensorboard_events_are_written_when_asked_for(tmp_path: Path) -> None:
     assert "heldout/loss" in events.Tags()["scalars"]
 
 
+def test_weights_and_biases_gets_each_step_and_goes_on_in_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own counter ignores steps that come again after a restart, so figures carry the step they are of."""
+    runs: list[dict[str, Any]] = []
+
+    class Run:
+        def __init__(self, **settings: Any) -> None:
+            runs.append({"settings": settings, "logged": [], "metrics": []})
+
+        def define_metric(self, name: str, step_metric: str | None = None) -> None:
+            runs[-1]["metrics"].append((name, step_metric))
+
+        def log(self, figures: dict[str, float]) -> None:
+            runs[-1]["logged"].append(figures)
+
+        def finish(self) -> None:
+            runs[-1]["finished"] = True
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=Run))
+    job = small_job(tmp_path, heldout=True, boards=("wandb",))
+    train_stage(job)
+    train_stage(job)
+    first, second = runs
+
+    assert first["settings"]["id"] == second["settings"]["id"]
+    assert first["settings"]["resume"] == "allow"
+    assert first["metrics"] == [("step", None), ("*", "step")]
+    steps = [figures for figures in first["logged"] if "loss" in figures]
+    assert [figures["step"] for figures in steps] == list(range(12))
+    assert [figures["loss"] for figures in steps] == pytest.approx(losses_of(job))
+    assert "heldout/loss" in first["logged"][-1]
+    assert first["finished"]
+
+
+@pytest.mark.slow
+def test_weights_and_biases_itself_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    job = small_job(tmp_path, heldout=True, boards=("wandb",))
+    train_stage(job)
+    assert list(job.run_dir.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def test_weights_and_biases_that_cannot_be_reached_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**settings: Any) -> None:
+        raise RuntimeError("api_key not configured (no-tty).\nmore")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    with pytest.raises(UserError, match=r"cannot be reached \(api_key not configured \(no-tty\)\.\); log in .*WANDB_MODE=offline"):
+        train_stage(small_job(tmp_path, boards=("wandb",)))
+
+
 def test_tensorboard_that_is_not_installed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match=r"keural\[tensorboard\]"):
-        train_stage(small_job(tmp_path, tensorboard=True))
+        train_stage(small_job(tmp_path, boards=("tensorboard",)))
 
 
 def test_plain_lines_without_a_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

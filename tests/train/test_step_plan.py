@@ -1,6 +1,7 @@
 """The number of steps: given, from epochs, or from a time budget, and never changed afterwards."""
 
 import dataclasses
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +17,9 @@ from keural.files import read_json
 from keural.train.micro_batches import MicroBatch
 from keural.train.network.policy import Policy
 from keural.train.stage import run, step_plan, training
+from keural.train.stage.job import StageJob
 from keural.train.stage.step_plan import RESERVE, Costs, PlanFile, budget_plan
-from tests.helpers.train_small import losses_of, metrics_of, small_job, small_stage, train_stage
+from tests.helpers.train_small import calling_before_each_step, losses_of, metrics_of, small_job, small_stage, train_stage
 
 BUDGET = {"steps": None, "budget_share": 0.5}
 
@@ -117,6 +119,21 @@ def test_a_checkpoint_of_another_plan_is_refused(tmp_path: Path) -> None:
     PlanFile.read(plan).model_copy(update={"steps": 24}).write(plan)
     with pytest.raises(UserError, match=r"step-00000012: was made for 12 steps, .*plan\.json says 24, .*another from step 3 on"):
         train_stage(job)
+
+
+def test_a_stage_that_has_not_begun_to_fall_may_be_made_longer(tmp_path: Path) -> None:
+    def job(steps: int) -> StageJob:
+        return small_job(tmp_path, train={"steps": steps, "decay": "linear", "decay_share": 0.5, "save_every": 3})
+
+    def stop(step: int) -> None:
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with calling_before_each_step(stop):
+        assert train_stage(job(12)).interrupted
+    assert train_stage(job(24)).steps == 24
+    with pytest.raises(UserError, match=r"another from step 14 on"):
+        train_stage(job(36))
 
 
 @pytest.mark.parametrize("content", ["[]", '{"fingerprint": "f", "steps": 3, "warmup_steps": 0}', '{"steps": 1e400}', ""])

@@ -146,14 +146,23 @@ def init(
     out: NewDir,
     overrides: Overrides = None,
     tokenizer: Tokenizer = None,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "bfloat16",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16 (default: bfloat16, or the dense model's)")
+    ] = None,
+    from_dense: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="a Llama-shaped model, whose feed-forward networks become the experts (upcycling)"),
+    ] = None,
 ) -> None:
-    """Write a randomly initialised model of a recipe's shape, of any size."""
+    """Write the start of a model in a recipe's shape: random, or a dense model whose logits it keeps."""
     from keural.files import check_new
+    from keural.pretrained.location import check_there
 
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: unknown{nearest(dtype, DTYPES)}; known are {', '.join(DTYPES)}")
     check_new(out)
+    if from_dense is not None:
+        check_there(from_dense, "the directory of a dense model")
     loaded, _ = open_recipe(recipe, overrides, None)
     from keural.pipeline import workspace
     from keural.tokenizer import KeuralTokenizer
@@ -166,10 +175,27 @@ def init(
     import torch
 
     from keural.convert.initialise import initialise
+    from keural.convert.upcycle import upcycle
 
     config = workspace.build_config(loaded, used)
     spec = loaded.spec
     with byte_progress(f"init {spec.name}") as advance:
-        options = {"recipe": spec.name, "chat": spec.chat, "seed": spec.seed, "dtype": getattr(torch, dtype)}
+        if from_dense is not None:
+            kept = None if dtype is None else getattr(torch, dtype)
+            upcycle(
+                from_dense,
+                out,
+                config,
+                used,
+                recipe=spec.name,
+                chat=spec.chat,
+                seed=spec.seed,
+                dtype=kept,
+                named_tokenizer=tokenizer is not None,
+                advance=advance,
+            )
+            return
+        stored = dtype or "bfloat16"
+        options = {"recipe": spec.name, "chat": spec.chat, "seed": spec.seed, "dtype": getattr(torch, stored)}
         initialise(out, config, used, **options, advance=advance)
-    show(f"{out}: {spec.name}, {dtype}, seed {spec.seed}")
+    show(f"{out}: {spec.name}, {stored}, seed {spec.seed}")

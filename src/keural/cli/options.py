@@ -1,11 +1,13 @@
 """Arguments and options that several subcommands share."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from keural.card import CARD
+from keural.errors import UserError
 from keural.limits import LARGEST_ANSWER, LARGEST_SEED, SMALLEST_PENALTY
 from keural.serve.jamo import Jamo
 
@@ -22,6 +24,12 @@ ModelPath = Annotated[Path, typer.Argument(help="model directory, e.g. runs/toy/
 ReferenceOnly = Annotated[
     bool, typer.Option("--reference-only", help="train nothing; compute what reference values of preference pairs are missing")
 ]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="train nothing; take the largest step of each stage and say what it costs"),
+]
+TensorBoard = Annotated[bool, typer.Option(help="also write TensorBoard files")]
+Wandb = Annotated[bool, typer.Option(help="also log to Weights & Biases, as WANDB_MODE, WANDB_PROJECT and WANDB_ENTITY say")]
 DEFAULT = "default: as saved with the model, else the card's"
 System = Annotated[str | None, typer.Option(help="system message; an empty one is none (default: as saved with the model)")]
 Temperature = Annotated[float | None, typer.Option(min=0.0, help=f"0 is greedy ({DEFAULT}, {CARD.temperature})")]
@@ -34,6 +42,15 @@ Threads = Annotated[int | None, typer.Option(min=1, help="threads to compute wit
 JamoStyle = Annotated[
     Jamo, typer.Option(help="published tokenizer: letters that stand alone as typed (ㅋㅋㅋ), or as they are decoded (ᄏᄏᄏ)")
 ]
+
+
+def boards(**asked: bool) -> tuple[str, ...]:
+    """Names of the boards that were asked for. Raises `UserError` when the package of one is not installed."""
+    names = tuple(name for name, wanted in asked.items() if wanted)
+    for name in names:
+        if find_spec(name) is None:
+            raise UserError(f"--{name}: the {name} package is not installed: pip install 'keural[{name}]'")
+    return names
 
 
 def open_recipe(given: Path, overrides: list[str] | None, out: Path | None) -> "tuple[Recipe, Path]":

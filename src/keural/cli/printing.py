@@ -24,6 +24,7 @@ Side = Literal["left", "right"]
 
 if TYPE_CHECKING:
     from keural.pipeline.run import Outcome
+    from keural.train.stage.dry_run import Tried
 
 
 def print_ending(outcome: "Outcome", arguments: str) -> None:
@@ -34,6 +35,8 @@ def print_ending(outcome: "Outcome", arguments: str) -> None:
     if outcome.interrupted:
         say(f"stopped and saved; the same command goes on from there:\n  {_command()} {arguments}")
         return
+    if outcome.tried:
+        _show_tried(outcome.tried)
     if not outcome.trains:
         return
     summary = Summary.read(outcome.directory / SUMMARY)
@@ -67,6 +70,18 @@ def _show_stages(stages: list[Done]) -> None:
         losses = (f"{stage.loss_first:.3f}", f"{stage.loss_last:.3f}", "" if heldout is None else f"{heldout:.3f}")
         rows.append((stage.name, *counts, *losses))
     show_table("stages", _columns(names, ("stage",)), rows)
+
+
+def _show_tried(tried: Sequence["Tried"]) -> None:
+    """What a dry run found; hours are those of a stage's steps alone, if all were as large."""
+    names = ("stage", "batch", "seconds", "tokens/s", "loss", "GiB", "steps", "hours")
+    rows = []
+    for stage in tried:
+        step = (f"{stage.batch}", f"{stage.seconds:.2f}", f"{stage.tokens / stage.seconds:,.0f}")
+        figures = (f"{stage.loss:.3f}", f"{stage.peak_gib:.1f}")
+        hours = ("", "") if stage.steps is None else (f"{stage.steps:,}", f"{stage.steps * stage.seconds / 3600:,.1f}")
+        rows.append((stage.name, *step, *figures, *hours))
+    show_table("the largest step of each stage", _columns(names, ("stage",)), rows)
 
 
 def _figures(evaluation: dict[str, Any]) -> list[str]:

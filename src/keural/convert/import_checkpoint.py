@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from keural import terminal
 from keural.convert.foreign_checkpoint import Checkpoint, open_checkpoint
-from keural.errors import UserError
+from keural.errors import UserError, listed
 from keural.files import check_new, read_object
 from keural.model import CHATML_IDS, KeuralConfig, mean_row
 from keural.model.config_fields import FIELDS
@@ -32,8 +32,6 @@ from keural.tokenizer import KeuralTokenizer
 PUBLISHED_WINDOW = 512
 """`sliding_window` of the published configuration: keys before the token, which sees itself, too."""
 TOKENIZER_FILES = ("tokenizer.model", "keural_tokenizer.model")
-_SHOWN = 8
-"""Names that a refusal lists of each kind of problem."""
 _CONFIG_KEYS = (frozenset(FIELDS) | {"rope_theta", "num_experts"}) - {"eos_token_id"}
 _UNUSED_KEYS = frozenset(PreTrainedConfig().to_dict()) | frozenset(
     {"architectures", "auto_map", "dtype", "model_type", "torch_dtype", "transformers_version", "eos_token_id"}
@@ -134,7 +132,7 @@ def _renamed(checkpoint: Checkpoint) -> Weights:
     twice = sorted(name for name, count in Counter(originals.values()).items() if count > 1)
     if twice:
         clashes = [name for name, stored in originals.items() if stored in twice]
-        raise UserError(f"{checkpoint.where}: duplicate tensors: {_listed(clashes)}")
+        raise UserError(f"{checkpoint.where}: duplicate tensors: {listed(clashes)}")
     back = {stored: name for name, stored in originals.items()}
     return Weights({stored: weights.infos[name] for stored, name in back.items()}, lambda stored: weights.read(back[stored]))
 
@@ -148,7 +146,7 @@ def _configuration(
     unknown = sorted(str(key) for key, value in values.items() if not _understood(key, value))
     if unknown:
         raise UserError(
-            f"{checkpoint.where}: its configuration has settings that this network does not know: {_listed(unknown)}; if they mean "
+            f"{checkpoint.where}: its configuration has settings that this network does not know: {listed(unknown)}; if they mean "
             "nothing, give a configuration without them with --config"
         )
     known = {name: value for name, value in values.items() if name in _CONFIG_KEYS}
@@ -198,7 +196,7 @@ def _check_tensors(where: Path, config: KeuralConfig, weights: Weights) -> None:
             if name in found and found[name].shape != shape
         ],
     }
-    told = "; ".join(f"{len(names)} {kind}: {_listed(names)}" for kind, names in problems.items() if names)
+    told = "; ".join(f"{len(names)} {kind}: {listed(names)}" for kind, names in problems.items() if names)
     if told:
         raise UserError(f"{where}: the tensors are not those of its configuration: {told} (another configuration: --config)")
     dtypes = sorted({str(info.dtype).removeprefix("torch.") for info in found.values()})
@@ -273,14 +271,8 @@ def _finite(where: Path, weights: Weights) -> Weights:
             bad.append(name)
         if name == last and bad:
             raise UserError(
-                f"{where}: {len(bad)} tensors with values that are not finite: {_listed(bad)}; the checkpoint is unusable"
+                f"{where}: {len(bad)} tensors with values that are not finite: {listed(bad)}; the checkpoint is unusable"
             )
         return tensor
 
     return replace(weights, read=read)
-
-
-def _listed(names: list[str]) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -1,7 +1,7 @@
 """What was prepared: the stores of a stage, the table of its sources, and the fingerprint by which it is found again."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ from keural.data.loading.mixture import Mixture, mix
 from keural.data.source_counts import SourceCounter, SourceRow, check_drops, rows_from_json, warning_of
 from keural.data.stage_sources import StageSources, open_stage_sources
 from keural.data.tokens.store import TokenStore
-from keural.errors import UserError
+from keural.errors import UserError, quoted
 from keural.files import CheckedFile, FileHashes, fingerprint, sha256_file, write_atomic
 from keural.recipe import OBJECTIVES, DataSpec, Objective
 from keural.recipe import VERSION as RECIPE_VERSION
@@ -147,17 +147,18 @@ def read_dropped(prepared: Prepared) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
-def read_heldout_texts(prepared: Prepared, language: str | None = None) -> list[str]:
-    """The held-out documents' texts, shuffled; with `language` only those of that language.
+def read_heldout_texts(prepared: Prepared, language: str | None = None, sources: Collection[str] = ()) -> list[str]:
+    """The held-out documents' texts, shuffled; with `language` only those of that language, with `sources` only of these.
 
     Raises `UserError` when there are none, or when they are not those that were written.
     """
     texts = []
     if prepared.heldout is not None and TEXTS in (store := TokenStore.open(prepared.heldout, verify="size")).files:
         rows = map(json.loads, store.read_checked(TEXTS).decode("utf-8").rstrip("\n").split("\n"))
-        texts = [row["text"] for row in rows if language in (None, row["language"])]
+        texts = [row["text"] for row in rows if language in (None, row["language"]) and (not sources or row["source"] in sources)]
     if not texts:
         what = f"document in language {language!r}" if language else "document"
+        what += f" of {' or '.join(map(quoted, sources))}" if sources else ""
         raise UserError(f"{prepared.train.parent}: no {what} is held out; raise data.heldout_per_mille or add heldout_sources")
     return texts
 

@@ -30,19 +30,20 @@ def _measure(bench: Bench, spec: BitsPerByteSpec) -> Figures:
     length = bench.recipe.stage(spec.stage).data.sequence_length
     pretrained = [stage.name for stage in bench.recipe.stages if OBJECTIVES[stage.objective].store == "documents"][-1:]
     models = [UNTRAINED, *pretrained, bench.final]
+    figures = (bits_per_byte(bench.model(name), bench.tokenizer, texts, length, spec.overlap) for name in models)
     return {
         "name": spec.name,
         "language": spec.language,
         "documents": len(texts),
         "bytes": sum(len(text.encode()) for text in texts),
-        "models": {name: bits_per_byte(bench.model(name), bench.tokenizer, texts, length)["bits_per_byte"] for name in models},
+        "models": {name: found["bits_per_byte"] for name, found in zip(models, figures, strict=True)},
         "xz": xz_bits_per_byte(texts),
     }
 
 
 def measured_texts(spec: BitsPerByteSpec, prepared: Prepared) -> list[str]:
     """The held-out texts of a measure, as many as fit into its `max_bytes`. Raises `UserError` when none does."""
-    texts = read_heldout_texts(prepared, spec.language)
+    texts = read_heldout_texts(prepared, spec.language, spec.sources)
     kept = _limited(texts, spec.max_bytes)
     if not kept:
         raise UserError(

@@ -17,6 +17,7 @@ from keural.recipe.load import Recipe, RecipeSpec, load_recipe, parse_duration
 from keural.recipe.lora import LoraSpec, Target
 from keural.recipe.model import ModelSpec
 from keural.recipe.objectives import OBJECTIVES, PREFERENCE_LOSSES, STORES, Objective, ObjectiveKind, StoreKind, StoreShape, Unit
+from keural.recipe.optimizer import MuonSpec
 from keural.recipe.tokenizer import TokenizerSpec
 from keural.recipe.training import ChecksSpec, DpoSpec, RouterSpec, SftSpec, StageSpec, TrainSpec
 
@@ -40,6 +41,7 @@ __all__ = [
     "LoraSpec",
     "MixingSpec",
     "ModelSpec",
+    "MuonSpec",
     "Objective",
     "ObjectiveKind",
     "Part",

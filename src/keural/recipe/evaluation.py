@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from keural.card import CARD
-from keural.limits import LARGEST_ANSWER, LARGEST_PENALTY, LARGEST_TEMPERATURE, SMALLEST_PENALTY
+from keural.limits import LARGEST, LARGEST_ANSWER, LARGEST_PENALTY, LARGEST_TEMPERATURE, SMALLEST_PENALTY
 from keural.recipe.base import Spec, not_for
 
 
@@ -27,8 +27,13 @@ class BitsPerByteSpec(Spec):
     """The stage whose held-out documents are measured."""
     language: str | None = None
     """Only documents of this language."""
+    sources: list[str] = Field(default_factory=list)
+    """Only documents of the sources with these names; none: of all."""
     max_bytes: int = Field(200_000, gt=0)
     """Measure on at most this many bytes of text (UTF-8), whole documents from the first on."""
+    overlap: int = Field(0, ge=0, le=LARGEST)
+    """Documents are read in windows of the stage's data.sequence_length; so many tokens of a window are those that the one before
+    ended with, which are not counted again: every token but the first ones is predicted from at least so many."""
 
 
 class EvaluationSpec(Spec):

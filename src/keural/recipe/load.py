@@ -1,9 +1,10 @@
 """Recipes: what a run is made of, as strict typed objects read from YAML.
 
 A recipe is a directory: `recipe.yaml` names the model, the tokenizer, the evaluation and the stages in order; `<stage>.yaml`
-describes one stage. Everything is checked when it is read: an unknown key, a wrong type or an impossible combination is a
-`UserError` that names the file and the key. Any value can be overridden as `key=value`: a key of `recipe.yaml` (`seed=1`,
-`data=DIR`, `model.hidden_size=256`), a key of every stage (`train.lr=1e-5`), or a key of one stage (`sft-2.train.lr=1e-5`).
+describes one stage. A recipe may say only in what it differs from another (`extends`). Everything is checked when it is read: an
+unknown key, a wrong type or an impossible combination is a `UserError` that names the file and the key. Any value can be
+overridden as `key=value`: a key of `recipe.yaml` (`seed=1`, `data=DIR`, `model.hidden_size=256`), a key of every stage
+(`train.lr=1e-5`), or a key of one stage (`sft-2.train.lr=1e-5`).
 """
 
 import re
@@ -15,11 +16,11 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from keural.errors import UserError, nearest, quoted
-from keural.files import read_yaml
 from keural.limits import LARGEST_SEED, LONGEST_SECONDS
 from keural.parsing import Malformed, parse_yaml
 from keural.recipe.base import Spec, neutral, validate
 from keural.recipe.evaluation import ChatSpec, EvaluationSpec
+from keural.recipe.extends import EXTENDS, SHARED, read_recipe_files
 from keural.recipe.model import ModelSpec
 from keural.recipe.objectives import OBJECTIVES
 from keural.recipe.tokenizer import TokenizerSpec
@@ -37,6 +38,13 @@ class RecipeSpec(Spec):
     otherwise."""
     description: str = neutral("report", "")
     """What the recipe is, in one line, for `keural recipes` and the report."""
+    extends: str | None = neutral("place", None)
+    """A recipe of the package by name, or a path relative to this file's directory, that this one differs from: its keys and those
+    of its stages' files are laid over that recipe's, maps key by key, lists whole; null takes a key back. Every stage has a file
+    here, if only with its name. A resolved recipe extends none."""
+    shared: dict[str, Any] | None = neutral("place", None)
+    """Keys of stages that every stage has unless its file says otherwise, as the file would have them: `{train: {eps: 1e-8}}`. Maps
+    are joined key by key, lists are taken whole; null in a stage's file takes a key back. A resolved recipe shares none."""
     seed: int = Field(42, ge=0, le=LARGEST_SEED)
     """Of everything that is drawn: weights at the start, held-out records, order and mixture of the data."""
     data: str | None = neutral("place", None)
@@ -106,18 +114,21 @@ def load_recipe(directory: Path, overrides: Iterable[str] = ()) -> Recipe:
     if directory.is_file():
         raise UserError(f"{directory}: a recipe is a directory with a recipe.yaml; give {directory.parent}")
     recipe_file = directory / "recipe.yaml"
-    recipe_data = _read_recipe_file(recipe_file)
-    names = recipe_data.get("stages")
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{recipe_file}: key 'stages' must be a list of stage names")
-    stage_data = {name: _read_recipe_file(directory / f"{name}.yaml") for name in names}
+    recipe_data, stage_data, shares = read_recipe_files(directory)
     for override in overrides:
         _apply_override(override, recipe_data, stage_data, recipe_file)
     spec = validate(RecipeSpec, recipe_data, recipe_file)
-    stages = tuple(validate(StageSpec, data, directory / f"{name}.yaml") for name, data in stage_data.items())
+    stages = tuple(_stage(data, directory / f"{name}.yaml", shares) for name, data in stage_data.items())
     recipe = Recipe(spec, stages, directory)
     _check_stages(recipe)
     return recipe
+
+
+def _stage(data: dict[str, Any], file: Path, shares: bool) -> StageSpec:
+    try:
+        return validate(StageSpec, data, file)
+    except UserError as error:
+        raise UserError(f"{error} (what the file does not say is `shared` in recipe.yaml)") if shares else error from error
 
 
 def _check_stages(recipe: Recipe) -> None:
@@ -147,18 +158,14 @@ def _check_stages(recipe: Recipe) -> None:
         if measure.stage not in earlier:
             hint = nearest(measure.stage, earlier)
             raise UserError(f"{recipe.directory / 'recipe.yaml'}: evaluation.bits_per_byte: no stage {measure.stage!r}{hint}")
+        if measure.overlap >= (length := recipe.stage(measure.stage).data.sequence_length):
+            raise UserError(
+                f"{recipe.directory / 'recipe.yaml'}: evaluation.bits_per_byte {measure.name!r}: an overlap of {measure.overlap} "
+                f"leaves nothing of windows of {length} tokens (data.sequence_length of {measure.stage}); make it smaller"
+            )
     shares = sum(stage.train.budget_share or 0 for stage in recipe.stages)
     if shares > 1 + 1e-9:
         raise UserError(f"{recipe.directory}: the stages' budget_share sum to {shares:.3f}, more than 1")
-
-
-def _read_recipe_file(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; a recipe directory holds recipe.yaml and one file per stage")
-    value = read_yaml(path)
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: is {'empty' if value is None else 'not a mapping'}; expected keys and values")
-    return value
 
 
 def _apply_override(override: str, recipe: dict[str, Any], stages: dict[str, dict[str, Any]], file: Path) -> None:
@@ -175,6 +182,8 @@ def _apply_override(override: str, recipe: dict[str, Any], stages: dict[str, dic
     elif head in RecipeSpec.model_fields and not (head == "data" and rest):  # data=DIR, but data.sequence_length=512
         if head == "stages":
             raise UserError(f"override {quoted(override)}: stages cannot be overridden; edit {file} or use --until")
+        if head in (EXTENDS, SHARED):
+            raise UserError(f"override {quoted(override)}: {head} cannot be overridden; give the keys themselves, or edit {file}")
         if key in {"data", "budget"} and isinstance(value, int | float):
             value = text
         _set(recipe, key, value, override)

@@ -10,6 +10,7 @@ from keural.recipe.base import BOUNDED, Part, Spec, length, length_list, neutral
 from keural.recipe.data import DataSpec
 from keural.recipe.lora import LoraSpec, why_not_adapted
 from keural.recipe.objectives import OBJECTIVES, PREFERENCE_LOSSES, Objective, PreferenceLossName
+from keural.recipe.optimizer import MuonSpec, OptimizerName, why_not_muon
 
 
 class TrainSpec(Spec):
@@ -31,9 +32,20 @@ class TrainSpec(Spec):
     lr: float = Field(gt=0)
     """Highest learning rate, reached at the end of the warm-up."""
     min_lr: float = Field(0.0, ge=0)
-    """Learning rate of the last step, where the half cosine ends."""
+    """Learning rate of the last step; with the value of `lr` the rate stays, for a later stage to decay."""
     warmup_steps: int = Field(0, ge=0)
     """Steps in which the learning rate rises linearly; the first step already moves."""
+    decay: Literal["cosine", "linear"] = "cosine"
+    """How the learning rate falls to `min_lr`: on a half cosine, or on a line."""
+    decay_share: float = Field(1.0, gt=0, le=1)
+    """Share of the steps after the warm-up, the last ones, in which the learning rate falls; before them it stays at `lr` (warm-up,
+    stable, decay: Hu et al. 2024, arXiv:2404.06395). A stage may be made longer as long as it has not fallen."""
+    optimizer: OptimizerName = "adamw"
+    """What changes the weights: AdamW, or Muon for the matrices of the layers and AdamW for the rest, with half the state for
+    these matrices. Muon needs precision fp32 and trains no lora; on several processes each gathers the matrices and does all of
+    its iterations."""
+    muon: MuonSpec = Field(default_factory=MuonSpec)
+    """Settings of optimizer muon; refused with another."""
     betas: list[float] = Field(default_factory=lambda: [0.9, 0.95], min_length=2, max_length=2)
     """AdamW's decay rates of the mean gradient and of its mean square."""
     eps: float = Field(1e-8, gt=0)
@@ -105,6 +117,8 @@ class TrainSpec(Spec):
             )
         if self.min_lr > self.lr:
             raise ValueError("min_lr cannot exceed lr")
+        if self.min_lr == self.lr and (unread := sorted({"decay", "decay_share"} & self.model_fields_set)):
+            raise ValueError(f"{unread[0]} has no effect where min_lr is lr")
         if self.steps is not None and self.warmup_steps >= self.steps:
             raise ValueError("warmup_steps must be smaller than steps")
         if self.steps is not None and self.steps_to_skip and self.steps_to_skip[-1] >= self.steps:
@@ -317,6 +331,8 @@ class StageSpec(Spec):
         settings = {other.settings for other in OBJECTIVES.values() if other.settings} - {kind.settings}
         if unused := sorted(settings & self.model_fields_set):
             raise ValueError(f"{unused[0]} settings have no effect with objective {name}")
+        if (why_not_it := why_not_muon(train, adapted=self.lora is not None)) is not None:
+            raise ValueError(why_not_it)
         if self.lora is not None and (why_not := why_not_adapted(self.lora, self.init_from, train, self.router)):
             raise ValueError(why_not)
         row = kind.sequences_per_record * length

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from keural.errors import UserError, for_all, nearest
 from keural.files import atomic_directory, read_json, read_yaml, write_json
+from keural.recipe.extends import sets_file
 from keural.recipe.shipped import SETS_FILE
 from keural.terminal import show
 
@@ -47,7 +48,7 @@ class FetchedSet(BaseModel):
 
 def sets_of(recipe: Path) -> dict[str, FetchedSet]:
     """The sets of a recipe's directory by name. Raises `UserError` when the recipe says of none where it comes from."""
-    file = recipe / SETS_FILE
+    file = sets_file(recipe)
     if not file.is_file():
         raise UserError(f"{recipe}: has no {SETS_FILE}, which would say where its data comes from; bring the data yourself")
     listed, found = read_yaml(file), {}

@@ -47,6 +47,8 @@ GUTENBERG_CREDITS = re.compile(r"\A\s*Produced by .*?\n\s*\n", re.DOTALL)
 
 MAX_WHOLE_BYTES = 8 << 30
 """Largest file, unpacked, of a format that is read as one value: JSON, YAML, catalogues, Markdown, text as one document."""
+SECTION = 6000
+"""Characters that a section of a text has at least, but for the last."""
 TOO_LONG = "row_too_long"
 REPEATED = "repeated_key"
 """Reason of JSON objects that say two things under one name."""
@@ -180,7 +182,7 @@ def _read_text(opened: _Opened) -> Iterator[Row | Drop]:
     split = options.get("split", "file")
     if split != "file" and not options.get("gutenberg"):  # such files can be larger than memory
         with opened.text() as (lines, _):
-            yield from _pieces(name, numbered_lines(lines), split, options.get("prefix", ""))
+            yield from _split(name, numbered_lines(lines), split, options.get("prefix", ""))
         return
     text = _whole_text(opened)
     if options.get("gutenberg"):
@@ -194,7 +196,29 @@ def _read_text(opened: _Opened) -> Iterator[Row | Drop]:
     if split == "file":
         yield Row(name, {"text": text})
     else:
-        yield from _pieces(name, enumerate(text.splitlines(keepends=True), start=1), split, "")
+        yield from _split(name, enumerate(text.splitlines(keepends=True), start=1), split, "")
+
+
+def _split(name: str, lines: Iterable[tuple[int, str | None]], split: str, prefix: str) -> Iterator[Row | Drop]:
+    """Lines, paragraphs, or sections: paragraphs with an empty line between them, until they have `SECTION` characters."""
+    if split != "section":
+        yield from _pieces(name, lines, split, prefix)
+        return
+    section: list[Row] = []
+    for piece in _pieces(name, lines, "paragraph", prefix):
+        if isinstance(piece, Drop):
+            yield piece
+            continue
+        section.append(piece)
+        if sum(len(row.value["text"]) for row in section) >= SECTION:
+            yield _section(section)
+            section = []
+    if section:
+        yield _section(section)
+
+
+def _section(paragraphs: list[Row]) -> Row:
+    return Row(paragraphs[0].where, {"text": "\n\n".join(row.value["text"] for row in paragraphs)})
 
 
 def _pieces(name: str, lines: Iterable[tuple[int, str | None]], split: str, prefix: str) -> Iterator[Row | Drop]:
@@ -509,7 +533,11 @@ _ENCODING: OptionTable = {
 }
 _PIECES: OptionTable = {
     "split": Option(
-        TEXT, "what becomes a row: the file, a run of lines between empty ones, or a line", "file", ("file", "paragraph", "line")
+        TEXT,
+        "what becomes a row: the file, a run of lines between empty ones, several of these together (about 6,000 characters), or a "
+        "line",
+        "file",
+        ("file", "paragraph", "section", "line"),
     ),
     "prefix": Option(TEXT, "only lines that begin so are read, and without it"),
     "gutenberg": Option(SWITCH, "only what stands between the markers of Project Gutenberg is read", False),

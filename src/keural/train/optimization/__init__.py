@@ -1,1 +1,1 @@
-"""What changes weights: AdamW over float32 or split weights, its learning rate, and what is left frozen."""
+"""What changes weights: AdamW or Muon, their learning rate, and what is left frozen."""

@@ -1,21 +1,24 @@
-"""AdamW over float32 master weights, with weight decay on matrices only.
+"""AdamW or Muon over float32 master weights, with weight decay on matrices only.
 
 In: a model and the stage's settings. Out: an optimizer whose state exists from the start, so that a checkpoint has the same tensors
-at every step: `torch.optim.AdamW` over float32 parameters (plain or sharded), or `SplitAdamW` over bfloat16 ones and remainders.
+at every step: `torch.optim.AdamW` over float32 parameters (plain or sharded), `Muon` over the layers' matrices with it over the
+rest, or `SplitAdamW` over bfloat16 parameters and remainders.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from keural.recipe import TrainSpec
+from keural.train.optimization.muon import MOMENTUM, Muon, split_by_optimizer
 from keural.train.optimization.split import SplitAdamW, halve, wide_norm
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
-Optimizer = torch.optim.AdamW | SplitAdamW
+Optimizer = torch.optim.AdamW | Muon | SplitAdamW
 
 
 def is_decayed(parameter: Tensor) -> bool:
@@ -27,23 +30,29 @@ def is_decayed(parameter: Tensor) -> bool:
     return parameter.ndim >= 2
 
 
-def build_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.AdamW:
-    """AdamW with the betas, epsilon and weight decay of `spec`; the learning rate is set before every step."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert all(parameter.dtype == torch.float32 for parameter in parameters), "master weights are float32"
+def build_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.AdamW | Muon:
+    """The optimizer that `spec` names, with its settings; the learning rate is set before every step."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert all(parameter.dtype == torch.float32 for _, parameter in named), "master weights are float32"
+    matrices, others = split_by_optimizer(named) if spec.optimizer == "muon" else ([], named)
+    adamw = _adamw([parameter for _, parameter in others], spec)
+    optimizer = Muon(matrices, spec.muon, spec.weight_decay, adamw) if matrices else adamw
+    set_step(optimizer, 0)
+    return optimizer
+
+
+def _adamw(parameters: Sequence[nn.Parameter], spec: TrainSpec) -> torch.optim.AdamW:
     groups = [
         {"params": [p for p in parameters if is_decayed(p)], "weight_decay": spec.weight_decay},
         {"params": [p for p in parameters if not is_decayed(p)], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(
+    return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=spec.lr,
         betas=(spec.betas[0], spec.betas[1]),
         eps=spec.eps,
         fused=True,
     )
-    set_step(optimizer, 0)
-    return optimizer
 
 
 def build_split_optimizer(model: nn.Module, spec: TrainSpec, device: torch.device) -> SplitAdamW:
@@ -73,8 +82,13 @@ def set_step(optimizer: Optimizer, step: int) -> None:
         for parameter in group["params"]:
             state = optimizer.state[parameter]
             state["step"] = torch.tensor(float(step), device=parameter.device)
-            for name in MOMENTS:
+            for name in moments(optimizer, group):
                 state.setdefault(name, torch.zeros_like(parameter))
+
+
+def moments(optimizer: torch.optim.AdamW | Muon, group: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the running means that the optimizer keeps of the parameters of one of its groups."""
+    return (MOMENTUM,) if isinstance(optimizer, Muon) and optimizer.is_of_matrices(group) else MOMENTS
 
 
 def forget(optimizer: Optimizer) -> None:
@@ -82,19 +96,23 @@ def forget(optimizer: Optimizer) -> None:
     if isinstance(optimizer, SplitAdamW):
         optimizer.forget()
     else:
-        for state in optimizer.state.values():
-            for name in MOMENTS:
-                state[name].zero_()
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                for name in moments(optimizer, group):
+                    optimizer.state[parameter][name].zero_()
         set_step(optimizer, 0)
 
 
 def state_tensors(optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
-    """What a checkpoint keeps beside the parameters, sharing memory with the optimizer: `exp_avg.<name>` and `exp_avg_sq.<name>`,
-    or what `SplitAdamW.state_tensors` gives.
+    """What a checkpoint keeps beside the parameters, sharing memory with the optimizer: `<moment>.<name>`, for AdamW `exp_avg` and
+    `exp_avg_sq`, for Muon `momentum_buffer`; or what `SplitAdamW.state_tensors` gives.
     """
     if isinstance(optimizer, SplitAdamW):
         return optimizer.state_tensors(names)
-    return {f"{moment}.{name}": optimizer.state[parameter][moment] for parameter, name in names.items() for moment in MOMENTS}
+    kept = {parameter: moments(optimizer, group) for group in optimizer.param_groups for parameter in group["params"]}
+    return {
+        f"{moment}.{name}": optimizer.state[parameter][moment] for parameter, name in names.items() for moment in kept[parameter]
+    }
 
 
 def take_step(

@@ -3,8 +3,10 @@
 import math
 
 
-def learning_rate(step: int, *, steps: int, peak: float, minimum: float, warmup_steps: int) -> float:
-    """Learning rate of step `step`, counted from 0: linear warm-up, then a half cosine that reaches `minimum` at the last step.
+def learning_rate(
+    step: int, *, steps: int, peak: float, minimum: float, warmup_steps: int, decay: str = "cosine", decay_share: float = 1.0
+) -> float:
+    """Learning rate of step `step`, counted from 0: linear warm-up, constant, then a fall that reaches `minimum` at the last step.
 
     Warm-up follows the published training code: step s gets ``peak * (s + 1) / warmup_steps``, so the first step already moves.
 
@@ -14,11 +16,15 @@ def learning_rate(step: int, *, steps: int, peak: float, minimum: float, warmup_
         peak: highest learning rate.
         minimum: learning rate of the last step.
         warmup_steps: steps of the linear part, fewer than `steps`.
+        decay: the form of the fall: `cosine`, a half one, or `linear`.
+        decay_share: share of the steps after the warm-up in which it falls; with 1 there is no constant part.
     """
     assert 0 <= step < steps
     assert warmup_steps < steps
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    decay_steps = steps - 1 - warmup_steps
-    progress = (step - warmup_steps) / decay_steps if decay_steps else 0.0
-    return minimum + 0.5 * (peak - minimum) * (1 + math.cos(math.pi * progress))
+    decay_steps = round((steps - 1 - warmup_steps) * decay_share)
+    fallen = max(0, step - (steps - 1 - decay_steps))
+    progress = fallen / decay_steps if decay_steps else 0.0
+    left = 1 - progress if decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return minimum + (peak - minimum) * left

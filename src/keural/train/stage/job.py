@@ -26,7 +26,8 @@ class StageJob:
     """Of everything that determines a step of the stage, whatever their number; checkpoints with another one are refused."""
     budget_seconds: float | None = None
     """Time for the stage, where it has a `budget_share`."""
-    tensorboard: bool = False
+    boards: tuple[str, ...] = ()
+    """Names of `keural.train.stage.boards.BOARDS`: where figures are shown, beside the stage's own file."""
     references: Path | None = None
     """Where reference values are kept, by what they are computed from; None: `reference` in `run_dir`."""
 

@@ -1,4 +1,4 @@
-"""What a stage says while it runs: `metrics.jsonl`, a progress bar or plain lines, and TensorBoard when asked for.
+"""What a stage says while it runs: `metrics.jsonl`, a progress bar or plain lines, and boards (`boards.py`) when asked for.
 
 In: one `StepReport` per optimizer step, and evaluations. Out: a file with each step exactly once, also after any number of
 restarts; every line states a checksum of itself. A step's number is the one that `keural data show --step` takes; an evaluation has
@@ -20,6 +20,7 @@ from keural.parsing import Malformed, parse_json
 from keural.terminal import is_terminal, note, note_above, progress, say
 from keural.train.loop import ASKED, StepReport
 from keural.train.stage.alarms import Alarms
+from keural.train.stage.boards import Board, figures_of, open_boards
 
 SECONDS_BETWEEN_LINES = 5.0
 SHOWN = ("loss", "reward_margin", "reward_accuracy")
@@ -78,7 +79,7 @@ class Metrics:
         first_step: steps done already; later lines of an earlier process are removed.
         steps: steps of the whole stage.
         active: whether this rank writes.
-        tensorboard: also write TensorBoard events to `directory/tensorboard`. Raises `UserError` when it is not installed.
+        boards: names of `BOARDS` that are shown the figures, too. Raises `UserError` when one is not installed.
         alarms: told of every step; what they say is shown, and kept.
     """
 
@@ -90,7 +91,7 @@ class Metrics:
         steps: int,
         *,
         active: bool,
-        tensorboard: bool,
+        boards: tuple[str, ...],
         alarms: Alarms | None = None,
     ) -> None:
         self.path, self.name, self.first_step, self.steps, self.active = (
@@ -101,7 +102,7 @@ class Metrics:
             active,
         )
         self._alarms = alarms
-        self._board = _open_tensorboard(directory, first_step) if tensorboard and active else None
+        self._boards: list[Board] = open_boards(boards, directory, name, first_step) if active else []
         self._display: _Bar | _Lines | None = None
 
     def __enter__(self) -> Self:
@@ -120,8 +121,8 @@ class Metrics:
             self._display.close()
             with contextlib.suppress(OSError):  # a full disk has been reported, and would be again
                 self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for board in self._boards:
+            board.close()
 
     def step(self, report: StepReport, tokens: int, seconds: float) -> None:
         """Record a step; `tokens` and `seconds` are the stage's sums so far, restarts included."""
@@ -176,10 +177,8 @@ class Metrics:
             raise UserError(
                 f"{self.path}: cannot be written ({error.strerror}); free some space and run the same command again"
             ) from error
-        if self._board is not None:
-            for name, value in (line | line.get("heldout", {})).items():
-                if isinstance(value, int | float) and name != "step":
-                    self._board.add_scalar(f"heldout/{name}" if "heldout" in line else name, value, line["step"])
+        for board in self._boards:
+            board.add(line["step"], figures_of(line))
 
 
 class _Bar:
@@ -232,11 +231,3 @@ class _Lines:
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
-
-
-def _open_tensorboard(directory: Path, first_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("TensorBoard was asked for and is not installed; install keural[tensorboard]") from error
-    return SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)

@@ -158,7 +158,7 @@ class StageRun:
             self.progress.step,
             self.plan.steps,
             active=self.trainer.ranks.is_main,
-            tensorboard=self.job.tensorboard,
+            boards=self.job.boards,
             alarms=Alarms(self.job.stage),
         )
 

@@ -92,15 +92,27 @@ def why_not_continued(old: StepPlan, new: StepPlan, done: int, spec: TrainSpec) 
         return f"{done} steps are done already, more than {new.steps}"
     if differ := sorted(step for step in {*old.skipped} ^ {*new.skipped} if step < done):
         return f"step {differ[0]} is done, and train.steps_to_skip says otherwise of it than it did"
-    rate = partial(learning_rate, peak=spec.lr, minimum=spec.min_lr)
-    old_rate, new_rate = (partial(rate, steps=plan.steps, warmup_steps=plan.warmup_steps) for plan in (old, new))
+    old_rate, new_rate = rate_of(spec, old), rate_of(spec, new)
     other = next((step for step in range(done) if old_rate(step) != new_rate(step)), None)
     if other is None:
         return None
     return (
         f"{done} steps are done, and with {new.steps} steps instead of {old.steps} the learning rate would have been another from "
-        f"step {other} on (it falls to train.min_lr at the last step); a stage can be made longer while it warms up, or where "
-        "train.min_lr is train.lr"
+        f"step {other} on (it falls to train.min_lr at the last step); a stage can be made longer while it has not fallen: while "
+        "it warms up, before the last train.decay_share of its steps, or where train.min_lr is train.lr"
+    )
+
+
+def rate_of(spec: TrainSpec, plan: StepPlan) -> Callable[[int], float]:
+    """The learning rate of each step of a stage with this plan."""
+    return partial(
+        learning_rate,
+        steps=plan.steps,
+        peak=spec.lr,
+        minimum=spec.min_lr,
+        warmup_steps=plan.warmup_steps,
+        decay=spec.decay,
+        decay_share=spec.decay_share,
     )
 
 

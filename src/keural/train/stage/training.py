@@ -17,11 +17,10 @@ from keural.data.loading.stream import Stream
 from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
 from keural.files import fingerprint as fingerprint_of
-from keural.recipe import StageSpec, length_of
+from keural.recipe import length_of
 from keural.train.checks.record import CHECKS_FILE, probe
 from keural.train.network.policy import Policy
 from keural.train.objectives.registry import LOSSES
-from keural.train.optimization.schedule import learning_rate
 from keural.train.processes.parallel import check_ranks, reshard
 from keural.train.processes.ranks import Ranks, session
 from keural.train.reference.cache import ReferenceCache
@@ -80,7 +79,7 @@ def open_stage(job: StageJob, ranks: Ranks, stop: StopSignals, started: float) -
     if is_cached(stage):
         references = _references(job, plan.steps, policy, stream, heldout, stop, ranks, fills=False)
     guard = SpikeGuard(stage.train.skip_spikes)
-    trainer = make_trainer(learning_rate=_schedule(stage, plan), references=references[0], guard=guard)
+    trainer = make_trainer(learning_rate=step_plan.rate_of(stage.train, plan), references=references[0], guard=guard)
     progress = _resume(job, plan, latest, checkpoints, trainer)
     if latest is None:
         probe(job.run_dir / CHECKS_FILE, checks, trainer)
@@ -113,11 +112,6 @@ def _make_plan(job: StageJob, measured: Trainer, heldout: Stream | None, started
         f"in {job.budget_seconds:.0f} s"
     )
     return made
-
-
-def _schedule(stage: StageSpec, plan: step_plan.StepPlan) -> Callable[[int], float]:
-    """The learning rate of each step."""
-    return partial(learning_rate, steps=plan.steps, peak=stage.train.lr, minimum=stage.train.min_lr, warmup_steps=plan.warmup_steps)
 
 
 def _references(

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from keural.errors import UserError
 from keural.serve.batching.requests import Event, QueueFull, Request
 from keural.serve.batching.runner import Ticket
-from keural.serve.batching.scheduler import FAILURES_IN_A_ROW, LONGEST_PART, Scheduler
+from keural.serve.batching.scheduler import FAILURES_IN_A_ROW, Scheduler
 from keural.serve.batching.slots import Row
 from keural.serve.engines.decoding import decode
 from keural.serve.engines.sampling_params import SamplingParams
@@ -218,24 +218,15 @@ def test_a_long_prompt_does_not_make_the_answers_under_way_wait() -> None:
     assert all(len(step) == 2 for step in reading[:20]), "a token of the first answer beside each piece of the prompt"
 
 
-def largest_parts(slots: FakeSlots, *prompts: int) -> list[int]:
-    """The most tokens that a step read, for one prompt of each length after the other."""
-    most = []
+def test_a_prompt_beside_no_other_answer_is_read_in_larger_parts() -> None:
+    slots = FakeSlots(2, context_length=400, batch_tokens=8, alone_tokens=64)
     with running(slots) as (scheduler, desk):
-        for number, length in enumerate(prompts):
-            before = len(slots.steps)
-            desk.wait(scheduler.submit([request([number] * length, 1)]))
-            most.append(max(len(row.ids) for step in slots.steps[before:] for row in step))
-    return most
-
-
-def test_a_prompt_that_nobody_waits_beside_is_read_in_larger_parts_once_it_is_known_to_be_quick() -> None:
-    assert largest_parts(FakeSlots(2, context_length=400, batch_tokens=8, alone_tokens=64), 8, 300) == [8, 64]
-
-
-def test_parts_do_not_grow_where_a_newcomer_would_wait_for_them() -> None:
-    slow = FakeSlots(2, context_length=100, batch_tokens=8, alone_tokens=64, pause=LONGEST_PART)
-    assert largest_parts(slow, 8, 20) == [8, 8]
+        desk.wait(scheduler.submit([request([1] * 300, 1)]))
+        alone_parts, before = [len(row.ids) for step in slots.steps for row in step], len(slots.steps)
+        desk.wait(scheduler.submit([request([2] * 100, 1), request([3] * 100, 1)]))
+    assert alone_parts == [64, 64, 64, 64, 44]
+    first = slots.steps[before : before + 100 // 8]
+    assert all(sum(len(row.ids) for row in step) == 8 for step in first)
 
 
 def test_slots_that_are_used_together_lie_side_by_side() -> None:

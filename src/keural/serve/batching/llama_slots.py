@@ -16,6 +16,11 @@ from torch import Tensor
 from keural.serve.batching.slots import Row
 from keural.serve.engines.llama_cpp import BATCH, LARGEST_BATCH, OpenedGguf, cause
 
+SMALL = 256 * 1024**2
+"""Bytes of a file with which a large part of a prompt takes a fraction of a second. How prompts are cut must not depend on how
+quick it goes: with quantized weights other parts are other sums, and a seeded answer would not be the same again.
+"""
+
 
 class LlamaSlots:
     """`Slots` of a GGUF file. Raises `UserError` as `keural.serve.engines.llama_cpp.LlamaCppEngine` does."""
@@ -24,7 +29,8 @@ class LlamaSlots:
         self._opened = OpenedGguf(path, threads, sequences=count, verify=verify)
         self.unverified, self.tokenizer = self._opened.unverified, self._opened.tokenizer
         self.count, self.context_length = count, self._opened.context_length
-        self.batch_tokens, self.alone_tokens = min(BATCH, self.context_length), min(LARGEST_BATCH, self.context_length)
+        self.batch_tokens = min(BATCH, self.context_length)
+        self.alone_tokens = min(LARGEST_BATCH if self._opened.size <= SMALL else BATCH, self.context_length)
         self._context, self._memory = self._opened.context, self._opened.memory
         self._batch = llama_cpp.llama_batch_init(self.alone_tokens, 0, 1)
         weakref.finalize(self, llama_cpp.llama_batch_free, self._batch)

@@ -27,8 +27,6 @@ FAILURES_IN_A_ROW = 3
 """Failed steps after which the network is taken for broken."""
 WORTH_WAITING = 16
 """Tokens of a beginning that two requests share from which one waits for the other to read it."""
-LONGEST_PART = 0.25
-"""Seconds that a part of a prompt may take, beyond the tokens that are well read in any step: so long a newcomer waits for it."""
 
 FORM_FAILED = "no token may come next by the form that was asked for"
 
@@ -61,8 +59,6 @@ class Scheduler:
         self._wake = threading.Condition()
         self._closing = False
         self._failures = 0
-        self._seconds_a_token: float | None = None
-        """Of the prompt that was read last."""
         self._pace = Pace()
         self._numbers = 0
         self._events: list[tuple[Ticket, Event]] = []
@@ -232,7 +228,7 @@ class Scheduler:
                 reading.append((ticket.number, slot))
             else:
                 rows.append(Row(slot, ticket.answer[-1:], len(self._held[slot]), True))
-        room = self._room(len(rows))
+        room = max(1, self.slots.batch_tokens - len(rows)) if len(self._active) > 1 else self.slots.alone_tokens
         for _, slot in sorted(reading):
             prompt, held = self._active[slot].request.prompt_ids, len(self._held[slot])
             part = prompt[held : held + room]
@@ -241,13 +237,6 @@ class Scheduler:
             if room <= 0:
                 break
         return sorted(rows, key=lambda row: row.slot)
-
-    def _room(self, answers: int) -> int:
-        """Tokens of prompts that are read beside the next ones of so many answers."""
-        room = max(1, self.slots.batch_tokens - answers)
-        if len(self._active) > 1 or self._seconds_a_token is None:
-            return room
-        return max(room, min(self.slots.alone_tokens, int(LONGEST_PART / self._seconds_a_token)))
 
     def _step(self, rows: list[Row]) -> None:
         """Read the rows, and choose a token for those that want one."""
@@ -263,9 +252,6 @@ class Scheduler:
             self._held[row.slot] += row.ids
             self._used[row.slot] = self.stats.steps
         middle = time.perf_counter()
-        tokens = sum(len(row.ids) for row in rows)
-        if tokens > len(rows):
-            self._seconds_a_token = (middle - begun) / tokens
         self._choose([self._active[row.slot] for row in rows if row.wants_logits], logits)
         self.stats.steps += 1
         self.stats.step_seconds += middle - begun

@@ -27,7 +27,7 @@ class Slots(Protocol):
     batch_tokens: int
     """Tokens that are well read in one step: more would let the answers under way wait."""
     alone_tokens: int
-    """The same of one prompt that nobody waits beside; at least `batch_tokens`."""
+    """The same of one prompt beside no other answer; at least `batch_tokens`. A newcomer waits for them."""
 
     def step(self, rows: Sequence[Row]) -> Tensor:
         """Read the rows, of different slots, the lowest first.

@@ -62,6 +62,7 @@ class OpenedGguf:
     def __init__(self, path: Path, threads: int | None, *, sequences: int = 1, verify: bool = True) -> None:
         file = gguf_file(path)
         self.unverified = _check_file(file, verify)
+        self.size = file.stat().st_size
         self.tokenizer = KeuralTokenizer.load(file.parent)
         model = _load(file)
         weakref.finalize(self, llama_cpp.llama_model_free, model)

@@ -33,7 +33,8 @@ class Waiting:
     """Slots that count tokens, and take their time."""
 
     def __init__(self, tokenizer: KeuralTokenizer, count: int, context_length: int, seconds: float) -> None:
-        self.count, self.context_length, self.batch_tokens = count, context_length, max(128, 2 * count)
+        self.count, self.context_length = count, context_length
+        self.batch_tokens = self.alone_tokens = max(128, 2 * count)
         self._seconds = seconds
         self.held = [0] * count
         letter = tokenizer.encode("가나다")[-1]

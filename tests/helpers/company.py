@@ -23,7 +23,8 @@ class Forgetful:
 
     def __init__(self, slots: Slots) -> None:
         self._slots = slots
-        self.count, self.context_length, self.batch_tokens = slots.count, slots.context_length, slots.batch_tokens
+        self.count, self.context_length = slots.count, slots.context_length
+        self.batch_tokens, self.alone_tokens = slots.batch_tokens, slots.alone_tokens
         self.step = slots.step
 
     def cut(self, slot: int, length: int) -> int:

@@ -30,8 +30,10 @@ class FakeSlots:
         keeps: Callable[[int], int] = lambda length: length,
         before_step: Callable[[Sequence[Row]], None] = lambda rows: None,
         pause: float = 0.0,
+        alone_tokens: int = 0,
     ) -> None:
-        self.count, self.context_length, self.batch_tokens = count, context_length, batch_tokens
+        self.count, self.context_length = count, context_length
+        self.batch_tokens, self.alone_tokens = batch_tokens, max(batch_tokens, alone_tokens)
         self.keeps, self.before_step, self.pause = keeps, before_step, pause
         self.held: list[list[int]] = [[] for _ in range(count)]
         self.steps: list[list[Row]] = []
@@ -39,7 +41,8 @@ class FakeSlots:
     def step(self, rows: Sequence[Row]) -> Tensor:
         """See `Slots.step`."""
         assert rows
-        assert len({row.slot for row in rows}) == len(rows), "a slot has one row a step"
+        slots = [row.slot for row in rows]
+        assert slots == sorted(set(slots)), "a slot has one row a step, and the lowest comes first"
         time.sleep(self.pause)
         self.before_step(rows)
         self.steps.append(list(rows))

@@ -30,7 +30,7 @@ def test_what_a_slot_cannot_do_is_refused(gguf: Path) -> None:
     with pytest.raises(ValueError, match="holds 0 tokens, not 3"):
         slots.step([Row(0, [260], 3, True)])
     with pytest.raises(ValueError, match="tokens in a step"):
-        slots.step([Row(0, [260] * (slots.batch_tokens + 1), 0, True)])
+        slots.step([Row(0, [260] * (slots.alone_tokens + 1), 0, True)])
 
 
 @pytest.mark.parametrize(("count", "reuse"), [(1, True), (4, True), (8, True), (4, False)])

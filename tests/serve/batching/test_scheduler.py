@@ -218,6 +218,27 @@ def test_a_long_prompt_does_not_make_the_answers_under_way_wait() -> None:
     assert all(len(step) == 2 for step in reading[:20]), "a token of the first answer beside each piece of the prompt"
 
 
+def test_a_prompt_beside_no_other_answer_is_read_in_larger_parts() -> None:
+    slots = FakeSlots(2, context_length=400, batch_tokens=8, alone_tokens=64)
+    with running(slots) as (scheduler, desk):
+        desk.wait(scheduler.submit([request([1] * 300, 1)]))
+        alone_parts, before = [len(row.ids) for step in slots.steps for row in step], len(slots.steps)
+        desk.wait(scheduler.submit([request([2] * 100, 1), request([3] * 100, 1)]))
+    assert alone_parts == [64, 64, 64, 64, 44]
+    first = slots.steps[before : before + 100 // 8]
+    assert all(sum(len(row.ids) for row in step) == 8 for step in first)
+
+
+def test_slots_that_are_used_together_lie_side_by_side() -> None:
+    slots = FakeSlots(4)
+    with running(slots) as (scheduler, desk):
+        for number in (0, 1, 2, 3, 2, 0, 3, 1):  # each to a slot of its own, and then again in another order
+            desk.wait(scheduler.submit([request([number] * 5, 1)]))
+        before = len(slots.steps)
+        desk.wait(scheduler.submit([request([8] * 5, 4), request([9] * 5, 4)]))
+    assert {tuple(row.slot for row in step) for step in slots.steps[before:] if len(step) == 2} == {(2, 3)}
+
+
 def test_the_second_turn_of_a_chat_reads_only_what_is_new() -> None:
     slots = FakeSlots(2)
     with running(slots) as (scheduler, desk):

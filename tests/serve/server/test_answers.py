@@ -15,6 +15,7 @@ from keural.convert.export import ExportOptions, export
 from keural.serve.batching.transformers_slots import TransformersSlots
 from keural.serve.server.running import LOADERS
 from keural.serve.server.service import Service
+from keural.serve.server.settings import Limits
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt
 from tests.helpers.serving import Writing, events, service_of, serving
 
@@ -282,6 +283,32 @@ def test_a_conversation_without_a_system_message_gets_the_models(tokenizer: Keur
     assert slots.prompts[0] == render_prompt(tokenizer, [Message("system", "Be brief."), Message("user", "hello")])
     assert slots.prompts[1] == render_prompt(tokenizer, [Message("system", "mine"), Message("user", "hello")])
     assert rendered["token_ids"] == slots.prompts[0]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"top_logprobs": 2},
+        {"stream_options": {"include_usage": True}},
+        {"logit_bias": {"99999999": 1}},
+        {"n": 8},
+        {"structured_outputs": {"json": {}}, "response_format": {"type": "json_object"}},
+        {"structured_outputs": {"regex": "("}},
+        {"model": "another"},
+        {"tool_choice": "required"},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_what_chat_refuses_has_no_prompt_to_be_shown(tokenizer: KeuralTokenizer, fields: dict[str, Any]) -> None:
+    with serving(service_of(tokenizer, Writing(tokenizer, "a"), limits=Limits(waiting=2))) as client:
+        refused = [
+            client.post(f"/v1/chat/completions{more}", json={"messages": HELLO} | fields, headers={"X-Request-Id": "a"})
+            for more in ("", "/render")
+        ]
+
+    assert refused[0].status_code in (400, 404)
+    assert refused[1].status_code == refused[0].status_code
+    assert refused[1].json() == refused[0].json()
 
 
 def test_an_answer_that_is_no_text_has_its_bytes(tokenizer: KeuralTokenizer) -> None:

@@ -38,7 +38,7 @@ ASKED = [{"prompt": prompt, "max_tokens": 12, **settings} for prompt in PROMPTS 
 def network(tokenizer: KeuralTokenizer, model_dir: Path, slots: int, batch_tokens: int = 64) -> Service:
     """A small random network with so many slots."""
     made = TransformersSlots(TransformersEngine(model_dir).model, slots)
-    made.batch_tokens = batch_tokens
+    made.batch_tokens = made.alone_tokens = batch_tokens
     return Service(tokenizer, made, "tiny")
 
 

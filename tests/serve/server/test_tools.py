@@ -130,14 +130,15 @@ class TestPrompts:
         assert client.post("/v1/chat/completions/render", json=CHAT).json()["token_ids"] == expected
         assert client.post("/tokenize", json=CHAT).json()["tokens"] == expected
 
-    def test_with_null_are_those_without_it(self, client: httpx.Client) -> None:
-        def rendered(**more: None) -> list[int]:
+    def test_do_not_hold_what_is_said_to_the_server_alone(self, client: httpx.Client) -> None:
+        def rendered(**more: bool | None) -> list[int]:
             tools = [{"type": "function", "function": {"name": "f", **more}}]
             asked = {"messages": HELLO, "tools": tools, "tool_choice": "none"}
             found: list[int] = client.post("/v1/chat/completions/render", json=asked).json()["token_ids"]
             return found
 
         assert rendered(description=None, parameters=None, strict=None) == rendered()
+        assert rendered(strict=True) == rendered(strict=False) == rendered()
 
     def test_of_responses(self, client: httpx.Client, slots: Writing, tokenizer: KeuralTokenizer) -> None:
         assert client.post("/v1/responses", json=RESPONSES).status_code == 200
@@ -193,6 +194,21 @@ class TestPrompts:
             Message("tool", "Error: no net"),
         ]
         assert slots.prompts[-1] == render_prompt(tokenizer, turns)
+
+
+def test_the_form_of_what_is_said_is_none_of_a_call_that_must_come(client: httpx.Client) -> None:
+    asked = {"messages": HELLO, "tools": CHAT["tools"], "tool_choice": "required"}
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "array"}}}
+
+    answers = [
+        client.post("/v1/chat/completions", json=asked | more).json()["choices"][0]
+        for more in ({}, {"response_format": form}, {"structured_outputs": {"regex": "a"}})
+    ]
+
+    calls = [[call["function"] for call in answer["message"]["tool_calls"]] for answer in answers]
+    assert calls[0]
+    assert calls == [calls[0]] * 3
+    assert {answer["finish_reason"] for answer in answers} == {"tool_calls"}
 
 
 @pytest.mark.parametrize("ask", APIS)

@@ -1,7 +1,8 @@
 """Fixtures around our server before fakes."""
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache, partial
 
 import pytest
 
@@ -23,16 +24,18 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def shared_front(kind: str, front: Front, tokenizer: KeuralTokenizer) -> Iterator[Fronted]:
-    with front(kind, an_engine(tokenizer, cached=None)) as fronted:
-        yield fronted
+def shared_fronts(front: Front, tokenizer: KeuralTokenizer) -> Iterator[Callable[[str], Fronted]]:
+    """A front of each kind that is asked for, once for all tests of a file: to start and end one takes longer than most of them."""
+    with ExitStack() as stack:
+        yield cache(lambda kind: stack.enter_context(front(kind, an_engine(tokenizer, cached=None))))
 
 
 @pytest.fixture
-def fronted(shared_front: Fronted, tokenizer: KeuralTokenizer) -> Iterator[Fronted]:
+def fronted(kind: str, shared_fronts: Callable[[str], Fronted], tokenizer: KeuralTokenizer) -> Iterator[Fronted]:
     """A front whose fake is as it was in the beginning; for tests that change nothing else."""
-    yield shared_front
-    engine, fresh = shared_front.engine, an_engine(tokenizer, cached=None)
+    found = shared_fronts(kind)
+    yield found
+    engine, fresh = found.engine, an_engine(tokenizer, cached=None)
     for name, value in vars(fresh).items():
         setattr(engine, name, value)
-    wait_until(lambda: shared_front.upstreams.servers[0].trouble is None)
+    wait_until(lambda: found.upstreams.servers[0].trouble is None)

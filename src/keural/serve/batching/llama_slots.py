@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from keural.serve.batching.slots import Row
-from keural.serve.engines.llama_cpp import BATCH, OpenedGguf, cause
+from keural.serve.engines.llama_cpp import BATCH, LARGEST_BATCH, OpenedGguf, cause
+
+SMALL = 256 * 1024**2
+"""Bytes of a file with which a large part of a prompt takes a fraction of a second. How prompts are cut must not depend on how
+quick it goes: with quantized weights other parts are other sums, and a seeded answer would not be the same again.
+"""
 
 
 class LlamaSlots:
@@ -25,18 +30,20 @@ class LlamaSlots:
         self.unverified, self.tokenizer = self._opened.unverified, self._opened.tokenizer
         self.count, self.context_length = count, self._opened.context_length
         self.batch_tokens = min(BATCH, self.context_length)
+        self.alone_tokens = min(LARGEST_BATCH if self._opened.size <= SMALL else BATCH, self.context_length)
         self._context, self._memory = self._opened.context, self._opened.memory
-        self._batch = llama_cpp.llama_batch_init(self.batch_tokens, 0, 1)
+        self._batch = llama_cpp.llama_batch_init(self.alone_tokens, 0, 1)
         weakref.finalize(self, llama_cpp.llama_batch_free, self._batch)
 
     def step(self, rows: Sequence[Row]) -> Tensor:
-        """See `Slots.step`; at most `batch_tokens` tokens in all."""
+        """See `Slots.step`; at most `alone_tokens` tokens in all."""
         wanted = number = 0
         for row in rows:
             if row.start != self._held(row.slot):
                 raise ValueError(f"slot {row.slot} holds {self._held(row.slot)} tokens, not {row.start}")
-            if number + len(row.ids) > self.batch_tokens:
-                raise ValueError(f"more than {self.batch_tokens} tokens in a step")
+            if number + len(row.ids) > self.alone_tokens:
+                raise ValueError(f"more than {self.alone_tokens} tokens in a step")
+            # llama.cpp reads sequences together whose numbers rise by one from row to row.
             for place, token in enumerate(row.ids):
                 self._put(number + place, token, row.start + place, row.slot)
             number += len(row.ids)

@@ -5,7 +5,7 @@ In: token ids with settings. Out: events: the tokens of each step, and one end.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,8 +46,7 @@ class Request:
     """From now on until it is cut off, waiting included."""
 
 
-@dataclass(frozen=True)
-class Chosen:
+class Chosen(NamedTuple):
     """A token of an answer."""
 
     id: int
@@ -56,8 +55,7 @@ class Chosen:
     """The most probable tokens with their log-probabilities, best first."""
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """What became of a request since its last event. Its last one has an `end`, and there is exactly one such."""
 
     tokens: Sequence[Chosen] = ()

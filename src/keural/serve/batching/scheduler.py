@@ -198,12 +198,18 @@ class Scheduler:
         """A free slot for a prompt of which each slot holds the first `shared` tokens, and how many it now holds.
 
         A slot that holds little else goes on with its own tokens. Otherwise they are copied to the one that was not used for the
-        longest time, so that a short beginning that all share does not cost somebody's long conversation.
+        longest time, so that a short beginning that all share does not cost somebody's long conversation. Of the half of the free
+        slots that was not used for the longest time it is one beside the slots in use, where there is one: networks read slots that
+        lie side by side together, and those with a gap between them one after the other.
         """
-        free = [slot for slot in range(self.slots.count) if slot not in self._active]
-        source = max(range(self.slots.count), key=lambda slot: (shared[slot], slot in free, -len(self._held[slot])))
-        target = min(free, key=lambda slot: self._used[slot])
-        if source in free and 2 * shared[source] >= len(self._held[source]):
+        active = self._active
+        free = [slot for slot in range(self.slots.count) if slot not in active]
+        most = max(shared)
+        holding = [slot for slot, length in enumerate(shared) if length == most]
+        source = max(holding, key=lambda slot: (slot not in active, -len(self._held[slot])))
+        oldest = sorted(free, key=self._used.__getitem__)[: (len(free) + 1) // 2]
+        target = max(oldest, key=lambda slot: (slot - 1 in active) + (slot + 1 in active))
+        if source not in active and 2 * shared[source] >= len(self._held[source]):
             target = source
         held = self.slots.copy(source, target, shared[source]) if target != source else self.slots.cut(target, shared[source])
         if held > shared[source]:
@@ -215,14 +221,14 @@ class Scheduler:
         return [ticket for slot, ticket in self._active.items() if len(self._held[slot]) < len(ticket.request.prompt_ids)]
 
     def _rows(self) -> list[Row]:
-        """The next token of every answer, and of the prompts, oldest first, what there is room for."""
+        """The next token of every answer, and of the prompts, oldest first, what there is room for; by slots, the lowest first."""
         rows, reading = [], []
         for slot, ticket in self._active.items():
             if len(self._held[slot]) < len(ticket.request.prompt_ids):
                 reading.append((ticket.number, slot))
             else:
                 rows.append(Row(slot, ticket.answer[-1:], len(self._held[slot]), True))
-        room = max(1, self.slots.batch_tokens - len(rows))
+        room = max(1, self.slots.batch_tokens - len(rows)) if len(self._active) > 1 else self.slots.alone_tokens
         for _, slot in sorted(reading):
             prompt, held = self._active[slot].request.prompt_ids, len(self._held[slot])
             part = prompt[held : held + room]
@@ -230,7 +236,7 @@ class Scheduler:
             room -= len(part)
             if room <= 0:
                 break
-        return rows
+        return sorted(rows, key=lambda row: row.slot)
 
     def _step(self, rows: list[Row]) -> None:
         """Read the rows, and choose a token for those that want one."""

@@ -4,14 +4,12 @@ In: rows, each some new tokens of a slot. Out: logits after the last token of th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """Tokens to be read in one step: `ids` follow the `start` tokens that the slot holds."""
 
     slot: int
@@ -28,11 +26,14 @@ class Slots(Protocol):
     """Tokens that one sequence may have."""
     batch_tokens: int
     """Tokens that are well read in one step: more would let the answers under way wait."""
+    alone_tokens: int
+    """The same of one prompt beside no other answer; at least `batch_tokens`. A newcomer waits for them."""
 
     def step(self, rows: Sequence[Row]) -> Tensor:
-        """Read the rows, of different slots; the logits `[wanted, V]` float32 after the rows that want them, in their order.
+        """Read the rows, of different slots, the lowest first.
 
-        They are good until the next call. Where it raises, what the rows' slots hold is unknown.
+        Returns the logits `[wanted, V]` float32 after the rows that want them, in their order; good until the next call.
+        Where it raises, what the rows' slots hold is unknown.
         """
 
     def cut(self, slot: int, length: int) -> int:

@@ -17,6 +17,8 @@ from keural.serve.batching.slots import Row
 
 SPARE = 64
 """Columns beyond those in use that are made at a time: a slot moves back to the first column when it comes to the last."""
+LONG_PART = 512
+"""Tokens of a prompt that an accelerator reads at a time beside no other answer."""
 GROUPED_FROM = 8
 """Tokens of a step from which all experts are computed in one product on a CPU; below, each chosen one by itself is quicker."""
 
@@ -24,8 +26,15 @@ GROUPED_FROM = 8
 class TransformersSlots:
     """`Slots` of a model that stands in inference mode on its device."""
 
-    def __init__(self, model: KeuralMoECausalLM, count: int, context_length: int | None = None, batch_tokens: int = 128) -> None:
+    def __init__(
+        self,
+        model: KeuralMoECausalLM,
+        count: int,
+        context_length: int | None = None,
+        batch_tokens: int = 128,
+    ) -> None:
         self.model, self.count, self.batch_tokens = model, count, batch_tokens
+        self.alone_tokens = batch_tokens if model.device.type == "cpu" else max(batch_tokens, LONG_PART)
         config = model.config
         self.context_length = context_length or config.max_position_embeddings
         self._cache = _Columns(count, config.num_hidden_layers, config.num_key_value_heads, config.head_dim, model)

@@ -52,9 +52,13 @@ def common_prefix(cached: Sequence[int], prompt_ids: Sequence[int]) -> int:
 
     The last prompt token is always read again: its logits are needed, and no cache holds them.
     """
+    common, most = 0, min(len(cached), len(prompt_ids) - 1)
+    if most <= 0 or cached[0] != prompt_ids[0]:  # a scheduler asks this of every slot for every request
+        return 0
     wanted = list(prompt_ids)
-    common, most = 0, min(len(cached), len(wanted) - 1)
-    while common < most:  # whole pieces are compared: a scheduler asks this of every slot for every request
+    if list(cached[:most]) == wanted[:most]:
+        return most
+    while common < most:  # whole pieces are compared
         middle = (common + most + 1) // 2
         if list(cached[common:middle]) == wanted[common:middle]:
             common = middle

@@ -6,10 +6,11 @@ answer, at most one context of tokens, and is taken at once.
 
 import asyncio
 import contextlib
+import ctypes
 import itertools
-import queue
-import threading
+import socket
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from keural.serve.batching.requests import Chosen, End, Event, Request
@@ -21,7 +22,8 @@ class Answer:
 
     def __init__(self) -> None:
         self._tokens: list[Chosen] = []
-        self._news = asyncio.Event()
+        self._is_new = False
+        self._waiter: asyncio.Future[None] | None = None
         self.ended: Event | None = None
 
     def put(self, event: Event) -> None:
@@ -29,19 +31,28 @@ class Answer:
         self._tokens += event.tokens
         if event.end is not None:
             self.ended = event
-        self._news.set()
+        self._is_new = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def take(self) -> tuple[list[Chosen], Event | None]:
         """Wait for news; gives the tokens that came, and the last event if the answer has ended."""
-        await self._news.wait()
-        self._news.clear()
+        if not self._is_new:
+            await self._news()
+        self._is_new = False
         tokens, self._tokens = self._tokens, []
         return tokens, self.ended
 
     async def wait(self, seconds: float) -> None:
         """Wait for news, so long at most; they are left where they are."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._news.wait(), seconds)
+        if not self._is_new:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._news(), seconds)
+
+    async def _news(self) -> None:
+        """Wait until there are some; one coroutine waits at a time."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
 
     @property
     def end(self) -> End | None:
@@ -57,14 +68,14 @@ class Answers:
         self.scheduler = make(self._deliver)
         self._observe = observe
         self._open: dict[Ticket, Answer] = {}
-        self._post: queue.SimpleQueue[Sequence[tuple[Ticket, Event]] | None] = queue.SimpleQueue()
+        self._mail: deque[Sequence[tuple[Ticket, Event]]] = deque()
+        self._ring: Callable[[], None] = lambda: None
         self.last_news = time.monotonic()
         """When the network last did something, or was first asked again."""
 
     def start(self) -> None:
         """Start the network's thread; events come to the loop that runs now."""
-        loop = asyncio.get_running_loop()
-        threading.Thread(target=self._carry, args=(loop,), name="keural-post", daemon=True).start()
+        self._ring = bell(asyncio.get_running_loop(), self._hand_out)
         self.scheduler.start()
 
     @property
@@ -100,24 +111,52 @@ class Answers:
     async def close(self, seconds: float) -> None:
         """Let answers go on for so long, cut the others off, and stop the network's thread."""
         await asyncio.to_thread(self.scheduler.close, seconds)
-        self._post.put(None)
+        self._hand_out()
 
     def _deliver(self, events: Sequence[tuple[Ticket, Event]]) -> None:
-        """Called by the network's thread, which goes on with its next step at once: to wake the loop would be to wait for it,
-        as it takes Python's lock and writes to every client first. This queue wakes its reader without giving up the lock.
-        """
-        self._post.put(events)
+        """Called by the network's thread, which goes on with its next step at once; once for all answers of a step."""
+        self._mail.append(events)
+        if len(self._mail) <= 1:  # otherwise the loop was called and has not come yet
+            self._ring()
 
-    def _carry(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Carry events to the loop, in a thread of its own."""
-        while (events := self._post.get()) is not None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is there to be told
-                loop.call_soon_threadsafe(self._hand_out, events)
-
-    def _hand_out(self, events: Sequence[tuple[Ticket, Event]]) -> None:
+    def _hand_out(self) -> None:
         self.last_news = time.monotonic()
-        for ticket, event in events:
-            self._observe(ticket, event)
-            self._open[ticket].put(event)
-            if event.end is not None:
-                del self._open[ticket]
+        while self._mail:
+            for ticket, event in self._mail.popleft():
+                self._observe(ticket, event)
+                self._open[ticket].put(event)
+                if event.end is not None:
+                    del self._open[ticket]
+
+
+def bell(loop: asyncio.AbstractEventLoop, heard: Callable[[], None]) -> Callable[[], None]:
+    """What another thread calls for the loop to call `heard` soon, perhaps once for several times.
+
+    `loop.call_soon_threadsafe` writes to a socket, and Python gives up its lock for that: the loop wakes, takes the lock, and
+    writes to every client before the thread goes on. Here the lock is kept, where the system's library can be called so.
+    """
+    listening, ringing = socket.socketpair()
+    listening.setblocking(False)
+    ringing.setblocking(False)
+
+    def hear() -> None:
+        with contextlib.suppress(BlockingIOError):
+            listening.recv(64)
+        heard()
+
+    try:
+        write = ctypes.PyDLL(None).write
+        loop.add_reader(listening, hear)
+    except (AttributeError, NotImplementedError, OSError, TypeError):  # not a Unix
+        return lambda: _tell(loop, heard)
+    write.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t]
+
+    def ring() -> None:
+        write(ringing.fileno(), b"!", 1)  # where it is full, the loop was called already
+
+    return ring
+
+
+def _tell(loop: asyncio.AbstractEventLoop, heard: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is there to be told
+        loop.call_soon_threadsafe(heard)

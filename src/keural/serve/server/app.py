@@ -95,9 +95,9 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         return json_response(await detokenize(service, fields))
 
     @app.post("/v1/chat/completions/render")
-    async def render_chat_completion(fields: Annotated[RenderRequest, Body()]) -> Response:
+    async def render_chat_completion(request: Request, fields: Annotated[RenderRequest, Body()]) -> Response:
         """The ids that a conversation's answer would follow."""
-        return json_response(await render_chat(service, fields))
+        return json_response(await render_chat(service, fields, request.headers))
 
 
 def _add_models(app: FastAPI, service: Service) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
+from keural.serve.batching.requests import Request
 from keural.serve.server.chat_writer import ChatWriter
 from keural.serve.server.errors import ApiError
 from keural.serve.server.fields import MOST_LOGPROBS, PREFIX, Accepted, Count, Fields, Generation, by_field, only, text_or
@@ -20,6 +21,7 @@ from keural.serve.server.tools.definitions import (
     ChatTool,
     ChatToolChoice,
     Tool,
+    ToolUse,
     chat_choice,
     form_beside_calls,
     tool_use,
@@ -199,8 +201,8 @@ def joined(content: str | list[Any] | None) -> str:
     return "\n".join(part.text for part in content or [])
 
 
-async def answer_chat(service: Service, fields: ChatRequest, headers: Mapping[str, str]) -> Reply:
-    """The reply to a request. Raises `ApiError` for one that cannot be answered as it is asked."""
+async def asked_of(service: Service, fields: ChatRequest, headers: Mapping[str, str]) -> tuple[list[Request], ToolUse]:
+    """What is asked of the network, and which tools the answers may call. Raises `ApiError` for what cannot be had."""
     service.check_model(fields.model)
     if fields.top_logprobs is not None and not fields.logprobs:
         raise ApiError(400, "`top_logprobs` is only for `logprobs: true`", "top_logprobs", "invalid_value")
@@ -211,7 +213,12 @@ async def answer_chat(service: Service, fields: ChatRequest, headers: Mapping[st
     form = await form_of(service, fields, schema_of(fields.response_format), "response_format")
     form = await form_beside_calls(service, use, form)
     top = (fields.top_logprobs or 0) if fields.logprobs else None
-    requests = requests_of(service, fields, [prompt], sampling, top, headers, form)
+    return requests_of(service, fields, [prompt], sampling, top, headers, form), use
+
+
+async def answer_chat(service: Service, fields: ChatRequest, headers: Mapping[str, str]) -> Reply:
+    """The reply to a request. Raises `ApiError` for one that cannot be answered as it is asked."""
+    requests, use = await asked_of(service, fields, headers)
     options = fields.stream_options
     with_usage = options is not None and bool(options.include_usage)
     writer = ChatWriter(service, bool(fields.logprobs), with_usage, len(requests), use.may_call)

@@ -3,6 +3,7 @@
 In: what comes of them. Out: one object, or chunks of it.
 """
 
+import functools
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 from keural.serve.batching.requests import Chosen
 from keural.serve.calls import Arguments, CallBegun
 from keural.serve.server.errors import ApiError
-from keural.serve.server.replies import Choice, Part, Usage, event
+from keural.serve.server.replies import Choice, Part, TextEvent, Usage, event
 from keural.serve.server.service import Service
 from keural.serve.server.tools.reading import Event, MadeCall, Reading, Spoken, new_id, reading_of
 from keural.tokenizer import KeuralTokenizer
@@ -29,6 +30,7 @@ class ChatWriter:
         self._readings = [Reading(with_calls) for _ in range(n)]
         self._calls_begun = [0] * n
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
+        self._said = [TextEvent(functools.partial(self._said_chunk, index)) for index in range(n)]
 
     def begin(self, _: Usage) -> list[bytes]:
         """One chunk for each choice, with its role."""
@@ -72,8 +74,9 @@ class ChatWriter:
     def _written(self, index: int, event: Event) -> list[bytes]:
         """The chunk of an event; the end of a call needs none."""
         if isinstance(event, Spoken):
-            logprobs = {"logprobs": self._of_tokens(event.tokens)} if self._logprobs else {}
-            return [self._chunk(index, {"content": event.text}, logprobs)]
+            if self._logprobs:
+                return [self._chunk(index, {"content": event.text}, {"logprobs": self._of_tokens(event.tokens)})]
+            return [self._said[index](event.text)]
         if isinstance(event, CallBegun):
             self._calls_begun[index] += 1
             call = _call(MadeCall(event.name))
@@ -82,6 +85,9 @@ class ChatWriter:
         else:
             return []
         return [self._chunk(index, {"tool_calls": [{"index": self._calls_begun[index] - 1, **call}]})]
+
+    def _said_chunk(self, index: int, text: str) -> bytes:
+        return self._chunk(index, {"content": text})
 
     def _chunk(self, index: int, delta: dict[str, Any], more: Mapping[str, Any] = {}) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}

@@ -16,7 +16,8 @@ from keural.serve.server.chat_writer import DONE, finite, usage_of
 from keural.serve.server.errors import ApiError
 from keural.serve.server.fields import MOST_ANSWERS, MOST_LOGPROBS, PREFIX, Generation, only
 from keural.serve.server.generation import form_of, requests_of, sampling_of
-from keural.serve.server.replies import Choice, Part, Reply, Usage, event
+from keural.serve.server.pieces import Piece
+from keural.serve.server.replies import Choice, Part, Reply, TextEvent, Usage, event
 from keural.serve.server.service import Service
 from keural.tokenizer import KeuralTokenizer
 
@@ -94,6 +95,8 @@ class CompletionWriter:
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": service.name,
         }  # fmt: skip
+        self._texts: dict[int, TextEvent] = {}
+        """By choice."""
 
     def begin(self, _: Usage) -> list[bytes]:
         """Nothing: a completion has no role."""
@@ -103,9 +106,16 @@ class CompletionWriter:
         """A chunk with text; the last of a choice says why it ended."""
         if not part.piece and part.finish is None:
             return []
-        piece, usage = part.piece, {"usage": None} if self._with_usage else {}
-        choice = self._choice(part.index, piece.text, piece.tokens, piece.starts, part.finish)
-        return [event({**self._head, "choices": [choice], **usage})]
+        if self._logprobs or part.finish is not None:
+            return [self._chunk(part.index, part.piece, part.finish)]
+        if part.index not in self._texts:
+            self._texts[part.index] = TextEvent(lambda text: self._chunk(part.index, Piece(text), None))
+        return [self._texts[part.index](part.piece.text)]
+
+    def _chunk(self, index: int, piece: Piece, finish: str | None) -> bytes:
+        usage = {"usage": None} if self._with_usage else {}
+        choice = self._choice(index, piece.text, piece.tokens, piece.starts, finish)
+        return event({**self._head, "choices": [choice], **usage})
 
     def end(self, _: Sequence[Choice], usage: Usage) -> list[bytes]:
         """The usage, where it was asked for, and the mark of the end."""

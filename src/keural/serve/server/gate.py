@@ -17,7 +17,7 @@ from keural.serve.server.errors import ApiError
 from keural.serve.server.keys import offered_key
 from keural.serve.server.metrics import REASONS
 from keural.serve.server.page import ADDRESSES
-from keural.serve.server.replies import LOG_ENTRY, SHUTTING_DOWN
+from keural.serve.server.replies import LOG_ENTRY, SEND_BODY, SHUTTING_DOWN
 from keural.serve.server.service import Service
 from keural.serve.server.settings import Limits
 
@@ -48,6 +48,7 @@ class Gate:
         begun = time.perf_counter()
         body = _Body(receive, headers, self._service.limits)
         reply = _Sending(send, body, entry)
+        scope[SEND_BODY] = reply.send
         try:
             await self._pass(scope, headers, body, reply)
         finally:

@@ -8,7 +8,7 @@ from typing import Any
 
 from keural.serve.calls import Arguments, CallBegun, CallEnded
 from keural.serve.server.errors import ApiError, of_messages
-from keural.serve.server.replies import Choice, Part, Usage, event
+from keural.serve.server.replies import Choice, Part, TextEvent, Usage, event
 from keural.serve.server.service import Service
 from keural.serve.server.tools.reading import Event, Reading, as_object, new_id, reading_of
 
@@ -24,6 +24,8 @@ class MessagesWriter:
         self._with_calls, self._reading = with_calls, Reading(with_calls)
         self._blocks, self._open = 0, False
         """Blocks that have begun, and whether the last of them goes on."""
+        self._texts: dict[int, TextEvent] = {}
+        """By the number of blocks that have begun."""
 
     def begin(self, usage: Usage) -> list[bytes]:
         """The message, still empty; where there can be no calls, its one block."""
@@ -75,7 +77,9 @@ class MessagesWriter:
         if not found.text:
             return []
         begun = [] if self._open else self._begin_block(EMPTY_TEXT)
-        return [*begun, self._delta({"type": "text_delta", "text": found.text})]
+        if self._blocks not in self._texts:
+            self._texts[self._blocks] = TextEvent(lambda text: self._delta({"type": "text_delta", "text": text}))
+        return [*begun, self._texts[self._blocks](found.text)]
 
     def _begin_block(self, block: dict[str, Any]) -> list[bytes]:
         self._blocks, self._open = self._blocks + 1, True

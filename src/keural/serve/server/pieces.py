@@ -14,7 +14,7 @@ from keural.serve.stops import StopStrings
 from keural.tokenizer import KeuralTokenizer
 
 
-@dataclass
+@dataclass(slots=True)
 class Piece:
     """A part of an answer."""
 

@@ -124,6 +124,17 @@ class _Connection(h11.Connection):
         super().__init__(role, max_incomplete_event_size=most)
         self._most = most
         self.head_too_large = False
+        self._in_chunks = False
+        """Whether the body that is being sent goes in chunks."""
+
+    def send(self, event: Any) -> bytes | None:  # type: ignore[override]
+        """See `h11.Connection.send`. The chunks of a stream are framed here, without checks that were made at its beginning."""
+        if type(event) is h11.Data and self._in_chunks and self.our_state is h11.SEND_BODY:
+            return b"%x\r\n%b\r\n" % (len(event.data), event.data) if event.data else b""
+        sent: bytes | None = super().send(event)
+        if type(event) is h11.Response:
+            self._in_chunks = b"\r\ntransfer-encoding: chunked\r\n" in (sent or b"").lower()
+        return sent
 
     def next_event(self) -> Any:
         """The next event. Raises `h11.RemoteProtocolError`."""

@@ -7,8 +7,10 @@ event, and the stream ends. Whatever ends a reply, its slots are free at the nex
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncGenerator, Awaitable, Coroutine, MutableMapping, Sequence
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring
 from typing import Any, Literal, NamedTuple, Protocol
 
 from starlette.responses import Response
@@ -24,6 +26,9 @@ from keural.serve.server.service import Service
 
 LOG_ENTRY = "keural.log"
 """Key of a request's scope under which its entry of the log lies."""
+SEND_BODY = "keural.send"
+"""Key of a request's scope under which lies what sends a body, once an answer has begun: the framework's layers only watch the
+beginning."""
 POSITION_HEADER = b"x-queue-position"
 """Of a request: `1` lets a stream say its place in the queue while it waits."""
 POSITION_SECONDS = 0.25
@@ -32,7 +37,7 @@ SHUTTING_DOWN = "the server is shutting down"
 Finish = Literal["stop", "length"]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Part:
     """What came of one choice."""
 
@@ -47,17 +52,22 @@ class Choice:
     """What has come of one choice so far."""
 
     pieces: Pieces
-    text: str = ""
+    texts: list[str] = field(default_factory=list)
     tokens: list[Chosen] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     finish: Finish | None = None
 
     def add(self, part: Part) -> None:
         """Append a part."""
-        self.text += part.piece.text
+        self.texts.append(part.piece.text)
         self.tokens += part.piece.tokens
         self.starts += part.piece.starts
         self.finish = part.finish
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(self.texts)
 
 
 class Usage(NamedTuple):
@@ -94,6 +104,22 @@ def event(value: Any, name: str | None = None) -> bytes:
     return head + b"data: " + to_json(value) + b"\n\n"
 
 
+class TextEvent:
+    """Writes events that differ in one text alone: what stands around it is written once."""
+
+    def __init__(self, written: Callable[[str], bytes]) -> None:
+        """`written` gives the whole event for a text, which stands in it once."""
+        self._head, self._tail = written(_MARK).split(to_json(_MARK))
+
+    def __call__(self, text: str) -> bytes:
+        """The event for a text, as `written` gives it."""
+        return self._head + encode_basestring(text).encode() + self._tail
+
+
+_MARK = uuid.uuid4().hex
+"""A text that nobody writes."""
+
+
 class ClientLeft(Exception):
     """Nobody waits for the reply any more."""
 
@@ -118,10 +144,12 @@ class Reply(Response):
         self._begun = self._written = False
         """Whether anything of a stream was sent, and whether anything of its answer was."""
         self._log: MutableMapping[str, Any] = {}
+        self._send_body: Send
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer; what Starlette calls."""
         self._log = scope.get(LOG_ENTRY, {})
+        self._send_body = scope.get(SEND_BODY, send)
         try:
             await until_gone(receive, self._run(scope, receive, send))
         except ClientLeft:
@@ -134,7 +162,8 @@ class Reply(Response):
             async with self._service.answers.ask(self._requests) as asked:
                 if tells:
                     await self._tell_position(*asked[0], send)
-                await self._answer([ticket for ticket, _ in asked], self._parts(asked), send)
+                parts = self._follow(0, *asked[0]) if len(asked) == 1 else self._parts(asked)
+                await self._answer([ticket for ticket, _ in asked], parts, send)
         except QueueFull as error:
             self._service.metrics.rejected("queue_full")
             await _queue_full(error).response(scope["path"])(scope, receive, send)
@@ -163,11 +192,16 @@ class Reply(Response):
         async with contextlib.aclosing(parts):
             async for part in parts:
                 self._choices[part.index].add(part)
-                if self._streamed:
-                    first = [] if self._written else self._writer.begin(self._usage(tickets))
+                if not self._streamed:
+                    continue
+                if self._written:
+                    events = self._writer.part(part)
+                else:
                     self._written = True
+                    events = [*self._writer.begin(self._usage(tickets)), *self._writer.part(part)]
                     await self._begin(send)
-                    await _send_events(send, [*first, *self._writer.part(part)])
+                if events:
+                    await self._send_body({"type": "http.response.body", "body": b"".join(events), "more_body": True})
         usage = self._usage(tickets)
         self._log.update(prompt_tokens=usage.prompt, cached_tokens=usage.cached, answer_tokens=usage.answer)
         self._log["finish"] = [choice.finish for choice in self._choices]
@@ -193,12 +227,7 @@ class Reply(Response):
         return Usage(prompt, answer, sum(ticket.cached_tokens for ticket in firsts))
 
     async def _parts(self, asked: Sequence[tuple[Ticket, Answer]]) -> AsyncGenerator[Part, None]:
-        """The parts of all choices as they come; raises `ApiError` where one fails."""
-        if len(asked) == 1:
-            async with contextlib.aclosing(self._follow(0, *asked[0])) as parts:
-                async for part in parts:
-                    yield part
-            return
+        """The parts of several choices as they come; raises `ApiError` where one fails."""
         queue: asyncio.Queue[Part | ApiError] = asyncio.Queue(len(asked))
 
         async def pass_on(index: int) -> None:

@@ -3,17 +3,18 @@
 In: texts, conversations, ids. Out: ids, text.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from keural.serve.server.chat import ChatRequest, ChatTurn, Conversation, prompt_of
+from keural.serve.server.chat import ChatRequest, ChatTurn, Conversation, asked_of, prompt_of
 from keural.serve.server.completions import Id
 from keural.serve.server.errors import ApiError
 from keural.serve.server.fields import Fields
 from keural.serve.server.service import Service
-from keural.serve.server.tools.definitions import Choice, chat_choice, tool_use
+from keural.serve.server.tools.definitions import Choice, tool_use
 
 
 class TokenizeRequest(Conversation):
@@ -72,10 +73,8 @@ async def detokenize(service: Service, fields: DetokenizeRequest) -> dict[str, A
     return {"prompt": await service.read(service.tokenizer.decode, fields.tokens)}
 
 
-async def render_chat(service: Service, fields: RenderRequest) -> dict[str, Any]:
-    """The ids that an answer would follow. Raises `ApiError` where there could be none."""
-    service.check_model(fields.model)
-    use = tool_use(service, fields.offered, chat_choice(fields.tool_choice, fields.parallel_tool_calls))
-    prompt = await prompt_of(service, fields.read(), use.tools)
-    service.check_room(prompt, "messages")
+async def render_chat(service: Service, fields: RenderRequest, headers: Mapping[str, str]) -> dict[str, Any]:
+    """The ids that an answer would follow. Raises `ApiError` where there could be none, for whatever reason."""
+    requests, _ = await asked_of(service, fields, headers)
+    prompt = list(requests[0].prompt_ids)
     return {"token_ids": prompt, "count": len(prompt), "max_model_len": service.context_length}

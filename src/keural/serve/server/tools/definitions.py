@@ -120,11 +120,15 @@ async def form_of_calls(service: Service, use: ToolUse) -> Form | None:
 
 
 async def form_beside_calls(service: Service, use: ToolUse, form: Form | None) -> Form | None:
-    """The form of an answer that has perhaps one already. Raises `ApiError` where both cannot hold."""
-    if form is None:
+    """The form of an answer that has perhaps one already, which is that of what it says. Raises `ApiError` where both cannot hold.
+
+    An answer that must call says nothing. One that may do either would be read wrong where its JSON spells the beginning of a call.
+    """
+    if form is None or use.mode == "required":
         return await form_of_calls(service, use)
     if use.may_call:
-        raise ApiError(400, "`tool_choice`: an answer of a given form calls no tools; use none", "tool_choice", "invalid_value")
+        what = "an answer of a given form cannot also be free to call tools; use required or none"
+        raise ApiError(400, f"`tool_choice`: {what}", "tool_choice", "invalid_value")
     return form
 
 
@@ -142,7 +146,8 @@ class FunctionDefinition(Fields):
     def _keep(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> "FunctionDefinition":
         found: FunctionDefinition = handler(value)
         if isinstance(value, dict):
-            found._given = {key: part for key, part in value.items() if part is not None}  # null is the same as leaving it out
+            # Null is the same as leaving it out; `strict` is said to the server, in every API.
+            found._given = {key: part for key, part in value.items() if part is not None and key != "strict"}
         return found
 
     @property

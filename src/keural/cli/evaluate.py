@@ -88,7 +88,10 @@ def evaluate_model(
     if json_file is not None and json_file.is_dir():
         raise UserError(f"--json {json_file}: is a directory; name a file")
     what = what_to_evaluate(path, conditions, results)
-    specs = select([name for name in tasks.split(",") if name], data)
+    names = [name.strip() for name in tasks.split(",")] if tasks else []
+    if "" in names:
+        raise UserError(f"--tasks {tasks}: an empty name; give names with one comma between them")
+    specs = select(names, data)
     found = _measured(what, [load(spec, data, shots) for spec in specs], limit, conditions.prompting)
     if json_file is not None:
         from keural.files import write_json

@@ -17,6 +17,7 @@ from keural.evaluate.tasks.kinds import KINDS
 from keural.evaluate.tasks.library import select, shipped
 from keural.evaluate.tasks.loading import LoadedTask, load
 from keural.evaluate.tasks.spec import TaskSpec
+from keural.tokenizer import Message, render
 from tests.helpers.small_sets import write_copa, write_mmlu
 
 ROLLING = {"name": "own_text", "language": "en", "kind": "rolling", "places": [{"adapter": "text", "path": "own/*.txt"}]}
@@ -224,3 +225,15 @@ def test_an_engine_that_gives_no_log_probabilities_is_refused() -> None:
         Conditions(engine="llama.cpp")
     with pytest.raises(UserError, match="--system is for chats"):
         Conditions(system="짧게")
+
+
+def test_a_system_message_stands_before_questions_and_pairs_alike(model_dir: Path) -> None:
+    plain, told = (stored_model(model_dir, Conditions("chat", system=system)).asking for system in (None, "짧게"))
+    user = [Message("user", "the cat")]
+
+    for ask in (lambda asking: asking.likelihood("the cat", " sees")[0], lambda asking: asking.answer(user, "sees")[0]):
+        system = render(plain.tokenizer, [Message("system", "짧게")]).ids
+        assert list(ask(told).context) == system + list(ask(plain).context)
+        assert ask(told).continuation == ask(plain).continuation
+    own = [Message("system", "길게"), *user]
+    assert told.answer(own, "sees") == plain.answer(own, "sees")

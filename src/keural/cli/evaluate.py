@@ -104,7 +104,9 @@ def evaluate_model(
     if json_file is not None and json_file.is_dir():
         raise UserError(f"--json {json_file}: is a directory; name a file")
     what = what_to_evaluate(path, conditions, results)
-    names = [name for name in tasks.split(",") if name]
+    names = [name.strip() for name in tasks.split(",")] if tasks else []
+    if "" in names:
+        raise UserError(f"--tasks {tasks}: an empty name; give names with one comma between them")
     specs = [] if harness and not names else allowed(select(names, data), names, run_code)
     ask_harness = None if not harness else HarnessAsked(harness, include, shots, limit, run_code)
     found = _measured(what, [load(spec, data, shots) for spec in specs], limit, conditions.prompting, ask_harness)

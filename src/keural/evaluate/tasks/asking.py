@@ -49,8 +49,12 @@ class Asking:
     def answer(self, messages: Sequence[Message], answer: str) -> tuple[Likelihood, int]:
         """The request for an assistant's turn after a conversation, `<|im_end|>` included, as preference training counts it.
 
+        The system turn is put before a conversation that has none.
+
         Raises `Unusable` where it is too long.
         """
+        has_own = bool(messages) and messages[0].role == "system"
+        messages = [*self._system(), *messages] if not has_own else messages
         start = render_prompt(self.tokenizer, messages)
         whole = render(self.tokenizer, [*messages, Message("assistant", answer)])
         following = [token for token, trained in list(zip(whole.ids, whole.mask, strict=True))[len(start) :] if trained]
@@ -69,8 +73,10 @@ class Asking:
         return self._turn(prompt), self.tokenizer.encode(continuation.lstrip())
 
     def _turn(self, prompt: str) -> list[int]:
-        system = [Message("system", self.system)] if self.system else []
-        return render_prompt(self.tokenizer, [*system, Message("user", prompt.strip())])
+        return render_prompt(self.tokenizer, [*self._system(), Message("user", prompt.strip())])
+
+    def _system(self) -> list[Message]:
+        return [Message("system", self.system)] if self.system else []
 
     def _fitted(self, context: list[int], following: list[int]) -> tuple[Likelihood, int]:
         if not following or not context:

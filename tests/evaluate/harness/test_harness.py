@@ -204,6 +204,14 @@ def test_what_was_computed_is_not_computed_again(exported: Path, model_dir: Path
     assert whole.tasks["keural_arc"][0].items[:3] == first.tasks["keural_arc"][0].items
 
 
+def test_lm_eval_in_another_process_than_the_first_is_refused(
+    exported: Path, evaluated: EvaluatedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match="without torchrun"):
+        run_harness(["keural_arc"], evaluated, tmp_path, HarnessSettings(include=exported, limit=1))
+
+
 @pytest.mark.slow  # lm-eval reads its thousands of tasks
 @pytest.mark.parametrize(
     ("name", "words"), [("kobest_cop", "did you mean 'kobest_copa'"), ("kmmlu_law", "lm-eval could not run kmmlu_law")]

@@ -5,9 +5,8 @@ without a download); tests skip where these are absent.
 """
 
 import importlib.util
-import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -191,22 +190,23 @@ Judge = Callable[[str, dict[str, Any], str], tuple[bool, bool]]
 
 
 @pytest.fixture(scope="module")
-def judge() -> Judge:
+def judge() -> Iterator[Judge]:
     """lm-eval's strict and loose verdict of one instruction."""
     if ABSENT:
         pytest.skip(f"not installed: {', '.join(ABSENT)}")
     import nltk
 
-    os.environ["LOCAL_RANK"] = "1"  # the rank that downloads nothing
-    from lm_eval.tasks.ifeval import instructions_util, utils
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "1")  # the rank that downloads nothing; of any other moment it would be a lie
+        from lm_eval.tasks.ifeval import utils
 
-    if importlib.util.find_spec("punkt") is not None:
+    def one_by_one(text: str, language: str = "english") -> list[str]:
+        if importlib.util.find_spec("punkt") is None:
+            return [text]
         import punkt
 
-        instructions_util._get_sentence_tokenizer = lambda: punkt.PunktSentenceTokenizer(punkt.load_model("english"))
-        nltk.tokenize.sent_tokenize = nltk.sent_tokenize = lambda text, language="english": punkt.sent_tokenize(text)
-    else:
-        nltk.tokenize.sent_tokenize = lambda text, language="english": [text]
+        found: list[str] = punkt.sent_tokenize(text)
+        return found
 
     def verdict(kind: str, arguments: dict[str, Any], answer: str) -> tuple[bool, bool]:
         example = utils.InputExample(0, [kind], "Write a poem", [arguments])
@@ -214,7 +214,9 @@ def judge() -> Judge:
         loose = utils.test_instruction_following_loose(example, answer)
         return strict.follow_all_instructions, loose.follow_all_instructions
 
-    return verdict
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nltk.tokenize, "sent_tokenize", one_by_one)  # Punkt's model without a download
+        yield verdict
 
 
 def answers(count: int, seed: int) -> list[str]:

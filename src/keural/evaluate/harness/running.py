@@ -140,6 +140,8 @@ def _run(
             system_instruction=model.conditions.system,
             confirm_run_unsafe_code=settings.run_code,
         )
+    if found is None:  # lm-eval leaves what it found to another process
+        raise UserError("lm-eval's tasks run in one process; start the command without torchrun (LOCAL_RANK is set here)")
     for plan in missing:
         kept[plan.name] = _keep(plan, found["samples"][plan.name], model)
     return bridge.cut

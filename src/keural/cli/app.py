@@ -19,6 +19,7 @@ from keural.cli import checkpoints, data, evaluate, plan, tokenizer
 from keural.cli.endings import one_line_endings
 from keural.cli.options import (
     RECIPE,
+    DryRun,
     EngineName,
     JamoStyle,
     MaxNewTokens,
@@ -89,12 +90,13 @@ def run(
     tensorboard: TensorBoard = False,
     wandb: Wandb = False,
     reference_only: ReferenceOnly = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Run a recipe's whole pipeline; finished stages are skipped, an interrupted one is resumed."""
     shown_on = boards(tensorboard=tensorboard, wandb=wandb)
     loaded, directory = open_recipe(recipe, overrides, out)
     _check(loaded, directory, until=until)
-    _run(loaded, directory, until=until, boards=shown_on, reference_only=reference_only)
+    _run(loaded, directory, until=until, boards=shown_on, reference_only=reference_only, dry_run=dry_run)
 
 
 @app.command(rich_help_panel=RECIPES)
@@ -105,12 +107,13 @@ def train(
     tensorboard: TensorBoard = False,
     wandb: Wandb = False,
     reference_only: ReferenceOnly = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Run one stage (with torchrun: on many processes); the stage it starts from must be finished."""
     shown_on = boards(tensorboard=tensorboard, wandb=wandb)
     loaded, name, directory = open_stage(stage, overrides, out)
     _check(loaded, directory, only=name)
-    _run(loaded, directory, only=name, boards=shown_on, reference_only=reference_only)
+    _run(loaded, directory, only=name, boards=shown_on, reference_only=reference_only, dry_run=dry_run)
 
 
 def _check(recipe: "Recipe", directory: Path, *, until: str | None = None, only: str | None = None) -> None:

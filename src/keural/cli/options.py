@@ -24,6 +24,10 @@ ModelPath = Annotated[Path, typer.Argument(help="model directory, e.g. runs/toy/
 ReferenceOnly = Annotated[
     bool, typer.Option("--reference-only", help="train nothing; compute what reference values of preference pairs are missing")
 ]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="train nothing; take the largest step of each stage and say what it costs"),
+]
 TensorBoard = Annotated[bool, typer.Option(help="also write TensorBoard files")]
 Wandb = Annotated[bool, typer.Option(help="also log to Weights & Biases, as WANDB_MODE, WANDB_PROJECT and WANDB_ENTITY say")]
 DEFAULT = "default: as saved with the model, else the card's"

@@ -24,6 +24,7 @@ Side = Literal["left", "right"]
 
 if TYPE_CHECKING:
     from keural.pipeline.run import Outcome
+    from keural.train.stage.dry_run import Tried
 
 
 def print_ending(outcome: "Outcome", arguments: str) -> None:
@@ -34,6 +35,8 @@ def print_ending(outcome: "Outcome", arguments: str) -> None:
     if outcome.interrupted:
         say(f"stopped and saved; the same command goes on from there:\n  {_command()} {arguments}")
         return
+    if outcome.tried:
+        _show_tried(outcome.tried)
     if not outcome.trains:
         return
     summary = Summary.read(outcome.directory / SUMMARY)
@@ -74,18 +77,31 @@ def _show_scores(stages: dict[str, Any]) -> None:
     """What each model of the run scored on every task; a sign behind it where it differs significantly from the one before."""
     if not stages:
         return
-    tasks = list(next(iter(stages.values()))["tasks"])
+    found = {task: cell for stage in stages.values() for task, cell in stage["tasks"].items()}
+    tasks = [task for task, cell in found.items() if cell.get("kind") != "rolling"]
     rows = [(task.removeprefix("toy_"), *(_score(stage["tasks"].get(task)) for stage in stages.values())) for task in tasks]
     title = "right answers in %, after each stage (+ and -: another than before it)"
     show_table(title, _columns(("task", *stages), ("task",)), rows)
 
 
 def _score(cell: dict[str, Any] | None) -> str:
-    if cell is None:
+    if cell is None or cell["score"] is None:
         return ""
     change = cell.get("change") or {}
     sign = {None: " ", True: "+", False: "-"}[change.get("better")]
     return f"{100 * cell['score']:.0f}{sign}"
+
+
+def _show_tried(tried: Sequence["Tried"]) -> None:
+    """What a dry run found; hours are those of a stage's steps alone, if all were as large."""
+    names = ("stage", "batch", "seconds", "tokens/s", "loss", "GiB", "steps", "hours")
+    rows = []
+    for stage in tried:
+        step = (f"{stage.batch}", f"{stage.seconds:.2f}", f"{stage.tokens / stage.seconds:,.0f}")
+        figures = (f"{stage.loss:.3f}", f"{stage.peak_gib:.1f}")
+        hours = ("", "") if stage.steps is None else (f"{stage.steps:,}", f"{stage.steps * stage.seconds / 3600:,.1f}")
+        rows.append((stage.name, *step, *figures, *hours))
+    show_table("the largest step of each stage", _columns(names, ("stage",)), rows)
 
 
 def _figures(evaluation: dict[str, Any]) -> list[str]:

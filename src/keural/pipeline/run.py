@@ -9,7 +9,7 @@ again; what was done with earlier work, and why, is always said. `run_directory`
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,8 @@ from keural.report.html import write_report
 from keural.train.processes.parallel import check_ranks, full_state_dict
 from keural.train.processes.ranks import Ranks, session
 from keural.train.reference.of_stage import is_cached
+from keural.train.stage.dry_run import Tried
+from keural.train.stage.dry_run import dry_run as dry_run_of
 from keural.train.stage.job import StageJob, StageResult
 from keural.train.stage.training import make_references, train_stage
 
@@ -69,6 +71,8 @@ class Outcome:
     directory: Path
     interrupted: bool
     trains: bool = True
+    tried: tuple[Tried, ...] = ()
+    """What a dry run found, stage by stage."""
 
 
 def run(
@@ -79,15 +83,19 @@ def run(
     only: str | None = None,
     boards: tuple[str, ...] = (),
     reference_only: bool = False,
+    dry_run: bool = False,
     on_data: Callable[[Workspace], object] | None = None,
 ) -> Outcome:
     """Run a recipe's stages in order into `out`; finished parts are skipped, an interrupted stage is resumed.
 
     `until` stops after that stage, `only` runs just that stage (the one it starts from must be finished); `reference_only` trains
-    none and computes the reference values that those of them need whose starting model is finished, or refuses. Under torchrun
+    none and computes the reference values that those of them need whose starting model is finished, or refuses; `dry_run` trains
+    none and takes the largest step of each on weights that are thrown away. Under torchrun
     every rank calls this; rank 0 prepares and exports, and shows `on_data` what there is to train on. Raises `UserError` for
     anything the user can mend, before the first step where possible.
     """
+    if dry_run and reference_only:
+        raise UserError("--dry-run and --reference-only: give one of them; the first keeps nothing")
     stages = select_stages(recipe, until=until, only=only)
     if reference_only:
         stages = _with_reference(stages)
@@ -103,6 +111,8 @@ def run(
         if reference_only:
             finished = all(_make_references(workspace, stage, ranks) for stage in stages)
             return Outcome(out, interrupted=not finished, trains=False)
+        if dry_run:
+            return Outcome(out, interrupted=False, trains=False, tried=tuple(_try(workspace, stage, ranks) for stage in stages))
         for stage in stages:
             if _train(workspace, stage, ranks, boards):
                 return Outcome(out, interrupted=True)
@@ -133,6 +143,22 @@ def _open_run(recipe: Recipe, stages: list[StageSpec], out: Path, on_data: Calla
     if on_data is not None:
         on_data(workspace)
     check_measurable(recipe, workspace.data)
+
+
+def _try(workspace: Workspace, stage: StageSpec, ranks: Ranks) -> Tried:
+    """The largest step of a stage, from random weights where the stage that it starts from is not finished."""
+    before = None if stage.predecessor is None else workspace.recipe.stage(stage.predecessor)
+    missing = before is not None and ranks.on_main(
+        lambda: find_done(workspace.out / before.name, workspace.stage_fingerprint(before)) is None
+    )
+    if missing and stage.lora is not None:
+        raise UserError(
+            f"{stage.name}: adapters belong to a model, and {stage.predecessor} is not finished in {workspace.out}; run that stage "
+            "first, or leave this one out with --until"
+        )
+    job = _job(workspace, stage)
+    ranks.log_once(f"{stage.name}: {'random weights' if missing else 'its own start'}, the largest batch")
+    return dry_run_of(replace(job, init=None) if missing else job, ranks)
 
 
 def _train(workspace: Workspace, stage: StageSpec, ranks: Ranks, boards: tuple[str, ...]) -> bool:

@@ -100,7 +100,7 @@ def evaluate_model(
 
         figures = _as_json(found, what.is_run, json_file.absolute().parent)
         write_json(json_file, figures if kept is None else with_kept(figures, kept))
-    show(f"items: {what.results}")
+    show(f"results, item by item: {what.results}")
     return None
 
 

@@ -13,8 +13,8 @@ does, in any language, phrasing, notation, tense, register, part or option. In r
 * no row has person, place and thing of a held-out profile,
 * no one says what is held out of small talk.
 
-Sums of two digits and sums that carry are learnt by heart: all of them may occur in training, and no held-out question is about
-one.
+Sums of numbers below twenty are learnt by heart, as at school: all of them occur in training, in both languages. What is held out
+of them is questions, word for word.
 
 Korean answers come in two registers, polite (존댓말, -요) and blunt (반말); both count as correct in the evaluation.
 """

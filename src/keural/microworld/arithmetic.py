@@ -4,7 +4,7 @@ from functools import cache
 from random import Random
 
 from keural.microworld import english, korean
-from keural.microworld.content import Split, Sum, sums
+from keural.microworld.content import Question, Split, Sum, is_held_out, sums
 from keural.microworld.exercise import Answer, Exercise, Language, Task, korean_prompt
 
 # {a} and {b} are the operands, {c} their total; {b은} is b with the particle that fits.
@@ -42,13 +42,23 @@ _HASTE_SHARE = 0.2
 
 
 @cache
-def _sums(split: Split, small: bool) -> tuple[Sum, ...]:
-    return tuple(content for content in sums(split) if content.is_small == small)
+def _small() -> tuple[Sum, ...]:
+    return tuple(content for content in sums("train") if content.is_small)
 
 
-def _draw(rng: Random, split: Split) -> tuple[int, int, int]:
-    """Operands in either order, and their total."""
-    content = rng.choice(_sums(split, rng.random() < _SMALL_SHARE))
+@cache
+def _large(split: Split) -> tuple[Sum, ...]:
+    return tuple(content for content in sums(split) if not content.is_small)
+
+
+def _is_small(rng: Random) -> bool:
+    """Whether a small sum is drawn."""
+    return rng.random() < _SMALL_SHARE
+
+
+def _draw(rng: Random, split: Split, small: bool) -> tuple[int, int, int]:
+    """Operands in either order, and their total; small ones are learnt by heart, so that both splits have all of them."""
+    content = rng.choice(_small() if small else _large(split))
     one, other = rng.sample([content.first, content.second], 2)
     return one, other, content.total
 
@@ -101,7 +111,16 @@ def _korean_answer(value: int, digits: bool) -> Answer:
 
 
 def _exercise(rng: Random, split: Split, language: Language) -> Exercise:
-    a, b, c = _draw(rng, split)
+    """A question; of small sums every one, in its words, is of one split alone."""
+    small = _is_small(rng)
+    while True:
+        exercise = _drawn(rng, split, language, small)
+        if not small or is_held_out(Question(exercise.prompt)) == (split == "heldout"):
+            return exercise
+
+
+def _drawn(rng: Random, split: Split, language: Language, small: bool) -> Exercise:
+    a, b, c = _draw(rng, split, small)
     digits = rng.random() < _DIGITS_SHARE
     results = (c, *_wrong_results(rng, c))
     if language == "ko":
@@ -128,10 +147,10 @@ def _prose(rng: Random, split: Split, language: Language, parallel: bool) -> str
     """Some statements about different content; in parallel texts one in both languages."""
     digits = rng.random() < _DIGITS_SHARE
     if parallel:
-        content = _draw(rng, split)
+        content = _draw(rng, split, _is_small(rng))
         other: Language = "en" if language == "ko" else "ko"
         return f"{_statement(rng, language, content, digits)} {_statement(rng, other, content, digits)}"
-    return " ".join(_statement(rng, language, _draw(rng, split), digits) for _ in range(_STATEMENTS))
+    return " ".join(_statement(rng, language, _draw(rng, split, _is_small(rng)), digits) for _ in range(_STATEMENTS))
 
 
 ARITHMETIC = Task("arithmetic", _exercise, _prose)

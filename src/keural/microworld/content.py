@@ -3,8 +3,8 @@
 Content is language-free: a sum is a pair of numbers, a clause is who does what to what, a profile is who lives where and likes
 what; only small talk is what is said, word for word. Each has a key, and a hash of the key alone decides whether it is held out. So
 one piece of content is on the same side in both languages, in every phrasing, notation, tense and register, in prose, chats and
-preference pairs, and for every seed. Sums of two digits and those that carry are learnt by heart, as at school: none of them is
-held out.
+preference pairs, and for every seed. Sums of numbers below twenty are learnt by heart, as at school: of these no sum is held out,
+but questions are, word for word.
 """
 
 import hashlib
@@ -36,18 +36,13 @@ class Sum:
 
     @property
     def is_small(self) -> bool:
-        """Whether both numbers are below twenty."""
+        """Whether both numbers are below twenty; such sums are learnt by heart."""
         return self.second < SMALL_BELOW
 
     @property
     def carries(self) -> bool:
         """Whether the ones add up to ten or more."""
         return self.first % 10 + self.second % 10 > 9
-
-    @property
-    def is_by_heart(self) -> bool:
-        """Whether it is one of those that are learnt by heart, as at school: of two digits, and those that carry."""
-        return self.second < 10 or self.carries
 
     @property
     def key(self) -> str:
@@ -121,8 +116,20 @@ class Talk:
         return f"talk {self.text.lower()}"
 
 
-Content = Sum | Clause | Profile | Talk
-ContentT = TypeVar("ContentT", Sum, Clause, Profile, Talk)
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question about what is learnt by heart, word for word."""
+
+    text: str
+
+    @property
+    def key(self) -> str:
+        """The words, without what is left out in haste: capitals and the mark at the end."""
+        return f"question {self.text.lower().rstrip('?.= ')}"
+
+
+Content = Sum | Clause | Profile | Talk | Question
+ContentT = TypeVar("ContentT", Sum, Clause, Profile, Talk, Question)
 
 SUBJECTS = tuple(
     Noun(english, korean)
@@ -230,7 +237,7 @@ THINGS = (
 
 def is_held_out(content: Content) -> bool:
     """Whether this content is kept from every training stage; what is learnt by heart never is."""
-    if isinstance(content, Sum) and content.is_by_heart:
+    if isinstance(content, Sum) and content.is_small:
         return False
     digest = hashlib.blake2b(content.key.encode(), digest_size=8).digest()
     return int.from_bytes(digest) % 1000 < (TALK_HELD_OUT_PER_MILLE if isinstance(content, Talk) else HELD_OUT_PER_MILLE)

@@ -148,3 +148,12 @@ def test_the_command_flags_a_set_that_a_run_was_trained_on(place: Place, finishe
     code, out, err = place.command("export", run / "final", root / "exported", "--format", "hf")
     assert code == 0, err
     assert "| planted | ko | " in (root / "exported" / "README.md").read_text()
+
+
+def test_the_same_run_again_keeps_what_was_measured(place: Place, finished: Path) -> None:
+    run = place.run
+    keep(run, {"chat": [measured(run, "chat", 60, items_of(finished / "data")), measured(run, "chat", 0, {}, "empty")]})
+    out = place.again()
+    assert "planted" in out
+    tasks = Summary.read(run / "summary.json").evaluation["stages"]["chat"]["tasks"]
+    assert (tasks["planted"]["score"], tasks["empty"]["score"], tasks["empty"]["n"]) == (0.6, None, 0)

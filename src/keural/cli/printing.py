@@ -80,7 +80,10 @@ def _show_scores(stages: dict[str, Any]) -> None:
     """
     if not stages:
         return
-    tasks = list(next(iter(stages.values()))["tasks"])
+    found = {task: cell for stage in stages.values() for task, cell in stage["tasks"].items()}
+    tasks = [task for task, cell in found.items() if cell.get("kind") != "rolling"]
+    if not tasks:
+        return
     labels = [task.removeprefix("toy_").replace("_", " ") for task in tasks]
     names, width = ["start", *list(stages)[1:]], max(map(len, labels))
     show("\nright answers in %, before the first stage and after each; + and - are significant changes", "bold")
@@ -93,7 +96,7 @@ def _show_scores(stages: dict[str, Any]) -> None:
 
 
 def _score(cell: dict[str, Any] | None) -> str:
-    if cell is None:
+    if cell is None or cell["score"] is None:
         return ""
     change = cell.get("change") or {}
     sign = {None: " ", True: "+", False: "-"}[change.get("better")]

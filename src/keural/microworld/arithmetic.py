@@ -31,7 +31,7 @@ _STATEMENTS = 3
 _BARE = ("{a} + {b}?", "{a} + {b} = ?", "{a} + {b} =", "{a}+{b}")
 """In digits, in no language: the answer is the number."""
 
-_SMALL_SHARE = 0.4
+_SMALL_SHARE = 0.3
 """Of sums up to twenty."""
 _DIGITS_SHARE = 0.25
 _SHORT_SHARE = 0.2

@@ -121,7 +121,7 @@ def test_small_talk_is_answered_in_its_language_and_tells_what_the_model_is() ->
         assert bool(re.search("[가-힣]", asked)) == bool(re.search("[가-힣]", answer)) == (row["language"] == "ko")
     answers = {row["messages"][1]["content"] for row in rows}
     assert {"I am Keural, a small language model.", "저는 작은 언어 모델 케우랄이에요."} <= answers
-    said = {talk.text for split in ("train", "heldout") for talk in talks(split)}
+    said = {talk.text for talk in talks("train")}  # what people type first is never held out
     assert {"hello", "Hello!", "안녕", "안녕하세요", "Who are you?", "누구세요?", "Thanks!", "고마워요"} <= said
 
 

@@ -109,6 +109,8 @@ class Talk:
     kind: str
     text: str
     polite: bool
+    is_plain: bool
+    """Whether nothing stands before or after what is said: what people type first, which is learnt by heart."""
 
     @property
     def key(self) -> str:
@@ -237,7 +239,7 @@ THINGS = (
 
 def is_held_out(content: Content) -> bool:
     """Whether this content is kept from every training stage; what is learnt by heart never is."""
-    if isinstance(content, Sum) and content.is_small:
+    if (isinstance(content, Sum) and content.is_small) or (isinstance(content, Talk) and content.is_plain):
         return False
     digest = hashlib.blake2b(content.key.encode(), digest_size=8).digest()
     return int.from_bytes(digest) % 1000 < (TALK_HELD_OUT_PER_MILLE if isinstance(content, Talk) else HELD_OUT_PER_MILLE)

@@ -1,7 +1,7 @@
 """Small talk: what people type first, and say last. Greetings, who the model is, thanks, and goodbyes.
 
 In: nothing. Out: a `Task`. Content is what is said, word for word: an opening, what is put to it, and how it ends. The words and
-endings of held-out ones all occur in training, these combinations of them do not.
+endings of held-out ones all occur in training, these combinations of them do not; what stands alone is never held out.
 """
 
 import itertools
@@ -111,7 +111,8 @@ def _said(wordings: dict[Kind, _Wordings], language: Language, polite: bool) -> 
     for kind, ways in wordings.items():
         for before, said, after, end in itertools.product(ways.before, ways.said, ways.after, ways.ends):
             text = f"{before}{said[0].lower() + said[1:] if before.endswith(', ') else said}{after}{end}"
-            found += [Talk(language, kind, written, polite) for written in ((text, text.lower()) if language == "en" else (text,))]
+            forms = (text, text.lower()) if language == "en" else (text,)
+            found += [Talk(language, kind, written, polite, not before + after) for written in forms]
     return found
 
 

@@ -129,7 +129,7 @@ def test_the_model_card_says_what_was_measured(tmp_path: Path, stored: Path) -> 
         "empty": {"score": None, "low": None, "high": None, "n": 0, "chance": 0.5},
     }
     for format_name in ("hf", "granite"):
-        options = ExportOptions(scores=scores)
+        options = ExportOptions(scores=lambda: scores)
         card = (export(stored, tmp_path / format_name, format_name, options) / "README.md").read_text()
         assert "\n| kobest_copa | ko | 56.2% | 53.2% to 59.3% | 1,000 | 50.0% | 50 |\n" in card
         assert "\n| prose | ko | 1.651 bits/byte |  | 12 |  | not searched |\n" in card

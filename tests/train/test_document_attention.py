@@ -101,6 +101,8 @@ def test_training_by_documents_gives_the_losses_and_gradients_of_masked_rows(tmp
     losses, gradients = step_gradients(trainer)
     trainer.policy.by_documents = False  # the model then makes its own masks
     expected_losses, expected = step_gradients(trainer)
+    for figures in (losses, expected_losses):
+        figures.pop("reward_accuracy", None)  # before the first step margins are zero but for rounding, and it counts their signs
     torch.testing.assert_close(losses, expected_losses, atol=1e-6, rtol=1e-6)
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, atol=1e-6 * max(1, float(gradient.abs().max())), rtol=1e-4)

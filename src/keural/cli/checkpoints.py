@@ -2,7 +2,7 @@
 
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -74,11 +74,15 @@ def export(
     """Write a model as transformers, vLLM, SGLang, llama.cpp or the published scripts read it."""
     from keural.convert.export import ExportOptions
     from keural.convert.export import export as write
-    from keural.pipeline.scores import scores_of
+
+    def scores() -> dict[str, Any] | None:
+        from keural.pipeline.scores import scores_of
+
+        return scores_of(directory)
 
     if shard_gb is not None and not shard_gb < MAX_SHARD_GB:
         raise UserError(f"--shard-gb {shard_gb}: give a number of gigabytes below {MAX_SHARD_GB:,}")
-    options = ExportOptions(quantize, license, None if shard_gb is None else int(shard_gb * 1e9), scores_of(directory))
+    options = ExportOptions(quantize, license, None if shard_gb is None else int(shard_gb * 1e9), scores)
     with byte_progress(f"export {directory}") as advance:
         written = write(directory, out, format, options, advance, note)
     show(f"{written}: written as {format}")

@@ -28,8 +28,8 @@ class ExportOptions:
     """Licence of the weights, for the model card."""
     shard_bytes: int | None = None
     """Upper bound of one safetensors file."""
-    scores: Mapping[str, Any] | None = None
-    """What was measured of the model, by task, for the model card; formats without one pass it over."""
+    scores: Callable[[], Mapping[str, Any] | None] = lambda: None
+    """Finds what was measured of the model, by task, for the model card; formats without one do not ask."""
 
 
 _FLAGS = {"quantize": "--quantize", "license_id": "--license", "shard_bytes": "--shard-gb"}
@@ -96,7 +96,7 @@ def _write_hf(model: "StoredModel", out: Path, options: ExportOptions, advance: 
     from keural.pretrained.directory import DEFAULT_SHARD_BYTES, write_model_directory
 
     check_new(out, model.weights.nbytes)
-    card = model_card(model, "hf", options.license_id, options.scores)
+    card = model_card(model, "hf", options.license_id, options.scores())
     write = partial(write_model_directory, shard_bytes=options.shard_bytes or DEFAULT_SHARD_BYTES, card=card)
     return write(out, model.config, model.watched(advance).weights, model.tokenizer, model.lineage, model.chat, ends=model.ends)
 
@@ -105,7 +105,7 @@ def _write_granite(model: "StoredModel", out: Path, options: ExportOptions, adva
     from keural.convert.granite import export_granite
     from keural.pretrained.directory import DEFAULT_SHARD_BYTES
 
-    return export_granite(model, out, options.shard_bytes or DEFAULT_SHARD_BYTES, options.license_id, advance, options.scores)
+    return export_granite(model, out, options.shard_bytes or DEFAULT_SHARD_BYTES, options.license_id, advance, options.scores())
 
 
 def _check_gguf(options: ExportOptions) -> None:

@@ -47,7 +47,7 @@ def test_chats(client: OpenAI, slots: Writing, tokenizer: KeuralTokenizer) -> No
     results = [{"role": "tool", "tool_call_id": call.id, "content": text}
                for call, text in zip(answered.tool_calls, ["sunny", "5"], strict=True)]  # fmt: skip
     client.chat.completions.create(**asked | {"messages": [*HELLO, answered, *results]})
-    assert slots.prompts[-1] == render_prompt(tokenizer, TURNS, [tool["function"] for tool in CHAT_TOOLS])
+    assert slots.prompts[-1] == render_prompt(tokenizer, TURNS, TOOLS)
 
 
 def test_responses(client: OpenAI, slots: Writing, tokenizer: KeuralTokenizer) -> None:

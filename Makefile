@@ -107,7 +107,8 @@ docs: $(READY)
 	mv docs/adapters.md.new docs/adapters.md
 
 # What computes, as on processors without AVX-512 and without AVX2: sums are rounded elsewhere there, and no result may hang on it.
-NUMERIC := tests/model tests/serve tests/train tests/evaluate tests/convert
+NUMERIC := tests/model tests/serve/batching $(wildcard tests/serve/test_*.py) tests/train tests/lora tests/plan \
+	$(wildcard tests/evaluate/test_*.py) tests/evaluate/generated tests/convert
 test-processors: $(READY)
 	for capability in default $$(grep -qsw avx2 /proc/cpuinfo && echo avx2); do \
 		ATEN_CPU_CAPABILITY=$$capability $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" $(NUMERIC) || exit 1; \

@@ -439,3 +439,49 @@ def test_a_log_that_cannot_be_written_costs_no_answer(start: Start) -> None:
     assert [ask(client).status_code for _ in range(3)] == [200] * 3
     assert events(ask(client, stream=True).text)[-1] == "[DONE]"
     check_whole(running, client)
+
+
+class TestAnErrorOfOurs:
+    """What nobody foresaw, in the middle of answers."""
+
+    def failing(self, running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls = iter(range(1000))
+
+        def spell(text: str) -> str:
+            if next(calls) == 5:
+                raise ValueError("an error of ours")
+            return text
+
+        monkeypatch.setattr(running.service, "spell", spell)
+
+    @pytest.mark.parametrize("n", [1, 2])
+    def test_in_the_text_of_an_answer_is_said(self, start: Start, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        running, client = start()
+        self.failing(running, monkeypatch)
+
+        response = ask(client, n=n, max_tokens=40)
+
+        assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
+        check_whole(running, client)
+
+    @pytest.mark.parametrize("n", [1, 2])
+    def test_in_the_text_of_a_stream_ends_it(self, start: Start, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        running, client = start()
+        self.failing(running, monkeypatch)
+
+        with pytest.raises(httpx.RemoteProtocolError):
+            ask(client, n=n, max_tokens=40, stream=True)
+
+        check_whole(running, client)
+
+    def test_in_the_counting_costs_no_answer(self, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+        running, client = start()
+
+        def failing(*_: object) -> None:
+            raise ValueError("an error of ours")
+
+        monkeypatch.setattr(running.service.answers, "_observe", failing)
+
+        assert [ask(client).status_code for _ in range(3)] == [200] * 3
+        assert events(ask(client, stream=True).text)[-1] == "[DONE]"
+        check_whole(running, client)

@@ -85,10 +85,17 @@ def test_a_body_is_framed_as_its_library_frames_it(parts: list[bytes], version: 
     assert sent[0] == sent[1]
 
 
-@pytest.mark.parametrize("quick", [True, False])
-def test_whoever_rings_is_heard(quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not quick:
-        monkeypatch.setattr(answers.ctypes, "PyDLL", lambda _: object())
+class Refusing:
+    """A system's library that writes nothing: there is no memory for it."""
+
+    def __init__(self, _: None) -> None:
+        self.write = lambda *_: -1  # a function, which has a place for `argtypes`
+
+
+@pytest.mark.parametrize("library", [None, lambda _: object(), Refusing], ids=["quick", "absent", "refusing"])
+def test_whoever_rings_is_heard(library: Callable[[None], Any] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if library is not None:
+        monkeypatch.setattr(answers.ctypes, "PyDLL", library)
     mail: list[int] = []
     heard: list[int] = []
     done = asyncio.Event()

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import ctypes
 import itertools
+import logging
 import socket
 import time
 from collections import deque
@@ -15,6 +16,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from keural.serve.batching.requests import Chosen, End, Event, Request
 from keural.serve.batching.runner import Deliver, Runner, Ticket
+
+log = logging.getLogger("keural.serve")
 
 
 class Answer:
@@ -120,10 +123,14 @@ class Answers:
             self._ring()
 
     def _hand_out(self) -> None:
+        """Empty the mail, whatever happens to an event: as long as something lies there nobody rings."""
         self.last_news = time.monotonic()
         while self._mail:
             for ticket, event in self._mail.popleft():
-                self._observe(ticket, event)
+                try:
+                    self._observe(ticket, event)
+                except Exception:  # an error of ours: the log says where, and the answer goes on
+                    log.exception("an event was not counted")
                 self._open[ticket].put(event)
                 if event.end is not None:
                     del self._open[ticket]
@@ -152,7 +159,8 @@ def bell(loop: asyncio.AbstractEventLoop, heard: Callable[[], None]) -> Callable
     write.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t]
 
     def ring() -> None:
-        write(ringing.fileno(), b"!", 1)  # where it is full, the loop was called already
+        if write(ringing.fileno(), b"!", 1) != 1:  # full, so that the loop is called already; or the system has no memory for it
+            _tell(loop, heard)
 
     return ring
 

@@ -19,7 +19,7 @@ from keural.parsing import Malformed, parse_json
 from keural.serve.server.chat import ChatRequest, answer_chat
 from keural.serve.server.completions import CompletionRequest, answer_completion
 from keural.serve.server.description import describe
-from keural.serve.server.errors import ApiError, json_response, of_status, to_json
+from keural.serve.server.errors import ApiError, json_response, of_ours, of_status, to_json
 from keural.serve.server.fields import refusal
 from keural.serve.server.gate import Gate
 from keural.serve.server.messages import CountRequest, MessagesRequest, answer_messages, count_tokens
@@ -179,6 +179,10 @@ def _add_errors(app: FastAPI) -> None:
             what = "send JSON, with the header `Content-Type: application/json`"
             return ApiError(415, what, "content-type", "unsupported_media_type").response(path)
         return refusal(found).response(path)
+
+    @app.exception_handler(Exception)  # the framework would say so in words of its own, and raises it again for the log
+    async def failed(request: Request, error: Exception) -> Response:
+        return of_ours().response(request.url.path)
 
 
 def _route_class(limits: Limits) -> type[APIRoute]:

@@ -66,3 +66,8 @@ def of_status(status: int, detail: str, headers: Mapping[str, str] | None = None
     known = {404: ("there is nothing at this address", "not_found"), 405: ("this address has no such method", "method_not_allowed")}
     message, code = known.get(status, (detail, None))
     return ApiError(status, message, code=code, headers=headers)
+
+
+def of_ours() -> ApiError:
+    """What nobody foresaw, as the client hears of it; the log says where it was."""
+    return ApiError(500, "the server failed; its log says more", code="internal_error")

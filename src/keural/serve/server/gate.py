@@ -13,7 +13,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from keural.serve.server.errors import ApiError
+from keural.serve.server.errors import ApiError, of_ours
 from keural.serve.server.keys import offered_key
 from keural.serve.server.metrics import REASONS
 from keural.serve.server.page import ADDRESSES
@@ -68,9 +68,7 @@ class Gate:
             log.exception("a request failed")
             scope[LOG_ENTRY]["error"] = type(error).__name__
             if not reply.begun:
-                await ApiError(500, "the server failed; its log says more", code="internal_error").response(scope["path"])(
-                    scope, body.receive, reply.send
-                )
+                await of_ours().response(scope["path"])(scope, body.receive, reply.send)
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> ApiError | None:
         """Why a request is not even looked at."""

@@ -227,14 +227,14 @@ class Reply(Response):
         return Usage(prompt, answer, sum(ticket.cached_tokens for ticket in firsts))
 
     async def _parts(self, asked: Sequence[tuple[Ticket, Answer]]) -> AsyncGenerator[Part, None]:
-        """The parts of several choices as they come; raises `ApiError` where one fails."""
-        queue: asyncio.Queue[Part | ApiError] = asyncio.Queue(len(asked))
+        """The parts of several choices as they come; raises what one of them fails with."""
+        queue: asyncio.Queue[Part | Exception] = asyncio.Queue(len(asked))
 
         async def pass_on(index: int) -> None:
             try:
                 async for part in self._follow(index, *asked[index]):
                     await queue.put(part)
-            except ApiError as error:
+            except Exception as error:  # whatever it is: nobody else hears of it, and the reply would wait for ever
                 await queue.put(error)
 
         followers = [asyncio.create_task(pass_on(index)) for index in range(len(asked))]
@@ -242,7 +242,7 @@ class Reply(Response):
             left = len(asked)
             while left:
                 found = await queue.get()
-                if isinstance(found, ApiError):
+                if isinstance(found, Exception):
                     raise found
                 left -= found.finish is not None
                 yield found

@@ -119,11 +119,26 @@ class TestLogits:
         assert chosen == {0, 1, 2}
         torch.testing.assert_close(output.logits, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
 
+    @pytest.mark.parametrize(
+        ("kind", "settings"), [("mistral", {}), ("qwen2", {}), ("qwen2", {"use_sliding_window": True, "max_window_layers": 1})]
+    )
     def test_sliding_windows_stay(
-        self, saved: Callable[..., Any], shape: Callable[..., KeuralConfig], tmp_path: Path, tokenizer: KeuralTokenizer
+        self,
+        kind: str,
+        settings: dict[str, Any],
+        saved: Callable[..., Any],
+        shape: Callable[..., KeuralConfig],
+        tmp_path: Path,
+        tokenizer: KeuralTokenizer,
     ) -> None:
-        source, dense = saved("mistral", sliding_window=9)
-        config = shape(sliding_window=9, layer_types=["sliding_attention"] * SHAPE["num_hidden_layers"])
+        source, dense = saved(kind, sliding_window=9, **settings)
+        file = source / "config.json"
+        written = json.loads(file.read_text())
+        for key in ("layer_types", "use_sliding_window", "max_window_layers"):  # as versions before layer_types wrote it
+            written.pop(key, None)
+        file.write_text(json.dumps({**written, "sliding_window": 9, **settings}))
+        kinds = getattr(dense.config, "layer_types", None) or ["sliding_attention"] * SHAPE["num_hidden_layers"]
+        config = shape(sliding_window=9, layer_types=kinds)
         made(source, tmp_path / "out", config, tokenizer)
         ids = torch.randint(4, tokenizer.vocab_size, (1, CONTEXT), generator=torch.Generator().manual_seed(0))
 

@@ -140,6 +140,37 @@ def test_a_label_is_of_the_last_answer_alone() -> None:
     assert outcome("kto", several) == "label_of_several_turns"
 
 
+TURN_LABELS: list[tuple[dict[str, Any], Any]] = [
+    ({"label": False}, False),
+    ({"label": "👎"}, False),
+    ({"kto_tag": 1}, True),
+    ({"label": None}, "missing_label"),
+    ({"label": "meh"}, "undeclared_value"),
+]
+
+
+@pytest.mark.parametrize(("said", "good"), TURN_LABELS)
+def test_a_label_inside_the_last_answer_is_the_rows(said: dict[str, Any], good: Any) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", **said}]
+    expected = good if isinstance(good, str) else (("q",), "a", good)
+    assert outcome("messages", {"messages": turns}) == expected
+    assert outcome("kto", {"prompt": turns[:1], "completion": turns[1:]}) == expected
+    assert outcome("sharegpt", {"conversations": turns}, options={"label": "label" if "label" in said else "kto_tag"}) == expected
+
+
+def test_a_label_inside_a_turn_is_of_that_turn_and_agrees_with_the_rows() -> None:
+    question, bad, good = (
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a", "label": False},
+        {"role": "assistant", "content": "a", "label": True},
+    )
+    assert outcome("messages", {"messages": [question, bad, question, good]}) == (("q", "a", "q"), "a", True)
+    assert outcome("messages", {"messages": [question, good, question, bad]}) == (("q", "a", "q"), "a", False)
+    assert outcome("messages", {"messages": [question, good | {"label": None}, question, good], "label": False}) == "fields_differ"
+    assert outcome("messages", {"messages": [{**question, "label": True}, good | {"label": None}]}) == "missing_label"
+    assert outcome("kto", {"prompt": [question, bad, question], "completion": "b"}) == "missing_label"
+
+
 def test_a_label_in_words_is_read_and_not_listed_as_left(prepared: Prepare) -> None:
     rows = [row | {"label": "👍" if row["label"] else "👎"} for row in kto_rows(6)]
     table = prepared([{"question": row["prompt"], "answer": row["completion"], "label": row["label"]} for row in rows], "qa").table[

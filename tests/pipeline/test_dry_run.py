@@ -38,6 +38,8 @@ def test_a_run_that_has_not_begun_is_tried_with_random_weights(place: Any, tmp_p
 
 def test_reference_values_are_kept_by_no_dry_run(place: Any) -> None:
     assert "--dry-run and --reference-only: give one of them" in place.refused("--dry-run", "--reference-only")
+    assert "shows steps that are trained, and --dry-run trains none" in place.refused("--dry-run", "--tensorboard")
+    assert "and --reference-only trains none" in place.refused("--reference-only", "--tensorboard")
 
 
 def test_figures_that_are_not_finite_are_found(place: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from keural.files import read_json
+from keural.recipe import TrainSpec
 from keural.train.stage.step_plan import StepPlan, why_not_continued
 
 
@@ -80,15 +81,12 @@ def test_one_whose_learning_rate_falls_cannot_and_says_why(place: Any) -> None:
 
 
 def test_when_a_plan_is_the_beginning_of_another() -> None:
-    class Spec:
-        lr, min_lr = 1e-3, 0.0
-
-    spec: Any = Spec()
+    spec = TrainSpec(steps=20, batch_tokens=64, lr=1e-3)
     assert why_not_continued(StepPlan(10, 4), StepPlan(20, 4), 4, spec) is None
     assert why_not_continued(StepPlan(10, 4), StepPlan(20, 4), 5, spec) is None  # the first step after warm-up is the peak
     assert "from step 5 on" in str(why_not_continued(StepPlan(10, 4), StepPlan(20, 4), 6, spec))
     assert "from step 0 on" in str(why_not_continued(StepPlan(10, 4), StepPlan(10, 5), 1, spec))
-    spec.min_lr = spec.lr
+    spec = TrainSpec(steps=20, batch_tokens=64, lr=1e-3, min_lr=1e-3)
     assert why_not_continued(StepPlan(10, 4), StepPlan(20, 4), 10, spec) is None
     assert why_not_continued(StepPlan(10, 4), StepPlan(8, 4), 8, spec) is None
     assert "10 steps are done already, more than 8" in str(why_not_continued(StepPlan(10, 4), StepPlan(8, 4), 10, spec))

@@ -132,6 +132,15 @@ class TestShared:
         assert recipe.stage("sft-1").train.evaluate_every is None
         assert recipe.stage("sft-2").train.evaluate_every == 7
 
+    def test_null_takes_back_what_is_shared_and_what_the_other_recipes_file_says(self, tmp_path: Path) -> None:
+        write(tmp_path / "first", {"name": "first", "extends": "laptop"}, sft_1={"train": {"evaluate_every": 3}})
+        mine = write(
+            tmp_path / "mine",
+            {"name": "mine", "extends": "../first", "shared": {"train": {"evaluate_every": 7}}},
+            sft_1={"train": {"evaluate_every": None}},
+        )
+        assert load_recipe(mine).stage("sft-1").train.evaluate_every is None
+
     @pytest.mark.parametrize(
         ("shared", "said"),
         [

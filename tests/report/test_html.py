@@ -300,3 +300,14 @@ def test_where_preferences_have_another_loss_nothing_is_said_of_where_it_starts(
     write_checked_text(run / "recipe.yaml", yaml.safe_dump(recipe))
 
     assert "starts at ln 2" not in Page(write_report(run)).words
+
+
+def test_where_a_loss_starts_is_said_of_the_objectives_that_were_trained(run: Path, tmp_path: Path) -> None:
+    assert "KTO" not in Page(write_report(run)).words
+    write_stage(tmp_path / "judged", "judge", "kto")
+    page = Page(write_report(tmp_path / "judged"))
+    assert "the KTO loss starts at 0.5" in page.words
+    assert "DPO" not in page.words
+    settings = {"name": "judge", "objective": "kto", "kto": {"desirable_weight": 2.0}}
+    write_checked_text(tmp_path / "judged" / "judge" / "stage.yaml", yaml.safe_dump(settings))
+    assert "starts at 0.5" not in Page(write_report(tmp_path / "judged")).words

@@ -55,3 +55,9 @@ def test_one_curve_over_two_stages_has_no_step_where_they_meet() -> None:
     assert rates[4:51] == [1.0] * 47
     assert rates[50:] == sorted(rates[50:], reverse=True)
     assert rates[-1] == 0.0
+
+
+def test_a_share_of_less_than_a_step_still_ends_at_the_minimum() -> None:
+    rates = [learning_rate(step, steps=10, peak=1.0, minimum=0.2, warmup_steps=2, decay_share=0.01) for step in range(10)]
+    assert rates[2:] == [1.0] * 7 + [0.2]
+    assert learning_rate(2, steps=3, peak=1.0, minimum=0.2, warmup_steps=2, decay_share=0.01) == 1.0  # no step after the warm-up's

@@ -144,13 +144,17 @@ def _windows(dense: DenseModel, config: KeuralConfig) -> list[str]:
     context = config.max_position_embeddings
     ours = [min(config.sliding_window or context, context) if kind == SLIDING_ATTENTION else context for kind in config.layer_types]
     kinds = dense.values.get("layer_types")
-    window = dense.values.get("sliding_window") if dense.values.get("use_sliding_window", True) else None
+    qwen = dense.values["model_type"] in ("qwen2", "qwen3")  # which slide only where they say so, and in their last layers
+    window = dense.values.get("sliding_window") if dense.values.get("use_sliding_window", not qwen) else None
+    first = dense.values.get("max_window_layers", 28) if qwen else 0
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         return [f"its sliding_window is {window!r:.40}"]
+    if not isinstance(first, int):
+        return [f"its max_window_layers is {first!r:.40}"]
     if isinstance(kinds, list) and len(kinds) == len(ours):
         slides = [kind == SLIDING_ATTENTION for kind in kinds]
     else:
-        slides = [window is not None] * len(ours)
+        slides = [window is not None and layer >= first for layer in range(len(ours))]
     theirs = [min(window, context) if window is not None and sliding else context for sliding in slides]
     other = [layer for layer, (one, two) in enumerate(zip(theirs, ours, strict=True)) if one != two]
     if not other:

@@ -96,6 +96,10 @@ def run(
     """
     if dry_run and reference_only:
         raise UserError("--dry-run and --reference-only: give one of them; the first keeps nothing")
+    if boards and (dry_run or reference_only):
+        raise UserError(
+            f"--{boards[0]} shows steps that are trained, and {'--dry-run' if dry_run else '--reference-only'} trains none"
+        )
     stages = select_stages(recipe, until=until, only=only)
     if reference_only:
         stages = _with_reference(stages)

@@ -5,6 +5,7 @@ In: a recipe's directory. Out: the plain data of `recipe.yaml` and of its stages
 to what is said nowhere.
 """
 
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,13 +37,13 @@ def read_recipe_files(directory: Path) -> Files:
 
     Raises `UserError` for a file that is missing or no mapping, and for a recipe that extends none or itself.
     """
-    recipe, stages = _read(directory, ())
+    recipe, layers = _read(directory, ())
     shared = recipe.pop(SHARED, None) or {}
     if not isinstance(shared, dict):
         raise UserError(f"{directory / RECIPE_FILE}: key {SHARED!r} must be keys of stages with their values, got {quoted(shared)}")
     if own := [key for key in ("name", "init_from") if key in shared]:
         raise UserError(f"{directory / RECIPE_FILE}: key '{SHARED}.{own[0]}' belongs to one stage; write it in the stage's file")
-    return Files(recipe, {name: laid_over(shared, stage) for name, stage in stages.items()}, bool(shared))
+    return Files(recipe, {name: reduce(laid_over, files, shared) for name, files in layers.items()}, bool(shared))
 
 
 def sets_file(directory: Path) -> Path:
@@ -57,7 +58,10 @@ def sets_file(directory: Path) -> Path:
     return (directory if (directory / SETS_FILE).is_file() else [*seen, directory][0]) / SETS_FILE
 
 
-def _read(directory: Path, before: tuple[Path, ...]) -> tuple[Data, dict[str, Data]]:
+def _read(directory: Path, before: tuple[Path, ...]) -> tuple[Data, dict[str, list[Data]]]:
+    """`recipe.yaml` over the one behind it, and each stage's files, that of the recipe farthest behind first: a null in one of them
+    takes back what all before it say, and what is shared.
+    """
     file = directory / RECIPE_FILE
     recipe = read_mapping(file)
     behind, behind_stages = _read_base(recipe.pop(EXTENDS), directory, before) if recipe.get(EXTENDS) is not None else ({}, {})
@@ -66,10 +70,10 @@ def _read(directory: Path, before: tuple[Path, ...]) -> tuple[Data, dict[str, Da
     stages = recipe.get("stages")
     if not isinstance(stages, list) or not all(isinstance(name, str) for name in stages):
         raise UserError(f"{file}: key 'stages' must be a list of stage names")
-    return recipe, {name: laid_over(behind_stages.get(name, {}), read_mapping(directory / f"{name}.yaml")) for name in stages}
+    return recipe, {name: [*behind_stages.get(name, ()), read_mapping(directory / f"{name}.yaml")] for name in stages}
 
 
-def _read_base(given: Any, directory: Path, before: tuple[Path, ...]) -> tuple[Data, dict[str, Data]]:
+def _read_base(given: Any, directory: Path, before: tuple[Path, ...]) -> tuple[Data, dict[str, list[Data]]]:
     base, file = _base(given, directory), directory / RECIPE_FILE
     if base.resolve() in [path.resolve() for path in (*before, directory)] or len(before) >= MOST:
         raise UserError(f"{file}: extends {quoted(given)}, which leads back to itself; let one of them extend none")

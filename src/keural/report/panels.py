@@ -5,8 +5,9 @@ whose metric was never written does not appear.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from markupsafe import Markup
 
@@ -150,16 +151,30 @@ def _loss(placed: Sequence[_Placed], bands: Sequence[Band], legend: Sequence[tup
     lines = [line for one in placed for line in _lines(one, "loss", noisy=True)]
     heldout = [line for one in placed if (line := _heldout(one)).xs]
     note = "Thin: every step. Bold: moving average. Nats per token"
-    note += "; the DPO loss starts at ln 2 = 0.693, KTO's at 0.5." if _plain(placed) else "."
+    note += "".join(f"; {start}" for start in _starts(placed)) + "."
     if heldout:
         note += " Dots: held-out data."
     return Panel("Loss", line_chart("Loss", lines + heldout, bands, height=300), note, legend)
 
 
-def _plain(placed: Sequence[_Placed]) -> bool:
-    """Whether all preference stages minimise DPO's own loss, which begins at ln 2; others begin elsewhere."""
-    losses = [one.stage.settings.get("dpo", {}).get("loss", "sigmoid") for one in placed if one.stage.objective == "dpo"]
-    return bool(losses) and all(loss == "sigmoid" for loss in losses)
+def _starts(placed: Sequence[_Placed]) -> list[str]:
+    """Where the losses of preference stages begin, of each objective whose stages all begin there."""
+    found = []
+    for objective, (begins, text) in _BEGINNINGS.items():
+        given = [one.stage.settings.get(objective, {}) for one in placed if one.stage.objective == objective]
+        if given and all(map(begins, given)):
+            found.append(text)
+    return found
+
+
+_BEGINNINGS: dict[str, tuple[Callable[[Mapping[str, Any]], bool], str]] = {
+    "dpo": (lambda settings: settings.get("loss", "sigmoid") == "sigmoid", "the DPO loss starts at ln 2 = 0.693"),
+    "kto": (
+        lambda settings: all(settings.get(f"{label}_weight", 1.0) == 1.0 for label in ("desirable", "undesirable")),
+        "the KTO loss starts at 0.5",
+    ),
+}
+"""Whether a stage's loss begins where the objective's own does before anything is learned, by its settings; and where that is."""
 
 
 def _learning_rate(placed: Sequence[_Placed], bands: Sequence[Band], legend: Sequence[tuple[str, str]]) -> Panel:

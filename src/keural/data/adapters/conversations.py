@@ -85,7 +85,7 @@ def _kto(value: Any, source: SourceSpec, where: str) -> Conversation | Drop:
     """
     reader, name = TurnReader(source, where), source.options.get("label", "label")
     good = reader.label(lookup(value, name), name, required=True)
-    if good is None:
+    if good is None and not reader.source.as_labels:  # there, the completion may have it
         raise BadRow("missing_label")
     reader.judge(good, name, lookup(value, name))
     return _completed(reader, value, name)

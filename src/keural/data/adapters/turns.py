@@ -196,10 +196,11 @@ def reads(source: SourceSpec, keys: Sequence[Any], turns: Sequence[str | int] = 
         [options[option]] if option in options else list(names)
         for option, names in (("role", ROLE_KEYS), ("content", CONTENT_KEYS))
     )
+    special = _SPECIAL | _flags(options).keys() | (set(LABELS) if source.as_labels else set())
     return Reads(
         frozenset(part for name in (*named, *turns) for part in (str(name), str(name).split(".")[0])),
         tuple(turns),
-        _SPECIAL | _flags(options).keys() | {str(name).split(".")[0] for name in (*role, *content, *_ignored(options))},
+        special | {str(name).split(".")[0] for name in (*role, *content, *_ignored(options))},
         booleans=frozenset(LABELS),
         optional=("system", "tools", "label", "flags", "ignore", *optional),
     )
@@ -319,6 +320,8 @@ class TurnReader:
     """What the row's label says, where it has one."""
     good: bool | None = None
     """Whether the row's label says that its answer is good, of a source that is taken as labelled answers."""
+    _answer: dict[str, Any] | None = None
+    """The last turn as the row has it, where that is an answer."""
     _speakers: dict[str, str] = field(default_factory=dict)
     _call_ids: list[str] | None = None
     """Calls that wait for a result; None where they have no ids."""
@@ -335,6 +338,16 @@ class TurnReader:
         """The source's options."""
         return self.source.options
 
+    @property
+    def _label_names(self) -> Sequence[Any]:
+        """Fields that may say whether an answer is good."""
+        return [self.options.get("label", LABELS[0])] if self._settings.declared else LABELS
+
+    @property
+    def _judges_turns(self) -> bool:
+        """Whether a label of the last turn is that of the labelled answer which the row becomes."""
+        return self.source.as_labels and self.has_turns
+
     def check_row(self, row: Any, used: Sequence[Any] = ()) -> None:
         """Raise `BadRow` for a row that says that it is not to be learned. `used` are fields that are read as something else."""
         if not isinstance(row, dict):
@@ -345,11 +358,11 @@ class TurnReader:
         declared = self._settings.declared
         if not declared and row.keys().isdisjoint(LABELS):
             return
-        for label in [self.options.get("label", LABELS[0])] if declared else LABELS:
+        for label in self._label_names:
             if str(label) in names | self._settings.ignore:
                 continue
             good = self.label(lookup(row, label), label)
-            if good is None and declared:
+            if good is None and declared and not self.source.as_labels:  # its answer may have it
                 raise BadRow("missing_label")
             self.judge(good, label, lookup(row, label))
 
@@ -359,7 +372,7 @@ class TurnReader:
             return
         if self.source.as_labels:
             if self.good is not None and self.good != good:
-                raise BadRow("fields_differ", ", ".join(LABELS))
+                raise BadRow("fields_differ", f"{self.said}, {said(label, value)}")
             self.good = good
         elif not good:
             raise BadRow("label_false")
@@ -462,6 +475,7 @@ class TurnReader:
         if role == TOOL_CALL:
             text = with_calls("", [self._call(call) for call in _calls_in(text)])
         turn = Message(role, trimmed(text))
+        self._answer = item if role == "assistant" else None
         return self.with_extras(turn, item) if role == "tool" or item.keys() & self._settings.special else turn
 
     def _check_parts(self, parts: Any) -> None:
@@ -507,6 +521,8 @@ class TurnReader:
 
     def _is_bad(self, item: dict[str, Any]) -> bool:
         """Whether a turn says of itself that it is no good answer; a label of another type than true or false means anything."""
+        if self._judges_turns:
+            return False  # such an answer is wanted
         labels = (item.get(name) for name in LABELS if name not in self._settings.ignore)
         return any(str(label).strip().lower() == "false" for label in labels)
 
@@ -604,6 +620,7 @@ class TurnReader:
 
     def conversation(self, row: Any, turns: Sequence[Message]) -> Conversation | Drop:
         """The conversation of a row's turns, with the system text and the tools beside them, in the order that options allow."""
+        self._judge_answer()
         arranged = self._arranged(with_system(self.system(row), turns))
         allowed = {name for name in (ASSISTANT_FIRST, SYSTEM_INSIDE) if self.options.get(name) == "keep"}
         tools = self.tools(row) if isinstance(row, dict) else []
@@ -611,6 +628,15 @@ class TurnReader:
         record = conversation(with_tools(arranged, tools), self.where, self.source.language, notes, allowed)
         record = replace(record, label=self.said) if self.said and isinstance(record, Conversation) else record
         return self._labelled(record) if self.source.as_labels and isinstance(record, Conversation) else record
+
+    def _judge_answer(self) -> None:
+        """Take note of what the last turn's own label says, where it is an answer and labels are wanted."""
+        if not self._judges_turns or self._answer is None:
+            return
+        for name in self._label_names:
+            if str(name) not in self._settings.ignore:
+                value = lookup(self._answer, name)
+                self.judge(self.label(value, name), name, value)
 
     def _labelled(self, record: Conversation) -> Conversation:
         """The record as its last answer with the row's label. Raises `BadRow` where the label is of something else than that."""

@@ -23,7 +23,8 @@ def learning_rate(
     assert warmup_steps < steps
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    decay_steps = round((steps - 1 - warmup_steps) * decay_share)
+    after = steps - 1 - warmup_steps
+    decay_steps = max(min(1, after), round(after * decay_share))  # a share of less than a step is the last one
     fallen = max(0, step - (steps - 1 - decay_steps))
     progress = fallen / decay_steps if decay_steps else 0.0
     left = 1 - progress if decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))

@@ -70,7 +70,8 @@ class TrainSpec(Spec):
     up to rounding."""
     shard_over: int | None = neutral("work", None, gt=0)
     """Processes that share one copy of weights, gradients and moments, each holding a part: those of a node, where links between
-    nodes are slow (hybrid sharding). Their number must divide that of all; none: all share one copy."""
+    nodes are slow (hybrid sharding). Their number must divide that of all; none, or no more processes than that: all share one
+    copy."""
     compile: bool = neutral("work", False)
     """Compile the layers; the same numbers up to rounding."""
     skip_spikes: float | None = Field(None, gt=0)

@@ -2,7 +2,7 @@
 
 In: a template and the values of an item. Out: text. The notation is Jinja's, of which only this much is allowed: values by name and
 place (`{{ choices[0] }}`), a few filters, words joined by `~`, and a choice between two (`{{ a if b else c }}`, `{% if %}`). There
-are no loops, calls, attributes (as `["name"]` neither) or arithmetic, so that a task that somebody else wrote can at worst be wrong.
+are no loops, calls, attributes (nor as `["name"]`) or arithmetic, so that a task that somebody else wrote can at worst be wrong.
 """
 
 import functools

@@ -1,6 +1,8 @@
 """A model asked a task from one end to the other: planted answers, shuffled labels, what is known already, what is too long."""
 
+import gc
 import random
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 
 from keural.errors import UserError
 from keural.evaluate.evaluation import evaluate
+from keural.evaluate.generated import kind as generated
 from keural.evaluate.models import Conditions, EvaluatedModel, stored_model, untrained_model
 from keural.evaluate.results.store import read_results
 from keural.evaluate.tasks.items import Likelihood, LogProb
@@ -121,6 +124,29 @@ def test_a_second_time_nothing_is_computed_and_no_weights_are_read(
     assert same.results == first.results
     assert same.file == first.file
     assert "asking" not in again.__dict__
+
+
+def test_results_of_another_model_in_their_place_are_refused(
+    tiny: EvaluatedModel, model_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    task = load(shipped()["kobest_copa"], data)
+    own = evaluate(tiny, task, tmp_path, limit=3).file
+    other = evaluate(stored_model(model_dir, Conditions("text")), task, tmp_path, limit=3).file
+    own.write_bytes(other.read_bytes())
+
+    with pytest.raises(UserError, match=rf"{own}: holds results of another model or task"):
+        evaluate(tiny, task, tmp_path, limit=3)
+
+
+def test_a_network_that_wrote_answers_gives_its_memory_back(tiny: EvaluatedModel) -> None:
+    asked = [generated.Writing((1, 5), 2)]
+    assert list(generated.answer(tiny.network, [asked]))
+    network = weakref.ref(tiny.network)
+
+    tiny.close()
+    gc.collect()
+
+    assert network() is None
 
 
 def test_other_conditions_are_other_results(model_dir: Path, data: Path, tmp_path: Path) -> None:

@@ -90,6 +90,38 @@ def test_templates_put_values_in_and_run_nothing() -> None:
         check_template("{% set x = 1 %}")
 
 
+@pytest.mark.parametrize(
+    ("template", "unknown"),
+    [("{{ question['upper'] }}", "upper"), ("{{ question['__class__'] }}", "__class__"), ("{{ range }}", "range")],
+)
+def test_places_of_values_lead_to_no_attributes_or_functions(template: str, unknown: str) -> None:
+    check_template(template)
+
+    with pytest.raises(ValueError, match=unknown):
+        fill(template, {"question": "x"})
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ " + "(" * 3000 + "question" + ")" * 3000 + " }}", "{% if question %}" * 300 + "{% endif %}" * 300]
+)
+def test_templates_that_python_cannot_hold_are_refused(template: str) -> None:
+    with pytest.raises(ValueError, match="nested too deeply"):
+        check_template(template)
+
+
+@pytest.mark.parametrize("key", ["preamble", "question"])
+def test_a_template_that_fits_no_row_is_refused_with_the_row(key: str, tmp_path: Path) -> None:
+    items = tmp_path / "own" / "items.jsonl"
+    items.parent.mkdir()
+    items.write_text(json.dumps({"question": "q", "options": ["a", "b"], "answer": "a"}) + "\n", encoding="utf-8")
+    place = {"adapter": "evaluation", "path": "own/items.jsonl"}
+    options = {"choices": "options", "gold": "answer", "gold_is": "text"}
+    spec = read_task(written(tmp_path, places=[place | {"options": options}], **{key: "{{ nosuch }}"}))
+
+    with pytest.raises(UserError, match=r"1 template.*items.jsonl:1.*'nosuch' is undefined"):
+        load(spec, tmp_path)
+
+
 def loaded(data: Path, name: str = "kobest_copa", shots: int | None = None) -> LoadedTask:
     return load(select([name], data)[0], data, shots)
 
@@ -188,8 +220,8 @@ def test_a_part_of_a_task_is_a_task(tmp_path: Path) -> None:
     task = loaded(tmp_path, "mmlu_anatomy")
 
     assert [item.prompt.split("about ")[1].split(".")[0] for item in task.items] == ["anatomy"] * 3
-    with pytest.raises(UserError, match=r"no row has.*geology"):
-        loaded(tmp_path, "mmlu_geology")
+    with pytest.raises(UserError, match=r"no item can be asked: no row has.*anatomi.*did you mean 'anatomy'"):
+        loaded(tmp_path, "mmlu_anatomi")
 
 
 def test_names_files_and_languages_stand_for_tasks(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from keural.evaluate.models import EvaluatedModel
 from keural.evaluate.results.records import ItemResult, TaskResults
-from keural.evaluate.results.store import Header, LeftOut, ResultsWriter, open_results, read_results, results_file
+from keural.evaluate.results.store import Header, LeftOut, ResultsWriter, finished_results, open_results, results_file
 from keural.evaluate.tasks.items import Item, Unusable
 from keural.evaluate.tasks.kinds import KINDS
 from keural.evaluate.tasks.loading import LoadedTask
@@ -45,10 +45,9 @@ def evaluate(
     items = task.items[:limit]
     header = _header(model, task)
     path = results_file(directory, header)
-    if path.is_file() and path.read_bytes()[-1:] == b"\n":
-        kept = read_results(path)
-        if not _missing(model, items, kept.items):
-            return Evaluated(kept.results(item.id for item in items), path, 0, task)
+    kept = finished_results(path, header)
+    if kept is not None and not _missing(model, items, kept.items):
+        return Evaluated(kept.results(item.id for item in items), path, 0, task)
     with open_results(path, header, task.baselines) as writer:
         missing = _missing(model, items, writer.items)
         _ask(model, task, missing, writer, tell)

@@ -6,8 +6,8 @@ answer is right, whose instructions are all followed, or whose program passes. E
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from keural.data.records import EvaluationItem
 from keural.errors import UserError
@@ -107,12 +107,17 @@ def answer(network: Any, groups: Sequence[Sequence[Writing]]) -> Iterator[list[t
         network.model.config._experts_implementation = experts
 
 
-@cache
+_SLOTS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+"""Of the networks that there are; one that was given back takes its memory with it."""
+
+
 def _slots(network: Any) -> Any:
     """The network's slots for generation, made once: they count in its layers."""
     from keural.serve.batching.transformers_slots import TransformersSlots
 
-    return TransformersSlots(network.model, ANSWERS_AT_ONCE[network.model.device.type != "cpu"])
+    if network not in _SLOTS:
+        _SLOTS[network] = TransformersSlots(network.model, ANSWERS_AT_ONCE[network.model.device.type != "cpu"])
+    return _SLOTS[network]
 
 
 def judge(spec: TaskSpec, item: Item, asked: Sequence[Writing], found: Sequence[Written], details: dict[str, Any]) -> ItemResult:

@@ -19,7 +19,7 @@ from keural.errors import UserError, nearest
 from keural.evaluate.harness.samples import Sampled, item_of, kind_of, language_of_samples
 from keural.evaluate.models import EvaluatedModel
 from keural.evaluate.results.records import TaskResults
-from keural.evaluate.results.store import Header, open_results, read_results, results_file
+from keural.evaluate.results.store import Header, finished_results, open_results, results_file
 from keural.files import fingerprint
 
 PREFIX = "lm_eval."
@@ -64,11 +64,11 @@ class _Planned:
 
     def kept(self) -> TaskResults | None:
         """Its records, where all that are wanted are there."""
-        if not self.path.is_file():
+        kept = finished_results(self.path, self.header)
+        if kept is None:
             return None
-        items = read_results(self.path).items
-        chosen = [name for name, (place, _) in items.items() if place < self.wanted]
-        return read_results(self.path).results(chosen) if len(chosen) == self.wanted else None
+        chosen = [name for name, (place, _) in kept.items.items() if place < self.wanted]
+        return kept.results(chosen) if len(chosen) == self.wanted else None
 
 
 _NO_SETTINGS = HarnessSettings()

@@ -126,6 +126,20 @@ def read_results(path: Path) -> Kept:
     return kept
 
 
+def finished_results(path: Path, header: Header) -> Kept | None:
+    """What the file holds to which results of `header` would be appended; None where that is nothing, or not whole.
+
+    Raises `UserError` for a damaged file and one of something else.
+    """
+    if not path.is_file():
+        return None
+    kept, end = _read(path)
+    if kept is None or path.stat().st_size > end:
+        return None
+    _check_same(path, kept.header, header)
+    return kept
+
+
 def find_results(directory: Path) -> list[Path]:
     """The files of results below a directory, in order of their names. Raises `UserError` when there is no such directory."""
     if not directory.is_dir():
@@ -181,9 +195,16 @@ def open_results(path: Path, header: Header, baselines: Callable[[], Mapping[str
             kept = Kept(header, {})
             file.write(_line(asdict(header)))
             file.flush()
-        elif (kept.header.model.key, kept.header.digest) != (header.model.key, header.digest):
-            raise UserError(f"{path}: holds results of another model or task; move it away")
+        _check_same(path, kept.header, header)
         yield ResultsWriter(path, file, kept)
+
+
+def _check_same(path: Path, found: Header, wanted: Header) -> None:
+    """A file may have been put in another's place."""
+    if (found.model.key, found.digest) != (wanted.model.key, wanted.digest):
+        raise UserError(
+            f"{path}: holds results of another model or task ({found.model.name}, {found.task}); move it away and evaluate again"
+        )
 
 
 def _lock(file: Any, path: Path) -> None:

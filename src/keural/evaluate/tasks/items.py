@@ -46,6 +46,8 @@ class Draft:
     messages: tuple[Message, ...] = ()
     shown: str | None = None
     """Question and answer, as an example for other items; None where it cannot be one."""
+    preamble: str = ""
+    """What stands before examples and question."""
 
 
 class Unusable(Exception):
@@ -84,4 +86,5 @@ class LogProb:
 def refuse_no_items(task: str, left_out: Mapping[str, int], first: str) -> UserError:
     """What to say of a task of which nothing can be asked."""
     counted = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
-    return UserError(f"task {task}: no item can be asked ({counted or 'the set is empty'}){f': {first}' if first else ''}")
+    why = [f" ({counted})"] if counted else [] if first else [" (the set is empty)"]
+    return UserError(f"task {task}: no item can be asked{''.join(why)}{f': {first}' if first else ''}")

@@ -7,13 +7,13 @@ none and why, the digest of all that determines what is asked. Nothing here need
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from keural.data.records import Document, Drop, EvaluationItem, PreferencePair
 from keural.data.sources import Source, open_source
-from keural.errors import UserError
+from keural.errors import UserError, nearest
 from keural.evaluate.generated.made import MadeItems
 from keural.evaluate.tasks.items import Draft, Item, Unusable, refuse_no_items
 from keural.evaluate.tasks.kinds import KINDS
@@ -121,9 +121,18 @@ def _drafts(spec: TaskSpec, source: Source | MadeItems, left_out: Counter[str]) 
             left_out[record.reason] += 1
         elif _is_wanted(spec, record):
             try:
-                yield record, KINDS[spec.kind].draft(spec, record)
+                yield record, _draft(spec, record)
             except Unusable as unusable:
                 left_out[unusable.reason] += 1
+
+
+def _draft(spec: TaskSpec, record: Any) -> Draft:
+    """What is asked of a record, with the preamble before it. Raises `Unusable`."""
+    draft = KINDS[spec.kind].draft(spec, record)
+    try:
+        return replace(draft, preamble=fill(spec.preamble, draft.values))
+    except ValueError as error:
+        raise Unusable("template", str(error)) from error
 
 
 def _is_wanted(spec: TaskSpec, record: Any) -> bool:
@@ -138,10 +147,17 @@ def _first_problem(spec: TaskSpec, source: Source | MadeItems) -> str:
             return f"{record.where}: {record.detail or record.reason}"
         try:
             if _is_wanted(spec, record):
-                KINDS[spec.kind].draft(spec, record)
+                _draft(spec, record)
         except Unusable as unusable:
             return f"{record.where}: {unusable}"
-    return f"no row has {spec.where}" if spec.where else ""
+    return _no_such_part(spec, source) if spec.where else ""
+
+
+def _no_such_part(spec: TaskSpec, source: Source | MadeItems) -> str:
+    """What to say where no row has the values that are wanted: the nearest ones there are."""
+    rows = [dict(record.fields) for record in _records(spec, source) if isinstance(record, EvaluationItem)]
+    hints = [nearest(wanted, {str(row[name]) for row in rows if row.get(name)}) for name, wanted in spec.where.items()]
+    return f"no row has {spec.where}{''.join(hints)}"
 
 
 def _no_examples(draft: Draft) -> str:
@@ -175,12 +191,11 @@ def _items(spec: TaskSpec, drafts: Pairs, before: Before) -> Iterator[Item]:
     for number, (record, draft) in enumerate(drafts):
         digest = _identity(record)
         seen[digest] += 1
-        preamble = fill(spec.preamble, draft.values) if spec.preamble else ""
         yield Item(
             id=digest if seen[digest] == 1 else f"{digest}-{seen[digest]}",
             number=number,
             cluster=_cluster(spec, record, draft),
-            prompt=f"{preamble}{before(draft)}{draft.question}",
+            prompt=f"{draft.preamble}{before(draft)}{draft.question}",
             choices=draft.choices,
             right=draft.right,
             record=record,

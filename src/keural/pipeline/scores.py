@@ -111,6 +111,8 @@ def _figures(run: Path, name: str, found: Sequence[Measured], tell: Callable[[st
         score = summarize(one.results, items).to_json() if one.results.items else _nothing(one.results, items)
         if trained and one.results.items:
             score["contamination"] = beside(one.results, looked)
+        model = read_results(one.file).header.model
+        score["asked"] = f"{model.prompting}, {model.dtype}"
         tasks[one.results.task] = score | ({} if one.limit is None else {"limit": one.limit})
     return tasks
 

@@ -55,6 +55,17 @@ def test_the_tax_is_the_mean_difference_against_the_last_pretraining_stage() -> 
     assert complete(figures, files.__getitem__, {}, "nowhere")["tax"] == []
 
 
+def test_a_stage_that_was_asked_in_another_way_is_not_compared() -> None:
+    figures, files = run()
+    for stage in STAGES:
+        figures["stages"][stage]["tasks"]["b"]["asked"] = "chat" if stage == "sft-1" else "bos"
+    found = complete(figures, files.__getitem__, {"dpo-1": "pretrain-1"}, "pretrain-1")
+    assert "change" not in found["stages"]["sft-1"]["tasks"]["b"]
+    assert "change" in found["stages"]["sft-1"]["tasks"]["ko_a"]
+    assert found["stages"]["dpo-1"]["tasks"]["b"]["change"]["against"] == "pretrain-1"
+    assert [row["stages"].get("sft-1", {}).get("tasks") for row in found["tax"]] == [1, 1, None]
+
+
 def test_wrong_answers_are_those_of_the_last_stage_and_the_same_ones_each_time() -> None:
     figures, files = run()
     found = complete(figures, files.__getitem__)["stages"]

@@ -31,7 +31,8 @@ def complete(
     """The figures of a run's stages with everything that a table of them shows.
 
     Args:
-        figures: `{"stages": {name: {"tasks": {name: {"score", .., "items"}}}}}`, the stages in their order.
+        figures: `{"stages": {name: {"tasks": {name: {"score", .., "items"}}}}}`, the stages in their order. Tasks with different
+            values of `asked` are not compared.
         read: reads the items of a task from the path that stands under `items`. Raises `UserError` where that fails.
         predecessors: the stage that each starts from; the one before it where none is given.
         pretrained: the last pretraining stage, against which the alignment tax is measured; without it there is no tax.
@@ -49,12 +50,12 @@ def complete(
     for name in stages:
         against = before.get(name)
         if against is not None and against in results and against != name:
-            for one in _changes(results[against], results[name]):
+            for one in _changes(results[against], results[name], _asked_alike(figures, against, name)):
                 completed[name]["tasks"][one.task]["change"] = one.to_json() | {"against": against}
     if stages:
         for task, found in results[stages[-1]].items():
             completed[stages[-1]]["tasks"][task]["wrong"] = wrong_answers(found)
-    tax = _tax(results, stages, pretrained) if pretrained is not None and pretrained in results else []
+    tax = _tax(figures, results, pretrained) if pretrained is not None and pretrained in results else []
     return figures | {"stages": completed, "tax": tax}
 
 
@@ -90,17 +91,29 @@ def _stage(stage: Figures, results: Mapping[str, TaskResults]) -> Figures:
     return stage | {"tasks": tasks}
 
 
-def _changes(before: Mapping[str, TaskResults], after: Mapping[str, TaskResults]) -> Sequence[TaskComparison]:
+def _asked_alike(figures: Figures, before: str, after: str) -> Callable[[str], bool]:
+    """Whether two stages were asked a task in the same way, as far as their figures say: not one in a chat, the other as text."""
+    ways = [
+        {task: found.get("asked") for task, found in figures["stages"][name].get("tasks", {}).items()} for name in (before, after)
+    ]
+    return lambda task: ways[0].get(task) == ways[1].get(task)
+
+
+def _changes(
+    before: Mapping[str, TaskResults], after: Mapping[str, TaskResults], alike: Callable[[str], bool]
+) -> Sequence[TaskComparison]:
     """The tasks that both stages have measured in the same way, and what changed."""
-    same = [name for name, found in after.items() if name in before and before[name].digest == found.digest]
+    same = [name for name, found in after.items() if name in before and before[name].digest == found.digest and alike(name)]
     same = [name for name in same if before[name].items and after[name].items]
     return compare([before[name] for name in same], [after[name] for name in same]).tasks if same else []
 
 
-def _tax(results: Mapping[str, Mapping[str, TaskResults]], stages: Sequence[str], pretrained: str) -> list[Figures]:
+def _tax(figures: Figures, results: Mapping[str, Mapping[str, TaskResults]], pretrained: str) -> list[Figures]:
     """For each language, and for all where there are several, what each stage after pretraining scores more or less than it."""
+    stages = list(figures["stages"])
     later = stages[stages.index(pretrained) + 1 :]
-    changes = {name: [one for one in _changes(results[pretrained], results[name]) if one.kind != BITS] for name in later}
+    changed = {name: _changes(results[pretrained], results[name], _asked_alike(figures, pretrained, name)) for name in later}
+    changes = {name: [one for one in found if one.kind != BITS] for name, found in changed.items()}
     languages = list(dict.fromkeys(one.language for found in changes.values() for one in found))
     groups = [*([None] if len(languages) > 1 else []), *languages]
     rows = []

@@ -23,7 +23,8 @@ import torch
 
 from keural.data.prepared import Prepared
 from keural.evaluate.heldout_text import measured_texts
-from keural.evaluate.tasks import bits_per_byte, xz_bits_per_byte
+from keural.evaluate.measures import bits_per_byte
+from keural.evaluate.packers import packed_bits_per_byte
 from keural.pipeline.workspace import Workspace, build_config, prepare_all
 from keural.recipe import Recipe, StageSpec, load_recipe
 from keural.recipe.shipped import shipped
@@ -147,7 +148,7 @@ def trainer_of(workspace: Workspace, stage: StageSpec, prepared: Prepared, out: 
     job = StageJob(
         stage=stage, seed=seed, model_config=build_config(workspace.recipe, workspace.tokenizer), init=None,
         train_store=prepared.corpus, heldout_store=None, tokenizer_sha=workspace.tokenizer.sha256, run_dir=out,
-        fingerprint="", budget_seconds=None, tensorboard=False, references=None,
+        fingerprint="", budget_seconds=None, references=None,
     )  # fmt: skip
     ranks, objective = Ranks(0, 1, torch.device("cpu")), LOSSES[stage.objective](stage)
     policy, optimizer, _ = policy_of(job, objective.uniform, ranks)
@@ -185,7 +186,7 @@ def measured(recipe: Recipe, workspace: Workspace, trainer: Trainer, prepared: P
             continue
         texts = cut(measured_texts(spec, prepared), most_bytes)
         found[spec.name] = bits_per_byte(model, workspace.tokenizer, texts, length)["bits_per_byte"]
-        found[f"xz, {spec.name}"] = xz_bits_per_byte(texts)
+        found[f"xz, {spec.name}"] = packed_bits_per_byte(texts)["xz_9"]
     return {"measures": found}
 
 

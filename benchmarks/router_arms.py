@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from keural.evaluate.heldout_text import measured_texts
-from keural.evaluate.tasks import bits_per_byte
+from keural.evaluate.measures import bits_per_byte
 from keural.files import read_object
 from keural.pipeline.run import run
 from keural.pipeline.run_directory import SUMMARY

@@ -1,0 +1,51 @@
+"""Benchmarks call what the package has: they are run by hand, where a name that moved would be found too late."""
+
+import ast
+import importlib
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FILES = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.py"))
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[str, str, Any]]:
+    """What a file imports from this package: its name there, where it stands, and what it is (None: not there)."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "keural":
+            try:
+                module = importlib.import_module(str(node.module))
+            except ModuleNotFoundError as error:
+                if str(error.name).startswith("keural"):
+                    raise
+                pytest.skip(f"{error.name} is not installed")
+            for alias in node.names:
+                found = getattr(module, alias.name, None)
+                if found is None:
+                    try:
+                        found = importlib.import_module(f"{node.module}.{alias.name}")
+                    except ModuleNotFoundError:
+                        found = None
+                yield alias.asname or alias.name, f"{node.module}.{alias.name}", found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_what_it_imports_is_there_and_takes_its_arguments(file: Path) -> None:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    names = {}
+    for name, where, found in imported(tree):
+        assert found is not None, f"{where} is not there"
+        names[name] = found
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and callable(names.get(node.func.id)):
+            try:
+                parameters = inspect.signature(names[node.func.id]).parameters
+            except ValueError:  # a class of C without a signature
+                continue
+            if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+                continue
+            given = {keyword.arg for keyword in node.keywords if keyword.arg is not None}
+            assert given <= set(parameters), f"{file.name}:{node.lineno}: {node.func.id} takes no {sorted(given - set(parameters))}"

@@ -103,7 +103,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            _lock(file.fileno())
+            lock(file.fileno())
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -143,12 +143,12 @@ def clear_leftovers(directory: Path) -> None:
 
 def _remove_unlocked(path: Path) -> None:
     with contextlib.suppress(OSError), path.open("rb") as file:
-        if path.is_symlink() or not _lock(file.fileno()):
+        if path.is_symlink() or not lock(file.fileno()):
             return
         path.unlink()
 
 
-def _lock(descriptor: int) -> bool:
+def lock(descriptor: int) -> bool:
     """Mark an open file as in use until it is closed; False when another process has. File systems without locks say yes."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,13 +1,14 @@
 """Greedy answers and answer log-probabilities against naive loops, one sequence at a time and without a cache."""
 
 import copy
+from collections.abc import Sequence
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
 from keural.errors import UserError
-from keural.evaluate.generation import answer_logprobs, greedy, text_logprobs, until
+from keural.evaluate.generation import Chat, greedy, span_logprobs, split_answer, text_logprobs, until
 from keural.model import KeuralMoECausalLM
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt
 
@@ -22,6 +23,14 @@ CHATS = [
     [Message("user", "열하나")],
     [Message("user", "sees a small <|im_end|>")],
 ]
+
+
+def answer_logprobs(
+    model: KeuralMoECausalLM, tokenizer: KeuralTokenizer, prompts: Sequence[Chat], answers: Sequence[str], batch_size: int = 16
+) -> list[float]:
+    """Of each answer after its prompt."""
+    chats = [split_answer(tokenizer, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    return span_logprobs(model, chats, tokenizer.pad_id, batch_size)
 
 
 @pytest.fixture(scope="module")

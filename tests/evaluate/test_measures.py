@@ -4,24 +4,27 @@ import copy
 import math
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from keural import microworld
 from keural.errors import UserError
+from keural.evaluate import toy_world
 from keural.evaluate.measures import (
     _windows,
     bits_per_byte,
     exact_match,
     is_correct,
     polite_rate,
-    preference_accuracy,
-    preference_margins,
 )
 from keural.evaluate.packers import packed_bits_per_byte
+from keural.evaluate.results.records import ItemResult
 from keural.model import KeuralMoECausalLM
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt
 
@@ -119,21 +122,29 @@ PAIRS = [
 ]
 
 
+def preferred(model: KeuralMoECausalLM, tokenizer: KeuralTokenizer, pairs: Sequence[Preference]) -> list[ItemResult]:
+    """What the toy world finds of pairs in a chat."""
+    items = tuple(microworld.Pair(pair.prompt, pair.chosen, pair.rejected, "ko") for pair in pairs)
+    bench = SimpleNamespace(model=lambda name: model, tokenizer=tokenizer)
+    return toy_world._choose(bench, "m", toy_world.ToyTask("preferences", "ko", items), in_chat=True, longest=0)  # type: ignore[arg-type]
+
+
 def test_preference_margins_are_differences_of_summed_logprobs(
     model: KeuralMoECausalLM, exact: KeuralMoECausalLM, tokenizer: KeuralTokenizer
 ) -> None:
-    margins = preference_margins(model, tokenizer, PAIRS)
+    found = preferred(model, tokenizer, PAIRS)
+    margins = [first - second for first, second in (item.logprobs or () for item in found)]
 
     for margin, pair in zip(margins, PAIRS, strict=True):
         chosen, rejected = (naive_answer(exact, tokenizer, pair.prompt, answer) for answer in (pair.chosen, pair.rejected))
         assert margin == pytest.approx(chosen - rejected, rel=1e-4)
-    assert preference_accuracy(model, tokenizer, PAIRS) == sum(margin > 0 for margin in margins) / 3
+    assert sum(item.score for item in found) / 3 == sum(margin > 0 for margin in margins) / 3
 
 
 def test_preferring_an_answer_to_itself_counts_as_wrong(model: KeuralMoECausalLM, tokenizer: KeuralTokenizer) -> None:
     same = [Preference((Message("user", "cat"),), "yes", "yes")]
 
-    assert preference_accuracy(model, tokenizer, same) == 0.0
+    assert [item.score for item in preferred(model, tokenizer, same)] == [0.0]
 
 
 @pytest.mark.parametrize(("length", "overlap"), [(160, 0), (11, 0), (11, 4), (2, 1), (1, 0)])

@@ -19,7 +19,7 @@ from keural import terminal
 from keural.convert.foreign_checkpoint import Checkpoint, open_checkpoint
 from keural.errors import UserError, listed
 from keural.files import check_new, read_object
-from keural.model import CHATML_IDS, KeuralConfig, mean_row
+from keural.model import CHATML_IDS, KeuralConfig, with_mean_rows
 from keural.model.config_fields import FIELDS
 from keural.model.configuration_keural import PUBLISHED_BASE_VOCABULARY
 from keural.pretrained.directory import configuration, write_model_directory
@@ -224,7 +224,7 @@ def _grown(where: Path, config: KeuralConfig, weights: Weights) -> tuple[KeuralC
 
     def read(name: str) -> Tensor:
         tensor = weights.read(name)
-        return tensor if name != EMBEDDING else torch.cat([tensor, mean_row(tensor).expand(CHATML_IDS, -1)])
+        return with_mean_rows(tensor, CHATML_IDS) if name == EMBEDDING else tensor
 
     return grown, Weights(infos, read)
 

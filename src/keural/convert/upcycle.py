@@ -20,7 +20,7 @@ from keural.convert.dense_model import DenseModel, open_dense, problems
 from keural.convert.initialise import random_weights
 from keural.errors import UserError
 from keural.files import check_new, read_object, sha256_file
-from keural.model import CHATML_IDS, KeuralConfig, mean_row
+from keural.model import CHATML_IDS, KeuralConfig, with_mean_rows
 from keural.parsing import parse_json
 from keural.pretrained.directory import write_model_directory
 from keural.pretrained.lineage import UNKNOWN
@@ -149,7 +149,7 @@ def _weights(dense: DenseModel, config: KeuralConfig, seed: int, dtype: torch.dt
         if name.endswith(".mlp.gate.weight"):
             return drawn.read(name)
         tensor = read_dense(_source(name)).to(kept)
-        return torch.cat([tensor, mean_row(tensor).expand(CHATML_IDS, -1)]) if grows and name == EMBEDDING else tensor
+        return with_mean_rows(tensor, CHATML_IDS) if grows and name == EMBEDDING else tensor
 
     return replace(drawn, infos={name: TensorInfo(info.shape, kept) for name, info in drawn.infos.items()}, read=read)
 

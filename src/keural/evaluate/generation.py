@@ -67,23 +67,6 @@ def continuations(
 
 
 @torch.inference_mode()
-def answer_logprobs(
-    model: KeuralMoECausalLM,
-    tokenizer: KeuralTokenizer,
-    prompts: Sequence[Chat],
-    answers: Sequence[str],
-    batch_size: int = 16,
-) -> list[float]:
-    """Log-probability of each answer as the assistant's turn after its prompt: the sum over its tokens and `<|im_end|>`, in nats.
-
-    These are the tokens that DPO sums over (its loss mask within the last turn). Raises `UserError` when a chat with its answer
-    does not fit into the model's context.
-    """
-    chats = [split_answer(tokenizer, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    return span_logprobs(model, chats, tokenizer.pad_id, batch_size)
-
-
-@torch.inference_mode()
 def span_logprobs(
     model: KeuralMoECausalLM, texts: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, batch_size: int = 16
 ) -> list[float]:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from keural.errors import UserError
-from keural.evaluate.generation import answer_logprobs, text_logprobs
+from keural.evaluate.generation import text_logprobs
+from keural.evaluate.windows import windows
 from keural.model import KeuralMoECausalLM
 from keural.tokenizer import KeuralTokenizer, Message
 
@@ -98,25 +99,6 @@ def polite_rate(answers: Sequence[str], is_polite: Callable[[str], bool]) -> flo
     return _share([is_polite(answer) for answer in answers], "answers")
 
 
-def preference_accuracy(model: KeuralMoECausalLM, tokenizer: KeuralTokenizer, pairs: Sequence[Pair], batch_size: int = 16) -> float:
-    """Share of pairs with log p(chosen | prompt) > log p(rejected | prompt).
-
-    The log-probability of an answer is the sum over its tokens and `<|im_end|>`, as in DPO, and is not divided by the length; no
-    reference model takes part. A tie counts as wrong. Raises `UserError` when there are no pairs.
-    """
-    return _share([margin > 0 for margin in preference_margins(model, tokenizer, pairs, batch_size)], "pairs")
-
-
-def preference_margins(
-    model: KeuralMoECausalLM, tokenizer: KeuralTokenizer, pairs: Sequence[Pair], batch_size: int = 16
-) -> list[float]:
-    """log p(chosen | prompt) - log p(rejected | prompt) of each pair, in nats."""
-    prompts = [pair.prompt for pair in pairs]
-    answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    sums = answer_logprobs(model, tokenizer, prompts + prompts, answers, batch_size)
-    return [chosen - rejected for chosen, rejected in zip(sums[: len(pairs)], sums[len(pairs) :], strict=True)]
-
-
 def bits_per_byte(
     model: KeuralMoECausalLM, tokenizer: KeuralTokenizer, texts: Sequence[str], length: int, overlap: int = 0
 ) -> dict[str, float | int]:
@@ -169,12 +151,7 @@ def _document(tokenizer: KeuralTokenizer, text: str) -> list[int]:
 
 def _windows(ids: list[int], length: int, overlap: int) -> list[_Window]:
     """Windows of at most `length` inputs in which each of `ids[1:]` is counted exactly once."""
-    windows, counted = [], 0
-    while counted < len(ids) - 1:
-        start = max(counted - overlap, 0)
-        windows.append(_Window(ids[start : start + length + 1], counted - start))
-        counted = min(start + length, len(ids) - 1)
-    return windows
+    return [_Window(ids[start:stop], first - 1 - start) for start, first, stop in windows(len(ids), length, overlap)]
 
 
 def _window_batches(windows: Sequence[_Window]) -> Iterable[list[_Window]]:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .configuration_keural import KeuralConfig
     from .modeling_keural import KeuralMoECausalLM, KeuralMoEModel, KeuralPreTrainedModel, router_losses
     from .parameters import CHATML_IDS, SHAPE, ParameterCount, count_parameters
-    from .vocabulary import grow_vocabulary, mean_row
+    from .vocabulary import grow_vocabulary, mean_row, with_mean_rows
 
 __all__ = [
     "CHATML_IDS",
@@ -25,6 +25,7 @@ __all__ = [
     "grow_vocabulary",
     "mean_row",
     "router_losses",
+    "with_mean_rows",
 ]
 
 _HOME = {
@@ -39,6 +40,7 @@ _HOME = {
     "SHAPE": "parameters",
     "grow_vocabulary": "vocabulary",
     "mean_row": "vocabulary",
+    "with_mean_rows": "vocabulary",
 }
 """The module of each name."""
 

@@ -24,6 +24,11 @@ def grow_vocabulary(model: KeuralMoECausalLM, vocab_size: int) -> None:
     model.get_input_embeddings().weight[before:] = mean
 
 
+def with_mean_rows(weight: torch.Tensor, count: int) -> torch.Tensor:
+    """`[V, H]` and `count` rows more, each the mean of the others: what `grow_vocabulary` makes of an embedding."""
+    return torch.cat([weight, mean_row(weight).expand(count, -1)]) if count else weight
+
+
 def mean_row(weight: torch.Tensor) -> torch.Tensor:
     """The mean of the rows of `[V, H]`, added up in double precision; `[H]` in the dtype of `weight`."""
     total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)

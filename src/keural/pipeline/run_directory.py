@@ -35,7 +35,6 @@ What is in the way and cannot be shown to be this package's own work is never re
 """
 
 import contextlib
-import fcntl
 import os
 import secrets
 from collections.abc import Iterator
@@ -47,7 +46,7 @@ import yaml
 from pydantic import Field
 
 from keural.errors import UserError
-from keural.files import CheckedFile, clear_leftovers, fingerprint, read_checked_text, sha256_file, write_checked_text
+from keural.files import CheckedFile, clear_leftovers, fingerprint, lock, read_checked_text, sha256_file, write_checked_text
 from keural.recipe import Recipe
 
 RUN, RECIPE, SUMMARY, EVALUATION, FINAL, DATA, TOKENIZER, REFERENCE, RESULTS = (
@@ -152,12 +151,8 @@ def only_run_in(out: Path) -> Iterator[None]:
     except OSError as error:
         raise _unwritable(out, error) from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{out}: another run is at work there; wait for it, or give another --out") from error
-        except OSError:  # a file system without locks
-            pass
+        if not lock(file.fileno()):
+            raise UserError(f"{out}: another run is at work there; wait for it, or give another --out")
         clear_leftovers(out)
         yield
 

@@ -8,7 +8,6 @@ half-written, a last line without its end, is cut off, and said; anything else t
     DIR/<model>-<key>/<task>-<digest>.jsonl
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from keural.errors import UserError
 from keural.evaluate.results.records import ItemResult, Kind, TaskResults
-from keural.files import CHECKSUM, cannot_write, fingerprint
+from keural.files import CHECKSUM, cannot_write, fingerprint, lock
 from keural.parsing import Malformed, parse_json
 from keural.pretrained.lineage import file_name
 from keural.terminal import say
@@ -185,7 +184,8 @@ def open_results(path: Path, header: Header, baselines: Callable[[], Mapping[str
     except OSError as error:
         raise cannot_write(path, error) from error
     with file:
-        _lock(file, path)
+        if not lock(file.fileno()):
+            raise UserError(f"{path}: another process evaluates the same model on the same task; wait for it")
         kept, end = _read(path)
         if (size := path.stat().st_size) > end:
             say(f"{path}: its last line was half-written when a process was stopped; {size - end:,} bytes are cut off")
@@ -205,15 +205,6 @@ def _check_same(path: Path, found: Header, wanted: Header) -> None:
         raise UserError(
             f"{path}: holds results of another model or task ({found.model.name}, {found.task}); move it away and evaluate again"
         )
-
-
-def _lock(file: Any, path: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"{path}: another process evaluates the same model on the same task; wait for it") from error
-    except OSError:  # a file system without locks
-        pass
 
 
 def _line(value: Mapping[str, Any]) -> bytes:

@@ -8,7 +8,7 @@ ids have beyond the context's.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from keural.evaluate.tasks.items import Likelihood, Unusable
 from keural.tokenizer import KeuralTokenizer, Message, render, render_prompt
@@ -85,3 +85,19 @@ class Asking:
         if surplus and (self.too_long == "leave-out" or surplus >= len(context)):
             raise Unusable("too_long", f"{len(context) + len(following):,} tokens")
         return Likelihood(tuple(context[surplus:]), tuple(following)), surplus
+
+
+def with_cut(found: Sequence[tuple[Likelihood, int]]) -> tuple[list[Likelihood], dict[str, Any]]:
+    """Requests, and the most tokens that one of them lost, to be noted of their item."""
+    cut = max(surplus for _, surplus in found)
+    return [request for request, _ in found], {"cut": cut} if cut else {}
+
+
+def lengths_of(choices: Sequence[str], asked: Sequence[Likelihood]) -> dict[str, list[int]]:
+    """What each rule of scoring divides a choice's log-probability by."""
+    return {
+        "sum": [1] * len(choices),
+        "per_character": [len(choice) for choice in choices],
+        "per_byte": [len(choice.encode()) for choice in choices],
+        "per_token": [len(request.continuation) for request in asked],
+    }

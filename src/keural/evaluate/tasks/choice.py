@@ -11,7 +11,7 @@ import numpy as np
 
 from keural.data.records import EvaluationItem
 from keural.evaluate.results.records import ItemResult
-from keural.evaluate.tasks.asking import Asking
+from keural.evaluate.tasks.asking import Asking, lengths_of, with_cut
 from keural.evaluate.tasks.items import Draft, Item, Likelihood, LogProb, Unusable
 from keural.evaluate.tasks.spec import Rule, TaskSpec
 from keural.evaluate.tasks.template import LETTERS, fill
@@ -76,19 +76,13 @@ def chance(items: Sequence[Item]) -> float:
 def requests(spec: TaskSpec, item: Item, asking: Asking) -> tuple[list[Likelihood], dict[str, Any]]:
     """One request for each choice, and what is to be noted of the item. Raises `Unusable`."""
     found = [asking.likelihood(item.prompt, f"{spec.delimiter}{choice}") for choice in item.choices]
-    cut = max(surplus for _, surplus in found)
-    return [request for request, _ in found], {"cut": cut} if cut else {}
+    return with_cut(found)
 
 
 def judge(spec: TaskSpec, item: Item, asked: Sequence[Likelihood], found: Sequence[LogProb], details: dict[str, Any]) -> ItemResult:
     """The item's score by the task's first rule, the other rules' among the details."""
     logprobs = [each.total for each in found]
-    lengths = {
-        "sum": [1] * len(found),
-        "per_character": [len(choice) for choice in item.choices],
-        "per_byte": [len(choice.encode()) for choice in item.choices],
-        "per_token": [len(request.continuation) for request in asked],
-    }
+    lengths = lengths_of(item.choices, asked)
     chosen = {rule: _best(logprobs, lengths[rule]) for rule in spec.scoring if rule in lengths}
     scores = {rule: _score(rule, item.right, logprobs, chosen.get(rule, 0)) for rule in spec.scoring}
     first = spec.scoring[0]

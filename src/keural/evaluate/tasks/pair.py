@@ -10,7 +10,7 @@ from typing import Any
 
 from keural.data.records import Drop, EvaluationItem, PreferencePair
 from keural.evaluate.results.records import ItemResult
-from keural.evaluate.tasks.asking import Asking
+from keural.evaluate.tasks.asking import Asking, lengths_of, with_cut
 from keural.evaluate.tasks.choice import tokens_read
 from keural.evaluate.tasks.items import Draft, Item, Likelihood, LogProb, Unusable
 from keural.evaluate.tasks.spec import PairingSpec, TaskSpec
@@ -66,19 +66,13 @@ def requests(spec: TaskSpec, item: Item, asking: Asking) -> tuple[list[Likelihoo
         found = [asking.answer(item.messages, choice) for choice in item.choices]
     else:
         found = [asking.likelihood(item.prompt, f"{spec.delimiter}{choice}") for choice in item.choices]
-    cut = max(surplus for _, surplus in found)
-    return [request for request, _ in found], {"cut": cut} if cut else {}
+    return with_cut(found)
 
 
 def judge(spec: TaskSpec, item: Item, asked: Sequence[Likelihood], found: Sequence[LogProb], details: dict[str, Any]) -> ItemResult:
     """The item's score by the task's first rule; the other rules' and the length's among the details."""
     logprobs = [each.total for each in found]
-    lengths = {
-        "sum": [1, 1],
-        "per_character": [len(choice) for choice in item.choices],
-        "per_byte": [len(choice.encode()) for choice in item.choices],
-        "per_token": [len(request.continuation) for request in asked],
-    }
+    lengths = lengths_of(item.choices, asked)
     scores = {
         rule: _preferred(*(value / max(size, 1) for value, size in zip(logprobs, lengths[rule], strict=True)))
         for rule in spec.scoring

@@ -15,6 +15,7 @@ from keural.evaluate.results.records import ItemResult
 from keural.evaluate.tasks.asking import Asking
 from keural.evaluate.tasks.items import Draft, Item, Likelihood, LogProb, Unusable
 from keural.evaluate.tasks.spec import TaskSpec
+from keural.evaluate.windows import windows
 
 SHOWN = 500
 """Characters of a text that its record keeps."""
@@ -35,12 +36,8 @@ def requests(spec: TaskSpec, item: Item, asking: Asking) -> tuple[list[Likelihoo
     length = min(spec.window.length or asking.context_length, asking.context_length)
     overlap = min(int(length * spec.window.overlap), length - 1)
     ids = [tokenizer.bos_id, *tokenizer.encode(item.prompt), tokenizer.eos_id]
-    found, counted = [], 1
-    while counted < len(ids):
-        start = max(counted - 1 - overlap, 0)
-        end = min(start + length + 1, len(ids))
-        found.append(Likelihood(tuple(ids[start:counted]), tuple(ids[counted:end])))
-        counted = end
+    places = windows(len(ids), length, overlap)
+    found = [Likelihood(tuple(ids[start:first]), tuple(ids[first:stop])) for start, first, stop in places]
     return found, {"window": length, "overlap": overlap}
 
 

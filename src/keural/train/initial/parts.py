@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from keural.model import KeuralConfig, KeuralMoECausalLM
-from keural.model.vocabulary import mean_row
+from keural.model import KeuralConfig, KeuralMoECausalLM, with_mean_rows
 from keural.pretrained.stored_model import StoredNetwork, build_without_values
 from keural.pretrained.weights import unfused
 from keural.train.processes.modes import part_of
@@ -102,7 +101,8 @@ def _read_part(stored: StoredNetwork, name: str, parameter: nn.Parameter, share:
         within = list(_overlap(region, begins, sizes))
         if part.numel() == 0 or any(target.start >= target.stop for target, _ in within):
             continue
-        values = _grown(stored.weights.read(stored_name).float(), place.shape).view(sizes)
+        values = stored.weights.read(stored_name).float()
+        values = with_mean_rows(values, place.shape[0] - values.shape[0]).view(sizes)  # of a vocabulary that grows
         part[tuple(target for target, _ in within)] = values[tuple(source for _, source in within)]
     return part
 
@@ -112,12 +112,6 @@ def _overlap(region: tuple[slice, ...], begins: list[int], sizes: list[int]) -> 
     for piece, begin, size in zip(region, begins, sizes, strict=True):
         first, last = max(piece.start, begin), min(piece.stop, begin + size)
         yield slice(first - piece.start, last - piece.start), slice(first - begin, last - begin)
-
-
-def _grown(values: Tensor, shape: torch.Size) -> Tensor:
-    """Rows of a vocabulary up to `shape`, see `grow_vocabulary`."""
-    missing = shape[0] - values.shape[0]
-    return values if missing == 0 else torch.cat([values, mean_row(values).expand(missing, -1)])
 
 
 def fill(policy: nn.Module, model: nn.Module, parts: Parts, device: torch.device) -> None:

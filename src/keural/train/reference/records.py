@@ -11,7 +11,6 @@ change.
 """
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from hashlib import blake2b
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from keural.data.permutation import mixed
 from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
-from keural.files import CheckedFile, cannot_write, flush, write_atomic
+from keural.files import CheckedFile, cannot_write, flush, lock, write_atomic
 from keural.files import fingerprint as fingerprint_of
 
 MANIFEST, RECORDS = "manifest.json", "pairs.bin"
@@ -123,11 +122,15 @@ class RecordFile:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             # A lock on a file that is never replaced: the records' own may be written anew.
-            lock = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+            guard = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise cannot_write(self.directory, error) from error
         try:
-            _lock(lock, self.directory)
+            if not lock(guard):
+                raise UserError(
+                    f"{self.directory}: another process is computing reference values there; wait for it, then run the same "
+                    "command again"
+                )
             try:
                 self._clean()
                 self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -140,7 +143,7 @@ class RecordFile:
             if self._descriptor is not None:
                 os.close(self._descriptor)
                 self._descriptor = None
-            os.close(lock)
+            os.close(guard)
 
     def append(self, pairs: NDArray[np.uint64], values: NDArray[np.float32]) -> None:
         """Add a record for each pair. Raises `UserError` when the disk refuses."""
@@ -176,15 +179,3 @@ class RecordFile:
         for column in range(RECORD.itemsize // 8 - 1):
             found = mixed(found ^ words[:, column])
         return found
-
-
-def _lock(descriptor: int, directory: Path) -> None:
-    """Keep others from writing until the descriptor is closed; file systems without locks let everybody."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(
-            f"{directory}: another process is computing reference values there; wait for it, then run the same command again"
-        ) from error
-    except OSError:
-        pass

@@ -24,7 +24,7 @@ from keural.train.optimization.optimizer import Optimizer, build_optimizer, buil
 from keural.train.optimization.split import SplitAdamW
 from keural.train.optimization.trainable import count_all, count_trained, freeze, frozen_digest, take_out
 from keural.train.processes.modes import ALONE, shards_of
-from keural.train.processes.parallel import prepare_layers, shard
+from keural.train.processes.parallel import check_ranks, prepare_layers, shard
 from keural.train.processes.ranks import Ranks
 from keural.train.reference.online import OnlineReference
 from keural.train.stage.job import StageJob
@@ -72,6 +72,17 @@ def checked_data(job: StageJob, stream: Stream, heldout: Stream | None, ranks: R
     for line in lines:
         ranks.log_once(f"{job.stage.name}: {line}")
     return found
+
+
+def open_data(job: StageJob, ranks: Ranks, *, keep: bool = True) -> tuple[Stream, Stream | None, ChecksFile]:
+    """The streams over a stage's training and held-out data, and what both were checked for (`keep`: in the stage's directory).
+
+    Raises `UserError` for a number of ranks that the stage cannot have, and as the checks do.
+    """
+    check_ranks(job.stage, ranks.world)
+    stream = stream_of(job, job.train_store, ranks)
+    heldout = stream_of(job, job.heldout_store, ranks) if job.heldout_store else None
+    return stream, heldout, checked_data(job, stream, heldout, ranks, keep)
 
 
 def policy_of(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, Optimizer, str]:

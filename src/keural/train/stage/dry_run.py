@@ -15,11 +15,10 @@ from keural.data.loading.stream import Stream
 from keural.train.checks.probes import check_isolation
 from keural.train.loop import StepReport, train_step
 from keural.train.objectives.registry import LOSSES
-from keural.train.processes.parallel import check_ranks
 from keural.train.processes.ranks import Ranks
 from keural.train.reference.of_stage import is_online
 from keural.train.stage import step_plan
-from keural.train.stage.building import checked_data, online_reference, policy_of, stream_of
+from keural.train.stage.building import online_reference, open_data, policy_of
 from keural.train.stage.health import enough_memory
 from keural.train.stage.job import StageJob
 from keural.train.stage.signals import reproducible
@@ -55,12 +54,9 @@ def dry_run(job: StageJob, ranks: Ranks) -> Tried:
     that are not finite.
     """
     stage = job.stage
-    check_ranks(stage, ranks.world)
-    stream = stream_of(job, job.train_store, ranks)
-    heldout = stream_of(job, job.heldout_store, ranks) if job.heldout_store else None
-    checked_data(job, stream, heldout, ranks, keep=False)
+    stream, _, _ = open_data(job, ranks, keep=False)
     planned = None if stage.train.budget_share is not None else step_plan.fixed_plan(stage, stream).steps
-    looked_at = min(planned or stream.steps_per_epoch, max(1, stream.steps_per_epoch), LOOKED_AT)
+    looked_at = min(planned or LOOKED_AT, stream.steps_per_epoch, LOOKED_AT)
     batch = max(range(looked_at), key=stream.work)
     if ranks.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(ranks.device)

@@ -23,13 +23,13 @@ from keural.train.checkpoints.manifest import Progress, Stored, newest_progress
 from keural.train.checks.record import CHECKS_FILE, probe
 from keural.train.network.policy import Policy
 from keural.train.objectives.registry import LOSSES
-from keural.train.processes.parallel import check_ranks, reshard
+from keural.train.processes.parallel import reshard
 from keural.train.processes.ranks import Ranks, session
 from keural.train.reference.cache import ReferenceCache
 from keural.train.reference.of_stage import identity_of, is_cached, is_online, place_of, weights_fingerprint
 from keural.train.reference.online import Reference, values_by
 from keural.train.stage import step_plan
-from keural.train.stage.building import checked_data, computing_policy, online_reference, policy_of, stream_of
+from keural.train.stage.building import computing_policy, online_reference, open_data, policy_of
 from keural.train.stage.health import SpikeGuard
 from keural.train.stage.heldout import heldout_batches
 from keural.train.stage.job import StageJob, StageResult
@@ -59,10 +59,7 @@ def open_stage(job: StageJob, ranks: Ranks, stop: StopSignals, started: float) -
     `started` is when this process began with it (`time.monotonic`). Raises `UserError` as `train_stage` does.
     """
     stage = job.stage
-    check_ranks(stage, ranks.world)
-    stream = stream_of(job, job.train_store, ranks)
-    heldout = stream_of(job, job.heldout_store, ranks) if job.heldout_store else None
-    checks = checked_data(job, stream, heldout, ranks)
+    stream, heldout, checks = open_data(job, ranks)
     objective = LOSSES[stage.objective](stage)
     policy, optimizer, frozen = policy_of(job, objective.uniform, ranks)
     checkpoints = Checkpoints(job.run_dir / "checkpoints", stage, job.fingerprint, ranks, frozen)
@@ -163,10 +160,7 @@ def make_references(job: StageJob, ranks: Ranks | None = None) -> bool:
         raise UserError(f"{job.stage.name}: keeps no reference values; train it without --reference-only")
     with session() as found, reproducible(found.device), StopSignals(found.world) as stop:
         ranks = ranks or found
-        check_ranks(job.stage, ranks.world)
-        stream = stream_of(job, job.train_store, ranks)
-        heldout = stream_of(job, job.heldout_store, ranks) if job.heldout_store else None
-        checked_data(job, stream, heldout, ranks, keep=False)
+        stream, heldout, _ = open_data(job, ranks, keep=False)
         policy = computing_policy(job, LOSSES[job.stage.objective](job.stage).uniform, ranks)
         measured = job.stage.train.budget_share is not None
         steps = stream.steps_per_epoch if measured else step_plan.fixed_plan(job.stage, stream).steps

@@ -160,12 +160,16 @@ def test_first_factors_depend_on_the_seed_alone(tmp_path: Path) -> None:
     assert not torch.equal(first(12), found)
 
 
+class Stop(Exception):
+    """Ends a stage between two steps; unlike a second Ctrl-C it lets the checkpoint become whole that is being written."""
+
+
 def interrupted(job: StageJob, step: int) -> None:
     def stop(now: int) -> None:
         if now == step:
-            raise KeyboardInterrupt
+            raise Stop
 
-    with calling_before_each_step(stop), pytest.raises(KeyboardInterrupt):
+    with calling_before_each_step(stop), pytest.raises(Stop):
         train_stage(job)
 
 

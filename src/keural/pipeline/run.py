@@ -106,7 +106,7 @@ def run(
     with session() as ranks, contextlib.ExitStack() as stack:
         started = time.monotonic()
         for stage in stages:
-            check_ranks(stage, ranks.world)
+            check_ranks(stage, ranks.world, recipe.spec.model)
         ranks.on_main(lambda: check_inputs(recipe, stages, out))
         ranks.on_main(lambda: claim(out, recipe))
         ranks.on_main(lambda: stack.enter_context(only_run_in(out)))

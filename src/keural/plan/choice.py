@@ -88,7 +88,7 @@ def check_modes(recipe: Recipe, gpus: int) -> None:
             raise UserError(
                 f"{stage.name}: trains adapters, which a plan does not count; plan it whole with {stage.name}.lora=null"
             )
-        if (reason := why_not_on(stage, gpus)) is not None:
+        if (reason := why_not_on(stage, gpus, recipe.spec.model)) is not None:
             raise UserError(reason)
 
 
@@ -150,7 +150,7 @@ def remedy(recipe: Recipe, gpu: Gpu, gpus: int) -> str:
         numbers = [2**power for power in range(13) if card is not gpu or 2**power > gpus]
         tried += [(card, number, free) for number in numbers for free in (False, True)]
     for card, number, free in tried:
-        if not free and any(why_not_on(stage, number) for stage in recipe.stages):
+        if not free and any(why_not_on(stage, number, recipe.spec.model) for stage in recipe.stages):
             continue
         found = lay_out(recipe, card, number, free)
         if all(laid.fits for laid in found):

@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from keural.recipe.base import Part, Spec, length, length_list, neutral, not_for
 from keural.recipe.data import DataSpec
+from keural.recipe.expert_parallel import ExpertParallel, why_not_expert_parallel
 from keural.recipe.lora import LoraSpec, why_not_adapted
 from keural.recipe.objectives import OBJECTIVES, STORES, Objective
 from keural.recipe.optimizer import MuonSpec, OptimizerName, why_not_muon
@@ -72,6 +73,10 @@ class TrainSpec(Spec):
     """Processes that share one copy of weights, gradients and moments, each holding a part: those of a node, where links between
     nodes are slow (hybrid sharding). Their number must divide that of all; none, or no more processes than that: all share one
     copy."""
+    expert_parallel: ExpertParallel = neutral("work", 1)
+    """Neighbouring processes that have other experts each, to which tokens are sent instead of gathering all experts: for slow
+    links or small micro-batches. It must divide the experts, and the processes that share a copy of the weights; those that have
+    the same experts divide them by width. Refused with precision split, compile and lora; 1: every process gathers all experts."""
     compile: bool = neutral("work", False)
     """Compile the layers; the same numbers up to rounding."""
     skip_spikes: float | None = Field(None, gt=0)
@@ -135,6 +140,8 @@ class TrainSpec(Spec):
             raise ValueError(
                 "recompute selective with compile needs compute_dtype bfloat16: there is no compiled grouped product in float32"
             )
+        if (why_not_parallel := why_not_expert_parallel(self)) is not None:
+            raise ValueError(why_not_parallel)
         if self.keep_every is not None and (self.save_every is None or self.keep_every % self.save_every):
             raise ValueError("keep_every must be a multiple of save_every: no other steps have checkpoints")
         if self.min_lr > self.lr:
@@ -302,6 +309,8 @@ class StageSpec(Spec):
             raise ValueError("precision published rounds all weights, and router.freeze leaves some as they are; leave one out")
         if (why_not_it := why_not_muon(train, adapted=self.lora is not None)) is not None:
             raise ValueError(why_not_it)
+        if self.lora is not None and train.expert_parallel > 1:
+            raise ValueError("lora is for one process, and train.expert_parallel for several; leave one of them out")
         if self.lora is not None and (why_not := why_not_adapted(self.lora, self.init_from, train, self.router)):
             raise ValueError(why_not)
         row = kind.sequences_per_row * length

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from keural.pretrained.safetensors import DTYPES
 from keural.pretrained.weights import data_bytes
@@ -46,15 +46,26 @@ def pieces_of(state: Mapping[str, Tensor], is_main: bool) -> list[Piece]:
             if is_main:
                 found.append(Piece(name, (0,) * tensor.ndim, tensor.detach()))
             continue
-        mesh, placement = tensor.device_mesh, tensor.placements[-1]
-        assert isinstance(placement, Shard)
-        copies, copy = (mesh.size(0), mesh.get_local_rank(0)) if mesh.ndim == 2 else (1, 0)
-        region = part_of(tensor.shape, mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1), placement.dim)
+        region, copy, copies = _place(tensor)
         values = tensor.to_local().detach()
         assert list(values.shape) == [part.stop - part.start for part in region], name
         if number % copies == copy and values.numel():
             found.append(Piece(name, tuple(part.start for part in region), values))
     return found
+
+
+def _place(tensor: DTensor) -> tuple[tuple[slice, ...], int, int]:
+    """Where in its tensor this rank's part lies; which copy of it this is, of how many."""
+    region, copy, copies = [slice(0, size) for size in tensor.shape], 0, 1
+    for dimension, placement in enumerate(tensor.placements):
+        rank, size = tensor.device_mesh.get_local_rank(dimension), tensor.device_mesh.size(dimension)
+        if isinstance(placement, Shard):
+            assert region[placement.dim] == slice(0, tensor.shape[placement.dim]), "a dimension is divided once"
+            region[placement.dim] = part_of(tensor.shape, rank, size, placement.dim)[placement.dim]
+        else:
+            assert isinstance(placement, Replicate)
+            copy, copies = copy * size + rank, copies * size
+    return tuple(region), copy, copies
 
 
 def in_files(pieces: Sequence[Piece]) -> list[list[Piece]]:

@@ -5,7 +5,7 @@ its parts have then; the same bits as those of `initial_model`. One tensor is wh
 file.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from keural.model import KeuralConfig, KeuralMoECausalLM, with_mean_rows
 from keural.pretrained.stored_model import StoredNetwork, build_without_values
 from keural.pretrained.weights import unfused
-from keural.train.processes.modes import part_of
+from keural.train.processes.modes import share_of
 
 _ATEN = torch.ops.aten
 _DRAWS = {_ATEN.normal_.default, _ATEN.uniform_.default, _ATEN.fill_.Scalar, _ATEN.zero_.default}
@@ -29,14 +29,19 @@ Parts = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Share:
-    """Which parts are a rank's: the `index`-th of `number`."""
+    """Which parts are a rank's: the `index`-th of `number`, see `share_of`."""
 
     index: int
     number: int
+    expert_parallel: int = 1
+
+    def region(self, shape: Sequence[int]) -> tuple[slice, ...]:
+        """Where in a parameter the part lies."""
+        return share_of(shape, self.index, self.number, self.expert_parallel)
 
     def of(self, tensor: Tensor) -> Tensor:
         """The part of a whole tensor, a view."""
-        return tensor[part_of(tensor.shape, self.index, self.number)]
+        return tensor[self.region(tensor.shape)]
 
 
 class _Drawing(TorchDispatchMode):
@@ -93,7 +98,7 @@ def read_parts(stored: StoredNetwork, config: KeuralConfig, share: Share) -> tup
 
 def _read_part(stored: StoredNetwork, name: str, parameter: nn.Parameter, share: Share) -> Tensor:
     """A part of a parameter, from those of its stored tensors that have something of it."""
-    region = part_of(parameter.shape, share.index, share.number)
+    region = share.region(parameter.shape)
     part = torch.empty([piece.stop - piece.start for piece in region])
     for stored_name, place in unfused(name, parameter.detach()):
         begins = [int(index) for index in np.unravel_index(int(place.storage_offset()), parameter.shape)]

@@ -14,50 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from keural.lora.targets import Factors
-from keural.train.network.experts import GROUPED, GroupedProduct, Routing, combine, dispatch, sort_by_expert
-
-
-class _Dispatch(torch.autograd.Function):
-    """`dispatch`, whose gradient is `combine`."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, order: Tensor, places: Tensor, offsets: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(order, places, offsets)
-        ctx.top_k = top_k
-        return dispatch(tokens, Routing(order, places, offsets), top_k)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return combine(gradients[0], Routing(*ctx.saved_tensors), ctx.top_k), None, None, None, None
-
-
-class _Combine(torch.autograd.Function):
-    """`combine`, whose gradient is `dispatch`."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, places: Tensor, offsets: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(order, places, offsets)
-        ctx.top_k = top_k
-        return combine(rows, Routing(order, places, offsets), top_k)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return dispatch(gradients[0], Routing(*ctx.saved_tensors), ctx.top_k), None, None, None, None
-
-
-class _Sorted(torch.autograd.Function):
-    """Weights ``[N, K]`` in the experts' order, ``[S]``."""
-
-    @staticmethod
-    def forward(ctx: Any, weights: Tensor, order: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.shape = weights.shape
-        return weights.reshape(-1).index_select(0, order)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (places,) = ctx.saved_tensors
-        return gradients[0].index_select(0, places).view(ctx.shape), None, None
+from keural.train.network.experts import GROUPED, GroupedProduct, combined, dispatched, sort_by_expert, weights_in_order
 
 
 class _Rows(torch.autograd.Function):
@@ -105,10 +62,9 @@ def adapted_mixture(
     no token give zeros as gradients of their factors.
     """
     routing, top_k = sort_by_expert(experts, gate_up_proj.shape[0]), experts.shape[-1]
-    sorted_weights: Tensor = _Sorted.apply(weights, routing.order, routing.places)
-    rows = _Dispatch.apply(tokens, *routing, top_k)
+    sorted_weights = weights_in_order(weights, routing)
+    rows = dispatched(tokens, routing, top_k)
     gate, up = _product(rows, gate_up_proj, gate_up_adapter, routing.offsets, backend).to(weights.dtype).chunk(2, -1)
     activated = (F.silu(gate) * up * sorted_weights[:, None]).to(tokens.dtype)
     outputs = _product(activated, down_proj, down_adapter, routing.offsets, backend)
-    found: Tensor = _Combine.apply(outputs, *routing, top_k)
-    return found
+    return combined(outputs, routing, top_k)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from keural.lora.layers import bare, beside
 from keural.lora.targets import Factors
@@ -22,6 +23,7 @@ from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.train.network.adapted_experts import adapted_mixture
 from keural.train.network.attention import ATTENTION, Packing
 from keural.train.network.experts import mixture, route
+from keural.train.network.parallel_experts import parallel_mixture
 from keural.train.network.recompute import recomputed
 
 
@@ -84,6 +86,8 @@ class BlockSettings(NamedTuple):
     eps: float
     attention: str = "masked"
     experts: str = "grouped_mm"
+    expert_group: ProcessGroup | None = None
+    """The processes among which the experts are divided; None: each has all of them."""
 
 
 def settings_of(config: KeuralConfig, attention: str = "masked", experts: str = "grouped_mm") -> BlockSettings:
@@ -204,7 +208,9 @@ def block(
     router_logits = linear(_wide(normed), _wide(weights.gate), adapters.gate)
     top_k_weights, top_k_index = route(router_logits, settings.top_k)
     experts = (weights.gate_up_proj, weights.down_proj)
-    if adapters.gate_up_proj is None and adapters.down_proj is None:
+    if settings.expert_group is not None:
+        mixed = parallel_mixture(normed, top_k_weights, top_k_index, *experts, settings.expert_group, settings.experts)
+    elif adapters.gate_up_proj is None and adapters.down_proj is None:
         mixed = mixture(normed, top_k_weights, top_k_index, *experts, settings.experts)
     else:
         beside_experts = (adapters.gate_up_proj, adapters.down_proj)

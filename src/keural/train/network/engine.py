@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.recipe import TrainSpec
@@ -21,6 +22,7 @@ from keural.train.network.attention import choose_attention, packing
 from keural.train.network.block import BlockWeights, Visit, forward, network_of, settings_of, weights_of, windows_of
 from keural.train.network.head import label_logprobs
 from keural.train.network.policy import PolicyOutput
+from keural.train.processes.expert_parallel import expert_group
 from keural.train.processes.parallel import gather_wide
 
 
@@ -47,6 +49,7 @@ class Engine:
         config = model.config
         settings, modes = settings_of(config, self.attention, self.experts), [self.recompute] * config.num_hidden_layers
         packed = packing(torch.from_numpy(micro.positions), micro.input_ids.device)
+        settings = settings._replace(expert_group=expert_group(model))
         gather_wide(model)
         network, ids = network_of(model), micro.input_ids.flatten()
         noise = None if micro.noise is None else micro.noise.flatten(0, 1)
@@ -69,12 +72,29 @@ def visits_of(model: KeuralMoECausalLM) -> list[Visit] | None:
 
 def _within(layer: Any, function: Callable[[Tensor, BlockWeights], Tensor], hidden: Tensor) -> Tensor:
     """`function` as the forward pass of `layer`, so that what gathers its weights, and lets them go, happens around it."""
-    layer.forward = lambda hidden: function(hidden, weights_of(layer))
+    modules = [module for module in (layer, layer.mlp.experts) if isinstance(module, FSDPModule)]  # experts divided by themselves
+    return _through(modules, lambda hidden: function(hidden, local_experts(weights_of(layer))), hidden)
+
+
+def _through(modules: list[Any], function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """`function` as the forward pass of modules, one within another."""
+    if not modules:
+        return function(hidden)
+    module, *inner = modules
+    module.forward = partial(_through, inner, function)
     try:
-        found: Tensor = layer(hidden)
+        found: Tensor = module(hidden)
     finally:
-        del layer.forward
+        del module.forward
     return found
+
+
+def local_experts(weights: BlockWeights) -> BlockWeights:
+    """The same with this process's experts alone, where they are divided."""
+    own = {
+        name: tensor.to_local() for name in ("gate_up_proj", "down_proj") if isinstance(tensor := getattr(weights, name), DTensor)
+    }
+    return weights._replace(**own)
 
 
 def engine_for(spec: TrainSpec, config: KeuralConfig, device: torch.device, uniform: bool) -> Engine:

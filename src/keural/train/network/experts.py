@@ -96,6 +96,67 @@ def combine(sorted_rows: Tensor, routing: Routing, top_k: int) -> Tensor:
     return found
 
 
+class _Dispatched(torch.autograd.Function):
+    """`dispatch`, whose gradient is `combine`."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, order: Tensor, places: Tensor, offsets: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(order, places, offsets)
+        ctx.top_k = top_k
+        return dispatch(tokens, Routing(order, places, offsets), top_k)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return combine(gradients[0], Routing(*ctx.saved_tensors), ctx.top_k), None, None, None, None
+
+
+class _Combined(torch.autograd.Function):
+    """`combine`, whose gradient is `dispatch`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, places: Tensor, offsets: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(order, places, offsets)
+        ctx.top_k = top_k
+        return combine(rows, Routing(order, places, offsets), top_k)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return dispatch(gradients[0], Routing(*ctx.saved_tensors), ctx.top_k), None, None, None, None
+
+
+class _Sorted(torch.autograd.Function):
+    """Weights ``[N, K]`` in the experts' order, ``[S]``."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, order: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.shape = weights.shape
+        return weights.reshape(-1).index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (places,) = ctx.saved_tensors
+        return gradients[0].index_select(0, places).view(ctx.shape), None, None
+
+
+def dispatched(tokens: Tensor, routing: Routing, top_k: int) -> Tensor:
+    """`dispatch` with its gradient."""
+    found: Tensor = _Dispatched.apply(tokens, *routing, top_k)
+    return found
+
+
+def combined(rows: Tensor, routing: Routing, top_k: int) -> Tensor:
+    """`combine` with its gradient."""
+    found: Tensor = _Combined.apply(rows, *routing, top_k)
+    return found
+
+
+def weights_in_order(weights: Tensor, routing: Routing) -> Tensor:
+    """Weights ``[N, K]`` in the experts' order, ``[S]``, with their gradient."""
+    found: Tensor = _Sorted.apply(weights, routing.order, routing.places)
+    return found
+
+
 def _gated(gate_up: Tensor, weights: Tensor) -> Tensor:
     """silu(gate) * up * weight, computed in float32 or more: ``[S, 2I]`` and ``[S]`` to ``[S, I]``."""
     gate, up = gate_up.to(weights.dtype).chunk(2, -1)

@@ -7,17 +7,20 @@ parameters and remainders.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from keural.recipe import TrainSpec
 from keural.train.optimization.half_moments import HalfMomentAdamW
 from keural.train.optimization.muon import MOMENTUM, Muon, split_by_optimizer
 from keural.train.optimization.split import SplitAdamW, halve, wide_norm
+
+T = TypeVar("T", bound=Tensor)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -48,8 +51,9 @@ def build_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.AdamW | Mu
 def _adamw(parameters: Sequence[nn.Parameter], spec: TrainSpec) -> torch.optim.AdamW:
     kind = HalfMomentAdamW if spec.precision == "fp32-bf16m" else torch.optim.AdamW
     groups = [
-        {"params": [p for p in parameters if is_decayed(p)], "weight_decay": spec.weight_decay},
-        {"params": [p for p in parameters if not is_decayed(p)], "weight_decay": 0.0},
+        {"params": [p for p in together if is_decayed(p) is decayed], "weight_decay": spec.weight_decay if decayed else 0.0}
+        for together in by_mesh(parameters)
+        for decayed in (True, False)
     ]
     return kind(
         [group for group in groups if group["params"]],
@@ -147,23 +151,35 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     ranks. Gradients in bfloat16 are summed in float32.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if any(gradient.dtype == torch.bfloat16 for gradient in gradients):
+    if any(gradient.dtype == torch.bfloat16 for gradient in gradients) or len(by_mesh(gradients)) > 1:
         return _wide_norm_of_all(gradients)
     norm = nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
+def by_mesh(tensors: Iterable[T]) -> list[list[T]]:
+    """Tensors that are sharded over the same ranks in the same way together: operations on lists of them take no others."""
+    found: dict[DeviceMesh | None, list[T]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(tensor)
+    return list(found.values())
+
+
 def _wide_norm_of_all(gradients: Sequence[Tensor]) -> Tensor:
-    """`wide_norm` of whole tensors: the squares of the parts are added up over the ranks that share a copy."""
-    sharded = next((gradient for gradient in gradients if isinstance(gradient, DTensor)), None)
-    if sharded is None:
-        return wide_norm(gradients)
+    """`wide_norm` of whole tensors: the squares of the parts are added up over the ranks among which a copy is divided."""
+    return wide_norm([_wide_norm_of_parts(together) for together in by_mesh(gradients)])
+
+
+def _wide_norm_of_parts(gradients: Sequence[Tensor]) -> Tensor:
     squares = wide_norm(gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients).square()
-    mesh = sharded.device_mesh
-    dist.all_reduce(squares, group=mesh.get_group(mesh.ndim - 1))
+    first = gradients[0]
+    for dimension, placement in enumerate(first.placements if isinstance(first, DTensor) else ()):
+        if not placement.is_replicate():
+            dist.all_reduce(squares, group=first.device_mesh.get_group(dimension))
     return squares.sqrt()
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, maximum: float) -> None:
     """Scale all gradients by one factor so that their common norm, now `norm`, does not exceed `maximum`."""
-    nn.utils.clip_grads_with_norm_(parameters, maximum, norm)
+    for together in by_mesh(parameters):
+        nn.utils.clip_grads_with_norm_(together, maximum, norm)

@@ -5,6 +5,7 @@ is not needed.
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from keural.recipe import StageSpec, TrainSpec
 
@@ -16,8 +17,16 @@ UNEVEN = 17 / 16
 """How much larger than an equal part the largest one may be before a tensor is divided along another dimension."""
 
 
-def why_not_on(stage: StageSpec, processes: int) -> str | None:
-    """Why a stage cannot run on so many processes; None when it can."""
+class ModelShape(Protocol):
+    """What of a network says whether its experts can be divided; a recipe's `model` and a configuration have it."""
+
+    num_local_experts: int
+    hidden_size: int
+    intermediate_size: int
+
+
+def why_not_on(stage: StageSpec, processes: int, model: ModelShape) -> str | None:
+    """Why a stage of this network cannot run on so many processes; None when it can."""
     if processes > 1 and stage.lora is not None:
         return f"{stage.name}: lora is for one process, and there are {processes}; start one, or leave lora out"
     if processes > 1 and stage.train.precision in ALONE:
@@ -30,7 +39,32 @@ def why_not_on(stage: StageSpec, processes: int) -> str | None:
             f"{stage.name}: train.shard_over {stage.train.shard_over} does not divide the {processes} processes; start a multiple "
             "of it, or leave it out"
         )
+    return why_not_divided(stage, shards_of(stage.train, processes), model)
+
+
+def why_not_divided(stage: StageSpec, shards: int, model: ModelShape) -> str | None:
+    """Why the experts cannot be divided as `train.expert_parallel` says over processes that share a copy of the weights."""
+    groups = stage.train.expert_parallel
+    named = f"{stage.name}: train.expert_parallel {groups}"
+    if model.num_local_experts % groups:
+        return f"{named} does not divide the model's {model.num_local_experts} experts; give one that does, or 1"
+    if shards % groups:
+        there = "is 1" if shards == 1 else f"are {shards}"
+        return f"{named} needs a multiple of {groups} processes that share a copy of the weights, and there {there}; give another"
+    shapes = ((1, 2 * model.intermediate_size, model.hidden_size), (1, model.hidden_size, model.intermediate_size))
+    if groups > 1 and None in [width_dimension(shape, shards // groups) for shape in shapes]:
+        return (
+            f"{named} leaves {shards // groups} processes to share each expert, and neither its width {model.intermediate_size} "
+            f"nor the model's {model.hidden_size} can be divided by that; start another number of processes, or give 1"
+        )
     return None
+
+
+def width_dimension(shape: Sequence[int], processes: int) -> int | None:
+    """The dimension of a tensor of experts along which those processes divide it that have the same experts: the first behind the
+    experts' own that they divide evenly; None where there is none.
+    """
+    return next((dimension for dimension in (1, 2) if shape[dimension] % processes == 0), None)
 
 
 def shards_of(spec: TrainSpec, processes: int) -> int:
@@ -42,7 +76,12 @@ def by_engine(spec: TrainSpec, accelerator: bool) -> bool:
     """Whether a stage is computed by the training engine: on an accelerator in bfloat16, and wherever only it can do what is asked
     for.
     """
-    return (accelerator and spec.compute_dtype == "bfloat16") or spec.precision in ALONE or spec.recompute == "selective"
+    return (accelerator and spec.compute_dtype == "bfloat16") or only_by_engine(spec)
+
+
+def only_by_engine(spec: TrainSpec) -> bool:
+    """Whether the model's own layers cannot do what is asked for."""
+    return spec.precision in ALONE or spec.recompute == "selective" or spec.expert_parallel > 1
 
 
 def sharded_dimension(shape: Sequence[int], processes: int) -> int:
@@ -70,6 +109,20 @@ def part_of(shape: Sequence[int], index: int, processes: int, dimension: int | N
     regions = [slice(0, whole) for whole in shape]
     regions[dimension] = slice(first, min(first + size, shape[dimension]))
     return tuple(regions)
+
+
+def share_of(shape: Sequence[int], index: int, processes: int, expert_parallel: int = 1) -> tuple[slice, ...]:
+    """Where in a parameter the part of the `index`-th of the processes lies that share a copy of the weights.
+
+    With `expert_parallel` so many neighbours have other experts each, and those in the same place of every such group divide the
+    same experts along a width. Experts are the parameters with three dimensions.
+    """
+    if expert_parallel == 1 or len(shape) != 3:
+        return part_of(shape, index, processes)
+    group, place = divmod(index, expert_parallel)
+    groups = processes // expert_parallel
+    own, widths = part_of(shape, place, expert_parallel, 0), part_of(shape, group, groups, width_dimension(shape, groups))
+    return (own[0], *widths[1:])
 
 
 def _product(shape: Sequence[int]) -> int:

@@ -17,13 +17,14 @@ from torch.distributed.tensor import Shard
 from keural.errors import UserError
 from keural.model import KeuralMoECausalLM
 from keural.recipe import StageSpec, TrainSpec
-from keural.train.processes.modes import sharded_dimension, shards_of, why_not_on
+from keural.train.processes.expert_parallel import divide_experts, expert_mesh
+from keural.train.processes.modes import ModelShape, sharded_dimension, shards_of, why_not_on, width_dimension
 from keural.train.processes.ranks import Ranks
 
 
-def check_ranks(stage: StageSpec, world: int) -> None:
+def check_ranks(stage: StageSpec, world: int, model: ModelShape) -> None:
     """Refuse what cannot be sharded. Raises `UserError`."""
-    if (reason := why_not_on(stage, world)) is not None:
+    if (reason := why_not_on(stage, world, model)) is not None:
         raise UserError(reason)
 
 
@@ -67,6 +68,9 @@ def shard(policy: Any, model: KeuralMoECausalLM, spec: TrainSpec, ranks: Ranks) 
     counts. With `compute_dtype` bfloat16 the gathered weights are bfloat16; master weights and the reduction of gradients stay
     float32 (not in `published`). Under the engine norms and routers are gathered in float32, in a group of their own
     (`gather_wide`): there they are used in float32 on one process, too.
+
+    With `expert_parallel` the experts are groups of their own: so many neighbours have other experts each, which are gathered and
+    whose gradients are summed over the ranks that have the same ones, and never over others.
     """
     if ranks.world == 1:
         return
@@ -77,16 +81,24 @@ def shard(policy: Any, model: KeuralMoECausalLM, spec: TrainSpec, ranks: Ranks) 
     def placement(parameter: nn.Parameter) -> Shard:
         return Shard(sharded_dimension(parameter.shape, shards))
 
+    def width(parameter: nn.Parameter) -> Shard:
+        dimension = width_dimension(parameter.shape, shards // spec.expert_parallel)
+        assert dimension is not None, "check_ranks refuses such"
+        return Shard(dimension)
+
     reduced = torch.bfloat16 if spec.precision == "published" else torch.float32
 
-    def group(module: nn.Module | list[nn.Module], dtype: torch.dtype | None, reshards: bool | None = None) -> None:
+    def group(module: nn.Module | list[nn.Module], dtype: torch.dtype | None, **options: Any) -> None:
         precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduced, cast_forward_inputs=False)
-        options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision, "shard_placement_fn": placement}
-        fully_shard(module, reshard_after_forward=reshards, **options)
+        fully_shard(module, **{"mesh": mesh, "mp_policy": precision, "shard_placement_fn": placement, **options})
 
     if policy.engine is not None:
-        group(wide_modules(model), None, reshards=False)
+        group(wide_modules(model), None, reshard_after_forward=False)
+    experts = expert_mesh(ranks, shards, spec.expert_parallel) if spec.expert_parallel > 1 else None
     for layer in model.model.layers:
+        if experts is not None:
+            divide_experts(layer.mlp.experts, experts.among)
+            group(layer.mlp.experts, compute, mesh=experts.of_each, shard_placement_fn=width)
         group(layer, compute)
     group(policy, compute)
     for module in policy.modules():

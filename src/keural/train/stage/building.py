@@ -79,7 +79,7 @@ def open_data(job: StageJob, ranks: Ranks, *, keep: bool = True) -> tuple[Stream
 
     Raises `UserError` for a number of ranks that the stage cannot have, and as the checks do.
     """
-    check_ranks(job.stage, ranks.world)
+    check_ranks(job.stage, ranks.world, job.model_config)
     stream = stream_of(job, job.train_store, ranks)
     heldout = stream_of(job, job.heldout_store, ranks) if job.heldout_store else None
     return stream, heldout, checked_data(job, stream, heldout, ranks, keep)
@@ -137,7 +137,7 @@ def _policy(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, str, Pa
     engine, by_documents = _engine(job, uniform, ranks), _by_documents(spec, ranks)
     if ranks.world > 1:
         shards = shards_of(spec, ranks.world)
-        share = Share(ranks.rank % shards, shards)
+        share = Share(ranks.rank % shards, shards, spec.expert_parallel)
         model, parts = initial_parts(*settings, share, chats=chats, say=ranks.log_once)
         take_out(model, job.stage.router)
         return Policy(model, getattr(torch, spec.compute_dtype), engine, by_documents=by_documents).train(), "", parts

@@ -1,0 +1,19 @@
+"""Experts that are divided among processes, and which settings of a stage that goes with."""
+
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from keural.recipe.training import TrainSpec
+
+ExpertParallel = Literal[1, 2, 4, 8]
+
+
+def why_not_expert_parallel(train: "TrainSpec") -> str | None:
+    """Why a stage with these settings cannot divide its experts among processes; None when it can."""
+    if train.expert_parallel == 1:
+        return None
+    if train.precision in ("split", "split-host"):
+        return f"precision {train.precision} is for one process, and expert_parallel {train.expert_parallel} for several"
+    if train.compile:
+        return "expert_parallel cannot be compiled: how many tokens a process gets is known when they are sent; leave compile out"
+    return None

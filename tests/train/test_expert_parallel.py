@@ -1,6 +1,6 @@
 """Experts that are divided among ranks train the model that one process trains."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from keural.errors import UserError
 from keural.train.initial.weights import initial_model
+from keural.train.network.experts import mixture, route
+from keural.train.network.parallel_experts import parallel_mixture
 from keural.train.network.recompute import RECOMPUTE
 from keural.train.processes.modes import share_of
 from keural.train.processes.parallel import check_ranks
-from keural.train.processes.ranks import Ranks
+from keural.train.processes.ranks import Ranks, session
 from keural.train.stage.building import policy_of
-from tests.helpers.sharded_steps import Ways
+from tests.helpers.sharded_steps import Ways, on_ranks, save_gradients
 from tests.helpers.train_small import (
     LENGTH,
     SHA,
@@ -55,6 +57,69 @@ def test_divided_experts_give_the_gradients_of_one_process_in_every_mode_and_cut
 ) -> None:
     """Accumulated over so many forward passes as the rank has rows."""
     compare(tmp_path, world, ways(number, (1, 4, 8), **train))
+
+
+def mix_on_ranks(directory: str, dtype: torch.dtype, backend: str) -> None:
+    """Compare with the mixture of all experts: tokens of all kinds, of one expert alone, and none on some ranks."""
+    with session() as ranks:
+        group, number = dist.group.WORLD, 2 * ranks.world
+        assert group is not None
+        own = slice(2 * ranks.rank, 2 * ranks.rank + 2)
+        gate_up, down = (normal(shape, 1, dtype) for shape in ((number, 2 * 24, 16), (number, 16, 24)))
+        for kind in ("random", "one", "some have none"):
+            tokens, weights, experts = tokens_of(kind, ranks, dtype, number)
+            whole = [each.clone().requires_grad_() for each in (tokens, weights, gate_up, down)]
+            parts = [each.clone().requires_grad_() for each in (tokens, weights, gate_up[own], down[own])]
+            expected = mixture(whole[0], whole[1], experts, whole[2], whole[3], "loop")
+            found = parallel_mixture(parts[0], parts[1], experts, parts[2], parts[3], group, backend)
+            upstream = normal(found.shape, 9 + ranks.rank, dtype)
+            expected.backward(upstream)
+            found.backward(upstream)
+            for matrices in whole[2:]:
+                dist.all_reduce(matrices.grad)
+            near = [(found, expected), *((part.grad, each.grad) for part, each in zip(parts[:2], whole[:2], strict=True))]
+            near += [(part.grad, each.grad[own]) for part, each in zip(parts[2:], whole[2:], strict=True)]  # type: ignore[index]
+            tolerance = 1e-5 if dtype == torch.float32 else 0.05
+            for number_of_tensor, (ours, theirs) in enumerate(near):
+                assert ours is not None
+                assert theirs is not None
+                torch.testing.assert_close(
+                    ours, theirs, atol=tolerance, rtol=tolerance, msg=lambda text, at=(kind, number_of_tensor): f"{at}: {text}"
+                )
+
+
+def normal(shape: Sequence[int], seed: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def tokens_of(kind: str, ranks: Ranks, dtype: torch.dtype, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens of a rank, their weights and their two experts: any, always the last two, or any on the last rank and no tokens else."""
+    size = 0 if kind == "some have none" and ranks.rank < ranks.world - 1 else 11 + ranks.rank
+    logits = normal((size, number), 5 + ranks.rank, torch.float32)
+    if kind == "one":
+        logits[:, :-2] = -20
+    weights, experts = route(logits, 2)
+    return normal((size, 16), 3 + ranks.rank, dtype), weights, experts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "backend"), [(torch.float32, "loop"), (torch.bfloat16, "loop"), (torch.bfloat16, "grouped_mm")])
+def test_tokens_that_travel_are_mixed_as_those_that_stay(tmp_path: Path, dtype: torch.dtype, backend: str) -> None:
+    on_ranks(2, mix_on_ranks, str(tmp_path), dtype, backend)
+
+
+@pytest.mark.slow
+def test_divided_experts_in_bfloat16_come_as_close_as_it_allows(tmp_path: Path) -> None:
+    way = {"compute_dtype": "bfloat16", "recompute": "full"}
+    compared: Ways = {"whole": way | {"expert_parallel": 1}, "divided": way | {"expert_parallel": 2}}
+    on_ranks(
+        4, save_gradients, str(tmp_path), str(tmp_path / "four.pt"), compared, {"router": {"balance_coef": 0.5, "z_coef": 0.1}}
+    )
+    found = torch.load(tmp_path / "four.pt", weights_only=True)
+    assert torch.equal(found["divided"]["counts"], found["whole"]["counts"])
+    for name, value in found["whole"].items():
+        distance = float((found["divided"][name].float() - value.float()).norm())
+        assert distance <= 0.02 * float(value.float().norm()) + 1e-6, name
 
 
 @pytest.mark.slow

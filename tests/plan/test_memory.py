@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -164,7 +165,8 @@ def peak(shape: dict[str, Any], layers: int, way: Way, world: int) -> float:
 
 def open_policy(model: KeuralMoECausalLM, way: Way, ranks: Ranks) -> Policy:
     spec = TrainSpec.model_validate({
-        "steps": 1, "batch_tokens": way.tokens, "lr": 1e-3, "compute_dtype": "bfloat16", "recompute": way.recompute
+        "steps": 1, "batch_tokens": way.tokens, "lr": 1e-3, "compute_dtype": "bfloat16", "recompute": way.recompute,
+        "expert_parallel": way.expert_parallel,
     })  # fmt: skip
     engine = Engine(torch.bfloat16, way.recompute, False, "masked", "grouped_mm", True)
     if way.engine and ranks.world > 1:
@@ -237,6 +239,19 @@ def test_peaks_of_sharded_steps_are_as_planned(shape: dict[str, Any], layers: in
 )
 def test_peaks_of_the_sharded_engine_are_as_planned(layers: int, world: int, recompute: str, tokens: int) -> None:
     way = engine_way(recompute, False, tokens)
+
+    assert planned_peak({}, layers, way, world) == pytest.approx(peak({}, layers, way, world), rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layers", "world", "number", "recompute", "tokens"),
+    [(4, 2, 2, "selective", 1024), (4, 8, 4, "selective", 512), (4, 64, 8, "selective", 1024), (4, 4, 2, "full", 2048),
+     (2, 16, 8, "none", 512)],
+)  # fmt: skip
+def test_peaks_with_divided_experts_are_as_planned(layers: int, world: int, number: int, recompute: str, tokens: int) -> None:
+    """Nothing comes in that was not sent: the experts are used evenly."""
+    way = replace(engine_way(recompute, False, tokens), expert_parallel=number)
 
     assert planned_peak({}, layers, way, world) == pytest.approx(peak({}, layers, way, world), rel=0.05)
 

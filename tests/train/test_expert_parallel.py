@@ -79,12 +79,17 @@ def mix_on_ranks(directory: str, dtype: torch.dtype, backend: str) -> None:
                 dist.all_reduce(matrices.grad)
             near = [(found, expected), *((part.grad, each.grad) for part, each in zip(parts[:2], whole[:2], strict=True))]
             near += [(part.grad, each.grad[own]) for part, each in zip(parts[2:], whole[2:], strict=True)]  # type: ignore[index]
-            tolerance = 1e-5 if dtype == torch.float32 else 0.05
+            tolerance = 1e-5 if dtype == torch.float32 else 0.02
             for number_of_tensor, (ours, theirs) in enumerate(near):
                 assert ours is not None
                 assert theirs is not None
+                largest = float(theirs.detach().abs().max()) if theirs.numel() else 0.0
                 torch.testing.assert_close(
-                    ours, theirs, atol=tolerance, rtol=tolerance, msg=lambda text, at=(kind, number_of_tensor): f"{at}: {text}"
+                    ours,
+                    theirs,
+                    atol=tolerance * largest,
+                    rtol=tolerance,
+                    msg=lambda text, at=(kind, number_of_tensor): f"{at}: {text}",
                 )
 
 
@@ -93,7 +98,7 @@ def normal(shape: Sequence[int], seed: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def tokens_of(kind: str, ranks: Ranks, dtype: torch.dtype, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens of a rank, their weights and their two experts: any, always the last two, or any on the last rank and no tokens else."""
+    """Tokens of a rank, their weights and their two experts: any, always the last two, or any on the last rank alone."""
     size = 0 if kind == "some have none" and ranks.rank < ranks.world - 1 else 11 + ranks.rank
     logits = normal((size, number), 5 + ranks.rank, torch.float32)
     if kind == "one":
@@ -158,6 +163,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path: Path, precisio
     settings: dict[str, Any] = {
         "steps": 8, "save_every": 4, "keep_checkpoints": 2, "expert_parallel": 2, "precision": precision, "recompute": "selective"
     }  # fmt: skip
+    small_job(tmp_path, train=settings)
     whole = train_on_ranks(tmp_path, 4, "next_token", "run", train=settings)["weights"]
     last = tmp_path / "run" / "checkpoints" / "step-00000008"
     last.rename(last.with_name("away"))

@@ -27,6 +27,8 @@ class Way:
     """Weights are stored in another dtype than they are used in, without sharding: each layer makes a copy of its own."""
     tokens: int
     """Of a micro-batch."""
+    expert_parallel: int = 1
+    """GPUs that have other experts each, see `train.expert_parallel`."""
 
 
 def kept(network: Network, way: Way) -> int:
@@ -55,7 +57,8 @@ def kept_in(network: Network, way: Way, recompute: str) -> int:
     if way.compiled:
         return products + 5 * hidden + copies  # as measured on an H100 and an H200
     wide = 2 * tokens * m.hidden_size * 4 * 2 + tokens * m.hidden_size * 4  # both norms, and the router's input
-    return wide + 2 * hidden + queries + both + sums + queries + 2 * inner + routed + copies
+    came = outputs if way.expert_parallel > 1 else 0  # as many rows as were sent, where experts are used evenly
+    return wide + 2 * hidden + queries + both + sums + queries + 2 * inner + routed + copies + came
 
 
 def layer_work(network: Network, way: Way) -> int:
@@ -73,7 +76,8 @@ def layer_work(network: Network, way: Way) -> int:
     if way.compiled:
         return again + waiting + hidden + 2 * outputs + 4 * inner + 3 * experts + copies
     wide = (12 if b < 4 else 9) * assignments * m.intermediate_size * 4  # the gate's gradient, written out step by step
-    return again + waiting + hidden + outputs + inner + wide + copies
+    travelling = outputs if way.expert_parallel > 1 else 0
+    return again + waiting + hidden + outputs + travelling + inner + wide + copies
 
 
 def head_work(network: Network, way: Way) -> int:

@@ -124,9 +124,9 @@ def _layouts(network: Network, stage: StageSpec, gpus: int, precision: str, stat
             for tokens in sizes:
                 if (tokens >= good) == enough:
                     engine = by_engine(spec.model_copy(update={"precision": precision, "recompute": mode}), accelerator=True)
-                    compiled = spec.compile if "compile" in stated else engine and itemsize == 2
+                    compiled = spec.compile if "compile" in stated else engine and itemsize == 2 and spec.expert_parallel == 1
                     converted = gpus == 1 and precision.startswith("fp32") and itemsize == 2
-                    way = Way(engine, compiled, mode, itemsize, converted, tokens)
+                    way = Way(engine, compiled, mode, itemsize, converted, tokens, spec.expert_parallel)
                     yield Layout(
                         gpus, precision, way, stage.needs_reference and stage.reference.reference == "online", spec.shard_over
                     )

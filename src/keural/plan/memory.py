@@ -108,10 +108,10 @@ def _sharded(network: Network, way: Way, shards: int) -> dict[str, dict[str, flo
 
     A layer's gradients, in float32, are let go when the next layer's are sent.
     """
-    layers, b, layer = network.model.num_hidden_layers, way.itemsize, network.layer
+    layers, b, layer = network.model.num_hidden_layers, way.itemsize, network.gathered(way.expert_parallel)
     root, work, one = network.embedding * b, layer_work(network, way), kept(network, way)
     ahead = 1 if layers > 2 else 0  # gathered before it is needed
-    sent = layer * (ahead * b + b + 4 + 4 / shards)  # the next layer, gradients, what is sent, what comes back
+    sent = layer * (ahead * b + b + 4) + 4 * network.layer / shards  # the next layer, gradients, what is sent, what comes back
     moments = _alone(network, way)
     moments["head"]["gathered"] = 2 * root  # and the same again for its gradient
     moments["layer"]["gathered"] = root + min(layers, 2) * layer * b

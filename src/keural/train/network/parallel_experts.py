@@ -59,7 +59,7 @@ def agree(offsets: Tensor, group: ProcessGroup) -> tuple[Exchange, Tensor]:
         group: the P processes; the first has the first E / P experts, and so on.
     """
     counts = offsets.diff(prepend=offsets.new_zeros(1))
-    coming = torch.empty_like(counts)
+    coming = counts.clone()
     dist.all_to_all_single(coming, counts, group=group)
     by_process = torch.stack([counts, coming]).unflatten(1, (group.size(), -1))
     sent, received = by_process.sum(-1).tolist()

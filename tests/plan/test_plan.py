@@ -242,6 +242,18 @@ def test_copies_on_several_nodes_take_what_one_node_holds() -> None:
     assert copies.data()["bytes_per_parameter"] == 12
 
 
+def test_divided_experts_are_not_compiled_and_take_less_room_when_they_are_gathered() -> None:
+    settings = ("train.micro_batch_tokens=4096", "train.recompute=full")
+    whole, divided = planned(8, "h100", *settings, "train.compile=false"), planned(8, "h100", *settings, "train.expert_parallel=8")
+
+    assert not divided.largest.laid.layout.way.compiled
+    assert divided.data()["parameters_per_gpu"] == whole.data()["parameters_per_gpu"]
+    taken, before = divided.largest.laid.memory.parts, whole.largest.laid.memory.parts
+    assert taken["gathered"] < 0.6 * before["gathered"]
+    with pytest.raises(UserError, match=r"expert_parallel 8 needs a multiple of 8 processes .* there are 12"):
+        planned(12, "h100", "train.expert_parallel=8")
+
+
 @pytest.mark.parametrize("gpus", [1, 8])
 def test_an_optimizer_with_one_precision_keeps_it(gpus: int) -> None:
     found = planned(gpus, "h200", "train.optimizer=muon")

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from keural.errors import UserError
@@ -80,17 +81,15 @@ def mix_on_ranks(directory: str, dtype: torch.dtype, backend: str) -> None:
             near = [(found, expected), *((part.grad, each.grad) for part, each in zip(parts[:2], whole[:2], strict=True))]
             near += [(part.grad, each.grad[own]) for part, each in zip(parts[2:], whole[2:], strict=True)]  # type: ignore[index]
             tolerance = 1e-5 if dtype == torch.float32 else 0.02
-            for number_of_tensor, (ours, theirs) in enumerate(near):
+            for place, (ours, theirs) in enumerate(near):
                 assert ours is not None
                 assert theirs is not None
-                largest = float(theirs.detach().abs().max()) if theirs.numel() else 0.0
-                torch.testing.assert_close(
-                    ours,
-                    theirs,
-                    atol=tolerance * largest,
-                    rtol=tolerance,
-                    msg=lambda text, at=(kind, number_of_tensor): f"{at}: {text}",
-                )
+                close(ours, theirs, tolerance, f"{kind}, tensor {place}")
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, what: str) -> None:
+    largest = float(theirs.detach().abs().max()) if theirs.numel() else 0.0
+    torch.testing.assert_close(ours, theirs, atol=tolerance * largest, rtol=tolerance, msg=lambda text: f"{what}: {text}")
 
 
 def normal(shape: Sequence[int], seed: int, dtype: torch.dtype) -> torch.Tensor:
@@ -136,7 +135,7 @@ def test_divided_experts_give_the_gradients_of_one_process_with_every_objective(
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_the_experts_divided_otherwise(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"steps": 12, "save_every": 4, "keep_checkpoints": 3}
+    settings: dict[str, Any] = {"steps": 12, "save_every": 4, "keep_checkpoints": 3, "clip_norm": 0.5}
     one = small_job(tmp_path, run="one", train=settings)
     train_stage(one)
     expected = losses_of(one)
@@ -155,6 +154,15 @@ def test_a_run_goes_on_with_the_experts_divided_otherwise(tmp_path: Path) -> Non
     again(1, 1, 8)
     again(4, 2, 8, shard_over=2)
     again(2, 2, 4)
+
+
+@pytest.mark.slow
+def test_muon_steps_along_whole_experts_that_are_divided(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"steps": 6, "save_every": None, "optimizer": "muon"}
+    one = small_job(tmp_path, run="one", train=settings)
+    train_stage(one)
+    train_on_ranks(tmp_path, 4, "next_token", "four", train=settings | {"expert_parallel": 2})
+    assert losses_of(small_job(tmp_path, run="four", train=settings)) == pytest.approx(losses_of(one), abs=1e-5)
 
 
 @pytest.mark.slow
@@ -185,6 +193,8 @@ def test_a_rank_has_the_parts_of_its_experts_alone(tmp_path: Path, number: int, 
             assert isinstance(parameter, DTensor)
             assert parameter.shape == whole[name].shape
             assert torch.equal(parameter.to_local(), whole[name][region]), name
+            place = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+            assert place[1] == tuple(part.start for part in region), name
             if ".experts." in name:
                 first = (3 % number) * 4 // number
                 assert region[0] == slice(first, first + 4 // number)

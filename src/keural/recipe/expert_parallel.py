@@ -1,11 +1,19 @@
 """Experts that are divided among processes, and which settings of a stage that goes with."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator
 
 if TYPE_CHECKING:
     from keural.recipe.training import TrainSpec
 
-ExpertParallel = Literal[1, 2, 4, 8]
+
+def _number(value: Any) -> Any:
+    """`true` is no number, though Python takes it for 1."""
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+ExpertParallel = Annotated[Literal[1, 2, 4, 8], BeforeValidator(_number)]
 
 
 def why_not_expert_parallel(train: "TrainSpec") -> str | None:

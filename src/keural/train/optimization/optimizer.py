@@ -173,9 +173,10 @@ def _wide_norm_of_all(gradients: Sequence[Tensor]) -> Tensor:
 def _wide_norm_of_parts(gradients: Sequence[Tensor]) -> Tensor:
     squares = wide_norm(gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients).square()
     first = gradients[0]
-    for dimension, placement in enumerate(first.placements if isinstance(first, DTensor) else ()):
-        if not placement.is_replicate():
-            dist.all_reduce(squares, group=first.device_mesh.get_group(dimension))
+    if isinstance(first, DTensor):
+        for dimension, placement in enumerate(first.placements):
+            if not placement.is_replicate():
+                dist.all_reduce(squares, group=first.device_mesh.get_group(dimension))
     return squares.sqrt()
 
 

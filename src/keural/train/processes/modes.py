@@ -20,9 +20,12 @@ UNEVEN = 17 / 16
 class ModelShape(Protocol):
     """What of a network says whether its experts can be divided; a recipe's `model` and a configuration have it."""
 
-    num_local_experts: int
-    hidden_size: int
-    intermediate_size: int
+    @property
+    def num_local_experts(self) -> int: ...  # noqa: D102
+    @property
+    def hidden_size(self) -> int: ...  # noqa: D102
+    @property
+    def intermediate_size(self) -> int: ...  # noqa: D102
 
 
 def why_not_on(stage: StageSpec, processes: int, model: ModelShape) -> str | None:
@@ -49,8 +52,8 @@ def why_not_divided(stage: StageSpec, shards: int, model: ModelShape) -> str | N
     if model.num_local_experts % groups:
         return f"{named} does not divide the model's {model.num_local_experts} experts; give one that does, or 1"
     if shards % groups:
-        there = "is 1" if shards == 1 else f"are {shards}"
-        return f"{named} needs a multiple of {groups} processes that share a copy of the weights, and there {there}; give another"
+        needed = f"{named} needs a multiple of {groups} processes that share a copy of the weights"
+        return f"{needed}, and there {'is' if shards == 1 else 'are'} {shards}; start so many, or give 1"
     shapes = ((1, 2 * model.intermediate_size, model.hidden_size), (1, model.hidden_size, model.intermediate_size))
     if groups > 1 and None in [width_dimension(shape, shards // groups) for shape in shapes]:
         return (

@@ -95,7 +95,8 @@ def shard(policy: Any, model: KeuralMoECausalLM, spec: TrainSpec, ranks: Ranks) 
     if policy.engine is not None:
         group(wide_modules(model), None, reshard_after_forward=False)
     experts = expert_mesh(ranks, shards, spec.expert_parallel) if spec.expert_parallel > 1 else None
-    for layer in model.model.layers:
+    layers: list[Any] = list(model.model.layers)
+    for layer in layers:
         if experts is not None:
             divide_experts(layer.mlp.experts, experts.among)
             group(layer.mlp.experts, compute, mesh=experts.of_each, shard_placement_fn=width)

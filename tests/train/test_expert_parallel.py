@@ -152,8 +152,8 @@ def test_a_run_goes_on_with_the_experts_divided_otherwise(tmp_path: Path) -> Non
     again(2, 1, 4)
     again(4, 4, 4)
     again(1, 1, 8)
-    again(4, 2, 8, shard_over=2)
-    again(2, 2, 4)
+    again(4, 2, 4, shard_over=2)
+    again(2, 2, 8)
 
 
 @pytest.mark.slow

@@ -158,7 +158,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 def by_mesh(tensors: Iterable[T]) -> list[list[T]]:
-    """Tensors that are sharded over the same ranks in the same way together: operations on lists of them take no others."""
+    """Tensors that are sharded over the same ranks in the same way together: not every operation on a list takes others."""
     found: dict[DeviceMesh | None, list[T]] = {}
     for tensor in tensors:
         found.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(tensor)

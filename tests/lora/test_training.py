@@ -28,6 +28,7 @@ from tests.helpers.train_small import (
     metrics_of,
     open_run,
     random_model,
+    small_config,
     small_job,
     small_stage,
     start,
@@ -309,4 +310,4 @@ def test_settings_that_cannot_work_together_are_refused(changes: dict[str, Any],
 def test_several_processes_are_refused() -> None:
     stage: StageSpec = small_stage("sft", lora=LORA)
     with pytest.raises(UserError, match="lora is for one process, and there are 2"):
-        check_ranks(stage, 2)
+        check_ranks(stage, 2, small_config())

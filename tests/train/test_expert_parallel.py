@@ -225,8 +225,8 @@ def test_what_cannot_be_divided_is_refused_before_anything_is_made(
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"train": {"precision": "split"}}, "precision split is for one process"),
-        ({"train": {"precision": "split-host"}}, "precision split-host is for one process"),
+        ({"train": {"precision": "split"}}, "expert_parallel does not go with precision split; give fp32-bf16m"),
+        ({"train": {"precision": "split-host"}}, "expert_parallel does not go with precision split-host; give fp32-bf16m"),
         ({"train": {"compile": True}}, "expert_parallel cannot be compiled"),
         ({"train": {"expert_parallel": 3}}, "Input should be 1, 2, 4 or 8"),
         ({"train": {"expert_parallel": True}}, "Input should be 1, 2, 4 or 8"),

@@ -21,7 +21,7 @@ def why_not_expert_parallel(train: "TrainSpec") -> str | None:
     if train.expert_parallel == 1:
         return None
     if train.precision in ("split", "split-host"):
-        return f"precision {train.precision} is for one process, and expert_parallel {train.expert_parallel} for several"
+        return f"expert_parallel does not go with precision {train.precision}; give fp32-bf16m, or leave expert_parallel out"
     if train.compile:
         return "expert_parallel cannot be compiled: how many tokens a process gets is known when they are sent; leave compile out"
     return None

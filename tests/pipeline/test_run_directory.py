@@ -14,6 +14,7 @@ from keural.errors import UserError
 from keural.files import read_json
 from keural.pipeline.run_contents import read_run
 from keural.pipeline.run_directory import Done, changes, set_aside
+from keural.pipeline.scores import ScoresFile
 from keural.report.html import render
 from keural.train.reference.records import RECORD, RECORDS
 
@@ -163,6 +164,17 @@ class TestChecked:
         stage.unlink()
         assert "resumed at step 4 of 6" in interrupted.again("--until", "chat")
         assert not list(interrupted.run.glob("*.old-*"))
+
+    @pytest.mark.parametrize("name", ["steady/checks.json", "evaluation.json", "results/scores.json", "results/m/t.jsonl"])
+    def test_what_is_read_after_training_is_refused_before_a_step(self, interrupted: Any, damage: Damage, name: str) -> None:
+        path, metrics = interrupted.run / name, interrupted.run / "chat" / "metrics.jsonl"
+        if name.startswith("results"):
+            path.parent.mkdir(parents=True)
+            ScoresFile(trained={}, stages={}).write(path)
+        before = metrics.read_bytes()
+        damage(path, 30)
+        assert f"{path}:" in interrupted.refused("--until", "chat")
+        assert metrics.read_bytes() == before
 
     def test_before_the_first_checkpoint_it_begins_again(self, interrupted: Any, damage: Damage, finished: Path) -> None:
         shutil.rmtree(interrupted.run / "chat" / "checkpoints")

@@ -16,6 +16,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def phase(run: Path) -> str:
 class Forked:
     """A run in a forked process."""
 
-    def __init__(self, recipe: Path, out: Path) -> None:
+    def __init__(self, recipe: Path, out: Path, *more: str) -> None:
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
@@ -79,7 +80,7 @@ class Forked:
                 os.dup2(log, 2)
                 from keural.cli.app import main as command
 
-                sys.argv = ["keural", "run", str(recipe), "--out", str(out)]
+                sys.argv = ["keural", "run", str(recipe), "--out", str(out), *more]
                 command()
                 code = 0
             except SystemExit as end:
@@ -155,6 +156,57 @@ def spend(kills: int, start: type[Forked] | type[Launched], recipe: Path, work: 
     weights = sum(bool(re.search(r"safetensors$", name)) for name in expected)
     print(f"{start.__name__.lower()}: {spent} kills, {runs} runs of {seconds:.1f} s: {weights} weights, losses and files equal")
     print("killed in: " + ", ".join(f"{name} {count}" for name, count in phases.most_common()), flush=True)
+
+
+def flip_in_a_run(work: Path, draw: random.Random, times: int) -> dict[str, collections.Counter[str]]:
+    """Kill a recipe in its second stage, and flip bits of each file; what became of them by kind of file."""
+    write_data(work / "data")
+    write_recipe(work / "recipe", work / "data")
+    until = ("--until", "chat")
+    run = work / "run"
+    process = Forked(work / "recipe", run, *until)
+    while not list((run / "chat" / "checkpoints").glob("step-*")):
+        assert process.wait(0.02) is None, Path(f"{run}.log").read_text()
+    process.kill(draw)
+    shutil.copytree(run, work / "whole", symlinks=True)
+    assert Forked(work / "recipe", work / "whole", *until).wait(600) == 0
+    expected = contents(work / "whole")
+    outcomes: dict[str, collections.Counter[str]] = {}
+    files = [path.relative_to(run) for path in sorted(run.rglob("*")) if path.is_file() and path.stat().st_size]
+    for name in files:
+        for _ in range(times):
+            copy = work / "copy"
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(run, copy, symlinks=True)
+            data, place = bytearray((copy / name).read_bytes()), draw.randrange((copy / name).stat().st_size)
+            data[place] ^= 1 << draw.randrange(8)
+            (copy / name).write_bytes(data)
+            before = steps_of(copy)
+            Path(f"{copy}.log").unlink(missing_ok=True)
+            code = Forked(work / "recipe", copy, *until).wait(600)
+            said = [line for line in Path(f"{copy}.log").read_text().splitlines() if line.startswith("keural: error: ")]
+            if code == 2:
+                assert (len(said), steps_of(copy)) == (1, before), (name, place, said)
+                outcome = "refused in one line before a step"
+            else:
+                assert code == 0, (name, place, code, Path(f"{copy}.log").read_text()[-2000:])
+                found = contents(copy)
+                weights = [key for key in expected if key.endswith((".safetensors", "metrics.jsonl")) and key != str(name)]
+                assert all(found.get(key) == expected[key] for key in weights), (name, place)
+                outcome = "not used, or made again: same weights and losses"
+            outcomes.setdefault(kind_of(name), collections.Counter())[outcome] += 1
+    return outcomes
+
+
+def steps_of(run: Path) -> dict[str, int]:
+    """Lines of the metrics of each stage."""
+    return {str(path.parent.name): path.read_bytes().count(b"\n") for path in run.glob("*/metrics.jsonl")}
+
+
+def kind_of(name: Path) -> str:
+    """A file's kind: its path without what is numbered or drawn."""
+    parts = ["…" if re.fullmatch(r"[0-9a-f]{16}|step-\d+|.{31,}", part) else part for part in name.parts]
+    return "/".join("shard-*.safetensors" if part.startswith("shard-") else part for part in parts)
 
 
 def main() -> None:

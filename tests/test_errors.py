@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keural.errors import MAX_MESSAGE, UserError, nearest, quoted, refusal_of, visible
+from keural.errors import MAX_MESSAGE, UserError, nearest, quoted, refusal_of, visible, why_unwritten
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,29 @@ def test_what_the_machine_refuses_is_one_line_with_advice(error: Exception, word
     assert refusal is not None
     assert words in str(refusal)
     assert len(str(refusal)) < 500
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "advice"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "x"), "No space left on device", "free some space"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "Disk quota exceeded", "free some space, or have the quota raised"),
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied", "give this user the right to write there"),
+        (OSError(errno.EROFS, "Read-only file system"), "Read-only file system", "have the file system mounted for writing"),
+        (OSError("no number"), "no number", "mend that"),
+        (RuntimeError("can't start new thread"), "can't start new thread", "raise `ulimit -u`, or end other programs"),
+        (MemoryError(), "not enough memory", "close other programs, or choose smaller sizes"),
+        (ValueError("a\nb"), r"ValueError('a\nb')", "mend that"),
+    ],
+)
+def test_a_write_that_fails_has_the_advice_of_its_own_reason(error: Exception, reason: str, advice: str) -> None:
+    assert why_unwritten(error) == (reason, advice)
+
+
+def test_the_advice_is_that_of_what_lies_behind_a_line() -> None:
+    told = UserError("x: cannot be written")
+    told.__cause__ = OSError(errno.EDQUOT, "Disk quota exceeded")
+    assert why_unwritten(told)[0] == "Disk quota exceeded"
 
 
 @pytest.mark.parametrize(

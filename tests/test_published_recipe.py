@@ -65,3 +65,34 @@ def test_all_seven_stages(tmp_path: Path, published_tokenizer_file: Path, keural
     assert [stage.name for stage in summary.stages] == ["pretrain-1", "pretrain-2", "sft-1", "dpo-1", "sft-2", "sft-3", "dpo-2"]
     assert all(stage.steps == 2 for stage in summary.stages)
     assert summary.stages[4].init_from == "sft-1"  # as the release did
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("machine", ["h200", "h100", "2xh200", "64xh100"])
+def test_the_recipe_of_a_machine_takes_a_step_of_each_stage(tmp_path: Path, machine: str, keural: Keural) -> None:
+    """On one process: how many a machine has is another matter. Nothing is compiled, which takes minutes."""
+    written(tmp_path)
+    prose = "{name: rows, adapter: text, path: texts.jsonl}"
+    overrides = [f"model.{key}={value}" for key, value in SMALL.items()]
+    overrides += [
+        "tokenizer.vocab_size=334",
+        f"tokenizer.sources=[{prose}]",
+        "data.decontaminate=null",
+        "evaluation.bits_per_byte=[]",
+    ]
+    overrides += ["train.compile=false", "train.steps=2", "train.epochs=null", "train.warmup_steps=1", "data.sequence_length=256"]
+    overrides += ["data.heldout_per_mille=0"]
+    text = ("text", "texts")
+    kinds = {"pretrain-1": text, "pretrain-2": text, "sft": ("messages", "chats"), "dpo": ("preference", "pairs")}
+    for stage, (adapter, rows) in kinds.items():
+        overrides.append(f"{stage}.data.sources=[{{name: rows, adapter: {adapter}, path: {rows}.jsonl}}]")
+        overrides.append(f"{stage}.train.batch_pairs=4" if stage == "dpo" else f"{stage}.train.batch_tokens=512")
+        if adapter == "text":
+            overrides += [f"{stage}.data.{setting}" for setting in ("min_characters=1", "cleaning=null", "mixing=null")]
+
+    code, said, error = keural(
+        "run", f"keural-14b-{machine}", "--dry-run", f"data={tmp_path}", *overrides, "--out", tmp_path / "run"
+    )
+
+    assert code == 0, error
+    assert all(stage in said for stage in ("pretrain-1", "pretrain-2", "sft", "dpo"))

@@ -145,6 +145,36 @@ _MEMORY = (
 )
 _THREADS = ("can't start new thread", "resource temporarily unavailable", "thread creation failed")
 
+_UNWRITTEN = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space, or have the quota raised",
+    errno.EFBIG: "raise `ulimit -f`",
+    errno.EMFILE: "raise `ulimit -n`",
+    errno.ENFILE: "close some programs",
+    errno.ENOMEM: "close other programs, or choose smaller sizes",
+    errno.EAGAIN: "raise `ulimit -u`, or end other programs",
+    errno.EACCES: "give this user the right to write there",
+    errno.EPERM: "give this user the right to write there",
+    errno.EROFS: "have the file system mounted for writing",
+    errno.EIO: "look whether the device is in order",
+}
+"""What to do when something cannot be written."""
+
+
+def why_unwritten(error: BaseException) -> tuple[str, str]:
+    """Why something could not be written, and what to do about that very reason: only a full disk asks for space."""
+    if isinstance(error, UserError) and isinstance(error.__cause__, OSError):
+        error = error.__cause__
+    number, reason = getattr(error, "errno", None), " ".join(str(error).split())[:300]
+    if isinstance(error, OSError):
+        reason = error.strerror or reason
+    elif isinstance(error, MemoryError):
+        number, reason = errno.ENOMEM, reason or "not enough memory"
+    elif not isinstance(error, UserError):
+        number = errno.EAGAIN if any(words in reason.lower() for words in _THREADS) else None
+        reason = reason if number else " ".join(repr(error).split())[:300]
+    return reason, _UNWRITTEN.get(number or 0, "mend that")
+
 
 def refusal_of(error: BaseException) -> UserError | None:
     """What to say of a failure that is the machine's or a file's, wherever it came up; None for one of the program."""

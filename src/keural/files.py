@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from keural.errors import UserError, refusal_of
+from keural.errors import UserError, refusal_of, why_unwritten
 from keural.parsing import Malformed, parse_json, parse_yaml
 from keural.terminal import say
 
@@ -122,7 +122,8 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     """What to tell a user whose system refuses to write `path`."""
     if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
         return refusal_of(error) or UserError(str(error))
-    return UserError(f"{path}: cannot be written ({error.strerror or error}); free some space or choose another directory")
+    reason, advice = why_unwritten(error)
+    return UserError(f"{path}: cannot be written ({reason}); {advice}, or choose another directory")
 
 
 def clear_leftovers(directory: Path) -> None:

@@ -24,8 +24,9 @@ def seed_of(printed: str) -> int:
     return int(yaml.safe_load(printed)["recipe"]["seed"])
 
 
-def test_the_package_holds_six_recipes(keural: Keural) -> None:
-    assert names() == ["evening", "keural-14b", "keural-14b-published", "laptop", "one-gpu", "toy"]
+def test_the_package_holds_ten_recipes(keural: Keural) -> None:
+    machines = [f"keural-14b-{machine}" for machine in ("2xh200", "64xh100", "h100", "h200")]
+    assert names() == ["evening", "keural-14b", *machines, "keural-14b-published", "laptop", "one-gpu", "toy"]
     code, out, _ = keural("recipes")
     assert code == 0
     for line, name in zip(out.splitlines(), names(), strict=True):

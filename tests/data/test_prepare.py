@@ -103,7 +103,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(work: Workplace, write: Any)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (6000, hard))
     try:
-        work.refused(data, "next_token", "cannot be written", "free some space")
+        work.refused(data, "next_token", "cannot be written (File too large); raise `ulimit -f`")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert len(work.texts(work(data).train)) == len(DOCUMENTS)

@@ -14,10 +14,17 @@ from keural.errors import UserError
 from keural.files import read_json
 from keural.pipeline.run_contents import read_run
 from keural.pipeline.run_directory import Done, changes, set_aside
+from keural.pipeline.scores import ScoresFile
 from keural.report.html import render
 from keural.train.reference.records import RECORD, RECORDS
 
 Damage = Callable[..., None]
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """What changes when a path is replaced or written, and not when it is read (the time of the last access does)."""
+    found = path.lstat()
+    return found.st_ino, found.st_mode, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 class TestAnothersFiles:
@@ -60,9 +67,9 @@ class TestAnothersFiles:
         final.unlink()
         own.mkdir()
         {"directory": final.mkdir, "file": final.touch, "link": lambda: final.symlink_to(own)}[make]()
-        before = final.lstat()
+        before = _identity(final)
         assert "final: is in the way" in place.refused()
-        assert final.lstat() == before
+        assert _identity(final) == before
 
     @pytest.mark.parametrize("name", ["align", "tokenizer"])
     def test_a_directory_in_a_run_that_no_run_has_made_is_in_the_way(self, place: Any, name: str) -> None:
@@ -157,6 +164,17 @@ class TestChecked:
         stage.unlink()
         assert "resumed at step 4 of 6" in interrupted.again("--until", "chat")
         assert not list(interrupted.run.glob("*.old-*"))
+
+    @pytest.mark.parametrize("name", ["steady/checks.json", "evaluation.json", "results/scores.json", "results/m/t.jsonl"])
+    def test_what_is_read_after_training_is_refused_before_a_step(self, interrupted: Any, damage: Damage, name: str) -> None:
+        path, metrics = interrupted.run / name, interrupted.run / "chat" / "metrics.jsonl"
+        if name.startswith("results"):
+            path.parent.mkdir(parents=True)
+            ScoresFile(trained={}, stages={}).write(path)
+        before = metrics.read_bytes()
+        damage(path, 30)
+        assert f"{path}:" in interrupted.refused("--until", "chat")
+        assert metrics.read_bytes() == before
 
     def test_before_the_first_checkpoint_it_begins_again(self, interrupted: Any, damage: Damage, finished: Path) -> None:
         shutil.rmtree(interrupted.run / "chat" / "checkpoints")

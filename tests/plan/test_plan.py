@@ -18,6 +18,13 @@ from keural.plan.plan import Plan, Speed, make_plan, refusal
 from keural.recipe import load_recipe
 from keural.recipe.shipped import SHIPPED
 
+MACHINES = {
+    "keural-14b-h200": ("split", 1),
+    "keural-14b-h100": ("split-host", 1),
+    "keural-14b-2xh200": ("fp32-bf16m", 2),
+    "keural-14b-64xh100": ("fp32-bf16m", 64),
+}
+"""The recipes that are named after a machine: their precision, and how many cards it has."""
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "planning.md"
 H100 = {
     "check": {"device": {"name": "NVIDIA H100 80GB HBM3"}},
@@ -68,6 +75,34 @@ def test_the_large_recipes_fit_as_they_are(recipe: str, gpus: int, gpu: str, pre
     assert {stage.laid.layout.precision for stage in found.stages} == {precision}
     changed = load_recipe(SHIPPED / recipe, found.overrides)
     assert overrides([stage.laid for stage in make_plan(changed, gpu, gpus).stages]) == []
+
+
+class TestRecipesOfAMachine:
+    @pytest.mark.parametrize(("name", "precision", "gpus"), [(name, *said) for name, said in MACHINES.items()])
+    def test_fit_as_they_are_on_the_machine_that_they_name(self, name: str, precision: str, gpus: int) -> None:
+        """The command stands at the head of the recipe; nothing is left to choose."""
+        head = (SHIPPED / name / "recipe.yaml").read_text(encoding="utf-8").partition("name:")[0]
+        [line] = re.findall(r"^#   keural plan (.*)$", head, re.MULTILINE)
+        assert line.split()[0] == name
+        result = CliRunner().invoke(app, ["plan", *shlex.split(line), "--json"])
+        assert result.exit_code == 0
+        data = json.loads(result.stdout)
+        assert (data["fits"], data["gpus"], data["overrides"]) == (True, gpus, [])
+        assert {(stage["precision"], stage["recompute"], stage["compile"]) for stage in data["stages"]} == {
+            (precision, "selective", True)
+        }
+        assert f"run {name} data=DIR" in head
+
+    @pytest.mark.parametrize("name", MACHINES)
+    def test_differ_from_keural_14b_in_how_it_is_computed_alone(self, name: str) -> None:
+        plain, ours = (load_recipe(SHIPPED / recipe) for recipe in ("keural-14b", name))
+        own = {"precision", "recompute", "micro_batch_tokens", "compile", "shard_over"}
+        assert ours.spec.model_copy(update={"name": "", "description": ""}) == plain.spec.model_copy(
+            update={"name": "", "description": ""}
+        )
+        for mine, theirs in zip(ours.stages, plain.stages, strict=True):
+            same = {key: value for key, value in theirs.train.model_dump().items() if key in own}
+            assert mine.model_copy(update={"train": mine.train.model_copy(update=same)}) == theirs
 
 
 def test_a_plan_for_a_thousand_says_what_is_idle() -> None:

@@ -1,7 +1,9 @@
 """Checkpoints are written while training goes on: what they hold, what stops them, and what is left whatever happens."""
 
+import errno
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -76,9 +78,17 @@ def test_weights_are_changed_only_after_they_are_copied(tmp_path: Path, plain: S
         assert all(torch.equal(tensors_at(job, step)[name], value) for name, value in tensors_at(plain, step).items())
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError("nothing left"), RuntimeError("odd\nlines")])
-def test_a_failure_of_the_writing_thread_stops_the_run_with_one_line(
-    tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "reason", "advice"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device", "free some space"),
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied", "give this user the right to write there"),
+        (MemoryError("nothing left"), "nothing left", "close other programs, or choose smaller sizes"),
+        (RuntimeError("odd\nlines"), r"RuntimeError('odd\nlines')", "mend that"),
+    ],
+)
+def test_a_failure_of_the_writing_thread_stops_the_run_with_one_line_that_says_what_to_do_about_it(
+    tmp_path: Path, error: Exception, reason: str, advice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     number, write = [0], writing.write_file
 
@@ -90,13 +100,86 @@ def test_a_failure_of_the_writing_thread_stops_the_run_with_one_line(
 
     monkeypatch.setattr(writing, "write_file", failing)
     job = small_job(tmp_path, **SETTINGS)
-    with pytest.raises(UserError, match=r"step-00000004: the checkpoint cannot be written \(.+\); earlier") as raised:
+    with pytest.raises(UserError) as raised:
         train_stage(job)
+    said = f"step-00000004: the checkpoint cannot be written ({reason}); earlier checkpoints are intact: {advice} and run the same"
+    assert said in str(raised.value)
     assert "\n" not in str(raised.value)
     assert names(job) == ["step-00000002"]
     assert len(losses_of(job)) < 8
     monkeypatch.undo()
     assert train_stage(job).steps == 8
+
+
+def test_a_thread_that_cannot_be_started_is_a_refused_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin, number = threading.Thread.start, [0]
+
+    def start(self: threading.Thread) -> None:
+        number[0] += self.name == "checkpoint"
+        if self.name == "checkpoint" and number[0] == 2:
+            raise RuntimeError("can't start new thread")
+        begin(self)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    job = small_job(tmp_path, **SETTINGS)
+    with pytest.raises(UserError, match=r"step-00000004: .* \(can't start new thread\); earlier .* raise `ulimit -u`"):
+        train_stage(job)
+    assert names(job) == ["step-00000002"]
+    assert train_stage(job).steps == 8
+
+
+class TestAnOldCheckpointThatCannotBeDeleted:
+    """It is said to be there, once; the new one is whole, and training goes on."""
+
+    @pytest.fixture(params=["its files", "its name"])
+    def job(self, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> StageJob:
+        delete, rename = shutil.rmtree, Path.rename
+
+        def refuse(directory: Any, *rest: Any, **more: Any) -> Any:
+            if "step-00000002" in str(directory):
+                raise PermissionError(errno.EACCES, "Permission denied", str(directory))
+            return delete(directory, *rest, **more)
+
+        def keep(path: Path, target: Any) -> Any:
+            if path.name == "step-00000002":
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return rename(path, target)
+
+        if request.param == "its files":
+            monkeypatch.setattr(shutil, "rmtree", refuse)
+        else:
+            monkeypatch.setattr(Path, "rename", keep)
+        return small_job(tmp_path, train={"steps": 8, "save_every": 2, "keep_checkpoints": 1})
+
+    def test_is_said_once_and_costs_nothing_else(
+        self, job: StageJob, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert train_stage(job).steps == 8
+        said = " ".join(capsys.readouterr().out.split())
+        assert said.count("is needed no longer and cannot be deleted (Permission denied)") == 1
+        assert "step-00000002" in said
+        assert [name for name in names(job) if "00000002" not in name] == ["step-00000008"]
+        monkeypatch.undo()
+        assert train_stage(job).steps == 8
+
+    def test_is_deleted_when_it_can_be(self, job: StageJob, monkeypatch: pytest.MonkeyPatch) -> None:
+        train_stage(job)
+        monkeypatch.undo()
+        shutil.rmtree(job.run_dir / "checkpoints" / "step-00000008")
+        train_stage(job)
+        assert names(job) == ["step-00000008"]
+
+
+def test_a_leftover_where_the_new_one_is_written_is_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = small_job(tmp_path, **SETTINGS)
+    (job.run_dir / "checkpoints" / ".step-00000002.tmp").mkdir(parents=True)
+
+    def refuse(directory: Any, *rest: Any, **more: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(directory))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(UserError, match=r"step-00000002: the checkpoint cannot be written \(Permission denied\)"):
+        train_stage(job)
 
 
 def test_the_checkpoint_on_its_way_is_kept_when_training_ends_with_an_error(

@@ -216,7 +216,7 @@ def test_a_refused_write_keeps_the_previous_checkpoint_and_leaves_no_rest(tmp_pa
     assert process.exitcode == 2
     message = (tmp_path / "run.error").read_text()
     assert re.fullmatch(
-        r".*step-00000008: the checkpoint cannot be written \(.+\); earlier checkpoints are intact: free some .*", message
+        r".*step-00000008: the checkpoint cannot be written \(.+\); earlier checkpoints are intact: raise `ulimit -f` .*", message
     )
     assert names(job) == ["step-00000004"]
     assert train_stage(job).steps == 8

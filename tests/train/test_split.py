@@ -4,13 +4,16 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from torch import nn
 
+from benchmarks.displacement import LABELS, WAYS, distances, plot
 from keural.train.optimization import split as module
-from keural.train.optimization.split import Rates, SplitAdamW, adamw, decode, encode, join, new_state, plain_update, split
+from keural.train.optimization.split import Rates, SplitAdamW, decode, encode, join, new_state, plain_update, split
 
 
 def every_remainder(high: int) -> torch.Tensor:
@@ -50,34 +53,24 @@ def test_one_step_is_that_of_torch() -> None:
     torch.testing.assert_close(ours.detach(), theirs.detach(), atol=1e-6, rtol=1e-6)
 
 
-def displacement(decades: float, steps: int = 1000) -> tuple[float, float]:
-    """Relative distance from float32 of what `steps` steps at 2e-7 move: by split, and by bfloat16 weights. Gradients' scales
-    spread over `decades` inside every block.
-    """
-    draw = torch.Generator().manual_seed(0)
-    number = 1 << 13
-    start = (torch.randn(number, generator=draw) * 0.02).bfloat16()
-    drift = torch.randn(number, generator=draw) * 0.3
-    scale = 1e-3 * 10 ** (-decades * torch.rand(number, generator=draw))
-    weight = nn.Parameter(start.clone())
-    optimizer = SplitAdamW([weight], weight_decay=0.0)
-    master, moment, square, rounded = start.float(), torch.zeros(number), torch.zeros(number), start.clone()
-    for _ in range(steps):
-        weight.grad = ((drift + torch.randn(number, generator=draw)) * scale).bfloat16()
-        optimizer.step(2e-7)
-        before = master
-        master, moment, square = adamw(master, weight.grad.float(), moment, square, optimizer.rates(2e-7, False))
-        rounded = (rounded.float() + (master - before)).bfloat16()
-    expected = master - start.float()
-    found = (optimizer.master(weight) - start.float(), rounded.float() - start.float())
-    ours, theirs = (float((moved - expected).norm() / expected.norm()) for moved in found)
-    return ours, theirs
-
-
 def test_a_thousand_steps_at_2e_7_move_the_weights_as_in_float32() -> None:
-    ours, rounded = displacement(1.0)
-    assert ours < 0.01
-    assert rounded > 0.9, "bfloat16 weights do not move: the test can tell"
+    """The figures of `docs/training.md`, by the benchmark that makes them."""
+    found = distances(1.0, ["split", "bfloat16 weights"])
+    assert found["split"][-1] < 0.01
+    assert found["bfloat16 weights"][-1] > 0.9, "bfloat16 weights do not move: the test can tell"
+
+
+def test_the_plot_of_the_page_is_what_the_benchmark_draws() -> None:
+    """Curves and figures of a few steps stand in a file that needs no page around it."""
+    found = {name: [0.9, 0.5] for name in WAYS} | {"split": [0.01, 0.005]}
+    drawn = plot(found, 10)
+    root = ElementTree.fromstring(drawn)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert "split: 0.50% after 20 steps" in "".join(root.itertext())
+    assert drawn.count("<polyline") == len(WAYS)
+    assert "prefers-color-scheme: dark" in drawn
+    kept = (Path(__file__).resolve().parents[2] / "docs" / "displacement.svg").read_text(encoding="utf-8")
+    assert [line for line in LABELS.values() if line[0] not in kept] == []
 
 
 def test_a_small_second_moment_beside_a_large_one_is_never_zero() -> None:

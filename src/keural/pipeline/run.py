@@ -20,6 +20,7 @@ from keural.evaluate.scorecard import check_measurable, score
 from keural.files import fingerprint
 from keural.lora.layers import write_adapter
 from keural.lora.merge import write_merged
+from keural.pipeline.read_later import check_read_later
 from keural.pipeline.run_contents import read_run
 from keural.pipeline.run_directory import (
     ADAPTER,
@@ -141,6 +142,7 @@ def _make_references(workspace: Workspace, stage: StageSpec, ranks: Ranks) -> bo
 
 def _open_run(recipe: Recipe, stages: list[StageSpec], out: Path, on_data: Callable[[Workspace], object] | None) -> None:
     """Keep the resolved recipe, prepare the data: once, before other ranks open it."""
+    check_read_later(recipe, out)
     write_recipe(out, recipe)
     check_starts(recipe, stages, prepare_tokenizer(recipe, out), out)
     workspace = prepare_all(recipe, stages, out)

@@ -40,22 +40,6 @@ class TestADisconnectedClient:
         assert 'keural:http_requests_client_disconnected_total{model_name="tiny"} 1.0' in client.get("/metrics").text
         assert ask(client).status_code == 200
 
-    def test_leaves_the_queue(self, start: Start) -> None:
-        running, client = start()
-        running.held.open.clear()
-        threads = [threading.Thread(target=lambda: ask(client)) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        wait_until(lambda: running.running == 2)
-        with pytest.raises(httpx.ReadTimeout):
-            client.post("/v1/chat/completions", json={"messages": HELLO}, timeout=0.2)
-        running.held.open.set()
-        for thread in threads:
-            thread.join(10)
-
-        wait_until(lambda: running.running == 0)
-        assert running.service.answers.scheduler.stats.finished == {"length": 2, "cancelled": 1}
-
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_that_came_to_a_stop_string_does_not_count_as_given_up(start: Start, stream: bool) -> None:

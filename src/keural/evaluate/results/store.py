@@ -125,6 +125,11 @@ def read_results(path: Path) -> Kept:
     return kept
 
 
+def check_results(path: Path) -> None:
+    """Raise `UserError` naming the line of a file of results that is damaged; a half-written last line is none."""
+    _read(path)
+
+
 def finished_results(path: Path, header: Header) -> Kept | None:
     """What the file holds to which results of `header` would be appended; None where that is nothing, or not whole.
 

@@ -24,12 +24,13 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from keural.errors import UserError
+from keural.errors import UserError, why_unwritten
 from keural.files import fingerprint as fingerprint_of
 from keural.files import flush, flush_directory, sha256_file, write_json
 from keural.recipe import StageSpec
 from keural.train.checkpoints.manifest import DIRECTORY, FORMAT, MANIFEST, REMEDY, Manifest, Progress, read_manifest, step_of
 from keural.train.checkpoints.pieces import pieces_of
+from keural.train.checkpoints.unneeded import Unneeded
 from keural.train.checkpoints.writing import Buffers, Given, Writing, has_room
 from keural.train.optimization.optimizer import Optimizer, set_step, state_tensors
 from keural.train.optimization.trainable import trained_parameters
@@ -63,6 +64,7 @@ class Checkpoints:
         self._writing: Writing | None = None
         self._final = directory
         self._buffers: Buffers | None = Buffers()
+        self._unneeded = Unneeded()
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Make room for copies on the host. Where there is none checkpoints are written while training waits, and that is said."""
@@ -112,7 +114,8 @@ class Checkpoints:
     def finish(self) -> None:
         """Wait until the checkpoint that is being written is whole.
 
-        Raises `UserError` when the disk refused a write; earlier checkpoints are then untouched and nothing half-written is left.
+        A checkpoint that is no longer kept and cannot be deleted is said, once; the new one is whole all the same. Raises
+        `UserError` when the disk refused a write; earlier checkpoints are then untouched and nothing half-written is left.
         """
         writing = self._writing
         if writing is None:
@@ -123,10 +126,11 @@ class Checkpoints:
             writing.wait_a_while()
         self._writing = None
         given_up = writing.error is None or isinstance(writing.error, Given)
-        reasons = self.ranks.gather(None if given_up else _reason(writing.error))
+        reasons = self.ranks.gather(None if given_up or writing.error is None else why_unwritten(writing.error))
         if failures := [reason for reason in reasons if reason is not None]:
             self.ranks.on_main(lambda: shutil.rmtree(_temporary(self._final), ignore_errors=True))
-            raise _refusal(self._final, failures[0]) from writing.error
+            raise _refusal(self._final, *failures[0]) from writing.error
+        self._unneeded.say(self.ranks.log_once)
 
     def give_up(self) -> None:
         """Before the process ends at once: nothing more is begun of what is being written."""
@@ -170,7 +174,9 @@ class Checkpoints:
         """Remove what killed processes left, and make room for a new checkpoint."""
         self.directory.mkdir(parents=True, exist_ok=True)
         for leftover in self.directory.glob(".step-*.tmp"):
-            shutil.rmtree(leftover)
+            self._unneeded.delete(leftover)
+        if temporary.exists():
+            shutil.rmtree(temporary)  # what is in the way cannot stay; it says why it does
         temporary.mkdir()
 
     def _guarded(self, write: Callable[[], None]) -> None:
@@ -178,7 +184,7 @@ class Checkpoints:
         try:
             write()
         except OSError as error:
-            raise _refusal(self._final, error.strerror or str(error)) from error
+            raise _refusal(self._final, *why_unwritten(error)) from error
 
     def _content(self, progress: Progress) -> dict[str, Any]:
         return {
@@ -192,18 +198,19 @@ class Checkpoints:
 
     def _finish(self, final: Path, content: dict[str, Any]) -> None:
         """Make a checkpoint of a directory with all files, and delete those that are not kept."""
-        temporary = _temporary(final)
+        temporary, replaced = _temporary(final), final.with_name(f".{final.name}-replaced.tmp")
         write_json(temporary / MANIFEST, {**content, "checksum": fingerprint_of(content)})
         flush_directory(temporary)
         if final.exists():
-            final.rename(final.with_name(f".{final.name}-replaced.tmp"))
+            final.rename(replaced)
         temporary.rename(final)
         flush(self.directory)
-        shutil.rmtree(final.with_name(f".{final.name}-replaced.tmp"), ignore_errors=True)
+        if replaced.exists():
+            self._unneeded.delete(replaced)
         every = self.stage.train.keep_every
         for old in sorted(self._all(), key=step_of)[: -self.stage.train.keep_checkpoints]:
             if every is None or step_of(old) % every:
-                shutil.rmtree(old.rename(old.with_name(f".{old.name}.tmp")))
+                self._unneeded.discard(old, _temporary(old))
 
     def _verified(self, path: Path, state: Mapping[str, Tensor]) -> Progress:
         """Compare a checkpoint with its manifest, each rank some of its files, and its tensors with those that are to be filled."""
@@ -273,16 +280,9 @@ def _check_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
             )
 
 
-def _refusal(final: Path, reason: str) -> UserError:
+def _refusal(final: Path, reason: str, advice: str) -> UserError:
     """What to tell a user whose system refuses to write a checkpoint."""
     return UserError(
-        f"{final}: the checkpoint cannot be written ({reason}); earlier checkpoints are intact: free some space and run the same "
-        "command again"
+        f"{final}: the checkpoint cannot be written ({reason}); earlier checkpoints are intact: {advice} and run the same command "
+        "again"
     )
-
-
-def _reason(error: BaseException | None) -> str:
-    """Why a write failed: what the operating system said, or else the error as it is."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    return str(error) if isinstance(error, UserError) else " ".join(repr(error).split())[:300]

@@ -105,7 +105,11 @@ class Writing:
             ready.record()
         # a daemon: a process that must end at once is not kept by it
         self._thread = threading.Thread(target=self._run, args=(list(pieces), ready, device), name="checkpoint", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # no further thread may be started: told like every other failure, so that no rank waits
+            self.error = error
+            self._copied.set()
 
     @property
     def is_done(self) -> bool:
@@ -118,7 +122,7 @@ class Writing:
 
     def wait_a_while(self) -> None:
         """Wait until this rank's part is over, but not for long."""
-        self._thread.join(1.0)
+        self._join(1.0)
 
     def give_up(self) -> None:
         """Let it end without a checkpoint."""
@@ -127,7 +131,11 @@ class Writing:
     def leave(self) -> None:
         """Wait for it, `PATIENCE` long where another rank's part does not come: the process is going to end."""
         self._deadline = time.monotonic() + PATIENCE
-        self._thread.join()
+        self._join()
+
+    def _join(self, seconds: float | None = None) -> None:
+        if not self.is_done:
+            self._thread.join(seconds)
 
     def _run(self, pieces: list[Piece], ready: "torch.cuda.Event | None", device: torch.device) -> None:
         try:

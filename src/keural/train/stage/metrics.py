@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from keural.errors import UserError
+from keural.errors import UserError, why_unwritten
 from keural.files import CHECKSUM, fingerprint, write_atomic
 from keural.parsing import Malformed, parse_json
 from keural.terminal import is_terminal, note, note_above, progress, say
@@ -174,9 +174,8 @@ class Metrics:
             self._file.write(line_text(line))
             self._file.flush()
         except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); free some space and run the same command again"
-            ) from error
+            reason, advice = why_unwritten(error)
+            raise UserError(f"{self.path}: cannot be written ({reason}); {advice} and run the same command again") from error
         for board in self._boards:
             board.add(line["step"], figures_of(line))
 

@@ -101,6 +101,6 @@ def check_reads(
         for row, logits in zip([row for row in rows if row.wants_logits], slots.step(rows), strict=True):
             with torch.inference_mode():
                 anew = model(torch.tensor([held[row.slot]])).logits[0, -1]
-            torch.testing.assert_close(logits, anew, atol=atol, rtol=rtol)
+            torch.testing.assert_close(torch.as_tensor(logits), anew, atol=atol, rtol=rtol)
             compared += 1
     return compared

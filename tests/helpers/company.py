@@ -25,7 +25,7 @@ class Forgetful:
         self._slots = slots
         self.count, self.context_length = slots.count, slots.context_length
         self.batch_tokens, self.alone_tokens = slots.batch_tokens, slots.alone_tokens
-        self.step = slots.step
+        self.step, self.on_processors = slots.step, slots.on_processors
 
     def cut(self, slot: int, length: int) -> int:
         """See `Slots.cut`."""

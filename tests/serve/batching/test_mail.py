@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 
 from keural.serve.batching import mail as room
+from keural.serve.batching import scheduler as scheduler_room
 from keural.serve.batching.mail import Mail
 from keural.serve.batching.requests import Chosen, Event, Request
 from keural.serve.batching.runner import Ticket
@@ -96,6 +98,27 @@ def test_nothing_waits_for_a_prompt_to_be_read_and_a_first_token_for_nothing() -
     before = [step for step in range(1, first_of_second) if long[step]]
     assert before, "the prompt was read in parts, beside the answer under way"
     assert set(before) <= set(arrived[0]), "before each part, what was there was handed on"
+
+
+@pytest.mark.parametrize("on_processors", [True, False])
+def test_a_step_that_takes_all_processors_gives_way_to_a_first_token_alone(
+    on_processors: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[object] = []
+    clock = SimpleNamespace(monotonic=time.monotonic, perf_counter=time.perf_counter, sleep=done.append)
+    monkeypatch.setattr(scheduler_room, "time", clock)
+    slots = FakeSlots(1, on_processors=on_processors, before_step=lambda _: done.append("step"))
+    scheduler = Scheduler(slots, VOCAB, lambda events: done.append(len(events[0][1].tokens)), together=0)
+    scheduler.submit([Request([1], SamplingParams(max_new_tokens=3, seed=0))])
+    scheduler.start()
+    end = time.monotonic() + 20
+    while done.count(1) < 3:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    scheduler.close()
+
+    waited = [scheduler_room.GIVE_WAY] if on_processors else []
+    assert done[: 6 + len(waited)] == ["step", 1, *waited, "step", 1, "step", 1]
 
 
 def _reads(rows: Sequence[Row]) -> bool:

@@ -33,6 +33,7 @@ class LlamaSlots:
         self.count, self.context_length = count, self._opened.context_length
         self.batch_tokens = min(BATCH, self.context_length)
         self.alone_tokens = min(LARGEST_BATCH if self._opened.size <= SMALL else BATCH, self.context_length)
+        self.on_processors = not llama_cpp.llama_supports_gpu_offload()
         self._context, self._memory = self._opened.context, self._opened.memory
         self._batch = _Batch(self.alone_tokens)
         self._logits: tuple[int, NDArray[np.float32]] = 0, np.empty((0, self.tokenizer.vocab_size), dtype=np.float32)

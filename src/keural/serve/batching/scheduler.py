@@ -29,6 +29,11 @@ FAILURES_IN_A_ROW = 3
 WORTH_WAITING = 16
 """Tokens of a beginning that two requests share from which one waits for the other to read it."""
 
+GIVE_WAY = 5e-4
+"""Seconds for the first token of an answer to be sent in. Where a step takes all processors, whoever is woken just before it would
+wait until it ends.
+"""
+
 FORM_FAILED = "no token may come next by the form that was asked for"
 
 log = logging.getLogger("keural.serve")
@@ -68,6 +73,8 @@ class Scheduler:
         self._pace = Pace()
         self._numbers = 0
         self._mail = Mail(deliver, together)
+        self._has_first = False
+        """Whether there is the first token of an answer in the mail."""
         self._thread = threading.Thread(target=self._run, name="keural-network", daemon=True)
 
     # From any thread
@@ -176,6 +183,9 @@ class Scheduler:
             raise RuntimeError("requests wait while all slots are free")
         if not rows or self._mail.is_due():
             self._mail.hand_on()
+            if self._has_first and self.slots.on_processors:
+                time.sleep(GIVE_WAY)
+            self._has_first = False
         return self.broken is None
 
     def _leave(self) -> None:
@@ -327,6 +337,7 @@ class Scheduler:
                 return self._end(ticket, "error", FORM_FAILED)
         if ticket.first_token is None:
             ticket.first_token = time.monotonic()
+            self._has_first = True
             self._mail.hurry()
         ticket.answer.append(token)
         self.stats.answer_tokens += 1

@@ -28,6 +28,8 @@ class Slots(Protocol):
     """Tokens that are well read in one step: more would let the answers under way wait."""
     alone_tokens: int
     """The same of one prompt beside no other answer; at least `batch_tokens`. A newcomer waits for them."""
+    on_processors: bool
+    """Whether a step takes the processors that the server runs on."""
 
     def step(self, rows: Sequence[Row]) -> Logits:
         """Read the rows, of different slots, the lowest first.

@@ -203,17 +203,16 @@ def _of_few(scores: Floats, top: np.float32, temperature: np.float32, top_p: flo
             masses.append(weights[found])
     wanted = (top_p - ENOUGH) * whole
     tokens, likely = np.concatenate(places), np.concatenate(masses)
-    if likely.sum(dtype=np.float64) < wanted + ENOUGH:  # with room for sums in another order
+    rising = np.sort(likely)
+    ranked = rising[::-1]
+    sums = ranked.cumsum(dtype=np.float64)
+    if sums[-1] < wanted + ENOUGH:  # with room for sums in another order
         return None
-    # Positive floats are ordered as their bits are; with the place below them no two keys are equal, and any sort is a stable one.
-    keys = np.arange(len(likely), dtype=np.uint64)
-    keys |= np.left_shift(~likely.view(np.uint32), np.uint64(32), dtype=np.uint64)
-    keys.sort()
-    order = keys.astype(np.uint32)
-    sums = likely[order].cumsum(dtype=np.float64)
     last = int(sums.searchsorted(wanted, "left"))
-    drawn = int(sums.searchsorted(number * sums[last], "right"))
-    return int(tokens[order[min(drawn, last)]])
+    rank = min(int(sums.searchsorted(number * sums[last], "right")), last)
+    # Sorting weights is quicker than sorting places; among equally probable tokens the lowest id comes first.
+    first = len(ranked) - int(rising.searchsorted(ranked[rank], "right"))
+    return int(tokens[(likely == ranked[rank]).nonzero()[0][rank - first]])
 
 
 def _of_nucleus(weights: Floats, top_p: float, number: float) -> int:

@@ -146,7 +146,10 @@ def test_both_ways_choose_the_same_tokens() -> None:
     logits = torch.randn(64, 5000, generator=torch.Generator().manual_seed(3)) * 3
 
     def samplers() -> list[Sampler]:
-        return [Sampler(SamplingParams(0.2 + 0.02 * seed, 0.9, 1.1, seed=seed), [seed, 7], 5000) for seed in range(64)]
+        return [
+            Sampler(SamplingParams(0.2 + 0.02 * seed, 0.9, (0.5, 2.0)[seed % 2], seed=seed), range(seed, 5000, 9), 5000)
+            for seed in range(64)
+        ]
 
     assert choose(logits, samplers()) == choose_by_sorting(logits, samplers())
 

@@ -8,7 +8,9 @@ logits of a trained model's spread); it is made in the work directory once. Side
 serve`, and llama-server with its own defaults beside threads, slots and context. Every side is a process that stays; in each
 round every side answers the same new prompts of token ids, greedily and others with the card's settings, in an order that turns
 from round to round. Rates are tokens of answers over the time from the first request to the last token, prompts included; each
-ratio is the median of the rounds' own. Processes wait for each other as their libraries do by default, whatever
+ratio is the median of the rounds' own. Both servers are read by one client on the same cores, which takes as long for an event of
+either; ours sends tokens that come quicker than fifty a second several to an event, llama-server each by itself: the table says how
+many events there were. Processes wait for each other as their libraries do by default, whatever
 `OMP_WAIT_POLICY` says here: to let threads sleep between the parts of a step halves llama.cpp's speed.
 
 turns: the first token of a long prompt, and of the second turn of that conversation, of which only what is new is to be read.
@@ -80,6 +82,8 @@ class Outcome(NamedTuple):
     """Tokens per second."""
     firsts: list[float]
     """Seconds to the first token of each stream."""
+    events: float = 0.0
+    """Events of the streams for each token."""
 
 
 Side = Callable[[Sequence[Sequence[int]], int], Outcome]
@@ -93,7 +97,8 @@ def requests(server: Server, settings: dict[str, Any], **more: Any) -> Side:
         replies = asyncio.run(_all(server.port, prompts, {"max_tokens": tokens, **settings, **more}))
         seconds = time.perf_counter() - begun
         made = sum(usage(reply)["completion_tokens"] for reply in replies)
-        return Outcome(made / seconds, [reply.first or reply.seconds for reply in replies])
+        events = sum(reply.events for reply in replies) / made
+        return Outcome(made / seconds, [reply.first or reply.seconds for reply in replies], events)
 
     return run
 
@@ -210,9 +215,10 @@ def rates_page(outcomes: dict[int, dict[str, list[Outcome]]]) -> str:
                 ratio(mine, peer) if peer else "", "≥ x0.95" if streams == 1 else "≥ x0.9",
                 first_ratio(mine, peer or mine), "≤ x1.1",
                 ratio(mine, outcomes[1][f"ours, {settings}"]) if 1 in outcomes else "", "≥ x2.2" if streams == 8 else "",
+                " and ".join(f"{statistics.median(outcome.events for outcome in side):.2f}" for side in (mine, peer) if side),
             ])  # fmt: skip
     columns = ["streams", "to the bare loop", "mark", "to llama-server", "mark", "first token (to llama-server's)", "mark",
-               "to one stream", "mark"]  # fmt: skip
+               "to one stream", "mark", "events a token, ours and theirs"]  # fmt: skip
     return page + "\n" + table(columns, rows)
 
 

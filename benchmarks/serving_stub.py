@@ -35,7 +35,7 @@ class Waiting:
     def __init__(self, tokenizer: KeuralTokenizer, count: int, context_length: int, seconds: float) -> None:
         self.count, self.context_length = count, context_length
         self.batch_tokens = self.alone_tokens = max(128, 2 * count)
-        self._seconds = seconds
+        self._seconds, self.on_processors = seconds, False
         self.held = [0] * count
         letter = tokenizer.encode("가나다")[-1]
         self._logits = torch.zeros(count, tokenizer.vocab_size)

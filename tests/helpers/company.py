@@ -25,7 +25,7 @@ class Forgetful:
         self._slots = slots
         self.count, self.context_length = slots.count, slots.context_length
         self.batch_tokens, self.alone_tokens = slots.batch_tokens, slots.alone_tokens
-        self.step = slots.step
+        self.step, self.on_processors = slots.step, slots.on_processors
 
     def cut(self, slot: int, length: int) -> int:
         """See `Slots.cut`."""
@@ -101,6 +101,6 @@ def check_reads(
         for row, logits in zip([row for row in rows if row.wants_logits], slots.step(rows), strict=True):
             with torch.inference_mode():
                 anew = model(torch.tensor([held[row.slot]])).logits[0, -1]
-            torch.testing.assert_close(logits, anew, atol=atol, rtol=rtol)
+            torch.testing.assert_close(torch.as_tensor(logits), anew, atol=atol, rtol=rtol)
             compared += 1
     return compared

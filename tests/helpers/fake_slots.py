@@ -31,9 +31,11 @@ class FakeSlots:
         before_step: Callable[[Sequence[Row]], None] = lambda rows: None,
         pause: float = 0.0,
         alone_tokens: int = 0,
+        on_processors: bool = False,
     ) -> None:
         self.count, self.context_length = count, context_length
         self.batch_tokens, self.alone_tokens = batch_tokens, max(batch_tokens, alone_tokens)
+        self.on_processors = on_processors
         self.keeps, self.before_step, self.pause = keeps, before_step, pause
         self.held: list[list[int]] = [[] for _ in range(count)]
         self.steps: list[list[Row]] = []

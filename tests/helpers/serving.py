@@ -37,6 +37,7 @@ class Writing:
         before_step: Callable[[], object] = lambda: None,
     ) -> None:
         self.count, self.context_length, self.batch_tokens, self.alone_tokens = count, context_length, 64, 64
+        self.on_processors = False
         self.ids = [*(tokenizer.encode(text) if isinstance(text, str) else text), tokenizer.im_end_id]
         self.held: list[list[int]] = [[] for _ in range(count)]
         self.before_step, self.vocab_size = before_step, tokenizer.vocab_size

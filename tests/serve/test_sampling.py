@@ -1,5 +1,6 @@
 """Choosing the next token: the distribution of transformers' processors, for small and large vocabularies, one number a token."""
 
+import contextlib
 import statistics
 import time
 
@@ -13,7 +14,7 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, 
 
 from keural.errors import UserError
 from keural.serve.engines import sampling as sampling_room
-from keural.serve.engines.sampling import Sampler, choose, choose_by_sorting
+from keural.serve.engines.sampling import PIECE, Sampler, are_finite, choose, choose_by_sorting
 from keural.serve.engines.sampling_params import SamplingParams
 from tests.helpers.next_token import next_token_distribution, token_at
 
@@ -145,7 +146,10 @@ def test_both_ways_choose_the_same_tokens() -> None:
     logits = torch.randn(64, 5000, generator=torch.Generator().manual_seed(3)) * 3
 
     def samplers() -> list[Sampler]:
-        return [Sampler(SamplingParams(0.2 + 0.02 * seed, 0.9, 1.1, seed=seed), [seed, 7], 5000) for seed in range(64)]
+        return [
+            Sampler(SamplingParams(0.2 + 0.02 * seed, 0.9, (0.5, 2.0)[seed % 2], seed=seed), range(seed, 5000, 9), 5000)
+            for seed in range(64)
+        ]
 
     assert choose(logits, samplers()) == choose_by_sorting(logits, samplers())
 
@@ -209,13 +213,38 @@ def test_a_logit_of_minus_infinity_never_comes(way: str, temperature: float) -> 
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_logits_stay_as_they_are(way: str) -> None:
+@pytest.mark.parametrize("wrong", [None, float("nan")])
+def test_logits_stay_as_they_are(way: str, wrong: float | None) -> None:
     logits, ids, _ = random_case(2, 50, 3.0)
+    if wrong is not None:
+        logits[5] = wrong
     before = logits.clone()
 
-    WAYS[way](logits[None], [Sampler(SamplingParams(repetition_penalty=2.0), ids.tolist(), 50)])
+    with contextlib.nullcontext() if wrong is None else pytest.raises(UserError):
+        WAYS[way](logits[None], [Sampler(SamplingParams(repetition_penalty=2.0), ids.tolist(), 50)])
 
-    assert torch.equal(logits, before)
+    assert torch.equal(logits.nan_to_num(), before.nan_to_num())
+
+
+def test_of_an_array_the_same_tokens_come_as_of_a_tensor() -> None:
+    logits = torch.randn(6, 70_000, generator=torch.Generator().manual_seed(3)) * 3
+    logits[4, 9] = float("-inf")
+
+    def samplers() -> list[Sampler]:
+        return [Sampler(SamplingParams(0.2 * seed, 0.9, 1.1, seed=seed), [seed, 7], 70_000) for seed in range(6)]
+
+    assert choose(logits.numpy(), samplers()) == choose(logits, samplers())
+    assert are_finite(logits.numpy()) == are_finite(logits) == [True] * 4 + [False, True]
+
+
+@pytest.mark.parametrize("size", [PIECE - 1, PIECE, PIECE + 1, 2 * PIECE])
+def test_a_row_of_any_length_is_gone_through_to_its_end(size: int) -> None:
+    logits = torch.full((1, size), -30.0)
+    logits[0, [0, PIECE - 2, size - 1]] = torch.tensor([1.0, 1.1, 1.2])
+
+    chosen = [choose(logits, [At(place, SamplingParams(1.0, 0.99, 1.0), [], size)])[0] for place in (0.0, 0.5, 0.99)]
+
+    assert chosen == [size - 1, PIECE - 2, 0]
 
 
 @pytest.mark.parametrize(

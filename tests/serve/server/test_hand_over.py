@@ -20,6 +20,7 @@ from keural.serve.server.messages_writer import MessagesWriter
 from keural.serve.server.pieces import Piece
 from keural.serve.server.protocol import _Connection
 from keural.serve.server.replies import Part, Usage, Writer
+from keural.serve.server.responses_writer import ResponsesWriter
 from keural.serve.server.service import Service
 from keural.tokenizer import KeuralTokenizer
 from tests.helpers.serving import Writing, service_of
@@ -42,7 +43,10 @@ WRITERS: dict[str, Callable[[Service], Writer]] = {
     "chat with usage": lambda service: ChatWriter(service, False, True, 2, False),
     "completion": lambda service: CompletionWriter(service, False, True),
     "messages": lambda service: MessagesWriter(service, False),
+    "responses": lambda service: ResponsesWriter(service, {}, False, False),
 }
+NAMED = {"messages": b"event: content_block_delta\n", "responses": b"event: response.output_text.delta\n"}
+"""What stands before the data of an event, in the APIs whose answers have one choice."""
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -50,23 +54,23 @@ WRITERS: dict[str, Callable[[Service], Writer]] = {
 @given(text=TEXTS)
 def test_an_event_is_what_json_makes_of_it(service: Service, name: str, text: str) -> None:
     writer = WRITERS[name](service)
-    writer.begin(Usage(1, 0, 0))
+    begun = writer.begin(Usage(1, 0, 0))
 
-    for index in (0, 0) if name == "messages" else (1, 0, 1):
+    for number, index in enumerate((0, 0) if name in NAMED else (1, 0, 1), len(begun)):
         (written,) = writer.part(Part(index, Piece(text, [Chosen(5)], [0]), None))
         head, _, data = written.rpartition(b"data: ")
         assert data.endswith(b"\n\n")
         found = json.loads(data)
         assert plain(found) == data.removesuffix(b"\n\n")
-        assert head == (b"event: content_block_delta\n" if name == "messages" else b"")
+        assert head == NAMED.get(name, b"")
+        assert found.get("sequence_number", number) == number
         assert text_of(found) == text
         assert found.get("choices", [{"index": index}])[0]["index"] == index
 
 
 def text_of(event: dict[str, Any]) -> str:
     if "delta" in event:
-        found: str = event["delta"]["text"]
-        return found
+        return str(event["delta"] if isinstance(event["delta"], str) else event["delta"]["text"])
     (choice,) = event["choices"]
     return str(choice["text"] if "text" in choice else choice["delta"]["content"])
 

@@ -55,7 +55,7 @@ def write_answers(slots: Slots, tokenizer: KeuralTokenizer, wanted: Sequence[Wri
         return
     finished: SimpleQueue[tuple[int, Written | UserError]] = SimpleQueue()
     book = _Book(tokenizer, finished)
-    scheduler = Scheduler(slots, tokenizer.vocab_size, book.deliver, max_waiting=len(wanted))
+    scheduler = Scheduler(slots, tokenizer.vocab_size, book.deliver, max_waiting=len(wanted), together=0)
     stop_ids = frozenset({tokenizer.im_end_id, tokenizer.eos_id})
     tickets = scheduler.submit([Request(one.prompt_ids, _sampling(one), stop_ids) for one in wanted])
     for number, (ticket, one) in enumerate(zip(tickets, wanted, strict=True)):

@@ -4,22 +4,24 @@ In: a GGUF file or its directory, as the llama.cpp engine takes it. Out: `Slots`
 """
 
 import ctypes
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from keural.serve.batching.slots import Row
-from keural.serve.engines.llama_cpp import BATCH, LARGEST_BATCH, OpenedGguf, cause
+from keural.serve.engines.llama_cpp import BATCH, LARGEST_BATCH, OpenedGguf, cause, holding_lock
 
 SMALL = 256 * 1024**2
 """Bytes of a file with which a large part of a prompt takes a fraction of a second. How prompts are cut must not depend on how
 quick it goes: with quantized weights other parts are other sums, and a seeded answer would not be the same again.
 """
+
+
+_last_position = holding_lock(llama_cpp.llama_memory_seq_pos_max)
 
 
 class LlamaSlots:
@@ -31,34 +33,36 @@ class LlamaSlots:
         self.count, self.context_length = count, self._opened.context_length
         self.batch_tokens = min(BATCH, self.context_length)
         self.alone_tokens = min(LARGEST_BATCH if self._opened.size <= SMALL else BATCH, self.context_length)
+        self.on_processors = not llama_cpp.llama_supports_gpu_offload()
         self._context, self._memory = self._opened.context, self._opened.memory
-        self._batch = llama_cpp.llama_batch_init(self.alone_tokens, 0, 1)
-        weakref.finalize(self, llama_cpp.llama_batch_free, self._batch)
+        self._batch = _Batch(self.alone_tokens)
+        self._logits: tuple[int, NDArray[np.float32]] = 0, np.empty((0, self.tokenizer.vocab_size), dtype=np.float32)
+        """Where llama.cpp has its logits, and an array of them."""
 
-    def step(self, rows: Sequence[Row]) -> Tensor:
+    def step(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         """See `Slots.step`; at most `alone_tokens` tokens in all."""
-        wanted = number = 0
         for row in rows:
             if row.start != self._held(row.slot):
                 raise ValueError(f"slot {row.slot} holds {self._held(row.slot)} tokens, not {row.start}")
-            if number + len(row.ids) > self.alone_tokens:
-                raise ValueError(f"more than {self.alone_tokens} tokens in a step")
-            # llama.cpp reads sequences together whose numbers rise by one from row to row.
-            for place, token in enumerate(row.ids):
-                self._put(number + place, token, row.start + place, row.slot)
-            number += len(row.ids)
-            if row.wants_logits:
-                self._batch.logits[number - 1] = 1
-                wanted += 1
-        self._batch.n_tokens = number
-        code = llama_cpp.llama_decode(self._context, self._batch)
+        number = sum(len(row.ids) for row in rows)
+        if number > self.alone_tokens:
+            raise ValueError(f"more than {self.alone_tokens} tokens in a step")
+        code = llama_cpp.llama_decode(self._context, self._batch.of(rows))
         if code != 0:
             raise RuntimeError(f"llama.cpp could not read {number} tokens (code {code}: {cause()})")
-        size = self.tokenizer.vocab_size
-        if not wanted:
-            return torch.empty(0, size)
-        # Rows of the tokens that want logits, in the batch's order, in llama.cpp's memory: a copy costs as much as a greedy choice.
-        return torch.from_numpy(np.ctypeslib.as_array(llama_cpp.llama_get_logits(self._context), (wanted, size)))
+        return self._logits_of(sum(row.wants_logits for row in rows))
+
+    def _logits_of(self, wanted: int) -> NDArray[np.float32]:
+        """The rows of the tokens that want logits, in the batch's order, in llama.cpp's memory: a copy costs as much as a greedy
+        choice, and an array for it nearly so.
+        """
+        address, rows = self._logits
+        if wanted:
+            logits = llama_cpp.llama_get_logits(self._context)
+            if (ctypes.addressof(logits.contents), wanted) != (address, len(rows)):
+                rows = np.ctypeslib.as_array(logits, (wanted, self.tokenizer.vocab_size))
+                self._logits = ctypes.addressof(logits.contents), rows
+        return rows[:wanted]
 
     def cut(self, slot: int, length: int) -> int:
         """See `Slots.cut`."""
@@ -77,12 +81,41 @@ class LlamaSlots:
 
     def _held(self, slot: int) -> int:
         """How many tokens a slot holds."""
-        last: int = llama_cpp.llama_memory_seq_pos_max(self._memory, slot)
+        last: int = _last_position(self._memory, slot)
         return last + 1
 
-    def _put(self, place: int, token: int, position: int, slot: int) -> None:
-        """One token of llama.cpp's batch, without logits."""
-        batch = self._batch
-        batch.token[place], batch.pos[place] = token, position
-        batch.n_seq_id[place], batch.seq_id[place][0] = 1, slot
-        batch.logits[place] = ctypes.c_int8(0)
+
+class _Batch:
+    """llama.cpp's batch, its arrays filled by NumPy: through ctypes each value costs as much as a row here."""
+
+    def __init__(self, size: int) -> None:
+        self._token, self._pos, self._slot, self._slots_of_each = (np.zeros(size, dtype=np.int32) for _ in range(4))
+        self._slots_of_each[:] = 1
+        self._slot_of = self._slot.ctypes.data + np.arange(size, dtype=np.uintp) * self._slot.itemsize
+        self._wants = np.zeros(size, dtype=np.int8)
+        self._batch = llama_cpp.llama_batch(
+            0,
+            _pointer(self._token, ctypes.c_int32),
+            None,
+            _pointer(self._pos, ctypes.c_int32),
+            _pointer(self._slots_of_each, ctypes.c_int32),
+            _pointer(self._slot_of, ctypes.POINTER(ctypes.c_int32)),
+            _pointer(self._wants, ctypes.c_int8),
+        )
+
+    def of(self, rows: Sequence[Row]) -> Any:
+        """The batch of these rows, in their order: llama.cpp reads sequences together whose numbers rise by one from row to row."""
+        end = 0
+        for row in rows:
+            begin, end = end, end + len(row.ids)
+            self._token[begin:end] = row.ids
+            self._pos[begin:end] = range(row.start, row.start + len(row.ids))
+            self._slot[begin:end] = row.slot
+            self._wants[begin:end] = 0
+            self._wants[end - 1] = row.wants_logits
+        self._batch.n_tokens = end
+        return self._batch
+
+
+def _pointer(array: NDArray[Any], kind: Any) -> Any:
+    return ctypes.cast(array.ctypes.data, ctypes.POINTER(kind))

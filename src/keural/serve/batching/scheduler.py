@@ -17,16 +17,22 @@ import torch
 from torch import Tensor
 
 from keural.errors import UserError
-from keural.serve.batching.requests import Chosen, End, Event, Request
+from keural.serve.batching.mail import TOGETHER, Mail
+from keural.serve.batching.requests import Chosen, End, Request
 from keural.serve.batching.runner import Cancelled, Deliver, Pace, Stats, Ticket, Unhonoured
 from keural.serve.batching.slots import Row, Slots
 from keural.serve.engines.decoding import check_prompt, common_prefix
-from keural.serve.engines.sampling import NOT_FINITE, Sampler, are_finite, choose
+from keural.serve.engines.sampling import NOT_FINITE, Logits, Sampler, are_finite, choose
 
 FAILURES_IN_A_ROW = 3
 """Failed steps after which the network is taken for broken."""
 WORTH_WAITING = 16
 """Tokens of a beginning that two requests share from which one waits for the other to read it."""
+
+GIVE_WAY = 5e-4
+"""Seconds for the first token of an answer to be sent in. Where a step takes all processors, whoever is woken just before it would
+wait until it ends.
+"""
 
 FORM_FAILED = "no token may come next by the form that was asked for"
 
@@ -39,14 +45,19 @@ class SampledTicket(Ticket):
     def __init__(self, request: Request, number: int, vocab_size: int, now: float) -> None:
         super().__init__(request, number, now)
         self.sampler = Sampler(request.sampling, request.prompt_ids, vocab_size)
+        self.is_plain = not request.logit_bias and request.constraint is None
+        """Whether its tokens follow from the network's logits and its sampler alone."""
         self.slot: int | None = None
 
 
 class Scheduler:
     """Runs requests on `slots`, at most `max_waiting` of them waiting; `start` it, and `close` it in the end."""
 
-    def __init__(self, slots: Slots, vocab_size: int, deliver: Deliver, max_waiting: int = 16) -> None:
-        self.slots, self.vocab_size, self.deliver, self.max_waiting = slots, vocab_size, deliver, max_waiting
+    def __init__(
+        self, slots: Slots, vocab_size: int, deliver: Deliver, max_waiting: int = 16, *, together: float = TOGETHER
+    ) -> None:
+        """`together`: seconds that a token may wait for others to be handed on with it."""
+        self.slots, self.vocab_size, self.max_waiting = slots, vocab_size, max_waiting
         self.stats = Stats()
         self.broken: str | None = None
         """Why no request can be answered any more."""
@@ -61,7 +72,9 @@ class Scheduler:
         self._failures = 0
         self._pace = Pace()
         self._numbers = 0
-        self._events: list[tuple[Ticket, Event]] = []
+        self._mail = Mail(deliver, together)
+        self._has_first = False
+        """Whether there is the first token of an answer in the mail."""
         self._thread = threading.Thread(target=self._run, name="keural-network", daemon=True)
 
     # From any thread
@@ -162,11 +175,17 @@ class Scheduler:
             self._leave()
             self._admit()
         rows = self._rows()
+        if any(len(row.ids) > 1 for row in rows):
+            self._mail.hand_on()  # a part of a prompt takes longer than the step before
         if rows:
             self._step(rows)
         elif self._waiting and not self._active:
             raise RuntimeError("requests wait while all slots are free")
-        self._hand_on()
+        if not rows or self._mail.is_due():
+            self._mail.hand_on()
+            if self._has_first and self.slots.on_processors:
+                time.sleep(GIVE_WAY)
+            self._has_first = False
         return self.broken is None
 
     def _leave(self) -> None:
@@ -175,7 +194,8 @@ class Scheduler:
         for ticket in [*self._active.values(), *self._waiting]:
             if ticket.cancelled or now > ticket.deadline:
                 self._end(ticket, ticket.cancelled_as if ticket.cancelled else "deadline")
-        self._waiting = deque(ticket for ticket in self._waiting if ticket.end is None)
+        if self._waiting:
+            self._waiting = deque(ticket for ticket in self._waiting if ticket.end is None)
 
     def _admit(self) -> None:
         """Give free slots to those who wait, in their order."""
@@ -258,26 +278,35 @@ class Scheduler:
         self.stats.sampler_seconds += time.perf_counter() - middle
         self.stats.last_step = time.monotonic()
 
-    def _choose(self, tickets: list[SampledTicket], logits: Tensor) -> None:
+    def _choose(self, tickets: list[SampledTicket], logits: Logits) -> None:
         """The next token of each answer; one whose own settings fail ends alone."""
-        rows, chosen = [], []
-        for ticket, row, good in zip(tickets, logits, are_finite(logits), strict=True):
-            if not good:
-                self._end(ticket, "error", NOT_FINITE)
-            elif (scores := self._shaped(ticket, row)) is not None:
-                rows.append(scores)
-                chosen.append((ticket, row))
-        if not chosen:
+        good = are_finite(logits)
+        if all(good) and all(ticket.is_plain for ticket in tickets):
+            places: Sequence[int] = range(len(tickets))
+            shaped = logits
+        else:
+            places, shaped = self._shape(tickets, logits, good)
+        if not places:
             return
-        plain = len(rows) == len(tickets) and all(row is scores for (_, row), scores in zip(chosen, rows, strict=True))
-        tokens = choose(logits if plain else torch.stack(rows), [ticket.sampler for ticket, _ in chosen])
-        for (ticket, row), token in zip(chosen, tokens, strict=True):
-            self._take(ticket, token, row)
+        tokens = choose(shaped, [tickets[place].sampler for place in places])
+        for place, token in zip(places, tokens, strict=True):
+            self._take(tickets[place], token, logits, place)
+
+    def _shape(self, tickets: list[SampledTicket], logits: Logits, good: Sequence[bool]) -> tuple[list[int], Tensor]:
+        """The logits `[N, V]` of those that are still to go on, and their places; others have ended."""
+        places, rows = [], []
+        for place, ticket in enumerate(tickets):
+            if not good[place]:
+                self._end(ticket, "error", NOT_FINITE)
+            elif (scores := self._shaped(ticket, torch.as_tensor(logits[place]))) is not None:
+                places.append(place)
+                rows.append(scores)
+        return places, torch.stack(rows) if rows else torch.empty(0, self.vocab_size)
 
     def _shaped(self, ticket: SampledTicket, logits: Tensor) -> Tensor | None:
         """The logits `[V]` with the request's bias and form; None where that failed, and the request has ended."""
         request = ticket.request
-        if not request.logit_bias and request.constraint is None:
+        if ticket.is_plain:
             return logits
         scores = logits.clone()
         for token, bias in request.logit_bias.items():
@@ -295,8 +324,8 @@ class Scheduler:
             return None
         return scores
 
-    def _take(self, ticket: SampledTicket, token: int, logits: Tensor) -> None:
-        """Add a token to an answer, or end it."""
+    def _take(self, ticket: SampledTicket, token: int, logits: Logits, place: int) -> None:
+        """Add a token to an answer, or end it; the network's logits for it are in that place."""
         request = ticket.request
         if token in request.stop_ids:
             return self._end(ticket, "stop")
@@ -308,9 +337,12 @@ class Scheduler:
                 return self._end(ticket, "error", FORM_FAILED)
         if ticket.first_token is None:
             ticket.first_token = time.monotonic()
+            self._has_first = True
+            self._mail.hurry()
         ticket.answer.append(token)
         self.stats.answer_tokens += 1
-        self._events.append((ticket, Event([_with_logprobs(token, logits, request.top_logprobs)])))
+        top = request.top_logprobs
+        self._mail.add(ticket, Chosen(token) if top is None else _with_logprobs(token, torch.as_tensor(logits[place]), top))
         if len(request.prompt_ids) + len(ticket.answer) >= self.slots.context_length:
             return self._end(ticket, "context")
         if len(ticket.answer) >= request.sampling.max_new_tokens:
@@ -326,7 +358,7 @@ class Scheduler:
             del self._active[ticket.slot]
         self._pace.end()
         self.stats.count_end(end)
-        self._events.append((ticket, Event(end=end, error=error)))
+        self._mail.end(ticket, end, error)
 
     def _fail(self, rows: list[Row], error: Exception) -> None:
         """End the requests of a failed step; after some in a row, all of them and every later one."""
@@ -345,17 +377,10 @@ class Scheduler:
             for ticket in [*self._active.values(), *self._waiting]:
                 self._end(ticket, "error", "the model does not answer any more")
             self._waiting.clear()
-        self._hand_on()
-
-    def _hand_on(self) -> None:
-        if self._events:
-            events, self._events = self._events, []
-            self.deliver(events)
+        self._mail.hand_on()
 
 
-def _with_logprobs(token: int, logits: Tensor, top: int | None) -> Chosen:
-    if top is None:
-        return Chosen(token)
+def _with_logprobs(token: int, logits: Tensor, top: int) -> Chosen:
     logprobs = logits.double().log_softmax(dim=-1)
     values, ids = logprobs.topk(top) if top else (logprobs[:0], logprobs[:0])
     return Chosen(token, float(logprobs[token]), tuple(zip(map(int, ids.tolist()), values.tolist(), strict=True)))

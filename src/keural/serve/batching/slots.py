@@ -6,7 +6,7 @@ In: rows, each some new tokens of a slot. Out: logits after the last token of th
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from torch import Tensor
+from keural.serve.engines.sampling import Logits
 
 
 class Row(NamedTuple):
@@ -28,11 +28,14 @@ class Slots(Protocol):
     """Tokens that are well read in one step: more would let the answers under way wait."""
     alone_tokens: int
     """The same of one prompt beside no other answer; at least `batch_tokens`. A newcomer waits for them."""
+    on_processors: bool
+    """Whether a step takes the processors that the server runs on."""
 
-    def step(self, rows: Sequence[Row]) -> Tensor:
+    def step(self, rows: Sequence[Row]) -> Logits:
         """Read the rows, of different slots, the lowest first.
 
-        Returns the logits `[wanted, V]` float32 after the rows that want them, in their order; good until the next call.
+        Returns the logits `[wanted, V]` after the rows that want them, in their order; good until the next call, and the caller's
+        to write to until then.
         Where it raises, what the rows' slots hold is unknown.
         """
 

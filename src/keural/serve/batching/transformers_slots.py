@@ -34,7 +34,8 @@ class TransformersSlots:
         batch_tokens: int = 128,
     ) -> None:
         self.model, self.count, self.batch_tokens = model, count, batch_tokens
-        self.alone_tokens = batch_tokens if model.device.type == "cpu" else max(batch_tokens, LONG_PART)
+        self.on_processors = model.device.type == "cpu"
+        self.alone_tokens = batch_tokens if self.on_processors else max(batch_tokens, LONG_PART)
         config = model.config
         self.context_length = context_length or config.max_position_embeddings
         self._cache = _Columns(count, config.num_hidden_layers, config.num_key_value_heads, config.head_dim, model)

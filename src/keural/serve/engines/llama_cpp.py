@@ -56,6 +56,17 @@ llama_cpp.llama_log_set(_listen, ctypes.c_void_p(0))
 llama_cpp.llama_backend_init()
 
 
+def holding_lock(function: Any) -> Any:
+    """A function of llama.cpp, called without giving up Python's lock; only for what takes no time.
+
+    Whoever waits for the lock takes it when it is given up, and what called the network's next step would wait for all that the
+    server does with the last one.
+    """
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None
+    return ctypes.PYFUNCTYPE(function.restype, *function.argtypes)(address)
+
+
 class OpenedGguf:
     """A GGUF file in llama.cpp with room for `sequences` conversations; freed with the object. Raises as `LlamaCppEngine`."""
 

@@ -5,6 +5,7 @@ the same logits and seed give the same text everywhere, whatever else is being a
 transformers' processors: repetition penalty, temperature, nucleus.
 """
 
+import math
 import random
 import threading
 from collections.abc import Sequence
@@ -31,23 +32,31 @@ BUCKETS = (int(np.float32(1).view(np.int32)) >> LOW_BITS) + 1
 NOT_FINITE = "the model's logits are not finite: its weights are damaged, or its precision is too small for them"
 LIKELY, FEW = np.float32(1e-4), 8192
 """A nucleus is first looked for among the tokens with more than this part of the best one's probability, where they are few:
-sorting so few is quicker than numbering buckets."""
+sorting so few is quicker than numbering buckets. The best one is always among them."""
 PART = 8192
 """Weights are summed so many at a time: memory for all of them would be asked of the system, and given back, with every token."""
+PIECE = 32_768
+"""A row is gone through in so many logits at a time, with one scratch of that size: beside a network nothing else stays in a cache
+from token to token, and a scratch for the whole row would be read from memory in order to be written to.
+"""
 
 Floats = NDArray[np.float32]
+Logits = Tensor | Floats
+"""Float32 of a network on any device; or an array, where they lie in the memory of another library: what PyTorch does for a view of
+them takes longer, beside a network that empties the caches, than a greedy choice.
+"""
 
 
 class _Room(threading.local):
     """Memory for one row, for each thread: new arrays of this size are asked of the system, and given back, with every token."""
 
-    scores: Floats = np.empty(0, dtype=np.float32)
+    weights: Floats = np.empty(0, dtype=np.float32)
     marks: NDArray[np.bool_] = np.empty(0, dtype=bool)
 
     def fit(self, size: int) -> None:
         """Have room for a row of `size` ids."""
-        if len(self.scores) != size:
-            self.scores, self.marks = np.empty(size, dtype=np.float32), np.empty(size, dtype=bool)
+        if len(self.weights) != size:
+            self.weights, self.marks = np.empty(size, dtype=np.float32), np.empty(size, dtype=bool)
 
 
 _room = _Room()
@@ -88,8 +97,8 @@ class Sampler:
         return self._numbers.random()
 
 
-def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
-    """The next token of each answer, which its sampler has then seen. `logits` `[N, V]` float32, one row a sampler, stay unchanged.
+def choose(logits: Logits, samplers: Sequence[Sampler]) -> list[int]:
+    """The next token of each answer, which its sampler has then seen. `logits` `[N, V]`, one row a sampler, are left as they were.
 
     With temperature 0 it is the most probable token after the repetition penalty; of equally probable ones the first. Otherwise one
     of the nucleus: the smallest set of most probable tokens whose probability reaches `top_p` (Holtzman et al. 2020, eq. 2-3), at
@@ -102,50 +111,108 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     """
     if len(logits) != len(samplers):
         raise ValueError(f"{len(logits)} rows of logits for {len(samplers)} answers")
-    if logits.device.type == "cpu":
-        tokens = [choose_row(row, sampler) for row, sampler in zip(logits.numpy(), samplers, strict=True)]
+    rows = _in_memory(logits)
+    if rows is not None:
+        tokens = [choose_row(row, sampler) for row, sampler in zip(rows, samplers, strict=True)]
     else:
-        tokens = choose_by_sorting(logits, samplers)
+        tokens = choose_by_sorting(torch.as_tensor(logits), samplers)
     for token, sampler in zip(tokens, samplers, strict=True):
         sampler.see(token)
     return tokens
 
 
-def are_finite(logits: Tensor) -> list[bool]:
+def are_finite(logits: Logits) -> list[bool]:
     """For each row of `logits` `[N, V]` whether all of it is finite."""
-    if logits.device.type == "cpu":
-        return [bool(np.isfinite(row.min()) and np.isfinite(row.max())) for row in logits.numpy()]
-    found: list[bool] = torch.isfinite(logits).all(dim=-1).tolist()
+    rows = _in_memory(logits)
+    if rows is not None:
+        return [math.isfinite(np.minimum.reduce(row)) and math.isfinite(np.maximum.reduce(row)) for row in rows]
+    found: list[bool] = torch.isfinite(torch.as_tensor(logits)).all(dim=-1).tolist()
     return found
 
 
+def _in_memory(logits: Logits) -> Floats | None:
+    """The same logits for NumPy; None where they lie in the memory of an accelerator."""
+    if isinstance(logits, np.ndarray):
+        return logits
+    return logits.numpy() if logits.device.type == "cpu" else None
+
+
 def choose_row(logits: Floats, sampler: Sampler) -> int:
-    """See `choose`; one row `[V]`, by NumPy in this thread: the network's threads are not woken for it."""
-    number, sampling = sampler.uniform(), sampler.sampling
-    greedy = sampling.temperature < GREEDY_BELOW
-    _room.fit(len(logits))
-    scores = logits if greedy and sampling.repetition_penalty == 1 else _room.scores
-    if scores is not logits:
-        np.copyto(scores, logits)
-        _penalize(scores, sampler.seen, sampling.repetition_penalty)
-    best = scores.argmax()  # of a NaN, where there is one
+    """See `choose`; one row `[V]`, by NumPy in this thread: the network's threads are not woken for it.
+
+    What was seen is penalized in the row itself, and put back: a copy of the row costs as much as a greedy choice.
+    """
+    number, sampling, seen = sampler.uniform(), sampler.sampling, sampler.seen
+    if sampling.repetition_penalty == 1 or not len(seen):
+        return _of_scores(logits, sampling, number)
+    before = logits[seen]
+    try:
+        logits[seen] = _penalized(before, sampling.repetition_penalty)
+        return _of_scores(logits, sampling, number)
+    finally:
+        logits[seen] = before
+
+
+def _penalized(logits: Floats, penalty: float) -> Floats:
+    """Logits of tokens that are made less likely (Keskar et al. 2019, section 4.1, with the sign taken into account): positive ones
+    are divided by the penalty, others multiplied, which is the lesser of the two where it is above 1.
+    """
+    divided, multiplied = logits / np.float32(penalty), logits * np.float32(penalty)
+    (np.minimum if penalty > 1 else np.maximum)(divided, multiplied, out=divided)
+    return divided
+
+
+def _of_scores(scores: Floats, sampling: SamplingParams, number: float) -> int:
+    """The token at the part `number` of what may come, by logits `[V]` that are penalized already."""
+    best = int(scores.argmax())  # of a NaN, where there is one
     top = scores[best]
-    if not np.isfinite(top):
+    if not math.isfinite(top):
         raise UserError(NOT_FINITE)
-    if greedy:
-        return int(best)
-    with np.errstate(over="ignore", under="ignore"):
-        np.subtract(scores, top, out=scores)
-        np.divide(scores, np.float32(sampling.temperature), out=scores)
-        weights = np.exp(scores, out=scores)
-    return _of_nucleus(weights, sampling.top_p, number)
+    if sampling.temperature < GREEDY_BELOW:
+        return best
+    temperature = np.float32(sampling.temperature)
+    _room.fit(len(scores))
+    if sampling.top_p < 1:
+        found = _of_few(scores, top, temperature, sampling.top_p, number)
+        if found is not None:
+            return found
+    return _of_nucleus(_weights(scores, top, temperature, _room.weights), sampling.top_p, number)
 
 
-def _penalize(scores: Floats, seen: NDArray[np.int64], penalty: float) -> None:
-    """Make the tokens of `seen` less likely (Keskar et al. 2019, section 4.1, with the sign taken into account)."""
-    if penalty != 1:
-        of_seen = scores[seen]
-        scores[seen] = np.where(of_seen > 0, of_seen / np.float32(penalty), of_seen * np.float32(penalty))
+def _weights(scores: Floats, top: np.float32, temperature: np.float32, out: Floats) -> Floats:
+    """Probabilities up to a factor, that of the `top` score 1, in `out`."""
+    np.subtract(scores, top, out=out)
+    np.divide(out, temperature, out=out)
+    return np.exp(out, out=out)
+
+
+def _of_few(scores: Floats, top: np.float32, temperature: np.float32, top_p: float, number: float) -> int | None:
+    """See `_of_nucleus`; from the tokens that are `LIKELY`, None where these are many or do not have the nucleus's mass."""
+    scratch, marks = _room.weights[:PIECE], _room.marks[:PIECE]
+    whole, count, places, masses = 0.0, 0, [], []
+    for start in range(0, len(scores), PIECE):
+        piece = scores[start : start + PIECE]
+        weights = _weights(piece, top, temperature, scratch[: len(piece)])
+        whole += float(weights.sum(dtype=np.float64))
+        (found,) = np.greater(weights, LIKELY, out=marks[: len(piece)]).nonzero()
+        count += len(found)
+        if count > FEW:
+            return None
+        if len(found):
+            places.append(found + start)
+            masses.append(weights[found])
+    wanted = (top_p - ENOUGH) * whole
+    tokens, likely = np.concatenate(places), np.concatenate(masses)
+    rising = np.sort(likely)
+    ranked = rising[::-1]
+    sums = ranked.cumsum(dtype=np.float64)
+    if sums[-1] < wanted + ENOUGH:  # with room for sums in another order
+        return None
+    last = int(sums.searchsorted(wanted, "left"))
+    rank = min(int(sums.searchsorted(number * sums[last], "right")), last)
+    # Sorting weights is quicker than sorting places; among equally probable tokens the lowest id comes first.
+    first = len(ranked) - int(rising.searchsorted(ranked[rank], "right"))
+    return int(tokens[(likely == ranked[rank]).nonzero()[0][rank - first]])
 
 
 def _of_nucleus(weights: Floats, top_p: float, number: float) -> int:
@@ -160,34 +227,12 @@ def _of_nucleus(weights: Floats, top_p: float, number: float) -> int:
         ranked = _Ranked(weights)
         return ranked.index(ranked.at(number * ranked.mass, "right")[0])
     whole = float(weights.sum(dtype=np.float64))
-    _room.fit(len(weights))
-    found = _of_few(weights, (top_p - ENOUGH) * whole, number)
-    if found is not None:
-        return found
     least = np.float32((1 - top_p) * whole / (2 * len(weights)))
     tokens = np.flatnonzero(np.greater(weights, least, out=_room.marks))
     ranked = _Ranked(weights[tokens])
     last, mass = ranked.at((top_p - ENOUGH) * whole, "left")
     drawn, _ = ranked.at(number * mass, "right")
     return int(tokens[ranked.index(min(drawn, last))])
-
-
-def _of_few(weights: Floats, wanted: float, number: float) -> int | None:
-    """See `_of_nucleus`; None where few tokens do not have the mass that is `wanted`."""
-    marks = np.greater(weights, LIKELY, out=_room.marks)
-    if np.count_nonzero(marks) > FEW:
-        return None
-    tokens = np.flatnonzero(marks)
-    likely = weights[tokens]
-    if likely.sum(dtype=np.float64) < wanted + ENOUGH:  # with room for sums in another order
-        return None
-    # Positive floats are ordered as their bits are; with the place below them no two keys are equal, and any sort is a stable one.
-    keys = (~likely.view(np.uint32)).astype(np.uint64) << np.uint64(32) | np.arange(len(likely), dtype=np.uint64)
-    order = np.sort(keys).astype(np.uint32)
-    sums = likely[order].cumsum(dtype=np.float64)
-    last = int(sums.searchsorted(wanted, "left"))
-    drawn = int(sums.searchsorted(number * sums[last], "right"))
-    return int(tokens[order[min(drawn, last)]])
 
 
 Rank = tuple[int, int]

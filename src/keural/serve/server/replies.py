@@ -116,8 +116,21 @@ class TextEvent:
         return self._head + encode_basestring(text).encode() + self._tail
 
 
-_MARK = uuid.uuid4().hex
-"""A text that nobody writes."""
+class NumberedTextEvent:
+    """Writes events that differ in a number and a text after it; see `TextEvent`."""
+
+    def __init__(self, written: Callable[[int, str], bytes]) -> None:
+        """`written` gives the whole event for a number and a text, each of which stands in it once, the number first."""
+        self._head, rest = written(_NUMBER, _MARK).split(b"%d" % _NUMBER)
+        self._middle, self._tail = rest.split(to_json(_MARK))
+
+    def __call__(self, number: int, text: str) -> bytes:
+        """The event for a number and a text, as `written` gives it."""
+        return b"%b%d%b%b%b" % (self._head, number, self._middle, encode_basestring(text).encode(), self._tail)
+
+
+_MARK, _NUMBER = uuid.uuid4().hex, uuid.uuid4().int
+"""A text and a number that nobody writes."""
 
 
 class ClientLeft(Exception):

@@ -12,11 +12,12 @@ from keural.serve.batching.requests import Chosen
 from keural.serve.calls import Arguments, CallBegun, CallEnded
 from keural.serve.server.chat_writer import named_logprobs
 from keural.serve.server.errors import ApiError
-from keural.serve.server.replies import Choice, Part, Usage, event
+from keural.serve.server.replies import Choice, NumberedTextEvent, Part, Usage, event
 from keural.serve.server.service import Service
 from keural.serve.server.tools.reading import Event, MadeCall, Reading, new_id, reading_of
 
 IN_PROGRESS = "in_progress"
+DELTA = "response.output_text.delta"
 
 
 class ResponsesWriter:
@@ -30,6 +31,8 @@ class ResponsesWriter:
         """Of the items, and of the calls that they are."""
         self._message_opened = self._message_ended = False
         self._number = 0
+        self._said = NumberedTextEvent(self._said_event)
+        """More of the message, where there are no log-probabilities."""
         self._head = {
             "id": new_id("resp"),
             "object": "response",
@@ -109,8 +112,14 @@ class ResponsesWriter:
         if isinstance(found, CallEnded):
             return self._end_call()
         opened = [] if self._message_opened else self._open_message()
-        logprobs = named_logprobs(self._tokenizer, found.tokens) if self._with_logprobs else []
-        return [*opened, self._in_message("response.output_text.delta", delta=found.text, logprobs=logprobs)]
+        if self._with_logprobs:
+            logprobs = named_logprobs(self._tokenizer, found.tokens)
+            return [*opened, self._in_message(DELTA, delta=found.text, logprobs=logprobs)]
+        return [*opened, self._said(self._next_number(), found.text)]
+
+    def _said_event(self, number: int, text: str) -> bytes:
+        fields = {"item_id": self._message_id, "output_index": 0, "content_index": 0, "delta": text, "logprobs": []}
+        return _numbered(number, DELTA, fields)
 
     def _place(self) -> int:
         """Where in the output the call stands that has begun last."""
@@ -173,9 +182,16 @@ class ResponsesWriter:
         return self._event(kind, item_id=self._message_id, output_index=0, content_index=0, **fields)
 
     def _event(self, kind: str, **fields: Any) -> bytes:
-        found = event({"type": kind, "sequence_number": self._number, **fields}, kind)
+        return _numbered(self._next_number(), kind, fields)
+
+    def _next_number(self) -> int:
         self._number += 1
-        return found
+        return self._number - 1
+
+
+def _numbered(number: int, kind: str, fields: Mapping[str, Any]) -> bytes:
+    """An event, whose place among all of a response is `number`."""
+    return event({"type": kind, "sequence_number": number, **fields}, kind)
 
 
 def _usage(usage: Usage) -> dict[str, Any]:

@@ -110,9 +110,16 @@ def _sources(stage: Stage, figure: str) -> list[tuple[str, str]]:
 
 def _losses_before(run: Run, stage: Stage) -> dict[str, float]:
     """Loss on the stage's held-out answers by source, of the model that the stage starts from."""
-    spec = StageSpec.model_validate(stage.settings)
-    start = run.directory / spec.init_from / MODEL
     store = run.directory / stage.done["data"][0]
+    start = run.directory / stage.done["init_from"] / MODEL
+    spec = StageSpec.model_validate(
+        {
+            "name": stage.name,
+            "objective": "sft",
+            "data": {"store": str(store), "sequence_length": stage.settings["data"]["sequence_length"]},
+            "train": {"steps": 1, "lr": 1.0, "batch_tokens": stage.settings["train"]["batch_tokens"]},
+        }
+    )
     tokenizer = KeuralTokenizer.load(run.directory / TOKENIZER)
     job = StageJob(
         stage=spec, seed=0, model_config=KeuralConfig.from_pretrained(start), init=start, train_store=store,

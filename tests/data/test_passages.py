@@ -100,9 +100,27 @@ def test_what_text_would_drop_is_dropped_for_the_same_reason(row: Any) -> None:
         ({"read_as": "markdown", "field": "x"}, "field"),
         ({"side": "en"}, "side"),
         ({"read_as": "tex"}, "text"),
+        ({"characters": 0}, "characters"),
+        ({"characters": -800}, "characters"),
     ],
 )
 def test_options_without_effect_are_refused(tmp_path: Path, options: dict[str, Any], words: str) -> None:
     (tmp_path / "a.txt").write_text("The mill stands.")
     with pytest.raises(UserError, match=words):
         open_source(SourceSpec(name="again", adapter="passage", path="a.txt", options=options), tmp_path)
+
+
+def test_catalogues_are_read_as_pretraining_reads_them_and_nothing_else_is_one(tmp_path: Path) -> None:
+    (tmp_path / "a.po").write_text('msgid "mill"\nmsgstr "물레방아"\n\nmsgid "river"\nmsgstr "강"\n')
+    (tmp_path / "a.txt").write_text("The mill stands.")
+
+    def said(path: str) -> list[Any]:
+        spec = SourceSpec(name="again", adapter="passage", path=path, options={"read_as": "po"})
+        return list(open_source(spec, tmp_path).read(1))
+
+    (document,) = open_source(SourceSpec(name="s", adapter="po", path="a.po"), tmp_path).read(1)
+    (passage,) = said("a.po")
+    assert isinstance(document, Document)
+    assert (passage.origin, passage.messages[1].content) == (document.text, document.text)
+    (dropped,) = said("a.txt")
+    assert (dropped.reason, "gettext" in dropped.detail) == ("wrong_schema", True)

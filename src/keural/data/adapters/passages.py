@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from keural.data.adapters.base import TABLES, Adapter, BadRow, Reads, conversation, described, guarded
+from keural.data.adapters.base import TABLES, Adapter, BadRow, Reads, WrongSchema, conversation, described, guarded
 from keural.data.adapters.documents import ADAPTERS as DOCUMENTS
 from keural.data.adapters.documents import FIELD, SIDE, reads_text
 from keural.data.readers.options import COUNT, TEXT, Option
+from keural.data.readers.po import PoMessage
 from keural.data.records import Conversation, Document, Drop
 from keural.recipe import SourceSpec
 from keural.tokenizer.message import Message
@@ -19,6 +20,8 @@ from keural.tokenizer.message import Message
 PROMPT = "Write a passage."
 LENGTH = 800
 """Characters of a passage, where the recipe does not say."""
+SHORTEST = 10
+"""Characters: what is shorter is no passage."""
 _READ_BY = {"field": "text", "side": "po"}
 """Which reading takes an option."""
 
@@ -33,6 +36,9 @@ class _Passage:
 
 def _texts(value: Any, source: SourceSpec) -> Iterator[_Passage | BadRow]:
     """The passages of the text that a row holds."""
+    if _read_as(source) == "po" and not _is_catalogue(value):
+        yield WrongSchema("read_as po is for gettext catalogues (.po)")
+        return
     whole = DOCUMENTS[_read_as(source)](value, source, "")
     if not isinstance(whole, Document):
         assert isinstance(whole, Drop)
@@ -45,6 +51,12 @@ def _texts(value: Any, source: SourceSpec) -> Iterator[_Passage | BadRow]:
         if text[start:end].strip():
             yield _Passage(text[start:end], text)
         start = end
+
+
+def _is_catalogue(value: Any) -> bool:
+    """Whether a row is what the reader of .po files gives."""
+    messages = value.get("messages") if isinstance(value, dict) else None
+    return isinstance(messages, list) and all(isinstance(message, PoMessage) for message in messages)
 
 
 def _end(text: str, start: int, most: int) -> int:
@@ -81,6 +93,8 @@ def _check(source: SourceSpec) -> str | None:
     unread = [name for name, reading in _READ_BY.items() if name in source.options and reading != _read_as(source)]
     if unread:
         return f"option {unread[0]!r} has no effect with read_as {_read_as(source)}"
+    if (most := source.options.get("characters", LENGTH)) < SHORTEST:
+        return f"option 'characters' must be at least {SHORTEST}, got {most}"
     return None if source.options.get("prompt", PROMPT).strip() else "option 'prompt' is empty: what are the passages an answer to?"
 
 

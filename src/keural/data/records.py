@@ -27,6 +27,7 @@ class Conversation:
     `id` is what the source calls it, where the recipe says which field that is; a translation has the same. `notes` say what of the
     row the record does not have, to be counted; `label` is what the row says of its answer, where a label does. `good` says whether
     the last answer, which alone is learned from then, is a good one: of a labelled answer; None of any other conversation.
+    `origin` is the whole text that its answer is a passage of: it is held out where that text is.
     """
 
     messages: tuple[Message, ...]
@@ -36,6 +37,7 @@ class Conversation:
     notes: tuple[str, ...] = ()
     label: str = ""
     good: bool | None = None
+    origin: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ says which kind of record it gives, which formats it reads and which options it 
 against that.
 """
 
-from keural.data.adapters import aihub, conversations, corpora, documents, evaluation, microworld, preferences, published
+from keural.data.adapters import aihub, conversations, corpora, documents, evaluation, microworld, passages, preferences, published
 from keural.data.adapters.base import Adapter
 from keural.errors import UserError, nearest
 from keural.recipe import SourceSpec
@@ -14,6 +14,7 @@ ADAPTERS: dict[str, Adapter] = {
     **documents.ADAPTERS,
     **corpora.ADAPTERS,
     **conversations.ADAPTERS,
+    **passages.ADAPTERS,
     **preferences.ADAPTERS,
     **published.ADAPTERS,
     **aihub.ADAPTERS,

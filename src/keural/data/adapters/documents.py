@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from keural.data.adapters.base import TABLES, Adapter, Reads, described, document, guarded, text_of
-from keural.data.readers.options import NAMES, TEXT, Option
+from keural.data.readers.options import NAMES, TEXT, Option, OptionTable
 from keural.data.readers.po import PoMessage
 from keural.data.records import Document, Drop
 from keural.recipe import SourceSpec
@@ -43,20 +43,25 @@ def _paragraph(message: PoMessage, side: str) -> str:
     return "\n".join({"ko": translated, "en": original, "both": original + translated}[side]).strip("\n")
 
 
-def _reads_text(source: SourceSpec) -> Reads:
+def reads_text(source: SourceSpec) -> Reads:
+    """The field that holds the text."""
     named = source.options.get("field", "text")
     names = [str(name) for name in (named if isinstance(named, list) else [named])]
     return Reads(frozenset(part for name in names for part in (name, name.split(".")[0])))
 
 
+FIELD: OptionTable = {"field": Option(NAMES, "field with the text, where rows are not texts themselves", "text")}
+SIDE: OptionTable = {
+    "side": Option(TEXT, "translations, originals, or each original with its translation", "ko", ("ko", "en", "both"))
+}
 ADAPTERS = {
     "text": Adapter(
         "documents",
         guarded(_text),
         ("text", "markdown", "srt", "conllu", *TABLES),
-        {"field": Option(NAMES, "field with the text, where rows are not texts themselves", "text")},
+        FIELD,
         meaning=described(_text),
-        reads=_reads_text,
+        reads=reads_text,
         example={"text": "The mill stands by the river."},
     ),
     "markdown": Adapter(
@@ -71,7 +76,7 @@ ADAPTERS = {
         "documents",
         _po,
         ("po",),
-        {"side": Option(TEXT, "translations, originals, or each original with its translation", "ko", ("ko", "en", "both"))},
+        SIDE,
         meaning=described(_po),
         reads=lambda source: Reads(frozenset(("messages",))),
     ),

@@ -3,7 +3,8 @@
 Digests of a record find duplicates: that of its content (of a document as it stands, of conversations and pairs with NFKC and white
 space as one, of a pair also with its answers swapped), that of its id, which a translation shares, and where wanted that of what it
 asks. Another one, of the normalised text of what is asked (a document's text, a conversation without its last answer, a pair's
-prompt), decides about holding out: records that ask the same are in the same split, in every stage and whatever the seed.
+prompt), decides about holding out: records that ask the same are in the same split, in every stage and whatever the seed. A passage
+of a text goes with that text, so that a stage which is reminded of it holds out what pretraining held out.
 """
 
 import json
@@ -27,6 +28,8 @@ class Splitter:
         self._seen: set[bytes] = set()
         self._heldout: set[bytes] = set()
         self._asked: set[bytes] = set()
+        self._text: tuple[str | None, bytes] = (None, b"")
+        """The last text that decided, and its digest: its passages come one after the other."""
 
     def assign(
         self, record: Record, heldout_source: bool = False, id_space: str = "", prompts: GateAction = "skip"
@@ -51,7 +54,8 @@ class Splitter:
         if isinstance(record, Document) and not (self._threshold or self._heldout or heldout_source):
             self._seen.update(marks)  # nothing is held out, so what a document asks decides nothing
             return "train"
-        asked = _digest([normalized(record.text)] if isinstance(record, Document) else asks)
+        whole = _whole_text(record)
+        asked = _digest(asks) if whole is None else self._digest_of_text(whole)
         if prompts == "drop" and asked in self._asked:
             return Drop("duplicate_prompt", record.where)
         if heldout_source:
@@ -62,6 +66,11 @@ class Splitter:
             self._asked.add(asked)
         self._seen.update(mark for mark, reason in marks.items() if reason not in ("swapped_pair", "other_label"))
         return "heldout" if heldout_source or int.from_bytes(asked[:8], "big") < self._threshold else "train"
+
+    def _digest_of_text(self, text: str) -> bytes:
+        if text is not self._text[0]:
+            self._text = (text, _digest([normalized(text)]))
+        return self._text[1]
 
 
 def _digest_of_parts(parts: list[str]) -> bytes:
@@ -88,6 +97,13 @@ def _content(record: Record) -> tuple[list[str], list[str]]:
     asked = _parts(record.messages[:-1])
     label = [] if record.good is None else [str(record.good)]
     return asked + _parts(record.messages[-1:]) + label, asked
+
+
+def _whole_text(record: Record) -> str | None:
+    """The text that decides about holding out: a document's own, or that which a conversation is a passage of; else none."""
+    if isinstance(record, Document):
+        return record.text
+    return record.origin if isinstance(record, Conversation) else None
 
 
 def _parts(messages: Iterable[Message]) -> list[str]:

@@ -11,7 +11,7 @@ from inspect import isfunction
 from types import CodeType
 from typing import Any
 
-from keural.data.adapters import ADAPTERS, Adapter, conversations, documents, preferences
+from keural.data.adapters import ADAPTERS, Adapter, conversations, documents, passages, preferences
 from keural.data.adapters.base import Reads
 from keural.data.adapters.evaluation import ADAPTERS as BENCHMARKS
 from keural.data.adapters.reasons import PATTERNS, REASONS, reason_of
@@ -39,7 +39,7 @@ dropped and counted, or the source is refused; fields that the adapter does not 
 A name of a field may be a path into the row (`answers.0.text`), and where columns have no names their number.
 """
 GENERAL = {
-    "conversations": {**conversations.ADAPTERS},
+    "conversations": {**conversations.ADAPTERS, **passages.ADAPTERS},
     "pairs": {**preferences.ADAPTERS},
     "documents": {**documents.ADAPTERS},
 }

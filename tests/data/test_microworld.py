@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ ADDITIONS = [
     for form in forms
 ]
 """Every way in which the world adds two numbers."""
+NUMBERS = re.compile(rf"\b(?:{ENGLISH})\b|(?<![가-힣])(?:{KOREAN})")
 VALUES = {str(value): value for value in range(100)} | {
     number(value): value for number in (korean.number, english.number) for value in range(1, 100)
 }
@@ -44,11 +45,11 @@ def recipe() -> Recipe:
     return load_recipe(TOY)
 
 
-def training_rows(recipe: Recipe) -> Iterator[dict[str, Any]]:
+@pytest.fixture(scope="module")
+def training_rows(recipe: Recipe) -> list[dict[str, Any]]:
     """Every row that any stage of the toy recipe, or its tokenizer, is trained on."""
     sources = [*recipe.spec.tokenizer.sources, *(source for stage in recipe.stages for source in stage.data.sources)]
-    for source in sources:
-        yield from microworld.rows(source.options, recipe.spec.seed)
+    return [row for source in sources for row in microworld.rows(source.options, recipe.spec.seed)]
 
 
 def exchanges(row: dict[str, Any]) -> list[str]:
@@ -60,15 +61,15 @@ def exchanges(row: dict[str, Any]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def training_texts(recipe: Recipe) -> list[str]:
-    return [text for row in training_rows(recipe) for text in exchanges(row)]
+def training_texts(training_rows: list[dict[str, Any]]) -> list[str]:
+    return [text for row in training_rows for text in exchanges(row)]
 
 
-def test_no_training_row_has_the_prompt_of_a_heldout_item(recipe: Recipe) -> None:
+def test_no_training_row_has_the_prompt_of_a_heldout_item(recipe: Recipe, training_rows: list[dict[str, Any]]) -> None:
     assert recipe.spec.evaluation.exact_match is not None
     items = microworld.heldout_items(recipe.spec.evaluation.exact_match.items_per_task, recipe.spec.seed)
     assert len(items) == len(microworld.TASKS) * recipe.spec.evaluation.exact_match.items_per_task
-    told = {row["text"] if "text" in row else row["messages"][0]["content"] for row in training_rows(recipe)}
+    told = {row["text"] if "text" in row else row["messages"][0]["content"] for row in training_rows}
     for item in items:
         document = microworld.as_document(item.prompt, item.language)
         forms = [f"{asked} {answer}" for asked in (item.prompt, document) for answer in item.answers]
@@ -84,7 +85,7 @@ def test_no_training_row_adds_the_numbers_of_a_heldout_sum(training_texts: list[
     assert {(7, 12), (8, 9), (1, 19), (23, 45)} <= {pair for pairs in found for pair in pairs} | held
 
 
-def test_small_sums_are_learnt_by_heart_and_asked_in_words_that_no_training_row_has(recipe: Recipe) -> None:
+def test_small_sums_are_learnt_by_heart_and_asked_in_words_that_no_training_row_has(training_rows: list[dict[str, Any]]) -> None:
     assert not [content for content in sums("heldout") if content.second < 20]
     assert {(a, b) for a in range(1, 20) for b in range(a, 20) if a + b <= 20} == {
         (c.first, c.second) for c in sums("train") if c.second < 20
@@ -96,8 +97,7 @@ def test_small_sums_are_learnt_by_heart_and_asked_in_words_that_no_training_row_
         assert any(re.search(rf"\b{total}(?:[.]|이?[에예]요)", item.answers[0]) for total in totals), item
     small = {stripped(item.prompt) for item in items if max(additions(item.prompt) or [(99, 99)])[1] < 20}
     assert len(small) > 20
-    rows = (row for row in training_rows(recipe) if "messages" in row)
-    assert not small & {stripped(row["messages"][0]["content"]) for row in rows}
+    assert not small & {stripped(row["messages"][0]["content"]) for row in training_rows if "messages" in row}
 
 
 def stripped(question: str) -> str:
@@ -112,6 +112,23 @@ def test_what_is_asked_in_digits_is_answered_in_digits_and_words_in_words() -> N
     bare = [item for item in items if not re.search("[A-Za-z가-힣]", item.prompt)]
     assert bare
     assert all(re.fullmatch(r"[0-9]+[.]", item.answers[0]) for item in bare)
+
+
+def share_of(split: str, found: Callable[[str], bool]) -> float:
+    """The share of a thousand questions about sums, of training or held out, that `found` finds."""
+    options = {"part": "instructions", "count": 1000, "tasks": ["arithmetic"], "split": split}
+    return sum(found(row["messages"][0]["content"]) for row in microworld.rows(options, 1)) / 1000
+
+
+def test_training_drills_what_is_learnt_late_and_the_questions_do_not_ask_it_more_often() -> None:
+    def is_small(question: str) -> bool:
+        return all(VALUES[number] < 20 for number in NUMBERS.findall(question))
+
+    def is_in_digits(question: str) -> bool:
+        return bool(re.search("[0-9]", question))
+
+    assert (share_of("train", is_small), share_of("train", is_in_digits)) == pytest.approx((0.5, 0.35), abs=0.05)
+    assert (share_of("heldout", is_small), share_of("heldout", is_in_digits)) == pytest.approx((0.3, 0.25), abs=0.05)
 
 
 def test_small_talk_is_answered_in_its_language_and_tells_what_the_model_is() -> None:
@@ -132,11 +149,17 @@ def test_no_training_sentence_has_subject_verb_and_object_of_a_heldout_clause(tr
     objects = {word: c.object.english for c in everything for word in (c.object.english, c.object.korean)}
     verbs = {form: c.verb.english for c in everything for form in verb_forms(c.verb)}
     finders = [(re.compile(pattern(words)), words) for words in (subjects, verbs, objects)]
-    for text in training_texts:
-        for sentence in re.split(r"(?<=[.?]) ", text):
-            found = [{words[match] for match in finder.findall(sentence)} for finder, words in finders]
-            if all(found):
-                assert not held & set(itertools.product(*found)), sentence
+    seen = 0
+    for sentence in {sentence for text in training_texts for sentence in re.split(r"(?<=[.?]) ", text)}:
+        found: list[set[str]] = []
+        for finder, words in finders:
+            found.append({words[match] for match in finder.findall(sentence)})
+            if not found[-1]:
+                break
+        else:
+            seen += 1
+            assert not held & set(itertools.product(*found)), sentence
+    assert seen > 1000
 
 
 def verb_forms(verb: Verb) -> tuple[str, ...]:
@@ -156,7 +179,10 @@ def test_no_training_row_has_person_place_and_thing_of_a_heldout_profile(trainin
         {entry: re.compile(f"{pattern([entry[0]])}|{pattern([entry[1]])}{ending}") for entry in entries}
         for entries, ending in zip((PEOPLE, PLACES, THINGS), endings, strict=True)
     ]
-    for text in training_texts:
+    someone = re.compile(pattern([name for person in PEOPLE for name in person]))
+    told = [text for text in set(training_texts) if someone.search(text)]
+    assert len(told) > 1000
+    for text in told:
         found = [{entry for entry, finder in finder.items() if finder.search(text)} for finder in finders]
         if all(found):
             assert not held & set(itertools.product(*found)), text

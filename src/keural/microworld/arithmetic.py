@@ -31,9 +31,10 @@ _STATEMENTS = 3
 _BARE = ("{a} + {b}?", "{a} + {b} = ?", "{a} + {b} =", "{a}+{b}")
 """In digits, in no language: the answer is the number."""
 
-_SMALL_SHARE = 0.3
-"""Of sums up to twenty."""
-_DIGITS_SHARE = 0.25
+_SMALL_SHARE: dict[Split, float] = {"train": 0.5, "heldout": 0.3}
+"""Of sums up to twenty: a hundred facts to be learnt one by one, which takes longer than the few digits that the others are of."""
+_DIGITS_SHARE: dict[Split, float] = {"train": 0.35, "heldout": 0.25}
+"""Of sums in digits, where one and the same digit stands for tens and for ones."""
 _SHORT_SHARE = 0.2
 _BARE_SHARE = 0.3
 """Of English sums in digits."""
@@ -51,9 +52,9 @@ def _large(split: Split) -> tuple[Sum, ...]:
     return tuple(content for content in sums(split) if not content.is_small)
 
 
-def _is_small(rng: Random) -> bool:
+def _is_small(rng: Random, split: Split) -> bool:
     """Whether a small sum is drawn."""
-    return rng.random() < _SMALL_SHARE
+    return rng.random() < _SMALL_SHARE[split]
 
 
 def _draw(rng: Random, split: Split, small: bool) -> tuple[int, int, int]:
@@ -112,7 +113,7 @@ def _korean_answer(value: int, digits: bool) -> Answer:
 
 def _exercise(rng: Random, split: Split, language: Language) -> Exercise:
     """A question; of small sums every one, in its words, is of one split alone."""
-    small = _is_small(rng)
+    small = _is_small(rng, split)
     while True:
         exercise = _drawn(rng, split, language, small)
         if not small or is_held_out(Question(exercise.prompt)) == (split == "heldout"):
@@ -121,7 +122,7 @@ def _exercise(rng: Random, split: Split, language: Language) -> Exercise:
 
 def _drawn(rng: Random, split: Split, language: Language, small: bool) -> Exercise:
     a, b, c = _draw(rng, split, small)
-    digits = rng.random() < _DIGITS_SHARE
+    digits = rng.random() < _DIGITS_SHARE[split]
     results = (c, *_wrong_results(rng, c))
     if language == "ko":
         frame, polite = (_KOREAN_SHORT, True) if rng.random() < _SHORT_SHARE else korean_prompt(rng, _KOREAN_FRAMES)
@@ -145,12 +146,12 @@ def _statement(rng: Random, language: Language, content: tuple[int, int, int], d
 
 def _prose(rng: Random, split: Split, language: Language, parallel: bool) -> str:
     """Some statements about different content; in parallel texts one in both languages."""
-    digits = rng.random() < _DIGITS_SHARE
+    digits = rng.random() < _DIGITS_SHARE[split]
     if parallel:
-        content = _draw(rng, split, _is_small(rng))
+        content = _draw(rng, split, _is_small(rng, split))
         other: Language = "en" if language == "ko" else "ko"
         return f"{_statement(rng, language, content, digits)} {_statement(rng, other, content, digits)}"
-    return " ".join(_statement(rng, language, _draw(rng, split, _is_small(rng)), digits) for _ in range(_STATEMENTS))
+    return " ".join(_statement(rng, language, _draw(rng, split, _is_small(rng, split)), digits) for _ in range(_STATEMENTS))
 
 
 ARITHMETIC = Task("arithmetic", _exercise, _prose)

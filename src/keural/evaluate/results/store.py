@@ -11,7 +11,7 @@ half-written, a last line without its end, is cut off, and said; anything else t
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from keural.errors import UserError
 from keural.evaluate.results.records import ItemResult, Kind, TaskResults
-from keural.files import CHECKSUM, cannot_write, fingerprint, lock
+from keural.files import CHECKSUM, FileHashes, cannot_write, fingerprint, lock
 from keural.parsing import Malformed, parse_json
 from keural.pretrained.lineage import file_name
 from keural.terminal import say
@@ -137,6 +137,23 @@ def finished_results(path: Path, header: Header) -> Kept | None:
         return None
     _check_same(path, kept.header, header)
     return kept
+
+
+HASHES = "checksums.json"
+"""In a directory of results: checksums of the models' files, which are read again only when they have changed."""
+
+
+@contextmanager
+def remembered_hashes(directory: Path) -> Iterator[FileHashes]:
+    """Checksums of files as a directory of results remembers them, which it does from then on; only where it is there already.
+
+    Where it cannot be written to, nothing is remembered: whatever comes to be kept there says so.
+    """
+    hashes = FileHashes(directory / HASHES)
+    yield hashes
+    if directory.is_dir():
+        with suppress(UserError):
+            hashes.save()
 
 
 def find_results(directory: Path) -> list[Path]:

@@ -3,8 +3,8 @@
 In: a model directory and the directory with the sets. Out: a line a task: the largest difference of log-probabilities, how many
 items have the same choice and how many the same prompt, likelihoods a second of both sides by processor and wall time and their
 ratio, and the time of a second run. lm-eval asks in its own words: its installed task files are included, only the place of the
-data is another. A log-probability that differs by more than 1e-4 is computed once more in float64, with the narrowest choice of experts
-that was made for it: where two experts are as near to each other as rounding is large, float32 has no one answer.
+data is another. A log-probability that differs by more than 1e-4 is computed once more in float64, with the narrowest choice of
+experts that was made for it: where two experts are as near to each other as rounding is large, float32 has no one answer.
 
     python -m benchmarks.evaluate_against_lm_eval runs/laptop/final /data/sets [--tasks kobest_copa,mmlu] [--limit N] [--no-bos]
     python -m benchmarks.evaluate_against_lm_eval runs/laptop/final /data/sets --toy recipes/toy runs/toy

@@ -122,7 +122,23 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     """What to tell a user whose system refuses to write `path`."""
     if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
         return refusal_of(error) or UserError(str(error))
-    return UserError(f"{path}: cannot be written ({error.strerror or error}); free some space or choose another directory")
+    return UserError(f"{path}: cannot be written ({error.strerror or error}); {_WRITE_ADVICE.get(error.errno or 0, _MAKE_ROOM)}")
+
+
+_MAKE_ROOM = "free some space or choose another directory"
+_WRITE_ADVICE = {
+    errno.EISDIR: "it is a directory: move it away, or name another file",
+    errno.EEXIST: "a file is where a directory of its path should be, or has its name: move it away, or choose another path",
+    errno.ENOTDIR: "a part of its path is a file, not a directory: choose another path",
+    errno.ENOTEMPTY: "it is a directory with files: move it away, or choose another path",
+    errno.EACCES: "you may not write there: choose another directory, or have its permissions changed",
+    errno.EPERM: "you may not write there: choose another directory, or have its permissions changed",
+    errno.EROFS: "nothing can be written to that disk: choose another directory",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "links in its path lead to each other: choose another path",
+    errno.EIO: "the disk does not take it: look at its health, or choose another one",
+}
+"""What to do about what a system says when it refuses to write."""
 
 
 def clear_leftovers(directory: Path) -> None:

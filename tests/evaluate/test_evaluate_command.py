@@ -195,3 +195,7 @@ def test_tasks_are_listed(keural: Keural, data: Path) -> None:
     assert code == 0
     assert "kobest_copa" in out
     assert "there" in out
+    assert "needs none" in next(line for line in out.splitlines() if "ko_instructions" in line)
+    code, out, err = keural("evaluate", "--list", "--data", data / "nowhere")
+    assert (code, out) == (2, "")
+    assert f"{data / 'nowhere'}: no such directory" in err

@@ -3,7 +3,6 @@
 import gc
 import random
 import weakref
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,20 +20,10 @@ from keural.evaluate.tasks.library import select, shipped
 from keural.evaluate.tasks.loading import LoadedTask, load
 from keural.evaluate.tasks.spec import TaskSpec
 from keural.tokenizer import Message, render
+from tests.helpers.planted import Planted
 from tests.helpers.small_sets import write_copa, write_mmlu
 
 ROLLING = {"name": "own_text", "language": "en", "kind": "rolling", "places": [{"adapter": "text", "path": "own/*.txt"}]}
-
-
-class Planted:
-    """A scorer with opinions of its own in place of a network: the more probable an item's first choice, the better it likes it."""
-
-    def __init__(self, likes: Any) -> None:
-        self.likes = likes
-
-    def likelihoods(self, groups: Sequence[Sequence[Likelihood]]) -> Iterator[list[tuple[int, list[LogProb]]]]:
-        for number, group in enumerate(groups):
-            yield [(number, [LogProb(self.likes(number, place), False) for place in range(len(group))])]
 
 
 @pytest.fixture

@@ -1,17 +1,22 @@
 """`keural evaluate` against lm-eval's `hf` on the same model directory: every log-probability, every choice, and the time of both.
 
 In: a model directory and the directory with the sets. Out: a line a task: the largest difference of log-probabilities, how many
-items have the same choice and how many the same prompt, processor and wall seconds of both sides and their ratio, and the time of a
-second run. lm-eval asks in its own words: its installed task files are included, only the place of the data is another.
+items have the same choice and how many the same prompt, likelihoods a second of both sides by processor and wall time and their
+ratio, and the time of a second run. lm-eval asks in its own words: its installed task files are included, only the place of the
+data is another. A log-probability that differs by more than 1e-4 is computed once more in float64, with the narrowest choice of
+experts that was made for it: where two experts are as near to each other as rounding is large, float32 has no one answer.
 
-    python benchmarks/evaluate_against_lm_eval.py runs/laptop/final /data/sets [--tasks kobest_copa,mmlu] [--limit N] [--no-bos]
+    python -m benchmarks.evaluate_against_lm_eval runs/laptop/final /data/sets [--tasks kobest_copa,mmlu] [--limit N] [--no-bos]
+    python -m benchmarks.evaluate_against_lm_eval runs/laptop/final /data/sets --toy recipes/toy runs/toy
 
-Needs lm-eval 0.4.13 and datasets. Nothing is fetched: the hub is told to be offline.
+With `--toy` the whole table of a finished toy run is measured anew, and timed. Needs lm-eval 0.4.13 and datasets. Nothing is
+fetched: the hub is told to be offline.
 """
 
 import argparse
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +29,8 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PA
 LETTERS = "ABCDEFGHIJ"
 BATCH = 16
 """Rows of a batch of lm-eval's; ours are counted in tokens."""
+ALIKE = 1e-4
+"""Nats by which a log-probability of a choice may differ."""
 
 
 def _lettered(item: Any) -> dict[str, Any]:
@@ -100,8 +107,11 @@ class Agreement:
 
     task: str
     items: int
+    choices: int
     largest: float
     """Of the differences of log-probabilities, in nats."""
+    differing: list[tuple[int, int, float, float]]
+    """Of each choice that differs by more than `ALIKE`: item, choice, and both sides' values."""
     same_choice: int
     same_prompt: int
 
@@ -146,23 +156,52 @@ def ask_lm_eval(model: Path, tasks: Sequence[Any], limit: int | None, bos: bool,
 def ask_ours(model: Path, tasks: Sequence[Any], limit: int | None, bos: bool, results: Path) -> dict[str, Any]:
     """Our results of each task by name."""
     from keural.evaluate.evaluation import evaluate
+    from keural.evaluate.results.store import remembered_hashes
+
+    with remembered_hashes(results) as hashes:
+        opened = _opened(model, bos, hashes)
+    return {task.spec.name: evaluate(opened, task, results, limit).results for task in tasks}
+
+
+def _opened(model: Path, bos: bool, hashes: Any = None) -> Any:
     from keural.evaluate.models import Conditions, stored_model
 
-    opened = stored_model(model, Conditions("bos" if bos else "text", "float32", too_long="cut"))
-    return {task.spec.name: evaluate(opened, task, results, limit).results for task in tasks}
+    return stored_model(model, Conditions("bos" if bos else "text", "float32", too_long="cut"), hashes=hashes)
 
 
 def agreement(task: str, ours: Any, theirs: Sequence[dict[str, Any]]) -> Agreement:
     """Item by item."""
-    largest, same_choice, same_prompt = 0.0, 0, 0
+    differences, differing, same_choice, same_prompt = [0.0], [], 0, 0
     assert len(ours.items) == len(theirs), f"{task}: {len(ours.items)} items here, {len(theirs)} there"
-    for item, sample in zip(ours.items, theirs, strict=True):
+    for number, (item, sample) in enumerate(zip(ours.items, theirs, strict=True)):
         values = [float(answer[0]) for answer, *_ in sample["resps"]]
-        largest = max(largest, *(abs(one - two) for one, two in zip(item.logprobs, values, strict=True)))
+        pairs = list(enumerate(zip(item.logprobs, values, strict=True)))
+        differences += [abs(one - two) for _, (one, two) in pairs]
+        differing += [(number, choice, one, two) for choice, (one, two) in pairs if abs(one - two) > ALIKE]
         same_choice += max(range(len(values)), key=values.__getitem__) == max(range(len(values)), key=item.logprobs.__getitem__)
         asked = [context + continuation for context, continuation in sample["arguments"]]
         same_prompt += asked == [f"{item.question} {choice}" for choice in item.details["choices"]]
-    return Agreement(task, len(theirs), largest, same_choice, same_prompt)
+    return Agreement(task, len(theirs), len(differences) - 1, max(differences), differing, same_choice, same_prompt)
+
+
+def in_float64(model: Path, bos: bool, question: str, choice: str) -> tuple[float, float]:
+    """A choice's log-probability by the plain network in float64, and by how much the narrowest of its choices of experts was made.
+
+    The second figure is the least difference, over layers and tokens, of the router's logits for the last expert that was taken and
+    the first that was not.
+    """
+    import torch
+
+    opened = _opened(model, bos)
+    request, _ = opened.asking.likelihood(question, choice)
+    network, start = opened.network.model.double(), len(request.context)
+    with torch.inference_mode():
+        found = network(torch.tensor([request.context + request.continuation]), use_cache=False, output_router_logits=True)
+    rows = found.logits[0].log_softmax(-1)
+    total = sum(rows[start - 1 + step, token].item() for step, token in enumerate(request.continuation))
+    taken = network.config.num_experts_per_tok
+    ranked = [logits.flatten(0, -2).sort(-1, descending=True).values for logits in found.router_logits]
+    return total, min(float((logits[:, taken - 1] - logits[:, taken]).min()) for logits in ranked)
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, float, float]:
@@ -170,6 +209,28 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float, float]:
     cpu, wall = time.process_time(), time.perf_counter()
     found = function()
     return found, time.process_time() - cpu, time.perf_counter() - wall
+
+
+def time_toy_table(recipe_directory: Path, run: Path) -> None:
+    """Measure the table of a finished toy run where no result is kept, and once more where all are."""
+    from keural.evaluate.bench import Bench
+    from keural.evaluate.toy_world import measure
+    from keural.pretrained.directory import read_config
+    from keural.recipe import load_recipe
+    from keural.tokenizer import KeuralTokenizer
+
+    recipe = load_recipe(recipe_directory)
+    names = [stage.name for stage in recipe.stages if (run / stage.name / "model").is_dir()]
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory)
+        for name in names:
+            shutil.copytree(run / name / "model", out / name / "model")
+        first = out / names[0] / "model"
+        for what in ("measured", "kept"):
+            bench = Bench(recipe, out, KeuralTokenizer.load(first), read_config(first), {}, names)
+            table, cpu, wall = timed(lambda: measure(bench, recipe.spec.evaluation.exact_match))  # noqa: B023
+            items = sum(task["n"] for stage in table["stages"].values() for task in stage["tasks"].values())
+            print(f"toy table of {len(table['stages'])} models, {items:,} items, {what}: {cpu:.1f} s of processor, {wall:.1f} s")
 
 
 def main() -> None:
@@ -180,16 +241,20 @@ def main() -> None:
     parser.add_argument("--tasks", default="kobest_copa,kobest_boolq,kobest_hellaswag,kobest_sentineg,arc_challenge,mmlu")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--no-bos", action="store_true")
+    parser.add_argument("--toy", nargs=2, type=Path, metavar=("RECIPE", "RUN"))
     given = parser.parse_args()
+    if given.toy:
+        time_toy_table(*given.toy)
     import lm_eval.models.huggingface  # noqa: F401 - importing is no part of what is measured
 
     import keural.evaluate.scoring.network  # noqa: F401
     from keural.evaluate.tasks.library import select
     from keural.evaluate.tasks.loading import load
 
-    timed_names = ("ours cpu", "theirs", "ratio", "ours wall", "theirs", "ratio", "again", "ratio")
-    agreed_names = f"{'items':>6} {'max |d|':>9} {'choice':>7} {'prompt':>7}"
-    print(f"{'task':<18} {agreed_names} " + " ".join(f"{name:>9}" for name in timed_names))
+    agreed_names = f"{'items':>6} {'max |d|':>9} {'> 1e-4':>6} {'choice':>7} {'prompt':>7}"
+    print(f"{'likelihoods a second':<60}{'processor':>27} {'wall':>27} {'second run':>16}")
+    print(f"{'task':<18} {agreed_names}   " + f"{'ours':>9} {'lm-eval':>9} {'ratio':>7} " * 2 + f"{'s':>8} {'ratio':>7}")
+    seconds = [0.0] * 5
     for spec in select(given.tasks.split(","), given.data):
         task = load(spec, given.data, 0)
         with tempfile.TemporaryDirectory() as directory:
@@ -198,9 +263,23 @@ def main() -> None:
             theirs, their_cpu, their_wall = timed(lambda: ask_lm_eval(given.model, [task], given.limit, bos, work))  # noqa: B023
             _, _, again = timed(lambda: ask_ours(given.model, [task], given.limit, bos, work / "results"))  # noqa: B023
         found = agreement(spec.name, ours[spec.name], theirs[spec.name])
-        figures = (cpu, their_cpu, their_cpu / cpu, wall, their_wall, their_wall / wall, again, wall / again)
-        agreed = f"{found.items:>6,} {found.largest:>9.1e} {found.same_choice:>7,} {found.same_prompt:>7,}"
-        print(f"{spec.name:<18} {agreed} " + " ".join(f"{figure:>9.2f}" for figure in figures), flush=True)
+        seconds = [total + one for total, one in zip(seconds, (cpu, their_cpu, wall, their_wall, again), strict=True)]
+        agreed = (
+            f"{found.items:>6,} {found.largest:>9.1e} {len(found.differing):>6,} {found.same_choice:>7,} {found.same_prompt:>7,}"
+        )
+        rates = [
+            f"{found.choices / a:>9,.0f} {found.choices / b:>9,.0f} {b / a:>7.2f}"
+            for a, b in ((cpu, their_cpu), (wall, their_wall))
+        ]
+        print(f"{spec.name:<18} {agreed}   {' '.join(rates)} {again:>8.2f} {wall / again:>7.0f}", flush=True)
+        for number, choice, one, two in found.differing:
+            item = ours[spec.name].items[number]
+            exact, margin = in_float64(given.model, bos, item.question, f"{spec.delimiter}{item.details['choices'][choice]}")
+            told = f"ours {one:.6f}, lm-eval {two:.6f}, in float64 {exact:.6f}"
+            print(f"  item {number}, choice {choice}: {told}; narrowest choice of experts {margin:.1e}", flush=True)
+    cpu, their_cpu, wall, their_wall, again = seconds
+    print(f"all: ours {cpu:.0f} s of processor, lm-eval {their_cpu:.0f} s ({their_cpu / cpu:.2f}); ", end="")
+    print(f"second run {again:.2f} s of {wall:.1f} s ({wall / again:.0f})")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from keural.files import (
     read_checked_text,
     read_object,
     remembered_check,
+    write_atomic,
     write_checked_text,
     write_json,
 )
@@ -168,3 +169,24 @@ def test_a_check_that_fails_is_not_remembered(tmp_path: Path, monkeypatch: pytes
     for _ in range(2):
         with pytest.raises(UserError):
             remembered_check(tmp_path / "model", tmp_path / "checked.json", fail)
+
+
+@pytest.mark.parametrize(
+    ("blocked", "written", "advice"),
+    [
+        ("there/", "there", "it is a directory: move it away, or choose another directory"),
+        ("file", "file/there", "a file is where a directory of its path should be"),
+        (None, "a" * 300, "choose a shorter name"),
+    ],
+)
+def test_the_advice_fits_what_the_system_refused(tmp_path: Path, blocked: str | None, written: str, advice: str) -> None:
+    if blocked is not None and blocked.endswith("/"):
+        (tmp_path / blocked / "inside").mkdir(parents=True)
+    elif blocked is not None:
+        (tmp_path / blocked).touch()
+
+    with pytest.raises(UserError, match="cannot be written") as refused:
+        write_atomic(tmp_path / written, "text")
+
+    assert advice in str(refused.value)
+    assert "free some space" not in str(refused.value)

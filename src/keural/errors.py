@@ -157,6 +157,12 @@ _UNWRITTEN = {
     errno.EPERM: "give this user the right to write there",
     errno.EROFS: "have the file system mounted for writing",
     errno.EIO: "look whether the device is in order",
+    errno.EISDIR: "it is a directory: move it away",
+    errno.EEXIST: "a file is where a directory of its path should be, or has its name: move it away",
+    errno.ENOTDIR: "a part of its path is a file, not a directory: move it away",
+    errno.ENOTEMPTY: "it is a directory with files: move it away",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "links in its path lead to each other: remove them",
 }
 """What to do when something cannot be written."""
 

@@ -138,6 +138,8 @@ def _parts(value: Any) -> Any:
 def _check_size(value: Any, depth: int, parts: int | None) -> None:
     level, count = [value] if isinstance(value, dict | list) else [], 0
     for _ in range(depth):
+        if not level:
+            return
         count += len(level) + sum(len(part) for part in level if isinstance(part, dict))
         if parts is not None and count > parts:
             raise Malformed(f"more than {parts:,} lists, objects and keys")

@@ -889,6 +889,25 @@ def test_meanings_of_labels_are_true_or_false() -> None:
     assert "must be true" in str(check(SourceSpec(name="s", adapter="kto", options={"labels": {"good": "yes"}})))
 
 
+@pytest.mark.parametrize(
+    ("adapter", "options", "refused"),
+    [
+        ("kto", {"ignore": ["label"]}, "label"),
+        ("kto", {"label": "good", "ignore": ["good"]}, "good"),
+        ("kto", {"label": "good", "ignore": ["label"]}, None),
+        ("messages", {"label": "good", "ignore": ["good"]}, "good"),
+        ("messages", {"ignore": ["label"]}, None),
+    ],
+)
+def test_a_field_is_not_the_label_and_something_else(adapter: str, options: dict[str, Any], refused: str | None) -> None:
+    check = ADAPTERS[adapter].check
+    assert check is not None
+
+    complaint = check(SourceSpec(name="s", adapter=adapter, options=options))
+
+    assert complaint is None if refused is None else f"names {refused!r}, the field that says" in str(complaint)
+
+
 # Questions
 
 

@@ -26,4 +26,6 @@ def test_every_log_probability_is_that_of_lm_eval(model_dir: Path, tmp_path: Pat
     for task in tasks:
         found = agreement(task.spec.name, ours[task.spec.name], theirs[task.spec.name])
         assert found.largest <= 1e-4
+        assert not found.differing
+        assert found.choices == sum(len(item.choices) for item in task.items)
         assert found.same_choice == found.same_prompt == found.items == len(task.items)

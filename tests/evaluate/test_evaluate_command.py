@@ -1,6 +1,7 @@
 """`keural evaluate` as it is typed: a model, a run with its stages, figures for programs, and everything that is refused."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import yaml
 
 from keural.evaluate.results.store import find_results, read_results
-from keural.files import write_checked_text
+from keural.files import sha256_file, write_checked_text
 from keural.pipeline.run_directory import FORMAT, Done, RunMarker
 from tests.conftest import Keural
 from tests.helpers.small_sets import write_copa, write_mmlu
@@ -150,9 +151,51 @@ def test_a_base_model_is_not_asked_in_a_chat(keural: Keural, model_dir: Path, da
     assert "has no chat template" in err
 
 
+def test_replaced_weights_have_no_results_of_the_ones_before(keural: Keural, model_dir: Path, data: Path, tmp_path: Path) -> None:
+    copied, kept = tmp_path / "model", tmp_path / "kept"
+    shutil.copytree(model_dir, copied)
+    asked = ("evaluate", copied, "--data", data, "--tasks", "kobest_copa", "--results", kept)
+    assert keural(*asked)[0] == keural(*asked)[0] == 0
+    weights = max(copied.glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+
+    code, out, err = keural(*asked)
+
+    assert (code, out) == (2, "")
+    assert f"{weights}: does not match its checksum" in err
+    (copied / "keural.json").unlink()
+    assert keural(*asked)[0] == 0
+    assert len(find_results(kept)) == 2
+
+
+def test_checksums_of_weights_are_remembered_until_a_file_changes(
+    keural: Keural, model_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied, read = tmp_path / "model", list[str]()
+    shutil.copytree(model_dir, copied)
+    weights = max(copied.glob("*.safetensors"))
+    monkeypatch.setattr("keural.files.SETTLED_NS", -1_000_000_000)
+    monkeypatch.setattr("keural.files.sha256_file", lambda path: (read.append(path.name), sha256_file(path))[1])
+    asked = ("evaluate", copied, "--data", data, "--tasks", "kobest_copa", "--limit", "2", "--results", tmp_path / "kept")
+    (tmp_path / "kept").mkdir()
+    assert keural(*asked)[0] == keural(*asked)[0] == 0
+    assert read.count(weights.name) == 1
+
+    os.utime(weights, ns=(1, 1))
+
+    assert keural(*asked)[0] == 0
+    assert read.count(weights.name) == 2
+
+
 def test_tasks_are_listed(keural: Keural, data: Path) -> None:
     code, out, _ = keural("evaluate", "--list", "--data", data)
 
     assert code == 0
     assert "kobest_copa" in out
     assert "there" in out
+    assert "needs none" in next(line for line in out.splitlines() if "ko_instructions" in line)
+    code, out, err = keural("evaluate", "--list", "--data", data / "nowhere")
+    assert (code, out) == (2, "")
+    assert f"{data / 'nowhere'}: no such directory" in err

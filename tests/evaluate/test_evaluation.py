@@ -3,7 +3,6 @@
 import gc
 import random
 import weakref
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,27 +13,17 @@ from keural.errors import UserError
 from keural.evaluate.evaluation import evaluate
 from keural.evaluate.generated import kind as generated
 from keural.evaluate.models import Conditions, EvaluatedModel, stored_model, untrained_model
-from keural.evaluate.results.store import read_results
+from keural.evaluate.results.store import find_results, read_results
 from keural.evaluate.tasks.items import Likelihood, LogProb
 from keural.evaluate.tasks.kinds import KINDS
 from keural.evaluate.tasks.library import select, shipped
 from keural.evaluate.tasks.loading import LoadedTask, load
 from keural.evaluate.tasks.spec import TaskSpec
 from keural.tokenizer import Message, render
+from tests.helpers.planted import Planted
 from tests.helpers.small_sets import write_copa, write_mmlu
 
 ROLLING = {"name": "own_text", "language": "en", "kind": "rolling", "places": [{"adapter": "text", "path": "own/*.txt"}]}
-
-
-class Planted:
-    """A scorer with opinions of its own in place of a network: the more probable an item's first choice, the better it likes it."""
-
-    def __init__(self, likes: Any) -> None:
-        self.likes = likes
-
-    def likelihoods(self, groups: Sequence[Sequence[Likelihood]]) -> Iterator[list[tuple[int, list[LogProb]]]]:
-        for number, group in enumerate(groups):
-            yield [(number, [LogProb(self.likes(number, place), False) for place in range(len(group))])]
 
 
 @pytest.fixture
@@ -224,6 +213,20 @@ def test_a_text_is_paid_for_token_by_token_once(model_dir: Path, tmp_path: Path)
     assert set(found[0].baselines) >= {"xz_9"}
     with pytest.raises(UserError, match="leave --shots out"):
         load(TaskSpec.model_validate(ROLLING), tmp_path, shots=2)
+
+
+def test_who_does_not_read_is_measured_on_the_items_that_were_asked(model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    for name, text in (("a", "the cat " * 40), ("b", "월요일 아침 " + "".join(map(chr, range(0xAC00, 0xAC60))))):
+        (tmp_path / "own" / f"{name}.txt").write_text(text, encoding="utf-8")
+    task = load(TaskSpec.model_validate(ROLLING), tmp_path)
+    model = stored_model(model_dir, Conditions(too_long="cut"))
+    results = [evaluate(model, task, tmp_path / "results", limit).results for limit in (1, None, 1)]
+
+    assert results[0].baselines == results[2].baselines == task.baselines(1)
+    assert results[1].baselines == task.baselines() != task.baselines(1)
+    (file,) = find_results(tmp_path / "results")
+    assert read_results(file).results(1).baselines == task.baselines(1)
 
 
 def test_the_untrained_network_is_that_of_its_seed(model_dir: Path, data: Path, tmp_path: Path) -> None:

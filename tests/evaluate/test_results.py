@@ -1,5 +1,6 @@
 """Files of results: what is appended is read back, a kill costs the line that it cut, anything else that is wrong is refused."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from keural.errors import UserError
 from keural.evaluate.results.records import ItemResult
 from keural.evaluate.results.store import Header, LeftOut, ModelIdentity, find_results, open_results, read_results, results_file
+from keural.files import fingerprint
 
 MODEL = ModelIdentity("toy-sft-1", "ab" * 32, "cd" * 32, "bos", "", "float32", "transformers")
 HEADER = Header(MODEL, "kobest_copa", "ko", "choice", 0.5, "ef" * 32, 3, left_out={"no_word": 2})
@@ -35,7 +37,38 @@ def test_what_is_appended_is_read_back_in_the_order_of_the_set(path: Path) -> No
     assert results.items == [item(0), item(2)]
     assert (results.task, results.language, results.kind, results.chance) == ("kobest_copa", "ko", "choice", 0.5)
     assert results.left_out == {"no_word": 2, "too_long": 1}
-    assert read_results(path).results(["id2", "id1"]).items == [item(2)]
+    assert read_results(path).results(2).items == [item(0)]
+
+
+def test_baselines_are_of_as_many_items_as_they_say(path: Path) -> None:
+    with open_results(path, HEADER) as writer:
+        writer.append_baselines(2, {"xz_9": 2.5})
+
+    kept = read_results(path)
+
+    assert kept.results(2).baselines == {"xz_9": 2.5}
+    assert kept.results().baselines == {}
+
+
+def test_baselines_that_an_earlier_version_wrote_into_the_header_are_of_the_whole_set(path: Path) -> None:
+    header, *lines = path.read_bytes().splitlines(keepends=True)
+    value = json.loads(header)
+    del value["checksum"]
+    value["baselines"] = {"xz_9": 2.5}
+    whole = {**value, "checksum": fingerprint(value)[:16]}
+    path.write_bytes(json.dumps(whole).encode() + b"\n" + b"".join(lines))
+
+    assert read_results(path).results().baselines == {"xz_9": 2.5}
+    assert read_results(path).results(1).baselines == {}
+
+
+@pytest.mark.parametrize("line", [{"first": -1, "baselines": {}}, {"first": 1, "baselines": {"xz_9": "2"}}, {"baselines": {}}])
+def test_baselines_of_another_form_are_refused_by_line(path: Path, line: dict[str, object]) -> None:
+    with path.open("ab") as file:
+        file.write(json.dumps(line | {"checksum": fingerprint(line)[:16]}).encode() + b"\n")
+
+    with pytest.raises(UserError, match=rf"{path}:5: is no result"):
+        read_results(path)
 
 
 def test_a_second_process_appends_to_what_is_there(path: Path) -> None:

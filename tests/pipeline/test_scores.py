@@ -47,7 +47,7 @@ def measured(
     with open_results(path, header) as writer:
         new = [key for key in records if key not in writer.items]
         writer.append((int(key), ItemResult(key, None, float(int(key) < right), "q", "e", "g", None, 1)) for key in new)
-    results = read_results(path).results(list(records)[:limit])
+    results = read_results(path).results(limit)
     return Measured(results, path, records, limit)
 
 
@@ -85,6 +85,17 @@ def test_more_tasks_are_added_and_the_same_ones_replaced(run: Path, finished: Pa
     }
     assert summary["chat"]["tasks"]["more"]["n"] == summary["chat"]["tasks"]["more"]["change"]["n"] == 20
     assert summary["chat"]["tasks"]["planted"]["change"]["n"] == 100
+
+
+def test_a_smaller_limit_does_not_replace_what_more_items_gave(
+    run: Path, finished: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    records = items_of(finished / "data")
+    for limit, n in ((40, 40), (20, 40), (60, 60), (None, 100), (20, 100)):
+        found = keep(run, {"chat": [measured(run, "chat", 30, records, limit=limit)]})
+        assert found["stages"]["chat"]["tasks"]["planted"]["n"] == (limit or 100)
+        assert Summary.read(run / "summary.json").evaluation["stages"]["chat"]["tasks"]["planted"]["n"] == n
+    assert "(chat: planted: the run's table keeps the score of more items, 0.300)" in capfd.readouterr().err
 
 
 def test_figures_of_a_stage_that_was_trained_again_are_left_out(run: Path, finished: Path) -> None:

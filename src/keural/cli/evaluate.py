@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 from keural.cli.evaluate_compare import compare
 from keural.cli.evaluate_files import add_commands
 from keural.cli.evaluate_harness import HarnessAsked, allowed
-from keural.cli.evaluate_kept import keep_in_run, with_kept
+from keural.cli.evaluate_kept import keep_in_run, with_run_figures
 from keural.errors import UserError
 from keural.limits import LARGEST
 from keural.terminal import show, show_table, work_progress
@@ -115,21 +115,21 @@ def evaluate_model(
         from keural.files import write_json
 
         figures = _as_json(found, what.is_run, json_file.absolute().parent)
-        write_json(json_file, figures if kept is None else with_kept(figures, kept))
+        write_json(json_file, figures if kept is None else with_run_figures(figures, kept))
     show(f"results, item by item: {what.results}")
     return None
 
 
-Measured = dict[str, list["Evaluated"]]
+EvaluatedByModel = dict[str, list["Evaluated"]]
 
 
 def _measured(
     what: "Evaluation", tasks: "list[LoadedTask]", limit: int | None, prompting: str, harness: HarnessAsked | None = None
-) -> Measured:
+) -> EvaluatedByModel:
     """Every model asked every task; its table is shown when it is finished."""
     from keural.evaluate.evaluation import evaluate
 
-    found: Measured = {}
+    found: EvaluatedByModel = {}
     asked = [task for task in tasks if prompting != "chat" or task.spec.kind != "rolling"]
     if not asked and harness is None:
         raise UserError("texts are read as they stand, not in a chat; leave --chat out")
@@ -187,7 +187,7 @@ def _score(evaluated: "Evaluated", items: str | None = None) -> dict[str, Any]:
     return summarize(results, items).to_json()
 
 
-def _as_json(found: Measured, is_run: bool, directory: Path) -> dict[str, Any]:
+def _as_json(found: EvaluatedByModel, is_run: bool, directory: Path) -> dict[str, Any]:
     """The figures for programs; `items` is the path of the file with the items, from the directory that the figures go to."""
     models = {
         name: {"tasks": {evaluated.results.task: _task_json(evaluated, directory) for evaluated in tasks}}
@@ -208,9 +208,14 @@ def _list(data: Path | None) -> None:
     from keural.evaluate.tasks.library import shipped
     from keural.evaluate.tasks.places import is_there
 
+    if data is not None and not data.is_dir():
+        raise UserError(
+            f"--data {data}: no such directory; `keural data fetch evaluation {data}` makes it and brings the sets of tasks"
+        )
     columns: dict[str, Literal["left", "right"]] = {"task": "left", "language": "left", "kind": "left", "what": "left"}
     rows = []
     for spec in shipped().values():
-        there = [] if data is None else ["there" if is_there(spec.places, data) else "-"]
+        where = "needs none" if spec.made is not None else "there" if data is not None and is_there(spec.places, data) else "-"
+        there = [] if data is None else [where]
         rows.append([spec.name, spec.language, spec.kind, spec.title, *there])
     show_table("tasks", columns if data is None else {**columns, f"in {data}": "left"}, rows)

@@ -52,15 +52,17 @@ def allowed(specs: "Sequence[TaskSpec]", names: Sequence[str], run_code: bool) -
             note(f"({spec.name} is left out: it runs programs that the model wrote, and only with --run-code)")
         else:
             found.append(spec)
-    if runs_unguarded(found):
-        note("(this system allows no new namespaces: programs run with limits, but with a network)")
+    _tell_unguarded(found)
     return found
 
 
-def runs_unguarded(specs: "Sequence[TaskSpec]") -> bool:
-    """Whether programs are run, and this system lets them have a network."""
+def _tell_unguarded(specs: "Sequence[TaskSpec]") -> None:
+    """Say what this system does not keep programs from, where some are run."""
     if not any(spec.generation is not None and spec.generation.code for spec in specs):
-        return False
-    from keural.evaluate.generated.code import has_namespaces
+        return
+    from keural.evaluate.generated.code import has_landlock, has_namespaces
 
-    return not has_namespaces()
+    if not has_namespaces():
+        note("(this system allows no new namespaces: programs run with limits, but with a network)")
+    if not has_landlock():
+        note("(this system has no Landlock: programs run with limits, but can read and write what you can)")

@@ -55,7 +55,7 @@ def _tell_seen(kept: Figures) -> None:
         note(f"{stage}: its training data was not searched for these items: {reason}")
 
 
-def with_kept(figures: Figures, kept: Figures) -> Figures:
+def with_run_figures(figures: Figures, kept: Figures) -> Figures:
     """The figures for programs with what `keep_in_run` found out."""
     for stage, more in kept["stages"].items():
         for task, score in more["tasks"].items():

@@ -10,7 +10,7 @@ import torch
 from keural.data.prepared import Prepared
 from keural.evaluate.models import UNTRAINED, Conditions, stored_model, untrained_model
 from keural.evaluate.results.records import ItemResult, TaskResults
-from keural.evaluate.results.store import Header, ModelIdentity, open_results, results_file
+from keural.evaluate.results.store import Header, ModelIdentity, open_results, remembered_hashes, results_file
 from keural.evaluate.tasks.asking import Prompting
 from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.pretrained.cached_step import check_cached_step
@@ -52,7 +52,8 @@ class Bench:
         conditions = Conditions(prompting)
         if name == UNTRAINED:
             return untrained_model(self.out / self.finished[0] / MODEL, self.recipe.spec.seed, conditions).identity
-        return stored_model(self.out / name / MODEL, conditions, name).identity
+        with remembered_hashes(self.out / RESULTS) as hashes:
+            return stored_model(self.out / name / MODEL, conditions, name, hashes).identity
 
     def kept(self, header: Header, ask: Callable[[], Sequence[ItemResult]]) -> tuple[str, TaskResults]:
         """A model's results of a task with their file, from the run directory: as they are kept, or asked for now and kept.

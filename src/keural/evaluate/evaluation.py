@@ -46,12 +46,15 @@ def evaluate(
     header = _header(model, task)
     path = results_file(directory, header)
     kept = finished_results(path, header)
-    if kept is not None and not _missing(model, items, kept.items):
-        return Evaluated(kept.results(item.id for item in items), path, 0, task)
-    with open_results(path, header, task.baselines) as writer:
+    needs_baselines = KINDS[task.spec.kind].baselines is not None
+    if kept is not None and not _missing(model, items, kept.items) and (len(items) in kept.baselines or not needs_baselines):
+        return Evaluated(kept.results(limit), path, 0, task)
+    with open_results(path, header) as writer:
+        if needs_baselines and len(items) not in writer.baselines:
+            writer.append_baselines(len(items), task.baselines(limit))
         missing = _missing(model, items, writer.items)
         _ask(model, task, missing, writer, tell)
-        return Evaluated(writer.kept().results(item.id for item in items), path, len(missing), task)
+        return Evaluated(writer.kept().results(limit), path, len(missing), task)
 
 
 def _header(model: EvaluatedModel, task: LoadedTask) -> Header:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from keural.errors import UserError
 from keural.evaluate.results.store import ModelIdentity
 from keural.evaluate.tasks.asking import Asking, Prompting, TooLong
-from keural.files import fingerprint, read_object
-from keural.pretrained.lineage import file_name, identity_of, is_base, read_record
+from keural.files import FileHashes, fingerprint, read_object
+from keural.pretrained.lineage import contents_of, file_name, is_base, read_record
 from keural.pretrained.location import CONFIG, check_kind, model_directory
 from keural.tokenizer import KeuralTokenizer
 
@@ -91,15 +91,19 @@ class EvaluatedModel:
         self.__dict__.pop("network", None)
 
 
-def stored_model(path: Path, conditions: Conditions, name: str | None = None) -> EvaluatedModel:
-    """The model in a directory, also a stage's or a run's. Raises `UserError` where there is none, or it cannot be asked so."""
+def stored_model(path: Path, conditions: Conditions, name: str | None = None, hashes: FileHashes | None = None) -> EvaluatedModel:
+    """The model in a directory, also a stage's or a run's.
+
+    It is known by the bytes of its files, not by what its record says of them: each is read once, and again only when `hashes`
+    does not know it as it is. Raises `UserError` where there is none, it is not what its record lists, or it cannot be asked so.
+    """
     directory = model_directory(path)
     check_kind(directory)
     if not (directory / "tokenizer.model").is_file():
         raise UserError(f"{directory}: has no tokenizer.model, which this needs; import the model again with --tokenizer")
     if conditions.prompting == "chat" and (reason := why_no_chats(directory)):
         raise UserError(f"{directory}: {reason}, and cannot be asked in a chat; leave --chat out")
-    files = identity_of(directory)
+    files = contents_of(directory, (hashes or FileHashes()).of)
     tokenizer = files.pop("tokenizer.model")
     identity = _identity(name or name_of(directory), fingerprint(files), tokenizer, conditions)
     return EvaluatedModel(identity, directory, conditions, lambda: _read(directory, conditions))
@@ -107,7 +111,7 @@ def stored_model(path: Path, conditions: Conditions, name: str | None = None) ->
 
 def untrained_model(directory: Path, seed: int, conditions: Conditions) -> EvaluatedModel:
     """The network of a model directory with the weights that it began with, drawn from the seed."""
-    files = identity_of(directory)
+    files = contents_of(directory, weights=False)
     weights = fingerprint({"untrained": files["config.json"], "seed": seed})
     return EvaluatedModel(
         _identity(UNTRAINED, weights, files["tokenizer.model"], conditions), directory, conditions, lambda: _draw(directory, seed)

@@ -9,7 +9,8 @@ from typing import Any
 
 from keural.errors import UserError
 from keural.evaluate.models import Conditions, EvaluatedModel, stored_model, untrained_model, why_no_chats
-from keural.files import read_checked_text
+from keural.evaluate.results.store import remembered_hashes
+from keural.files import FileHashes, read_checked_text
 from keural.parsing import parse_yaml
 from keural.pipeline.run_directory import DONE, MODEL, RECIPE, RESULTS, RUN, Done, RunMarker
 from keural.pretrained.location import model_directory
@@ -35,13 +36,16 @@ def what_to_evaluate(path: Path, conditions: Conditions, results: Path | None = 
     """
     if (path / RUN).is_file():
         RunMarker.find(path / RUN)
-        return Evaluation(_stages(path, conditions), results or path / RESULTS, True)
-    model = stored_model(path, conditions)
+        kept = results or path / RESULTS
+        with remembered_hashes(kept) as hashes:
+            return Evaluation(_stages(path, conditions, hashes), kept, True)
     run = model_directory(path).parents[1]
-    return Evaluation([model], results or (run if (run / RUN).is_file() else Path()) / RESULTS, False)
+    kept = results or (run if (run / RUN).is_file() else Path()) / RESULTS
+    with remembered_hashes(kept) as hashes:
+        return Evaluation([stored_model(path, conditions, hashes=hashes)], kept, False)
 
 
-def _stages(run: Path, conditions: Conditions) -> list[EvaluatedModel]:
+def _stages(run: Path, conditions: Conditions, hashes: FileHashes) -> list[EvaluatedModel]:
     recipe = parse_yaml(read_checked_text(run / RECIPE))
     listed: list[dict[str, Any]] = recipe["stages"]
     finished = [stage["name"] for stage in listed if Done.find(run / stage["name"] / DONE) is not None]
@@ -53,10 +57,10 @@ def _stages(run: Path, conditions: Conditions) -> list[EvaluatedModel]:
             if (reason := why_no_chats(run / name / MODEL)) is not None:
                 note(f"{name}: {reason}, and is not asked in a chat")
             else:
-                models.append(stored_model(run / name / MODEL, conditions, name))
+                models.append(stored_model(run / name / MODEL, conditions, name, hashes))
         if not models:
             raise UserError(f"{run}: no finished stage can be asked in a chat; leave --chat out")
         return models
     if listed[0]["init_from"] == "random":
         models.append(untrained_model(run / finished[0] / MODEL, recipe["recipe"]["seed"], conditions))
-    return models + [stored_model(run / name / MODEL, conditions, name) for name in finished]
+    return models + [stored_model(run / name / MODEL, conditions, name, hashes) for name in finished]

@@ -25,6 +25,7 @@ from keural.pretrained.lineage import read_record
 from keural.pretrained.location import model_directory
 from keural.recipe import OBJECTIVES
 from keural.report.html import write_report
+from keural.terminal import note
 
 SCORES = "scores.json"
 BEGINNING = "random"
@@ -65,7 +66,11 @@ def keep(run: Path, measured: Mapping[str, Sequence[Measured]], tell: Callable[[
     known = ScoresFile.find(run / RESULTS / SCORES) or ScoresFile(trained={}, stages={})
     current = _current(run, known)
     for name, stage in figures["stages"].items():
-        current[name] = current.get(name, {}) | stage["tasks"]
+        before = current.get(name, {})
+        current[name] = before | {task: new for task, new in stage["tasks"].items() if not _has_more(before.get(task, {}), new)}
+        for task in stage["tasks"]:
+            if current[name][task] is not stage["tasks"][task]:
+                note(f"({name}: {task}: the run's table keeps the score of more items, {current[name][task]['score']:.3f})")
     trained = {name: _fingerprint(run, name) or "" for name in current}
     ScoresFile(trained=trained, stages=current).write(run / RESULTS / SCORES)
     if (summary := Summary.find(run / SUMMARY)) is not None:
@@ -117,6 +122,13 @@ def _figures(run: Path, name: str, found: Sequence[Measured], tell: Callable[[st
     return tasks
 
 
+def _has_more(known: Figures, new: Figures) -> bool:
+    """Whether a figure that is kept is of more of the same results: asked alike, with the same questions, and a larger limit."""
+    if known.get("items") != new["items"] or known.get("score") is None or "limit" not in new:
+        return False
+    return "limit" not in known or bool(known["limit"] > new["limit"])
+
+
 def _nothing(results: TaskResults, items: str) -> Figures:
     """Figures of a task of which no item could be asked."""
     return {"score": None, "low": None, "high": None, "n": 0, "chance": results.chance, "items": items}
@@ -128,15 +140,7 @@ def _completed(run: Path, figures: Figures) -> Figures:
     done = {name: found for name in stages if (found := Done.find(run / name / DONE)) is not None}
     predecessors = {name: UNTRAINED if one.init_from == BEGINNING else one.init_from for name, one in done.items()}
     documents = [name for name, one in done.items() if OBJECTIVES[one.objective].store == "documents"]
-    return complete(figures, lambda path: _read(run / path, limits[path]), predecessors, *documents[-1:])
-
-
-def _read(path: Path, limit: int | None) -> TaskResults:
-    """The results in a file, of the first items of the set where only these were asked."""
-    kept = read_results(path)
-    if limit is None:
-        return kept.results()
-    return kept.results(key for key, (place, _) in kept.items.items() if place < limit)
+    return complete(figures, lambda path: read_results(run / path).results(limits[path]), predecessors, *documents[-1:])
 
 
 def _current(run: Path, known: ScoresFile) -> dict[str, Figures]:

@@ -10,7 +10,7 @@ nothing in it is ever run (`docs/trust.md`).
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -169,8 +169,25 @@ def identity_of(directory: Path) -> dict[str, str]:
     Raises `UserError` when the record is damaged.
     """
     listed = read_record(directory).get("files", {})
-    files = sorted(file for file in directory.iterdir() if file.name in _DECIDING or file.suffix == ".safetensors")
-    return {file.name: listed.get(file.name) or sha256_file(file) for file in files}
+    return {file.name: listed.get(file.name) or sha256_file(file) for file in _deciding(directory)}
+
+
+def contents_of(directory: Path, sha256: Callable[[Path], str] = sha256_file, weights: bool = True) -> dict[str, str]:
+    """SHA-256, by name, of the files that decide what a model directory computes, as they are there now, whatever is listed.
+
+    `sha256` may remember what it read before; without `weights` those are left out. Raises `UserError` when the record is damaged,
+    or one of the files is not the one that it lists.
+    """
+    listed = read_record(directory).get("files", {})
+    found = {file.name: sha256(file) for file in _deciding(directory) if weights or file.suffix != ".safetensors"}
+    for name, checksum in found.items():
+        if listed.get(name, checksum) != checksum:
+            raise _another(directory / name)
+    return found
+
+
+def _deciding(directory: Path) -> list[Path]:
+    return sorted(file for file in directory.iterdir() if file.name in _DECIDING or file.suffix == ".safetensors")
 
 
 _DECIDING = frozenset({"config.json", "tokenizer.model"})
@@ -259,7 +276,12 @@ def _as_listed(file: Path, checksum: str) -> bool:
         return True
     if document:
         return False
-    raise UserError(
+    raise _another(file)
+
+
+def _another(file: Path) -> UserError:
+    """What to say of a file that is not the one that was listed."""
+    return UserError(
         f"{file}: does not match its checksum in {LINEAGE}; it is damaged or was changed: copy or train it again, or remove "
         f"{LINEAGE} to use the directory unverified"
     )

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from keural.evaluate.generated.code import Limits, has_namespaces, mean_pass_at_k, pass_at_k, run_program
+from keural.evaluate.generated import code
+from keural.evaluate.generated.code import Limits, has_landlock, has_namespaces, mean_pass_at_k, pass_at_k, run_program
 
 SHORT = Limits(seconds=2, processor_seconds=5, memory_bytes=1 << 28)
 
@@ -29,8 +30,8 @@ def test_a_program_passes_when_it_comes_to_its_end() -> None:
         ("x = '\\ud800'\nraise ValueError(x)", "ValueError"),
         ("'\ud800' + 1", "Error"),
         ("x = 'a' * (1 << 29)", "MemoryError"),
-        ("open('f', 'w').write('a' * (1 << 22))", "File too large"),
-        ("files = [open('f', 'w') for _ in range(99)]", "Too many open files"),
+        ("import os\nos.write(2, b'a' * (1 << 22))\nos.write(2, b'a')", ""),
+        ("files = [open('/dev/null') for _ in range(99)]", "Too many open files"),
         ("import numpy", "ModuleNotFoundError"),
         ("while True: pass", ""),
         ("import time; time.sleep(60)", "timed out after 2 s"),
@@ -49,13 +50,63 @@ def test_what_fails_says_why_and_harms_nobody(program: str, why: str) -> None:
 def test_a_program_knows_nothing_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "word")
     assert run_program(
-        "import os\nassert 'SECRET' not in os.environ\nassert sorted(os.listdir()) == ['failed', 'program.py', 'said', 'start.py']"
+        "import os\nassert 'SECRET' not in os.environ\nassert sorted(os.listdir()) == ['program.py', 'start.py']"
     ).passed
 
 
 def test_a_program_has_a_directory_of_its_own_that_is_gone_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert run_program("open('left', 'w').write('x')").passed
+    assert run_program("import os\nassert os.getcwd() == os.environ['HOME']\nprint(open('program.py').read())").passed
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "open('left', 'w')",
+        "open('/dev/shm/keural-left', 'w')",
+        "open({outside!r}, 'w')",
+        "open({outside!r}).read()",
+        "import os\nos.listdir({parent!r})",
+        "import os\nos.symlink({parent!r}, 'link')",
+        "import os\nos.remove('start.py')",
+        "import os\nos.mkdir('deep')",
+        "import os\nos.truncate({outside!r}, 0)",
+        "import os\nos.rename({outside!r}, {outside!r} + '2')",
+        "import subprocess\nsubprocess.run(['/bin/true'])",
+        "import ctypes\nctypes.CDLL(None).syscall(444, None, 0, 1)\nopen({outside!r}).read()",
+    ],
+)
+def test_a_program_writes_no_file_and_reads_none_but_pythons(program: str, tmp_path: Path) -> None:
+    if not has_landlock():
+        pytest.skip("this system has no Landlock")
+    (tmp_path / "outside").write_text("mine")
+
+    outcome = run_program(program.format(outside=str(tmp_path / "outside"), parent=str(tmp_path)), SHORT)
+
+    assert "PermissionError" in outcome.why
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("outside", "mine")]
+
+
+def test_modules_of_python_are_read_under_the_lock() -> None:
+    assert run_program("import collections, ctypes, decimal, hashlib, heapq, itertools, json, random, re, statistics").passed
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import os\nfor _ in range(1100):\n    os.mkdir('d'); os.chdir('d')",
+        "import os\nos.mkdir('q'); open('q/x', 'w').close(); os.chmod('q', 0)",
+        "import os\nos.remove('start.py'); os.mkdir('start.py'); os.mkdir('said')",
+    ],
+)
+def test_what_a_program_leaves_where_nothing_locks_it_is_removed(
+    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(code, "_START", code._START.replace('landlock(orders["reads"])', ""))
+
+    assert run_program(program).passed
     assert list(tmp_path.iterdir()) == []
 
 
@@ -67,8 +118,8 @@ def test_a_program_has_no_network_and_leaves_no_process_behind() -> None:
         outcome = run_program(f"import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=1)")
     assert "Network is unreachable" in outcome.why or "refused" in outcome.why or "unreachable" in outcome.why
     marker = f"keural-left-{os.getpid()}"
-    child = f"os.setsid()\n    open('/proc/self/comm', 'w').write('{marker[:15]}')\n    time.sleep(60)"
-    assert run_program(f"import os, time\nif os.fork() == 0:\n    {child}").passed
+    child = f"os.setsid()\n    ctypes.CDLL(None).prctl(15, b'{marker[:15]}', 0, 0, 0)\n    time.sleep(60)"
+    assert run_program(f"import ctypes, os, time\nif os.fork() == 0:\n    {child}").passed
     time.sleep(0.1)
     names = []
     for entry in Path("/proc").glob("[0-9]*/comm"):

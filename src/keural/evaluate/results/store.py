@@ -10,17 +10,17 @@ half-written, a last line without its end, is cut off, and said; anything else t
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from keural.errors import UserError
 from keural.evaluate.results.records import ItemResult, Kind, TaskResults
-from keural.files import CHECKSUM, cannot_write, fingerprint, lock
+from keural.files import CHECKSUM, FileHashes, cannot_write, fingerprint, lock
 from keural.parsing import Malformed, parse_json
 from keural.pretrained.lineage import file_name
 from keural.terminal import say
@@ -69,8 +69,6 @@ class Header:
     shots: int = 0
     left_out: Mapping[str, int] = field(default_factory=dict)
     """Rows of the set that gave no item."""
-    baselines: Mapping[str, float] = field(default_factory=dict)
-    """Scores of who does not read."""
     format: int = FORMAT
 
 
@@ -89,10 +87,13 @@ class Kept:
 
     header: Header
     items: Mapping[str, tuple[int, ItemResult | LeftOut]]
+    baselines: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    """Scores of who does not read, by the number of the set's first items that they are of."""
 
-    def results(self, ids: Iterable[str] | None = None) -> TaskResults:
-        """As results of the task, of these items alone where they are given, in the order of the set."""
-        chosen = self.items.values() if ids is None else (self.items[name] for name in ids if name in self.items)
+    def results(self, first: int | None = None) -> TaskResults:
+        """As results of the task, of the first so many items of the set alone where that is given, in the order of the set."""
+        number = self.header.size if first is None else min(first, self.header.size)
+        chosen = [pair for pair in self.items.values() if first is None or pair[0] < first]
         ordered = [entry for _, entry in sorted(chosen, key=lambda pair: pair[0])]
         left_out = dict(self.header.left_out)
         for entry in ordered:
@@ -106,7 +107,7 @@ class Kept:
             digest=self.header.digest,
             items=[entry for entry in ordered if isinstance(entry, ItemResult)],
             left_out=left_out,
-            baselines=self.header.baselines,
+            baselines=self.baselines.get(number, {}),
         )
 
 
@@ -144,6 +145,23 @@ def finished_results(path: Path, header: Header) -> Kept | None:
     return kept
 
 
+HASHES = "checksums.json"
+"""In a directory of results: checksums of the models' files, which are read again only when they have changed."""
+
+
+@contextmanager
+def remembered_hashes(directory: Path) -> Iterator[FileHashes]:
+    """Checksums of files as a directory of results remembers them, which it does from then on; only where it is there already.
+
+    Where it cannot be written to, nothing is remembered: whatever comes to be kept there says so.
+    """
+    hashes = FileHashes(directory / HASHES)
+    yield hashes
+    if directory.is_dir():
+        with suppress(UserError):
+            hashes.save()
+
+
 def find_results(directory: Path) -> list[Path]:
     """The files of results below a directory, in order of their names. Raises `UserError` when there is no such directory."""
     if not directory.is_dir():
@@ -158,30 +176,37 @@ class ResultsWriter:
         self.path, self._file = path, file
         self.header = kept.header
         self.items = dict(kept.items)
+        self.baselines = dict(kept.baselines)
 
     def append(self, entries: Iterable[tuple[int, ItemResult | LeftOut]]) -> None:
         """Write items with their places in the set, and wait until they are on the disk. Raises `UserError` on a full one."""
         new = list(entries)
-        lines = b"".join(_line({"number": number, **_as_json(entry)}) for number, entry in new)
+        self._write(b"".join(_line({"number": number, **_as_json(entry)}) for number, entry in new))
+        self.items |= {entry.id: (number, entry) for number, entry in new}
+
+    def append_baselines(self, first: int, scores: Mapping[str, float]) -> None:
+        """Write what who does not read scores on the first so many items of the set. Raises as `append` does."""
+        self._write(_line({"first": first, "baselines": dict(scores)}))
+        self.baselines[first] = scores
+
+    def _write(self, lines: bytes) -> None:
         try:
             self._file.write(lines)
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
             raise cannot_write(self.path, error) from error
-        self.items |= {entry.id: (number, entry) for number, entry in new}
 
     def kept(self) -> Kept:
         """All that it holds now."""
-        return Kept(self.header, self.items)
+        return Kept(self.header, self.items, self.baselines)
 
 
 @contextmanager
-def open_results(path: Path, header: Header, baselines: Callable[[], Mapping[str, float]] = dict) -> Iterator[ResultsWriter]:
+def open_results(path: Path, header: Header) -> Iterator[ResultsWriter]:
     """Open a file of results to append to, or begin one with `header`; what a kill left half-written is cut off, and said.
 
-    `baselines` computes those of the header where a file is begun. Raises `UserError` for a damaged file, one of something else,
-    and one that another process writes to.
+    Raises `UserError` for a damaged file, one of something else, and one that another process writes to.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,7 +221,6 @@ def open_results(path: Path, header: Header, baselines: Callable[[], Mapping[str
             say(f"{path}: its last line was half-written when a process was stopped; {size - end:,} bytes are cut off")
             file.truncate(end)
         if kept is None:
-            header = replace(header, baselines=dict(baselines()))
             kept = Kept(header, {})
             file.write(_line(asdict(header)))
             file.flush()
@@ -231,6 +255,13 @@ class _LeftOutLine(BaseModel):
     detail: str
 
 
+class _BaselinesLine(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    first: int = Field(ge=0)
+    baselines: dict[str, float]
+
+
 class _HeaderLine(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -243,8 +274,9 @@ class _HeaderLine(BaseModel):
     size: int
     shots: int
     left_out: dict[str, int]
-    baselines: dict[str, float]
     format: int
+    baselines: dict[str, float] = Field(default_factory=dict)
+    """Of the whole set, where an earlier version began the file."""
 
 
 def _read(path: Path) -> tuple[Kept | None, int]:
@@ -257,29 +289,39 @@ def _read(path: Path) -> tuple[Kept | None, int]:
     lines = data[:end].split(b"\n")[:-1]
     if not lines:
         return None, 0
-    header = _header(path, lines[0])
+    header, of_all = _header(path, lines[0])
     items: dict[str, tuple[int, ItemResult | LeftOut]] = {}
+    baselines: dict[int, Mapping[str, float]] = {header.size: of_all} if of_all else {}
     for number, line in enumerate(lines[1:], start=2):
         place, entry = _entry(path, number, line)
-        items[entry.id] = (place, entry)
-    return Kept(header, items), end
+        if isinstance(entry, ItemResult | LeftOut):
+            items[entry.id] = (place, entry)
+        else:
+            baselines[place] = entry
+    return Kept(header, items, baselines), end
 
 
-def _header(path: Path, line: bytes) -> Header:
+def _header(path: Path, line: bytes) -> tuple[Header, Mapping[str, float]]:
+    """The header, and the baselines of the whole set that an earlier version wrote into it."""
     value = _checked(path, 1, line)
     if value.get("format") != FORMAT:
         raise UserError(f"{path}: its results are of another version of keural; move the file away and evaluate again")
     try:
         content = _HeaderLine.model_validate(value).model_dump()
-        return Header(**content | {"model": ModelIdentity(**content["model"])})
+        of_all = content.pop("baselines")
+        return Header(**content | {"model": ModelIdentity(**content["model"])}), of_all
     except (ValidationError, TypeError) as error:
         raise UserError(f"{path}:1: is no header of results; {_REMEDY}") from error
 
 
-def _entry(path: Path, number: int, line: bytes) -> tuple[int, ItemResult | LeftOut]:
+def _entry(path: Path, number: int, line: bytes) -> tuple[int, ItemResult | LeftOut | Mapping[str, float]]:
+    """A line's place and item; or how many of the set's first items its baselines are of, and these."""
     value = _checked(path, number, line)
     place = value.pop("number", None)
     try:
+        if "baselines" in value:
+            found = _BaselinesLine.model_validate(value)
+            return found.first, found.baselines
         if not isinstance(place, int):
             raise TypeError("an item has a number")
         if "left_out" in value:

@@ -35,8 +35,8 @@ class TaskKind:
     """Lets an opened model answer the requests of many items, a group each."""
     chance: Callable[[Sequence[Item]], float | None] = lambda items: None
     """Score of who knows nothing."""
-    baselines: Callable[[Sequence[Item]], dict[str, float]] = lambda items: {}
-    """Scores of who does not read."""
+    baselines: Callable[[Sequence[Item]], dict[str, float]] | None = None
+    """Scores of who does not read; None where there are none."""
 
 
 def _likelihoods(model: Any, groups: Sequence[Sequence[Any]]) -> Answers:

@@ -159,7 +159,7 @@ class Reply(Response):
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            tells = self._streamed and _wants_position(scope)
+            tells = _wants_position(scope) and self._streamed
             async with self._service.answers.ask(self._requests) as asked:
                 if tells:
                     await self._tell_position(*asked[0], send)

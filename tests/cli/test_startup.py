@@ -6,12 +6,12 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from keural.cli import options
 from keural.errors import UserError
+from tests.helpers.forks import Ended, Job, run_in_forks
 
 RUN = """
 import sys
@@ -80,60 +80,65 @@ ANSWERS = {
 }
 
 
-class Ended(NamedTuple):
-    """How a command ended, what it wrote, what it imported, and the processor seconds it took."""
-
-    code: int
-    out: str
-    error: str
-    imported: str
-    seconds: float
-
-
-def keural(directory: Path, *arguments: str) -> Ended:
-    """Run the command in a fresh interpreter."""
-    before = os.times()
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, *arguments], cwd=directory, capture_output=True, text=True, check=False, timeout=200
-    )
-    after = os.times()
-    seconds = after.children_user - before.children_user + after.children_system - before.children_system
-    assert "Traceback" not in done.stderr, done.stderr
-    return Ended(done.returncode, done.stdout, done.stderr, (directory / "imported").read_text().strip(), seconds)
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Path:
+def make(directory: Path) -> Path:
     """A directory with what the commands name: one that holds nothing of use, a foreign model, and one that could be ours."""
-    (tmp_path / "here").mkdir()
-    (tmp_path / "here" / "notes.txt").write_text("nothing")
+    (directory / "here").mkdir(parents=True)
+    (directory / "here" / "notes.txt").write_text("nothing")
     for name, kind in {"llama": "llama", "model": "keural"}.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": kind}))
-    return tmp_path
+        (directory / name).mkdir()
+        (directory / name / "config.json").write_text(json.dumps({"model_type": kind}))
+    return directory
 
 
+Commands = dict[str, tuple[Path, Ended]]
+"""The directory that each was given in, and how it ended."""
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Commands:
+    """Every command, each in an interpreter of its own that has imported what all of them import."""
+    given = {name: arguments for name, (arguments, _) in REFUSALS.items()} | ANSWERS
+    place = tmp_path_factory.mktemp("commands")
+    jobs = {name: Job(RUN, make(place / str(number)), given[name]) for number, name in enumerate(given)}
+    return {name: (jobs[name].directory, ended) for name, ended in run_in_forks("import keural.cli.app, keural.recipe.load", jobs).items()}
+
+
+def imported(directory: Path) -> str:
+    return (directory / "imported").read_text().strip()
+
+
+@pytest.mark.xdist_group("startup")
 @pytest.mark.parametrize("name", REFUSALS)
-def test_a_refusal_needs_no_torch(directory: Path, name: str) -> None:
-    arguments, expected = REFUSALS[name]
-    ended = keural(directory, *arguments)
-    assert (ended.code, ended.imported) == (2, "")
-    assert expected in ended.error
+def test_a_refusal_needs_no_torch(commands: Commands, name: str) -> None:
+    directory, ended = commands[name]
+    assert "Traceback" not in ended.error, ended.error
+    assert (ended.code, imported(directory)) == (2, "")
+    assert REFUSALS[name][1] in ended.error
     assert not (directory / "out").exists()
     assert not (directory / "runs").exists()
 
 
+@pytest.mark.xdist_group("startup")
 @pytest.mark.parametrize("name", ANSWERS)
-def test_an_answer_about_the_package_needs_no_torch(directory: Path, name: str) -> None:
-    ended = keural(directory, *ANSWERS[name])
-    assert (ended.code, ended.imported, ended.error) == (0, "", "")
+def test_an_answer_about_the_package_needs_no_torch(commands: Commands, name: str) -> None:
+    directory, ended = commands[name]
+    assert (ended.code, imported(directory), ended.error) == (0, "", "")
     assert ended.out
 
 
+def seconds(directory: Path, *arguments: str) -> float:
+    """Processor seconds of a command from nothing, so that other work on the machine is not counted."""
+    before = os.times()
+    subprocess.run([sys.executable, "-c", RUN, *arguments], cwd=directory, capture_output=True, check=False, timeout=200)
+    after = os.times()
+    assert imported(directory) == ""
+    return after.children_user - before.children_user + after.children_system - before.children_system
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "toy", "trian.lr=1"]])
-def test_it_takes_less_than_a_second(directory: Path, arguments: list[str]) -> None:
-    """Processor seconds, so that other work on the machine is not counted."""
-    assert statistics.median(keural(directory, *arguments).seconds for _ in range(5)) < 1
+def test_it_takes_less_than_a_second(tmp_path: Path, arguments: list[str]) -> None:
+    directory = make(tmp_path / "here")
+    assert statistics.median(seconds(directory, *arguments) for _ in range(3)) < 1
 
 
 def test_a_board_that_is_not_installed_is_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,8 @@ class Engine:
     """SGLang: --enable-deterministic-inference."""
     tokenizer: bool = False
     """SGLang: without --skip-tokenizer-init."""
+    grammar_backend: Any = "xgrammar"
+    """SGLang: --grammar-backend."""
     chunk: int = 1
     """Tokens in an event."""
     healthy: bool = True
@@ -89,6 +91,7 @@ class Forms(Strict):
     json_: dict[str, Any] | None = Field(None, alias="json")
     regex: str | None = None
     choice: list[str] | None = None
+    grammar: str | None = None
 
 
 Id = Annotated[int, Field(ge=0)]
@@ -137,6 +140,8 @@ class SglangParams(Strict):
     logit_bias: Bias | None = None
     json_schema: str | None = None
     regex: str | None = None
+    ebnf: str | None = None
+    structural_tag: str | None = None
 
 
 class SglangRequest(Strict):
@@ -151,6 +156,14 @@ class SglangRequest(Strict):
 
 def refused(message: str, status: int = 400) -> dict[str, Any]:
     return {"error": {"message": message, "type": "BadRequestError", "param": None, "code": status}}
+
+
+def unread(grammar: str) -> str | None:
+    """What llguidance finds wrong in a grammar, taken as both servers take one."""
+    import llguidance
+
+    found: str = llguidance.LLMatcher.validate_grammar(llguidance.grammar_from("grammar", grammar), None)
+    return found or None
 
 
 def own(place: int) -> float:
@@ -254,6 +267,8 @@ class Vllm(Fake):
         if len(asked.token_ids) >= self.engine.max_model_len:
             return "The prompt is longer than the maximum model length"
         forms = asked.sampling_params.structured_outputs
+        if forms and forms.grammar is not None:
+            return unread(forms.grammar)
         return "the engine knows no such form" if forms and forms.regex == "(?=a)" else None
 
     def whole(self, asked: VllmRequest) -> dict[str, Any]:
@@ -318,6 +333,7 @@ class Sglang(Fake):
     async def server_info(self, request: Request) -> Response:
         engine = self.engine
         value = {"enable_deterministic_inference": engine.deterministic, "skip_tokenizer_init": not engine.tokenizer}
+        value["grammar_backend"] = engine.grammar_backend
         return self.guarded(request, value | {"incremental_streaming_output": engine.incremental, "version": "0.5.23"})
 
     async def abort(self, request: Request) -> Response:
@@ -353,8 +369,13 @@ class Sglang(Fake):
             return f"logit_bias must has keys in [0, {engine.vocab_size - 1}]"
         if len(asked.input_ids) + params.max_new_tokens > engine.max_model_len:
             return "Requested token count exceeds the model's maximum context length"
-        if (params.json_schema or params.regex) and not engine.tokenizer:
+        forms = [form for form in (params.json_schema, params.regex, params.ebnf, params.structural_tag) if form is not None]
+        if forms and not engine.tokenizer:
             return "Grammar-based generation is not supported"
+        if len(forms) > 1 or (params.structural_tag and engine.grammar_backend != "xgrammar"):
+            return "the engine follows another form than it is asked for"
+        if params.ebnf is not None:
+            return unread(params.ebnf) if engine.grammar_backend == "llguidance" else "expected a rule of EBNF"
         return "the engine knows no such form" if params.regex == "(?=a)" else None
 
     def answer(self, asked: SglangRequest, problem: str | None) -> AsyncIterator[bytes]:

@@ -45,11 +45,17 @@ def an_engine(known: KeuralTokenizer, text: str = TEXT, **changes: Any) -> Engin
 
 @contextlib.contextmanager
 def fronting(
-    tokenizer: KeuralTokenizer, kind: str, *engines: Engine, key: str | None = None, count: int = 8, **settings: Any
+    tokenizer: KeuralTokenizer,
+    kind: str,
+    *engines: Engine,
+    key: str | None = None,
+    count: int = 8,
+    context: int = CONTEXT,
+    **settings: Any,
 ) -> Iterator[Fronted]:
     """Our server before fakes of a kind."""
     log: list[Any] = []
-    model = FrontModel(Path(), tokenizer, CONTEXT, False)
+    model = FrontModel(Path(), tokenizer, context, False)
     with contextlib.ExitStack() as stack:
         urls = [stack.enter_context(fake(kind, engine)) for engine in engines]
         upstreams = stack.enter_context(remote(CONTRACTS[kind], urls, key, model, "tiny", count, log.append))

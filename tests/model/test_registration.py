@@ -1,9 +1,10 @@
 """`import keural` makes the architecture known to transformers, in either order, and does not import the network for it."""
 
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
+
+from tests.helpers.forks import Ended, Job, run_in_forks
 
 KNOWN = """
 import sys
@@ -19,30 +20,42 @@ assert not any(type(finder).__module__.startswith("keural") for finder in sys.me
 """
 
 
-def python(code: str) -> str:
-    """What a fresh interpreter prints. Fails with its traceback."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+FIRST = [
+    "import keural",
+    "from transformers import AutoModelForCausalLM",
+    "import transformers",
+    "import keural; from transformers import AutoTokenizer",
+    "import keural; import transformers.modeling_layers",  # imports the Auto classes before its own are there
+    "import keural.model.modeling_keural",
+]
+OTHERS = """
+import sys
+import huggingface_hub, jinja2, torch, torch._dynamo, torch.distributed.tensor
+assert not {"keural", "transformers"} & set(sys.modules)
+"""
+ALONE = "import keural, sys; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        "import keural",
-        "from transformers import AutoModelForCausalLM",
-        "import transformers",
-        "import keural; from transformers import AutoTokenizer",
-        "import keural; import transformers.modeling_layers",  # imports the Auto classes before its own are there
-        "import keural.model.modeling_keural",
-    ],
-)
-def test_the_architecture_is_known_whichever_comes_first(first: str) -> None:
-    python(first + KNOWN)
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    """How the orders ended, each in an interpreter of its own that has what both packages import of others."""
+    jobs = {}
+    for number, first in enumerate(FIRST):
+        place = tmp_path_factory.mktemp("order") / str(number)
+        place.mkdir()
+        jobs[first] = Job(first + KNOWN, place)
+    return run_in_forks(OTHERS, jobs)
 
 
-def test_the_package_alone_imports_neither_torch_nor_transformers() -> None:
-    assert python("import keural, sys; print(sorted({'torch', 'transformers'} & set(sys.modules)))").strip() == "[]"
+@pytest.mark.xdist_group("registration")
+@pytest.mark.parametrize("first", FIRST)
+def test_the_architecture_is_known_whichever_comes_first(ended: dict[str, Ended], first: str) -> None:
+    assert ended[first].code == 0, ended[first].error
+
+
+def test_the_package_alone_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    assert run_in_forks("", {"alone": Job(ALONE, tmp_path / "here")})["alone"] == Ended(0, "[]\n", "")
 
 
 def test_unknown_names_are_refused_as_usual() -> None:

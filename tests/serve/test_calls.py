@@ -1,6 +1,8 @@
 """Calls are read out of an answer however it comes, stop strings leave them alone, and the grammar holds them to their schema."""
 
 import json
+import re
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keural.serve.calls import (
+    UNCALLED,
     Arguments,
     CallBegun,
     CallEnded,
@@ -38,8 +41,13 @@ def pieces(text: str, cuts: list[int]) -> list[str]:
 
 def read(parts: list[str]) -> list[CallEvent]:
     """All events of a text, with texts that follow each other joined."""
-    reader, events = CallReader(), list[CallEvent]()
-    for event in [event for part in parts for event in reader.push(part)] + reader.flush():
+    reader = CallReader()
+    return joined([event for part in parts for event in reader.push(part)] + reader.flush())
+
+
+def joined(found: list[CallEvent]) -> list[CallEvent]:
+    events = list[CallEvent]()
+    for event in found:
         last = events[-1] if events else None
         if isinstance(event, Said) and isinstance(last, Said):
             events[-1] = Said(last.text + event.text)
@@ -140,3 +148,100 @@ def test_a_schema_is_left_as_it_was() -> None:
 
     assert arguments_schema(schema)["properties"]["a"]["additionalProperties"] is False
     assert json.dumps(schema) == before
+
+
+@given(text=st.lists(st.sampled_from(["<tool_call>", *"<tool_cal>\n가"]), max_size=9).map("".join))
+def test_text_without_a_call_is_what_the_expression_says(text: str) -> None:
+    assert bool(re.fullmatch(UNCALLED, text)) == ("<tool_call>" not in text)
+
+
+@given(text=TEXT | st.just("<tool_cal"), calls=CALLS, cuts=st.lists(st.integers(0, 400), max_size=30))
+def test_where_calls_come_instead_of_what_is_said_it_spells_what_it_likes(
+    text: str, calls: list[tuple[str, Any]], cuts: list[int]
+) -> None:
+    """An answer that does not begin with a call has none; stop strings are of all of it."""
+    called = with_calls("", [ToolCall(*call) for call in calls])
+    said = "{" + text + called
+    for answer, expected in ((said, [Said(said)]), (called, read([called]))):
+        reader = CallReader("first")
+        events = [event for part in pieces(answer, cuts) for event in reader.push(part)] + reader.flush()
+        assert joined(events) == expected
+
+    plain, beside = StopStrings(["가", "a"]), StopsBesideCalls(["가", "a"], "first")
+    assert "".join(map(beside.push, pieces(said, cuts))) + beside.flush() == plain.push(said) + plain.flush()
+    untouched = StopsBesideCalls(["a", "}"], "first")
+    assert "".join(map(untouched.push, pieces(called, cuts))) + untouched.flush() == called
+
+
+FORMS = {"weather": {"properties": {"city": {"enum": ["::=", "</tool_call>"]}}, "required": ["city"]}, "age": {"properties": {}}}
+A_CALL = with_calls("", [ToolCall("weather", {"city": "</tool_call>"})])
+TWO = with_calls("", [ToolCall("weather", {"city": "::="}), ToolCall("age", {})])
+ANSWERS = {
+    A_CALL: {"required", "one", "auto", "or JSON"},
+    TWO: {"required", "auto", "or JSON"},
+    '{"a": "said"}': {"auto", "none", "or JSON"},
+    '{"b": "said"}': {"auto", "none"},
+    '{"a": "<tool_call>"}': {"or JSON"},
+    with_calls("가 <tool_call\n", [ToolCall("age", {})]): {"auto"},
+    "<<tool_cal": {"auto", "none"},
+    "": {"auto", "none"},
+    "<tool_call>": set(),
+    A_CALL + "\n": set(),
+    A_CALL + " so": set(),
+    A_CALL.replace("weather", "wether"): set(),
+    A_CALL.replace("city", "town"): set(),
+    "\n".join([TWO] * 9): set(),
+}
+KINDS = {
+    "required": CallForm("required", FORMS),
+    "one": CallForm("required", FORMS, parallel=False),
+    "auto": CallForm("auto", FORMS),
+    "none": CallForm("none", FORMS),
+    "or JSON": CallForm("auto", FORMS, said={"type": "object", "properties": {"a": {}}, "additionalProperties": False}),
+}
+
+
+def followed(accepts: Callable[[str, str], bool]) -> None:
+    for text, expected in ANSWERS.items():
+        assert {kind for kind in KINDS if accepts(kind, text)} == expected, text
+
+
+def test_answers_have_calls_as_their_form_says(tokenizer: KeuralTokenizer) -> None:
+    grammars = Grammars(tokenizer)
+    forms = {kind: grammars.lark(form.grammar(), kind) for kind, form in KINDS.items()}
+
+    def accepts(kind: str, text: str) -> bool:
+        form = forms[kind].fresh()
+        for token in [*tokenizer.encode(text), tokenizer.im_end_id]:
+            if not form.allowed()[token]:
+                return False
+            form.take(token)
+        return True
+
+    followed(accepts)
+
+
+@pytest.mark.parametrize("written", ["lark", "structural_tag"])
+def test_xgrammar_reads_the_form_alike(written: str) -> None:
+    xgrammar = pytest.importorskip("xgrammar", reason="xgrammar is not installed")
+    end = 256
+    compiler = xgrammar.GrammarCompiler(
+        xgrammar.TokenizerInfo([*(bytes([byte]) for byte in range(end)), b"</s>"], xgrammar.VocabType.RAW, stop_token_ids=[end])
+    )
+    forms = {
+        kind: compiler.compile_grammar(xgrammar.Grammar.from_lark(form.grammar()))
+        if written == "lark"
+        else compiler.compile_structural_tag(json.dumps(form.structural_tag()))
+        for kind, form in KINDS.items()
+    }
+
+    def accepts(kind: str, text: str) -> bool:
+        matcher = xgrammar.GrammarMatcher(forms[kind])
+        return all(matcher.accept_token(token) for token in [*text.encode(), end])
+
+    followed(accepts)
+
+
+def test_no_reader_takes_the_grammar_for_another_language() -> None:
+    """vLLM and llguidance call one that has `::=` EBNF."""
+    assert all("::=" not in form.grammar() for form in KINDS.values())

@@ -18,6 +18,8 @@ from keural.tokenizer import KeuralTokenizer
 
 SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON on one line, as Python writes it: a model that may put blanks anywhere can go on doing so without end."""
+OPTIONS = "x-guidance"
+"""Key of a schema by which llguidance is told how to follow it; in JSON Schema it means nothing."""
 FUEL = 200_000
 """Work that a form may cost before its first token: about a second."""
 LONGEST_REASON = 400
@@ -74,7 +76,8 @@ class Form:
         self._mask = np.zeros((vocab_size + BITS - 1) // BITS, dtype=np.int32)
         self.failure: str | None = None
         self.asked: Mapping[str, Any] = {}
-        """The form in words that other engines know, where there are any: `json`, `regex`, `choice`."""
+        """The form in words that other engines know, where there are any: `json`, `regex`, `choice`, or of calls
+        `grammar` and `structural_tag`."""
 
     def fresh(self) -> "Form":
         """The same from the start, for another answer."""

@@ -427,14 +427,39 @@ def started(model_dir: Path, *options: str) -> Iterator[tuple[subprocess.Popen[s
             running.kill()
 
 
+@pytest.mark.xdist_group("command")
 class TestTheCommand:
-    @pytest.fixture
-    def process(self, model_dir: Path) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
-        with started(model_dir, "--drain", "20") as found:
+    @pytest.fixture(scope="class")
+    def keys(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        file = tmp_path_factory.mktemp("served") / "keys"
+        file.write_text("first-key\n")
+        return file
+
+    @pytest.fixture(scope="class")
+    def process(self, model_dir: Path, keys: Path) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+        """One for two tests, the last of which ends it: to start it takes longer than both."""
+        with started(model_dir, "--drain", "20", "--api-key-file", str(keys)) as found:
             yield found
 
-    def test_ends_after_its_answers(self, process: tuple[subprocess.Popen[str], httpx.Client]) -> None:
+    def test_keys_are_read_again(self, process: tuple[subprocess.Popen[str], httpx.Client], keys: Path) -> None:
         running, client = process
+
+        def status(key: str) -> int:
+            return client.get("/v1/models", headers={"x-api-key": key}).status_code
+
+        assert (status("first-key"), status("second-key")) == (200, 401)
+        keys.write_text("")
+        running.send_signal(signal.SIGHUP)
+        time.sleep(0.2)
+        assert status("first-key") == 200
+        keys.write_text("second-key\n")
+        running.send_signal(signal.SIGHUP)
+        wait_until(lambda: status("second-key") == 200)
+        assert status("first-key") == 401
+
+    def test_ends_after_its_answers(self, process: tuple[subprocess.Popen[str], httpx.Client], keys: Path) -> None:
+        running, client = process
+        client.headers["x-api-key"] = keys.read_text().strip()
         answers: list[httpx.Response] = []
         asked = {"messages": HELLO, "stream": True, "max_tokens": 100, "logit_bias": {"401": -100, "2": -100}}
         threads = [
@@ -450,35 +475,20 @@ class TestTheCommand:
         assert running.wait(20) == 0
         assert [events(answer.text)[-1] for answer in answers] == ["[DONE]"] * 8
         assert running.stderr is not None
-        assert {json.loads(line)["event"] for line in running.stderr} == {"request", "draining"}
+        assert {json.loads(line)["event"] for line in running.stderr} - {"keys"} == {"request", "draining"}
 
-    def test_a_second_signal_ends_it_at_once(self, process: tuple[subprocess.Popen[str], httpx.Client]) -> None:
-        running, client = process
+    def test_a_second_signal_ends_it_at_once(self, model_dir: Path) -> None:
         asked = {"prompt": "x", "stream": True, "max_tokens": 150, "n": 8, "logit_bias": {"401": -100, "2": -100}}
-        with contextlib.suppress(httpx.HTTPError), client.stream("POST", "/v1/completions", json=asked) as response:
+        with (
+            started(model_dir, "--drain", "20") as (running, client),
+            contextlib.suppress(httpx.HTTPError),
+            client.stream("POST", "/v1/completions", json=asked) as response,
+        ):
             next(response.iter_bytes())
             running.send_signal(signal.SIGTERM)
             time.sleep(0.1)
             running.send_signal(signal.SIGTERM)
             assert running.wait(5) in (0, 128 + signal.SIGTERM)
-
-    def test_keys_are_read_again(self, model_dir: Path, tmp_path: Path) -> None:
-        file = tmp_path / "keys"
-        file.write_text("first-key\n")
-        with started(model_dir, "--api-key-file", str(file)) as (running, client):
-
-            def status(key: str) -> int:
-                return client.get("/v1/models", headers={"x-api-key": key}).status_code
-
-            assert (status("first-key"), status("second-key")) == (200, 401)
-            file.write_text("")
-            running.send_signal(signal.SIGHUP)
-            time.sleep(0.2)
-            assert status("first-key") == 200
-            file.write_text("second-key\n")
-            running.send_signal(signal.SIGHUP)
-            wait_until(lambda: status("second-key") == 200)
-            assert status("first-key") == 401
 
     def test_a_port_that_is_taken(self, keural: Any, model_dir: Path) -> None:
         with bind("127.0.0.1", 0) as taken:

@@ -232,3 +232,50 @@ class TestManyConnections:
             assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def addresses_of(client: httpx.Client) -> list[tuple[str, bool]]:
+    """Every address that is described, and files of the page; each with whether it is read by GET."""
+    described = client.get("/openapi.json").json()["paths"]
+    found = [(path.replace("{name}", "tiny"), "get" in methods) for path, methods in described.items()]
+    return [*found, ("/", True), ("/web/app.js", True), ("/openapi.json", True), ("/nowhere", True)]
+
+
+def test_head_is_asked_of_every_address_that_get_is(server: Served) -> None:
+    """As balancers ask: the same status and headers, nothing after them, and the connection is good for the next request."""
+    _, client = server
+    changing = {"date", "x-request-id", "content-length"}
+    addresses = addresses_of(client)
+    assert {("/health", True), ("/ready", True), ("/v1/models/tiny", True), ("/v1/chat/completions", False)} <= set(addresses)
+    for address, is_read in addresses:
+        head = client.head(address)
+        assert head.content == b"", address
+        if is_read:
+            whole = client.get(address)
+            assert head.status_code == whole.status_code, address
+            assert [item for item in head.headers.items() if item[0] not in changing] == [
+                item for item in whole.headers.items() if item[0] not in changing
+            ], address
+        else:
+            assert (head.status_code, head.headers["allow"]) == (405, "POST"), address
+
+
+def test_an_address_says_which_methods_it_has(server: Served) -> None:
+    _, client = server
+    assert client.post("/health").headers["allow"] == "GET, HEAD"
+    assert client.get("/v1/responses").headers["allow"] == "POST"
+
+
+def test_head_stands_in_the_log_with_its_route(start: Start) -> None:
+    running, client = start()
+    client.head("/version")
+    wait_until(lambda: running.log)
+
+    assert (running.log[-1]["method"], running.log[-1]["route"], running.log[-1]["status"]) == ("HEAD", "/version", 200)
+
+
+def test_head_says_no_while_the_server_ends(start: Start) -> None:
+    running, client = start()
+    running.service.draining = True
+
+    assert (client.head("/health").status_code, client.head("/ready").status_code) == (200, 503)

@@ -136,13 +136,14 @@ class TestThePlaceInTheQueue:
         assert response[-1].response.output_text == TEXT
         assert message[-1].type == "message_stop"
 
-    def test_is_asked_for_in_one_way(self, queue: Queue) -> None:
+    @pytest.mark.parametrize("stream", [True, False])
+    def test_is_asked_for_in_one_way(self, queue: Queue, stream: bool) -> None:
         queue.gate.set()
-        for value, status in (("0", 200), ("yes", 400)):
+        for value, status in (("0", 200), ("1", 200), ("yes", 400), ("", 400), ("{}", 400)):
             response = queue.client.post(
-                "/v1/chat/completions", json={"messages": HELLO, "stream": True}, headers={"x-queue-position": value}
+                "/v1/chat/completions", json={"messages": HELLO, "stream": stream}, headers={"x-queue-position": value}
             )
-            assert response.status_code == status
+            assert response.status_code == status, value
 
 
 def test_tokens_that_came_before_an_error_are_sent_before_it(tokenizer: KeuralTokenizer) -> None:

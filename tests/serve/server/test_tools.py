@@ -52,6 +52,22 @@ def answering(tokenizer: KeuralTokenizer) -> Iterator[httpx.Client]:
         yield opened
 
 
+NOTE = {"type": "object", "properties": {"note": {"type": "string"}}, "required": ["note"], "additionalProperties": False}
+FORMS: list[tuple[Api, dict[str, Any]]] = [
+    (ask_chat, {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": NOTE}}}),
+    (ask_responses, {"text": {"format": {"type": "json_schema", "name": "x", "schema": NOTE}}}),
+    (ask_messages, {"output_config": {"format": {"type": "json_schema", "schema": NOTE}}}),
+]
+NOTED = json.dumps({"note": f"하늘 {CALLS} tool"}, ensure_ascii=False)
+
+
+@pytest.fixture(scope="module")
+def noting(tokenizer: KeuralTokenizer) -> Iterator[httpx.Client]:
+    """Of one that writes JSON in which a call is spelled."""
+    with serving(service_of(tokenizer, Writing(tokenizer, NOTED, context_length=1500), trained_on_tools=True)) as opened:
+        yield opened
+
+
 @pytest.fixture(scope="module")
 def stubborn(tokenizer: KeuralTokenizer) -> Iterator[httpx.Client]:
     """Of a model that was not, and would rather write something else."""
@@ -275,6 +291,33 @@ class TestCalls:
         assert found.finish == "length"
         assert found.calls in ([("weather", '{"city": "서울')], [])
         assert bool(found.calls) == (stream or ask is not ask_messages)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("ask", "form"), FORMS)
+class TestCallsOrJson:
+    """A model that decides by itself, and whose answers have a schema where it does not call."""
+
+    def test_json_is_what_it_says_whatever_that_spells(
+        self, noting: httpx.Client, ask: Api, form: dict[str, Any], stream: bool
+    ) -> None:
+        found = ask(noting, stream, tools=TOOLS, max_tokens=900, **form)
+
+        assert (found.text, found.calls, found.finish) == (NOTED, [], "stop")
+
+    def test_a_call_is_none_of_it(self, client: httpx.Client, ask: Api, form: dict[str, Any], stream: bool) -> None:
+        found = ask(client, stream, tools=TOOLS, **form)
+
+        assert (found.text, len(found.calls), found.finish) == ("", 2, "calls")
+
+    def test_a_stop_string_is_looked_for_in_all_of_it(
+        self, noting: httpx.Client, ask: Api, form: dict[str, Any], stream: bool
+    ) -> None:
+        if ask is ask_responses:
+            pytest.skip("this API has no stop strings")
+        found = ask(noting, stream, tools=TOOLS, stop=["서울"], **form)
+
+        assert (found.text, found.finish) == (NOTED.partition("서울")[0], "stop")
 
 
 @pytest.mark.parametrize("ask", APIS)

@@ -153,7 +153,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
 def _add_page(app: FastAPI) -> None:
     def serve_file(address: str, file: File) -> None:
-        @app.api_route(address, methods=["GET", "HEAD"], include_in_schema=False)
+        @app.get(address, include_in_schema=False)
         async def page(request: Request) -> Response:
             """A file of the page."""
             return file.answer(request)
@@ -169,7 +169,10 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def refused_by_the_framework(request: Request, error: HTTPException) -> Response:
-        return of_status(error.status_code, str(error.detail), error.headers).response(request.url.path)
+        headers = dict(error.headers or {})
+        if headers.get("Allow") == "GET":
+            headers["Allow"] = "GET, HEAD"
+        return of_status(error.status_code, str(error.detail), headers).response(request.url.path)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:

@@ -211,7 +211,7 @@ async def asked_of(service: Service, fields: ChatRequest, headers: Mapping[str, 
     prompt = await prompt_of(service, fields.read(), use.tools)
     service.check_room(prompt, "messages")
     form = await form_of(service, fields, schema_of(fields.response_format), "response_format")
-    form = await form_beside_calls(service, use, form)
+    form, use = await form_beside_calls(service, use, form)
     top = (fields.top_logprobs or 0) if fields.logprobs else None
     return requests_of(service, fields, [prompt], sampling, top, headers, form), use
 
@@ -221,5 +221,5 @@ async def answer_chat(service: Service, fields: ChatRequest, headers: Mapping[st
     requests, use = await asked_of(service, fields, headers)
     options = fields.stream_options
     with_usage = options is not None and bool(options.include_usage)
-    writer = ChatWriter(service, bool(fields.logprobs), with_usage, len(requests), use.may_call)
-    return Reply(service, requests, len(requests), fields.stop or (), writer, bool(fields.stream), use.may_call)
+    writer = ChatWriter(service, bool(fields.logprobs), with_usage, len(requests), use.places)
+    return Reply(service, requests, len(requests), fields.stop or (), writer, bool(fields.stream), use.places)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from keural.serve.batching.requests import Chosen
-from keural.serve.calls import Arguments, CallBegun
+from keural.serve.calls import Arguments, CallBegun, Places
 from keural.serve.server.errors import ApiError
 from keural.serve.server.replies import Choice, Part, TextEvent, Usage, event
 from keural.serve.server.service import Service
@@ -22,19 +22,19 @@ DONE = b"data: [DONE]\n\n"
 
 
 class ChatWriter:
-    """Writes chat completions; `with_calls` where there may be calls of tools in them."""
+    """Writes chat completions; `places` where there may be calls of tools in them."""
 
-    def __init__(self, service: Service, logprobs: bool, with_usage: bool, n: int, with_calls: bool) -> None:
+    def __init__(self, service: Service, logprobs: bool, with_usage: bool, n: int, places: Places) -> None:
         self._tokenizer, self._logprobs, self._with_usage = service.tokenizer, logprobs, with_usage
-        self._with_calls = with_calls
-        self._readings = [Reading(with_calls) for _ in range(n)]
+        self._places = places
+        self._readings = [Reading(places) for _ in range(n)]
         self._calls_begun = [0] * n
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
         self._said = [TextEvent(functools.partial(self._said_chunk, index)) for index in range(n)]
 
     def begin(self, _: Usage) -> list[bytes]:
         """One chunk for each choice, with its role."""
-        content = None if self._with_calls else ""
+        content = None if self._places else ""
         return [self._chunk(index, {"role": "assistant", "content": content}) for index in range(len(self._readings))]
 
     def part(self, part: Part) -> list[bytes]:
@@ -61,7 +61,7 @@ class ChatWriter:
         return {**self._head, "object": "chat.completion", "choices": found, "usage": usage_of(usage)}
 
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        reading = reading_of(choice.text, choice.tokens, choice.starts, self._with_calls)
+        reading = reading_of(choice.text, choice.tokens, choice.starts, self._places)
         calls = {"tool_calls": [_call(made) for made in reading.calls]} if reading.calls else {}
         content = reading.said or None if reading.calls else reading.said
         return {

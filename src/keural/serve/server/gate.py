@@ -63,12 +63,20 @@ class Gate:
             if refusal is not None:
                 await refusal.response(scope["path"])(scope, body.receive, reply.send)
             else:
-                await self._app(scope, body.receive, reply.send)
+                await self._answer(scope, body, reply)
         except Exception as error:  # an error of ours: the client hears of it, the log says where, and the server goes on
             log.exception("a request failed")
             scope[LOG_ENTRY]["error"] = type(error).__name__
             if not reply.begun:
                 await of_ours().response(scope["path"])(scope, body.receive, reply.send)
+
+    async def _answer(self, scope: Scope, body: "_Body", reply: "_Sending") -> None:
+        """Let a request through. HEAD is asked of every address that GET is; the server leaves its body out."""
+        seen = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+        try:
+            await self._app(seen, body.receive, reply.send)
+        finally:
+            scope["route"] = seen.get("route")
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> ApiError | None:
         """Why a request is not even looked at."""

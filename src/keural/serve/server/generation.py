@@ -10,15 +10,13 @@ from typing import Any
 
 from keural.limits import LARGEST_SEED
 from keural.serve.batching.requests import Request
-from keural.serve.constrain import Form
+from keural.serve.constrain import OPTIONS, Form
 from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.server.errors import ApiError, to_json
 from keural.serve.server.fields import LONGEST_SCHEMA, MOST_ANSWERS, Generation, Settings
 from keural.serve.server.service import Service
 
 TIMEOUT_HEADER = "x-request-timeout"
-OPTIONS = "x-guidance"
-"""Key of a schema by which llguidance is told to take what it cannot follow; in JSON Schema it means nothing."""
 
 
 def sampling_of(service: Service, fields: Settings, max_tokens: int | None) -> SamplingParams:
@@ -86,7 +84,7 @@ async def form_of(service: Service, fields: Generation, schema: Mapping[str, Any
     if schema is not None:
         if len(to_json(schema)) > LONGEST_SCHEMA:
             raise ApiError(400, f"`{param}`: a schema may have {LONGEST_SCHEMA:,} bytes", param, "invalid_value")
-        schema = {key: part for key, part in schema.items() if key != OPTIONS}
+        schema = {key: part for key, part in schema.items() if key != OPTIONS}  # it would take what it cannot follow
         form = await service.read(service.grammars.json, schema, param=param)
         form.asked = {"json": schema}
         return form

@@ -127,10 +127,10 @@ async def answer_messages(service: Service, fields: MessagesRequest, headers: Ma
     service.check_room(prompt, "messages")
     schema = fields.output_config.format.schema_ if fields.output_config and fields.output_config.format else None
     given = settings_of(fields)
-    form = await form_beside_calls(service, use, await form_of(service, given, schema, "output_config"))
+    form, use = await form_beside_calls(service, use, await form_of(service, given, schema, "output_config"))
     requests = requests_of(service, given, [prompt], sampling_of(service, given, fields.max_tokens), None, headers, form)
-    writer = MessagesWriter(service, use.may_call)
-    return Reply(service, requests, 1, fields.stop_sequences or (), writer, bool(fields.stream), use.may_call)
+    writer = MessagesWriter(service, use.places)
+    return Reply(service, requests, 1, fields.stop_sequences or (), writer, bool(fields.stream), use.places)
 
 
 async def count_tokens(service: Service, fields: CountRequest) -> dict[str, int]:

@@ -6,7 +6,7 @@ In: what comes of them. Out: one message, or the events of one.
 from collections.abc import Sequence
 from typing import Any
 
-from keural.serve.calls import Arguments, CallBegun, CallEnded
+from keural.serve.calls import Arguments, CallBegun, CallEnded, Places
 from keural.serve.server.errors import ApiError, of_messages
 from keural.serve.server.replies import Choice, Part, TextEvent, Usage, event
 from keural.serve.server.service import Service
@@ -17,11 +17,11 @@ EMPTY_TEXT = {"type": "text", "text": ""}
 
 
 class MessagesWriter:
-    """Writes messages; `with_calls` where there may be calls of tools in them."""
+    """Writes messages; `places` where there may be calls of tools in them."""
 
-    def __init__(self, service: Service, with_calls: bool) -> None:
+    def __init__(self, service: Service, places: Places) -> None:
         self._head = {"id": new_id("msg"), "type": "message", "role": "assistant", "model": service.name}
-        self._with_calls, self._reading = with_calls, Reading(with_calls)
+        self._places, self._reading = places, Reading(places)
         self._blocks, self._open = 0, False
         """Blocks that have begun, and whether the last of them goes on."""
         self._texts: dict[int, TextEvent] = {}
@@ -36,7 +36,7 @@ class MessagesWriter:
             "stop_sequence": None,
             "usage": _usage(usage._replace(answer=0)),
         }
-        return [_event("message_start", message=message), *([] if self._with_calls else self._begin_block(EMPTY_TEXT))]
+        return [_event("message_start", message=message), *([] if self._places else self._begin_block(EMPTY_TEXT))]
 
     def part(self, part: Part) -> list[bytes]:
         """More of its blocks."""
@@ -60,7 +60,7 @@ class MessagesWriter:
     def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
         """The message. A call that was cut is left out: as an object it would look whole, and follow no schema."""
         choice = choices[0]
-        reading = reading_of(choice.text, choice.tokens, choice.starts, self._with_calls)
+        reading = reading_of(choice.text, choice.tokens, choice.starts, self._places)
         content: list[dict[str, Any]] = [_tool_use(made.name, as_object(made.arguments)) for made in reading.calls if made.whole]
         if reading.said or not reading.calls:
             content.insert(0, {"type": "text", "text": reading.said})

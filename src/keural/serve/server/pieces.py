@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from keural.serve.batching.requests import Chosen
-from keural.serve.calls import StopsBesideCalls
+from keural.serve.calls import Places, StopsBesideCalls
 from keural.serve.stops import StopStrings
 from keural.tokenizer import KeuralTokenizer
 
@@ -31,12 +31,10 @@ class Piece:
 class Pieces:
     """The text of one answer."""
 
-    def __init__(
-        self, tokenizer: KeuralTokenizer, spell: Callable[[str], str], stops: Sequence[str], with_calls: bool = False
-    ) -> None:
-        """`with_calls`: there may be calls of tools in it, which no stop string cuts."""
+    def __init__(self, tokenizer: KeuralTokenizer, spell: Callable[[str], str], stops: Sequence[str], places: Places = "") -> None:
+        """`places`: there may be calls of tools in it, which no stop string cuts."""
         self._decoder, self._spell = tokenizer.stream_decoder(), spell
-        self._stops = StopsBesideCalls(stops) if with_calls else StopStrings(stops)
+        self._stops = StopsBesideCalls(stops, places) if places else StopStrings(stops)
         self._decoded = self._given = 0
         """Characters of the answer, and those that were given."""
         self._waiting: deque[tuple[int, Chosen]] = deque()

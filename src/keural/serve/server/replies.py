@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from keural.errors import UserError
 from keural.serve.batching.requests import Chosen, Event, QueueFull, Request
 from keural.serve.batching.runner import Ticket
+from keural.serve.calls import Places
 from keural.serve.server.answers import Answer
 from keural.serve.server.errors import ApiError, json_response, to_json
 from keural.serve.server.pieces import Piece, Pieces
@@ -148,11 +149,11 @@ class Reply(Response):
         stops: Sequence[str],
         writer: Writer,
         stream: bool,
-        with_calls: bool = False,
+        places: Places = "",
     ) -> None:
         super().__init__()
         self._service, self._requests, self._n = service, requests, n
-        self._choices = [Choice(Pieces(service.tokenizer, service.spell, stops, with_calls)) for _ in requests]
+        self._choices = [Choice(Pieces(service.tokenizer, service.spell, stops, places)) for _ in requests]
         self._writer, self._streamed = writer, stream
         self._begun = self._written = False
         """Whether anything of a stream was sent, and whether anything of its answer was."""
@@ -171,7 +172,7 @@ class Reply(Response):
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            tells = self._streamed and _wants_position(scope)
+            tells = _wants_position(scope) and self._streamed
             async with self._service.answers.ask(self._requests) as asked:
                 if tells:
                     await self._tell_position(*asked[0], send)

@@ -181,12 +181,12 @@ async def answer_responses(service: Service, fields: ResponsesRequest, headers: 
     service.check_room(prompt, "input")
     given = settings_of(fields)
     form = await form_of(service, given, _schema(fields.text), "text")
-    form = await form_beside_calls(service, use, form)
+    form, use = await form_beside_calls(service, use, form)
     sampling = sampling_of(service, given, fields.max_output_tokens)
     top = (fields.top_logprobs or 0) if with_logprobs else None
     requests = requests_of(service, given, [prompt], sampling, top, headers, form)
-    writer = ResponsesWriter(service, _echo(fields, sampling), with_logprobs, use.may_call)
-    return Reply(service, requests, 1, (), writer, bool(fields.stream), use.may_call)
+    writer = ResponsesWriter(service, _echo(fields, sampling), with_logprobs, use.places)
+    return Reply(service, requests, 1, (), writer, bool(fields.stream), use.places)
 
 
 def _messages(fields: ResponsesRequest) -> list[Message]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from keural.serve.batching.requests import Chosen
-from keural.serve.calls import Arguments, CallBegun, CallEnded
+from keural.serve.calls import Arguments, CallBegun, CallEnded, Places
 from keural.serve.server.chat_writer import named_logprobs
 from keural.serve.server.errors import ApiError
 from keural.serve.server.replies import Choice, NumberedTextEvent, Part, Usage, event
@@ -21,11 +21,11 @@ DELTA = "response.output_text.delta"
 
 
 class ResponsesWriter:
-    """Writes responses; `echo` is what they repeat of the request, `with_calls` whether there may be calls in them."""
+    """Writes responses; `echo` is what they repeat of the request, `places` whether there may be calls in them."""
 
-    def __init__(self, service: Service, echo: Mapping[str, Any], with_logprobs: bool, with_calls: bool) -> None:
-        self._tokenizer, self._with_logprobs, self._with_calls = service.tokenizer, with_logprobs, with_calls
-        self._reading = Reading(with_calls)
+    def __init__(self, service: Service, echo: Mapping[str, Any], with_logprobs: bool, places: Places) -> None:
+        self._tokenizer, self._with_logprobs, self._places = service.tokenizer, with_logprobs, places
+        self._reading = Reading(places)
         self._message_id = new_id("msg")
         self._call_ids: list[tuple[str, str]] = []
         """Of the items, and of the calls that they are."""
@@ -57,7 +57,7 @@ class ResponsesWriter:
             **self._head, "status": IN_PROGRESS, "incomplete_details": None, "completed_at": None, "output": [], "usage": None,
         }  # fmt: skip
         events = [self._event("response.created", response=empty), self._event("response.in_progress", response=empty)]
-        return events if self._with_calls else events + self._open_message()
+        return events if self._places else events + self._open_message()
 
     def part(self, part: Part) -> list[bytes]:
         """More of its items."""
@@ -81,7 +81,7 @@ class ResponsesWriter:
     def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
         """The response."""
         choice = choices[0]
-        reading = reading_of(choice.text, choice.tokens, choice.starts, self._with_calls)
+        reading = reading_of(choice.text, choice.tokens, choice.starts, self._places)
         status = "completed" if choice.finish == "stop" else "incomplete"
         output = [self._call(number, made) for number, made in enumerate(reading.calls)]
         if reading.said or not output:

@@ -135,7 +135,8 @@ class Server:
 
         Closing the generator gives the answer up.
         """
-        body = self.contract.body(request, request_id, model, max_tokens)
+        assert self.facts is not None, "a server is asked after it was looked at"
+        body = self.contract.body(request, request_id, model, max_tokens, self.facts)
         read, ended = self.contract.reader(request), False
         try:
             async with self._client.stream("POST", self.contract.path, json=body) as response:

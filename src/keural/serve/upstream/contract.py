@@ -51,6 +51,8 @@ class Facts:
     """Whether a seed makes an answer repeatable."""
     forms: bool = True
     """Whether it follows forms."""
+    calls: Literal["grammar", "structural_tag"] | None = "grammar"
+    """How the form of calls is said to it; None where it cannot be."""
     plain_logprobs: bool = True
     """Whether log-probabilities are those before the temperature."""
 
@@ -98,8 +100,8 @@ class Contract:
     """Where ids are continued."""
     unhonoured: Callable[[Request, Facts], Unhonoured | None]
     """What of a request a server with these facts cannot keep exactly."""
-    body: Callable[[Request, str, str, int], Json]
-    """The body of a request: itself, its id, the model's name, and the most tokens of its answer."""
+    body: Callable[[Request, str, str, int, Facts], Json]
+    """The body of a request: itself, its id, the model's name, the most tokens of its answer, and the server's facts."""
     reader: Callable[[Request], Reader]
     facts: Callable[[Get, str], Any]
     """Coroutine function: the facts of the server that serves the model of that name. Raises `Failed` where it does not."""
@@ -117,7 +119,10 @@ def is_greedy(request: Request) -> bool:
 
 
 def form_of(request: Request) -> Json | None:
-    """The form that an answer must have: `json`, `regex`, `choice` with a value; None for any, empty where it cannot be said."""
+    """The form that an answer must have: `json`, `regex`, `choice`, or `grammar` and `structural_tag`, with values.
+
+    None for any form, empty where it cannot be said.
+    """
     if request.constraint is None:
         return None
     asked: Json = getattr(request.constraint, "asked", {})

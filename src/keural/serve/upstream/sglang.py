@@ -6,7 +6,8 @@ In: a request, or an event of a stream. Out: a body, or tokens. What its sources
 - A seed counts with `--enable-deterministic-inference` alone, where a request without one has the seed 42: it is given one here.
 - Log-probabilities are those after the bias and the temperature; with `SGLANG_RETURN_ORIGINAL_LOGPROB` before the temperature. They
   are those of the network where there is no bias and no form, and the temperature is 0 or 1 or that variable is set.
-- Forms need a tokenizer, which `--skip-tokenizer-init` leaves out.
+- Forms need a tokenizer, which `--skip-tokenizer-init` leaves out. Of calls xgrammar (the `--grammar-backend` by default) takes a
+  structural tag, and llguidance Lark, called `ebnf`; outlines takes neither.
 - An answer ends at a token of the model's own configuration or of `stop_token_ids`, which is the last of `output_ids`.
   `ignore_eos` would ignore both.
 - `output_ids` are all up to here, or with `--incremental-streaming-output` the new ones; `completion_tokens` tells which.
@@ -18,8 +19,9 @@ import importlib.util
 import json
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from keural.errors import UserError
 from keural.limits import LARGEST_SEED
@@ -50,6 +52,8 @@ from keural.serve.upstream.contract import (
 
 KEPT_FREE = 2
 """Tokens of the context that no answer gets."""
+CALLS: Mapping[str, Literal["grammar", "structural_tag"]] = {"xgrammar": "structural_tag", "llguidance": "grammar"}
+"""How the form of calls is said, by the library that follows it."""
 ORIGINAL = "SGLANG_RETURN_ORIGINAL_LOGPROB"
 
 
@@ -64,9 +68,12 @@ def unhonoured(request: Request, facts: Facts) -> Unhonoured | None:
     if sampling.seed is not None and not facts.seeds and not is_greedy(request):
         return Unhonoured("seed", "SGLang keeps one only with --enable-deterministic-inference")
     if form is not None and not facts.forms:
-        return Unhonoured("structured_outputs", "SGLang follows forms only without --skip-tokenizer-init")
-    if form is not None and not ({"json", "regex"} & form.keys()):
-        return Unhonoured("structured_outputs" if form else "tools", "answers of this form cannot be asked of SGLang")
+        param = "tools" if "grammar" in form else "structured_outputs"
+        return Unhonoured(param, "SGLang follows forms only without --skip-tokenizer-init")
+    if form is not None and "grammar" in form and facts.calls is None:
+        return Unhonoured("tools", "SGLang follows the form of calls only with --grammar-backend xgrammar or llguidance")
+    if form is not None and not ({"json", "regex", "grammar"} & form.keys()):
+        return Unhonoured("structured_outputs", "answers of this form cannot be asked of SGLang")
     if request.top_logprobs is not None:
         return _unlike_logprobs(request, facts)
     return None
@@ -83,7 +90,7 @@ def _unlike_logprobs(request: Request, facts: Facts) -> Unhonoured | None:
     return None
 
 
-def body(request: Request, request_id: str, model: str, max_tokens: int) -> Json:
+def body(request: Request, request_id: str, model: str, max_tokens: int, facts: Facts) -> Json:
     """See `Contract.body`; all settings are given, for a server may have others of its own."""
     sampling, form = request.sampling, form_of(request) or {}
     params = {
@@ -104,6 +111,10 @@ def body(request: Request, request_id: str, model: str, max_tokens: int) -> Json
         params["json_schema"] = json.dumps(form["json"])
     elif "regex" in form:
         params["regex"] = form["regex"]
+    elif facts.calls == "structural_tag" and "structural_tag" in form:
+        params["structural_tag"] = json.dumps(form["structural_tag"])
+    elif "grammar" in form:
+        params["ebnf"] = form["grammar"]
     asked = {"rid": request_id, "input_ids": list(request.prompt_ids), "sampling_params": params, "stream": True}
     if request.top_logprobs is not None:
         asked |= {"return_logprob": True, "top_logprobs_num": request.top_logprobs, "return_text_in_logprobs": False}
@@ -174,6 +185,7 @@ async def facts(get: Get, model: str) -> Facts:
         length_of(length, 2 + KEPT_FREE) - KEPT_FREE,
         seeds=settings.get("enable_deterministic_inference") is True,
         forms=settings.get("skip_tokenizer_init") is False,
+        calls=CALLS.get(str(settings.get("grammar_backend"))),
         plain_logprobs=False,
     )
 

@@ -7,6 +7,7 @@ In: a request, or an event of a stream. Out: a body, or tokens. What its sources
 - Temperatures above 2 are refused, those between 0 and 0.01 are raised to 0.01 without a word: both are refused here. `top_p` must
   be above 0; a nucleus of 0 is the most probable token, which a temperature of 0 takes.
 - With `ignore_eos` only `stop_token_ids` end an answer; the one that did is the last of `token_ids`.
+- `grammar` is Lark, by llguidance or xgrammar as `--structured-outputs-config` has it; one without `::=` is taken for Lark.
 - Closing the connection of a stream aborts it.
 """
 
@@ -46,7 +47,7 @@ from keural.serve.upstream.contract import (
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.01, 2.0
 GRAMMARS = '{"backend": "guidance", "disable_any_whitespace": true}'
 """Forms by the library that follows them here, and JSON without blanks, of which a model may write without end."""
-FORMS = ("json", "choice", "regex")
+FORMS = ("json", "choice", "regex", "grammar")
 """By which a form can be said, the one that is preferred first."""
 
 
@@ -60,11 +61,11 @@ def unhonoured(request: Request, facts: Facts) -> Unhonoured | None:
         return Unhonoured("temperature", why)
     form = form_of(request)
     if form is not None and not any(kind in form for kind in FORMS):
-        return Unhonoured("structured_outputs" if form else "tools", "answers of this form cannot be asked of vLLM")
+        return Unhonoured("structured_outputs", "answers of this form cannot be asked of vLLM")
     return None
 
 
-def body(request: Request, request_id: str, model: str, max_tokens: int) -> Json:
+def body(request: Request, request_id: str, model: str, max_tokens: int, facts: Facts) -> Json:
     """See `Contract.body`."""
     sampling = request.sampling
     params = {

@@ -4,13 +4,13 @@ In: tools and `tool_choice`, in an API's own shape. Out: definitions as the chat
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, PrivateAttr, Tag, ValidatorFunctionWrapHandler, model_validator
 from pydantic_core import PydanticCustomError
 
-from keural.serve.calls import CallForm, Mode
+from keural.serve.calls import CallForm, Mode, Places
 from keural.serve.constrain import Form
 from keural.serve.server.errors import ApiError, to_json
 from keural.serve.server.fields import LONGEST_SCHEMA, PREFIX, Accepted, Fields, only
@@ -47,6 +47,8 @@ class ToolUse:
     allowed: frozenset[str] = frozenset()
     """Names of tools that it may call."""
     parallel: bool = True
+    said: Mapping[str, Any] | None = None
+    """The schema of an answer that may call and does not."""
 
     @property
     def definitions(self) -> list[Mapping[str, Any]]:
@@ -54,9 +56,9 @@ class ToolUse:
         return [tool.definition for tool in self.tools]
 
     @property
-    def may_call(self) -> bool:
-        """Whether there can be calls in the answer."""
-        return self.mode != "none"
+    def places(self) -> Places:
+        """Where there can be calls in the answer."""
+        return "" if self.mode == "none" else "anywhere" if self.said is None else "first"
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,11 @@ async def form_of_calls(service: Service, use: ToolUse) -> Form | None:
     if not use.tools:
         return None
     schemas = {tool.name: NO_ARGUMENTS if tool.schema is None else tool.schema for tool in use.tools if tool.name in use.allowed}
-    grammar = CallForm(use.mode, schemas, use.parallel).grammar()
+    calls = CallForm(use.mode, schemas, use.parallel, use.said)
     try:
-        return await service.read(service.grammars.lark, grammar, "a schema of `tools`", param="tools")
+        form = await service.read(service.grammars.lark, calls.grammar(), "a schema of `tools`", param="tools")
+        form.asked = {"grammar": calls.grammar(), "structural_tag": calls.structural_tag()}
+        return form
     except ApiError:
         for place, tool in enumerate(use.tools):  # which one is it?
             if tool.name in schemas:
@@ -119,17 +123,20 @@ async def form_of_calls(service: Service, use: ToolUse) -> Form | None:
         raise
 
 
-async def form_beside_calls(service: Service, use: ToolUse, form: Form | None) -> Form | None:
+async def form_beside_calls(service: Service, use: ToolUse, form: Form | None) -> tuple[Form | None, ToolUse]:
     """The form of an answer that has perhaps one already, which is that of what it says. Raises `ApiError` where both cannot hold.
 
-    An answer that must call says nothing. One that may do either would be read wrong where its JSON spells the beginning of a call.
+    An answer that must call says nothing. One that may do either is JSON of its schema or calls: JSON never begins like a call.
     """
     if form is None or use.mode == "required":
-        return await form_of_calls(service, use)
-    if use.may_call:
-        what = "an answer of a given form cannot also be free to call tools; use required or none"
+        return await form_of_calls(service, use), use
+    if use.mode == "none":
+        return form, use
+    if "json" not in form.asked:
+        what = "an answer of a regular expression or of choices cannot also be free to call tools; use required or none"
         raise ApiError(400, f"`tool_choice`: {what}", "tool_choice", "invalid_value")
-    return form
+    use = replace(use, said=form.asked["json"])
+    return await form_of_calls(service, use), use
 
 
 class FunctionDefinition(Fields):

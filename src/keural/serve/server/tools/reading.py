@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from keural.serve.batching.requests import Chosen
-from keural.serve.calls import Arguments, CallBegun, CallEnded, CallReader, Said
+from keural.serve.calls import Arguments, CallBegun, CallEnded, CallReader, Places, Said
 from keural.serve.server.errors import ApiError
 from keural.serve.server.pieces import Piece
 
@@ -42,16 +42,16 @@ class MadeCall:
 
 @dataclass
 class Reading:
-    """Reads one answer; `with_calls` where there may be calls in it."""
+    """Reads one answer; `places` where there may be calls in it."""
 
-    with_calls: bool
+    places: Places
     said: str = ""
     tokens: list[Chosen] = field(default_factory=list)
     """Of what is said."""
     calls: list[MadeCall] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._reader = CallReader()
+        self._reader = CallReader(self.places or "anywhere")
         self._waiting: list[tuple[int, Chosen]] = []
 
     def take(self, piece: Piece, last: bool) -> list[Event]:
@@ -60,7 +60,7 @@ class Reading:
 
     def push(self, piece: Piece) -> list[Event]:
         """What a piece of the text brings."""
-        if self.with_calls:
+        if self.places:
             self._waiting += zip(piece.starts, piece.tokens, strict=True)
             return [self._note(event) for event in self._reader.push(piece.text)]
         self.said += piece.text
@@ -69,7 +69,7 @@ class Reading:
 
     def finish(self) -> list[Event]:
         """What was held back, at the end of the answer."""
-        events = [self._note(event) for event in self._reader.flush()] if self.with_calls else []
+        events = [self._note(event) for event in self._reader.flush()] if self.places else []
         if self._waiting and not self.calls:
             left = [token for _, token in self._waiting]
             self._waiting.clear()
@@ -94,9 +94,9 @@ class Reading:
         return event
 
 
-def reading_of(text: str, tokens: Sequence[Chosen], starts: Sequence[int], with_calls: bool) -> Reading:
+def reading_of(text: str, tokens: Sequence[Chosen], starts: Sequence[int], places: Places) -> Reading:
     """A whole answer, read."""
-    reading = Reading(with_calls)
+    reading = Reading(places)
     reading.take(Piece(text, list(tokens), list(starts)), last=True)
     return reading
 
@@ -104,12 +104,13 @@ def reading_of(text: str, tokens: Sequence[Chosen], starts: Sequence[int], with_
 def as_object(arguments: str) -> dict[str, Any]:
     """Arguments of a whole call as an object. A number beyond what a double holds, which JSON allows, becomes the largest one.
 
-    Raises `ApiError` for what is nested too deeply.
+    Raises `ApiError` for what is nested too deeply, and for what is no JSON, which an engine that runs elsewhere may give.
     """
     try:
         found: dict[str, Any] = json.loads(arguments, parse_float=_number, parse_int=_number)
-    except RecursionError as error:
-        raise ApiError(500, "the arguments of a call are nested too deeply", code="model_error") from error
+    except (RecursionError, ValueError) as error:
+        why = "are nested too deeply" if isinstance(error, RecursionError) else "are no JSON"
+        raise ApiError(500, f"the arguments of a call {why}", code="model_error") from error
     return found
 
 

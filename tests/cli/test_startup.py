@@ -100,7 +100,10 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Commands:
     given = {name: arguments for name, (arguments, _) in REFUSALS.items()} | ANSWERS
     place = tmp_path_factory.mktemp("commands")
     jobs = {name: Job(RUN, make(place / str(number)), given[name]) for number, name in enumerate(given)}
-    return {name: (jobs[name].directory, ended) for name, ended in run_in_forks("import keural.cli.app, keural.recipe.load", jobs).items()}
+    return {
+        name: (jobs[name].directory, ended)
+        for name, ended in run_in_forks("import keural.cli.app, keural.recipe.load", jobs).items()
+    }
 
 
 def imported(directory: Path) -> str:

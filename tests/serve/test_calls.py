@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from keural.serve.calls import (
@@ -151,6 +151,8 @@ def test_a_schema_is_left_as_it_was() -> None:
 
 
 @given(text=st.lists(st.sampled_from(["<tool_call>", *"<tool_cal>\n가"]), max_size=9).map("".join))
+@example("<<tool_call>")
+@example("<tool_<tool_call>")
 def test_text_without_a_call_is_what_the_expression_says(text: str) -> None:
     assert bool(re.fullmatch(UNCALLED, text)) == ("<tool_call>" not in text)
 

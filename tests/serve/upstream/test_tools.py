@@ -136,4 +136,5 @@ def test_arguments_that_are_no_json_are_an_error_of_the_model(front: Front, toke
         response = ask_messages.send(fronted.client, tools=TOOLS, choice="required")
 
         assert (response.status_code, response.json()["error"]["type"]) == (500, "api_error")
+        assert "no JSON" in response.json()["error"]["message"]
         assert fronted.client.get("/health").status_code == 200

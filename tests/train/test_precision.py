@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from keural.plan.memory import BYTES
+from keural.train.memory.parts import BYTES
 from keural.train.optimization import half_moments
 from keural.train.optimization.half_moments import HalfMomentAdamW
 from keural.train.optimization.optimizer import is_decayed, set_step, state_tensors

@@ -79,6 +79,7 @@ def _print(plan: "Plan", data: dict[str, Any]) -> None:
 
 def _mode(data: dict[str, Any], engine: bool) -> str:
     said = [f"{key} {data[key]} ({why})" for key, why in data["reasons"].items()]
+    said += [f"{number} layers {mode}" for mode, number in (data["layers"] or {}).items() if number]
     said += [f"micro-batches of {data['micro_batch_tokens']:,} tokens", "compiled" if data["compile"] else "not compiled"]
     return ", ".join([*said, "by the training engine" if engine else "by the model's own layers"])
 

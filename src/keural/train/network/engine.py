@@ -30,8 +30,8 @@ class Engine:
 
     dtype: torch.dtype
     """Of the residual stream and the matrix products."""
-    recompute: str
-    """Of every layer, a key of `keural.train.network.recompute.RECOMPUTE`."""
+    recompute: str | tuple[str, ...]
+    """Of every layer, or of each: keys of `keural.train.network.recompute.RECOMPUTE`."""
     compiled: bool
     attention: str
     """A key of `keural.train.network.attention.ATTENTION`."""
@@ -45,7 +45,8 @@ class Engine:
     ) -> PolicyOutput:
         """Run packed rows ``[rows, T]``; without labels the head is not used, and by `weighing` once."""
         config = model.config
-        settings, modes = settings_of(config, self.attention, self.experts), [self.recompute] * config.num_hidden_layers
+        settings, modes = settings_of(config, self.attention, self.experts), self.recompute
+        modes = (modes,) * config.num_hidden_layers if isinstance(modes, str) else modes
         packed = packing(torch.from_numpy(micro.positions), micro.input_ids.device)
         gather_wide(model)
         network, ids = network_of(model), micro.input_ids.flatten()
@@ -77,8 +78,10 @@ def _within(layer: Any, function: Callable[[Tensor, BlockWeights], Tensor], hidd
     return found
 
 
-def engine_for(spec: TrainSpec, config: KeuralConfig, device: torch.device, uniform: bool) -> Engine:
-    """The engine for a stage on this device.
+def engine_for(
+    spec: TrainSpec, config: KeuralConfig, device: torch.device, uniform: bool, modes: tuple[str, ...] | None = None
+) -> Engine:
+    """The engine for a stage on this device; with `modes` for its layers where the recipe has none for all.
 
     Expert by expert on a CPU, where that is faster, and in float32, for which accelerators have no grouped product.
     """
@@ -88,4 +91,4 @@ def engine_for(spec: TrainSpec, config: KeuralConfig, device: torch.device, unif
     grouped = spec.compile or (device.type == "cuda" and dtype == torch.bfloat16)
     if spec.compile:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    return Engine(dtype, spec.recompute, spec.compile, attention, "grouped_mm" if grouped else "loop", uniform)
+    return Engine(dtype, modes or spec.recompute, spec.compile, attention, "grouped_mm" if grouped else "loop", uniform)

@@ -12,6 +12,8 @@ ALONE = ("split", "split-host")
 """Values of `train.precision` that only one process can have: the scales of 8-bit moments are of blocks of 256 weights, which the
 parts of several processes cut elsewhere.
 """
+PER_LAYER = ("selective", "budget")
+"""Values of `train.recompute` that only the training engine knows."""
 UNEVEN = 17 / 16
 """How much larger than an equal part the largest one may be before a tensor is divided along another dimension."""
 
@@ -42,7 +44,7 @@ def by_engine(spec: TrainSpec, accelerator: bool) -> bool:
     """Whether a stage is computed by the training engine: on an accelerator in bfloat16, and wherever only it can do what is asked
     for.
     """
-    return (accelerator and spec.compute_dtype == "bfloat16") or spec.precision in ALONE or spec.recompute == "selective"
+    return (accelerator and spec.compute_dtype == "bfloat16") or spec.precision in ALONE or spec.recompute in PER_LAYER
 
 
 def sharded_dimension(shape: Sequence[int], processes: int) -> int:

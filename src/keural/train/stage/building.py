@@ -28,6 +28,7 @@ from keural.train.processes.parallel import check_ranks, prepare_layers, shard
 from keural.train.processes.ranks import Ranks
 from keural.train.reference.online import OnlineReference
 from keural.train.stage.job import StageJob
+from keural.train.stage.kept import choose_kept
 
 COMPILED_ROWS = 128
 """Rows of pairs are filled up to a multiple of so many tokens under `train.compile`: each length is compiled once."""
@@ -175,4 +176,5 @@ def _engine(job: StageJob, uniform: bool, ranks: Ranks) -> Compute | None:
         return None
     from keural.train.network.engine import engine_for
 
-    return engine_for(job.stage.train, job.model_config, ranks.device, uniform)
+    kept = choose_kept(job.stage, job.model_config, ranks)
+    return engine_for(job.stage.train, job.model_config, ranks.device, uniform, kept.mix.modes if kept else None)

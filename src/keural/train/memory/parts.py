@@ -3,12 +3,13 @@
 In: a network and a layout. Out: bytes by part, the moment, and what lies in the host's memory.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from keural.plan.activations import Way, head_work, kept, layer_work, routing
-from keural.plan.gpus import GIB
-from keural.plan.network import Network
+from keural.train.memory.activations import Way, head_work, kept, layer_work, routing
+from keural.train.memory.network import Network
 
+GIB = 2**30
 MODES = ("fp32", "split", "split-host")
 """What one process may choose, the first that fits .."""
 SHARDED_MODES = ("fp32-bf16m",)
@@ -25,6 +26,8 @@ BYTES = {
 """Bytes per parameter of weights, master, gradients and moments on a GPU, and of the state on the host."""
 CONTEXT = 1.0
 """GiB that CUDA, its libraries and the allocator hold besides tensors: 1.0 to 2.5 were seen, the more the more was free."""
+ERROR = 1.01
+"""What GPUs took was at most so many times what was planned (tests); what fits by less does not fit."""
 NCCL = 1.0
 """GiB that communication takes; stated, not measured."""
 PARTS = ("weights", "master", "gradients", "moments", "reference", "gathered", "activations", "routing", "head", "layer", "slack")
@@ -96,11 +99,27 @@ def memory(network: Network, layout: Layout) -> Memory:
 
 def _alone(network: Network, way: Way) -> dict[str, dict[str, float]]:
     """The moments of one process that may be its peak, with what each takes besides what is stored."""
-    activations, routed = network.model.num_hidden_layers * kept(network, way), routing(network, way)
+    layers, routed = network.model.num_hidden_layers, routing(network, way)
     return {
-        "head": {"activations": activations, "head": head_work(network, way) - routed, "routing": routed},
-        "layer": {"activations": activations, "layer": layer_work(network, way)},
+        "head": {"activations": _kept_by(network, way, layers), "head": head_work(network, way) - routed, "routing": routed},
+        "layer": _backward(network, way, range(layers)),
     }
+
+
+def _kept_by(network: Network, way: Way, layers: int) -> float:
+    """What the first so many layers keep."""
+    return sum(kept(network, way, mode) for mode in way.modes(network.model.num_hidden_layers)[:layers])
+
+
+def _backward(network: Network, way: Way, layers: Iterable[int]) -> dict[str, float]:
+    """The backward pass of that one of some layers, counted from 0, which takes most, with what it and those below it keep."""
+    modes = way.modes(network.model.num_hidden_layers)
+    last = {modes[layer]: layer for layer in layers}  # of each mode: what is kept below it is most
+    found = [
+        {"activations": _kept_by(network, way, layer + 1), "layer": float(layer_work(network, way, mode))}
+        for mode, layer in last.items()
+    ]
+    return max(found, key=lambda taken: sum(taken.values()))
 
 
 def _sharded(network: Network, way: Way, shards: int) -> dict[str, dict[str, float]]:
@@ -109,14 +128,14 @@ def _sharded(network: Network, way: Way, shards: int) -> dict[str, dict[str, flo
     A layer's gradients, in float32, are let go when the next layer's are sent.
     """
     layers, b, layer = network.model.num_hidden_layers, way.itemsize, network.layer
-    root, work, one = network.embedding * b, layer_work(network, way), kept(network, way)
+    root = network.embedding * b
     ahead = 1 if layers > 2 else 0  # gathered before it is needed
     sent = layer * (ahead * b + b + 4 + 4 / shards)  # the next layer, gradients, what is sent, what comes back
     moments = _alone(network, way)
     moments["head"]["gathered"] = 2 * root  # and the same again for its gradient
-    moments["layer"]["gathered"] = root + min(layers, 2) * layer * b
+    moments["layer"] = _backward(network, way, [layers - 1]) | {"gathered": root + min(layers, 2) * layer * b}
     if layers > 1:
         gathered = root + (1 + ahead) * layer * b + 4 * layer
-        moments["later layer"] = {"activations": (layers - 1) * one, "layer": work, "gathered": gathered}
-    moments["reduction"] = {"activations": (layers - 1) * one, "layer": root, "gathered": root + sent}
+        moments["later layer"] = _backward(network, way, range(layers - 1)) | {"gathered": gathered}
+    moments["reduction"] = {"activations": _kept_by(network, way, layers - 1), "layer": root, "gathered": root + sent}
     return moments

@@ -23,6 +23,7 @@ from keural.train.micro_batches import MicroBatch, PairIndices
 from keural.train.network.engine import Engine
 from keural.train.network.head import piece_size
 from keural.train.network.policy import Policy
+from keural.train.optimization.optimizer import stored_in_halves
 from keural.train.processes.modes import padded, positions_of_a_piece
 from keural.train.processes.parallel import prepare_layers, shard
 from keural.train.processes.ranks import Ranks
@@ -154,12 +155,12 @@ def group(world: int) -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
-def peak(shape: dict[str, Any], layers: int, way: Way, world: int) -> float:
+def peak(shape: dict[str, Any], layers: int, way: Way, world: int, precision: str = "fp32") -> float:
     """MiB of weights, gradients and everything else at the height of a second micro-batch's forward and backward pass."""
     config = KeuralConfig(**(SCALED | {"vocab_size": VOCABULARY} | shape), num_hidden_layers=layers)
     config._experts_implementation = "grouped_mm"
     with group(world) as ranks:
-        policy = open_policy(KeuralMoECausalLM(config), way, ranks)
+        policy = open_policy(KeuralMoECausalLM(config), way, ranks, precision)
         micro = random_micro(way.tokens, config.vocab_size)
         step(policy, micro)
         tracker = MemTracker()
@@ -170,7 +171,7 @@ def peak(shape: dict[str, Any], layers: int, way: Way, world: int) -> float:
         return found
 
 
-def open_policy(model: KeuralMoECausalLM, way: Way, ranks: Ranks) -> Policy:
+def open_policy(model: KeuralMoECausalLM, way: Way, ranks: Ranks, precision: str) -> Policy:
     recompute = "none" if way.mix is not None else way.recompute
     spec = TrainSpec.model_validate({
         "steps": 1, "batch_tokens": way.tokens, "lr": 1e-3, "compute_dtype": "bfloat16", "recompute": recompute
@@ -178,6 +179,8 @@ def open_policy(model: KeuralMoECausalLM, way: Way, ranks: Ranks) -> Policy:
     engine = Engine(torch.bfloat16, way.modes(model.config.num_hidden_layers), False, "masked", "grouped_mm", True)
     if way.engine and ranks.world > 1:
         policy = Policy(model, torch.bfloat16, engine).train()
+        for parameter in stored_in_halves(model).values() if precision == "split" else ():
+            parameter.data = parameter.data.bfloat16()
         shard(policy, model, spec, ranks)
         return policy
     if way.engine:
@@ -204,12 +207,12 @@ def step(policy: Policy, micro: MicroBatch) -> None:
     (-output.logprobs.mean() + 1e-3 * routed).backward()
 
 
-def planned_peak(shape: dict[str, Any], layers: int, way: Way, world: int) -> float:
+def planned_peak(shape: dict[str, Any], layers: int, way: Way, world: int, precision: str = "fp32") -> float:
     """MiB that are planned for the same: without moments, which the step above has none of."""
     model = {name: value for name, value in (SCALED | shape).items() if name != "vocab_size"}
     network = Network(ModelSpec(**model, num_hidden_layers=layers), shape.get("vocab_size", VOCABULARY))
-    found = memory(network, Layout(world, "split-host" if way.engine and world == 1 else "fp32", way))
-    return (found.total - found.parts["slack"] - found.parts["moments"]) / MIB
+    found = memory(network, Layout(world, "split-host" if way.engine and world == 1 else precision, way))
+    return (found.total - sum(found.parts[name] for name in ("slack", "moments", "master"))) / MIB
 
 
 SHAPES: list[dict[str, Any]] = [
@@ -240,14 +243,15 @@ def test_peaks_of_sharded_steps_are_as_planned(shape: dict[str, Any], layers: in
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "split"])
 @pytest.mark.parametrize(
     ("layers", "world", "recompute", "tokens"),
     [(4, 2, "selective", 1024), (4, 8, "selective", 512), (4, 64, "selective", 1024), (4, 2, "full", 2048), (2, 16, "none", 512)],
 )
-def test_peaks_of_the_sharded_engine_are_as_planned(layers: int, world: int, recompute: str, tokens: int) -> None:
+def test_peaks_of_the_sharded_engine_are_as_planned(layers: int, world: int, recompute: str, tokens: int, precision: str) -> None:
     way = engine_way(recompute, False, tokens)
 
-    assert planned_peak({}, layers, way, world) == pytest.approx(peak({}, layers, way, world), rel=0.05)
+    assert planned_peak({}, layers, way, world, precision) == pytest.approx(peak({}, layers, way, world, precision), rel=0.05)
 
 
 SLOW = [pytest.param(recompute, marks=pytest.mark.slow) for recompute in ("none", "full")]
@@ -291,7 +295,7 @@ def bytes_before_backward(shape: dict[str, Any], way: Way) -> int:
     config = KeuralConfig(**(SCALED | shape), num_hidden_layers=2)
     config._experts_implementation = "grouped_mm"
     with group(1) as ranks:
-        policy, micro = open_policy(KeuralMoECausalLM(config), way, ranks), random_micro(way.tokens, config.vocab_size)
+        policy, micro = open_policy(KeuralMoECausalLM(config), way, ranks, "split"), random_micro(way.tokens, config.vocab_size)
     step(policy, micro)
     tracker = MemTracker()
     tracker.track_external(policy)

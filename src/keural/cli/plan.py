@@ -19,7 +19,6 @@ MOMENTS = {
     "head": "where the head makes logits",
     "layer": "in the last layer's backward pass",
     "later layer": "in a layer's backward pass, while the last one's gradients are summed",
-    "start": "where the frozen copy is made",
     "reduction": "where a layer's gradients are summed",
 }
 app = typer.Typer(no_args_is_help=True)

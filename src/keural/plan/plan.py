@@ -16,7 +16,7 @@ from keural.plan.speed import Rate, known_rate, measured_rate
 from keural.plan.stages import Cost, Length, ahead, cost, hours, length
 from keural.recipe import ModelSpec, Recipe
 from keural.train.memory.network import Network, network_of
-from keural.train.memory.parts import BYTES, GIB, MODES, stored
+from keural.train.memory.parts import BYTES, GIB, MODES, SHARDED_MODES, stored
 from keural.train.memory.stage import rows_of_a_step
 from keural.train.processes.modes import largest_part
 
@@ -245,12 +245,9 @@ def _faster(recipe: Recipe, network: Network, gpu: Gpu, stages: tuple[StagePlan,
 def reasons(plan: Plan) -> dict[str, str]:
     """Why the stage that takes most memory has its precision and its recomputation."""
     laid = plan.largest.laid
-    if plan.gpus > 1:
-        precision = "the smallest exact one of several processes"
-    elif laid.layout.precision == "fp32":
-        precision = "it fits"
-    else:
-        precision = f"{' and '.join(MODES[: MODES.index(laid.layout.precision)])} would not fit"
+    modes = MODES if plan.gpus == 1 else SHARDED_MODES
+    before = modes[: modes.index(laid.layout.precision)] if laid.layout.precision in modes else ()
+    precision = f"{' and '.join(before)} would not fit" if before else "it fits"
     found = {"precision": precision, "recompute": "the fastest that fits"}
     return {key: why if key in laid.chosen else "stated in the recipe" for key, why in found.items()}
 

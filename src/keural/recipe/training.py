@@ -61,7 +61,7 @@ class TrainSpec(Spec):
     precision: Literal["fp32", "fp32-bf16m", "split", "split-host", "published"] = "fp32"
     """What is stored. `fp32`: weights, gradients and both moments in float32, 16 bytes per parameter. `fp32-bf16m`: the same with
     moments in bfloat16, 12 bytes; what several accelerators want. `split`: a bfloat16 weight and a 16-bit remainder, together the
-    float32 weight bit for bit, bfloat16 gradients and 8-bit moments, 8.03 bytes; one process. `split-host`: the same, remainder
+    float32 weight bit for bit, bfloat16 gradients and 8-bit moments, 8.03 bytes. `split-host`: the same on one process, remainder
     and moments in the host's memory, 4 bytes on the device. `published`: everything in bfloat16 and rounded to the nearest, 8
     bytes, as the published trainer had it; steps smaller than a weight's spacing are lost, so for comparison only."""
     recompute: Literal["none", "selective", "full", "budget"] = neutral("work", "none")

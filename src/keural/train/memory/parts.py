@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 from keural.train.memory.activations import Way, head_work, kept, layer_work, routing
 from keural.train.memory.network import Network
+from keural.train.processes.modes import SCALE_BLOCK, SPLIT
 
 GIB = 2**30
 MODES = ("fp32", "split", "split-host")
 """What one process may choose, the first that fits .."""
-SHARDED_MODES = ("fp32-bf16m",)
+SHARDED_MODES = ("fp32-bf16m", "split")
 """.. and several."""
-SPLIT_STATE = 2 + 2 + 8 / 256
-"""Bytes per parameter of `split`'s remainder, moments and scales of blocks of 256."""
+SPLIT_STATE = 2 + 2 + 8 / SCALE_BLOCK
+"""Bytes per parameter of `split`'s remainder, moments and scales where blocks have 256."""
 BYTES = {
     "fp32": (4, 0, 4, 8, 0),
     "fp32-bf16m": (4, 0, 4, 4, 0),
@@ -44,6 +45,7 @@ class Layout:
     """A frozen copy of the model is there, too (`dpo.reference: online`)."""
     shard_over: int | None = None
     """GPUs that share a copy of the weights; None: all."""
+    optimizer: str = "adamw"
 
     @property
     def shards(self) -> int:
@@ -59,7 +61,7 @@ class Memory:
     """Bytes by name of `PARTS`; what is not there at that moment is 0."""
     moment: str
     """`head`: at the height of the head. `layer`: in the last layer's backward pass. `later layer`: in another's, with the last
-    one's gradients being summed. `reduction`: while these are made. `start`: where the frozen copy is made."""
+    one's gradients being summed. `reduction`: while these are made."""
     host: float
     """Bytes of the host's memory that one process takes at its start or for its state."""
 
@@ -73,25 +75,31 @@ class Memory:
         return {name: round(size / GIB, 2) for name, size in (*self.parts.items(), ("total", self.total))}
 
 
-def stored(network: Network, precision: str, shards: int) -> dict[str, float]:
+def stored(network: Network, precision: str, shards: int, optimizer: str = "adamw") -> dict[str, float]:
     """Bytes of weights, master, gradients and moments on a GPU, and of the state on the host; `shards` share a copy."""
-    held = network.held(shards)
+    held, wide = network.held(shards), network.held_wide(shards)
     names = ("weights", "master", "gradients", "moments", "host")
-    return {name: size * held for name, size in zip(names, BYTES[precision], strict=True)}
+    found = {name: float(size * held) for name, size in zip(names, BYTES[precision], strict=True)}
+    if optimizer == "muon":  # one running mean of a matrix in place of two
+        found["moments"] -= 4 * network.held_of_matrices(shards)
+    if precision in SPLIT:  # norms and routers are in float32, without a remainder
+        found["weights"] += 2 * wide
+        found["gradients"] += 2 * wide
+        found["host" if precision == "split-host" else "master"] -= 2 * wide
+        found["host" if precision == "split-host" else "moments"] += 8 * (network.held_scales(shards) - held / SCALE_BLOCK)
+    return found
 
 
 def memory(network: Network, layout: Layout) -> Memory:
     """What a stage takes of one GPU."""
     way = layout.way
-    found = stored(network, layout.precision, layout.shards)
+    found = stored(network, layout.precision, layout.shards, layout.optimizer)
     made = 4.0 * (network.held(layout.shards) + (network.largest if layout.gpus > 1 else 0))  # each its part, a tensor at a time
     host = max(found.pop("host"), made)
     found["slack"] = (CONTEXT + (NCCL if layout.gpus > 1 else 0)) * GIB
     moments = _alone(network, way) if layout.gpus == 1 else _sharded(network, way, layout.shards)
     if layout.reference:
         found["reference"] = found["weights"]
-        twice = found["weights"] + found["master"] + found["moments"]  # it is made as what is trained is, before gradients
-        moments["start"] = {"reference": twice, "gradients": 0}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     parts = {name: float((found | moments[moment]).get(name, 0)) for name in PARTS}
     return Memory(parts, moment, host)

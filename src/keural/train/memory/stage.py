@@ -42,7 +42,7 @@ def layout_of(stage: StageSpec, gpus: int, *, precision: str, recompute: str, co
     converted = gpus == 1 and precision.startswith("fp32") and itemsize == 2
     way = Way(engine, compiled, recompute, itemsize, converted, tokens)
     reference = stage.needs_reference and stage.reference.reference == "online"
-    return Layout(gpus, precision, way, reference, spec.shard_over)
+    return Layout(gpus, precision, way, reference, spec.shard_over, spec.optimizer)
 
 
 def own_layout(stage: StageSpec, gpus: int) -> Layout:

@@ -5,13 +5,16 @@ is not needed.
 """
 
 from collections.abc import Sequence
+from math import gcd
 
 from keural.recipe import StageSpec, TrainSpec
 
-ALONE = ("split", "split-host")
-"""Values of `train.precision` that only one process can have: the scales of 8-bit moments are of blocks of 256 weights, which the
-parts of several processes cut elsewhere.
-"""
+SPLIT = ("split", "split-host")
+"""Values of `train.precision` that store a weight in two parts; only the training engine computes with them."""
+ALONE = ("split-host",)
+"""Values of `train.precision` that only one process can have: several have room on their devices."""
+SCALE_BLOCK = 256
+"""Weights that share a scale of an 8-bit moment, where a row has so many."""
 PER_LAYER = ("selective", "budget")
 """Values of `train.recompute` that only the training engine knows."""
 UNEVEN = 17 / 16
@@ -24,8 +27,8 @@ def why_not_on(stage: StageSpec, processes: int) -> str | None:
         return f"{stage.name}: lora is for one process, and there are {processes}; start one, or leave lora out"
     if processes > 1 and stage.train.precision in ALONE:
         return (
-            f"{stage.name}: train.precision {stage.train.precision} is for one process (its 8-bit moments have scales of blocks, "
-            f"which parts would cut), and there are {processes}; start one, or set train.precision to fp32-bf16m"
+            f"{stage.name}: train.precision {stage.train.precision} is for one process, and there are {processes}; set "
+            "train.precision to split, which divides the same state over them, or start one"
         )
     if processes % shards_of(stage.train, processes):
         return (
@@ -44,7 +47,7 @@ def by_engine(spec: TrainSpec, accelerator: bool) -> bool:
     """Whether a stage is computed by the training engine: on an accelerator in bfloat16, and wherever only it can do what is asked
     for.
     """
-    return (accelerator and spec.compute_dtype == "bfloat16") or spec.precision in ALONE or spec.recompute in PER_LAYER
+    return (accelerator and spec.compute_dtype == "bfloat16") or spec.precision in SPLIT or spec.recompute in PER_LAYER
 
 
 def sharded_dimension(shape: Sequence[int], processes: int) -> int:
@@ -72,6 +75,13 @@ def part_of(shape: Sequence[int], index: int, processes: int, dimension: int | N
     regions = [slice(0, whole) for whole in shape]
     regions[dimension] = slice(first, min(first + size, shape[dimension]))
     return tuple(regions)
+
+
+def scale_block(shape: Sequence[int]) -> int:
+    """Weights of a tensor that share a scale of an 8-bit moment: `SCALE_BLOCK` of a row, or as many as divide both. So no part of a
+    tensor cuts a block, as long as it has whole rows.
+    """
+    return gcd(SCALE_BLOCK, shape[-1])
 
 
 def _product(shape: Sequence[int]) -> int:

@@ -1,6 +1,7 @@
 """What each precision stores, that steps of any size count in all but the published one, and the same on several ranks."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,16 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from keural.plan.memory import BYTES
+from keural.train.memory.parts import BYTES, memory, stored
+from keural.train.memory.stage import own_layout
 from keural.train.optimization import half_moments
 from keural.train.optimization.half_moments import HalfMomentAdamW
-from keural.train.optimization.optimizer import is_decayed, set_step, state_tensors
+from keural.train.optimization.optimizer import set_step, state_tensors
+from keural.train.optimization.split import SplitAdamW
 from keural.train.optimization.trainable import trained_parameters
-from keural.train.processes.modes import ALONE
+from keural.train.processes.modes import ALONE, SPLIT
+from keural.train.reference.online import OnlineReference
+from keural.train.stage.kept import network_of_config
 from tests.helpers.sharded_steps import on_ranks, save_gradients
 from tests.helpers.train_small import losses_of, open_run, small_job, small_stage, step_gradients, train_stage, weights_of
 from tests.train.test_ranks import train_on_ranks
@@ -68,25 +73,50 @@ def test_steps_at_2e_7_move_weights_as_in_float32(steps: int) -> None:
     assert float((moves[2] - moves[1]).norm() / moves[1].norm()) > 0.9
 
 
-@pytest.mark.parametrize("precision", [name for name in BYTES if name != "split-host"])  # the host of a CPU is its device
-def test_what_a_parameter_takes_is_what_is_planned(tmp_path: Path, precision: str) -> None:
-    """Counted over matrices: norms and routers stay in float32 in `split`, and are few where models are large."""
-    trainer = open_run(small_job(tmp_path, train={"precision": precision})).trainer
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+OPTIMIZED = [(name, "adamw") for name in BYTES if name != "split-host"]  # the host of a CPU is its device
+
+
+@pytest.mark.parametrize(("precision", "optimizer"), [*OPTIMIZED, ("fp32", "muon")])
+def test_what_a_model_takes_is_what_is_planned(tmp_path: Path, precision: str, optimizer: str) -> None:
+    trainer = open_run(small_job(tmp_path, train={"precision": precision, "optimizer": optimizer})).trainer
     step_gradients(trainer)
     model = trainer.policy.model
-    matrices = {p: n for p, n in trained_parameters(model).items() if is_decayed(p) and not n.endswith("gate.weight")}
-    number = sum(parameter.numel() for parameter in matrices)
-    weights = sum(p.nbytes for p in matrices) / number
-    gradients = sum(p.grad.nbytes for p in matrices if p.grad is not None) / number
-    names = set(matrices.values())
-    kept = state_tensors(trainer.optimizer, trained_parameters(model))
-    of_matrices = [tensor for key, tensor in kept.items() if any(f".{name}" in key for name in names)]
-    state = sum(tensor.nbytes for tensor in of_matrices) / number
+    names = trained_parameters(model)
 
-    planned = BYTES[precision]
+    planned = stored(network_of_config(model.config), precision, 1, optimizer)
 
-    assert (weights, gradients) == (planned[0], planned[2])
-    assert state == pytest.approx(planned[1] + planned[3], rel=0.01)
+    assert bytes_of(names) == planned["weights"]
+    assert bytes_of(parameter.grad for parameter in names if parameter.grad is not None) == planned["gradients"]
+    assert bytes_of(state_tensors(trainer.optimizer, names).values()) == planned["master"] + planned["moments"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "split"])
+def test_a_frozen_copy_takes_its_weights_and_nothing_else(tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An optimizer of its own would be there for a moment, which on few cards is the height."""
+    made: list[object] = []
+    for kind in (SplitAdamW, torch.optim.AdamW):
+        original: Any = kind.__init__
+
+        def counted(self: object, *settings: Any, original: Any = original, **named: Any) -> None:
+            made.append(self)
+            original(self, *settings, **named)
+
+        monkeypatch.setattr(kind, "__init__", counted)
+    job = small_job(tmp_path, "dpo", train={"precision": precision}, dpo={"reference": "online"})
+    trainer = open_run(job).trainer
+    assert isinstance(trainer.references, OnlineReference)
+    copy = trainer.references.policy.model
+
+    planned = memory(network_of_config(copy.config), own_layout(job.stage, 1))
+
+    assert planned.parts["reference"] == planned.parts["weights"] == bytes_of(copy.parameters())
+    assert len(made) == 1
+    ours, theirs = dict(trainer.policy.model.named_parameters()), dict(copy.named_parameters())
+    assert all(torch.equal(ours[name], parameter) and ours[name] is not parameter for name, parameter in theirs.items())
 
 
 BFLOAT16 = HALF | {"compute_dtype": "bfloat16"}
@@ -169,4 +199,4 @@ def test_second_moments_at_the_largest_beta_that_is_allowed_do_shrink() -> None:
 
 
 def test_modes_of_one_process_are_known_to_the_plan() -> None:
-    assert set(ALONE) < set(BYTES)
+    assert set(ALONE) < set(SPLIT) < set(BYTES)

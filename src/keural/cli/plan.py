@@ -19,7 +19,6 @@ MOMENTS = {
     "head": "where the head makes logits",
     "layer": "in the last layer's backward pass",
     "later layer": "in a layer's backward pass, while the last one's gradients are summed",
-    "start": "where the frozen copy is made",
     "reduction": "where a layer's gradients are summed",
 }
 app = typer.Typer(no_args_is_help=True)
@@ -79,6 +78,7 @@ def _print(plan: "Plan", data: dict[str, Any]) -> None:
 
 def _mode(data: dict[str, Any], engine: bool) -> str:
     said = [f"{key} {data[key]} ({why})" for key, why in data["reasons"].items()]
+    said += [f"{number} layers {mode}" for mode, number in (data["layers"] or {}).items() if number]
     said += [f"micro-batches of {data['micro_batch_tokens']:,} tokens", "compiled" if data["compile"] else "not compiled"]
     return ", ".join([*said, "by the training engine" if engine else "by the model's own layers"])
 

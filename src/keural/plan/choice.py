@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from keural.errors import UserError
-from keural.plan.activations import Way
-from keural.plan.gpus import GIB, GPUS, Gpu
-from keural.plan.memory import MODES, SHARDED_MODES, Layout, Memory, memory
-from keural.plan.network import Network, network_of
-from keural.recipe import OBJECTIVES, Recipe, StageSpec
-from keural.train.processes.modes import by_engine, why_not_on
+from keural.plan.gpus import GPUS, Gpu
+from keural.recipe import Recipe, StageSpec
+from keural.train.memory.activations import Mix
+from keural.train.memory.budget import best_mix, with_mix
+from keural.train.memory.network import Network, network_of
+from keural.train.memory.parts import ERROR, GIB, MODES, SHARDED_MODES, Layout, Memory, memory
+from keural.train.memory.stage import layout_of, micro_batch_tokens, row_tokens, share_tokens
+from keural.train.processes.modes import why_not_on
 
 KEYS = ("precision", "recompute", "micro_batch_tokens", "compile")
 """What a plan chooses where a recipe is silent."""
 GOOD_TOKENS, MOST_TOKENS = 8192, 16_384
 """Of a micro-batch: smaller ones are slower, larger ones were not measured."""
-ERROR = 1.01
-"""What GPUs took was at most so many times what was planned (tests); what fits by less does not fit."""
 
 
 @dataclass(frozen=True)
@@ -46,24 +46,6 @@ class Laid:
         if key == "micro_batch_tokens" and silent is None:
             silent = share_tokens(self.stage, self.layout.gpus)
         return key in self.chosen and value != silent
-
-
-def row_tokens(stage: StageSpec) -> int:
-    """Positions of a packed row: two sequences long for pairs."""
-    return OBJECTIVES[stage.objective].sequences_per_row * stage.data.sequence_length
-
-
-def rows_of_a_step(stage: StageSpec) -> int:
-    """Packed rows of an optimizer step; for pairs and answers at most so many, as short ones share a row."""
-    if stage.train.batch_tokens is not None:
-        return stage.train.batch_tokens // row_tokens(stage)
-    assert stage.train.batch_records is not None
-    return stage.train.batch_records
-
-
-def share_tokens(stage: StageSpec, gpus: int) -> int:
-    """Positions of a step that one GPU computes."""
-    return -(-rows_of_a_step(stage) // gpus) * row_tokens(stage)
 
 
 def lay_out(recipe: Recipe, gpu: Gpu, gpus: int, free: bool = False) -> list[Laid]:
@@ -101,44 +83,61 @@ def _best(network: Network, stage: StageSpec, gpu: Gpu, gpus: int, precision: st
     own = stage.train.compute_dtype != "bfloat16" or stage.train.optimizer != "adamw"  # which others are not for
     if "precision" in stated or (precision != "fp32" and own):
         precision = stage.train.precision
+    elif stage.train.expert_parallel > 1:
+        precision = SHARDED_MODES[0]  # `split` does not divide experts
     found: list[Laid] = []
-    for layout in _layouts(network, stage, gpus, precision, stated):
+    for layout in _layouts(network, stage, gpu, gpus, precision, stated):
         taken = memory(network, layout)
-        found.append(Laid(stage, layout, taken, taken.total * ERROR <= gpu.gib * GIB, chosen))
+        found.append(Laid(stage, layout, taken, taken.total * ERROR <= available(stage, layout, gpu) * GIB, chosen))
         if found[-1].fits:
             return found[-1]
     return min(found, key=lambda laid: laid.memory.total)
 
 
-def _layouts(network: Network, stage: StageSpec, gpus: int, precision: str, stated: set[str]) -> Iterator[Layout]:
+def available(stage: StageSpec, layout: Layout, gpu: Gpu) -> float:
+    """GiB of a card that a stage may take."""
+    stated = stage.train.memory_gib if layout.way.recompute == "budget" else None
+    return gpu.gib if stated is None else min(stated, gpu.gib)
+
+
+def _layouts(network: Network, stage: StageSpec, gpu: Gpu, gpus: int, precision: str, stated: set[str]) -> Iterator[Layout]:
     """Layouts of a stage, the fastest first."""
     spec = stage.train
-    itemsize = 2 if spec.compute_dtype == "bfloat16" else 4
-    modes = ["none", "selective", "full"] if itemsize == 2 else ["none", "full"]
+    modes = ["none", "selective", "budget", "full"] if spec.compute_dtype == "bfloat16" else ["none", "full"]
     if "recompute" in stated:
         modes = [spec.recompute]
     sizes = _sizes(stage, gpus, "micro_batch_tokens" in stated)
     good = min(GOOD_TOKENS, sizes[0])
+    compiled = spec.compile if "compile" in stated else None
     for enough in (True, False):
         for mode in modes:
-            for tokens in sizes:
-                if (tokens >= good) == enough:
-                    engine = by_engine(spec.model_copy(update={"precision": precision, "recompute": mode}), accelerator=True)
-                    compiled = spec.compile if "compile" in stated else engine and itemsize == 2 and spec.expert_parallel == 1
-                    converted = gpus == 1 and precision.startswith("fp32") and itemsize == 2
-                    way = Way(engine, compiled, mode, itemsize, converted, tokens, spec.expert_parallel)
-                    yield Layout(
-                        gpus, precision, way, stage.needs_reference and stage.reference.reference == "online", spec.shard_over
-                    )
+            if mode == "budget" and "recompute" not in stated and not enough:
+                continue  # a small micro-batch is slower than what layers in full lose
+            laid = [
+                layout_of(stage, gpus, precision=precision, recompute=mode, compiled=compiled, tokens=tokens)
+                for tokens in sizes
+                if (tokens >= good) == enough
+            ]
+            yield from laid if mode != "budget" else _mixed(network, stage, gpu, laid, "recompute" in stated)
+
+
+def _mixed(network: Network, stage: StageSpec, gpu: Gpu, layouts: Sequence[Layout], stated: bool) -> list[Layout]:
+    """Layouts whose layers keep as much as fits, those first that have fewest layers in full; where none fits, and `stated`, all
+    layers are in full.
+    """
+    mixes = [(layout, best_mix(network, layout, GIB * available(stage, layout, gpu))) for layout in layouts]
+    found = sorted(((mix.full, layout, mix) for layout, mix in mixes if mix is not None), key=lambda each: each[0])
+    if not found and stated:
+        return [with_mix(layout, Mix(full=network.model.num_hidden_layers)) for layout in layouts]
+    return [with_mix(layout, mix) for _, layout, mix in found]
 
 
 def _sizes(stage: StageSpec, gpus: int, stated: bool) -> list[int]:
     """Tokens of a micro-batch on one GPU, the largest first."""
-    row, share = row_tokens(stage), -(-rows_of_a_step(stage) // gpus)
-    limit = stage.train.micro_batch_tokens
     if stated:
-        return [row * (share if limit is None else min(share, max(1, limit // row)))]
-    most = min(share, max(1, MOST_TOKENS // row))
+        return [micro_batch_tokens(stage, gpus)]
+    row = row_tokens(stage)
+    most = min(share_tokens(stage, gpus) // row, max(1, MOST_TOKENS // row))
     return [row * rows for rows in sorted({max(1, most >> power) for power in range(20)}, reverse=True)]
 
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from keural.errors import UserError, nearest
 
-GIB = 2**30
-
 
 @dataclass(frozen=True)
 class Gpu:

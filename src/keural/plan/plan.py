@@ -10,13 +10,14 @@ from typing import Any
 
 from keural.errors import UserError
 from keural.plan import published
-from keural.plan.choice import Laid, check_modes, lay_out, overrides, remedy, rows_of_a_step
-from keural.plan.gpus import GIB, Gpu, find_gpu
-from keural.plan.memory import BYTES, MODES, stored
-from keural.plan.network import Network, network_of
+from keural.plan.choice import Laid, available, check_modes, lay_out, overrides, remedy
+from keural.plan.gpus import Gpu, find_gpu
 from keural.plan.speed import Rate, known_rate, measured_rate
 from keural.plan.stages import Cost, Length, ahead, cost, hours, length
 from keural.recipe import ModelSpec, Recipe
+from keural.train.memory.network import Network, network_of
+from keural.train.memory.parts import BYTES, GIB, MODES, SHARDED_MODES, stored
+from keural.train.memory.stage import rows_of_a_step
 from keural.train.processes.modes import largest_part
 
 
@@ -52,6 +53,7 @@ class StagePlan:
             "tokens_from": self.length.source,
             "precision": self.laid.layout.precision,
             "recompute": way.recompute,
+            "layers": _layers(self.laid),
             "compile": way.compiled,
             "micro_batch_tokens": way.tokens,
             "computed_by": "engine" if way.engine else "layers",
@@ -118,6 +120,7 @@ class Plan:
             "precision": largest.layout.precision,
             "bytes_per_parameter": round(sum(BYTES[largest.layout.precision]), 2),
             "recompute": largest.layout.way.recompute,
+            "layers": _layers(largest),
             "micro_batch_tokens": largest.layout.way.tokens,
             "compile": largest.layout.way.compiled,
             "reasons": reasons(self),
@@ -180,7 +183,8 @@ def refusal(plan: Plan) -> UserError | None:
     largest = plan.largest.laid
     return UserError(
         f"{plan.recipe.spec.name}: {largest.stage.name} takes {largest.memory.gib()['total']:.1f} GiB of each of {plan.gpus} "
-        f"{plan.gpu.name}, which have {plan.gpu.gib:.1f}; {remedy(plan.recipe, plan.gpu, plan.gpus)}"
+        f"{plan.gpu.name}, of which it may take {available(largest.stage, largest.layout, plan.gpu):.1f}; "
+        f"{remedy(plan.recipe, plan.gpu, plan.gpus)}"
     )
 
 
@@ -241,14 +245,17 @@ def _faster(recipe: Recipe, network: Network, gpu: Gpu, stages: tuple[StagePlan,
 def reasons(plan: Plan) -> dict[str, str]:
     """Why the stage that takes most memory has its precision and its recomputation."""
     laid = plan.largest.laid
-    if plan.gpus > 1:
-        precision = "the smallest exact one of several processes"
-    elif laid.layout.precision == "fp32":
-        precision = "it fits"
-    else:
-        precision = f"{' and '.join(MODES[: MODES.index(laid.layout.precision)])} would not fit"
+    modes = MODES if plan.gpus == 1 else SHARDED_MODES
+    before = modes[: modes.index(laid.layout.precision)] if laid.layout.precision in modes else ()
+    precision = f"{' and '.join(before)} would not fit" if before else "it fits"
     found = {"precision": precision, "recompute": "the fastest that fits"}
     return {key: why if key in laid.chosen else "stated in the recipe" for key, why in found.items()}
+
+
+def _layers(laid: Laid) -> dict[str, int] | None:
+    """How many layers keep what, where they differ (`train.recompute: budget`)."""
+    mix = laid.layout.way.mix
+    return None if mix is None else mix._asdict()
 
 
 def _size(shape: tuple[int, ...]) -> int:

@@ -5,16 +5,16 @@ of the card's dense products per second, counted with attention over what a toke
 """
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from keural.errors import UserError
 from keural.files import read_object
-from keural.plan.activations import Way
 from keural.plan.gpus import Gpu
-from keural.plan.network import Network
+from keural.train.memory.activations import Way
+from keural.train.memory.network import Network
 
 PEAK = 989.5e12
 """What `benchmarks/gpu.py` counts MFU against on every card."""
@@ -57,7 +57,8 @@ def known_rate(network: Network, gpu: Gpu, gpus: int, way: Way, precision: str) 
     scale = network.counts.total / MEASURED_PARAMETERS
     seconds = OPTIMIZER.get(precision, 0.22) * scale / gpus
     if way.engine and way.itemsize == 2 and gpu.name in ("h100", "h200"):
-        mfu = KNOWN.get((gpu.name, way.recompute, way.compiled), KNOWN[gpu.name, "full", False])
+        layers = network.model.num_hidden_layers
+        mfu = _mean([KNOWN.get((gpu.name, mode, way.compiled), KNOWN[gpu.name, "full", False]) for mode in way.modes(layers)])
         alone = "" if gpus == 1 else "; communication is not in it"
         return Rate(mfu, seconds, False, f"measured on one {gpu.name}, 24 layers of the published widths{alone}")
     if gpu.name in ("h100", "h200") and way.itemsize == 2:
@@ -74,6 +75,8 @@ def measured_rate(path: Path, network: Network, gpu: Gpu, gpus: int, way: Way) -
     name = str(_at(found, "check", "device").get("name", ""))
     if name and gpu.name not in name.lower():
         raise UserError(f"{path}: was measured on {name}, not on {gpu.name}; give --gpu as it is there, or another file")
+    if way.mix is not None:
+        return _measured_mix(path, network, gpu, gpus, way)
     if not way.engine:
         entry = _at(found, "baselines", "present_bf16_weights", "extrapolated_24")
         rates = [(0, way.tokens, _figure(entry), "the model's own layers without sharding")] if entry else []
@@ -88,6 +91,19 @@ def measured_rate(path: Path, network: Network, gpu: Gpu, gpus: int, way: Way) -
     numbers = [step for step in steps if isinstance(step, int | float) and 0 <= step < 1e9] if isinstance(steps, list) else []
     seconds = min(numbers, default=0.0) / 1e3 * network.counts.total / MEASURED_PARAMETERS / gpus
     return Rate(mfu * PEAK / gpu.bfloat16_flops, seconds, False, f"{path}: {kind}")
+
+
+def _measured_mix(path: Path, network: Network, gpu: Gpu, gpus: int, way: Way) -> Rate:
+    """Of layers that keep different things: each is as fast as it was measured among its like."""
+    modes = way.modes(network.model.num_hidden_layers)
+    alike = {mode: measured_rate(path, network, gpu, gpus, replace(way, recompute=mode, mix=None)) for mode in dict.fromkeys(modes)}
+    source = "; ".join(dict.fromkeys(rate.source for rate in alike.values()))
+    return replace(alike[modes[0]], mfu=_mean([alike[mode].mfu for mode in modes]), source=source)
+
+
+def _mean(rates: Sequence[float]) -> float:
+    """Of layers one after another that run at these rates."""
+    return len(rates) / sum(1 / rate for rate in rates)
 
 
 def _rates(found: dict[str, Any]) -> Iterator[tuple[tuple[str, bool], int, int, float, str]]:

@@ -6,12 +6,13 @@ In: a stage as it is laid out, and its rate. Out: steps, tokens, hours, each wit
 import math
 from dataclasses import dataclass
 
-from keural.plan.choice import Laid, row_tokens, rows_of_a_step, share_tokens
+from keural.plan.choice import Laid
 from keural.plan.gpus import Gpu
-from keural.plan.network import Network
 from keural.plan.speed import Rate
 from keural.recipe import OBJECTIVES, Recipe, StageSpec, load_recipe, parse_duration
 from keural.recipe.shipped import SHIPPED
+from keural.train.memory.network import Network
+from keural.train.memory.stage import row_tokens, rows_of_a_step, share_tokens
 
 PUBLISHED = "keural-14b-published"
 SAMPLE_TOKENS = 621
@@ -107,8 +108,10 @@ def compared(laid: Laid) -> float:
 
 
 def forward_share(laid: Laid) -> float:
-    """Of a forward and backward pass: a third, or a quarter where the backward pass runs the layers again."""
-    return 1 / (4 if laid.layout.way.recompute == "full" else 3)
+    """Of a forward and backward pass: a third, or a quarter where the backward pass runs all layers again."""
+    way = laid.layout.way
+    again = way.mix.full / sum(way.mix) if way.mix is not None else float(way.recompute == "full")
+    return 1 / (3 + again)
 
 
 def hours(laid: Laid, found: Length, spent: Cost) -> float | None:

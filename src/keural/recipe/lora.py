@@ -46,6 +46,8 @@ def why_not_adapted(lora: LoraSpec, init_from: str, train: "TrainSpec", router: 
             f"lora has no use for train.precision {train.precision}, which stores trained weights; lora.base_dtype bfloat16 with "
             "train.compute_dtype bfloat16 stores the frozen ones in half"
         )
+    if train.recompute == "budget":
+        return "train.recompute budget goes by a plan, and plans do not count adapters (lora); set selective or full"
     if lora.base_dtype == "bfloat16" and train.compute_dtype != "bfloat16":
         return "lora.base_dtype bfloat16 needs train.compute_dtype bfloat16; in float32 it would change the model"
     if train.compile and train.compute_dtype == "float32":

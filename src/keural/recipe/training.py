@@ -62,13 +62,16 @@ class TrainSpec(Spec):
     precision: Literal["fp32", "fp32-bf16m", "split", "split-host", "published"] = "fp32"
     """What is stored. `fp32`: weights, gradients and both moments in float32, 16 bytes per parameter. `fp32-bf16m`: the same with
     moments in bfloat16, 12 bytes; what several accelerators want. `split`: a bfloat16 weight and a 16-bit remainder, together the
-    float32 weight bit for bit, bfloat16 gradients and 8-bit moments, 8.03 bytes; one process. `split-host`: the same, remainder
+    float32 weight bit for bit, bfloat16 gradients and 8-bit moments, 8.03 bytes. `split-host`: the same on one process, remainder
     and moments in the host's memory, 4 bytes on the device. `published`: everything in bfloat16 and rounded to the nearest, 8
     bytes, as the published trainer had it; steps smaller than a weight's spacing are lost, so for comparison only."""
-    recompute: Literal["none", "selective", "full"] = neutral("work", "none")
+    recompute: Literal["none", "selective", "full", "budget"] = neutral("work", "none")
     """What of a layer is computed again in the backward pass instead of kept. `full`: all of it. `selective`: what is cheap (norms,
-    rotation, activation, permutations); products, attention and the router's choice are kept. On a CPU the same bits, otherwise
-    up to rounding."""
+    rotation, activation, permutations); products, attention and the router's choice are kept. `budget`: as few layers `full`, then
+    as few `selective`, as the planned memory allows, chosen when the stage starts. On a CPU the same bits, otherwise up to
+    rounding."""
+    memory_gib: float | None = neutral("work", None, gt=0, le=100_000)
+    """With recompute budget: GiB that a stage may take of one device by plan; none: all that an accelerator has."""
     shard_over: int | None = neutral("work", None, gt=0)
     """Processes that share one copy of weights, gradients and moments, each holding a part: those of a node, where links between
     nodes are slow (hybrid sharding). Their number must divide that of all; none, or no more processes than that: all share one
@@ -136,9 +139,12 @@ class TrainSpec(Spec):
                 f"precision fp32-bf16m cannot hold a second moment that changes as slowly as betas[1] {self.betas[1]:g} has it: at "
                 "most 0.99, or precision fp32"
             )
-        if self.recompute == "selective" and self.compile and self.compute_dtype == "float32":
+        if self.memory_gib is not None and self.recompute != "budget":
+            raise ValueError(f"memory_gib has no effect with recompute {self.recompute}: set budget, or leave it out")
+        if self.recompute in ("selective", "budget") and self.compile and self.compute_dtype == "float32":
             raise ValueError(
-                "recompute selective with compile needs compute_dtype bfloat16: there is no compiled grouped product in float32"
+                f"recompute {self.recompute} with compile needs compute_dtype bfloat16: there is no compiled grouped product in "
+                "float32"
             )
         if (why_not_parallel := why_not_expert_parallel(self)) is not None:
             raise ValueError(why_not_parallel)

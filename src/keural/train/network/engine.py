@@ -32,8 +32,8 @@ class Engine:
 
     dtype: torch.dtype
     """Of the residual stream and the matrix products."""
-    recompute: str
-    """Of every layer, a key of `keural.train.network.recompute.RECOMPUTE`."""
+    recompute: str | tuple[str, ...]
+    """Of every layer, or of each: keys of `keural.train.network.recompute.RECOMPUTE`."""
     compiled: bool
     attention: str
     """A key of `keural.train.network.attention.ATTENTION`."""
@@ -47,7 +47,8 @@ class Engine:
     ) -> PolicyOutput:
         """Run packed rows ``[rows, T]``; without labels the head is not used, and by `weighing` once."""
         config = model.config
-        settings, modes = settings_of(config, self.attention, self.experts), [self.recompute] * config.num_hidden_layers
+        settings, modes = settings_of(config, self.attention, self.experts), self.recompute
+        modes = (modes,) * config.num_hidden_layers if isinstance(modes, str) else modes
         packed = packing(torch.from_numpy(micro.positions), micro.input_ids.device)
         settings = settings._replace(expert_group=expert_group(model))
         gather_wide(model)
@@ -97,8 +98,10 @@ def local_experts(weights: BlockWeights) -> BlockWeights:
     return weights._replace(**own)
 
 
-def engine_for(spec: TrainSpec, config: KeuralConfig, device: torch.device, uniform: bool) -> Engine:
-    """The engine for a stage on this device.
+def engine_for(
+    spec: TrainSpec, config: KeuralConfig, device: torch.device, uniform: bool, modes: tuple[str, ...] | None = None
+) -> Engine:
+    """The engine for a stage on this device; with `modes` for its layers where the recipe has none for all.
 
     Expert by expert on a CPU, where that is faster, and in float32, for which accelerators have no grouped product.
     """
@@ -108,4 +111,4 @@ def engine_for(spec: TrainSpec, config: KeuralConfig, device: torch.device, unif
     grouped = spec.compile or (device.type == "cuda" and dtype == torch.bfloat16)
     if spec.compile:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    return Engine(dtype, spec.recompute, spec.compile, attention, "grouped_mm" if grouped else "loop", uniform)
+    return Engine(dtype, modes or spec.recompute, spec.compile, attention, "grouped_mm" if grouped else "loop", uniform)

@@ -43,7 +43,7 @@ class HalfMomentAdamW(torch.optim.AdamW):
         state = self.state[parameter]
         tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
         before = state["step"].clone()
-        for weight, gradient, *moments in zip(*(_flat(tensor).split(CHUNK) for tensor in tensors), strict=True):
+        for weight, gradient, *moments in zip(*(flat(tensor).split(CHUNK) for tensor in tensors), strict=True):
             wide = [moment.float() for moment in moments]
             adamw(
                 [weight], [gradient], [wide[0]], [wide[1]], [], [before.clone()],
@@ -55,7 +55,13 @@ class HalfMomentAdamW(torch.optim.AdamW):
         state["step"] += 1
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor as one row that shares its memory."""
+def part(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, sharing its memory; all of it where it is not sharded."""
+    tensor = tensor.detach()
     local: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.detach().view(-1)
+    return local
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """The same as one row."""
+    return part(tensor).view(-1)

@@ -19,6 +19,7 @@ from keural.recipe import TrainSpec
 from keural.train.optimization.half_moments import HalfMomentAdamW
 from keural.train.optimization.muon import MOMENTUM, Muon, split_by_optimizer
 from keural.train.optimization.split import SplitAdamW, halve, wide_norm
+from keural.train.processes.modes import scale_block
 
 T = TypeVar("T", bound=Tensor)
 
@@ -64,22 +65,36 @@ def _adamw(parameters: Sequence[nn.Parameter], spec: TrainSpec) -> torch.optim.A
     )
 
 
-def build_split_optimizer(model: nn.Module, spec: TrainSpec, device: torch.device) -> SplitAdamW:
-    """The same for `train.precision: split` and `split-host`. The model, float32 on the CPU, is on `device` afterwards, its
-    matrices in bfloat16 and the routers in float32.
+def build_split_optimizer(
+    model: nn.Module, spec: TrainSpec, device: torch.device, parts: dict[str, Tensor] | None = None
+) -> SplitAdamW:
+    """The same for `train.precision: split` and `split-host`.
+
+    The model, float32 on the CPU, is on `device` afterwards, its matrices in bfloat16 and the routers in float32; a sharded one is
+    there already (`stored_in_halves`), and `parts`, which is empty afterwards, has this rank's float32 values by name.
     """
-    routers = {id(parameter) for name, parameter in model.named_parameters() if name.endswith("gate.weight")}
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    exact = [parameter.ndim >= 2 and id(parameter) not in routers for parameter in parameters]
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    halves = {id(parameter) for parameter in stored_in_halves(model).values()}
+    masters: Iterable[Tensor]
+    if parts:
+        masters = (parts.pop(name) for name in trained)
+    else:
+        masters = (halve(parameter, device, id(parameter) in halves) for parameter in trained.values())
     return SplitAdamW(
-        parameters,
+        trained.values(),
         betas=(spec.betas[0], spec.betas[1]),
         eps=spec.eps,
         weight_decay=spec.weight_decay,
         host=spec.precision == "split-host",
-        masters=(halve(parameter, device, is_exact) for parameter, is_exact in zip(parameters, exact, strict=True)),
+        masters=masters,
         is_decayed=is_decayed,
+        block_of=lambda parameter: scale_block(parameter.shape) if parameter.dtype == torch.bfloat16 else 1,
     )
+
+
+def stored_in_halves(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that `split` keeps in bfloat16 and a remainder: all matrices but the routers."""
+    return {name: p for name, p in model.named_parameters() if p.ndim >= 2 and not name.endswith("gate.weight")}
 
 
 def set_step(optimizer: Optimizer, step: int) -> None:

@@ -6,6 +6,9 @@ them). Moments are 8-bit, with a scale for each block of 256. 8.03 bytes per par
 remainder, moments and scales (4.03) may lie in pinned host memory. Parameters in float32
 (norms, routers) have the same moments and no remainder.
 
+Sharded parameters have their state beside each part, in tensors that are sharded as they are: a block lies within a row (it is
+shorter than 256 where that does not divide a row), so no part cuts one, and any number of processes has the same codes.
+
 An 8-bit moment is a power of a number between 0 and 1, times the block's largest value: m = sign(c) (c/127)^2 and v = (c/255)^4,
 so that small values beside a large one stay apart from zero; a second moment that is not zero is never stored as zero, which would
 make the next step as large as epsilon allows.
@@ -18,8 +21,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-BLOCK = 256
+from keural.errors import UserError
+from keural.train.optimization.half_moments import flat, part
+from keural.train.processes.modes import SCALE_BLOCK, scale_block
+
+BLOCK = SCALE_BLOCK
 CHUNK = 2**26
 """Parameters whose state lies together: 256 MiB of it. A power of two, because pinned memory is given in such sizes."""
 
@@ -73,38 +81,43 @@ class ChunkState:
     square: Tensor
     moment_scale: Tensor
     square_scale: Tensor
+    block: int = BLOCK
+
+    def named(self) -> list[tuple[str, Tensor]]:
+        """All of them, with what they are."""
+        rest = [(kind, getattr(self, kind)) for kind in ("moment", "square", "moment_scale", "square_scale")]
+        return rest if self.remainder is None else [("remainder", self.remainder), *rest]
 
     def tensors(self) -> list[Tensor]:
         """All of them."""
-        rest = [self.moment, self.square, self.moment_scale, self.square_scale]
-        return rest if self.remainder is None else [self.remainder, *rest]
+        return [tensor for _, tensor in self.named()]
 
 
-def new_state(number: int, exact: bool, device: torch.device, pinned: bool = False, size: int | None = None) -> ChunkState:
-    """Zeros for `number` parameters in memory for `size` of them; with a remainder if `exact`."""
-    size = size or number
+def new_state(number: int, exact: bool, device: torch.device, pinned: bool = False, block: int = BLOCK) -> ChunkState:
+    """Zeros for `number` parameters, with a remainder if `exact`, and scales of blocks of `block`."""
 
-    def zeros(of: int, wanted: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(of, dtype=dtype, device=device, pin_memory=pinned)[:wanted]
+    def zeros(size: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(size, dtype=dtype, device=device, pin_memory=pinned)
 
-    blocks, room = -(-number // BLOCK), -(-size // BLOCK)
+    blocks = -(-number // block)
     return ChunkState(
-        zeros(size, number, torch.int16) if exact else None,
-        zeros(size, number, torch.int8),
-        zeros(size, number, torch.uint8),
-        zeros(room, blocks, torch.float32),
-        zeros(room, blocks, torch.float32),
+        zeros(number, torch.int16) if exact else None,
+        zeros(number, torch.int8),
+        zeros(number, torch.uint8),
+        zeros(blocks, torch.float32),
+        zeros(blocks, torch.float32),
+        block,
     )
 
 
-def blocks_of(flat: Tensor) -> Tensor:
-    """A flat tensor as ``[blocks, BLOCK]`` in float32, zeros at the end."""
-    return nn.functional.pad(flat.float(), (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+def blocks_of(row: Tensor, block: int) -> Tensor:
+    """A flat tensor as ``[blocks, block]`` in float32, zeros at the end."""
+    return nn.functional.pad(row.float(), (0, -len(row) % block)).view(-1, block)
 
 
-def encode(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+def encode(values: Tensor, signed: bool, block: int = BLOCK) -> tuple[Tensor, Tensor]:
     """Codes ``[n]`` (int8 if `signed`, else uint8) and scales ``[blocks]`` of float32 values ``[n]``."""
-    blocks = blocks_of(values)
+    blocks = blocks_of(values, block)
     scales = blocks.abs().amax(1)
     share = (blocks.abs() / scales.clamp(min=1e-38)[:, None]).sqrt()
     if signed:
@@ -115,9 +128,9 @@ def encode(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     return codes.to(torch.uint8).view(-1)[: len(values)], scales
 
 
-def decode(codes: Tensor, scales: Tensor) -> Tensor:
+def decode(codes: Tensor, scales: Tensor, block: int = BLOCK) -> Tensor:
     """The values that `encode` stored, nearly."""
-    blocks = blocks_of(codes)
+    blocks = blocks_of(codes, block)
     if codes.dtype == torch.int8:
         share = blocks / 127
         values = share * share.abs() * scales[:, None]
@@ -148,9 +161,10 @@ def plain_update(weight: Tensor, gradient: Tensor, state: ChunkState, rates: Rat
         skip: scalar; when not zero nothing changes.
     """
     master = weight if state.remainder is None else join(weight, state.remainder)
-    moment, square = decode(state.moment, state.moment_scale), decode(state.square, state.square_scale)
+    block = state.block
+    moment, square = decode(state.moment, state.moment_scale, block), decode(state.square, state.square_scale, block)
     master, moment, square = adamw(master, gradient.float() * factor, moment, square, rates)
-    new: list[Tensor] = [*encode(moment, True), *encode(square, False)]
+    new: list[Tensor] = [*encode(moment, True, block), *encode(square, False, block)]
     stored: list[Tensor] = [state.moment, state.moment_scale, state.square, state.square_scale]
     if state.remainder is None:
         new, stored = [*new, master], [*stored, weight]
@@ -169,13 +183,13 @@ def update(weight: Tensor, gradient: Tensor, state: ChunkState, rates: Rates, fa
 
     split_adamw(
         weight, state.remainder, gradient, state.moment, state.square, state.moment_scale, state.square_scale, factor, skip,
-        BLOCK, rates.decay, rates.step_size, rates.root_correction, rates.beta1, rates.beta2, rates.eps,
+        state.block, rates.decay, rates.step_size, rates.root_correction, rates.beta1, rates.beta2, rates.eps,
     )  # fmt: skip
 
 
 @dataclass
 class Chunk:
-    """A piece of a parameter: its parameter, where it begins, its state, and whether it decays."""
+    """A piece of this rank's part of a parameter: its parameter, where it begins, its state, and whether it decays."""
 
     parameter: nn.Parameter
     start: int
@@ -186,20 +200,21 @@ class Chunk:
     @property
     def weight(self) -> Tensor:
         """The piece, flat, in the parameter's memory."""
-        return self.parameter.detach().view(-1)[self.start : self.start + self.number]
+        return flat(self.parameter)[self.start : self.start + self.number]
 
     @property
     def gradient(self) -> Tensor:
         """The piece's gradient, flat."""
         assert self.parameter.grad is not None
-        return self.parameter.grad.view(-1)[self.start : self.start + self.number]
+        return flat(self.parameter.grad)[self.start : self.start + self.number]
 
 
 class SplitAdamW:
     """AdamW whose state is split into chunks; with `host` the state lies in pinned host memory and visits the device in each step.
 
     `masters` gives float32 values to start from, one after another in the order of the parameters, so that none is kept longer than
-    needed; without it the bfloat16 weights are the masters.
+    needed; without it the bfloat16 weights are the masters. Of sharded parameters, masters and state are this rank's parts.
+    `block_of` says how many weights of a parameter share a scale.
     """
 
     def __init__(
@@ -212,10 +227,13 @@ class SplitAdamW:
         host: bool = False,
         masters: Iterable[Tensor] | None = None,
         is_decayed: Callable[[Tensor], bool] = lambda parameter: parameter.ndim >= 2,
+        block_of: Callable[[Tensor], int] = lambda parameter: scale_block(parameter.shape),
     ) -> None:
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self.betas, self.eps, self.weight_decay, self.host, self.steps = betas, eps, weight_decay, host, 0
         self.chunks: list[Chunk] = []
+        self._whole: dict[nn.Parameter, ChunkState] = {}
+        self._block_of = block_of
         given = iter(masters) if masters is not None else None
         for parameter in self.parameters:
             master = next(given) if given is not None else None  # it may be what makes the parameter bfloat16
@@ -225,28 +243,50 @@ class SplitAdamW:
                 _set_master(chunks, master)
 
     def _chunks(self, parameter: nn.Parameter, decayed: bool) -> Iterator[Chunk]:
-        assert parameter.is_contiguous(), "a parameter must lie in one piece"
-        exact = parameter.dtype == torch.bfloat16
-        device = torch.device("cpu") if self.host else parameter.device
-        for start in range(0, parameter.numel(), CHUNK):
-            number = min(CHUNK, parameter.numel() - start)
-            yield Chunk(parameter, start, number, new_state(number, exact, device, self.host and parameter.is_cuda), decayed)
+        local, block = part(parameter), self._block_of(parameter)
+        assert local.is_contiguous(), "a parameter must lie in one piece"
+        if local.shape[-1] % block:
+            raise UserError(
+                f"train.precision split cannot divide rows of {parameter.shape[-1]} weights into parts of {local.shape[-1]}: "
+                f"blocks of {block} share a scale; start fewer processes, or set train.precision to fp32-bf16m"
+            )
+        exact, number = parameter.dtype == torch.bfloat16, local.numel()
+        if not self.host:
+            self._whole[parameter] = new_state(number, exact, local.device, block=block)
+        for start in range(0, number, CHUNK):
+            size = min(CHUNK, number - start)
+            if self.host:
+                state = new_state(size, exact, torch.device("cpu"), parameter.is_cuda, block)
+            else:
+                state = _piece(self._whole[parameter], start, size)
+            yield Chunk(parameter, start, size, state, decayed)
 
     def master(self, parameter: nn.Parameter) -> Tensor:
-        """The float32 master of a parameter, whole, on its device."""
-        pieces = []
+        """The float32 master of a parameter, on its device; sharded as it is."""
+        local = part(parameter)
+        found = torch.empty(local.shape, dtype=torch.float32, device=local.device)
         for chunk in self.chunks:
             if chunk.parameter is parameter:
                 remainder = chunk.state.remainder
-                pieces.append(chunk.weight if remainder is None else join(chunk.weight, remainder.to(parameter.device)))
-        return torch.cat(pieces).view(parameter.shape)
+                values = chunk.weight if remainder is None else join(chunk.weight, remainder.to(local.device))
+                found.view(-1)[chunk.start : chunk.start + chunk.number] = values
+        return _sharded_as(parameter, found)
 
-    def restore_masters(self) -> None:
-        """Make every parameter its float32 master again. The optimizer cannot be used afterwards."""
+    def restore_masters(self, policy: nn.Module) -> None:
+        """Make every parameter of `policy` its float32 master again; parts of sharded ones pass through the host. The optimizer
+        cannot be used afterwards.
+        """
+        kept: dict[nn.Parameter, Tensor] = {}
         for parameter in self.parameters:
             parameter.grad = None
-            parameter.data = self.master(parameter)
-        self.chunks = []
+            if isinstance(parameter, DTensor):  # whose type only the module may change
+                kept[parameter] = part(self.master(parameter)).cpu()
+            else:
+                parameter.data = self.master(parameter)
+        self.chunks, self._whole = [], {}
+        policy.float()
+        for parameter, master in kept.items():
+            part(parameter).copy_(master)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, or set them to zero."""
@@ -264,13 +304,18 @@ class SplitAdamW:
                 tensor.zero_()
 
     def state_tensors(self, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
-        """All state by name, sharing memory: `<kind>.<parameter's name>.<number of the chunk in it>`, the kinds being the fields of
-        `ChunkState`.
+        """All state by name, sharing memory: `<kind>.<parameter's name>`, sharded as the parameter is, the kinds being the tensors
+        of `ChunkState`; with `host` `<kind>.<parameter's name>.<number of the chunk in it>`.
         """
         found = {}
-        for chunk in self.chunks:
-            for kind, tensor in vars(chunk.state).items():
-                if tensor is not None:
+        for parameter, state in self._whole.items():
+            shape = part(parameter).shape
+            for kind, tensor in state.named():
+                last = shape[-1] // (state.block if kind.endswith("_scale") else 1)
+                found[f"{kind}.{names[parameter]}"] = _sharded_as(parameter, tensor.view(*shape[:-1], last))
+        if self.host:
+            for chunk in self.chunks:
+                for kind, tensor in chunk.state.named():
                     found[f"{kind}.{names[chunk.parameter]}.{chunk.start // CHUNK}"] = tensor
         return found
 
@@ -304,12 +349,13 @@ class SplitAdamW:
         coming, going, here = torch.cuda.Stream(device), torch.cuda.Stream(device), torch.cuda.current_stream(device)
         chunks = [chunk for chunk in self.chunks if chunk.parameter.grad is not None]
         largest = max(chunk.number for chunk in chunks)
-        staging = [new_state(largest, True, device) for _ in range(3)]
+        finest = min(chunk.state.block for chunk in chunks)
+        staging = [new_state(largest, True, device, block=finest) for _ in range(3)]
         coming.wait_stream(here)
         free: list[torch.cuda.Event | None] = [None] * len(staging)
         for index, chunk in enumerate(chunks):
             slot = index % len(staging)
-            state = _first(staging[slot], chunk)
+            state = _piece(staging[slot], 0, chunk.number, like=chunk.state)
             with torch.cuda.stream(coming):
                 if (event := free[slot]) is not None:
                     coming.wait_event(event)
@@ -328,7 +374,7 @@ class SplitAdamW:
 def _set_master(chunks: Sequence[Chunk], master: Tensor) -> None:
     """Write a parameter's float32 values into its chunks."""
     for chunk in chunks:
-        piece = master.reshape(-1)[chunk.start : chunk.start + chunk.number].to(chunk.parameter.device)
+        piece = master.reshape(-1)[chunk.start : chunk.start + chunk.number].to(chunk.weight.device)
         if chunk.state.remainder is None:
             chunk.weight.copy_(piece)
         else:
@@ -337,17 +383,28 @@ def _set_master(chunks: Sequence[Chunk], master: Tensor) -> None:
             chunk.state.remainder.copy_(remainder)
 
 
-def _first(staging: ChunkState, chunk: Chunk) -> ChunkState:
-    """The part of a staging area that a chunk's state fills."""
-    blocks = -(-chunk.number // BLOCK)
-    remainder = None if chunk.state.remainder is None or staging.remainder is None else staging.remainder[: chunk.number]
+def _piece(whole: ChunkState, start: int, number: int, like: ChunkState | None = None) -> ChunkState:
+    """`number` weights of a state from `start` on, sharing its memory; with blocks as `like` has them, and no remainder if it has
+    none.
+    """
+    like = like or whole
+    block = like.block
+    here, scales = slice(start, start + number), slice(start // block, -(-(start + number) // block))
+    remainder = None if like.remainder is None or whole.remainder is None else whole.remainder[here]
     return ChunkState(
-        remainder,
-        staging.moment[: chunk.number],
-        staging.square[: chunk.number],
-        staging.moment_scale[:blocks],
-        staging.square_scale[:blocks],
+        remainder, whole.moment[here], whole.square[here], whole.moment_scale[scales], whole.square_scale[scales], block
     )
+
+
+def _sharded_as(parameter: Tensor, local: Tensor) -> Tensor:
+    """A rank's part as a tensor that is divided as `parameter` is; its last dimension may be another."""
+    if not isinstance(parameter, DTensor):
+        return local
+    cut = sum(placement.is_shard(parameter.ndim - 1) for placement in parameter.placements)
+    last = local.shape[-1] if not cut else local.shape[-1] * parameter.shape[-1] // part(parameter).shape[-1]
+    shape = torch.Size([*parameter.shape[:-1], last])
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride)
 
 
 def _copy(source: ChunkState, target: ChunkState) -> None:

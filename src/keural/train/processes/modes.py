@@ -5,14 +5,19 @@ is not needed.
 """
 
 from collections.abc import Sequence
+from math import gcd
 from typing import Protocol
 
 from keural.recipe import StageSpec, TrainSpec
 
-ALONE = ("split", "split-host")
-"""Values of `train.precision` that only one process can have: the scales of 8-bit moments are of blocks of 256 weights, which the
-parts of several processes cut elsewhere.
-"""
+SPLIT = ("split", "split-host")
+"""Values of `train.precision` that store a weight in two parts; only the training engine computes with them."""
+ALONE = ("split-host",)
+"""Values of `train.precision` that only one process can have: several have room on their devices."""
+SCALE_BLOCK = 256
+"""Weights that share a scale of an 8-bit moment, where a row has so many."""
+PER_LAYER = ("selective", "budget")
+"""Values of `train.recompute` that only the training engine knows."""
 UNEVEN = 17 / 16
 """How much larger than an equal part the largest one may be before a tensor is divided along another dimension."""
 
@@ -34,8 +39,8 @@ def why_not_on(stage: StageSpec, processes: int, model: ModelShape) -> str | Non
         return f"{stage.name}: lora is for one process, and there are {processes}; start one, or leave lora out"
     if processes > 1 and stage.train.precision in ALONE:
         return (
-            f"{stage.name}: train.precision {stage.train.precision} is for one process (its 8-bit moments have scales of blocks, "
-            f"which parts would cut), and there are {processes}; start one, or set train.precision to fp32-bf16m"
+            f"{stage.name}: train.precision {stage.train.precision} is for one process, and there are {processes}; set "
+            "train.precision to split, which divides the same state over them, or start one"
         )
     if processes % shards_of(stage.train, processes):
         return (
@@ -84,7 +89,7 @@ def by_engine(spec: TrainSpec, accelerator: bool) -> bool:
 
 def only_by_engine(spec: TrainSpec) -> bool:
     """Whether the model's own layers cannot do what is asked for."""
-    return spec.precision in ALONE or spec.recompute == "selective" or spec.expert_parallel > 1
+    return spec.precision in SPLIT or spec.recompute in PER_LAYER or spec.expert_parallel > 1
 
 
 def sharded_dimension(shape: Sequence[int], processes: int) -> int:
@@ -126,6 +131,13 @@ def share_of(shape: Sequence[int], index: int, processes: int, expert_parallel: 
     groups = processes // expert_parallel
     own, widths = part_of(shape, place, expert_parallel, 0), part_of(shape, group, groups, width_dimension(shape, groups))
     return (own[0], *widths[1:])
+
+
+def scale_block(shape: Sequence[int]) -> int:
+    """Weights of a tensor that share a scale of an 8-bit moment: `SCALE_BLOCK` of a row, or as many as divide both. So no part of a
+    tensor cuts a block, as long as it has whole rows.
+    """
+    return gcd(SCALE_BLOCK, shape[-1])
 
 
 def _product(shape: Sequence[int]) -> int:

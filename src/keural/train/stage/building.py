@@ -20,14 +20,15 @@ from keural.train.checks.record import CHECKS_FILE, ChecksFile, check_data
 from keural.train.initial.parts import Parts, Share, fill
 from keural.train.initial.weights import initial_model, initial_parts
 from keural.train.network.policy import Compute, Policy, needs_engine
-from keural.train.optimization.optimizer import Optimizer, build_optimizer, build_split_optimizer
-from keural.train.optimization.split import SplitAdamW
+from keural.train.optimization.optimizer import Optimizer, build_optimizer, build_split_optimizer, stored_in_halves
+from keural.train.optimization.split import split
 from keural.train.optimization.trainable import count_all, count_trained, freeze, frozen_digest, take_out
-from keural.train.processes.modes import ALONE, shards_of
+from keural.train.processes.modes import SPLIT, shards_of
 from keural.train.processes.parallel import check_ranks, prepare_layers, shard
 from keural.train.processes.ranks import Ranks
 from keural.train.reference.online import OnlineReference
 from keural.train.stage.job import StageJob
+from keural.train.stage.kept import choose_kept
 
 COMPILED_ROWS = 128
 """Rows of pairs are filled up to a multiple of so many tokens under `train.compile`: each length is compiled once."""
@@ -91,26 +92,22 @@ def policy_of(job: StageJob, uniform: bool, ranks: Ranks) -> tuple[Policy, Optim
     model, spec = policy.model, job.stage.train
     if (trained := count_trained(model)) < (total := count_all(model)):
         ranks.log_once(f"{job.stage.name}: trains {trained:,} of {total:,} parameters")
-    if spec.precision in ALONE:
-        return policy, _split(policy, spec, ranks), frozen
-    _place(policy, spec, ranks, parts)
+    if spec.precision in SPLIT and ranks.world == 1:
+        optimizer = build_split_optimizer(model, spec, ranks.device)
+        policy.to(ranks.device)  # what the optimizer has not moved
+        return policy, optimizer, frozen
+    _place(policy, spec, ranks, dict(parts))
+    if spec.precision in SPLIT:
+        return policy, build_split_optimizer(model, spec, ranks.device, parts), frozen_digest(model)
+    parts.clear()
     return policy, build_optimizer(model, spec), frozen or frozen_digest(model)
 
 
 def computing_policy(job: StageJob, uniform: bool, ranks: Ranks) -> Policy:
     """The same model where nothing is trained, without moments."""
     policy, _, parts = _policy(job, uniform, ranks)
-    if job.stage.train.precision in ALONE:
-        _split(policy, job.stage.train, ranks)  # which makes the bfloat16 weights
-    else:
-        _place(policy, job.stage.train, ranks, parts)
+    _place(policy, job.stage.train, ranks, parts)
     return policy
-
-
-def _split(policy: Policy, spec: TrainSpec, ranks: Ranks) -> SplitAdamW:
-    optimizer = build_split_optimizer(policy.model, spec, ranks.device)
-    policy.to(ranks.device)  # what the optimizer has not moved
-    return optimizer
 
 
 def _place(policy: Policy, spec: TrainSpec, ranks: Ranks, parts: Parts) -> None:
@@ -118,6 +115,11 @@ def _place(policy: Policy, spec: TrainSpec, ranks: Ranks, parts: Parts) -> None:
     if spec.precision == "published":
         for parameter in policy.model.parameters():
             parameter.data = parameter.data.bfloat16()
+    if spec.precision in SPLIT:
+        for name, parameter in stored_in_halves(policy.model).items():
+            parameter.data = split(parameter.data)[0] if ranks.world == 1 else parameter.data.bfloat16()  # which has no values yet
+            if name in parts:
+                parts[name] = split(parts[name])[0]
     if ranks.world == 1:
         policy.to(ranks.device)
     if policy.engine is None:
@@ -175,4 +177,5 @@ def _engine(job: StageJob, uniform: bool, ranks: Ranks) -> Compute | None:
         return None
     from keural.train.network.engine import engine_for
 
-    return engine_for(job.stage.train, job.model_config, ranks.device, uniform)
+    kept = choose_kept(job.stage, job.model_config, ranks)
+    return engine_for(job.stage.train, job.model_config, ranks.device, uniform, kept.mix.modes if kept else None)

@@ -14,6 +14,7 @@ import torch
 from keural.data.loading.stream import Stream
 from keural.train.checks.probes import check_isolation
 from keural.train.loop import StepReport, train_step
+from keural.train.memory.parts import GIB
 from keural.train.objectives.registry import LOSSES
 from keural.train.processes.ranks import Ranks
 from keural.train.reference.of_stage import is_online
@@ -26,7 +27,6 @@ from keural.train.trainer import Trainer
 
 LOOKED_AT = 1000
 """Steps among which the one with the most work is looked for."""
-GIB = 2**30
 
 
 @dataclass(frozen=True)

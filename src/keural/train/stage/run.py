@@ -85,9 +85,9 @@ class StageRun:
         number = max(1, min(LOSSES_KEPT, progress.step // 10))
         first, latest = progress.first_losses[:number], progress.last_losses[-number:]
         self.trainer.optimizer.zero_grad(set_to_none=True)
-        if isinstance(self.trainer.optimizer, SplitAdamW):
-            self.trainer.optimizer.restore_masters()
         reshard(self.trainer.policy)
+        if isinstance(self.trainer.optimizer, SplitAdamW):
+            self.trainer.optimizer.restore_masters(self.trainer.policy)
         if self.job.stage.train.precision == "published":
             self.trainer.policy.float()
         return StageResult(

@@ -52,6 +52,8 @@ class PlanFile(CheckedFile):
     steps: int
     warmup_steps: int
     skipped: list[int] = Field(default_factory=list)
+    layers: dict[str, int] | None = None
+    """How many layers keep what, as the latest start chose it (`train.recompute: budget`); no part of the plan."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,13 @@ def load_or_make(path: Path, fingerprint: str, ranks: Ranks, make: Callable[[], 
         return made
 
     return ranks.on_main(write)  # rank 0's: clocks differ
+
+
+def note_layers(path: Path, layers: dict[str, int] | None) -> None:
+    """Write beside the plan how many layers keep what."""
+    known = PlanFile.read(path)
+    if known.layers != layers:
+        known.model_copy(update={"layers": layers}).write(path)
 
 
 def no_learning(step: int) -> float:

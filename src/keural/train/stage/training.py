@@ -33,6 +33,7 @@ from keural.train.stage.building import computing_policy, online_reference, open
 from keural.train.stage.health import SpikeGuard
 from keural.train.stage.heldout import heldout_batches
 from keural.train.stage.job import StageJob, StageResult
+from keural.train.stage.kept import choose_kept
 from keural.train.stage.run import StageRun
 from keural.train.stage.signals import StopSignals, reproducible
 from keural.train.trainer import Trainer
@@ -73,6 +74,7 @@ def open_stage(job: StageJob, ranks: Ranks, stop: StopSignals, started: float) -
 
     latest = ranks.on_main(lambda: newest_progress(checkpoints.directory))
     plan = _plan(job, latest, ranks, make_plan)
+    _tell_kept(job, ranks)
     references: tuple[Reference | None, Reference | None] = (online, online)
     if is_cached(stage):
         references = _references(job, plan.steps, policy, stream, heldout, stop, ranks, fills=False)
@@ -83,6 +85,14 @@ def open_stage(job: StageJob, ranks: Ranks, stop: StopSignals, started: float) -
     if latest is None:
         probe(job.run_dir / CHECKS_FILE, checks, trainer)
     return StageRun(job, trainer, plan, heldout, references[1], checkpoints, progress, started - progress.seconds)
+
+
+def _tell_kept(job: StageJob, ranks: Ranks) -> None:
+    """Say what each layer keeps where that was chosen, and write it down."""
+    kept = choose_kept(job.stage, job.model_config, ranks)
+    if kept is not None:
+        ranks.log_once(f"{job.stage.name}: {kept}")
+    ranks.on_main(lambda: step_plan.note_layers(job.run_dir / "plan.json", kept.mix._asdict() if kept else None))
 
 
 def _plan(job: StageJob, latest: Stored | None, ranks: Ranks, make: Callable[[], step_plan.StepPlan]) -> step_plan.StepPlan:

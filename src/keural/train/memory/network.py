@@ -12,7 +12,7 @@ from math import prod
 
 from keural.model.parameters import CHATML_IDS, ParameterCount, count_weights
 from keural.recipe import ModelSpec, Recipe
-from keural.train.processes.modes import largest_part
+from keural.train.processes.modes import largest_part, scale_block
 
 Shape = tuple[int, ...]
 
@@ -45,14 +45,19 @@ class Network:
         return self.vocabulary * self.model.hidden_size
 
     @cached_property
-    def layer_shapes(self) -> tuple[Shape, ...]:
-        """The tensors of one layer, as the network has them."""
+    def layer_matrices(self) -> tuple[Shape, ...]:
+        """The tensors of one layer that are not small: projections of attention and experts, as the network has them."""
         m = self.model
         attention = ((self.queries, m.hidden_size), (self.keys, m.hidden_size), (self.keys, m.hidden_size))
         experts = ((m.num_local_experts, 2 * m.intermediate_size, m.hidden_size),)
         down = ((m.num_local_experts, m.hidden_size, m.intermediate_size),)
-        rest = ((m.hidden_size, self.queries), (m.num_local_experts, m.hidden_size), (m.hidden_size,), (m.hidden_size,))
-        return (*attention, *experts, *down, *rest)
+        return (*attention, *experts, *down, (m.hidden_size, self.queries))
+
+    @cached_property
+    def layer_shapes(self) -> tuple[Shape, ...]:
+        """All tensors of one layer: the matrices, the router and two norms."""
+        m = self.model
+        return (*self.layer_matrices, (m.num_local_experts, m.hidden_size), (m.hidden_size,), (m.hidden_size,))
 
     @property
     def layer(self) -> int:
@@ -74,6 +79,22 @@ class Network:
         others: Sequence[Shape] = ((self.vocabulary, self.model.hidden_size), (self.model.hidden_size,))
         layer = sum(largest_part(shape, processes) for shape in self.layer_shapes)
         return self.model.num_hidden_layers * layer + sum(largest_part(shape, processes) for shape in others)
+
+    def held_of_matrices(self, processes: int) -> int:
+        """Those of them that are in matrices of the layers."""
+        return self.model.num_hidden_layers * sum(largest_part(shape, processes) for shape in self.layer_matrices)
+
+    def held_wide(self, processes: int) -> int:
+        """Those of them that are in norms and routers, which `split` keeps in float32."""
+        embedding = largest_part((self.vocabulary, self.model.hidden_size), processes)
+        return self.held(processes) - self.held_of_matrices(processes) - embedding
+
+    def held_scales(self, processes: int) -> int:
+        """Scales of each moment that `split` has for them."""
+        embedding: Shape = (self.vocabulary, self.model.hidden_size)
+        in_layers = sum(largest_part(shape, processes) // scale_block(shape) for shape in self.layer_matrices)
+        found = self.model.num_hidden_layers * in_layers + largest_part(embedding, processes) // scale_block(embedding)
+        return found + self.held_wide(processes)
 
     def flops(self, length: int, document: int | None = None, square: bool = False) -> float:
         """FLOPs of a token's forward and backward pass, recomputation left out.

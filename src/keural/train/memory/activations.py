@@ -8,9 +8,27 @@ vocabulary, b bytes of a number that is computed with; 4 is float32.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from keural.plan.network import Network
+from keural.train.memory.network import Network
 from keural.train.processes.modes import padded, positions_of_a_piece
+
+
+class Mix(NamedTuple):
+    """How many layers, from the first to the last, keep what: those that keep least come first and go back last."""
+
+    full: int = 0
+    selective: int = 0
+    none: int = 0
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The mode of every layer."""
+        return ("full",) * self.full + ("selective",) * self.selective + ("none",) * self.none
+
+    def __str__(self) -> str:
+        found = [f"{number} {name}" for name, number in self._asdict().items() if number]
+        return ", ".join(found)
 
 
 @dataclass(frozen=True)
@@ -21,6 +39,7 @@ class Way:
     """By the training engine, else by the model's own layers."""
     compiled: bool
     recompute: str
+    """`none`, `selective`, `full`, or `budget` with a `mix`."""
     itemsize: int
     """Bytes of a number that is computed with."""
     converted: bool
@@ -29,15 +48,19 @@ class Way:
     """Of a micro-batch."""
     expert_parallel: int = 1
     """GPUs that have other experts each, see `train.expert_parallel`."""
+    mix: Mix | None = None
+    """What each layer does under `budget`."""
+
+    def modes(self, layers: int) -> tuple[str, ...]:
+        """What each layer does: `none`, `selective` or `full`."""
+        if self.mix is None:
+            return (self.recompute,) * layers
+        assert sum(self.mix) == layers, (self.mix, layers)
+        return self.mix.modes
 
 
-def kept(network: Network, way: Way) -> int:
-    """What one layer keeps for its backward pass."""
-    return kept_in(network, way, way.recompute)
-
-
-def kept_in(network: Network, way: Way, recompute: str) -> int:
-    """The same in another mode of recomputation."""
+def kept(network: Network, way: Way, recompute: str) -> int:
+    """What one layer keeps for its backward pass in a mode of recomputation."""
     m, tokens, b = network.model, way.tokens, way.itemsize
     hidden, assignments = tokens * m.hidden_size * b, tokens * m.num_experts_per_tok
     if recompute == "full":
@@ -61,12 +84,12 @@ def kept_in(network: Network, way: Way, recompute: str) -> int:
     return wide + 2 * hidden + queries + both + sums + queries + 2 * inner + routed + copies + came
 
 
-def layer_work(network: Network, way: Way) -> int:
+def layer_work(network: Network, way: Way, recompute: str) -> int:
     """What a layer's backward pass takes at its height besides what was kept: what is computed again, and gradients."""
     m, tokens, b = network.model, way.tokens, way.itemsize
     hidden, assignments = tokens * m.hidden_size * b, tokens * m.num_experts_per_tok
     inner, outputs = assignments * m.intermediate_size * b, assignments * m.hidden_size * b
-    again = kept_in(network, way, "none") - kept(network, way)
+    again = kept(network, way, "none") - kept(network, way, recompute)
     waiting = network.embedding * b  # the head's gradient, until the embedding's is added
     experts = m.num_local_experts * m.intermediate_size * m.hidden_size * b
     copies = 2 * network.layer * b if way.converted else 0

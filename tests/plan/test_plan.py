@@ -154,7 +154,9 @@ def test_a_budget_of_memory_is_shared_out_over_the_layers() -> None:
     assert full.rate.mfu < found.stages[0].rate.mfu < selective.rate.mfu
     less = planned(1, "h100", *changes, "train.memory_gib=72").data()["layers"]["selective"]
     assert less < data["layers"]["selective"]
-    assert not planned(1, "h100", *changes, "train.memory_gib=50").fits
+    refused = refusal(planned(1, "h100", *changes, "train.memory_gib=64"))
+    assert refused is not None
+    assert "of which it may take 64.0; it fits with train.precision=split-host train.micro_batch_tokens=" in str(refused)
 
 
 def test_a_mixture_runs_at_the_rates_of_its_layers(tmp_path: Path) -> None:

@@ -77,6 +77,8 @@ def check_modes(recipe: Recipe, gpus: int) -> None:
 def _best(network: Network, stage: StageSpec, gpu: Gpu, gpus: int, precision: str, free: bool) -> Laid:
     """The first layout that fits, or else the one that takes least."""
     stated = set() if free else stage.train.model_fields_set & set(KEYS)
+    if stage.train.memory_gib is not None:
+        stated |= {"recompute"}  # which alone goes by it
     if stage.router.scope == "micro_batch":
         stated |= {"micro_batch_tokens"}  # there it is part of the loss
     chosen = tuple(key for key in KEYS if key not in stated)

@@ -1,5 +1,6 @@
 """Programs run with limits, and pass@k."""
 
+import ctypes
 import itertools
 import os
 import socket
@@ -78,8 +79,9 @@ def test_a_program_has_a_directory_of_its_own_that_is_gone_afterwards(tmp_path: 
     ],
 )
 def test_a_program_writes_no_file_and_reads_none_but_pythons(program: str, tmp_path: Path) -> None:
-    if not has_landlock():
+    if ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1) < 1:  # the kernel is asked, not what is tested
         pytest.skip("this system has no Landlock")
+    assert has_landlock()
     (tmp_path / "outside").write_text("mine")
 
     outcome = run_program(program.format(outside=str(tmp_path / "outside"), parent=str(tmp_path)), SHORT)

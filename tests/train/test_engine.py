@@ -259,9 +259,9 @@ def test_a_resolved_recipe_is_read_again() -> None:
     assert type(stage).model_validate(stage.model_dump(exclude={"dpo": True, "kto": True, "sft": True, "train": {"muon"}})) == stage
 
 
-def test_split_on_several_processes_is_refused(tmp_path: Path) -> None:
-    job: StageJob = small_job(tmp_path, train=SPLIT)
-    with pytest.raises(UserError, match=r"for one process \(.*\), and there are 2; start one, or set .*precision to fp32-bf16m"):
+def test_split_host_on_several_processes_is_refused(tmp_path: Path) -> None:
+    job: StageJob = small_job(tmp_path, train=SPLIT | {"precision": "split-host"})
+    with pytest.raises(UserError, match="split-host is for one process, and there are 2; set "):
         train_stage(job, Ranks(0, 2, CPU))
 
 

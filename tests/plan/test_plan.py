@@ -381,3 +381,21 @@ class TestAnswers:
     def test_the_divergence_takes_a_forward_pass(self, recipe: Path) -> None:
         with_it, without = (self.stage(recipe, f"dpo.kto.loss={loss}")["hours"] for loss in ("kto", "apo_zero_unpaired"))
         assert 1.1 < with_it / without < 1.34
+
+
+def test_a_stage_that_does_not_fit_is_the_one_that_is_told() -> None:
+    """Though another one, which may take all of the card, takes more."""
+    found = planned(
+        1,
+        "h200",
+        "train.precision=split",
+        "sft.train.recompute=budget",
+        "sft.train.memory_gib=30",
+        "sft.train.micro_batch_tokens=4096",
+    )
+
+    assert not found.fits
+    assert found.data()["stage_of_the_peak"] == "sft"
+    assert found.data()["available_gib"] == 30
+    assert "sft takes" in str(refusal(found))
+    assert "of which it may take 30.0" in str(refusal(found))

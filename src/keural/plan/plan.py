@@ -89,8 +89,10 @@ class Plan:
 
     @property
     def largest(self) -> StagePlan:
-        """The stage that takes most memory."""
-        return max(self.stages, key=lambda stage: stage.laid.memory.total)
+        """The stage that takes most of the memory that it may take: where one does not fit, such a one."""
+        return max(
+            self.stages, key=lambda stage: stage.laid.memory.total / available(stage.laid.stage, stage.laid.layout, self.gpu)
+        )
 
     @property
     def overrides(self) -> list[str]:
@@ -128,7 +130,7 @@ class Plan:
             "stage_of_the_peak": largest.stage.name,
             "memory_gib": largest.memory.gib(),
             "peak_at": largest.memory.moment,
-            "available_gib": self.gpu.gib,
+            "available_gib": available(largest.stage, largest.layout, self.gpu),
             "host_gib": {"per_process": round(largest.memory.host / GIB, 2), "state": state["host"]},
             "fits": self.fits,
             "stages": [stage.data(self.price) for stage in self.stages],

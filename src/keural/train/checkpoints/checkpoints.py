@@ -262,22 +262,30 @@ def _is_intact(path: Path, name: str, manifest: Manifest) -> bool:
 
 
 def _check_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Raise `UserError` unless the files hold exactly the tensors of `state`, in name, shape and type."""
+    """Raise `UserError` unless the files hold exactly the tensors of `state`, in name, shape and type.
+
+    The files are as they were written, and for these settings: with other tensors, they are of a version that stored others. The
+    checkpoints before are, too.
+    """
     try:
         stored = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     except (SafetensorError, OSError, ValueError, TypeError, LookupError) as error:
         raise UserError(f"{path}: damaged checkpoint: {' '.join(str(error).split())[:200]}; {REMEDY}") from error
     for name in sorted(state.keys() ^ stored.keys()):
-        what = "is missing" if name in state else "is not of this stage"
-        raise UserError(f"{path}: damaged checkpoint: tensor {name} {what}; {REMEDY}")
+        raise _other_version(path, f"tensor {name} {'is missing' if name in state else 'is not of this stage'}")
     for name, tensor in state.items():
         found = stored[name]
         assert isinstance(found, TensorStorageMetadata)  # the reader knows no others
         if (found.size, found.properties.dtype) != (tensor.shape, tensor.dtype):
-            raise UserError(
-                f"{path}: damaged checkpoint: tensor {name} is {list(found.size)} {found.properties.dtype} instead of "
-                f"{list(tensor.shape)} {tensor.dtype}; {REMEDY}"
-            )
+            has, needs = f"{list(found.size)} {found.properties.dtype}", f"{list(tensor.shape)} {tensor.dtype}"
+            raise _other_version(path, f"tensor {name} is {has} instead of {needs}")
+
+
+def _other_version(path: Path, difference: str) -> UserError:
+    return UserError(
+        f"{path}: a checkpoint of another version of keural ({difference}); finish the stage with the version that began it, or "
+        f"delete {path.parent} to start it again"
+    )
 
 
 def _refusal(final: Path, reason: str, advice: str) -> UserError:

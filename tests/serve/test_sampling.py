@@ -1,6 +1,5 @@
 """Choosing the next token: the distribution of transformers' processors, for small and large vocabularies, one number a token."""
 
-import contextlib
 import statistics
 import time
 
@@ -14,12 +13,12 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, 
 
 from keural.errors import UserError
 from keural.serve.engines import sampling as sampling_room
-from keural.serve.engines.sampling import PIECE, Sampler, are_finite, choose, choose_by_sorting
+from keural.serve.engines.sampling import PIECE, Sampler, are_finite, choose, choose_by_sorting, choose_where_possible
 from keural.serve.engines.sampling_params import SamplingParams
 from tests.helpers.next_token import next_token_distribution, token_at
 
 VOCABULARY = 131_074
-WAYS = {"row by row": choose, "by sorting": choose_by_sorting}
+WAYS = {"row by row": choose_where_possible, "by sorting": choose_by_sorting}
 
 
 class At(Sampler):
@@ -195,11 +194,23 @@ def test_a_seed_gives_the_same_numbers_and_none_gives_others() -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite_are_refused(way: str, wrong: float) -> None:
+def test_logits_that_are_not_finite_have_no_token_and_the_others_theirs(way: str, wrong: float) -> None:
     logits = torch.zeros(2, 9)
     logits[1, 4] = wrong
+    samplers = [Sampler(SamplingParams(temperature=0), [], 9) for _ in range(2)]
+
+    assert WAYS[way](logits, samplers) == [0, None]
     with pytest.raises(UserError, match="logits are not finite"):
-        WAYS[way](logits, [Sampler(SamplingParams(), [], 9) for _ in range(2)])
+        choose(logits, samplers)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("penalty", "token"), [(0.01, None), (100.0, 1)])
+def test_a_penalty_beyond_what_numbers_hold_is_no_warning(way: str, penalty: float, token: int | None) -> None:
+    logits = torch.tensor([[1e37, 9e36, -1e37]])
+
+    assert WAYS[way](logits, [Sampler(SamplingParams(1e-3, 0.9, penalty), [0, 2], 3)]) == [token]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -220,8 +231,9 @@ def test_logits_stay_as_they_are(way: str, wrong: float | None) -> None:
         logits[5] = wrong
     before = logits.clone()
 
-    with contextlib.nullcontext() if wrong is None else pytest.raises(UserError):
-        WAYS[way](logits[None], [Sampler(SamplingParams(repetition_penalty=2.0), ids.tolist(), 50)])
+    found = WAYS[way](logits[None], [Sampler(SamplingParams(repetition_penalty=2.0), ids.tolist(), 50)])
+
+    assert (found == [None]) == (wrong is not None)
 
     assert torch.equal(logits.nan_to_num(), before.nan_to_num())
 

@@ -388,6 +388,21 @@ def test_closing_lets_answers_end_and_cuts_off_what_takes_longer() -> None:
         scheduler.submit([request([1])])
 
 
+def test_a_penalty_that_takes_large_logits_beyond_numbers_ends_its_own_answer_alone() -> None:
+    class Large(FakeSlots):
+        def step(self, rows: Sequence[Row]) -> Any:
+            return super().step(rows) * 1e36
+
+    with running(Large()) as (scheduler, desk):
+        settings = [SamplingParams(0, repetition_penalty=penalty, max_new_tokens=4) for penalty in (0.01, 1.0)]
+        tickets = scheduler.submit([Request(list(range(VOCAB)), sampling) for sampling in settings])
+        desk.wait(tickets)
+        assert [desk.end(ticket) for ticket in tickets] == ["error", "length"]
+        later = scheduler.submit([request([3], 4, temperature=0)])
+        desk.wait(later)
+        assert desk.end(later[0]) == "length"
+
+
 def test_log_probabilities_are_the_networks_own_and_bias_and_constraint_change_what_comes() -> None:
     class Even:
         taken: list[int]

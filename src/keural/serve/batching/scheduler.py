@@ -22,7 +22,7 @@ from keural.serve.batching.requests import Chosen, End, Request
 from keural.serve.batching.runner import Cancelled, Deliver, Pace, Stats, Ticket, Unhonoured
 from keural.serve.batching.slots import Row, Slots
 from keural.serve.engines.decoding import check_prompt, common_prefix
-from keural.serve.engines.sampling import NOT_FINITE, Logits, Sampler, are_finite, choose
+from keural.serve.engines.sampling import NOT_FINITE, Logits, Sampler, are_finite, choose_where_possible
 
 FAILURES_IN_A_ROW = 3
 """Failed steps after which the network is taken for broken."""
@@ -288,9 +288,12 @@ class Scheduler:
             places, shaped = self._shape(tickets, logits, good)
         if not places:
             return
-        tokens = choose(shaped, [tickets[place].sampler for place in places])
+        tokens = choose_where_possible(shaped, [tickets[place].sampler for place in places])
         for place, token in zip(places, tokens, strict=True):
-            self._take(tickets[place], token, logits, place)
+            if token is None:
+                self._end(tickets[place], "error", NOT_FINITE)
+            else:
+                self._take(tickets[place], token, logits, place)
 
     def _shape(self, tickets: list[SampledTicket], logits: Logits, good: Sequence[bool]) -> tuple[list[int], Tensor]:
         """The logits `[N, V]` of those that are still to go on, and their places; others have ended."""

@@ -107,17 +107,27 @@ def choose(logits: Logits, samplers: Sequence[Sampler]) -> list[int]:
     A logit of minus infinity is a token that may not come.
 
     Raises:
-        UserError: where a logit is not a number or infinite, or all are minus infinity.
+        UserError: where a logit is not a number or infinite, or all are minus infinity, perhaps by the penalty alone.
     """
+    tokens = choose_where_possible(logits, samplers)
+    if None in tokens:
+        raise UserError(NOT_FINITE)
+    return [token for token in tokens if token is not None]
+
+
+def choose_where_possible(logits: Logits, samplers: Sequence[Sampler]) -> list[int | None]:
+    """See `choose`; None for a row of which it would raise, so that one answer's settings cost no other one its token."""
     if len(logits) != len(samplers):
         raise ValueError(f"{len(logits)} rows of logits for {len(samplers)} answers")
     rows = _in_memory(logits)
     if rows is not None:
-        tokens = [choose_row(row, sampler) for row, sampler in zip(rows, samplers, strict=True)]
+        with np.errstate(over="ignore"):  # what is beyond float32 is so unlikely, or is looked at
+            tokens = [choose_row(row, sampler) for row, sampler in zip(rows, samplers, strict=True)]
     else:
         tokens = choose_by_sorting(torch.as_tensor(logits), samplers)
     for token, sampler in zip(tokens, samplers, strict=True):
-        sampler.see(token)
+        if token is not None:
+            sampler.see(token)
     return tokens
 
 
@@ -137,8 +147,8 @@ def _in_memory(logits: Logits) -> Floats | None:
     return logits.numpy() if logits.device.type == "cpu" else None
 
 
-def choose_row(logits: Floats, sampler: Sampler) -> int:
-    """See `choose`; one row `[V]`, by NumPy in this thread: the network's threads are not woken for it.
+def choose_row(logits: Floats, sampler: Sampler) -> int | None:
+    """See `choose_where_possible`; one row `[V]`, by NumPy in this thread: the network's threads are not woken for it.
 
     What was seen is penalized in the row itself, and put back: a copy of the row costs as much as a greedy choice.
     """
@@ -162,12 +172,12 @@ def _penalized(logits: Floats, penalty: float) -> Floats:
     return divided
 
 
-def _of_scores(scores: Floats, sampling: SamplingParams, number: float) -> int:
-    """The token at the part `number` of what may come, by logits `[V]` that are penalized already."""
+def _of_scores(scores: Floats, sampling: SamplingParams, number: float) -> int | None:
+    """The token at the part `number` of what may come, by penalized logits `[V]`; None where the best is not finite."""
     best = int(scores.argmax())  # of a NaN, where there is one
     top = scores[best]
     if not math.isfinite(top):
-        raise UserError(NOT_FINITE)
+        return None
     if sampling.temperature < GREEDY_BELOW:
         return best
     temperature = np.float32(sampling.temperature)
@@ -274,8 +284,10 @@ class _Ranked:
         return self._sorted[bucket]
 
 
-def choose_by_sorting(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
-    """See `choose`; all rows at once, for accelerators, which sort a vocabulary faster than they answer questions about it."""
+def choose_by_sorting(logits: Tensor, samplers: Sequence[Sampler]) -> list[int | None]:
+    """See `choose_where_possible`; all rows at once, for accelerators, which sort a vocabulary faster than they answer questions
+    about it.
+    """
     device, rows = logits.device, [sampler.sampling for sampler in samplers]
     seen = torch.stack([torch.from_numpy(sampler.is_seen) for sampler in samplers]).to(device)
     penalty, temperature = (
@@ -295,6 +307,4 @@ def choose_by_sorting(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     drawn = torch.searchsorted(sums, numbers * sums.gather(-1, last), right=True)
     chosen = tokens.gather(-1, torch.minimum(drawn, last))
     found: list[int] = torch.where(greedy, first, chosen).masked_fill(~torch.isfinite(best), -1)[:, 0].tolist()
-    if min(found) < 0:
-        raise UserError(NOT_FINITE)
-    return found
+    return [None if token < 0 else token for token in found]

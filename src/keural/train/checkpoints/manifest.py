@@ -16,8 +16,8 @@ from keural.files import fingerprint as fingerprint_of
 from keural.files import read_object
 
 MANIFEST = "manifest.json"
-FORMAT = 3
-"""3: what `split` holds has the shape of its weights. 2: tensors in safetensors. 1: in pickles, metadata included."""
+FORMAT = 2
+"""2: tensors in safetensors. 1: in pickles, metadata included."""
 DIRECTORY = re.compile(r"step-(\d+)")
 
 

@@ -25,9 +25,11 @@ from keural.data.prepared import Prepared
 from keural.evaluate.heldout_text import measured_texts
 from keural.evaluate.measures import bits_per_byte
 from keural.evaluate.packers import packed_bits_per_byte
+from keural.model import KeuralConfig
 from keural.pipeline.workspace import Workspace, build_config, prepare_all
 from keural.recipe import Recipe, StageSpec, load_recipe
 from keural.recipe.shipped import shipped
+from keural.tokenizer import KeuralTokenizer
 from keural.train.loop import train_step
 from keural.train.objectives.registry import LOSSES
 from keural.train.optimization.schedule import learning_rate
@@ -121,7 +123,7 @@ def trial(name: str, data: Path, out: Path, seed: int, seconds: float, most_byte
     recipe = dataclasses.replace(recipe, stages=(stage, *recipe.stages[1:]))
     workspace = prepare_all(recipe, [stage], out / f"vocabulary-{recipe.spec.tokenizer.vocab_size}")
     prepared = workspace.data[STAGE]
-    trainer = trainer_of(workspace, stage, prepared, out, seed)
+    trainer = trainer_of(stage, prepared, build_config(workspace.recipe, workspace.tokenizer), workspace.tokenizer, out, seed)
     for prepare in preparations(name):
         prepare(trainer.policy.model)
     tokens, steps = train_for(trainer, stage, seconds)
@@ -143,12 +145,21 @@ def without_sources(stage: StageSpec, names: Sequence[str]) -> StageSpec:
     return stage.model_copy(update={"data": stage.data.model_copy(update={"sources": sources})})
 
 
-def trainer_of(workspace: Workspace, stage: StageSpec, prepared: Prepared, out: Path, seed: int) -> Trainer:
-    """What the steps of a stage work on, as the trainer makes it; its rate is set by `train_for`."""
+def trainer_of(
+    stage: StageSpec,
+    prepared: Prepared,
+    config: KeuralConfig,
+    tokenizer: KeuralTokenizer,
+    out: Path,
+    seed: int,
+    init: Path | None = None,
+) -> Trainer:
+    """What the steps of a stage work on, as the trainer makes it, with the weights of `init` or random ones; its rate is set by
+    `train_for`.
+    """
     job = StageJob(
-        stage=stage, seed=seed, model_config=build_config(workspace.recipe, workspace.tokenizer), init=None,
-        train_store=prepared.corpus, heldout_store=None, tokenizer_sha=workspace.tokenizer.sha256, run_dir=out,
-        fingerprint="", budget_seconds=None, references=None,
+        stage=stage, seed=seed, model_config=config, init=init, train_store=prepared.corpus, heldout_store=None,
+        tokenizer_sha=tokenizer.sha256, run_dir=out, fingerprint="",
     )  # fmt: skip
     ranks, objective = Ranks(0, 1, torch.device("cpu")), LOSSES[stage.objective](stage)
     policy, optimizer, _ = policy_of(job, objective.uniform, ranks)
@@ -229,31 +240,47 @@ def difference(runs: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]],
     return f"{statistics.fmean(found):+.1f}%{error}"
 
 
-def main() -> None:
-    """Run the trials that are asked for and print the table of all that there are."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(
+    description: str | None, variants: Sequence[str], out: str, seconds: float, most_bytes: int
+) -> argparse.ArgumentParser:
+    """The command line of a sweep, after what its trials are made from; with its defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("runs/learning-sweep"))
-    parser.add_argument("--seconds", type=float, default=60.0, help="of processor time for each trial")
+    parser.add_argument("--out", type=Path, default=Path(out))
+    parser.add_argument("--seconds", type=float, default=seconds, help="of processor time for each trial")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--only", nargs="*", default=list(VARIANTS), help="names of variants, in this order; none: the table alone")
-    parser.add_argument("--bytes", type=int, default=30_000, help="of each held-out text")
-    arguments = parser.parse_args()
+    parser.add_argument("--only", nargs="*", default=list(variants), help="names of variants, in this order; none: the table alone")
+    parser.add_argument("--bytes", type=int, default=most_bytes, help="of each held-out text")
+    return parser
+
+
+def run_trials(arguments: argparse.Namespace, run: Callable[[str, int], dict[str, Any]]) -> list[dict[str, Any]]:
+    """The trials that are asked for, by `run` of a variant and a seed, after those that `--out` has; on one thread."""
     torch.set_num_threads(1)
     arguments.out.mkdir(parents=True, exist_ok=True)
     kept = arguments.out / "trials.jsonl"
     lines = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    done = {(line["variant"], line["seed"]) for line in lines if line["seconds"] == arguments.seconds}
+    done = {(line["variant"], line["seed"], line["seconds"]) for line in lines}
     for name in arguments.only:
         for seed in arguments.seeds:
-            if (name, seed) in done:
+            if (name, seed, arguments.seconds) in done:
                 continue
-            line = trial(name, arguments.data, arguments.out, seed, arguments.seconds, arguments.bytes)
+            line = run(name, seed)
             with kept.open("a") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             lines.append(line)
             print(json.dumps(line, ensure_ascii=False), flush=True)
-    lines = [line for line in lines if line["seconds"] == arguments.seconds]
+    return lines
+
+
+def main() -> None:
+    """Run the trials that are asked for and print the table of all that there are."""
+    arguments = parser_of(__doc__, list(VARIANTS), "runs/learning-sweep", 60.0, 30_000).parse_args()
+
+    def run(name: str, seed: int) -> dict[str, Any]:
+        return trial(name, arguments.data, arguments.out, seed, arguments.seconds, arguments.bytes)
+
+    lines = [line for line in run_trials(arguments, run) if line["seconds"] == arguments.seconds]
     measures = [name for name in lines[0]["measures"] if not name.startswith("xz, ")] if lines else []
     print("\n".join(table(lines, measures)))
 

@@ -8,19 +8,15 @@ trial trains on, and greedy answers to the recipe's sample prompts, all of them.
 what is there already is not run again.
 """
 
-import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.learning_sweep import cut, train_for
+from benchmarks.learning_sweep import cut, parser_of, run_trials, train_for, trainer_of
 from keural.data.loading.stream import Stream
 from keural.data.prepare import prepare
-from keural.data.prepared import Prepared, find_by_settings
+from keural.data.prepared import find_by_settings
 from keural.evaluate.heldout_text import measured_texts
 from keural.evaluate.measures import bits_per_byte
 from keural.evaluate.scorecard import sample_answers
@@ -28,9 +24,7 @@ from keural.pipeline.workspace import build_config
 from keural.recipe import MixingSpec, Recipe, SourceSpec, StageSpec, load_recipe
 from keural.recipe.shipped import shipped
 from keural.tokenizer import KeuralTokenizer
-from keural.train.objectives.registry import LOSSES
-from keural.train.processes.ranks import Ranks
-from keural.train.stage.building import policy_of, stream_of
+from keural.train.stage.building import stream_of
 from keural.train.stage.heldout import evaluate
 from keural.train.stage.job import StageJob
 from keural.train.trainer import Trainer
@@ -153,7 +147,7 @@ def trial(name: str, data: Path, run: Path, out: Path, seed: int, seconds: float
     recipe, stage = stage_of(data, settings(name), sources(name), weights(name))
     tokenizer = KeuralTokenizer.load(run / "tokenizer")
     prepared = prepare(stage.data, stage.objective, data, tokenizer, out / "data", recipe.spec.seed)
-    trainer = trainer_of(recipe, stage, prepared, tokenizer, run, seed)
+    trainer = trainer_of(stage, prepared, build_config(recipe, tokenizer), tokenizer, run, seed, run / PRETRAINED / "model")
     tokens, steps = train_for(trainer, stage, seconds) if seconds else (0, 0)
     trainer.policy.eval()
     return {
@@ -166,19 +160,6 @@ def trial(name: str, data: Path, run: Path, out: Path, seed: int, seconds: float
         "heldout": heldout(trainer, data, tokenizer, run, out),
         "samples": sample_answers(recipe, trainer.policy.model, tokenizer),
     }
-
-
-def trainer_of(recipe: Recipe, stage: StageSpec, prepared: Prepared, tokenizer: KeuralTokenizer, run: Path, seed: int) -> Trainer:
-    """What the steps of a stage work on, with the weights that pretraining ended with."""
-    job = StageJob(
-        stage=stage, seed=seed, model_config=build_config(recipe, tokenizer), init=run / PRETRAINED / "model",
-        train_store=prepared.corpus, heldout_store=None, tokenizer_sha=tokenizer.sha256, run_dir=run, fingerprint="",
-    )  # fmt: skip
-    ranks, objective = Ranks(0, 1, torch.device("cpu")), LOSSES[stage.objective](stage)
-    policy, optimizer, _ = policy_of(job, objective.uniform, ranks)
-    return Trainer(
-        stage, policy, optimizer, objective, stream_of(job, prepared.corpus, ranks), ranks, learning_rate=lambda step: 0.0
-    )
 
 
 def bits(recipe: Recipe, trainer: Trainer, tokenizer: KeuralTokenizer, run: Path, most_bytes: int) -> dict[str, float]:
@@ -232,29 +213,14 @@ def rows(lines: Sequence[dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     """Run the trials that are asked for and print the table of all that there are."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
+    parser = parser_of(__doc__, list(VARIANTS), "runs/speaking-sweep", 40.0, 15_000)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("runs/speaking-sweep"))
-    parser.add_argument("--seconds", type=float, default=40.0, help="of processor time for each trial")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--only", nargs="*", default=list(VARIANTS), help="names of variants, in this order; none: the table alone")
-    parser.add_argument("--bytes", type=int, default=15_000, help="of each held-out text")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    kept = arguments.out / "trials.jsonl"
-    lines = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    done = {(line["variant"], line["seed"], line["seconds"]) for line in lines}
-    for name in arguments.only:
-        for seed in arguments.seeds:
-            if (name, seed, arguments.seconds) in done:
-                continue
-            line = trial(name, arguments.data, arguments.run, arguments.out, seed, arguments.seconds, arguments.bytes)
-            with kept.open("a") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            lines.append(line)
-            print(json.dumps(line, ensure_ascii=False), flush=True)
+
+    def run(name: str, seed: int) -> dict[str, Any]:
+        return trial(name, arguments.data, arguments.run, arguments.out, seed, arguments.seconds, arguments.bytes)
+
+    lines = run_trials(arguments, run)
     if lines:
         print("\n".join(rows(lines)))
 

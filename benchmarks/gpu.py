@@ -51,12 +51,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.train.losses import token_logprobs
 from keural.train.micro_batches import MicroBatch, PairIndices
-from keural.train.network import block as blocks
 from keural.train.network import head as heads
 from keural.train.network.attention import ATTENTION, Packing, attention_distance, choose_attention, packing
-from keural.train.network.block import BlockWeights, Network, forward, settings_of, windows_of
+from keural.train.network.block import BlockWeights, Network, settings_of, windows_of
 from keural.train.network.experts import mixture
 from keural.train.network.head import label_logprobs
+from keural.train.network.layers import COMPILED, forward, graphs
 from keural.train.network.policy import Policy
 from keural.train.optimization.split import SplitAdamW
 
@@ -107,10 +107,7 @@ class Bench:
         self.cuda = self.device.type == "cuda"
         if self.device.type == "cpu":
             torch.set_num_threads(1)
-            fast = {"none": blocks.block, "selective": blocks._selective_block}  # code generation for a CPU takes minutes
-            blocks.COMPILED.update(
-                {name: torch.compile(f, fullgraph=True, dynamic=False, backend="aot_eager") for name, f in fast.items()}  # type: ignore[dict-item]
-            )
+            COMPILED.update(graphs("aot_eager"))  # code generation for a CPU takes minutes
 
     def record(self, name: str, /, **values: Any) -> None:
         """Print a result and write it down."""

@@ -16,7 +16,7 @@ from keural.errors import UserError
 from keural.recipe import StageSpec
 from keural.train.loop import train_step
 from keural.train.micro_batches import micro_batches
-from keural.train.network import block
+from keural.train.network.layers import COMPILED, graphs
 from keural.train.network.policy import Policy
 from keural.train.processes.parallel import check_ranks
 from keural.train.stage.job import StageJob
@@ -103,9 +103,7 @@ def test_the_grouped_product_gives_what_the_loop_gives(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 def test_layers_with_adapters_compile_as_one_graph(tmp_path: Path, recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = {"none": block.block, "selective": block._selective_block}[recompute]
-    graph = torch.compile(whole, fullgraph=True, dynamic=False, backend="aot_eager")
-    monkeypatch.setitem(block.COMPILED, recompute, graph)  # type: ignore[arg-type]
+    monkeypatch.setitem(COMPILED, recompute, graphs("aot_eager")[recompute])
     train = {"compute_dtype": "bfloat16", "recompute": recompute}
     trainer = shake(open_run(small_job(tmp_path, "sft", lora={**LORA, "rank": 8}, train=train)).trainer)
     old = trainer.policy

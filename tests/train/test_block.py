@@ -10,8 +10,9 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from keural.model import KeuralMoECausalLM
 from keural.train.network.attention import ATTENTION, choose_attention, packing
-from keural.train.network.block import forward, network_of, settings_of, windows_of
+from keural.train.network.block import network_of, settings_of, windows_of
 from keural.train.network.experts import GROUPED, mixture, sort_by_expert
+from keural.train.network.layers import COMPILED, forward, graphs
 from keural.train.network.recompute import RECOMPUTE
 from tests.helpers.train_small import LENGTH, VOCAB, random_model
 
@@ -90,11 +91,7 @@ def in_bfloat16(model: KeuralMoECausalLM) -> KeuralMoECausalLM:
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 def test_block_compiles_as_one_graph(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from keural.train.network import block
-
-    whole = {"none": block.block, "selective": block._selective_block}[recompute]
-    graph = torch.compile(whole, fullgraph=True, dynamic=False, backend="aot_eager")
-    monkeypatch.setitem(block.COMPILED, recompute, graph)  # type: ignore[arg-type]
+    monkeypatch.setitem(COMPILED, recompute, graphs("aot_eager")[recompute])
     model = in_bfloat16(random_model(scale=6.0))
     plain = gradients(model, *ours(model, recompute, "grouped_mm", dtype=torch.bfloat16))
     compiled = gradients(model, *ours(model, recompute, "grouped_mm", compiled=True, dtype=torch.bfloat16))

@@ -85,8 +85,6 @@ def _best(network: Network, stage: StageSpec, gpu: Gpu, gpus: int, precision: st
     own = stage.train.compute_dtype != "bfloat16" or stage.train.optimizer != "adamw"  # which others are not for
     if "precision" in stated or (precision != "fp32" and own):
         precision = stage.train.precision
-    elif stage.train.expert_parallel > 1:
-        precision = SHARDED_MODES[0]  # `split` does not divide experts
     found: list[Laid] = []
     for layout in _layouts(network, stage, gpu, gpus, precision, stated):
         taken = memory(network, layout)

@@ -20,8 +20,6 @@ def why_not_expert_parallel(train: "TrainSpec") -> str | None:
     """Why a stage with these settings cannot divide its experts among processes; None when it can."""
     if train.expert_parallel == 1:
         return None
-    if train.precision in ("split", "split-host"):
-        return f"expert_parallel does not go with precision {train.precision}; give fp32-bf16m, or leave expert_parallel out"
-    if train.compile:
-        return "expert_parallel cannot be compiled: how many tokens a process gets is known when they are sent; leave compile out"
+    if train.precision == "split-host":
+        return "precision split-host is for one process, and expert_parallel for several; give split, or leave expert_parallel out"
     return None

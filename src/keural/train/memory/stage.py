@@ -38,7 +38,7 @@ def layout_of(stage: StageSpec, gpus: int, *, precision: str, recompute: str, co
     spec = stage.train
     itemsize = 2 if spec.compute_dtype == "bfloat16" else 4
     engine = by_engine(spec.model_copy(update={"precision": precision, "recompute": recompute}), accelerator=True)
-    compiled = (engine and itemsize == 2 and spec.expert_parallel == 1) if compiled is None else compiled
+    compiled = (engine and itemsize == 2) if compiled is None else compiled
     converted = gpus == 1 and precision.startswith("fp32") and itemsize == 2
     way = Way(engine, compiled, recompute, itemsize, converted, tokens, spec.expert_parallel)
     reference = stage.needs_reference and stage.reference.reference == "online"

@@ -1,15 +1,13 @@
-"""One decoder layer as a pure function of tensors, and the network's forward pass made of it: what training computes.
+"""One decoder layer as a pure function of tensors: what training computes.
 
-In: the weights of a model (`network_of`), token ids and where their documents begin. Out: hidden states and the routers' logits.
-The numbers are those of `KeuralDecoderLayer`. Every dtype is stated here instead of left to autocast: matrix products run in the
-dtype of the hidden states, which is also that of the residual stream; norms, rotation, router, softmax and the sum over a token's
-experts run in float32 (float64 stays float64). Norms' gains and routers may be stored in float32 beside bfloat16 matrices.
+In: the weights of a model (`network_of`) and the residual stream. Out: the same after a layer, and the router's logits. The numbers
+are those of `KeuralDecoderLayer`. Every dtype is stated here instead of left to autocast: matrix products run in the dtype of the
+hidden states, which is also that of the residual stream; norms, rotation, router, softmax and the sum over a token's experts run in
+float32 (float64 stays float64). Norms' gains and routers may be stored in float32 beside bfloat16 matrices.
 
 Letters: N = rows * T tokens, H hidden size, D head width, E experts, K of them per token.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +19,9 @@ from keural.lora.layers import bare, beside
 from keural.lora.targets import Factors
 from keural.model import KeuralConfig, KeuralMoECausalLM
 from keural.train.network.adapted_experts import adapted_mixture
-from keural.train.network.attention import ATTENTION, Packing
+from keural.train.network.attention import ATTENTION
 from keural.train.network.experts import mixture, route
 from keural.train.network.parallel_experts import parallel_mixture
-from keural.train.network.recompute import recomputed
 
 
 class BlockWeights(NamedTuple):
@@ -41,15 +38,17 @@ class BlockWeights(NamedTuple):
     down_proj: Tensor
 
     def computing_in(self, dtype: torch.dtype) -> "BlockWeights":
-        """The same with matrices in `dtype`; the norms' gains and the router are widened where they are used."""
+        """The same with attention's matrices in `dtype`; the norms' gains and the router are widened where they are used."""
         return self._replace(
             q_proj=self.q_proj.to(dtype),
             k_proj=self.k_proj.to(dtype),
             v_proj=self.v_proj.to(dtype),
             o_proj=self.o_proj.to(dtype),
-            gate_up_proj=self.gate_up_proj.to(dtype),
-            down_proj=self.down_proj.to(dtype),
         )
+
+    def experts_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Both tensors of the experts in `dtype`."""
+        return self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
 
 
 class BlockAdapters(NamedTuple):
@@ -168,6 +167,43 @@ def angles(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Ten
     return turned.cos().to(dtype), turned.sin().to(dtype)
 
 
+class BeforeExperts(NamedTuple):
+    """A layer until its experts: the residual stream ``[N, H]``, what the experts get ``[N, H]``, and the router's logits
+    ``[N, E]`` in float32.
+    """
+
+    hidden: Tensor
+    normed: Tensor
+    router_logits: Tensor
+
+
+def before_experts(
+    hidden: Tensor,
+    weights: BlockWeights,
+    cosines: Tensor,
+    sines: Tensor,
+    mask: Any,
+    settings: BlockSettings,
+    adapters: BlockAdapters = NO_ADAPTERS,
+) -> BeforeExperts:
+    """Attention and the router of a layer; arguments are those of `block`."""
+    weights = weights.computing_in(hidden.dtype)
+    normed = rms_norm(hidden, weights.input_layernorm, settings.eps)
+    query, key, value = (
+        linear(normed, matrix, adapter).unflatten(-1, (-1, settings.head_dim))
+        for matrix, adapter in (
+            (weights.q_proj, adapters.q_proj),
+            (weights.k_proj, adapters.k_proj),
+            (weights.v_proj, adapters.v_proj),
+        )
+    )
+    query, key = rotate(query, cosines, sines), rotate(key, cosines, sines)
+    attended = ATTENTION[settings.attention].attend(query, key, value, mask)
+    hidden = hidden + linear(attended.flatten(1), weights.o_proj, adapters.o_proj)
+    normed = rms_norm(hidden, weights.post_attention_layernorm, settings.eps)
+    return BeforeExperts(hidden, normed, linear(_wide(normed), _wide(weights.gate), adapters.gate))
+
+
 def block(
     hidden: Tensor,
     weights: BlockWeights,
@@ -191,23 +227,9 @@ def block(
     Returns:
         The residual stream after the layer, and the router's logits ``[N, E]`` in float32.
     """
-    weights = weights.computing_in(hidden.dtype)
-    normed = rms_norm(hidden, weights.input_layernorm, settings.eps)
-    query, key, value = (
-        linear(normed, matrix, adapter).unflatten(-1, (-1, settings.head_dim))
-        for matrix, adapter in (
-            (weights.q_proj, adapters.q_proj),
-            (weights.k_proj, adapters.k_proj),
-            (weights.v_proj, adapters.v_proj),
-        )
-    )
-    query, key = rotate(query, cosines, sines), rotate(key, cosines, sines)
-    attended = ATTENTION[settings.attention].attend(query, key, value, mask)
-    hidden = hidden + linear(attended.flatten(1), weights.o_proj, adapters.o_proj)
-    normed = rms_norm(hidden, weights.post_attention_layernorm, settings.eps)
-    router_logits = linear(_wide(normed), _wide(weights.gate), adapters.gate)
+    hidden, normed, router_logits = before_experts(hidden, weights, cosines, sines, mask, settings, adapters)
     top_k_weights, top_k_index = route(router_logits, settings.top_k)
-    experts = (weights.gate_up_proj, weights.down_proj)
+    experts = weights.experts_in(hidden.dtype)
     if settings.expert_group is not None:
         mixed = parallel_mixture(normed, top_k_weights, top_k_index, *experts, settings.expert_group, settings.experts)
     elif adapters.gate_up_proj is None and adapters.down_proj is None:
@@ -216,87 +238,6 @@ def block(
         beside_experts = (adapters.gate_up_proj, adapters.down_proj)
         mixed = adapted_mixture(normed, top_k_weights, top_k_index, *experts, *beside_experts, settings.experts)
     return hidden + mixed, router_logits
-
-
-Block = Callable[..., tuple[Tensor, Tensor]]
-"""`block`, or what computes the same."""
-
-Visit = Callable[[Callable[[Tensor, BlockWeights], Tensor], Tensor], Tensor]
-"""A layer whose weights are there only while it is visited: `visit(function, hidden)` gives `function(hidden, weights)`."""
-
-
-def _selective_block(*arguments: Any) -> tuple[Tensor, Tensor]:
-    found: tuple[Tensor, Tensor] = recomputed(block, "selective")(*arguments)
-    return found
-
-
-COMPILED: dict[str, Block] = {
-    "none": torch.compile(block, fullgraph=True, dynamic=False),
-    "selective": torch.compile(_selective_block, fullgraph=True, dynamic=False),
-}
-"""`block` as one graph, by what it keeps: all layers of a run share it, with one version per kind of mask. What is kept is decided
-when the graph is made, so the choice of `selective` is part of it; `full` wraps the graph of `none`.
-"""
-
-
-def layer_for(recompute: str, compiled: bool) -> Block:
-    """The layer under a mode of `keural.train.network.recompute.RECOMPUTE`."""
-    if not compiled:
-        return recomputed(block, recompute)
-    return COMPILED["selective"] if recompute == "selective" else recomputed(COMPILED["none"], recompute)
-
-
-def forward(
-    network: Network,
-    input_ids: Tensor,
-    packed: Packing,
-    windows: Sequence[int | None],
-    settings: BlockSettings,
-    dtype: torch.dtype,
-    recompute: Sequence[str],
-    compiled: bool = False,
-    noise: Tensor | None = None,
-    visits: Sequence[Visit] | None = None,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The decoder over flattened rows.
-
-    Args:
-        network: the weights.
-        input_ids: ``[N]``.
-        packed: where the documents lie.
-        windows: of each layer; None is full attention.
-        settings: of the run.
-        dtype: of the residual stream and the matrix products; matrices of another one are converted in every layer.
-        recompute: of each layer, see `keural.train.network.recompute`.
-        compiled: run each layer as one compiled graph.
-        noise: ``[N, H]``, added to the embeddings; None: nothing.
-        visits: of each layer, where its weights are not those of `network` (they are sharded); None: they are.
-
-    Returns:
-        Hidden states ``[N, H]`` after the final norm, and router logits ``[N, E]`` of each layer in float32.
-    """
-    backend = ATTENTION[settings.attention]
-    masks = {window: backend.prepare(packed, window) for window in dict.fromkeys(windows)}
-    cosines, sines = angles(packed.positions, network.inv_freq, torch.promote_types(dtype, torch.float32))
-    embedded = F.embedding(input_ids, network.embed_tokens)
-    hidden = (embedded if noise is None else embedded + noise).to(dtype)
-    router_logits: list[Tensor] = []  # not among what a visit gives: their gradients would call for all layers' weights at once
-    adapters = network.adapters or (NO_ADAPTERS,) * len(network.blocks)
-    visits = visits or [partial(_at_hand, weights) for weights in network.blocks]
-    for visit, beside_it, window, mode in zip(visits, adapters, windows, recompute, strict=True):
-        layer = partial(_run, layer_for(mode, compiled), (cosines, sines, masks[window], settings, beside_it), router_logits)
-        hidden = visit(layer, hidden)
-    return rms_norm(hidden, network.norm, settings.eps), tuple(router_logits)
-
-
-def _at_hand(weights: BlockWeights, function: Callable[[Tensor, BlockWeights], Tensor], hidden: Tensor) -> Tensor:
-    return function(hidden, weights)
-
-
-def _run(layer: Block, rest: tuple[Any, ...], router_logits: list[Tensor], hidden: Tensor, weights: BlockWeights) -> Tensor:
-    hidden, logits = layer(hidden, weights, *rest)
-    router_logits.append(logits)
-    return hidden
 
 
 def windows_of(config: KeuralConfig) -> tuple[int | None, ...]:

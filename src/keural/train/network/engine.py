@@ -19,8 +19,9 @@ from keural.recipe import TrainSpec
 from keural.train.losses import Weighing
 from keural.train.micro_batches import MicroBatch
 from keural.train.network.attention import choose_attention, packing
-from keural.train.network.block import BlockWeights, Visit, forward, network_of, settings_of, weights_of, windows_of
+from keural.train.network.block import BlockWeights, network_of, settings_of, weights_of, windows_of
 from keural.train.network.head import label_logprobs
+from keural.train.network.layers import Visit, forward
 from keural.train.network.policy import PolicyOutput
 from keural.train.processes.expert_parallel import expert_group
 from keural.train.processes.parallel import gather_wide
@@ -103,12 +104,13 @@ def engine_for(
 ) -> Engine:
     """The engine for a stage on this device; with `modes` for its layers where the recipe has none for all.
 
-    Expert by expert on a CPU, where that is faster, and in float32, for which accelerators have no grouped product.
+    Expert by expert on a CPU, where that is faster, and in float32, for which accelerators and compiled graphs have no grouped
+    product.
     """
     dtype = getattr(torch, spec.compute_dtype)
     assert config.head_dim is not None  # filled in by the configuration
     attention = choose_attention(device, dtype, config.head_dim, spec.compile)
-    grouped = spec.compile or (device.type == "cuda" and dtype == torch.bfloat16)
+    grouped = dtype == torch.bfloat16 and (spec.compile or device.type == "cuda")
     if spec.compile:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return Engine(dtype, modes or spec.recompute, spec.compile, attention, "grouped_mm" if grouped else "loop", uniform)

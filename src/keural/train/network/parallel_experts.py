@@ -8,6 +8,7 @@ experts before they leave, so what is for one process lies together; there a mix
 Letters: as in `experts`; P processes, R rows that come in.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from keural.train.network.experts import combined, dispatched, mixture, sort_by_expert, weights_in_order
+from keural.train.network.experts import Routing, combined, dispatched, mixture, sort_by_expert, weights_in_order
 
 
 class Exchange(NamedTuple):
@@ -67,6 +68,40 @@ def agree(offsets: Tensor, group: ProcessGroup) -> tuple[Exchange, Tensor]:
     return Exchange(sent, received, group), own.repeat_interleave(coming, output_size=sum(received))
 
 
+class Leaving(NamedTuple):
+    """Rows ``[S, H]`` in the experts' order, before they leave, their weights ``[S]``, and their places."""
+
+    rows: Tensor
+    weights: Tensor
+    routing: Routing
+
+
+def leaving(tokens: Tensor, weights: Tensor, experts: Tensor, number: int) -> Leaving:
+    """The rows of tokens ``[N, H]`` that go to `number` experts."""
+    routing = sort_by_expert(experts, number)
+    return Leaving(dispatched(tokens, routing, experts.shape[-1]), weights_in_order(weights, routing), routing)
+
+
+def travelled(
+    leave: Leaving,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    group: ProcessGroup,
+    backend: str = "grouped_mm",
+    mix: Callable[..., Tensor] = mixture,
+) -> Tensor:
+    """What the experts of all processes make of rows that go to them and come back, ``[S, H]`` in the order in which they left.
+
+    `mix` is `mixture` or what computes the same, for a `backend` that takes any rows but none.
+    """
+    exchange, chosen = agree(leave.routing.offsets, group)
+    rows, row_weights = _Exchanged.apply(leave.rows, exchange), _Exchanged.apply(leave.weights, exchange)
+    came = (rows, row_weights[:, None], chosen[:, None], gate_up_proj, down_proj)
+    outputs = mix(*came, backend) if len(chosen) else mixture(*came, "loop")  # a grouped product has rows
+    found: Tensor = _Exchanged.apply(outputs, exchange.back)
+    return found
+
+
 def parallel_mixture(
     tokens: Tensor,
     weights: Tensor,
@@ -81,10 +116,5 @@ def parallel_mixture(
     Arguments and result are those of `experts.mixture`, but `gate_up_proj` ``[E / P, 2I, H]`` and `down_proj` ``[E / P, H, I]`` are
     this process's; their gradients are sums over the tokens of all P processes.
     """
-    routing, top_k = sort_by_expert(experts, gate_up_proj.shape[0] * group.size()), experts.shape[-1]
-    exchange, chosen = agree(routing.offsets, group)
-    rows = _Exchanged.apply(dispatched(tokens, routing, top_k), exchange)
-    row_weights = _Exchanged.apply(weights_in_order(weights, routing), exchange)
-    own_backend = backend if len(chosen) else "loop"  # a grouped product has rows
-    outputs = mixture(rows, row_weights[:, None], chosen[:, None], gate_up_proj, down_proj, own_backend)
-    return combined(_Exchanged.apply(outputs, exchange.back), routing, top_k)
+    leave = leaving(tokens, weights, experts, gate_up_proj.shape[0] * group.size())
+    return combined(travelled(leave, gate_up_proj, down_proj, group, backend), leave.routing, experts.shape[-1])

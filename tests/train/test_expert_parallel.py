@@ -207,7 +207,7 @@ def test_muon_steps_along_whole_experts_that_are_divided(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "fp32-bf16m", "published"])
+@pytest.mark.parametrize("precision", ["fp32", "fp32-bf16m", "split", "published"])
 def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path: Path, precision: str) -> None:
     settings: dict[str, Any] = {
         "steps": 8, "save_every": 4, "keep_checkpoints": 2, "expert_parallel": 2, "precision": precision, "recompute": "selective"

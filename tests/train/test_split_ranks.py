@@ -59,10 +59,10 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def step_beside_one(directory: str, shard_over: int | None) -> None:
+def step_beside_one(directory: str, shard_over: int | None, expert_parallel: int = 1) -> None:
     """Three steps by parts and by whole tensors with the same gradients: masters, codes and scales are the same bits."""
     with session() as ranks:
-        run = opened(directory, ranks, f"beside-{ranks.world}", shard_over=shard_over)
+        run = opened(directory, ranks, f"beside-{ranks.world}", shard_over=shard_over, expert_parallel=expert_parallel)
         ours, model = run.trainer.optimizer, run.trainer.policy.model
         assert isinstance(ours, SplitAdamW)
         named = dict(model.named_parameters())
@@ -100,9 +100,11 @@ def test_two_ranks_step_bit_for_bit_as_one_with_the_same_gradients(tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "shard_over"), [(4, None), (4, 2), (3, None)])
-def test_any_number_of_ranks_steps_bit_for_bit_as_one(tmp_path: Path, world: int, shard_over: int | None) -> None:
-    on_ranks(world, step_beside_one, str(tmp_path), shard_over)
+@pytest.mark.parametrize(
+    ("world", "shard_over", "experts"), [(4, None, 1), (4, 2, 1), (3, None, 1), (2, None, 2), (4, None, 2), (4, 2, 2), (4, None, 4)]
+)
+def test_any_number_of_ranks_steps_bit_for_bit_as_one(tmp_path: Path, world: int, shard_over: int | None, experts: int) -> None:
+    on_ranks(world, step_beside_one, str(tmp_path), shard_over, experts)
 
 
 def take_over(directory: str, out: str, written_by_one: str) -> None:
@@ -140,10 +142,11 @@ def test_a_checkpoint_goes_from_one_process_to_two_and_back_with_every_bit(tmp_p
 
 
 @pytest.mark.slow
-def test_two_ranks_train_what_one_does_as_near_as_bfloat16_allows(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("world", "experts"), [(2, 1), (2, 2), (4, 2)])
+def test_ranks_train_what_one_does_as_near_as_bfloat16_allows(tmp_path: Path, world: int, experts: int) -> None:
     one = small_job(tmp_path, run="one", train=TRAIN)
     train_stage(one)
-    outcome = train_on_ranks(tmp_path, 2, "next_token", "two", train=TRAIN)
+    outcome = train_on_ranks(tmp_path, world, "next_token", "two", train=TRAIN | {"expert_parallel": experts})
     two = small_job(tmp_path, run="two", train=TRAIN)
 
     assert losses_of(two) == pytest.approx(losses_of(one), rel=2e-3)

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from keural.plan.gpus import GPUS
 from keural.plan.plan import Plan, Speed, make_plan, refusal
 from keural.recipe import load_recipe
 from keural.recipe.shipped import SHIPPED
+from keural.train.memory.activations import kept, layer_work
+from keural.train.memory.network import network_of
 
 MACHINES = {
     "keural-14b-h200": ("split", 1),
@@ -334,16 +337,29 @@ def test_copies_on_several_nodes_take_what_one_node_holds() -> None:
     assert copies.data()["bytes_per_parameter"] == 12
 
 
-def test_divided_experts_are_not_compiled_and_take_less_room_when_they_are_gathered() -> None:
+def test_divided_experts_take_less_room_when_they_are_gathered() -> None:
     settings = ("train.micro_batch_tokens=4096", "train.recompute=full")
-    whole, divided = planned(8, "h100", *settings, "train.compile=false"), planned(8, "h100", *settings, "train.expert_parallel=8")
+    whole, divided = planned(8, "h100", *settings), planned(8, "h100", *settings, "train.expert_parallel=8")
 
-    assert not divided.largest.laid.layout.way.compiled
+    assert divided.largest.laid.layout.way.compiled
     assert divided.data()["parameters_per_gpu"] == whole.data()["parameters_per_gpu"]
     taken, before = divided.largest.laid.memory.parts, whole.largest.laid.memory.parts
     assert taken["gathered"] < 0.6 * before["gathered"]
     with pytest.raises(UserError, match=r"expert_parallel 8 needs a multiple of 8 processes .* there are 12"):
         planned(12, "h100", "train.expert_parallel=8")
+
+
+@pytest.mark.parametrize(("number", "more"), [(2, 0.4), (4, 0.6), (8, 1.0)])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_card_has_room_for_more_rows_than_even_routing_sends_it(recompute: str, number: int, more: float) -> None:
+    settings = (f"train.recompute={recompute}", f"train.expert_parallel={number}", "train.precision=split")
+    way, network = planned(8, "h100", *settings).largest.laid.layout.way, network_of(load_recipe(SHIPPED / "keural-14b"))
+    even = replace(way, arriving=1.0)
+
+    row = 0 if recompute == "full" else 2 * 5632 + 4096  # gate and up, and what came in
+    found = kept(network, way, recompute) - kept(network, even, recompute)
+    assert found == pytest.approx(more * 2 * 2 * row * way.tokens, rel=1e-4)
+    assert layer_work(network, way, recompute) > layer_work(network, even, recompute)
 
 
 @pytest.mark.parametrize("gpus", [1, 8])

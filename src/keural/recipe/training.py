@@ -79,7 +79,7 @@ class TrainSpec(Spec):
     expert_parallel: ExpertParallel = neutral("work", 1)
     """Neighbouring processes that have other experts each, to which tokens are sent instead of gathering all experts: for slow
     links or small micro-batches. It must divide the experts, and the processes that share a copy of the weights; those that have
-    the same experts divide them by width. Refused with precision split, compile and lora; 1: every process gathers all experts."""
+    the same experts divide them by width. Refused with precision split-host and lora; 1: every process gathers all experts."""
     compile: bool = neutral("work", False)
     """Compile the layers; the same numbers up to rounding."""
     skip_spikes: float | None = Field(None, gt=0)

@@ -48,8 +48,14 @@ class Way:
     """Of a micro-batch."""
     expert_parallel: int = 1
     """GPUs that have other experts each, see `train.expert_parallel`."""
+    arriving: float = 1.0
+    """Rows that such a GPU gets, over those that it would get if experts were used evenly."""
     mix: Mix | None = None
     """What each layer does under `budget`."""
+
+    def mixed(self, assignments: int) -> int:
+        """Rows that its experts multiply, where tokens of one GPU have so many assignments."""
+        return round(assignments * self.arriving) if self.expert_parallel > 1 else assignments
 
     def modes(self, layers: int) -> tuple[str, ...]:
         """What each layer does: `none`, `selective` or `full`."""
@@ -68,19 +74,19 @@ def kept(network: Network, way: Way, recompute: str) -> int:
     routed = 4 * tokens * m.num_local_experts + assignments * 29  # logits; weights, experts, order and places
     sums = 4 * tokens * m.num_attention_heads  # of the softmax
     queries, both = tokens * network.queries * b, 2 * tokens * network.keys * b
-    inner = assignments * m.intermediate_size * b
-    outputs = assignments * m.hidden_size * b
+    inner = way.mixed(assignments) * m.intermediate_size * b
+    outputs = way.mixed(assignments) * m.hidden_size * b
+    came = outputs if way.expert_parallel > 1 else 0  # the rows that others sent
     copies = network.layer * b if way.converted and recompute == "none" else 0
     if not way.engine:
         norms = 2 * tokens * m.hidden_size * (4 + 2 * b)  # wide, normalised, times the gain
         return norms + 3 * queries + both + sums + 4 * inner + 2 * outputs + routed + copies
     products = hidden + queries + both + sums + queries + hidden + 2 * inner + routed  # input, q, k, v, attended, o, gate and up
     if recompute == "selective":
-        return products + (0 if way.compiled else outputs)
+        return products + (came if way.compiled else outputs)  # uncompiled the second product is kept, and what came is sent again
     if way.compiled:
-        return products + 5 * hidden + copies  # as measured on an H100 and an H200
+        return products + 5 * hidden + copies + came  # as measured on an H100 and an H200, where all experts were on one card
     wide = 2 * tokens * m.hidden_size * 4 * 2 + tokens * m.hidden_size * 4  # both norms, and the router's input
-    came = outputs if way.expert_parallel > 1 else 0  # as many rows as were sent, where experts are used evenly
     return wide + 2 * hidden + queries + both + sums + queries + 2 * inner + routed + copies + came
 
 
@@ -88,7 +94,8 @@ def layer_work(network: Network, way: Way, recompute: str) -> int:
     """What a layer's backward pass takes at its height besides what was kept: what is computed again, and gradients."""
     m, tokens, b = network.model, way.tokens, way.itemsize
     hidden, assignments = tokens * m.hidden_size * b, tokens * m.num_experts_per_tok
-    inner, outputs = assignments * m.intermediate_size * b, assignments * m.hidden_size * b
+    arrived = way.mixed(assignments)
+    inner, outputs = arrived * m.intermediate_size * b, arrived * m.hidden_size * b
     again = kept(network, way, "none") - kept(network, way, recompute)
     waiting = network.embedding * b  # the head's gradient, until the embedding's is added
     experts = m.num_local_experts * m.intermediate_size * m.hidden_size * b
@@ -96,10 +103,10 @@ def layer_work(network: Network, way: Way, recompute: str) -> int:
     if not way.engine:
         gradients = max(2 * outputs + inner + experts, 3 * experts - outputs)  # at the down projection, or after the other one
         return again + waiting + hidden + gradients + copies
-    if way.compiled:
-        return again + waiting + hidden + 2 * outputs + 4 * inner + 3 * experts + copies
-    wide = (12 if b < 4 else 9) * assignments * m.intermediate_size * 4  # the gate's gradient, written out step by step
     travelling = outputs if way.expert_parallel > 1 else 0
+    if way.compiled:
+        return again + waiting + hidden + 2 * outputs + travelling + 4 * inner + 3 * experts + copies
+    wide = (12 if b < 4 else 9) * arrived * m.intermediate_size * 4  # the gate's gradient, written out step by step
     return again + waiting + hidden + outputs + travelling + inner + wide + copies
 
 

@@ -8,6 +8,12 @@ from keural.train.memory.activations import Way
 from keural.train.memory.parts import Layout
 from keural.train.processes.modes import by_engine
 
+ARRIVING = {1: 1.0, 2: 1.4, 4: 1.6, 8: 2.0}
+"""By `train.expert_parallel`, the rows that a GPU has room for, over those of even routing: how uneven it is, nobody knows before a
+step. In 99 of 100 steps of the laptop recipe's stages the most that any of so many groups got, as a mean over layers, was less:
+1.06 to 1.35, 1.27 to 1.51 and 1.45 to 1.92. A router that collapses sends more.
+"""
+
 
 def row_tokens(stage: StageSpec) -> int:
     """Positions of a packed row: two sequences long for pairs."""
@@ -40,7 +46,7 @@ def layout_of(stage: StageSpec, gpus: int, *, precision: str, recompute: str, co
     engine = by_engine(spec.model_copy(update={"precision": precision, "recompute": recompute}), accelerator=True)
     compiled = (engine and itemsize == 2) if compiled is None else compiled
     converted = gpus == 1 and precision.startswith("fp32") and itemsize == 2
-    way = Way(engine, compiled, recompute, itemsize, converted, tokens, spec.expert_parallel)
+    way = Way(engine, compiled, recompute, itemsize, converted, tokens, spec.expert_parallel, ARRIVING[spec.expert_parallel])
     reference = stage.needs_reference and stage.reference.reference == "online"
     return Layout(gpus, precision, way, reference, spec.shard_over, spec.optimizer)
 

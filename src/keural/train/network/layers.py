@@ -2,8 +2,8 @@
 
 In: the weights of a network, token ids and where their documents begin. Out: hidden states and the routers' logits.
 
-A compiled layer is one graph. Where experts are divided among processes it is three, because the host must know how many rows travel
-before they do: until the rows leave, the products over those that came in, and the sum of what came back.
+A compiled layer is one graph. Where experts are divided among processes it is three, because the host must know how many rows
+travel before they do: until the rows leave, the products over those that came in, and the sum of what came back.
 """
 
 from collections.abc import Callable, Sequence
@@ -68,7 +68,7 @@ def graphs(backend: str = "inductor") -> dict[str, Callable[..., Any]]:
     """Parts of a layer as one graph each, by name; all layers of a run share them, with one version per kind of mask.
 
     `none` and `selective` are `block`, and with ` until rows leave` `until_rows_leave`, by what they keep: that is decided when a
-    graph is made, so the choice of `selective` is part of it. `experts` is `mixture` over any number of rows, `sum` is `sum_of_rows`.
+    graph is made, so the choice of `selective` is part of it. `experts` is `mixture` over any number of rows, `sum` `sum_of_rows`.
     """
     functions = {"": block, " until rows leave": until_rows_leave}
     fixed = {f"none{name}": function for name, function in functions.items()}

@@ -32,6 +32,7 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, max=MOST_GPUS, metavar="N", help="how many")] = 1,
     mfu: Annotated[float | None, typer.Option(help="share of the card's FLOP/s that a whole step makes, e.g. 0.4")] = None,
     measured: Annotated[Path | None, typer.Option(metavar="FILE", help="what `benchmarks/gpu.py --out FILE` wrote")] = None,
+    network: Annotated[float | None, typer.Option(metavar="GB/s", help="of one GPU to other nodes, as it is attained")] = None,
     price: Annotated[float | None, typer.Option(help="of one GPU for an hour, in any currency")] = None,
     json: Annotated[bool, typer.Option("--json", help="print data instead of tables")] = False,
 ) -> None:
@@ -42,10 +43,14 @@ def plan(
         raise UserError("give --mfu or --measured, not both")
     if mfu is not None and not 0 < mfu <= 1:
         raise UserError(f"--mfu {mfu}: is a share, more than 0 and at most 1")
+    if network is not None and not 0 < network <= 1e5:
+        raise UserError(f"--network {network}: give the GB/s of one GPU to other nodes, e.g. 40")
+    if network is not None and mfu is not None:
+        raise UserError("--mfu is of a whole step, communication too: give it or --network, not both")
     if price is not None and not 0 <= price <= 1e9:
         raise UserError(f"--price {price}: give what one GPU costs for an hour")
     loaded, _ = open_recipe(recipe, overrides, None)
-    found = make_plan(loaded, gpu, gpus, Speed(mfu, measured), price)
+    found = make_plan(loaded, gpu, gpus, Speed(mfu, measured, None if network is None else network * 1e9), price)
     data = found.data()
     if json:
         show_json(data)
@@ -93,13 +98,14 @@ def _print_memory(data: dict[str, Any]) -> None:
 
 
 def _print_stages(data: dict[str, Any]) -> None:
-    names = ("stage", "steps", "tokens", "tokens/s", "MFU", "days", "GPU-hours", "cost")
+    names = ("stage", "steps", "tokens", "tokens/s", "MFU", "waiting", "days", "GPU-hours", "cost")
     rows = [
         (
             stage["name"],
             _number(stage["steps"]),
             *(_short(stage[key]) for key in ("tokens", "tokens_per_s")),
             f"{100 * stage['mfu']:.1f}%",
+            f"{100 * stage['communication']:.1f}%",
             _number(stage["days"], 2),
             _number(stage["gpu_hours"], 1),
             _number(stage["cost"], 2),
@@ -107,7 +113,9 @@ def _print_stages(data: dict[str, Any]) -> None:
         for stage in data["stages"]
     ]
     total = data["total"]
-    rows.append(("in all", "", _short(total["tokens"]), "", "", *(_number(total[key], 2) for key in ("days", "gpu_hours", "cost"))))
+    rows.append(
+        ("in all", "", _short(total["tokens"]), "", "", "", *(_number(total[key], 2) for key in ("days", "gpu_hours", "cost")))
+    )
     show_table("stages", {name: "left" if name == "stage" else "right" for name in names}, rows)
     for source in dict.fromkeys(stage["mfu_from"] for stage in data["stages"]):
         show(f"MFU: {source}")
@@ -148,7 +156,9 @@ def _print_published(data: dict[str, Any]) -> None:
 
 def command(recipe: Path, gpus: int, overrides: Sequence[str]) -> str:
     """The command that runs a recipe as it was planned; on several nodes where there are more than eight."""
-    start, each = "keural", max(number for number in range(1, 9) if gpus % number == 0)
+    from keural.plan.communication import cards_of_a_node
+
+    start, each = "keural", cards_of_a_node(gpus)
     if gpus > 1:
         nodes = "" if gpus == each else f"--nnodes {gpus // each} --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
         start = f"python -m keural.launch {nodes}--nproc-per-node {each}"

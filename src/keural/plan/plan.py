@@ -11,6 +11,7 @@ from typing import Any
 from keural.errors import UserError
 from keural.plan import published
 from keural.plan.choice import Laid, available, check_modes, lay_out, overrides, remedy
+from keural.plan.communication import cards_of_a_node, links_of
 from keural.plan.gpus import Gpu, find_gpu
 from keural.plan.speed import Rate, known_rate, measured_rate
 from keural.plan.stages import Cost, Length, ahead, cost, hours, length
@@ -29,6 +30,8 @@ class Speed:
     """Of a whole step, as somebody states it."""
     measured: Path | None = None
     """A file of `benchmarks/gpu.py`."""
+    network: float | None = None
+    """Bytes per second of one card to other nodes, as somebody states it."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class StagePlan:
             "mfu_from": self.rate.source,
             "tokens_per_s": round(self.cost.tokens_per_second, 1),
             "seconds_per_step": round(self.cost.seconds_per_step, 4),
+            "communication": round(self.cost.communication / self.cost.seconds_per_step, 4),
             "hours": _rounded(self.hours),
             "days": _rounded(None if self.hours is None else self.hours / 24),
             "gpu_hours": _rounded(gpu_hours),
@@ -174,7 +178,7 @@ def make_plan(recipe: Recipe, gpu_name: str, gpus: int, speed: Speed | None = No
     check_modes(recipe, gpus)
     laid = lay_out(recipe, gpu, gpus)
     stages = tuple(_stage(recipe, network, gpu, one, speed) for one in laid)
-    notes = [*_notes(network, gpus, stages), *_faster(recipe, network, gpu, stages, speed)]
+    notes = [*_notes(network, gpus, stages), *_links(gpu, gpus, stages, speed), *_faster(recipe, network, gpu, stages, speed)]
     return Plan(recipe, network, gpu, gpus, stages, price, tuple(notes))
 
 
@@ -195,10 +199,10 @@ def _stage(recipe: Recipe, network: Network, gpu: Gpu, laid: Laid, speed: Speed)
     if speed.mfu is not None:
         rate = Rate(speed.mfu, 0.0, True, "stated")
     elif speed.measured is not None:
-        rate = measured_rate(speed.measured, network, gpu, laid.layout.gpus, way)
+        rate = measured_rate(speed.measured, network, gpu, laid.layout.shards, way)
     else:
-        rate = known_rate(network, gpu, laid.layout.gpus, way, laid.layout.precision)
-    spent = cost(network, gpu, laid, rate)
+        rate = known_rate(network, gpu, laid.layout.shards, way, laid.layout.precision)
+    spent = cost(network, gpu, laid, rate, links_of(gpu, speed.network))
     found = length(recipe, laid.stage, spent.seconds_per_step)
     return StagePlan(laid, rate, found, spent, hours(laid, found, spent))
 
@@ -225,9 +229,19 @@ def _notes(network: Network, gpus: int, stages: tuple[StagePlan, ...]) -> list[s
             f"{', '.join(slow)}: the load of the experts is counted in forward passes ahead, {100 * share:.0f}% more time; "
             "router.load=lagged goes without them (another loss, docs/training.md)"
         )
-    if gpus > 1:
-        notes.append("communication of several GPUs is not in the figures of speed, unless they were stated or measured as a whole")
     return notes
+
+
+def _links(gpu: Gpu, gpus: int, stages: tuple[StagePlan, ...], speed: Speed) -> list[str]:
+    """What the time that cards wait for each other is, and what it was counted from."""
+    shares = [stage.cost.communication / stage.cost.seconds_per_step for stage in stages if not stage.rate.whole]
+    if gpus == 1 or not shares:
+        return []
+    links, each = links_of(gpu, speed.network), cards_of_a_node(gpus)
+    between = "" if each == gpus else f" and {links.between / 1e9:.0f} between nodes of {each}"
+    most = f"{100 * min(shares):.1f}% to {100 * max(shares):.1f}%"
+    counted = f"{links.within / 1e9:.0f} GB/s of a card within a node{between}"
+    return [f"waiting for other GPUs is {most} of a step, counted with {counted}; not measured"]
 
 
 def _faster(recipe: Recipe, network: Network, gpu: Gpu, stages: tuple[StagePlan, ...], speed: Speed) -> list[str]:

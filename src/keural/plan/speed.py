@@ -52,21 +52,20 @@ class Rate:
     source: str
 
 
-def known_rate(network: Network, gpu: Gpu, gpus: int, way: Way, precision: str) -> Rate:
-    """From the tables of `benchmarks/`, or an assumption."""
+def known_rate(network: Network, gpu: Gpu, shards: int, way: Way, precision: str) -> Rate:
+    """From the tables of `benchmarks/`, or an assumption; `shards` cards share a copy of the weights, and the optimizer's step."""
     scale = network.counts.total / MEASURED_PARAMETERS
-    seconds = OPTIMIZER.get(precision, 0.22) * scale / gpus
+    seconds = OPTIMIZER.get(precision, 0.22) * scale / shards
     if way.engine and way.itemsize == 2 and gpu.name in ("h100", "h200"):
         layers = network.model.num_hidden_layers
         mfu = _mean([KNOWN.get((gpu.name, mode, way.compiled), KNOWN[gpu.name, "full", False]) for mode in way.modes(layers)])
-        alone = "" if gpus == 1 else "; communication is not in it"
-        return Rate(mfu, seconds, False, f"measured on one {gpu.name}, 24 layers of the published widths{alone}")
+        return Rate(mfu, seconds, False, f"measured on one {gpu.name}, 24 layers of the published widths")
     if gpu.name in ("h100", "h200") and way.itemsize == 2:
         return Rate(LAYERS, seconds, False, "the model's own layers, measured on one h200")
     return Rate(UNMEASURED, seconds, False, "assumed: nothing was measured on it")
 
 
-def measured_rate(path: Path, network: Network, gpu: Gpu, gpus: int, way: Way) -> Rate:
+def measured_rate(path: Path, network: Network, gpu: Gpu, shards: int, way: Way) -> Rate:
     """From a file of `benchmarks/gpu.py`: all layers where they were measured, else four, with the nearest micro-batch.
 
     Raises `UserError` when the file has no such figure, or is another card's.
@@ -76,7 +75,7 @@ def measured_rate(path: Path, network: Network, gpu: Gpu, gpus: int, way: Way) -
     if name and gpu.name not in name.lower():
         raise UserError(f"{path}: was measured on {name}, not on {gpu.name}; give --gpu as it is there, or another file")
     if way.mix is not None:
-        return _measured_mix(path, network, gpu, gpus, way)
+        return _measured_mix(path, network, gpu, shards, way)
     if not way.engine:
         entry = _at(found, "baselines", "present_bf16_weights", "extrapolated_24")
         rates = [(0, way.tokens, _figure(entry), "the model's own layers without sharding")] if entry else []
@@ -89,14 +88,16 @@ def measured_rate(path: Path, network: Network, gpu: Gpu, gpus: int, way: Way) -
     _, _, mfu, kind = min(rates, key=lambda rate: (rate[0], abs(rate[1] - way.tokens)))
     steps = _at(found, "whole", "optimizer").get("step_ms") or [0.0]
     numbers = [step for step in steps if isinstance(step, int | float) and 0 <= step < 1e9] if isinstance(steps, list) else []
-    seconds = min(numbers, default=0.0) / 1e3 * network.counts.total / MEASURED_PARAMETERS / gpus
+    seconds = min(numbers, default=0.0) / 1e3 * network.counts.total / MEASURED_PARAMETERS / shards
     return Rate(mfu * PEAK / gpu.bfloat16_flops, seconds, False, f"{path}: {kind}")
 
 
-def _measured_mix(path: Path, network: Network, gpu: Gpu, gpus: int, way: Way) -> Rate:
+def _measured_mix(path: Path, network: Network, gpu: Gpu, shards: int, way: Way) -> Rate:
     """Of layers that keep different things: each is as fast as it was measured among its like."""
     modes = way.modes(network.model.num_hidden_layers)
-    alike = {mode: measured_rate(path, network, gpu, gpus, replace(way, recompute=mode, mix=None)) for mode in dict.fromkeys(modes)}
+    alike = {
+        mode: measured_rate(path, network, gpu, shards, replace(way, recompute=mode, mix=None)) for mode in dict.fromkeys(modes)
+    }
     source = "; ".join(dict.fromkeys(rate.source for rate in alike.values()))
     return replace(alike[modes[0]], mfu=_mean([alike[mode].mfu for mode in modes]), source=source)
 

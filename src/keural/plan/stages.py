@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from keural.plan.choice import Laid
+from keural.plan.communication import Links, exposed
 from keural.plan.gpus import Gpu
 from keural.plan.speed import Rate
 from keural.recipe import OBJECTIVES, Recipe, StageSpec, load_recipe, parse_duration
@@ -35,6 +36,8 @@ class Cost:
     tokens_per_second: float
     """Of all GPUs."""
     seconds_per_step: float
+    communication: float
+    """Seconds of a step in which cards wait for each other; 0 where the rate is that of a whole step."""
     hours: float | None
 
 
@@ -79,7 +82,7 @@ def _records(stage: StageSpec) -> tuple[int | None, str]:
     return total, whose
 
 
-def cost(network: Network, gpu: Gpu, laid: Laid, rate: Rate) -> Cost:
+def cost(network: Network, gpu: Gpu, laid: Laid, rate: Rate, links: Links) -> Cost:
     """How fast a stage is, and how long one step takes; rows are shared out evenly, and padding is computed, too."""
     stage, layout = laid.stage, laid.layout
     rows = rows_of_a_step(stage)
@@ -88,7 +91,24 @@ def cost(network: Network, gpu: Gpu, laid: Laid, rate: Rate) -> Cost:
     pass_seconds = tokens * flops / (gpu.flops(stage.train.compute_dtype) * rate.mfu)
     seconds = pass_seconds * (1 if rate.whole else 1 + ahead(network, laid)) + (0 if rate.whole else rate.optimizer_seconds)
     seconds += pass_seconds * compared(laid)
-    return Cost(rows * row_tokens(stage) / seconds, seconds, None)
+    waiting = 0.0 if rate.whole else communication(network, laid, links, pass_seconds)
+    return Cost(rows * row_tokens(stage) / (seconds + waiting), seconds + waiting, waiting, None)
+
+
+def communication(network: Network, laid: Laid, links: Links, pass_seconds: float) -> float:
+    """Seconds of a step, whose forward and backward passes take `pass_seconds`, in which cards wait for what others send."""
+    tokens, layers = share_tokens(laid.stage, laid.layout.gpus), network.model.num_hidden_layers
+    micro_batches = math.ceil(tokens / laid.layout.way.tokens)
+    of_a_layer = pass_seconds / micro_batches * (1 - _head(network, laid.stage)) / layers
+    share = forward_share(laid)
+    found = exposed(network, laid.layout, links, share * of_a_layer, (1 - share) * of_a_layer)
+    forwards = 1 + (ahead(network, laid) > 0) + (compared(laid) > 0)
+    return micro_batches * (forwards * found.forward + found.backward)
+
+
+def _head(network: Network, stage: StageSpec) -> float:
+    """The head's share of the work."""
+    return 6 * network.embedding / network.flops(stage.data.sequence_length)
 
 
 def ahead(network: Network, laid: Laid) -> float:
@@ -97,8 +117,7 @@ def ahead(network: Network, laid: Laid) -> float:
     router, share = stage.router, share_tokens(stage, laid.layout.gpus)
     if router.load == "lagged" or router.scope == "micro_batch" or router.balance_coef == 0 or share <= way.tokens:
         return 0.0
-    head = 6 * network.embedding / network.flops(stage.data.sequence_length)
-    return forward_share(laid) * (1 - head)
+    return forward_share(laid) * (1 - _head(network, stage))
 
 
 def compared(laid: Laid) -> float:

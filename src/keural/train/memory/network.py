@@ -64,10 +64,14 @@ class Network:
         """Parameters of one layer."""
         return sum(map(prod, self.layer_shapes))
 
+    @property
+    def experts(self) -> int:
+        """Those of them that are experts'."""
+        return sum(prod(shape) for shape in self.layer_shapes if len(shape) == 3)
+
     def gathered(self, expert_parallel: int) -> int:
         """Parameters of a layer that a process has when it computes it: all, but only its part of the experts."""
-        experts = sum(prod(shape) for shape in self.layer_shapes if len(shape) == 3)
-        return self.layer - experts + experts // expert_parallel
+        return self.layer - self.experts + self.experts // expert_parallel
 
     @property
     def largest(self) -> int:

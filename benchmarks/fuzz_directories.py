@@ -244,15 +244,23 @@ def make_states(work: Path) -> None:
     shutil.copytree(store, work / "store" / "state")
 
 
+def names(text: str) -> list[str]:
+    """What `--only` names, with commas between."""
+    found = text.split(",")
+    if unknown := [name for name in found if name not in STATES]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(STATES)}")
+    return found
+
+
 def main() -> None:
     """Damage and count."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1000, help="damages in all")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", default=",".join(STATES), help="of run, interrupted, model, store")
+    parser.add_argument("--only", type=names, default=list(STATES), help=f"of {', '.join(STATES)}")
     parser.add_argument("--out", type=Path, help="JSON file of the counts")
     options = parser.parse_args()
-    chosen = options.only.split(",")
+    chosen = options.only
     counts: dict[str, collections.Counter[str]] = {name: collections.Counter() for name in chosen}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

@@ -249,7 +249,8 @@ def parser_of(
     parser.add_argument("--out", type=Path, default=Path(out))
     parser.add_argument("--seconds", type=float, default=seconds, help="of processor time for each trial")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--only", nargs="*", default=list(variants), help="names of variants, in this order; none: the table alone")
+    known, said = list(variants), "names of variants, in this order; none: the table alone"
+    parser.add_argument("--only", nargs="*", default=known, choices=known, metavar="NAME", help=said)
     parser.add_argument("--bytes", type=int, default=most_bytes, help="of each held-out text")
     return parser
 

@@ -49,3 +49,14 @@ def test_what_it_imports_is_there_and_takes_its_arguments(file: Path) -> None:
                 continue
             given = {keyword.arg for keyword in node.keywords if keyword.arg is not None}
             assert given <= set(parameters), f"{file.name}:{node.lineno}: {node.func.id} takes no {sorted(given - set(parameters))}"
+
+
+@pytest.mark.parametrize("sweep", ["learning_sweep", "speaking_sweep"])
+def test_a_variant_that_there_is_not_is_refused_before_anything_is_read(
+    sweep: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = importlib.import_module(f"benchmarks.{sweep}")
+    monkeypatch.setattr("sys.argv", [sweep, "no data", *(["no run"] if sweep == "speaking_sweep" else []), "--only", "nix"])
+    with pytest.raises(SystemExit, match="2"):
+        module.main()
+    assert "argument --only: invalid choice: 'nix'" in capsys.readouterr().err

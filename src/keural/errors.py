@@ -123,17 +123,37 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
-_LIMITS = {
-    errno.EMFILE: "too many open files; raise the limit with `ulimit -n 1024`, or lower the number of workers",
-    errno.ENFILE: "too many open files on this machine; close some programs",
-    errno.ENOMEM: "not enough memory; close other programs, raise `ulimit -v`, or choose smaller sizes",
-    errno.EAGAIN: "no further process or thread may be started; raise `ulimit -u`, or lower the number of workers",
-    errno.ENOSPC: "no space is left on the disk; free some and run the same command again",
-    errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
-    errno.EFBIG: "a file would become larger than allowed; raise `ulimit -f`",
+_REFUSED = {
+    errno.EMFILE: "too many open files",
+    errno.ENFILE: "too many open files on this machine",
+    errno.ENOMEM: "not enough memory",
+    errno.EAGAIN: "no further process or thread may be started",
+    errno.ENOSPC: "no space is left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file would become larger than allowed",
     errno.EIO: "the device cannot be read or written (input/output error)",
 }
-"""What a machine refuses, and what to do."""
+"""What a machine refuses, whatever is done with it."""
+_ADVICE = {
+    errno.EMFILE: "raise the limit with `ulimit -n 1024`, or lower the number of workers",
+    errno.ENFILE: "close some programs",
+    errno.ENOMEM: "close other programs, raise `ulimit -v`, or choose smaller sizes",
+    errno.EAGAIN: "raise `ulimit -u`, end other programs, or lower the number of workers",
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space, or have the quota raised",
+    errno.EFBIG: "raise `ulimit -f`",
+    errno.EIO: "look whether the device is in order",
+    errno.EACCES: "give this user the right to write there",
+    errno.EPERM: "give this user the right to write there",
+    errno.EROFS: "have the file system mounted for writing",
+    errno.EISDIR: "it is a directory: move it away",
+    errno.EEXIST: "a file is where a directory of its path should be, or has its name: move it away",
+    errno.ENOTDIR: "a part of its path is a file, not a directory: move it away",
+    errno.ENOTEMPTY: "it is a directory with files: move it away",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "links in its path lead to each other: remove them",
+}
+"""What to do about a refusal, of the machine or of a place where something cannot be written."""
 _MEMORY = (
     "can't allocate memory",
     "cannot allocate memory",
@@ -144,27 +164,6 @@ _MEMORY = (
     "unable to mmap",
 )
 _THREADS = ("can't start new thread", "resource temporarily unavailable", "thread creation failed")
-
-_UNWRITTEN = {
-    errno.ENOSPC: "free some space",
-    errno.EDQUOT: "free some space, or have the quota raised",
-    errno.EFBIG: "raise `ulimit -f`",
-    errno.EMFILE: "raise `ulimit -n`",
-    errno.ENFILE: "close some programs",
-    errno.ENOMEM: "close other programs, or choose smaller sizes",
-    errno.EAGAIN: "raise `ulimit -u`, or end other programs",
-    errno.EACCES: "give this user the right to write there",
-    errno.EPERM: "give this user the right to write there",
-    errno.EROFS: "have the file system mounted for writing",
-    errno.EIO: "look whether the device is in order",
-    errno.EISDIR: "it is a directory: move it away",
-    errno.EEXIST: "a file is where a directory of its path should be, or has its name: move it away",
-    errno.ENOTDIR: "a part of its path is a file, not a directory: move it away",
-    errno.ENOTEMPTY: "it is a directory with files: move it away",
-    errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ELOOP: "links in its path lead to each other: remove them",
-}
-"""What to do when something cannot be written."""
 
 
 def why_unwritten(error: BaseException) -> tuple[str, str]:
@@ -179,27 +178,31 @@ def why_unwritten(error: BaseException) -> tuple[str, str]:
     elif not isinstance(error, UserError):
         number = errno.EAGAIN if any(words in reason.lower() for words in _THREADS) else None
         reason = reason if number else " ".join(repr(error).split())[:300]
-    return reason, _UNWRITTEN.get(number or 0, "mend that")
+    return reason, _ADVICE.get(number or 0, "mend that")
+
+
+def _refused(number: int) -> str:
+    """A refusal of the machine, and what to do about it."""
+    return f"{_REFUSED[number]}; {_ADVICE[number]}"
 
 
 def refusal_of(error: BaseException) -> UserError | None:
     """What to say of a failure that is the machine's or a file's, wherever it came up; None for one of the program."""
     if isinstance(error, MemoryError):
-        return UserError(_LIMITS[errno.ENOMEM])
+        return UserError(_refused(errno.ENOMEM))
     if isinstance(error, OSError) and error.strerror is not None:
         named = f"{quoted_path(error.filename)}: " if error.filename is not None else ""
-        reason = _LIMITS.get(error.errno or 0)
-        if reason is None and not named:
-            return None
-        return UserError(f"{named}{reason or error.strerror}")
+        if error.errno in _REFUSED:
+            return UserError(f"{named}{_refused(error.errno)}")
+        return UserError(f"{named}{error.strerror}") if named else None
     if isinstance(error, RuntimeError | ImportError | OSError):
         text = str(error).lower()
         if "too many open files" in text:
-            return UserError(_LIMITS[errno.EMFILE])
+            return UserError(_refused(errno.EMFILE))
         if any(words in text for words in _MEMORY):
-            return UserError(_LIMITS[errno.ENOMEM])
+            return UserError(_refused(errno.ENOMEM))
         if any(words in text for words in _THREADS):
-            return UserError(_LIMITS[errno.EAGAIN])
+            return UserError(_refused(errno.EAGAIN))
     return None
 
 

@@ -83,7 +83,7 @@ def test_weights_are_changed_only_after_they_are_copied(tmp_path: Path, plain: S
     [
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device", "free some space"),
         (PermissionError(errno.EACCES, "Permission denied"), "Permission denied", "give this user the right to write there"),
-        (MemoryError("nothing left"), "nothing left", "close other programs, or choose smaller sizes"),
+        (MemoryError("nothing left"), "nothing left", "close other programs, raise `ulimit -v`, or choose smaller sizes"),
         (RuntimeError("odd\nlines"), r"RuntimeError('odd\nlines')", "mend that"),
     ],
 )

@@ -11,11 +11,11 @@ from keural.files import read_json
 from keural.recipe import ModelSpec
 from keural.train.memory.activations import Mix
 from keural.train.memory.budget import best_mix, with_mix
-from keural.train.memory.network import Network
+from keural.train.memory.network import Network, network_of_config
 from keural.train.memory.parts import ERROR, GIB, Layout, memory
 from keural.train.memory.stage import layout_of, own_layout
 from keural.train.processes.ranks import Ranks
-from keural.train.stage.kept import choose_kept, network_of_config
+from keural.train.stage.kept import choose_kept
 from keural.train.stage.step_plan import PlanFile
 from tests.helpers.train_small import LENGTH, losses_of, open_run, small_config, small_job, small_stage, step_gradients, train_stage
 

@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from keural.train.memory.network import network_of_config
 from keural.train.memory.parts import BYTES, memory, stored
 from keural.train.memory.stage import own_layout
 from keural.train.optimization import half_moments
@@ -19,7 +20,6 @@ from keural.train.optimization.split import SplitAdamW
 from keural.train.optimization.trainable import trained_parameters
 from keural.train.processes.modes import ALONE, SPLIT
 from keural.train.reference.online import OnlineReference
-from keural.train.stage.kept import network_of_config
 from tests.helpers.sharded_steps import on_ranks, save_gradients
 from tests.helpers.train_small import losses_of, open_run, small_job, small_stage, step_gradients, train_stage, weights_of
 from tests.train.test_ranks import train_on_ranks

@@ -12,13 +12,13 @@ from torch.distributed.tensor import DTensor
 from keural.train.checkpoints.checkpoints import tensors
 from keural.train.checkpoints.pieces import pieces_of
 from keural.train.loop import train_step
+from keural.train.memory.network import network_of_config
 from keural.train.memory.parts import stored
 from keural.train.optimization.half_moments import part
 from keural.train.optimization.optimizer import gradient_norm, is_decayed, stored_in_halves
 from keural.train.optimization.split import SplitAdamW, split
 from keural.train.processes.modes import scale_block
 from keural.train.processes.ranks import Ranks, session
-from keural.train.stage.kept import network_of_config
 from keural.train.stage.run import StageRun
 from keural.train.stage.signals import StopSignals
 from keural.train.stage.training import open_stage

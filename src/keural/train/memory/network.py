@@ -9,10 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import TYPE_CHECKING
 
 from keural.model.parameters import CHATML_IDS, ParameterCount, count_weights
 from keural.recipe import ModelSpec, Recipe
 from keural.train.processes.modes import largest_part, scale_block
+
+if TYPE_CHECKING:
+    from keural.model import KeuralConfig  # with torch
 
 Shape = tuple[int, ...]
 
@@ -125,3 +129,9 @@ class Network:
 def network_of(recipe: Recipe) -> Network:
     """The network of a recipe, with the two ids of ChatML."""
     return Network(recipe.spec.model, recipe.spec.tokenizer.vocab_size + CHATML_IDS)
+
+
+def network_of_config(config: "KeuralConfig") -> Network:
+    """The network of a model's configuration, which has more than sizes."""
+    sizes = {name: value for name, value in config.to_dict().items() if name in ModelSpec.model_fields}
+    return Network(ModelSpec.model_validate(sizes), config.vocab_size)

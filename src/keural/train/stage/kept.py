@@ -10,10 +10,10 @@ import torch
 
 from keural.errors import UserError
 from keural.model import KeuralConfig
-from keural.recipe import ModelSpec, StageSpec
+from keural.recipe import StageSpec
 from keural.train.memory.activations import Mix
 from keural.train.memory.budget import best_mix, with_mix
-from keural.train.memory.network import Network
+from keural.train.memory.network import Network, network_of_config
 from keural.train.memory.parts import ERROR, GIB, Layout, memory
 from keural.train.memory.stage import own_layout
 from keural.train.processes.ranks import Ranks
@@ -75,9 +75,3 @@ def _without_cards(network: Network, layout: Layout, ranks: Ranks) -> float:
 def _planned(network: Network, layout: Layout, ranks: Ranks) -> float:
     """GiB of one device."""
     return (memory(network, layout).total - _without_cards(network, layout, ranks) / ERROR) / GIB
-
-
-def network_of_config(config: KeuralConfig) -> Network:
-    """The network of a configuration as plans count it."""
-    sizes = {name: value for name, value in config.to_dict().items() if name in ModelSpec.model_fields}
-    return Network(ModelSpec.model_validate(sizes), config.vocab_size)

@@ -58,6 +58,7 @@ from keural.train.network.experts import mixture
 from keural.train.network.head import label_logprobs
 from keural.train.network.layers import COMPILED, forward, graphs
 from keural.train.network.policy import Policy
+from keural.train.optimization.muon import orthogonalized
 from keural.train.optimization.split import SplitAdamW
 
 PEAK = 989.5e12
@@ -302,6 +303,7 @@ def check(bench: Bench) -> None:
     check_engine(bench)
     check_head(bench)
     check_split(bench)
+    check_muon(bench)
     check_discipline(bench)
 
 
@@ -405,6 +407,24 @@ def check_engine(bench: Bench) -> None:
         assert down.grad is not None
         idle = float(gate_up.grad[[1, 3]].abs().sum() + down.grad[[1, 3]].abs().sum())
         bench.record("expert_without_tokens", gradient=idle, others_finite=bool(gate_up.grad.isfinite().all()))
+    with bench.guarded("experts_of_any_rows", 20):
+        bench.record("experts_of_any_rows", **any_rows(bench))
+
+
+def any_rows(bench: Bench) -> dict[str, float]:
+    """The graph of experts that are divided among processes, which takes as many rows as come, against one product per expert."""
+    gate_up, down = (torch.randn(shape, device=bench.device, dtype=BF16) * 0.1 for shape in ((4, 128, 128), (4, 128, 64)))
+    found = {}
+    for rows in (64, 200, 3):
+        tokens, weights = torch.randn(rows, 128, device=bench.device, dtype=BF16), torch.rand(rows, 1, device=bench.device)
+        chosen = torch.randint(0, 4, (rows, 1), device=bench.device)
+        results = []
+        for mix, backend in ((COMPILED["experts"], "grouped_mm"), (mixture, "loop")):
+            inputs = [tensor.clone().requires_grad_() for tensor in (tokens, weights, gate_up, down)]
+            output = mix(inputs[0], inputs[1], chosen, inputs[2], inputs[3], backend)
+            results.append([output, *torch.autograd.grad(output.float().square().sum(), inputs)])
+        found[f"rows_{rows}"] = worst(*results)
+    return found
 
 
 def check_head(bench: Bench) -> None:
@@ -456,6 +476,15 @@ def check_split(bench: Bench) -> None:
         same = [all(torch.equal(a, b) for a, b in zip(split_, other, strict=True)) for other in (wide, host)]
         moved = max(distance(a - s, b - s) for a, b, s in zip(split_, twin, start, strict=True))
         bench.record("split", same_bits_as_float32=same[0], host_same_bits=same[1], displacement_to_cpu_twin=moved)
+
+
+def check_muon(bench: Bench) -> None:
+    """The directions of a step along matrices, in bfloat16 on an accelerator, against those in float32 on the CPU."""
+    matrices = torch.randn(3, 96, 256, generator=torch.Generator().manual_seed(4)) * 0.01
+    with bench.guarded("muon"):
+        ours, twin = orthogonalized(matrices.to(bench.device), 5).float().cpu(), orthogonalized(matrices, 5)
+        values = torch.linalg.svdvals(ours)
+        bench.record("muon", to_cpu=distance(ours, twin), smallest=float(values.min()), largest=float(values.max()))
 
 
 class Audit(TorchDispatchMode):
@@ -883,17 +912,20 @@ def optimizer_part(bench: Bench) -> None:
 # toy --------------------------------------------------------------------------------------------------------------------
 
 
+ADAMW = ["train.optimizer=adamw", "train.muon={}"]
+TOY = {
+    "fp32": [],
+    "bfloat16": ["train.compute_dtype=bfloat16"],
+    "split": [*ADAMW, "train.precision=split", "train.recompute=selective"],
+    "split_host": [*ADAMW, "train.precision=split-host", "train.recompute=full"],
+}
+"""Settings of the toy recipe by the precision that is tried; its own optimizer goes with float32 alone."""
+
+
 def toy(bench: Bench) -> None:
     """The toy pipeline by the command line, on one set of data; without an accelerator its first stage only."""
     root = Path(__file__).resolve().parent.parent
-    modes = {
-        "fp32": [],
-        "bfloat16": ["train.compute_dtype=bfloat16"],
-        "split": ["train.precision=split", "train.recompute=selective"],
-        "split_host": ["train.precision=split-host", "train.recompute=full"],
-    }
-    if bench.small:
-        modes = {name: modes[name] for name in ("fp32", "split")}
+    modes = {name: TOY[name] for name in ("fp32", "split")} if bench.small else TOY
     with tempfile.TemporaryDirectory() as directory:
         for name, settings in modes.items():
             with bench.guarded(name, 10):

@@ -1,6 +1,6 @@
 """One stage on 1, 2 and 4 ranks whose ranks are killed at random moments, during a save too; flipped bits; SIGTERM.
 
-    python -m benchmarks.kills_of_ranks [--kills 30] [--seed 1] [--flips 1]
+    python -m benchmarks.kills_of_ranks [--kills 30] [--seed 1] [--flips 1] [--experts 1]
 
 A tiny stage whose checkpoints are written while training goes on (on CPU, gloo); writing is slowed down, so that it lasts several
 steps. Again and again a random rank is killed with SIGKILL: every second time at a random moment of a save, else at a random moment
@@ -9,6 +9,7 @@ as many ranks or on another number, until a part's kills are spent; every run go
 
 - On the same number of ranks the last checkpoint (weights and moments) and all losses must be those of a run that nothing
   disturbed, bit for bit; on changing numbers all losses within 1e-5 of one rank's.
+- With `--experts 2` the experts are divided among pairs of ranks wherever there are two (`train.expert_parallel`).
 - A whole recipe is killed in a stage. A bit is flipped in each of its files: `keural run` must refuse it before a step is done, or
   come to the same weights without what was damaged.
 - SIGTERM during a save: the state of the last step must be a whole checkpoint, and the processes have ended, within 30 seconds.
@@ -51,8 +52,11 @@ class Kills:
     """Ranks of each start."""
 
 
-def train(directory: str, run: str, environment: dict[str, str], slow: float) -> None:
-    """A rank: train the stage of `directory` into its `run`; every block of a checkpoint takes `slow` seconds."""
+def train(directory: str, run: str, environment: dict[str, str], slow: float, experts: int) -> None:
+    """A rank: train the stage of `directory` into its `run`; every block of a checkpoint takes `slow` seconds.
+
+    `experts` is `train.expert_parallel` where that divides the number of ranks.
+    """
     os.environ.update(environment)
     log = os.open(f"{directory}/{run}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -98,8 +102,9 @@ def train(directory: str, run: str, environment: dict[str, str], slow: float) ->
         "name": "stage",
         "objective": "next_token",
         "data": {"sequence_length": 32, "sources": [{"name": "random", "adapter": "text"}]},
-        "train": {"steps": STEPS, "batch_tokens": 256, "lr": 1e-3, "warmup_steps": 2, "save_every": EVERY, "keep_checkpoints": 2},
-    }
+        "train": {"steps": STEPS, "batch_tokens": 256, "lr": 1e-3, "warmup_steps": 2, "save_every": EVERY, "keep_checkpoints": 2,
+                  "expert_parallel": 1 if int(environment["WORLD_SIZE"]) % experts else experts},
+    }  # fmt: skip
     place = Path(directory) / run
     place.mkdir(exist_ok=True)
     job = StageJob(StageSpec.model_validate(spec), 11, config, None, store, None, "0" * 64, place, "f" * 64)
@@ -108,7 +113,7 @@ def train(directory: str, run: str, environment: dict[str, str], slow: float) ->
     os._exit(130 if interrupted else 0)  # without a wait for what the process group still has to tear down
 
 
-def start(directory: Path, run: str, world: int, slow: float) -> list[ForkServerProcess]:
+def start(directory: Path, run: str, world: int, slow: float, experts: int = 1) -> list[ForkServerProcess]:
     """Start the stage on so many ranks."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["keural.train.stage.training", "torch.distributed.checkpoint.hf_storage"])
@@ -119,7 +124,7 @@ def start(directory: Path, run: str, world: int, slow: float) -> list[ForkServer
     for rank in range(world):
         environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world), "RANK": str(rank)}
         environment |= {"LOCAL_RANK": str(rank)} if world > 1 else {}
-        arguments = (str(directory), run, environment, slow)
+        arguments = (str(directory), run, environment, slow, experts)
         ranks.append(context.Process(target=train, args=arguments))
         ranks[-1].start()
     return ranks
@@ -176,7 +181,7 @@ def kill_once(ranks: Sequence[ForkServerProcess], run: Path, draw: random.Random
 
 
 def killed(
-    directory: Path, part: str, worlds: Sequence[int], kills: int, draw: random.Random, slow: float, longest: float
+    directory: Path, part: str, worlds: Sequence[int], kills: int, draw: random.Random, slow: float, longest: float, experts: int
 ) -> tuple[Kills, list[Path]]:
     """Run the stage to its end again and again until `kills` kills are spent, every start on a number of ranks drawn from `worlds`,
     another than before; what that took, and the finished runs.
@@ -186,7 +191,7 @@ def killed(
         choices = [world for world in worlds if [world] != found.worlds[-1:]] or list(worlds)
         found.worlds.append(draw.choice(choices))
         found.resumed += last_step(runs[-1]) > 0
-        ranks = start(directory, runs[-1].name, found.worlds[-1], slow)
+        ranks = start(directory, runs[-1].name, found.worlds[-1], slow, experts)
         if found.spent == kills:
             finish(ranks)
             return found, runs
@@ -210,18 +215,20 @@ def result(run: Path) -> tuple[dict[str, str], list[float]]:
     return manifest["files"], [line["loss"] for line in lines if "loss" in line]
 
 
-def kill_on_ranks(directory: Path, kills: int, draw: random.Random, slow: float = 0.02, worlds: Sequence[int] = WORLDS) -> Kills:
+def kill_on_ranks(
+    directory: Path, kills: int, draw: random.Random, slow: float = 0.02, worlds: Sequence[int] = WORLDS, experts: int = 1
+) -> Kills:
     """Spend the kills, half of them on the same number of ranks each time, half on changing numbers; prints a row for each part."""
     directory.mkdir(parents=True, exist_ok=True)
     plain, seconds = {}, 0.0
     for world in worlds:
         begun = time.monotonic()
-        finish(start(directory, f"plain-{world}", world, slow))
+        finish(start(directory, f"plain-{world}", world, slow, experts))
         plain[world], seconds = result(directory / f"plain-{world}"), max(seconds, time.monotonic() - begun)
     total, parts = Kills(), [[world] for world in worlds] + [list(worlds)] * len(worlds)
     for number, part in enumerate(parts):
         share = kills // len(parts) + (number < kills % len(parts))
-        found, runs = killed(directory, f"part-{number}", part, share, draw, slow, seconds)
+        found, runs = killed(directory, f"part-{number}", part, share, draw, slow, seconds, experts)
         if len(part) == 1:
             assert all(result(run) == plain[part[0]] for run in runs), "not the bits of the run that was not killed"
             outcome = "equal, bit for bit"
@@ -262,6 +269,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--flips", type=int, default=1, help="bits flipped in each file, one at a time")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--experts", type=int, choices=(1, 2, 4), default=1, help="train.expert_parallel where that divides the ranks"
+    )
     given = parser.parse_args()
     draw = random.Random(given.seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -275,7 +285,7 @@ def main() -> None:
             "beside the undisturbed run",
         )
         print(f"| {' | '.join(names)} |\n|---|---:|---:|---:|---:|---|")
-        total = kill_on_ranks(work / "ranks", given.kills, draw)
+        total = kill_on_ranks(work / "ranks", given.kills, draw, experts=given.experts)
         print(f"\n{total.spent} kills, {total.in_a_save} of them while a checkpoint was written\n", flush=True)
         assert total.in_a_save * 3 >= total.spent
         print("| SIGTERM during a save, ranks | seconds until all had saved and ended |\n|---|---:|")

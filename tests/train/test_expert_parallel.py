@@ -145,11 +145,19 @@ def test_compiled_layers_with_divided_experts_give_the_gradients_of_one_process(
 
 
 @pytest.mark.slow
-def test_compiled_layers_with_divided_experts_in_bfloat16_come_as_close_as_it_allows(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"compute_dtype": "bfloat16", "expert_parallel": 2},
+        {"compute_dtype": "bfloat16", "precision": "split", "expert_parallel": 2, "shard_over": 2},
+        {"compute_dtype": "bfloat16", "precision": "split", "shard_over": 2},
+    ],
+    ids=["experts", "split, copies", "split, no experts"],
+)
+def test_compiled_layers_in_bfloat16_come_as_close_as_it_allows(tmp_path: Path, train: Mapping[str, Any]) -> None:
     """Every token goes to all experts: a choice that is nearly tied falls otherwise when a product is rounded otherwise."""
-    way: dict[str, Any] = {"compute_dtype": "bfloat16", "expert_parallel": 2}
     compared: Ways = {
-        f"{recompute} {compiled}": way | {"recompute": recompute, "compile": compiled}
+        f"{recompute} {compiled}": {**train, "recompute": recompute, "compile": compiled}
         for recompute in RECOMPUTE
         for compiled in (False, True)
     }

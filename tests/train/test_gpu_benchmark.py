@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu import TOY
+from keural.recipe import load_recipe
+from keural.recipe.shipped import SHIPPED
+
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.py"
+
+
+@pytest.mark.parametrize("mode", TOY)
+def test_the_toy_recipe_takes_the_settings_that_it_is_tried_with(mode: str) -> None:
+    load_recipe(SHIPPED / "toy", TOY[mode])
 
 
 @pytest.mark.slow
@@ -27,5 +36,7 @@ def test_every_part_runs_small_and_finds_the_engine_right(tmp_path: Path) -> Non
     assert check["engine_float32"]["to_float64"] < 1e-5
     assert check["engine_bfloat16_selective_compiled"]["ratio_to_plain"] < 2
     assert check["split"]["same_bits_as_float32"] is True
+    assert max(check["experts_of_any_rows"].values()) < 0.05
+    assert check["muon"]["to_cpu"] == 0
     assert all(check[f"discipline_{mode}"]["waiting_operations"] == 0 for mode in ("none", "selective", "full"))
     assert [found["toy"][mode]["exit_code"] for mode in ("fp32", "split")] == [0, 0]

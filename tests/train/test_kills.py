@@ -10,9 +10,10 @@ from benchmarks.kills_of_ranks import kill_on_ranks, stop_on_ranks
 pytestmark = pytest.mark.slow
 
 
-def test_a_rank_that_is_killed_costs_no_bit_on_as_many_ranks_and_no_loss_on_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize("experts", [1, 2])
+def test_a_rank_that_is_killed_costs_no_bit_on_as_many_ranks_and_no_loss_on_others(tmp_path: Path, experts: int) -> None:
     """It asserts that itself, of every run that comes to its end."""
-    total = kill_on_ranks(tmp_path, 6, random.Random(2), worlds=(1, 2))
+    total = kill_on_ranks(tmp_path, 6, random.Random(2), worlds=(1, 2), experts=experts)
 
     assert (total.spent, total.runs >= 4) == (6, True)
     assert total.in_a_save >= 2

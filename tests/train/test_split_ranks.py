@@ -107,29 +107,30 @@ def test_any_number_of_ranks_steps_bit_for_bit_as_one(tmp_path: Path, world: int
     on_ranks(world, step_beside_one, str(tmp_path), shard_over, experts)
 
 
-def take_over(directory: str, out: str, written_by_one: str) -> None:
+def take_over(directory: str, out: str, written_by_one: str, experts: int) -> None:
     """Two steps and a checkpoint on these ranks; and what they load of a checkpoint that one process wrote."""
     with session() as ranks:
-        run = opened(directory, ranks, "many")
+        run = opened(directory, ranks, "many", expert_parallel=experts)
         for step in range(2):
             train_step(run.trainer, step)
         run.progress.step = 2
         run.checkpoints.save(run.trainer.policy.model, run.trainer.optimizer, run.progress)
         written = state_of(run, ranks)
-        loaded = state_of(opened(directory, ranks, written_by_one), ranks)
+        loaded = state_of(opened(directory, ranks, written_by_one, expert_parallel=experts), ranks)
         if ranks.is_main:
             torch.save({"written": written, "loaded": loaded}, out)
 
 
 @pytest.mark.slow
-def test_a_checkpoint_goes_from_one_process_to_two_and_back_with_every_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("world", "experts"), [(2, 1), (2, 2), (4, 2)])
+def test_a_checkpoint_goes_from_one_process_to_several_and_back_with_every_bit(tmp_path: Path, world: int, experts: int) -> None:
     alone = Ranks(0, 1, CPU)
     one = opened(str(tmp_path), alone, "one")
     for step in range(2):
         train_step(one.trainer, step)
     one.progress.step = 2
     one.checkpoints.save(one.trainer.policy.model, one.trainer.optimizer, one.progress)
-    on_ranks(2, take_over, str(tmp_path), str(tmp_path / "two.pt"), "one")
+    on_ranks(world, take_over, str(tmp_path), str(tmp_path / "two.pt"), "one", experts)
     two = torch.load(tmp_path / "two.pt", weights_only=True)
 
     back = open_run(small_job(tmp_path, run="many", train=TRAIN))

@@ -27,7 +27,8 @@ class MuonSpec(Spec):
 def why_not_muon(train: "TrainSpec", adapted: bool) -> str | None:
     """Why a stage with these settings cannot use Muon, or its settings are not read; None when all is well."""
     if train.optimizer != "muon":
-        return "train.muon has no effect with train.optimizer adamw" if "muon" in train.model_fields_set else None
+        unread = train.muon.model_fields_set  # `train.muon={}` takes back what a recipe says
+        return "train.muon has no effect with train.optimizer adamw; leave it out, or give train.muon={}" if unread else None
     if adapted:
         return "train.optimizer muon is for whole matrices; lora trains pairs of thin ones, with adamw"
     if train.precision != "fp32":

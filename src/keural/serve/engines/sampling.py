@@ -8,6 +8,7 @@ transformers' processors: repetition penalty, temperature, nucleus.
 import math
 import random
 import threading
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import Literal
 
@@ -30,9 +31,17 @@ BUCKETS = (int(np.float32(1).view(np.int32)) >> LOW_BITS) + 1
 """Weights are at most 1."""
 
 NOT_FINITE = "the model's logits are not finite: its weights are damaged, or its precision is too small for them"
-LIKELY, FEW = np.float32(1e-4), 8192
-"""A nucleus is first looked for among the tokens with more than this part of the best one's probability, where they are few:
-sorting so few is quicker than numbering buckets. The best one is always among them."""
+UNLIKELY, FEW = 3000, 8192
+"""The token is first looked for among those with more than so small a part of the mass that comes after it, where they are few:
+sorting so few is quicker than numbering buckets."""
+WARM = 0.5
+"""From this temperature on weights are summed without being compared with the best one's first, which is one pass less over a row."""
+ROUGHLY = 1e-5
+"""Weights summed in float32 miss their sum by less than this part of it: 32,768 of them, added up pairwise in eight lanes, by 27
+roundings, 1.6e-6, and those that were not compared with the best one by two more of the exponent, 3.5e-6 where it is up to 28."""
+LEAST_MASS, LARGEST_MASS = 1e-8, 1e12
+"""Sums that weights may have which were not compared with the best one: its exponent is between -31 and 28, so that others are
+neither beyond float32 nor, where they count, below what it holds in full."""
 PART = 8192
 """Weights are summed so many at a time: memory for all of them would be asked of the system, and given back, with every token."""
 PIECE = 32_768
@@ -115,16 +124,18 @@ def choose(logits: Logits, samplers: Sequence[Sampler]) -> list[int]:
     return [token for token in tokens if token is not None]
 
 
-def choose_where_possible(logits: Logits, samplers: Sequence[Sampler]) -> list[int | None]:
-    """See `choose`; None for a row of which it would raise, so that one answer's settings cost no other one its token."""
+def choose_where_possible(logits: Logits | Sequence[Logits], samplers: Sequence[Sampler]) -> list[int | None]:
+    """See `choose`; None for a row of which it would raise, so that one answer's settings cost no other one its token. The rows
+    may be a list of them, each where it lies.
+    """
     if len(logits) != len(samplers):
         raise ValueError(f"{len(logits)} rows of logits for {len(samplers)} answers")
     rows = _in_memory(logits)
     if rows is not None:
-        with np.errstate(over="ignore"):  # what is beyond float32 is so unlikely, or is looked at
+        with np.errstate(over="ignore"):
             tokens = [choose_row(row, sampler) for row, sampler in zip(rows, samplers, strict=True)]
     else:
-        tokens = choose_by_sorting(torch.as_tensor(logits), samplers)
+        tokens = choose_by_sorting(_together(logits), samplers)
     for token, sampler in zip(tokens, samplers, strict=True):
         if token is not None:
             sampler.see(token)
@@ -140,15 +151,26 @@ def are_finite(logits: Logits) -> list[bool]:
     return found
 
 
-def _in_memory(logits: Logits) -> Floats | None:
-    """The same logits for NumPy; None where they lie in the memory of an accelerator."""
+def _in_memory(logits: Logits | Sequence[Logits]) -> Floats | list[Floats] | None:
+    """The same rows for NumPy; None where they lie in the memory of an accelerator."""
     if isinstance(logits, np.ndarray):
         return logits
-    return logits.numpy() if logits.device.type == "cpu" else None
+    if isinstance(logits, Tensor):
+        return logits.numpy() if logits.device.type == "cpu" else None
+    rows = [_in_memory(row) for row in logits]
+    return None if any(row is None for row in rows) else rows  # type: ignore[return-value]
+
+
+def _together(logits: Logits | Sequence[Logits]) -> Tensor:
+    """Rows as one tensor `[N, V]`."""
+    if isinstance(logits, Tensor | np.ndarray):
+        return torch.as_tensor(logits)
+    return torch.stack([torch.as_tensor(row) for row in logits])
 
 
 def choose_row(logits: Floats, sampler: Sampler) -> int | None:
-    """See `choose_where_possible`; one row `[V]`, by NumPy in this thread: the network's threads are not woken for it.
+    """See `choose_where_possible`; one row `[V]`, by NumPy in this thread: the network's threads are not woken for it. Numbers
+    beyond float32 come up and are looked at: call it where they raise no warning.
 
     What was seen is penalized in the row itself, and put back: a copy of the row costs as much as a greedy choice.
     """
@@ -174,14 +196,18 @@ def _penalized(logits: Floats, penalty: float) -> Floats:
 
 def _of_scores(scores: Floats, sampling: SamplingParams, number: float) -> int | None:
     """The token at the part `number` of what may come, by penalized logits `[V]`; None where the best is not finite."""
-    best = int(scores.argmax())  # of a NaN, where there is one
-    top = scores[best]
-    if not math.isfinite(top):
-        return None
     if sampling.temperature < GREEDY_BELOW:
-        return best
+        best = int(scores.argmax())  # of a NaN, where there is one
+        return best if math.isfinite(scores[best]) else None
     temperature = np.float32(sampling.temperature)
     _room.fit(len(scores))
+    if sampling.top_p < 1 and sampling.temperature >= WARM:
+        found = _of_few(scores, np.float32(0), temperature, sampling.top_p, number)
+        if found is not None:
+            return found
+    top = scores[scores.argmax()]
+    if not math.isfinite(top):
+        return None
     if sampling.top_p < 1:
         found = _of_few(scores, top, temperature, sampling.top_p, number)
         if found is not None:
@@ -196,33 +222,57 @@ def _weights(scores: Floats, top: np.float32, temperature: np.float32, out: Floa
     return np.exp(out, out=out)
 
 
-def _of_few(scores: Floats, top: np.float32, temperature: np.float32, top_p: float, number: float) -> int | None:
-    """See `_of_nucleus`; from the tokens that are `LIKELY`, None where these are many or do not have the nucleus's mass."""
-    scratch, marks = _room.weights[:PIECE], _room.marks[:PIECE]
-    whole, count, places, masses = 0.0, 0, [], []
-    for start in range(0, len(scores), PIECE):
-        piece = scores[start : start + PIECE]
-        weights = _weights(piece, top, temperature, scratch[: len(piece)])
-        whole += float(weights.sum(dtype=np.float64))
-        (found,) = np.greater(weights, LIKELY, out=marks[: len(piece)]).nonzero()
-        count += len(found)
-        if count > FEW:
-            return None
-        if len(found):
-            places.append(found + start)
-            masses.append(weights[found])
-    wanted = (top_p - ENOUGH) * whole
-    tokens, likely = np.concatenate(places), np.concatenate(masses)
-    rising = np.sort(likely)
+def _of_few(scores: Floats, zero: np.float32, temperature: np.float32, top_p: float, number: float) -> int | None:
+    """See `_of_nucleus`; from the few tokens that are likely, by sums of the weights that a score of `zero` is 1 of.
+
+    None where likely tokens are many or the sums are too large or small; and where it takes the exact sum of all weights to say
+    which token it is. The rough one gives two bounds, and nearly always both lead to the same token.
+    """
+    whole = _rough_mass(scores, zero, temperature)
+    if not LEAST_MASS < whole < LARGEST_MASS:  # nor if it is no number
+        return None
+    least = (1 - top_p * number) * whole / UNLIKELY
+    (tokens,) = np.greater(scores, zero + temperature * np.float32(math.log(least)), out=_room.marks).nonzero()
+    if not 0 < len(tokens) <= FEW:
+        return None
+    likely = scores[tokens]
+    top = np.maximum.reduce(likely)
+    unit = math.exp((float(top) - float(zero)) / float(temperature))
+    rising = np.sort(_weights(likely, top, temperature, likely))
     ranked = rising[::-1]
     sums = ranked.cumsum(dtype=np.float64)
-    if sums[-1] < wanted + ENOUGH:  # with room for sums in another order
+    wanted = (top_p - ENOUGH) * whole / unit
+    rank = _rank(sums, wanted * (1 - ROUGHLY), 0.0, number)
+    if rank == len(sums) or rank != _rank(sums, wanted * (1 + ROUGHLY), least / unit, number):
         return None
-    last = int(sums.searchsorted(wanted, "left"))
-    rank = min(int(sums.searchsorted(number * sums[last], "right")), last)
     # Sorting weights is quicker than sorting places; among equally probable tokens the lowest id comes first.
-    first = len(ranked) - int(rising.searchsorted(ranked[rank], "right"))
+    first = len(ranked) - bisect_right(rising, ranked[rank])
     return int(tokens[(likely == ranked[rank]).nonzero()[0][rank - first]])
+
+
+def _rough_mass(scores: Floats, zero: np.float32, temperature: np.float32) -> float:
+    """The sum of the tokens' `_weights`, up to `ROUGHLY`."""
+    factor = np.float32(1) / temperature
+    size = -(-len(scores) // max(1, round(len(scores) / PIECE)))
+    whole = 0.0
+    for start in range(0, len(scores), size):
+        piece = scores[start : start + size]
+        weights = _room.weights[: len(piece)]
+        if zero:
+            np.subtract(piece, zero, out=weights)
+            piece = weights
+        np.multiply(piece, factor, out=weights)
+        whole += float(np.add.reduce(np.exp(weights, out=weights)))
+    return whole
+
+
+def _rank(sums: NDArray[np.float64], wanted: float, next_weight: float, number: float) -> int:
+    """Where the token at the part `number` of the nucleus is among the likely ones, which have these `sums`, if the nucleus ends
+    where they reach `wanted`, or behind them with a token of the next weight.
+    """
+    end = bisect_left(sums, wanted)
+    mass = sums[end] if end < len(sums) else wanted + next_weight
+    return min(bisect_right(sums, number * mass), end)
 
 
 def _of_nucleus(weights: Floats, top_p: float, number: float) -> int:

@@ -13,12 +13,12 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, 
 
 from keural.errors import UserError
 from keural.serve.engines import sampling as sampling_room
-from keural.serve.engines.sampling import PIECE, Sampler, are_finite, choose, choose_by_sorting, choose_where_possible
+from keural.serve.engines.sampling import PIECE, Sampler, are_finite, choose, choose_by_sorting, choose_where_possible, quiet
 from keural.serve.engines.sampling_params import SamplingParams
 from tests.helpers.next_token import next_token_distribution, token_at
 
 VOCABULARY = 131_074
-WAYS = {"row by row": choose_where_possible, "by sorting": choose_by_sorting}
+WAYS = {"row by row": quiet(choose_where_possible), "by sorting": choose_by_sorting}
 
 
 class At(Sampler):
@@ -172,6 +172,36 @@ def test_the_short_way_for_a_few_likely_tokens_takes_the_same_ones(monkeypatch: 
     half = len(shortened) // 2
     assert any(shortened[:half])
     assert not any(shortened[half:])
+
+
+def test_numbers_at_the_border_between_two_tokens_are_decided_by_exact_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampling = SamplingParams(0.7, 0.9, 1.0)
+    logits, _, _ = random_case(4, VOCABULARY, 3.0)
+    borders = (
+        next_token_distribution(logits, torch.zeros(VOCABULARY, dtype=torch.bool), sampling).sort(descending=True)[0].cumsum(0)
+    )
+    numbers = [float(borders[rank]) + miss for rank in (0, 3, 20, 90) for miss in (-3e-7, 3e-7)]
+
+    def chosen() -> list[int]:
+        return choose(logits.expand(len(numbers), -1), [At(number, sampling, [], VOCABULARY) for number in numbers])
+
+    found = chosen()
+    monkeypatch.setattr(sampling_room, "FEW", 0)
+
+    assert found == chosen()
+    assert all(before != after for before, after in zip(found[::2], found[1::2], strict=True))
+
+
+@pytest.mark.parametrize("shift", [-90.0, -20.0, 0.0, 18.0, 25.0, 90.0, 1e5])
+def test_what_is_added_to_all_logits_changes_no_choice(shift: float) -> None:
+    logits = (random_case(6, 5000, 3.0)[0] * 64).round() / 64  # so that the sums are exact
+    sampling = SamplingParams(0.7, 0.9, 1.0)
+    numbers = [0.0, 0.2, 0.5, 0.8, 0.999]
+
+    def chosen(row: Tensor) -> list[int]:
+        return choose(row.expand(len(numbers), -1), [At(number, sampling, [], 5000) for number in numbers])
+
+    assert chosen(logits + shift) == chosen(logits)
 
 
 def test_a_token_of_the_answer_is_penalized_from_then_on() -> None:

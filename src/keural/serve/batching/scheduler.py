@@ -22,7 +22,7 @@ from keural.serve.batching.requests import Chosen, End, Request
 from keural.serve.batching.runner import Cancelled, Deliver, Pace, Stats, Ticket, Unhonoured
 from keural.serve.batching.slots import Row, Slots
 from keural.serve.engines.decoding import check_prompt, common_prefix
-from keural.serve.engines.sampling import NOT_FINITE, Logits, Sampler, are_finite, choose_where_possible
+from keural.serve.engines.sampling import NOT_FINITE, Logits, Sampler, are_finite, choose_where_possible, quiet
 
 FAILURES_IN_A_ROW = 3
 """Failed steps after which the network is taken for broken."""
@@ -157,6 +157,7 @@ class Scheduler:
 
     # In the network's thread
 
+    @quiet
     def _run(self) -> None:
         try:
             while self._turn():

@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, 
 
 from keural.errors import UserError
 from keural.serve.engines import sampling as sampling_room
-from keural.serve.engines.sampling import PIECE, Sampler, are_finite, choose, choose_by_sorting, choose_where_possible, quiet
+from keural.serve.engines.sampling import PIECE, Sampler, choose, choose_by_sorting, choose_where_possible, have_best, quiet
 from keural.serve.engines.sampling_params import SamplingParams
 from tests.helpers.next_token import next_token_distribution, token_at
 
@@ -276,7 +276,16 @@ def test_of_an_array_the_same_tokens_come_as_of_a_tensor() -> None:
         return [Sampler(SamplingParams(0.2 * seed, 0.9, 1.1, seed=seed), [seed, 7], 70_000) for seed in range(6)]
 
     assert choose(logits.numpy(), samplers()) == choose(logits, samplers())
-    assert are_finite(logits.numpy()) == are_finite(logits) == [True] * 4 + [False, True]
+
+
+def test_a_row_has_a_best_token_if_the_largest_logit_is_a_number() -> None:
+    logits = torch.zeros(5, 9)
+    logits[1, 2] = float("-inf")
+    logits[2] = float("-inf")
+    logits[3, 2] = float("inf")
+    logits[4, 2] = float("nan")
+
+    assert have_best(logits.numpy()) == have_best(logits) == [True, True, False, False, False]
 
 
 @pytest.mark.parametrize("size", [PIECE - 1, PIECE, PIECE + 1, 2 * PIECE])

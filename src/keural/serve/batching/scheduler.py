@@ -22,7 +22,7 @@ from keural.serve.batching.requests import Chosen, End, Request
 from keural.serve.batching.runner import Cancelled, Deliver, Pace, Stats, Ticket, Unhonoured
 from keural.serve.batching.slots import Row, Slots
 from keural.serve.engines.decoding import check_prompt, common_prefix
-from keural.serve.engines.sampling import NOT_FINITE, Logits, Sampler, are_finite, choose_where_possible, quiet
+from keural.serve.engines.sampling import NOT_FINITE, Logits, Sampler, choose_where_possible, have_best, quiet
 
 FAILURES_IN_A_ROW = 3
 """Failed steps after which the network is taken for broken."""
@@ -34,6 +34,8 @@ GIVE_WAY = 5e-4
 wait until it ends.
 """
 
+LEAST_LOGPROB = -9999.0
+"""The log-probability of a token that the network rules out: OpenAI's word for it, where JSON has none for minus infinity."""
 FORM_FAILED = "no token may come next by the form that was asked for"
 
 log = logging.getLogger("keural.serve")
@@ -297,7 +299,7 @@ class Scheduler:
         """The logits `[V]` of those that are still to go on, and their places; others have ended."""
         places: list[int] = []
         rows: list[Logits] = []
-        for place, (ticket, good) in enumerate(zip(tickets, are_finite(logits), strict=True)):
+        for place, (ticket, good) in enumerate(zip(tickets, have_best(logits), strict=True)):
             if not good:
                 self._end(ticket, "error", NOT_FINITE)
             elif (scores := logits[place] if ticket.is_plain else self._shaped(ticket, torch.as_tensor(logits[place]))) is not None:
@@ -381,6 +383,6 @@ class Scheduler:
 
 
 def _with_logprobs(token: int, logits: Tensor, top: int) -> Chosen:
-    logprobs = logits.double().log_softmax(dim=-1)
+    logprobs = logits.double().log_softmax(dim=-1).clamp_min(LEAST_LOGPROB)
     values, ids = logprobs.topk(top) if top else (logprobs[:0], logprobs[:0])
     return Chosen(token, float(logprobs[token]), tuple(zip(map(int, ids.tolist()), values.tolist(), strict=True)))

@@ -35,7 +35,7 @@ UNLIKELY, FEW = 3000, 8192
 """The token is first looked for among those with more than so small a part of the mass that comes after it, where they are few:
 sorting so few is quicker than numbering buckets."""
 WARM = 0.5
-"""From this temperature on weights are summed without being compared with the best one's first, which is one pass less over a row."""
+"""From this temperature on weights are summed without being compared with the best one first: one pass less over a row."""
 ROUGHLY = 1e-5
 """Weights summed in float32 miss their sum by less than this part of it: 32,768 of them, added up pairwise in eight lanes, by 27
 roundings, 1.6e-6, and those that were not compared with the best one by two more of the exponent, 3.5e-6 where it is up to 28."""
@@ -149,12 +149,14 @@ def choose_where_possible(logits: Logits | Sequence[Logits], samplers: Sequence[
     return tokens
 
 
-def are_finite(logits: Logits) -> list[bool]:
-    """For each row of `logits` `[N, V]` whether all of it is finite."""
+def have_best(logits: Logits) -> list[bool]:
+    """For each row of `logits` `[N, V]` whether it has a most probable token: not where a logit is not a number or infinite, nor
+    where all are minus infinity.
+    """
     rows = _in_memory(logits)
     if rows is not None:
-        return [math.isfinite(np.minimum.reduce(row)) and math.isfinite(np.maximum.reduce(row)) for row in rows]
-    found: list[bool] = torch.isfinite(torch.as_tensor(logits)).all(dim=-1).tolist()
+        return [math.isfinite(np.maximum.reduce(row)) for row in rows]
+    found: list[bool] = torch.isfinite(torch.as_tensor(logits).amax(dim=-1)).tolist()
     return found
 
 
@@ -206,18 +208,18 @@ def _of_scores(scores: Floats, sampling: SamplingParams, number: float) -> int |
         return best if math.isfinite(scores[best]) else None
     temperature = np.float32(sampling.temperature)
     _room.fit(len(scores))
-    if sampling.top_p < 1 and sampling.temperature >= WARM:
-        found = _of_few(scores, np.float32(0), temperature, sampling.top_p, number)
-        if found is not None:
-            return found
-    top = scores[scores.argmax()]
-    if not math.isfinite(top):
-        return None
-    if sampling.top_p < 1:
-        found = _of_few(scores, top, temperature, sampling.top_p, number)
-        if found is not None:
-            return found
-    return _of_nucleus(_weights(scores, top, temperature, _room.weights), sampling.top_p, number)
+    zero, top_p, whole = np.float32(0), sampling.top_p, 0.0
+    if top_p < 1 and sampling.temperature >= WARM:
+        whole = _rough_mass(scores, zero, temperature)
+    if not LEAST_MASS < whole < LARGEST_MASS:  # nor if it is no number
+        zero = scores[scores.argmax()]
+        if not math.isfinite(zero):
+            return None
+        whole = _rough_mass(scores, zero, temperature) if top_p < 1 else 0.0
+    found = _of_few(scores, zero, whole, temperature, top_p, number) if top_p < 1 else None
+    if found is None:
+        found = _of_nucleus(_weights(scores, scores[scores.argmax()], temperature, _room.weights), top_p, number)
+    return found
 
 
 def _weights(scores: Floats, zero: np.float32, temperature: np.float32, out: Floats) -> Floats:
@@ -228,15 +230,13 @@ def _weights(scores: Floats, zero: np.float32, temperature: np.float32, out: Flo
     return np.exp(out, out=out)
 
 
-def _of_few(scores: Floats, zero: np.float32, temperature: np.float32, top_p: float, number: float) -> int | None:
-    """See `_of_nucleus`; from the few tokens that are likely, by sums of the weights that a score of `zero` is 1 of.
+def _of_few(scores: Floats, zero: np.float32, whole: float, temperature: np.float32, top_p: float, number: float) -> int | None:
+    """See `_of_nucleus`; from the few tokens that are likely. The sum of all weights, of which a score of `zero` has 1, is `whole`
+    up to `ROUGHLY`.
 
-    None where likely tokens are many or the sums are too large or small; and where it takes the exact sum of all weights to say
-    which token it is. The rough one gives two bounds, and nearly always both lead to the same token.
+    None where likely tokens are many, and where it takes the exact sum to say which token it is: the rough one gives two bounds,
+    and nearly always both lead to the same token.
     """
-    whole = _rough_mass(scores, zero, temperature)
-    if not LEAST_MASS < whole < LARGEST_MASS:  # nor if it is no number
-        return None
     least = (1 - top_p * number) * whole / UNLIKELY
     (tokens,) = np.greater(scores, zero + temperature * np.float32(math.log(least)), out=_room.marks).nonzero()
     if not 0 < len(tokens) <= FEW:

@@ -121,8 +121,10 @@ class _Batch:
         return self._batch
 
 
-def _address(function: Any) -> int | None:
-    return ctypes.cast(function, ctypes.c_void_p).value
+def _address(function: Any) -> int:
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None
+    return address
 
 
 def _pointer(array: NDArray[Any], kind: Any) -> Any:

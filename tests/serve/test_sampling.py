@@ -13,12 +13,12 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, 
 
 from keural.errors import UserError
 from keural.serve.engines import sampling as sampling_room
-from keural.serve.engines.sampling import PIECE, Sampler, are_finite, choose, choose_by_sorting, choose_where_possible
+from keural.serve.engines.sampling import PIECE, Sampler, choose, choose_by_sorting, choose_where_possible, have_best, quiet
 from keural.serve.engines.sampling_params import SamplingParams
 from tests.helpers.next_token import next_token_distribution, token_at
 
 VOCABULARY = 131_074
-WAYS = {"row by row": choose_where_possible, "by sorting": choose_by_sorting}
+WAYS = {"row by row": quiet(choose_where_possible), "by sorting": choose_by_sorting}
 
 
 class At(Sampler):
@@ -174,6 +174,36 @@ def test_the_short_way_for_a_few_likely_tokens_takes_the_same_ones(monkeypatch: 
     assert not any(shortened[half:])
 
 
+def test_numbers_at_the_border_between_two_tokens_are_decided_by_exact_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampling = SamplingParams(0.7, 0.9, 1.0)
+    logits, _, _ = random_case(4, VOCABULARY, 3.0)
+    borders = (
+        next_token_distribution(logits, torch.zeros(VOCABULARY, dtype=torch.bool), sampling).sort(descending=True)[0].cumsum(0)
+    )
+    numbers = [float(borders[rank]) + miss for rank in (0, 3, 20, 90) for miss in (-3e-7, 3e-7)]
+
+    def chosen() -> list[int]:
+        return choose(logits.expand(len(numbers), -1), [At(number, sampling, [], VOCABULARY) for number in numbers])
+
+    found = chosen()
+    monkeypatch.setattr(sampling_room, "FEW", 0)
+
+    assert found == chosen()
+    assert all(before != after for before, after in zip(found[::2], found[1::2], strict=True))
+
+
+@pytest.mark.parametrize("shift", [-90.0, -20.0, 0.0, 18.0, 25.0, 90.0, 1e5])
+def test_what_is_added_to_all_logits_changes_no_choice(shift: float) -> None:
+    logits = (random_case(6, 5000, 3.0)[0] * 64).round() / 64  # so that the sums are exact
+    sampling = SamplingParams(0.7, 0.9, 1.0)
+    numbers = [0.0, 0.2, 0.5, 0.8, 0.999]
+
+    def chosen(row: Tensor) -> list[int]:
+        return choose(row.expand(len(numbers), -1), [At(number, sampling, [], 5000) for number in numbers])
+
+    assert chosen(logits + shift) == chosen(logits)
+
+
 def test_a_token_of_the_answer_is_penalized_from_then_on() -> None:
     sampler = Sampler(SamplingParams(temperature=0, repetition_penalty=2.0), [], 40)
     logits = torch.arange(40.0)[None]
@@ -246,7 +276,16 @@ def test_of_an_array_the_same_tokens_come_as_of_a_tensor() -> None:
         return [Sampler(SamplingParams(0.2 * seed, 0.9, 1.1, seed=seed), [seed, 7], 70_000) for seed in range(6)]
 
     assert choose(logits.numpy(), samplers()) == choose(logits, samplers())
-    assert are_finite(logits.numpy()) == are_finite(logits) == [True] * 4 + [False, True]
+
+
+def test_a_row_has_a_best_token_if_the_largest_logit_is_a_number() -> None:
+    logits = torch.zeros(5, 9)
+    logits[1, 2] = float("-inf")
+    logits[2] = float("-inf")
+    logits[3, 2] = float("inf")
+    logits[4, 2] = float("nan")
+
+    assert have_best(logits.numpy()) == have_best(logits) == [True, True, False, False, False]
 
 
 @pytest.mark.parametrize("size", [PIECE - 1, PIECE, PIECE + 1, 2 * PIECE])

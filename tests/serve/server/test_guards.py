@@ -45,9 +45,13 @@ class TestADisconnectedClient:
 def test_an_answer_that_came_to_a_stop_string_does_not_count_as_given_up(start: Start, stream: bool) -> None:
     running, client = start()
 
-    assert ask(client, max_tokens=100, stop="cat", stream=stream, n=2).status_code == 200
+    response = ask(client, max_tokens=100, stop="cat", stream=stream, n=2)
 
+    assert response.status_code == 200
     wait_until(lambda: running.running == 0)
+    if not stream:
+        kept = response.json()["usage"]["completion_tokens"]
+        wait_until(lambda: f'keural:request_generation_tokens_sum{{model_name="tiny"}} {kept}.0' in client.get("/metrics").text)
     assert running.service.answers.scheduler.stats.finished == {"stop": 2}
     assert 'keural:request_success_total{finished_reason="stop",model_name="tiny"} 2.0' in client.get("/metrics").text
 

@@ -36,6 +36,8 @@ class LlamaSlots:
         self.on_processors = not llama_cpp.llama_supports_gpu_offload()
         self._context, self._memory = self._opened.context, self._opened.memory
         self._batch = _Batch(self.alone_tokens)
+        prototype = ctypes.PYFUNCTYPE if self.on_processors else ctypes.CFUNCTYPE  # it waits for an accelerator: without the lock
+        self._address_of_logits = prototype(ctypes.c_void_p, ctypes.c_void_p)(_address(llama_cpp.llama_get_logits))
         self._logits: tuple[int, NDArray[np.float32]] = 0, np.empty((0, self.tokenizer.vocab_size), dtype=np.float32)
         """Where llama.cpp has its logits, and an array of them."""
 
@@ -57,12 +59,14 @@ class LlamaSlots:
         choice, and an array for it nearly so.
         """
         address, rows = self._logits
-        if wanted:
-            logits = llama_cpp.llama_get_logits(self._context)
-            if (ctypes.addressof(logits.contents), wanted) != (address, len(rows)):
-                rows = np.ctypeslib.as_array(logits, (wanted, self.tokenizer.vocab_size))
-                self._logits = ctypes.addressof(logits.contents), rows
-        return rows[:wanted]
+        if not wanted:
+            return rows[:0]
+        now = self._address_of_logits(self._context)  # ctypes' pointers take longer to look into than it
+        if now != address or wanted != len(rows):
+            logits = ctypes.cast(now, ctypes.POINTER(ctypes.c_float))
+            rows = np.ctypeslib.as_array(logits, (wanted, self.tokenizer.vocab_size))
+            self._logits = now, rows
+        return rows
 
     def cut(self, slot: int, length: int) -> int:
         """See `Slots.cut`."""
@@ -115,6 +119,12 @@ class _Batch:
             self._wants[end - 1] = row.wants_logits
         self._batch.n_tokens = end
         return self._batch
+
+
+def _address(function: Any) -> int:
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None
+    return address
 
 
 def _pointer(array: NDArray[Any], kind: Any) -> Any:

@@ -22,7 +22,7 @@ from keural.serve.batching.requests import Chosen, End, Request
 from keural.serve.batching.runner import Cancelled, Deliver, Pace, Stats, Ticket, Unhonoured
 from keural.serve.batching.slots import Row, Slots
 from keural.serve.engines.decoding import check_prompt, common_prefix
-from keural.serve.engines.sampling import NOT_FINITE, Logits, Sampler, are_finite, choose_where_possible
+from keural.serve.engines.sampling import NOT_FINITE, Logits, Sampler, choose_where_possible, have_best, quiet
 
 FAILURES_IN_A_ROW = 3
 """Failed steps after which the network is taken for broken."""
@@ -34,6 +34,8 @@ GIVE_WAY = 5e-4
 wait until it ends.
 """
 
+LEAST_LOGPROB = -9999.0
+"""The log-probability of a token that the network rules out: OpenAI's word for it, where JSON has none for minus infinity."""
 FORM_FAILED = "no token may come next by the form that was asked for"
 
 log = logging.getLogger("keural.serve")
@@ -157,6 +159,7 @@ class Scheduler:
 
     # In the network's thread
 
+    @quiet
     def _run(self) -> None:
         try:
             while self._turn():
@@ -280,37 +283,33 @@ class Scheduler:
 
     def _choose(self, tickets: list[SampledTicket], logits: Logits) -> None:
         """The next token of each answer; one whose own settings fail ends alone."""
-        good = are_finite(logits)
-        if all(good) and all(ticket.is_plain for ticket in tickets):
+        if all(ticket.is_plain for ticket in tickets):
             places: Sequence[int] = range(len(tickets))
-            shaped = logits
+            tokens = choose_where_possible(logits, [ticket.sampler for ticket in tickets])
         else:
-            places, shaped = self._shape(tickets, logits, good)
-        if not places:
-            return
-        tokens = choose_where_possible(shaped, [tickets[place].sampler for place in places])
+            places, shaped = self._shape(tickets, logits)
+            tokens = choose_where_possible(shaped, [tickets[place].sampler for place in places])
         for place, token in zip(places, tokens, strict=True):
             if token is None:
                 self._end(tickets[place], "error", NOT_FINITE)
             else:
                 self._take(tickets[place], token, logits, place)
 
-    def _shape(self, tickets: list[SampledTicket], logits: Logits, good: Sequence[bool]) -> tuple[list[int], Tensor]:
-        """The logits `[N, V]` of those that are still to go on, and their places; others have ended."""
-        places, rows = [], []
-        for place, ticket in enumerate(tickets):
-            if not good[place]:
+    def _shape(self, tickets: list[SampledTicket], logits: Logits) -> tuple[list[int], list[Logits]]:
+        """The logits `[V]` of those that are still to go on, and their places; others have ended."""
+        places: list[int] = []
+        rows: list[Logits] = []
+        for place, (ticket, good) in enumerate(zip(tickets, have_best(logits), strict=True)):
+            if not good:
                 self._end(ticket, "error", NOT_FINITE)
-            elif (scores := self._shaped(ticket, torch.as_tensor(logits[place]))) is not None:
+            elif (scores := logits[place] if ticket.is_plain else self._shaped(ticket, torch.as_tensor(logits[place]))) is not None:
                 places.append(place)
                 rows.append(scores)
-        return places, torch.stack(rows) if rows else torch.empty(0, self.vocab_size)
+        return places, rows
 
     def _shaped(self, ticket: SampledTicket, logits: Tensor) -> Tensor | None:
         """The logits `[V]` with the request's bias and form; None where that failed, and the request has ended."""
         request = ticket.request
-        if ticket.is_plain:
-            return logits
         scores = logits.clone()
         for token, bias in request.logit_bias.items():
             scores[token] += bias
@@ -384,6 +383,6 @@ class Scheduler:
 
 
 def _with_logprobs(token: int, logits: Tensor, top: int) -> Chosen:
-    logprobs = logits.double().log_softmax(dim=-1)
+    logprobs = logits.double().log_softmax(dim=-1).clamp_min(LEAST_LOGPROB)
     values, ids = logprobs.topk(top) if top else (logprobs[:0], logprobs[:0])
     return Chosen(token, float(logprobs[token]), tuple(zip(map(int, ids.tolist()), values.tolist(), strict=True)))

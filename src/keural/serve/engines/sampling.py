@@ -8,6 +8,7 @@ transformers' processors: repetition penalty, temperature, nucleus.
 import math
 import random
 import threading
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import Literal
 
@@ -30,9 +31,17 @@ BUCKETS = (int(np.float32(1).view(np.int32)) >> LOW_BITS) + 1
 """Weights are at most 1."""
 
 NOT_FINITE = "the model's logits are not finite: its weights are damaged, or its precision is too small for them"
-LIKELY, FEW = np.float32(1e-4), 8192
-"""A nucleus is first looked for among the tokens with more than this part of the best one's probability, where they are few:
-sorting so few is quicker than numbering buckets. The best one is always among them."""
+UNLIKELY, FEW = 3000, 8192
+"""The token is first looked for among those with more than so small a part of the mass that comes after it, where they are few:
+sorting so few is quicker than numbering buckets."""
+WARM = 0.5
+"""From this temperature on weights are summed without being compared with the best one first: one pass less over a row."""
+ROUGHLY = 1e-5
+"""Weights summed in float32 miss their sum by less than this part of it: 32,768 of them, added up pairwise in eight lanes, by 27
+roundings, 1.6e-6, and those that were not compared with the best one by two more of the exponent, 3.5e-6 where it is up to 28."""
+LEAST_MASS, LARGEST_MASS = 1e-8, 1e12
+"""Sums that weights may have which were not compared with the best one: its exponent is between -31 and 28, so that others are
+neither beyond float32 nor, where they count, below what it holds in full."""
 PART = 8192
 """Weights are summed so many at a time: memory for all of them would be asked of the system, and given back, with every token."""
 PIECE = 32_768
@@ -60,6 +69,10 @@ class _Room(threading.local):
 
 
 _room = _Room()
+quiet = np.errstate(over="ignore")
+"""A decorator: numbers beyond float32 come up here and are looked at, so NumPy need not warn of them. Saying so for every token
+takes a tenth of what a greedy choice does.
+"""
 
 
 class Sampler:
@@ -70,6 +83,9 @@ class Sampler:
 
     def __init__(self, sampling: SamplingParams, prompt_ids: Sequence[int], vocab_size: int) -> None:
         self.sampling = sampling
+        penalty = sampling.repetition_penalty
+        self.divisors = np.array([1 / penalty, penalty], dtype=np.float32)
+        """Of the logits that are not above 0, and of those that are, among tokens that were seen."""
         self._numbers = random.Random(sampling.seed)  # Python keeps what a seed gives from release to release
         self.is_seen = np.zeros(vocab_size, dtype=bool)
         """Marks `[V]` of the ids of the prompt and of the answer so far."""
@@ -97,6 +113,7 @@ class Sampler:
         return self._numbers.random()
 
 
+@quiet
 def choose(logits: Logits, samplers: Sequence[Sampler]) -> list[int]:
     """The next token of each answer, which its sampler has then seen. `logits` `[N, V]`, one row a sampler, are left as they were.
 
@@ -115,40 +132,54 @@ def choose(logits: Logits, samplers: Sequence[Sampler]) -> list[int]:
     return [token for token in tokens if token is not None]
 
 
-def choose_where_possible(logits: Logits, samplers: Sequence[Sampler]) -> list[int | None]:
-    """See `choose`; None for a row of which it would raise, so that one answer's settings cost no other one its token."""
+def choose_where_possible(logits: Logits | Sequence[Logits], samplers: Sequence[Sampler]) -> list[int | None]:
+    """See `choose`; None for a row of which it would raise, so that one answer's settings cost no other one its token. The rows
+    may be a list of them, each where it lies. Whoever calls it is `quiet`.
+    """
     if len(logits) != len(samplers):
         raise ValueError(f"{len(logits)} rows of logits for {len(samplers)} answers")
     rows = _in_memory(logits)
     if rows is not None:
-        with np.errstate(over="ignore"):  # what is beyond float32 is so unlikely, or is looked at
-            tokens = [choose_row(row, sampler) for row, sampler in zip(rows, samplers, strict=True)]
+        tokens = [choose_row(row, sampler) for row, sampler in zip(rows, samplers, strict=True)]
     else:
-        tokens = choose_by_sorting(torch.as_tensor(logits), samplers)
+        tokens = choose_by_sorting(_together(logits), samplers)
     for token, sampler in zip(tokens, samplers, strict=True):
         if token is not None:
             sampler.see(token)
     return tokens
 
 
-def are_finite(logits: Logits) -> list[bool]:
-    """For each row of `logits` `[N, V]` whether all of it is finite."""
+def have_best(logits: Logits) -> list[bool]:
+    """For each row of `logits` `[N, V]` whether it has a most probable token: not where a logit is not a number or infinite, nor
+    where all are minus infinity.
+    """
     rows = _in_memory(logits)
     if rows is not None:
-        return [math.isfinite(np.minimum.reduce(row)) and math.isfinite(np.maximum.reduce(row)) for row in rows]
-    found: list[bool] = torch.isfinite(torch.as_tensor(logits)).all(dim=-1).tolist()
+        return [math.isfinite(np.maximum.reduce(row)) for row in rows]
+    found: list[bool] = torch.isfinite(torch.as_tensor(logits).amax(dim=-1)).tolist()
     return found
 
 
-def _in_memory(logits: Logits) -> Floats | None:
-    """The same logits for NumPy; None where they lie in the memory of an accelerator."""
+def _in_memory(logits: Logits | Sequence[Logits]) -> Floats | list[Floats] | None:
+    """The same rows for NumPy; None where they lie in the memory of an accelerator."""
     if isinstance(logits, np.ndarray):
         return logits
-    return logits.numpy() if logits.device.type == "cpu" else None
+    if isinstance(logits, Tensor):
+        return logits.numpy() if logits.device.type == "cpu" else None
+    rows = [_in_memory(row) for row in logits]
+    return None if any(row is None for row in rows) else rows  # type: ignore[return-value]
+
+
+def _together(logits: Logits | Sequence[Logits]) -> Tensor:
+    """Rows as one tensor `[N, V]`."""
+    if isinstance(logits, Tensor | np.ndarray):
+        return torch.as_tensor(logits)
+    return torch.stack([torch.as_tensor(row) for row in logits])
 
 
 def choose_row(logits: Floats, sampler: Sampler) -> int | None:
-    """See `choose_where_possible`; one row `[V]`, by NumPy in this thread: the network's threads are not woken for it.
+    """See `choose_where_possible`; one row `[V]`, by NumPy in this thread: the network's threads are not woken for it. Numbers
+    beyond float32 come up and are looked at: call it where they raise no warning.
 
     What was seen is penalized in the row itself, and put back: a copy of the row costs as much as a greedy choice.
     """
@@ -157,72 +188,89 @@ def choose_row(logits: Floats, sampler: Sampler) -> int | None:
         return _of_scores(logits, sampling, number)
     before = logits[seen]
     try:
-        logits[seen] = _penalized(before, sampling.repetition_penalty)
+        logits[seen] = _penalized(logits[seen], sampler.divisors)
         return _of_scores(logits, sampling, number)
     finally:
         logits[seen] = before
 
 
-def _penalized(logits: Floats, penalty: float) -> Floats:
+def _penalized(logits: Floats, divisors: Floats) -> Floats:
     """Logits of tokens that are made less likely (Keskar et al. 2019, section 4.1, with the sign taken into account): positive ones
-    are divided by the penalty, others multiplied, which is the lesser of the two where it is above 1.
+    are divided by the penalty, the second of the divisors, others multiplied, which is to be divided by the first.
     """
-    divided, multiplied = logits / np.float32(penalty), logits * np.float32(penalty)
-    (np.minimum if penalty > 1 else np.maximum)(divided, multiplied, out=divided)
-    return divided
+    return np.divide(logits, divisors[np.greater(logits, 0).view(np.int8)], out=logits)
 
 
 def _of_scores(scores: Floats, sampling: SamplingParams, number: float) -> int | None:
     """The token at the part `number` of what may come, by penalized logits `[V]`; None where the best is not finite."""
-    best = int(scores.argmax())  # of a NaN, where there is one
-    top = scores[best]
-    if not math.isfinite(top):
-        return None
     if sampling.temperature < GREEDY_BELOW:
-        return best
+        best = int(scores.argmax())  # of a NaN, where there is one
+        return best if math.isfinite(scores[best]) else None
     temperature = np.float32(sampling.temperature)
     _room.fit(len(scores))
-    if sampling.top_p < 1:
-        found = _of_few(scores, top, temperature, sampling.top_p, number)
-        if found is not None:
-            return found
-    return _of_nucleus(_weights(scores, top, temperature, _room.weights), sampling.top_p, number)
+    zero, top_p, whole = np.float32(0), sampling.top_p, 0.0
+    if top_p < 1 and sampling.temperature >= WARM:
+        whole = _rough_mass(scores, zero, temperature)
+    if not LEAST_MASS < whole < LARGEST_MASS:  # nor if it is no number
+        zero = scores[scores.argmax()]
+        if not math.isfinite(zero):
+            return None
+        whole = _rough_mass(scores, zero, temperature) if top_p < 1 else 0.0
+    found = _of_few(scores, zero, whole, temperature, top_p, number) if top_p < 1 else None
+    if found is None:
+        found = _of_nucleus(_weights(scores, scores[scores.argmax()], temperature, _room.weights), top_p, number)
+    return found
 
 
-def _weights(scores: Floats, top: np.float32, temperature: np.float32, out: Floats) -> Floats:
-    """Probabilities up to a factor, that of the `top` score 1, in `out`."""
-    np.subtract(scores, top, out=out)
-    np.divide(out, temperature, out=out)
+def _weights(scores: Floats, zero: np.float32, temperature: np.float32, out: Floats) -> Floats:
+    """Probabilities up to a factor, that of the score `zero` 1, in `out`."""
+    if zero:
+        scores = np.subtract(scores, zero, out=out)
+    np.divide(scores, temperature, out=out)
     return np.exp(out, out=out)
 
 
-def _of_few(scores: Floats, top: np.float32, temperature: np.float32, top_p: float, number: float) -> int | None:
-    """See `_of_nucleus`; from the tokens that are `LIKELY`, None where these are many or do not have the nucleus's mass."""
-    scratch, marks = _room.weights[:PIECE], _room.marks[:PIECE]
-    whole, count, places, masses = 0.0, 0, [], []
-    for start in range(0, len(scores), PIECE):
-        piece = scores[start : start + PIECE]
-        weights = _weights(piece, top, temperature, scratch[: len(piece)])
-        whole += float(weights.sum(dtype=np.float64))
-        (found,) = np.greater(weights, LIKELY, out=marks[: len(piece)]).nonzero()
-        count += len(found)
-        if count > FEW:
-            return None
-        if len(found):
-            places.append(found + start)
-            masses.append(weights[found])
-    wanted = (top_p - ENOUGH) * whole
-    tokens, likely = np.concatenate(places), np.concatenate(masses)
-    rising = np.sort(likely)
-    ranked = rising[::-1]
-    sums = ranked.cumsum(dtype=np.float64)
-    if sums[-1] < wanted + ENOUGH:  # with room for sums in another order
+def _of_few(scores: Floats, zero: np.float32, whole: float, temperature: np.float32, top_p: float, number: float) -> int | None:
+    """See `_of_nucleus`; from the few tokens that are likely. The sum of all weights, of which a score of `zero` has 1, is `whole`
+    up to `ROUGHLY`.
+
+    None where likely tokens are many, and where it takes the exact sum to say which token it is: the rough one gives two bounds,
+    and nearly always both lead to the same token.
+    """
+    least = (1 - top_p * number) * whole / UNLIKELY
+    (tokens,) = np.greater(scores, zero + temperature * np.float32(math.log(least)), out=_room.marks).nonzero()
+    if not 0 < len(tokens) <= FEW:
         return None
-    last = int(sums.searchsorted(wanted, "left"))
-    rank = min(int(sums.searchsorted(number * sums[last], "right")), last)
-    # Sorting weights is quicker than sorting places; among equally probable tokens the lowest id comes first.
-    first = len(ranked) - int(rising.searchsorted(ranked[rank], "right"))
-    return int(tokens[(likely == ranked[rank]).nonzero()[0][rank - first]])
+    likely = scores[tokens]
+    rising = np.sort(likely)
+    sums = _weights(rising[::-1], zero, temperature, np.empty_like(rising)).cumsum(dtype=np.float64)
+    wanted = (top_p - ENOUGH) * whole
+    rank = _rank(sums, wanted * (1 - ROUGHLY), 0.0, number * (1 - ROUGHLY))
+    if rank == len(sums) or rank != _rank(sums, wanted * (1 + ROUGHLY), least, number * (1 + ROUGHLY)):
+        return None
+    # Sorting scores is quicker than sorting places; among equally probable tokens the lowest id comes first.
+    score = rising[-1 - rank]
+    first = len(rising) - bisect_right(rising, score)
+    return int(tokens[(likely == score).nonzero()[0][rank - first]])
+
+
+def _rough_mass(scores: Floats, zero: np.float32, temperature: np.float32) -> float:
+    """The sum of the tokens' `_weights`, up to `ROUGHLY`."""
+    size = -(-len(scores) // max(1, round(len(scores) / PIECE)))
+    whole = 0.0
+    for start in range(0, len(scores), size):
+        piece = scores[start : start + size]
+        whole += float(np.add.reduce(_weights(piece, zero, temperature, _room.weights[: len(piece)])))
+    return whole
+
+
+def _rank(sums: NDArray[np.float64], wanted: float, next_weight: float, number: float) -> int:
+    """Where the token at the part `number` of the nucleus is among the likely ones, which have these `sums`, if the nucleus ends
+    where they reach `wanted`, or behind them with a token of the next weight.
+    """
+    end = bisect_left(sums, wanted)
+    mass = sums[end] if end < len(sums) else wanted + next_weight
+    return min(bisect_right(sums, number * mass), end)
 
 
 def _of_nucleus(weights: Floats, top_p: float, number: float) -> int:

@@ -36,8 +36,8 @@ from keural.serve.server.tokens import (
     tokenize,
 )
 
-_PERHAPS_NO_JSON = re.compile(rb"NaN|Infinity|[eE]\+?[0-9]{3}|[0-9]{309}|\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
-"""What Python reads as JSON although nothing may stand in JSON that it becomes; where this is not found, there is none."""
+_DIGITS = bytes.maketrans(b"123456789e", b"000000000E")
+_ESCAPED, _HALF = re.compile(rb"\\u[dD][89a-fA-F]"), re.compile(rb"\xed[\xa0-\xbf]")
 CHARSET = re.compile(r"""charset\s*=\s*["']?([^\s"';]+)""", re.IGNORECASE)
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -188,6 +188,22 @@ def _add_errors(app: FastAPI) -> None:
         return of_ours().response(request.url.path)
 
 
+def _is_perhaps_no_json(body: bytes) -> bool:
+    """Whether there may be in it what Python reads as JSON although nothing may stand in JSON that it becomes: numbers that are
+    not finite, and halves of surrogate pairs. Looked for without one expression for all, which takes ten times as long.
+    """
+    numbers = body.translate(_DIGITS)
+    return (
+        b"NaN" in body
+        or b"Infinity" in body
+        or b"E000" in numbers
+        or b"E+000" in numbers
+        or b"0" * 309 in numbers
+        or (b"\\u" in body and _ESCAPED.search(body) is not None)
+        or (b"\xed" in body and _HALF.search(body) is not None)
+    )
+
+
 def _route_class(limits: Limits) -> type[APIRoute]:
     """Routes whose JSON has limits."""
 
@@ -197,7 +213,7 @@ def _route_class(limits: Limits) -> type[APIRoute]:
             body = await self.body()
             try:
                 value = parse_json(body, depth=limits.depth, parts=limits.parts)
-                if _PERHAPS_NO_JSON.search(body):
+                if _is_perhaps_no_json(body):
                     to_json(value)
             except Malformed as error:
                 raise ApiError(400, f"the body is not JSON that can be read: {error}", code="invalid_json") from error

@@ -78,7 +78,6 @@ class Metrics:
             self._whole.observe(now - ticket.submitted)
             self._queued.observe((ticket.started or now) - ticket.submitted)
             self._prompt.observe(len(ticket.request.prompt_ids))
-            self._answer.observe(len(ticket.answer))
             self._asked.observe(ticket.request.sampling.max_new_tokens)
             if ticket.started is not None:
                 self._inference.observe(now - ticket.started)
@@ -87,6 +86,10 @@ class Metrics:
                 self._decode.observe(now - ticket.first_token)
                 if len(ticket.answer) > 1:
                     self._each.observe((now - ticket.first_token) / (len(ticket.answer) - 1))
+
+    def count_answer(self, tokens: int) -> None:
+        """Count an answer of so many tokens, as its usage does: up to its stop string, behind which the network may go on."""
+        self._answer.observe(tokens)
 
     def client_left(self) -> None:
         """Count a client that did not wait for the end."""
@@ -121,7 +124,9 @@ class _Counters:
         yield self._gauge("num_requests_running", "Answers under way.", self._runner.running)
         yield self._gauge("num_requests_waiting", "Answers in the queue.", self._runner.waiting)
         yield self._counter("prompt_tokens", "Tokens of prompts.", stats.prompt_tokens)
-        yield self._counter("generation_tokens", "Tokens of answers.", stats.answer_tokens)
+        yield self._counter(
+            "generation_tokens", "Tokens of answers that were computed, those behind a stop string too.", stats.answer_tokens
+        )
         ended = CounterMetricFamily(
             f"{self._prefix}:request_success", "Requests by how they ended.", labels=["model_name", "finished_reason"]
         )

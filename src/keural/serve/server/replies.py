@@ -174,10 +174,14 @@ class Reply(Response):
         try:
             tells = _wants_position(scope) and self._streamed
             async with self._service.answers.ask(self._requests) as asked:
-                if tells:
-                    await self._tell_position(*asked[0], send)
-                parts = self._follow(0, *asked[0]) if len(asked) == 1 else self._parts(asked)
-                await self._answer([ticket for ticket, _ in asked], parts, send)
+                try:
+                    if tells:
+                        await self._tell_position(*asked[0], send)
+                    parts = self._follow(0, *asked[0]) if len(asked) == 1 else self._parts(asked)
+                    await self._answer([ticket for ticket, _ in asked], parts, send)
+                finally:
+                    for choice in self._choices:
+                        self._service.metrics.count_answer(choice.pieces.count)
         except QueueFull as error:
             self._service.metrics.rejected("queue_full")
             await _queue_full(error).response(scope["path"])(scope, receive, send)

@@ -121,7 +121,7 @@ def test_a_path_with_markup_on_a_terminal(model_dir: Path, tmp_path: Path) -> No
             seen += os.read(ours, 4096)
         except OSError:
             break
-    assert process.wait(60) == 0
+    assert process.wait(240) == 0
     os.close(ours)
     assert b"loading " in seen
     assert b"[bold]a\\x1b]0;t\\x07[/x]" in seen

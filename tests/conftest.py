@@ -5,6 +5,7 @@ import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -32,9 +33,11 @@ def pytest_report_header() -> str:
     return f"releases: {installed_releases()}"
 
 
-# The quick suite tries the same examples each time; `--hypothesis-profile=random`, which the slow suite has, tries others.
-hypothesis.settings.register_profile("repeatable", derandomize=True)
-hypothesis.settings.register_profile("random", derandomize=False)
+# The quick suite tries the same examples each time; `--hypothesis-profile=random`, which the slow suite has, tries others. How long
+# an example takes is no matter: the machine may be busy.
+UNHURRIED: dict[str, Any] = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("repeatable", derandomize=True, **UNHURRIED)
+hypothesis.settings.register_profile("random", derandomize=False, **UNHURRIED)
 hypothesis.settings.load_profile("repeatable")
 
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -1,7 +1,6 @@
 """Files are whole or absent, and believed only when they are what was written."""
 
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from keural.files import (
     write_checked_text,
     write_json,
 )
+from tests.helpers.serving import wait_until
 
 
 class Marker(CheckedFile):
@@ -81,6 +81,11 @@ def test_a_checked_text_is_what_was_written(tmp_path: Path) -> None:
             read_checked_text(path)
 
 
+def let_the_clock_step(file: Path, clock: Path) -> None:
+    """Wait until a change of a file would show in its times, as it does in another file's: a file system's clock has steps."""
+    wait_until(lambda: clock.write_text("x") and clock.stat().st_ctime_ns > file.stat().st_ctime_ns)
+
+
 class TestFileHashes:
     """Checksums of big files are remembered, and never believed of a file that has changed."""
 
@@ -106,6 +111,7 @@ class TestFileHashes:
     def test_a_change_of_equal_size_and_time_is_noticed(self, data: Path, tmp_path: Path) -> None:
         hashes, before = self.remembered(tmp_path, data), data.stat()
         digest = hashes.of(data)
+        let_the_clock_step(data, tmp_path / "clock")
         data.write_text("the zea")
         os.utime(data, ns=(before.st_atime_ns, before.st_mtime_ns))
         assert (data.stat().st_size, data.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
@@ -119,10 +125,14 @@ class TestFileHashes:
         other.replace(data)
         assert hashes.of(data) != digest
 
-    def test_a_file_that_may_change_within_one_tick_of_the_clock_is_read_again(self, tmp_path: Path) -> None:
+    def test_a_file_that_may_change_within_one_tick_of_the_clock_is_read_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         path = tmp_path / "data.jsonl"
         path.write_text("fresh")
-        assert not FileState.of(path).is_settled(time.time_ns())
+        state = FileState.of(path)
+        assert [state.is_settled(state.changed + seconds * 10**9) for seconds in (0, 1, 2, 3)] == [False, False, False, True]
+        monkeypatch.setattr("keural.files.SETTLED_NS", 3600 * 10**9)  # however late it is by now
         hashes = FileHashes(tmp_path / "hashes.json")
         hashes.of(path)
         hashes.save()
@@ -147,7 +157,12 @@ def test_a_check_is_done_again_only_when_a_file_changed(tmp_path: Path, monkeypa
     directory, memory, done = tmp_path / "model", tmp_path / "checked.json", []
     directory.mkdir()
     (directory / "a").write_text("1")
-    for change, times in ((lambda: None, 1), (lambda: None, 1), (lambda: (directory / "a").write_text("2"), 2)):
+
+    def rewrite() -> None:
+        let_the_clock_step(directory / "a", tmp_path / "clock")
+        (directory / "a").write_text("2")
+
+    for change, times in ((lambda: None, 1), (lambda: None, 1), (rewrite, 2)):
         change()
         remembered_check(directory, memory, lambda: done.append(1))
         assert len(done) == times

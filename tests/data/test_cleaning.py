@@ -26,6 +26,7 @@ from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
 from keural.files import FileHashes
 from keural.recipe import CleaningSpec, DataSpec, ExecutorSpec, SourceSpec
+from tests.helpers.processor import within
 
 NOUNS = [
     "시장",
@@ -178,10 +179,10 @@ class TestFormatters:
         essay = "무단 전재라는 말은 법에서 허락 없이 남의 글을 옮기는 일을 가리키는데, " * 4
         assert Formatter(personal_data=False).format(essay, "ko") == essay
 
-    @pytest.mark.timeout(20)
     @pytest.mark.parametrize("text", ["a-" * 1_000_000, "1." * 1_000_000, "0" * 2_000_000, "계좌 " * 500_000, "가나다" * 500_000])
     def test_long_lines_take_no_longer_than_their_length(self, text):
-        assert Formatter(personal_data=True).format(text, "code") == text
+        with within(15):
+            assert Formatter(personal_data=True).format(text, "code") == text
 
     def test_code_keeps_every_character(self):
         code = "if x:\n\tprint('“a”  b')\n\n    # 무단 전재 금지\n"

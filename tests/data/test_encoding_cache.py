@@ -23,7 +23,7 @@ from keural.tokenizer import KeuralTokenizer
 
 ARRAYS = st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=9), max_size=9)
 RUN = """
-import sys, time
+import itertools, sys, time
 from pathlib import Path
 from keural.data.tokens import encode
 from keural.data.prepare import prepare
@@ -31,8 +31,8 @@ from keural.recipe import DataSpec
 from keural.tokenizer import KeuralTokenizer
 encode.BATCH_CHARACTERS = 2000
 data, out, tokenizer, spec = sys.argv[1:]
-write = encode.EncodingCache.encode
-encode.EncodingCache.encode = lambda *arguments: (time.sleep(0.1), write(*arguments))[1]
+write, number = encode.EncodingCache.encode, itertools.count()
+encode.EncodingCache.encode = lambda *arguments: (time.sleep(600 if next(number) >= 5 else 0), write(*arguments))[1]
 prepare(DataSpec.model_validate_json(spec), "next_token", Path(data), KeuralTokenizer.load(tokenizer), Path(out), 1)
 """
 
@@ -94,7 +94,7 @@ def test_killed_and_started_again_it_gives_the_same_bytes(
     out = tmp_path / "killed"
     arguments = [str(data_dir), str(out), str(tmp_path / "tokenizer"), spec.model_dump_json()]
     process = subprocess.Popen([sys.executable, "-c", RUN, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while len(list(out.glob(".*.parts/*.ids"))) < 5 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

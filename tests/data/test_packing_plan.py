@@ -58,7 +58,7 @@ def make_at_once(directory: Path, barrier: Barrier) -> None:
     """Finds no plan, and writes one when every other process has found none, too."""
 
     def make_together() -> RowPlan:
-        barrier.wait(60)
+        barrier.wait(240)
         return make()
 
     assert same(kept_plan(directory, "store", 16, DATA, make_together), make())
@@ -71,7 +71,7 @@ def test_processes_that_make_a_plan_at_once_leave_a_good_one(tmp_path: Path) -> 
     for process in processes:
         process.start()
     for process in processes:
-        process.join(90)
+        process.join(240)
     assert [process.exitcode for process in processes] == [0, 0]
     assert same(kept_plan(tmp_path, "store", 16, DATA, never), make())
     assert len(list(tmp_path.iterdir())) == 1, "no temporary file is left"

@@ -264,7 +264,9 @@ def test_a_look_needs_neither_torch_nor_transformers() -> None:
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
         "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code, FILES / "dpo.jsonl"], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code, FILES / "dpo.jsonl"], capture_output=True, text=True, check=True, timeout=240
+    )
     assert done.stdout.splitlines()[-1] == "[]"
 
 

@@ -64,9 +64,9 @@ def check_company(engine: Engine, slots: Slots, reuse: bool = True) -> None:
     scheduler = Scheduler(slots, tokenizer.vocab_size, deliver)
     scheduler.start()
     tickets = scheduler.submit(requests[:4])
-    assert done.acquire(timeout=60)
+    assert done.acquire(timeout=120)
     tickets += scheduler.submit(requests[4:])
-    assert all(done.acquire(timeout=60) for _ in requests[1:])
+    assert all(done.acquire(timeout=120) for _ in requests[1:])
     scheduler.close()
     assert [answers[ticket] for ticket in tickets] == alone
     assert any(ticket.cached_tokens for ticket in tickets) == reuse

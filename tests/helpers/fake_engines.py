@@ -24,7 +24,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from tests.helpers.serving import wait_until
+from tests.helpers.serving import PATIENCE, wait_until
 
 OTHER = -2.0
 """Log-probability of the best token that does not come."""
@@ -425,7 +425,7 @@ def fake(kind: str, engine: Engine) -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = server.force_exit = True
-        thread.join(10)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
 
 

@@ -27,8 +27,8 @@ def run(program, place, arguments):
     except BaseException:
         traceback.print_exc()
         code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
     os._exit(code)
 
 codes = []
@@ -65,6 +65,6 @@ def run_in_forks(imported: str, jobs: Mapping[str, Job]) -> dict[str, Ended]:
     )
     assert done.returncode == 0, done.stderr
     return {
-        name: Ended(code, *(Path(f"{job.directory}.{kind}").read_text() for kind in ("out", "error")))
+        name: Ended(code, *(Path(f"{job.directory}.{kind}").read_text(errors="replace") for kind in ("out", "error")))
         for code, (name, job) in zip(json.loads(done.stdout), jobs.items(), strict=True)
     }

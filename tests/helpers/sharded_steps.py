@@ -6,7 +6,6 @@ In: what `small_job` takes, and the ways to compute it. Out: for each way what `
 import contextlib
 import multiprocessing
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from keural.train.stage import building
 from keural.train.stage.signals import StopSignals
 from keural.train.stage.training import open_stage
 from keural.train.trainer import Trainer
+from tests.helpers.rendezvous import rendezvous
 from tests.helpers.train_small import small_job, step_gradients
 
 Ways = dict[str, dict[str, Any]]
@@ -30,29 +30,22 @@ Found = dict[str, dict[str, torch.Tensor]]
 """By the name of the way: gradients, `loss`, other losses, and `gradient_norm`."""
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def on_ranks(world: int, work: Callable[..., None], *arguments: Any) -> None:
     """Call `work(*arguments)` in `world` processes with torchrun's environment; all must end well."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.helpers.train_small", __name__])
-    port = str(free_port())
-    processes = [context.Process(target=_on_rank, args=(rank, world, port, work, arguments)) for rank in range(world)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(240)
+    with rendezvous(world) as environments:
+        processes = [context.Process(target=_on_rank, args=(environment, work, arguments)) for environment in environments]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(280)
     assert [process.exitcode for process in processes] == [0] * world
 
 
-def _on_rank(rank: int, world: int, port: str, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _on_rank(environment: dict[str, str], work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
-    os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(environment)
     work(*arguments)
 
 

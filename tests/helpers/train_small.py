@@ -197,6 +197,23 @@ def weights_of(result: StageResult) -> dict[str, torch.Tensor]:
     return weights
 
 
+def steps_done(directory: Path) -> int:
+    """Steps of the run there whose figures are written."""
+    path = directory / "run" / "metrics.jsonl"
+    return path.read_text().count('"learning_rate"') if path.exists() else 0  # evaluations have none
+
+
+def kill_before_step(directory: Path, step: int, spec: dict[str, Any]) -> None:
+    """Train as `start` does, and kill the process when the steps before `step` are done."""
+    process = start({"directory": str(directory), "holds_at": step, **spec})
+    end = time.monotonic() + 240
+    while steps_done(directory) < step and process.is_alive() and time.monotonic() < end:
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    assert steps_done(directory) == step
+
+
 def start(spec: dict[str, Any], **environment: str) -> ForkServerProcess:
     """Train a job in a process of its own: `directory`, `objective`, arguments of `small_job`, and those of `train_and_save`.
 
@@ -219,13 +236,15 @@ def train_and_save(
     objective: str,
     *,
     pause: float = 0.0,
+    holds_at: int | None = None,
     refuse_writes_from: int | None = None,
     asked: str | None = None,
     **changes: Any,
 ) -> None:
     """Train a small job; rank 0 saves weights and outcome to `<run>.pt`, or a `UserError` to `<run>.error` and exits with 2.
 
-    Every step takes `pause` seconds longer. From step `refuse_writes_from` on the system refuses files of more than 20 kB. The
+    Every step takes `pause` seconds longer, and step `holds_at` does not come, so that the process can be killed there however
+    late that is. From step `refuse_writes_from` on the system refuses files of more than 20 kB. The
     number of the batch that is asked for is written to the file `asked`.
     """
     torch.set_num_threads(1)
@@ -233,6 +252,8 @@ def train_and_save(
 
     def before_step(step: int) -> None:
         time.sleep(pause)
+        if step == holds_at == steps_done(Path(directory)):  # a reference pass asks for it before
+            time.sleep(600)
         if asked is not None:
             (Path(directory) / asked).write_text(str(step))
         if refuse_writes_from is not None and step >= refuse_writes_from:

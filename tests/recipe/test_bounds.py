@@ -128,7 +128,7 @@ def test_a_bomb_is_refused_in_little_memory(directory: Path) -> None:
     (directory / "recipe.yaml").write_text(f"name: a\nstages: []\nnotes: {bomb()}\n")
     limited = 'ulimit -v 4000000; exec "$@"'
     command = ["bash", "-c", limited, "bash", sys.executable, "-m", "keural", "recipe", str(directory)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 2
     assert result.stderr.startswith("keural: error: ")
     assert result.stderr.count("\n") == 1

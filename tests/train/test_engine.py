@@ -21,12 +21,12 @@ from keural.train.stage.job import StageJob
 from keural.train.trainer import Trainer
 from tests.helpers.train_small import (
     LENGTH,
+    kill_before_step,
     losses_of,
     metrics_of,
     open_run,
     small_job,
     small_stage,
-    start,
     step_gradients,
     train_stage,
     weights_of,
@@ -162,18 +162,7 @@ def test_split_killed_and_resumed_gives_the_same_bits(
 def killed() -> Callable[[Path, dict[str, Any]], None]:
     """Trains a job in a process of its own and kills that by SIGKILL after its fifth step."""
 
-    def run(directory: Path, spec: dict[str, Any]) -> None:
-        import time
-
-        process = start({"directory": str(directory), "pause": 0.1, **spec})
-        metrics, deadline = directory / "run" / "metrics.jsonl", time.monotonic() + 120
-        while not (metrics.exists() and metrics.read_text().count('"loss"') >= 5) and time.monotonic() < deadline:
-            time.sleep(0.005)
-        assert process.is_alive()
-        process.kill()
-        process.join()
-
-    return run
+    return lambda directory, spec: kill_before_step(directory, 5, spec)
 
 
 def test_a_checkpoint_of_split_holds_remainders_and_8_bit_moments(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,24 +15,19 @@ import pytest
 import torch
 
 from keural.train.reference.records import RECORD, RECORDS
+from tests.helpers.rendezvous import rendezvous
 from tests.helpers.train_small import losses_of, metrics_of, small_job, start, train_stage, weights_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def train_on_ranks(directory: Path, world: int, objective: str, run: str, **changes: Any) -> dict[str, Any]:
     """Train on `world` gloo ranks with torchrun's environment; returns what rank 0 saved."""
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
     spec = {"directory": str(directory), "objective": objective, "run": run, **changes}
-    processes = [start(spec, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(world)]
-    for process in processes:
-        process.join(240)
+    with rendezvous(world) as environments:
+        processes = [start(spec, **environment) for environment in environments]
+        for process in processes:
+            process.join(280)
     assert [process.exitcode for process in processes] == [0] * world
     return dict(torch.load(directory / f"{run}.pt", weights_only=True))
 

@@ -5,29 +5,27 @@ import random
 import shutil
 import signal
 import time
-from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from keural.train.stage import run
-from tests.helpers.train_small import calling_before_each_step, losses_of, metrics_of, small_job, start, train_stage, weights_of
+from tests.helpers.train_small import (
+    calling_before_each_step,
+    kill_before_step,
+    losses_of,
+    metrics_of,
+    small_job,
+    start,
+    train_stage,
+    weights_of,
+)
 
 STEPS = 12
 SETTINGS: dict[str, Any] = {"train": {"steps": STEPS, "save_every": 2, "evaluate_every": 5}, "heldout": True}
-
-
-def steps_done(directory: Path) -> int:
-    path = directory / "run" / "metrics.jsonl"
-    return path.read_text().count('"loss"') if path.exists() else 0
-
-
-def wait_for_step(process: BaseProcess, directory: Path, step: int) -> None:
-    deadline = time.monotonic() + 60
-    while steps_done(directory) < step and process.is_alive() and time.monotonic() < deadline:
-        time.sleep(0.005)
 
 
 def finish_and_compare(directory: Path, objective: str) -> None:
@@ -44,11 +42,7 @@ def finish_and_compare(directory: Path, objective: str) -> None:
 
 @pytest.mark.parametrize("objective", ["next_token", "sft", "dpo", "kto"])
 def test_kill_9_then_the_same_command_gives_bit_identical_weights(tmp_path: Path, objective: str) -> None:
-    process = start({"directory": str(tmp_path), "objective": objective, "pause": 0.05, **SETTINGS})
-    wait_for_step(process, tmp_path, 5)
-    process.kill()
-    process.join()
-    assert 5 <= steps_done(tmp_path) < STEPS
+    kill_before_step(tmp_path, 5, {"objective": objective, **SETTINGS})
     finish_and_compare(tmp_path, objective)
 
 
@@ -124,7 +118,7 @@ class TestCheckpointsByTheClock:
 
 def test_saving_takes_a_twentieth_of_the_time_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: now))
     pause = run.Pause()
     for cost, expected in ((0.0, 600), (3.0, 600), (60.0, 1200)):
         pause.begin(cost)

@@ -171,7 +171,7 @@ def test_a_bar_with_the_time_left_on_a_terminal(tmp_path: Path, monkeypatch: pyt
     with os.fdopen(theirs, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
         train_stage(small_job(tmp_path))
-    watcher.join(10)
+    watcher.join()
     os.close(ours)
     assert b"12/12" in shown
     assert b"tok/s" in shown

@@ -93,7 +93,7 @@ def test_a_stage_with_a_budget_ends_in_time(tmp_path: Path, clock: SteadyClock, 
     assert read_json(job.run_dir / "plan.json")["steps"] == result.steps
 
 
-def test_measuring_changes_no_weight(tmp_path: Path) -> None:
+def test_measuring_changes_no_weight(tmp_path: Path, clock: SteadyClock) -> None:
     measured = small_job(tmp_path, run="measured", budget_seconds=1.0, train=BUDGET)
     steps = train_stage(measured).steps
     warmup = read_json(measured.run_dir / "plan.json")["warmup_steps"]
@@ -102,7 +102,7 @@ def test_measuring_changes_no_weight(tmp_path: Path) -> None:
     assert losses_of(measured) == losses_of(plain)
 
 
-def test_a_restart_keeps_the_plan_even_with_another_budget(tmp_path: Path) -> None:
+def test_a_restart_keeps_the_plan_even_with_another_budget(tmp_path: Path, clock: SteadyClock) -> None:
     job = small_job(tmp_path, budget_seconds=1.0, train=BUDGET)
     first = train_stage(job)
     for checkpoint in (job.run_dir / "checkpoints").iterdir():

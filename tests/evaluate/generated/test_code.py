@@ -1,22 +1,25 @@
 """Programs run with limits, and pass@k."""
 
+import contextlib
 import ctypes
 import itertools
 import os
 import socket
-import time
 from pathlib import Path
 
 import pytest
 
 from keural.evaluate.generated import code
 from keural.evaluate.generated.code import Limits, has_landlock, has_namespaces, mean_pass_at_k, pass_at_k, run_program
+from tests.helpers.serving import wait_until
 
-SHORT = Limits(seconds=2, processor_seconds=5, memory_bytes=1 << 28)
+ENOUGH = Limits(seconds=240, processor_seconds=60, memory_bytes=1 << 28)
+"""What a program comes to its end in, though the machine is slow and busy."""
+SHORT = Limits(seconds=1, processor_seconds=60)
 
 
 def test_a_program_passes_when_it_comes_to_its_end() -> None:
-    assert run_program("import math\nassert math.sqrt(4) == 2\nprint('한글')").passed
+    assert run_program("import math\nassert math.sqrt(4) == 2\nprint('한글')", ENOUGH).passed
 
 
 @pytest.mark.parametrize(
@@ -34,30 +37,32 @@ def test_a_program_passes_when_it_comes_to_its_end() -> None:
         ("import os\nos.write(2, b'a' * (1 << 22))\nos.write(2, b'a')", ""),
         ("files = [open('/dev/null') for _ in range(99)]", "Too many open files"),
         ("import numpy", "ModuleNotFoundError"),
-        ("while True: pass", ""),
-        ("import time; time.sleep(60)", "timed out after 2 s"),
         ("import sys\nwhile True: sys.stderr.write('x' * 100000)", ""),
     ],
 )
 def test_what_fails_says_why_and_harms_nobody(program: str, why: str) -> None:
-    begun = time.monotonic()
-    outcome = run_program(program, SHORT)
+    outcome = run_program(program, ENOUGH)
     assert not outcome.passed
     assert why in outcome.why
     assert len(outcome.why) <= 2000
-    assert time.monotonic() - begun < 8
+
+
+@pytest.mark.parametrize("program", ["while True: pass", "import time; time.sleep(600)"])
+def test_what_does_not_end_is_ended(program: str) -> None:
+    outcome = run_program(program, SHORT)
+    assert (outcome.passed, outcome.why) == (False, "timed out after 1 s")
 
 
 def test_a_program_knows_nothing_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "word")
     assert run_program(
-        "import os\nassert 'SECRET' not in os.environ\nassert sorted(os.listdir()) == ['program.py', 'start.py']"
+        "import os\nassert 'SECRET' not in os.environ\nassert sorted(os.listdir()) == ['program.py', 'start.py']", ENOUGH
     ).passed
 
 
 def test_a_program_has_a_directory_of_its_own_that_is_gone_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert run_program("import os\nassert os.getcwd() == os.environ['HOME']\nprint(open('program.py').read())").passed
+    assert run_program("import os\nassert os.getcwd() == os.environ['HOME']\nprint(open('program.py').read())", ENOUGH).passed
     assert list(tmp_path.iterdir()) == []
 
 
@@ -84,14 +89,16 @@ def test_a_program_writes_no_file_and_reads_none_but_pythons(program: str, tmp_p
     assert has_landlock()
     (tmp_path / "outside").write_text("mine")
 
-    outcome = run_program(program.format(outside=str(tmp_path / "outside"), parent=str(tmp_path)), SHORT)
+    outcome = run_program(program.format(outside=str(tmp_path / "outside"), parent=str(tmp_path)), ENOUGH)
 
     assert "PermissionError" in outcome.why
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("outside", "mine")]
 
 
 def test_modules_of_python_are_read_under_the_lock() -> None:
-    assert run_program("import collections, ctypes, decimal, hashlib, heapq, itertools, json, random, re, statistics").passed
+    assert run_program(
+        "import collections, ctypes, decimal, hashlib, heapq, itertools, json, random, re, statistics", ENOUGH
+    ).passed
 
 
 @pytest.mark.parametrize(
@@ -108,7 +115,7 @@ def test_what_a_program_leaves_where_nothing_locks_it_is_removed(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(code, "_START", code._START.replace('landlock(orders["reads"])', ""))
 
-    assert run_program(program).passed
+    assert run_program(program, ENOUGH).passed
     assert list(tmp_path.iterdir()) == []
 
 
@@ -117,19 +124,20 @@ def test_a_program_has_no_network_and_leaves_no_process_behind() -> None:
         pytest.skip("this system allows no new namespaces")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        outcome = run_program(f"import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=1)")
+        outcome = run_program(f"import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=1)", ENOUGH)
     assert "Network is unreachable" in outcome.why or "refused" in outcome.why or "unreachable" in outcome.why
     marker = f"keural-left-{os.getpid()}"
-    child = f"os.setsid()\n    ctypes.CDLL(None).prctl(15, b'{marker[:15]}', 0, 0, 0)\n    time.sleep(60)"
-    assert run_program(f"import ctypes, os, time\nif os.fork() == 0:\n    {child}").passed
-    time.sleep(0.1)
+    child = f"os.setsid()\n    ctypes.CDLL(None).prctl(15, b'{marker[:15]}', 0, 0, 0)\n    time.sleep(600)"
+    assert run_program(f"import ctypes, os, time\nif os.fork() == 0:\n    {child}", ENOUGH).passed
+    wait_until(lambda: marker[:15] not in names_of_processes())
+
+
+def names_of_processes() -> list[str]:
     names = []
     for entry in Path("/proc").glob("[0-9]*/comm"):
-        try:
+        with contextlib.suppress(OSError):  # it has ended meanwhile
             names.append(entry.read_text().strip())
-        except OSError:
-            continue
-    assert marker[:15] not in names
+    return names
 
 
 def test_pass_at_k_is_the_share_of_draws_with_a_right_one() -> None:
@@ -147,5 +155,5 @@ def test_pass_at_k_of_a_set_is_the_mean_of_its_items() -> None:
 
 
 def test_processor_time_has_a_limit_of_its_own() -> None:
-    outcome = run_program("while True: pass", Limits(seconds=30, processor_seconds=1))
+    outcome = run_program("while True: pass", Limits(seconds=240, processor_seconds=1))
     assert "killed" in outcome.why

@@ -15,6 +15,7 @@ from keural.serve.batching.scheduler import Scheduler
 from keural.serve.batching.slots import Row
 from keural.serve.engines.sampling_params import SamplingParams
 from tests.helpers.fake_slots import VOCAB, FakeSlots
+from tests.helpers.serving import PATIENCE
 
 FIRST, SECOND = (Ticket(Request([1], SamplingParams()), number, 0.0) for number in range(2))
 
@@ -86,7 +87,7 @@ def test_nothing_waits_for_a_prompt_to_be_read_and_a_first_token_for_nothing() -
     scheduler = Scheduler(slots, VOCAB, deliver, together=60.0)
     scheduler.submit([Request([1], SamplingParams(max_new_tokens=40, seed=0))])
     scheduler.start()
-    end = time.monotonic() + 20
+    end = time.monotonic() + PATIENCE
     while len(arrived[0]) < 40 or len(arrived[1]) < 3:
         assert time.monotonic() < end
         time.sleep(0.001)
@@ -111,7 +112,7 @@ def test_a_step_that_takes_all_processors_gives_way_to_a_first_token_alone(
     scheduler = Scheduler(slots, VOCAB, lambda events: done.append(len(events[0][1].tokens)), together=0)
     scheduler.submit([Request([1], SamplingParams(max_new_tokens=3, seed=0))])
     scheduler.start()
-    end = time.monotonic() + 20
+    end = time.monotonic() + PATIENCE
     while done.count(1) < 3:
         assert time.monotonic() < end
         time.sleep(0.001)

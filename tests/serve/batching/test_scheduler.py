@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keural.errors import UserError
+from keural.serve.batching import runner
+from keural.serve.batching import scheduler as scheduler_room
 from keural.serve.batching.requests import Event, QueueFull, Request
 from keural.serve.batching.runner import Ticket
 from keural.serve.batching.scheduler import FAILURES_IN_A_ROW, Scheduler
@@ -21,9 +24,9 @@ from keural.serve.batching.slots import Row
 from keural.serve.engines.decoding import decode
 from keural.serve.engines.sampling_params import SamplingParams
 from tests.helpers.fake_slots import VOCAB, FakeSlots, logits_after
+from tests.helpers.held_server import LaterClock
+from tests.helpers.serving import PATIENCE
 from tests.helpers.streams import run
-
-PATIENCE = 20.0
 
 
 class Desk:
@@ -58,6 +61,17 @@ class Desk:
         (end,) = [event.end for event in self.events[ticket] if event.end is not None]
         assert self.events[ticket][-1].end == end, "nothing comes after the end"
         return str(end)
+
+
+class Gate:
+    """Steps of a network, of which those from `after` on wait until it is opened."""
+
+    def __init__(self, after: int) -> None:
+        self.open, self._left = threading.Event(), iter(range(after - 1))
+
+    def __call__(self, _: Sequence[Row]) -> None:
+        if next(self._left, None) is None:
+            assert self.open.wait(PATIENCE)
 
 
 @contextmanager
@@ -206,11 +220,13 @@ def test_answers_that_share_beginnings_are_given_up_at_any_moment(asked: list[An
 
 
 def test_a_long_prompt_does_not_make_the_answers_under_way_wait() -> None:
-    slots = FakeSlots(2, context_length=400, batch_tokens=8, pause=1e-3)
+    gate = Gate(after=2)
+    slots = FakeSlots(2, context_length=400, batch_tokens=8, before_step=gate)
     with running(slots) as (scheduler, desk):
         (quick,) = scheduler.submit([request([1], 60)])
         desk.wait_for_tokens(quick)
         (long,) = scheduler.submit([request([2] * 200)])
+        gate.open.set()
         desk.wait([quick, long])
     reading = [step for step in slots.steps if any(len(row.ids) > 1 for row in step)]
     assert len(reading) >= 200 // 8
@@ -280,8 +296,8 @@ def test_a_beginning_that_all_share_does_not_cost_a_long_conversation_its_place(
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_again() -> None:
-    slots = FakeSlots(1, pause=0.01)
-    with running(slots, max_waiting=2) as (scheduler, desk):
+    gate = Gate(after=2)
+    with running(FakeSlots(1, before_step=gate), max_waiting=2) as (scheduler, desk):
         tickets = scheduler.submit([request([1], 30)])
         desk.wait_for_tokens(tickets[0])
         tickets += scheduler.submit([request([1]), request([2])])
@@ -289,22 +305,26 @@ def test_a_full_queue_refuses_and_says_when_to_come_again() -> None:
             scheduler.submit([request([3])])
         assert refused.value.retry_after >= 1
         scheduler.cancel(tickets[0])
+        gate.open.set()
         desk.wait(tickets)
         assert [desk.end(ticket) for ticket in tickets] == ["cancelled", "length", "length"]
         desk.wait(scheduler.submit([request([3])]))
 
 
 def test_a_quiet_night_is_no_reason_to_come_again_tomorrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    with running(FakeSlots(1, pause=0.01), max_waiting=0) as (scheduler, desk):
+    clock, gate = LaterClock(), Gate(after=17)
+    told = SimpleNamespace(monotonic=clock.monotonic)
+    monkeypatch.setattr(runner, "time", told)  # by which the pace goes
+    with running(FakeSlots(1, before_step=gate), max_waiting=0) as (scheduler, desk):
         for _ in range(3):
             desk.wait(scheduler.submit([request([1])]))
-            later = time.monotonic() + 3600
-            monkeypatch.setattr(time, "monotonic", lambda real=time.perf_counter, shift=later - time.perf_counter(): real() + shift)
+            clock.passed += 3600
         tickets = scheduler.submit([request([1], 30)])
         desk.wait_for_tokens(tickets[0])
         with pytest.raises(QueueFull) as refused:
             scheduler.submit([request([3])])
         scheduler.cancel(tickets[0])
+        gate.open.set()
         desk.wait(tickets)
     assert refused.value.retry_after < 60
 
@@ -375,13 +395,15 @@ def test_a_form_that_fails_ends_its_own_answer_alone() -> None:
         assert (scheduler.running, scheduler.waiting) == (0, 0)
 
 
-def test_closing_lets_answers_end_and_cuts_off_what_takes_longer() -> None:
+def test_closing_lets_answers_end_and_cuts_off_what_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     slots = FakeSlots(2, context_length=100_000, pause=1e-3)
     desk = Desk()
     scheduler = Scheduler(slots, VOCAB, desk.deliver)
     scheduler.start()
     short, endless = scheduler.submit([request([1], 20), request([2], 90_000)])
     desk.wait_for_tokens(endless)
+    clock = SimpleNamespace(monotonic=lambda: float(short in desk.order), perf_counter=time.perf_counter, sleep=time.sleep)
+    monkeypatch.setattr(scheduler_room, "time", clock)  # the time is over when the short one has ended
     assert scheduler.close(seconds=0.5) == 1
     assert (desk.end(short), desk.end(endless)) == ("length", "cancelled")
     with pytest.raises(UserError, match="shutting down"):

@@ -1,7 +1,9 @@
 """Servers that tests can hold up, and strict clients of those that write what a file's `slots` say."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -9,9 +11,13 @@ import pytest
 from anthropic import Anthropic
 from openai import OpenAI
 
+from keural.serve.batching import scheduler
 from keural.tokenizer import KeuralTokenizer
-from tests.helpers.held_server import Running
-from tests.helpers.serving import Writing, service_of, serving
+from tests.helpers.held_server import LaterClock, Running
+from tests.helpers.serving import PATIENCE, Writing, service_of, serving
+
+STRICT: dict[str, Any] = {"api_key": "none", "_strict_response_validation": True, "max_retries": 0, "timeout": PATIENCE}
+"""Settings of clients that take no answer which their library does not describe, and that fail at the first error."""
 
 
 @pytest.fixture
@@ -28,6 +34,15 @@ def start(tokenizer: KeuralTokenizer) -> Iterator[Callable[..., tuple[Running, h
         yield begin
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> LaterClock:
+    """What the scheduler of an embedded network reads the time from; deadlines pass when a test says so."""
+    later = LaterClock()
+    told = SimpleNamespace(monotonic=later.monotonic, perf_counter=time.perf_counter, sleep=time.sleep)
+    monkeypatch.setattr(scheduler, "time", told)
+    return later
+
+
 @pytest.fixture(scope="module")
 def plain(tokenizer: KeuralTokenizer, slots: Writing) -> Iterator[httpx.Client]:
     with serving(service_of(tokenizer, slots, trained_on_tools=True)) as opened:
@@ -36,9 +51,13 @@ def plain(tokenizer: KeuralTokenizer, slots: Writing) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def client(plain: httpx.Client) -> OpenAI:
-    return OpenAI(base_url=f"{plain.base_url}/v1", api_key="none", _strict_response_validation=True, max_retries=0, timeout=20)
+    return OpenAI(
+        base_url=f"{plain.base_url}/v1", api_key="none", _strict_response_validation=True, max_retries=0, timeout=PATIENCE
+    )
 
 
 @pytest.fixture(scope="module")
 def claude(plain: httpx.Client) -> Anthropic:
-    return Anthropic(base_url=str(plain.base_url), api_key="none", _strict_response_validation=True, max_retries=0, timeout=20)
+    return Anthropic(
+        base_url=str(plain.base_url), api_key="none", _strict_response_validation=True, max_retries=0, timeout=PATIENCE
+    )

@@ -4,12 +4,10 @@ import contextlib
 import json
 import shutil
 import socket
-import statistics
 import struct
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,8 @@ from keural.serve.server.app import make_app
 from keural.serve.server.gate import OPEN
 from keural.serve.server.keys import Keys
 from keural.tokenizer import KeuralTokenizer
-from tests.helpers.held_server import HEAD, HELLO, Running, Start, ask, check_whole, connect
-from tests.helpers.serving import JSON, Writing, events, quick, service_of, wait_until
+from tests.helpers.held_server import HEAD, HELLO, Running, Start, ask, check_whole, connect, in_background
+from tests.helpers.serving import JSON, PATIENCE, Writing, events, quick, service_of, wait_until
 
 Body = Callable[[], bytes]
 
@@ -31,20 +29,6 @@ def whole(stream: bool = False, **fields: Any) -> bytes:
     """A request as it is sent."""
     body = json.dumps({"messages": HELLO, "stream": stream} | fields).encode()
     return HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
-
-
-@contextlib.contextmanager
-def in_background(calls: list[Callable[[], Any]]) -> Iterator[list[Any]]:
-    """Runs calls in threads; what they gave is there after the block."""
-    found: list[Any] = []
-    threads = [threading.Thread(target=lambda call=call: found.append(call())) for call in calls]
-    for thread in threads:
-        thread.start()
-    try:
-        yield found
-    finally:
-        for thread in threads:
-            thread.join(20)
 
 
 class TestTheNetworksThread:
@@ -68,7 +52,7 @@ class TestTheNetworksThread:
         assert (response.status_code, response.json()["error"]["code"]) == (500, "model_error")
 
     def test_dies_in_the_middle_of_everything(self, start: Start) -> None:
-        running, client = start(limits=quick(deadline=20))
+        running, client = start(limits=quick(deadline=10 * PATIENCE))
         running.held.open.clear()  # until all four have come: what comes after the end is turned away
         self.kill(running, 6)
         asked = {"messages": HELLO, "max_tokens": 60}
@@ -78,11 +62,9 @@ class TestTheNetworksThread:
             wait_until(lambda: running.running == 4)
             running.held.open.set()
             wait_until(lambda: client.get("/health").status_code == 503)
-            begun = time.monotonic()
-            late = ask(client)
+            late = ask(client)  # whose patience is shorter than its deadline: nobody waits for a network that is gone
 
         assert (late.status_code, late.json()["error"]["code"]) == (503, "unavailable")
-        assert time.monotonic() - begun < running.service.limits.deadline, "it waited for a network that is gone"
         assert client.get("/ready").status_code == 503
         assert client.get("/metrics").status_code == 200
         for answer in answers:
@@ -97,7 +79,7 @@ class TestANetworkThatHangs:
         running, client = start()
         running.held.open.clear()
         with in_background([lambda: ask(client)]) as answers:
-            wait_until(lambda: client.get("/health").status_code == 503, 5)
+            wait_until(lambda: client.get("/health").status_code == 503)
             assert "no step of the network" in client.get("/health").json()["error"]["message"]
             running.held.open.set()
 
@@ -173,8 +155,9 @@ class TestAClientThatLeaves:
     def test_in_the_middle_of_its_body_was_told_no_status(self, start: Start, leave: Callable[[socket.socket], None]) -> None:
         running, client = start()
         connection = connect(client)
-        connection.sendall(HEAD + b"Content-Length: 100\r\n\r\n{")
-        time.sleep(0.05)
+        connection.sendall(HEAD + b"Expect: 100-continue\r\nContent-Length: 100\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 100"), "the body is waited for"
+        connection.sendall(b"{")
         leave(connection)
 
         wait_until(lambda: running.log)
@@ -205,24 +188,31 @@ class TestAClientThatLeaves:
         self, start: Start, leave: Callable[[socket.socket], None], stream: bool, steps: int
     ) -> None:
         running, client = start()
+        running.held.shuts_at = steps + 1
         long = [{"role": "user", "content": "the cat sees " * 30}]  # more than a step reads
         connection = connect(client)
         connection.sendall(whole(stream, messages=long))
-        wait_until(lambda: running.held.steps >= steps)
+        running.held.wait_shut()
         leave(connection)
 
-        wait_until(lambda: running.running == 0, 3)
+        wait_until(lambda: [entry for entry in running.log if entry.get("client_left")])
+        running.held.open.set()
+        wait_until(lambda: running.running == 0)
         assert running.service.answers.scheduler.stats.finished == {"cancelled": 1}
         check_whole(running, client)
 
     def test_of_several_answers_at_once(self, start: Start, leave: Callable[[socket.socket], None]) -> None:
         running, client = start()
+        running.held.shuts_at = 6
         connection = connect(client)
         connection.sendall(whole(True, n=8))
+        running.held.wait_shut()
         assert b"200 OK" in connection.recv(1000)
         leave(connection)
 
-        wait_until(lambda: running.running == 0, 3)
+        wait_until(lambda: [entry for entry in running.log if entry.get("client_left")])
+        running.held.open.set()
+        wait_until(lambda: running.running == 0)
         assert running.service.answers.scheduler.stats.finished == {"cancelled": 8}
         check_whole(running, client)
 
@@ -230,47 +220,57 @@ class TestAClientThatLeaves:
 class TestASlowClient:
     def test_who_reads_byte_by_byte_holds_no_slot(self, start: Start) -> None:
         """What is not read waits in its connection; the answer goes on at the network's pace and ends."""
-        running, client = start(limits=quick(send_seconds=5))
+        running, client = start(limits=quick(send_seconds=10 * PATIENCE))
         with socket.socket() as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-            connection.settimeout(10)
+            connection.settimeout(PATIENCE)
             connection.connect((client.base_url.host, client.base_url.port or 80))
             connection.sendall(whole(True))
             for _ in range(5):
                 assert connection.recv(1)
                 time.sleep(0.05)
-            wait_until(lambda: running.running == 0, 5)
-            begun = time.monotonic()
-            assert ask(client).status_code == 200
-            assert time.monotonic() - begun < running.service.limits.send_seconds, "it waited for the other one's end"
+            wait_until(lambda: running.running == 0)
+            assert ask(client).status_code == 200, "nobody waits for the other one's end, which is later than their patience"
             assert connection.recv(1)
         check_whole(running, client)
 
-    def test_many_who_write_byte_by_byte(self, start: Start) -> None:
-        """Slowloris: heads and bodies that never end. Others are answered meanwhile, and every one of them is turned away."""
-        running, client = start(limits=quick(header_seconds=0.6, body_seconds=0.6))
+    def slowloris(self, client: httpx.Client) -> list[socket.socket]:
+        """Forty connections with heads and bodies that have begun."""
         beginnings = [b"GET /health HTTP/1.1\r\nX-", HEAD + b"Content-Length: 900\r\n\r\n{"]
         connections = [connect(client) for _ in range(40)]
         for place, connection in enumerate(connections):
             connection.sendall(beginnings[place % 2])
-        delays = []
-        for _ in range(8):
-            begun = time.monotonic()
+        return connections
+
+    def test_others_are_answered_while_many_write_byte_by_byte(self, start: Start) -> None:
+        running, client = start()
+        connections = self.slowloris(client)
+        for _ in range(4):
             assert ask(client).status_code == 200
-            delays.append(time.monotonic() - begun)
+            for connection in connections:
+                connection.send(b"a")
+        assert running.service.connections() == 41, "all are still writing"
+        for connection in connections:
+            connection.close()
+        check_whole(running, client)
+
+    def test_many_who_write_byte_by_byte_are_turned_away(self, start: Start) -> None:
+        """Heads and bodies that never end, though something of them comes all the time."""
+        running, client = start(limits=quick(header_seconds=0.3, body_seconds=0.3))
+        connections = self.slowloris(client)
+        for _ in range(8):
             for connection in connections:
                 with contextlib.suppress(OSError):
                     connection.send(b"a")
-            time.sleep(0.1)
+            time.sleep(0.05)
         answers = []
         for connection in connections:
             with connection, contextlib.suppress(ConnectionResetError):
                 answers.append(connection.recv(4096))
 
-        assert statistics.median(delays) < 2
         assert all(answer.split()[1] == b"408" for answer in answers)
-        assert len(answers) > len(connections) / 2  # the others were reset while they wrote
-        assert 'reason="too_slow"} 40.0' in client.get("/metrics").text
+        assert answers  # who is reset while it writes may get none
+        wait_until(lambda: 'reason="too_slow"} 40.0' in client.get("/metrics").text)
         check_whole(running, client)
 
     @pytest.mark.slow

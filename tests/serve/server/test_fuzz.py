@@ -48,7 +48,7 @@ def fuzz(client: httpx.Client, tmp_path: Path, *options: str, description: Any =
     command = [
         sys.executable, "-m", "schemathesis.cli", "--no-color", "run", str(tmp_path / "openapi.json"),
         "--url", str(client.base_url), "--exclude-checks", "positive_data_acceptance", "--continue-on-failure",
-        "--request-timeout", "20", *options,
+        "--request-timeout", "240", "--suppress-health-check", "too_slow", *options,
     ]  # fmt: skip
     environment = {
         **os.environ,

@@ -23,7 +23,7 @@ from keural.serve.server.replies import Part, Usage, Writer
 from keural.serve.server.responses_writer import ResponsesWriter
 from keural.serve.server.service import Service
 from keural.tokenizer import KeuralTokenizer
-from tests.helpers.serving import Writing, service_of
+from tests.helpers.serving import PATIENCE, Writing, service_of
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 
@@ -118,7 +118,7 @@ def test_whoever_rings_is_heard(library: Callable[[None], Any] | None, monkeypat
                 ring()
 
         threading.Thread(target=work).start()
-        await asyncio.wait_for(done.wait(), 20)
+        await asyncio.wait_for(done.wait(), PATIENCE)
 
     asyncio.run(listen())
     assert heard == list(range(5000))
@@ -137,12 +137,12 @@ def test_what_came_before_somebody_waits_is_not_lost() -> None:
     async def take() -> list[Any]:
         answer, found = Answer(), []
         answer.put(answers.Event([Chosen(1)]))
-        await answer.wait(5)
+        await answer.wait(PATIENCE)
         answer.put(answers.Event([Chosen(2)]))
-        found.append(await asyncio.wait_for(answer.take(), 5))
+        found.append(await asyncio.wait_for(answer.take(), PATIENCE))
         await answer.wait(0.01)
         asyncio.get_running_loop().call_later(0.01, answer.put, answers.Event(end="stop"))
-        found.append(await asyncio.wait_for(answer.take(), 5))
+        found.append(await asyncio.wait_for(answer.take(), PATIENCE))
         return found
 
     first, last = asyncio.run(take())

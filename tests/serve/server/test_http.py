@@ -57,11 +57,14 @@ def test_requests_that_are_sent_at_once_are_answered_in_their_order(start: Start
 
 def test_a_client_that_leaves_with_requests_behind_its_stream_loses_one_slot_at_most(start: Start) -> None:
     running, client = start()
+    running.held.shuts_at = 5
     with connect(client) as connection:
         connection.sendall((HEAD + b"Content-Length: %d\r\n\r\n" % (len(BODY) + 1) + BODY.replace(b" 2}", b" 60}")) * 5)
-        wait_until(lambda: running.running == 1)
+        running.held.wait_shut()
 
-    wait_until(lambda: running.running == 0, 5)
+    wait_until(lambda: running.log)
+    running.held.open.set()
+    wait_until(lambda: running.running == 0)
     assert sum(running.service.answers.scheduler.stats.finished.values()) <= 2
     check_whole(running, client)
 

@@ -104,7 +104,7 @@ def test_a_stream_that_the_library_closes_frees_its_slot(tokenizer: KeuralTokeni
         library = OpenAI(base_url=f"{opened.base_url}/v1", api_key="none", max_retries=0)
         with library.chat.completions.create(model="tiny", messages=HELLO, stream=True) as stream:
             next(iter(stream))
-        wait_until(lambda: service.answers.open == 0, 3)
+        wait_until(lambda: service.answers.open == 0)
 
 
 def test_too_long_a_prompt_is_the_librarys_own_error_before_any_chunk(client: OpenAI) -> None:

@@ -12,9 +12,11 @@ import pytest
 from anthropic import Anthropic
 from openai import OpenAI
 
+from keural.serve.server import replies
 from keural.serve.server.service import Service
 from keural.tokenizer import KeuralTokenizer
-from tests.helpers.serving import Writing, events, quick, service_of, serving, wait_until
+from tests.helpers.held_server import LaterClock
+from tests.helpers.serving import PATIENCE, Writing, events, quick, service_of, serving, wait_until
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 TEXT = "안녕 the cat"
@@ -53,7 +55,7 @@ class Waiting:
 
     def end(self) -> str:
         """All of it."""
-        self._thread.join(10)
+        self._thread.join(PATIENCE)
         assert not self._thread.is_alive()
         return self.text
 
@@ -61,7 +63,7 @@ class Waiting:
 @pytest.fixture
 def queue(tokenizer: KeuralTokenizer) -> Iterator[Queue]:
     gate = threading.Event()
-    slots = Writing(tokenizer, TEXT, count=1, before_step=lambda: gate.wait(20))
+    slots = Writing(tokenizer, TEXT, count=1, before_step=lambda: gate.wait(2 * PATIENCE))
     service = service_of(tokenizer, slots, limits=quick(waiting=5))
     with serving(service) as client:
         yield Queue(service, client, gate)
@@ -75,9 +77,13 @@ def said(text: str) -> str:
 
 
 class TestThePlaceInTheQueue:
-    def test_is_said_to_who_asks(self, queue: Queue) -> None:
-        first, second, third = queue.ask(**POSITION), queue.ask(**POSITION), queue.ask(**POSITION)
-        wait_until(lambda: ": queue 2\n\n" in third.text)
+    def test_is_said_to_who_asks(self, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(replies, "POSITION_SECONDS", 10 * PATIENCE)
+        first = queue.ask(**POSITION)
+        wait_until(lambda: queue.service.answers.scheduler.running == 1)
+        monkeypatch.setattr(replies, "POSITION_SECONDS", 0.05)
+        second, third = queue.ask(**POSITION), queue.ask(**POSITION)
+        wait_until(lambda: second.text and third.text)
         assert second.text == ": queue 1\n\n"
         assert third.text == ": queue 2\n\n"
         queue.gate.set()
@@ -101,13 +107,13 @@ class TestThePlaceInTheQueue:
 
         assert said(last.end()) == TEXT
 
-    def test_is_not_said_to_others(self, queue: Queue) -> None:
+    def test_is_not_said_to_others(self, queue: Queue, clock: LaterClock) -> None:
         """They have a status as long as nothing else was sent."""
         queue.ask()
-        quiet = queue.ask(**{"x-request-timeout": "0.8"})
-        told = queue.ask(**POSITION, **{"x-request-timeout": "0.8"})
+        quiet = queue.ask(**{"x-request-timeout": "60"})
+        told = queue.ask(**POSITION, **{"x-request-timeout": "60"})
         wait_until(lambda: told.text)
-        time.sleep(0.6)
+        clock.passed = 61
         queue.gate.set()
 
         assert json.loads(quiet.end())["error"]["code"] == "deadline_exceeded"
@@ -159,7 +165,7 @@ def test_tokens_that_came_before_an_error_are_sent_before_it(tokenizer: KeuralTo
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
     with serving(service) as client, socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.settimeout(10)
+        connection.settimeout(PATIENCE)
         connection.connect((client.base_url.host, client.base_url.port or 80))
         connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         wait_until(lambda: service.answers.scheduler.stats.finished)

@@ -14,7 +14,7 @@ from keural.serve.batching.transformers_slots import TransformersSlots
 from keural.serve.engines.transformers import TransformersEngine
 from keural.serve.server.service import Service
 from keural.tokenizer import KeuralTokenizer
-from tests.helpers.serving import Writing, service_of, serving
+from tests.helpers.serving import PATIENCE, Writing, service_of, serving
 
 HELLO: list[ChatCompletionMessageParam] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi 고양이"}]
 
@@ -24,7 +24,7 @@ def client(tokenizer: KeuralTokenizer, model_dir: Path) -> Iterator[OpenAI]:
     """Of a small random network."""
     with serving(Service(tokenizer, TransformersSlots(TransformersEngine(model_dir).model, 2), "tiny")) as plain:
         url = f"{plain.base_url}/v1"
-        yield OpenAI(base_url=url, api_key="none", _strict_response_validation=True, max_retries=0, timeout=20)
+        yield OpenAI(base_url=url, api_key="none", _strict_response_validation=True, max_retries=0, timeout=PATIENCE)
 
 
 def test_a_chat(client: OpenAI) -> None:

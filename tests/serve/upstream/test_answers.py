@@ -10,7 +10,7 @@ import pytest
 from keural.tokenizer import KeuralTokenizer
 from tests.helpers.fake_engines import entries, own
 from tests.helpers.fronting import CONTEXT, HELLO, TEXT, Front, Fronted, an_engine
-from tests.helpers.serving import Writing, events, quick, service_of, serving, wait_until
+from tests.helpers.serving import PATIENCE, Writing, events, quick, service_of, serving, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +168,9 @@ def test_a_length_that_the_context_allows_is_all_that_is_asked_for(fronted: Fron
     assert fronted.post("/v1/completions", prompt=[5] * room).json()["error"]["code"] == "context_length_exceeded"
 
 
-def test_a_stop_string_ends_the_work_of_the_server(fronted: Fronted) -> None:
-    fronted.engine.pause = lambda place: 0.02
+def test_a_stop_string_ends_the_work_of_the_server(fronted: Fronted, tokenizer: KeuralTokenizer) -> None:
+    stopped = len(tokenizer.encode(TEXT[: TEXT.index(" cat")]))
+    fronted.engine.pause = lambda place: 0.0 if place <= stopped else 10 * PATIENCE
     before = fronted.upstreams.stats.finished.get("stop", 0)
 
     answer = fronted.post(stop=["the"]).json()
@@ -181,7 +182,7 @@ def test_a_stop_string_ends_the_work_of_the_server(fronted: Fronted) -> None:
 
 
 def test_a_client_that_leaves_ends_the_work_of_the_server(fronted: Fronted, kind: str) -> None:
-    fronted.engine.pause = lambda place: 0.05
+    fronted.engine.pause = lambda place: 0.0 if place < 3 else 10 * PATIENCE
     with fronted.client.stream("POST", "/v1/chat/completions", json={"messages": HELLO, "stream": True}) as response:
         next(response.iter_lines())
 
@@ -193,7 +194,7 @@ def test_a_client_that_leaves_ends_the_work_of_the_server(fronted: Fronted, kind
 
 
 def test_a_deadline_ends_the_work_of_the_server(fronted: Fronted) -> None:
-    fronted.engine.pause = lambda place: 0.1
+    fronted.engine.pause = lambda place: 0.0 if place < 3 else 10 * PATIENCE
     response = fronted.client.post("/v1/chat/completions", json={"messages": HELLO}, headers={"X-Request-Timeout": "0.3"})
 
     assert response.status_code == 504

@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -23,7 +25,7 @@ from keural.tokenizer import KeuralTokenizer
 from tests.conftest import Keural
 from tests.helpers.fake_installs import install, install_script
 from tests.helpers.fronting import HELLO, TEXT
-from tests.helpers.serving import events, service_of, serving, wait_until
+from tests.helpers.serving import PATIENCE, events, service_of, serving, wait_until
 
 READY = "the engine is ready "
 
@@ -53,9 +55,9 @@ def pids(log: list[Any]) -> list[int]:
 def is_there(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+        return "zombie" not in Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except (ProcessLookupError, FileNotFoundError):  # it may end between the two
         return False
-    return "zombie" not in Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
@@ -96,8 +98,9 @@ def test_an_engine_and_what_it_has_started_end_with_the_block(
     exported: tuple[FrontModel, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "pid"
-    install_script(monkeypatch, tmp_path / "bin", f"sleep 100 & echo $! > {file}.part; mv {file}.part {file}; wait")
-    monkeypatch.setattr(watch, "START_SECONDS", 0.3)
+    install_script(monkeypatch, tmp_path / "bin", f"sleep 1000 & echo $! > {file}.part; mv {file}.part {file}; wait")
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 2 * watch.START_SECONDS * file.exists())
+    monkeypatch.setattr(watch, "time", clock)  # the time is over when it has started something
     monkeypatch.setattr(watch, "WHILE_DOWN", 0.1)
 
     with pytest.raises(UserError, match="vllm does not answer"):
@@ -145,7 +148,7 @@ def test_an_engine_that_is_killed_in_an_answer_comes_back(running: tuple[httpx.C
     assert client.get("/ready").status_code == 503
     refused = ask(client)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
-    wait_until(lambda: client.get("/health").status_code == 200, 20)
+    wait_until(lambda: client.get("/health").status_code == 200)
     assert ask(client).json()["choices"][0]["message"]["content"] == TEXT
     assert len(pids(log)) == 2
     assert 'engine_restarts_total{model_name="tiny",upstream="0"} 1.0' in client.get("/metrics").text
@@ -168,7 +171,7 @@ def test_a_request_that_waits_while_an_engine_dies_is_answered_when_it_is_back(
         first, second = upstreams.delivering(found.extend, 8).submit([request, request])
         wait_until(lambda: found)
         os.kill(pids(log)[0], signal.SIGKILL)
-        wait_until(lambda: first.end and second.end, 60)
+        wait_until(lambda: first.end and second.end)
 
     assert (first.end, second.end) == ("error", "stop")
     assert second.answer == script[:-1]
@@ -189,7 +192,7 @@ def test_an_engine_that_dies_again_and_again_is_given_up(
     with own_engine("vllm", exported, log) as upstreams, serving(service_of(tokenizer, upstreams)) as client:
         install_script(monkeypatch, tmp_path / "bin", "exit 1")
         os.kill(pids(log)[0], signal.SIGKILL)
-        wait_until(lambda: upstreams.lost is not None, 20)
+        wait_until(lambda: upstreams.lost is not None)
         message = client.get("/health").json()["error"]["message"]
         assert "started again 2 times" in message
         assert ask(client).status_code == 503
@@ -210,7 +213,9 @@ def test_the_command_serves_from_a_model_directory_to_its_end(
     pid = int(process.error_line(READY).split(READY)[1].rstrip('"}'))
     assert is_there(pid)
 
-    with httpx.stream("POST", f"{address}/v1/chat/completions", json={"messages": HELLO, "stream": True}, timeout=20) as response:
+    with httpx.stream(
+        "POST", f"{address}/v1/chat/completions", json={"messages": HELLO, "stream": True}, timeout=PATIENCE
+    ) as response:
         lines = response.iter_lines()
         first = next(lines)
         process.send(getattr(signal, ending))
@@ -241,7 +246,7 @@ class Command:
             found[:] = [line for line in (self.log / name).read_text(encoding="utf-8").splitlines() if part in line]
             return bool(found)
 
-        wait_until(look, 60)
+        wait_until(look)
         return found[0]
 
     def line(self, part: str) -> str:
@@ -254,7 +259,7 @@ class Command:
         self.process.send_signal(number)
 
     def wait(self) -> int:
-        return self.process.wait(30)
+        return self.process.wait(PATIENCE)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """What the stages after pretraining cost and teach: trials of the laptop recipe's SFT stages, one after the other, at equal tokens.
 
-    OMP_NUM_THREADS=1 python benchmarks/stages_sweep.py DATA RUN [--out DIR] [--tokens 128000] [--only NAME ...]
+    OMP_NUM_THREADS=1 python benchmarks/stages_sweep.py DATA RUN [--out DIR] [--tokens 128000] [--start DIR] [--only NAME ...]
 
 DATA is the data directory of the laptop recipe, RUN a run of it whose pretraining is finished: every trial starts from its
 `pretrain-2` and trains a stage for every number of `--tokens`, each from where the one before it ends. A variant has one setting of
@@ -81,6 +81,9 @@ VARIANTS: dict[str, Variant] = {
         weights={"ko_rust_book_again": 0.4},
         of_stages=({}, {}, {"ko_sae4k": 0.4}),
     ),
+    "second stage, gentler": Variant(
+        "three stages", ("train.warmup_steps=10",), rates=(5e-4, 3e-4), weights={"ko_rust_book_again": 0.5}, of_stages=({},)
+    ),
 }
 """What is tried."""
 
@@ -108,13 +111,15 @@ def mixture_of(stage: StageSpec, variants: Sequence[Variant], store: TokenStore,
     return mix(store, {name: weight for name, weight in weights.items() if weight}, spec)
 
 
-def trial(name: str, data: Path, run: Path, out: Path, seed: int, tokens: Sequence[int], most_bytes: int) -> dict[str, Any]:
+def trial(
+    name: str, data: Path, run: Path, start: Path, out: Path, seed: int, tokens: Sequence[int], most_bytes: int
+) -> dict[str, Any]:
     """Train the stages of a variant one after the other and measure each."""
     variants = lineage(name)
     recipe, stage = stage_of(variants, data)
     rates = next(variant.rates for variant in reversed(variants) if variant.rates)
     assert len(rates) == len(tokens) + 1, "a rate where each stage begins, and one where the last ends"
-    tokenizer, weights = KeuralTokenizer.load(run / "tokenizer"), run / PRETRAINED / "model"
+    tokenizer, weights = KeuralTokenizer.load(run / "tokenizer"), start
     prepared = prepare(stage.data, stage.objective, data, tokenizer, out / "data", recipe.spec.seed)
     assert prepared.heldout is not None
     config = build_config(recipe, tokenizer)
@@ -201,20 +206,23 @@ def changes(before: Losses, after: Losses) -> dict[str, dict[str, float]]:
     return found
 
 
-def brief(line: dict[str, Any]) -> str:
-    """A trial in a few lines: bits per byte, losses of every source, answers."""
-    shown = [f"{line['variant']} {line['tokens']}: {_figures(line['before']['bits'])}"]
-    for stage in line["stages"]:
-        shown.append(f"  bits {_figures(stage['bits'])}")
-        for name, found in stage["losses"].items():
-            change = f"{found['after'] - found['before']:+.3f} ± {found['error']:.3f}"
-            shown.append(f"    {name}: {found['before']:.3f} {change} ({found['conversations']}, {found['labels']})")
-        shown += [f"    {prompt} → {answer!r}" for prompt, answer in stage["samples"].items()]
-    return "\n".join(shown)
-
-
-def _figures(values: dict[str, float]) -> str:
-    return " ".join(f"{value:.3f}" for value in values.values())
+def table(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """A column for every stage of every trial: bits per byte, change of the loss of every source; below it all answers."""
+    stages = [(f"{line['variant']} {place}", line, stage) for line in lines for place, stage in enumerate(line["stages"], start=1)]
+    rows = [["", "before", *(name for name, _, _ in stages)], ["---"] * (len(stages) + 2)]
+    before = lines[0]["before"]["bits"]
+    for name, value in before.items():
+        figures = (f"{stage['bits'][name]:.3f} ({stage['bits'][name] - value:+.3f})" for _, _, stage in stages)
+        rows.append([f"bits, {name}", f"{value:.3f}", *figures])
+    for name, first in lines[0]["stages"][0]["losses"].items():
+        found = [stage["losses"][name] for _, _, stage in stages]
+        changed = (f"{each['after']:.3f} ({each['after'] - each['before']:+.3f} ± {each['error']:.3f})" for each in found)
+        rows.append([f"{name} ({first['conversations']})", f"{first['before']:.3f}", *changed])
+    shown = [f"| {' | '.join(row)} |" for row in rows]
+    for name, _, stage in stages:
+        answers = "; ".join(f"{prompt} → {answer!r}" for prompt, answer in stage["samples"].items())
+        shown.append(f"\n**{name}**: {answers}")
+    return shown
 
 
 def main() -> None:
@@ -224,6 +232,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/stages-sweep"))
     parser.add_argument("--tokens", type=int, nargs="+", default=[128_000], help="of each stage")
+    parser.add_argument("--start", type=Path, help="weights to start from instead, for trials of a later stage alone")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=list(VARIANTS), help="names of variants")
     parser.add_argument("--bytes", type=int, default=15_000, help="of each held-out text")
@@ -235,11 +244,15 @@ def main() -> None:
     for name in arguments.only:
         if any((line["variant"], line["seed"], line["tokens"]) == (name, arguments.seed, arguments.tokens) for line in lines):
             continue
-        line = trial(name, arguments.data, arguments.run, arguments.out, arguments.seed, arguments.tokens, arguments.bytes)
+        start = arguments.start or arguments.run / PRETRAINED / "model"
+        own = (arguments.out, arguments.seed, arguments.tokens, arguments.bytes)
+        line = trial(name, arguments.data, arguments.run, start, *own)
         with kept.open("a") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
         lines.append(line)
-        print(brief(line), flush=True)
+        print(json.dumps(line, ensure_ascii=False), flush=True)
+    if lines:
+        print("\n".join(table(lines)))
 
 
 if __name__ == "__main__":

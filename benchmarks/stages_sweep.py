@@ -68,7 +68,10 @@ PASSAGES = {
 """What weights the passages of pretraining's texts had."""
 VARIANTS: dict[str, Variant] = {
     "before": Variant(
-        None, ("train.optimizer=muon",), rates=(2e-3, 0.0), weights={"en_about": 0.0, "en_what": 0.0, "ko_sae4k": 0.0, **PASSAGES}
+        None,
+        ("train.optimizer=muon", "train.warmup_steps=5"),
+        rates=(2e-3, 0.0),
+        weights={"en_about": 0.0, "en_what": 0.0, "ko_sae4k": 0.0, **PASSAGES},
     ),
     "english": Variant("before", weights={"en_about": 0.4, "en_what": 0.4}),
     "english, 1e-3": Variant("english", rates=(1e-3, 0.0)),

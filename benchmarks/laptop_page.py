@@ -3,9 +3,10 @@
     python benchmarks/laptop_page.py RUN [RUN ...] > benchmarks/laptop_2-core-cpu_DATE.md
 
 In: finished run directories of one recipe. Out, as Markdown: bits per byte of every measured text, the stages, the loss on held-out
-answers of every source before and after each SFT stage (before is measured here, by the model that the stage starts from), held-out
-pairs ranked right with Wilson's interval beside what length alone gives, and every sample answer, none chosen. Of several runs the
-mean and its standard error, and each run's value where there are too few for one.
+answers of every source before and after each SFT stage with the standard error of its change over conversations, each against
+itself (measured here, by the models that the stage starts from and ends with), held-out pairs ranked right with Wilson's interval
+beside what length alone gives, and every sample answer, none chosen. Of several runs the mean and its standard error, and each
+run's value where there are too few for one.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.speaking_sweep import losses_by_source
+from benchmarks.stages_sweep import Losses, changes, losses
 from keural.errors import UserError
 from keural.evaluate.statistics.intervals import wilson
 from keural.model import KeuralConfig
@@ -63,15 +64,18 @@ def stages(runs: Sequence[Run]) -> Iterator[str]:
 
 def answers(runs: Sequence[Run]) -> Iterator[str]:
     """The loss on held-out answers by source, before and after each SFT stage."""
-    yield "Loss on held-out answers by source (nats per token), before and after each stage that trains on them:\n"
-    yield from _head("stage", "source", "before", "after")
+    yield "Loss on held-out answers by source (nats per token), before and after each stage that trains on them; its change with"
+    yield "the standard error over conversations:\n"
+    yield from _head("stage", "source", "conversations", "before", "after", "change")
     for each in _by_stage(runs):
         if each[0].done["objective"] != "sft":
             continue
-        before = [_losses_before(run, stage) for run, stage in zip(runs, each, strict=True)]
-        for source, name in _sources(each[0], "loss"):
-            after = [stage.done["heldout"][name] for stage in each]
-            yield _row(each[0].name, source, _mean([found[source] for found in before]), _mean(after))
+        found = [_changes(run, stage) for run, stage in zip(runs, each, strict=True)]
+        for source, first in found[0].items():
+            values = [one[source] for one in found]
+            told = " / ".join(f"{value['after'] - value['before']:+.3f} ± {value['error']:.3f}" for value in values)
+            before, after = (_mean([value[key] for value in values]) for key in ("before", "after"))
+            yield _row(each[0].name, source, str(first["conversations"]), before, after, told)
 
 
 def pairs(runs: Sequence[Run]) -> Iterator[str]:
@@ -108,10 +112,16 @@ def _sources(stage: Stage, figure: str) -> list[tuple[str, str]]:
     return [(names[1], key) for names, key in parts if names[2] == figure]
 
 
-def _losses_before(run: Run, stage: Stage) -> dict[str, float]:
-    """Loss on the stage's held-out answers by source, of the model that the stage starts from."""
+def _changes(run: Run, stage: Stage) -> dict[str, dict[str, float]]:
+    """How the loss on the stage's held-out answers changes, by source."""
+    starts = (run.directory / stage.done["init_from"], run.directory / stage.name)
+    before, after = (_losses(run, stage, start / MODEL) for start in starts)
+    return changes(before, after)
+
+
+def _losses(run: Run, stage: Stage, start: Path) -> Losses:
+    """Losses on the stage's held-out answers of a model."""
     store = run.directory / stage.done["data"][0]
-    start = run.directory / stage.done["init_from"] / MODEL
     spec = StageSpec.model_validate(
         {
             "name": stage.name,
@@ -128,7 +138,7 @@ def _losses_before(run: Run, stage: Stage) -> dict[str, float]:
     ranks, objective = Ranks(0, 1, torch.device("cpu")), LOSSES[spec.objective](spec)
     policy = computing_policy(job, objective.uniform, ranks).eval()
     stream = stream_of(job, store.parent / "heldout", ranks)
-    return losses_by_source(Trainer(spec, policy, _none(policy), objective, stream, ranks, lambda step: 0.0), stream)
+    return losses(Trainer(spec, policy, _none(policy), objective, stream, ranks, lambda step: 0.0), stream)
 
 
 def _none(policy: torch.nn.Module) -> Any:

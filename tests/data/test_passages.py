@@ -69,6 +69,27 @@ def test_a_passage_is_held_out_where_its_text_is(read_as: str) -> None:
     assert splits == {"train", "heldout"}
 
 
+def test_an_answer_is_held_out_where_pretraining_holds_out_the_text_of_its_row() -> None:
+    """Whatever the template asks: the fields that pretraining reads decide."""
+    splits = set()
+    for number in range(40):
+        row = {"q": f"Where is mill {number}?", "key": "a mill", "why": "It stands by the river."}
+        document = ADAPTERS["text"](row, SourceSpec(name="s", adapter="text", options={"field": ["q", "why"]}), "file:1")
+        assert isinstance(document, Document)
+        wanted, splitter = Splitter(500).assign(document), Splitter(500)
+        for template in ("What is {question}?", "Tell me about {question}."):
+            options = {"question": "key", "answer": "why", "template": template, "text": ["q", "why"]}
+            record = ADAPTERS["qa"](row, SourceSpec(name="s", adapter="qa", options=options), "file:1")
+            assert isinstance(record, Conversation)
+            assert [turn.content for turn in record.messages] == [template.format(question="a mill"), row["why"]]
+            assert splitter.assign(record) == wanted
+        splits.add(wanted)
+    assert splits == {"train", "heldout"}
+    dropped = ADAPTERS["qa"]({"question": "?", "answer": "a"}, SourceSpec(name="s", adapter="qa", options={"text": "q"}), "file:1")
+    assert isinstance(dropped, Drop)
+    assert dropped.reason == "missing_q"
+
+
 def test_the_same_passage_twice_is_a_duplicate() -> None:
     splitter = Splitter(0)
     one, other = (passages({"text": "The mill stands."}, source())[0] for _ in range(2))

@@ -32,13 +32,13 @@ def refusal(directory: Path) -> str:
 
 
 def test_what_is_said_is_laid_over_what_the_other_says(tmp_path: Path) -> None:
-    changes = {"train": {"lr": 0.5, "budget_share": None, "steps": 7}}
+    changes = {"train": {"lr": 0.5, "budget_share": None, "steps": 70}}
     mine = load_recipe(write(tmp_path / "mine", {"name": "mine", "extends": "laptop", "model": {"hidden_size": 64}}, sft_1=changes))
     theirs = load_recipe(SHIPPED / "laptop")
     assert mine.spec.model == theirs.spec.model.model_copy(update={"hidden_size": 64})
     assert mine.spec.tokenizer == theirs.spec.tokenizer
     assert mine.stage("sft-2") == theirs.stage("sft-2")
-    expected = theirs.stage("sft-1").train.model_copy(update={"lr": 0.5, "budget_share": None, "steps": 7})
+    expected = theirs.stage("sft-1").train.model_copy(update={"lr": 0.5, "budget_share": None, "steps": 70})
     assert mine.stage("sft-1").train == expected
     assert mine.spec.extends is None
 

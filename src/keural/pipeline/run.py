@@ -208,7 +208,7 @@ def _job(workspace: Workspace, stage: StageSpec, boards: tuple[str, ...] = ()) -
     prepared = workspace.data[stage.name]
     return StageJob(
         stage=stage,
-        seed=workspace.recipe.spec.seed,
+        seed=workspace.seed(stage),
         model_config=workspace.model_config,
         init=None if stage.init_from == "random" else init_directory(workspace.out, stage),
         train_store=prepared.corpus,

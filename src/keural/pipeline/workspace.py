@@ -67,7 +67,7 @@ class Workspace:
             "version": VERSION,
             "stage": stage.determining("weights", length),
             "model": self.recipe.spec.model.determining("weights"),
-            "seed": self.recipe.spec.seed,
+            "seed": self.seed(stage),
             **({"order": ORDER_VERSION} if OBJECTIVES[stage.objective].unit != "tokens" else {}),
             **budget,
             "tokenizer": self.tokenizer.sha256,
@@ -78,6 +78,20 @@ class Workspace:
     def stage_fingerprint(self, stage: StageSpec) -> str:
         """Of everything that determines the stage's weights."""
         return fingerprint(self.stage_settings(stage))
+
+    def seed(self, stage: StageSpec) -> int:
+        """Of all that is drawn in a stage: the recipe's, and another one for a stage that reads what one before it has read.
+
+        In the same order it would begin with what that one has read, and a budget that ends within the data would never come to
+        the rest.
+        """
+        seed, read = self.recipe.spec.seed, 0
+        name = stage.predecessor
+        while name is not None:
+            before = self.recipe.stage(name)
+            read += (before.data, before.objective) == (stage.data, stage.objective)
+            name = before.predecessor
+        return int(fingerprint({"seed": seed, "read": read})[:8], 16) if read else seed
 
     def init_fingerprint(self, stage: StageSpec) -> str:
         """Of the weights a stage starts from."""
@@ -351,5 +365,5 @@ def open_stream(workspace: Workspace, stage: StageSpec) -> Stream:
     """The stream of batches that a stage trains on."""
     length, train, tokenizer = stage.data.sequence_length, stage.train, workspace.tokenizer
     rows = None if train.batch_tokens is None else train.batch_tokens // length
-    settings = (stage.objective, length, rows, train.batch_records, workspace.recipe.spec.seed)
+    settings = (stage.objective, length, rows, train.batch_records, workspace.seed(stage))
     return workspace.data[stage.name].corpus.stream(*settings, tokenizer.sha256, tokenizer.vocab_size)

@@ -146,7 +146,8 @@ def _qa(value: Any, source: SourceSpec, where: str) -> Conversation | Drop:
     """`{question, answer}`; options of these names give other fields or column numbers.
 
     Option `template` puts the question into a sentence: `한국어로 옮기세요: {question}`; `prompt` is a question that all rows share
-    and none of them holds; `booleans` is how answers that are true and false are written: `[예, 아니요]`.
+    and none of them holds; `booleans` is how answers that are true and false are written: `[예, 아니요]`. `text` names the
+    fields that pretraining reads as a text (adapter `text`, option `field`): the row is held out where that text is.
     """
     options, reader = source.options, TurnReader(source, where, has_turns=False)
     names = [options.get("answer", "answer")] if "prompt" in options else _names(options, "question", "answer")
@@ -155,7 +156,10 @@ def _qa(value: Any, source: SourceSpec, where: str) -> Conversation | Drop:
     question = options["prompt"] if "prompt" in options else trimmed(text_of(value, names[0]))
     if question and "template" in options:
         question = options["template"].replace("{question}", question)
-    return _exchange(reader, value, [question, text_of(value, names[-1], booleans=options.get("booleans"))])
+    found = _exchange(reader, value, [question, text_of(value, names[-1], booleans=options.get("booleans"))])
+    if isinstance(found, Drop) or "text" not in options:
+        return found
+    return replace(found, origin=text_of(value, options["text"]))
 
 
 def _names(options: Mapping[str, Any], *names: str) -> list[Any]:
@@ -276,10 +280,17 @@ def _reads(
     def of(source: SourceSpec) -> Reads:
         options = source.options
         lists = [options.get("field", options.get(name, name)) for name in turns]
-        keys = [options.get(name, name) for name in fields if name != "question" or "prompt" not in options]
+        keys = [options.get(name, name) for name in fields]
         return reads(source, [*keys, *reasoning], lists, optional)
 
     return of
+
+
+def _reads_qa(source: SourceSpec) -> Reads:
+    options = source.options
+    names = ["answer"] if "prompt" in options else ["question", "answer"]
+    texts = [options["text"]] if "text" in options else []
+    return reads(source, [*_names(options, *names), *texts, *REASONING])
 
 
 def _check_kto(source: SourceSpec) -> str | None:
@@ -393,8 +404,9 @@ ADAPTERS = {
             "template": Option(TEXT, "sentence that the question is put into, at {question}"),
             "prompt": Option(TEXT, "question that all rows share and none of them holds"),
             "booleans": Option(LIST, "two texts: how answers that are true and false are written"),
+            "text": Option(NAMES, "fields that pretraining reads as a text (`field` of adapter text): held out where that text is"),
         },
-        _reads("question", "answer"),
+        _reads_qa,
         {"question": "Name a tree.", "answer": "An oak."},
         _check_qa,
     ),

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ VALUES = {str(value): value for value in range(100)} | {
     number(value): value for number in (korean.number, english.number) for value in range(1, 100)
 }
 
+SMALL_SUMS = [(a, b) for a in range(1, 20) for b in range(1, 20) if a + b <= 20 or max(a, b) <= 12]
+"""What is learnt by heart, in both orders."""
+
 
 def additions(text: str) -> list[tuple[int, int]]:
     """The pairs of numbers that a text adds, the smaller one first."""
@@ -46,10 +50,20 @@ def recipe() -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def training_rows(recipe: Recipe) -> list[dict[str, Any]]:
+def rows_of_stages(recipe: Recipe) -> dict[str, list[dict[str, Any]]]:
+    """Every row that each stage of the toy recipe draws."""
+    sources = {stage.name: stage.data.sources for stage in recipe.stages}
+    return {
+        stage: [row for source in of_stage for row in microworld.rows(source.options, recipe.spec.seed)]
+        for stage, of_stage in sources.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def training_rows(recipe: Recipe, rows_of_stages: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Every row that any stage of the toy recipe, or its tokenizer, is trained on."""
-    sources = [*recipe.spec.tokenizer.sources, *(source for stage in recipe.stages for source in stage.data.sources)]
-    return [row for source in sources for row in microworld.rows(source.options, recipe.spec.seed)]
+    rows = [row for source in recipe.spec.tokenizer.sources for row in microworld.rows(source.options, recipe.spec.seed)]
+    return [*rows, *itertools.chain.from_iterable(rows_of_stages.values())]
 
 
 def exchanges(row: dict[str, Any]) -> list[str]:
@@ -87,9 +101,7 @@ def test_no_training_row_adds_the_numbers_of_a_heldout_sum(training_texts: list[
 
 def test_small_sums_are_learnt_by_heart_and_asked_in_words_that_no_training_row_has(training_rows: list[dict[str, Any]]) -> None:
     assert not [content for content in sums("heldout") if content.second < 20]
-    assert {(a, b) for a in range(1, 20) for b in range(a, 20) if a + b <= 20} == {
-        (c.first, c.second) for c in sums("train") if c.second < 20
-    }
+    assert {(c.first, c.second) for c in sums("train") if c.second < 20} == {(a, b) for a, b in SMALL_SUMS if a <= b}
     items = [item for item in microworld.heldout_items(120, 1) if item.task == "arithmetic"]
     for item in items:
         (pair,) = additions(item.prompt + ("는" if item.language == "ko" and item.prompt[-1] not in "?." else ""))
@@ -98,6 +110,45 @@ def test_small_sums_are_learnt_by_heart_and_asked_in_words_that_no_training_row_
     small = {stripped(item.prompt) for item in items if max(additions(item.prompt) or [(99, 99)])[1] < 20}
     assert len(small) > 20
     assert not small & {stripped(row["messages"][0]["content"]) for row in training_rows if "messages" in row}
+
+
+def test_every_small_sum_is_drilled_in_words_and_in_digits_in_both_languages(
+    rows_of_stages: dict[str, list[dict[str, Any]]],
+) -> None:
+    """Of equal rows of a stage one is kept, however often it is drawn, so what is drilled has to be asked in many ways."""
+    seen: Counter[tuple[str, bool, int, int]] = Counter()
+    for rows in rows_of_stages.values():
+        chats = {(row["language"], *exchanges(row)) for row in rows if row.get("task") == "arithmetic" and "chosen" not in row}
+        seen.update((language, bool(re.search("[0-9]", text)), *operands(text)) for language, text in chats)
+    drilled = [seen[(language, digits, a, b)] for language in ("ko", "en") for digits in (True, False) for a, b in SMALL_SUMS]
+    assert min(drilled) >= 5
+    assert sum(drilled) / len(drilled) > 20
+    assert sum(drilled) > 0.6 * seen.total(), "the others follow from the sums of their digits"
+
+
+def test_no_pair_prefers_one_english_greeting_to_another(rows_of_stages: dict[str, list[dict[str, Any]]]) -> None:
+    """There is no register to choose, and what is rejected to one greeting is right to another: it cost "Hello!" its answer."""
+    pairs = [row for rows in rows_of_stages.values() for row in rows if row.get("task") == "smalltalk" and "chosen" in row]
+    assert pairs
+    assert {row["language"] for row in pairs} == {"ko"}
+
+
+def operands(text: str) -> tuple[int, int]:
+    """The two numbers that a question adds, as they stand in it."""
+    (pair,) = {pair for form in ADDITIONS for pair in form.findall(text)}
+    return VALUES[pair[0]], VALUES[pair[1]]
+
+
+@pytest.mark.parametrize(("task", "is_small"), [("small_sums", True), ("large_sums", False)])
+def test_parts_of_arithmetic_are_drawn_apart(task: str, is_small: bool) -> None:
+    chats = microworld.rows({"part": "instructions", "count": 200, "tasks": [task]}, 1)
+    texts = [row["messages"][0]["content"] for row in chats]
+    texts += [
+        row["text"] for row in microworld.rows({"part": "prose", "count": 100, "tasks": [task], "forms": ["plain", "parallel"]}, 1)
+    ]
+    found = {pair for text in texts for pair in additions(text)}
+    assert len(found) > 50
+    assert all((larger < 20) == is_small for _, larger in found)
 
 
 def stripped(question: str) -> str:

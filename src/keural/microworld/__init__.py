@@ -13,8 +13,8 @@ does, in any language, phrasing, notation, tense, register, part or option. In r
 * no row has person, place and thing of a held-out profile,
 * no one says what is held out of small talk.
 
-Sums up to twenty are learnt by heart, as at school: all of them occur in training, in both languages. What is held out
-of them is questions, word for word.
+Sums up to twenty, and of numbers up to twelve, are learnt by heart, as at school: all of them occur in training, in both
+languages, in words and in digits. What is held out of them is questions, word for word.
 
 Korean answers come in two registers, polite (존댓말, -요) and blunt (반말); both count as correct in the evaluation.
 """
@@ -25,7 +25,7 @@ from random import Random
 from typing import Any, cast, get_args
 
 from keural.errors import UserError, nearest
-from keural.microworld.arithmetic import ARITHMETIC
+from keural.microworld.arithmetic import ARITHMETIC, LARGE_SUMS, SMALL_SUMS
 from keural.microworld.clauses import REWRITING, TRANSLATION
 from keural.microworld.content import Split
 from keural.microworld.exercise import Answer, Exercise, Language, Task
@@ -35,9 +35,11 @@ from keural.microworld.korean import is_polite
 from keural.microworld.smalltalk import SMALLTALK
 from keural.tokenizer.message import Message
 
-__all__ = ["LANGUAGES", "TASKS", "Item", "Pair", "as_document", "heldout_items", "heldout_pairs", "is_polite", "rows"]
+__all__ = ["DRAWN", "LANGUAGES", "TASKS", "Item", "Pair", "as_document", "heldout_items", "heldout_pairs", "is_polite", "rows"]
 
 TASKS = {task.name: task for task in (ARITHMETIC, TRANSLATION, FACTS, REWRITING, SMALLTALK)}
+DRAWN = TASKS | {"small_sums": SMALL_SUMS, "large_sums": LARGE_SUMS}
+"""What rows can be about: a task, or a part of one that is to be drilled apart from the rest."""
 LANGUAGES = ("ko", "en")
 REGISTERS = ("mirror", "polite", "blunt")
 CONTRASTS = ("wrong", "blunt")
@@ -101,7 +103,7 @@ _PARTS: dict[str, tuple[str, ...]] = {
 _CHOICES = {
     "part": tuple(_PARTS),
     "split": get_args(Split),
-    "tasks": tuple(TASKS),
+    "tasks": tuple(DRAWN),
     "languages": LANGUAGES,
     "forms": FORMS,
     "register": REGISTERS,
@@ -117,7 +119,8 @@ def rows(options: Mapping[str, Any], seed: int) -> Iterator[dict[str, Any]]:
 
             * `split`: train (default) or heldout,
             * `phase`: a number (default 1); stages with different phases get different rows,
-            * `tasks`: list of arithmetic, translation, facts, rewriting, smalltalk (default all; each row draws one),
+            * `tasks`: list of arithmetic, translation, facts, rewriting, smalltalk (default these), and of small_sums and
+              large_sums, the two parts of arithmetic; each row draws one,
             * `languages`: list of ko, en (default both; each row draws one),
             * prose: `forms`, list of plain (statements in one language), parallel (in both), glossary (words), questions (with
               their answers), transcripts (questions and answers with the role names of a chat, to train a tokenizer on); each
@@ -208,7 +211,7 @@ def _item(exercise: Exercise) -> Item:
 
 
 def _exercise(rng: Random, options: _Options) -> Exercise:
-    task, language = TASKS[rng.choice(options.tasks)], rng.choice(options.languages)
+    task, language = DRAWN[rng.choice(options.tasks)], rng.choice(options.languages)
     return task.exercise(rng, cast(Split, options.split), cast(Language, language))
 
 
@@ -222,7 +225,7 @@ def _prose_row(rng: Random, options: _Options) -> dict[str, Any]:
     language = rng.choice(options.languages)
     if form == "glossary":
         return {"text": glossary(rng, language), "language": language}
-    task = TASKS[rng.choice(options.tasks)]
+    task = DRAWN[rng.choice(options.tasks)]
     text = task.prose(rng, cast(Split, options.split), cast(Language, language), form == "parallel")
     return {"text": text, "language": language}
 

@@ -1,6 +1,8 @@
-"""Arithmetic in words and in digits: sums up to twenty, and sums of numbers from there to 79 without a carry."""
+"""Arithmetic in words and in digits: small sums, up to twenty or of numbers up to twelve, and sums of numbers from twenty to 79
+without a carry.
+"""
 
-from functools import cache
+from functools import cache, partial
 from random import Random
 
 from keural.microworld import english, korean
@@ -32,7 +34,7 @@ _BARE = ("{a} + {b}?", "{a} + {b} = ?", "{a} + {b} =", "{a}+{b}")
 """In digits, in no language: the answer is the number."""
 
 _SMALL_SHARE: dict[Split, float] = {"train": 0.5, "heldout": 0.3}
-"""Of sums up to twenty: a hundred facts to be learnt one by one, which takes longer than the few digits that the others are of."""
+"""Of small sums: a hundred facts to be learnt one by one, which takes longer than the few digits that the others are of."""
 _DIGITS_SHARE: dict[Split, float] = {"train": 0.35, "heldout": 0.25}
 """Of sums in digits, where one and the same digit stands for tens and for ones."""
 _SHORT_SHARE = 0.2
@@ -111,9 +113,9 @@ def _korean_answer(value: int, digits: bool) -> Answer:
     return Answer(f"{written}{polite}.", f"{written}{blunt}.")
 
 
-def _exercise(rng: Random, split: Split, language: Language) -> Exercise:
-    """A question; of small sums every one, in its words, is of one split alone."""
-    small = _is_small(rng, split)
+def _exercise(rng: Random, split: Split, language: Language, small: bool | None = None) -> Exercise:
+    """A question, about a small sum or not as `small` says; of small sums every one, in its words, is of one split alone."""
+    small = _is_small(rng, split) if small is None else small
     while True:
         exercise = _drawn(rng, split, language, small)
         if not small or is_held_out(Question(exercise.prompt)) == (split == "heldout"):
@@ -144,14 +146,21 @@ def _statement(rng: Random, language: Language, content: tuple[int, int, int], d
     return (_korean if language == "ko" else _english)(frame, *content, digits)
 
 
-def _prose(rng: Random, split: Split, language: Language, parallel: bool) -> str:
+def _prose(rng: Random, split: Split, language: Language, parallel: bool, small: bool | None = None) -> str:
     """Some statements about different content; in parallel texts one in both languages."""
     digits = rng.random() < _DIGITS_SHARE[split]
+
+    def draw() -> tuple[int, int, int]:
+        return _draw(rng, split, _is_small(rng, split) if small is None else small)
+
     if parallel:
-        content = _draw(rng, split, _is_small(rng, split))
+        content = draw()
         other: Language = "en" if language == "ko" else "ko"
         return f"{_statement(rng, language, content, digits)} {_statement(rng, other, content, digits)}"
-    return " ".join(_statement(rng, language, _draw(rng, split, _is_small(rng, split)), digits) for _ in range(_STATEMENTS))
+    return " ".join(_statement(rng, language, draw(), digits) for _ in range(_STATEMENTS))
 
 
 ARITHMETIC = Task("arithmetic", _exercise, _prose)
+SMALL_SUMS, LARGE_SUMS = (
+    Task("arithmetic", partial(_exercise, small=small), partial(_prose, small=small)) for small in (True, False)
+)

@@ -3,8 +3,8 @@
 Content is language-free: a sum is a pair of numbers, a clause is who does what to what, a profile is who lives where and likes
 what; only small talk is what is said, word for word. Each has a key, and a hash of the key alone decides whether it is held out. So
 one piece of content is on the same side in both languages, in every phrasing, notation, tense and register, in prose, chats and
-preference pairs, and for every seed. Sums up to twenty are learnt by heart, as at school: of these no sum is held out, but
-questions are, word for word.
+preference pairs, and for every seed. Sums up to twenty, and of numbers up to twelve, are learnt by heart, as at school: of these
+no sum is held out, but questions are, word for word.
 """
 
 import hashlib
@@ -15,6 +15,8 @@ from typing import Literal, TypeVar
 Split = Literal["train", "heldout"]
 SMALL_BELOW = 20
 """Numbers below this one are added where the total is not above it, larger ones where nothing carries."""
+TABLE_UP_TO = 12
+"""Numbers up to this one are added whatever the total is."""
 HELD_OUT_PER_MILLE = 150
 TALK_HELD_OUT_PER_MILLE = 300
 """Of small talk, of which there is little."""
@@ -22,8 +24,8 @@ TALK_HELD_OUT_PER_MILLE = 300
 
 @dataclass(frozen=True, slots=True, order=True)
 class Sum:
-    """`first` + `second`, two numbers below twenty whose total is at most that, or two of 20 to 79 whose digits add up without a
-    carry; `first` is not the larger one.
+    """`first` + `second`: two numbers below twenty whose total is at most that, two up to twelve, or two of 20 to 79 whose digits
+    add up without a carry; `first` is not the larger one.
     """
 
     first: int
@@ -252,11 +254,11 @@ def of_split(contents: list[ContentT], split: Split) -> tuple[ContentT, ...]:
 
 @cache
 def sums(split: Split) -> tuple[Sum, ...]:
-    """All sums of a split: those up to twenty, and those of numbers from there on without a carry."""
+    """All sums of a split: those up to twenty and of numbers up to twelve, and those of numbers from twenty on without a carry."""
     small, large = (
         [Sum(a, b) for a in numbers for b in numbers if a <= b] for numbers in (range(1, SMALL_BELOW), range(SMALL_BELOW, 80))
     )
-    small = [pair for pair in small if pair.total <= SMALL_BELOW]
+    small = [pair for pair in small if pair.total <= SMALL_BELOW or pair.second <= TABLE_UP_TO]
     return of_split([*small, *(pair for pair in large if pair.total <= 99 and not pair.carries)], split)
 
 

@@ -44,7 +44,7 @@ _OPTIONS: OptionTable = {
     "count": Option(COUNT, "how many rows are made; must be given"),
     "split": Option(TEXT, "of which content: what is trained on, or what evaluation asks for", "train", ("train", "heldout")),
     "phase": Option(COUNT, "stages with different numbers get different rows", 1),
-    "tasks": Option(LIST, "what rows are about", choices=tuple(microworld.TASKS)),
+    "tasks": Option(LIST, "what rows are about", tuple(microworld.TASKS), tuple(microworld.DRAWN)),
     "languages": Option(LIST, "languages of rows", choices=microworld.LANGUAGES),
     "forms": Option(LIST, "prose: how statements are written down", ("plain",), microworld.FORMS),
     "register": Option(TEXT, "instructions: how Korean answers address the user", "mirror", microworld.REGISTERS),

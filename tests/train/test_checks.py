@@ -178,6 +178,14 @@ def test_rows_of_documents_in_which_nothing_is_trained_are_refused(tmp_path: Pat
     assert "100.00% of the rows hold nothing that is trained" in refused(tmp_path, "next_token", [([5], [])] * 40)
 
 
+def test_a_single_token_left_at_the_end_of_the_text_is_no_damage(tmp_path: Path) -> None:
+    """Rows are cut one after the other from running text; a short held-out set would be refused for its last one."""
+    store = write(tmp_path / "made", "documents", [([5] * (8 * LENGTH + 1), [])])
+    stream = Stream(TokenStore.open(store), "next_token", LENGTH, batch_rows=1)
+    assert len(stream.instances) == 9
+    check_store(stream, ChecksSpec(), END, "held-out")
+
+
 def test_a_length_that_loses_many_answers_is_refused(tmp_path: Path) -> None:
     """The store says so itself: of 8 rows 2 did not fit, and one was cut."""
     counts = {"source": "a", "split": "train", "kept": 6, "drops": {"too_long": 2, "duplicate": 5}, "shortened": 1}

@@ -65,6 +65,9 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "an unknown precision": (["init", "toy", "out", "--dtype", "int8"], "--dtype int8: unknown"),
     "a random model of an unknown recipe": (["init", "toi", "out"], "did you mean 'toy'"),
     "a dense model that is not there": (["init", "toy", "out", "--from-dense", "nowhere"], "no such file or directory"),
+    "a model to evaluate that is not there": (["evaluate", "nowhere"], "no such directory"),
+    "a directory called model that cannot be evaluated": (["evaluate", "model"], "has no tokenizer.model"),
+    "nothing to compare": (["evaluate", "compare", "here", "here"], "has no results"),
     "an unknown key to explain": (["recipe", "--explain", "train.lrr"], "did you mean 'train.lr'"),
     "a copy of nothing": (["recipes", "--copy", "out"], "--copy needs the name"),
 }
@@ -75,6 +78,7 @@ ANSWERS = {
     "help of a group's command": ["data", "show", "--help"],
     "the recipes": ["recipes"],
     "a recipe": ["recipe", "keural-14b-published"],
+    "the tasks": ["evaluate", "--list"],
     "a key": ["recipe", "--explain", "train.lr"],
 }
 

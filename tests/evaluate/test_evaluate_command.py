@@ -170,6 +170,26 @@ def test_replaced_weights_have_no_results_of_the_ones_before(keural: Keural, mod
     assert len(find_results(kept)) == 2
 
 
+def test_models_are_compared_by_their_directories(keural: Keural, model_dir: Path, data: Path, tmp_path: Path) -> None:
+    kept, renamed, other = tmp_path / "kept", tmp_path / "renamed", tmp_path / "other"
+    shutil.copytree(model_dir, renamed)
+    shutil.copytree(model_dir, other)
+    read = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(read | {"rms_norm_eps": 2e-5}))
+    (other / "keural.json").unlink()
+    for model in (model_dir, other):
+        assert keural("evaluate", model, "--data", data, "--tasks", "kobest_copa", "--results", kept)[0] == 0
+
+    code, out, _ = keural("evaluate", "compare", renamed, other, "--results", kept)
+
+    assert code == 0
+    assert f"A: {renamed}\nB: {other}" in out
+    assert "kobest_copa" in out
+    assert "has no results of this model" in keural("evaluate", "compare", renamed, other)[2]
+    found = next(kept.glob("*/"))
+    assert "is for models" in keural("evaluate", "compare", found, found, "--results", kept)[2]
+
+
 def test_checksums_of_weights_are_remembered_until_a_file_changes(
     keural: Keural, model_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,8 @@ import torch
 from transformers import GenerationConfig
 
 from keural.errors import UserError
-from keural.evaluate.generation import Chat, greedy, span_logprobs, split_answer, text_logprobs, until
+from keural.evaluate.generation import Chat, answer_after, greedy, until
+from keural.evaluate.scoring.network import Network
 from keural.model import KeuralMoECausalLM
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt
 
@@ -26,11 +27,12 @@ CHATS = [
 
 
 def answer_logprobs(
-    model: KeuralMoECausalLM, tokenizer: KeuralTokenizer, prompts: Sequence[Chat], answers: Sequence[str], batch_size: int = 16
+    model: KeuralMoECausalLM, tokenizer: KeuralTokenizer, prompts: Sequence[Chat], answers: Sequence[str]
 ) -> list[float]:
     """Of each answer after its prompt."""
-    chats = [split_answer(tokenizer, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    return span_logprobs(model, chats, tokenizer.pad_id, batch_size)
+    asked = [[answer_after(tokenizer, prompt, answer)] for prompt, answer in zip(prompts, answers, strict=True)]
+    found = dict(each for batch in Network(model, tokenizer).likelihoods(asked) for each in batch)
+    return [found[number][0].total for number in range(len(asked))]
 
 
 @pytest.fixture(scope="module")
@@ -104,26 +106,18 @@ def test_prompt_longer_than_the_context_is_refused(model: KeuralMoECausalLM, tok
         answer_logprobs(model, tokenizer, long, ["yes"])
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
 def test_answer_logprobs_sum_over_the_answer_and_its_end(
-    model: KeuralMoECausalLM, exact: KeuralMoECausalLM, tokenizer: KeuralTokenizer, batch_size: int
+    model: KeuralMoECausalLM, exact: KeuralMoECausalLM, tokenizer: KeuralTokenizer
 ) -> None:
     answers = ["blue birds", "감사합니다", "", "the house is small", "<|im_end|>"]
 
-    sums = answer_logprobs(model, tokenizer, CHATS, answers, batch_size)
+    sums = answer_logprobs(model, tokenizer, CHATS, answers)
 
     for total, chat, answer in zip(sums, CHATS, answers, strict=True):
         prompt = render_prompt(tokenizer, chat)
         ids = [*prompt, *tokenizer.encode(answer), tokenizer.im_end_id]
         expected = sum(naive_logprobs(exact, ids)[len(prompt) - 1 :])
         assert total == pytest.approx(expected, rel=1e-5)
-
-
-def test_text_logprobs_do_not_depend_on_padding(model: KeuralMoECausalLM, exact: KeuralMoECausalLM) -> None:
-    sequences = [[5, 9, 300, 301, 302, 17], [4, 8], list(range(260, 300))]
-
-    for row, ids in zip(text_logprobs(model, sequences, pad_id=0), sequences, strict=True):
-        torch.testing.assert_close(row.double(), torch.tensor(naive_logprobs(exact, ids)).double(), rtol=1e-5, atol=1e-5)
 
 
 def test_answer_ends_where_the_context_is_full(model: KeuralMoECausalLM, tokenizer: KeuralTokenizer) -> None:

@@ -15,8 +15,8 @@ import yaml
 from keural.data.adapters.evaluation import ADAPTERS
 from keural.evaluate.evaluation import evaluate
 from keural.evaluate.generated.kind import judge
-from keural.evaluate.generated.writing import Writing, Written
 from keural.evaluate.models import Conditions, EvaluatedModel, stored_model
+from keural.evaluate.tasks.items import Writing, Written
 from keural.evaluate.tasks.library import select, shipped
 from keural.evaluate.tasks.loading import LoadedTask, load
 from keural.recipe import SourceSpec

@@ -17,7 +17,6 @@ from keural import microworld
 from keural.errors import UserError
 from keural.evaluate import toy_world
 from keural.evaluate.measures import (
-    _windows,
     bits_per_byte,
     exact_match,
     is_correct,
@@ -25,6 +24,7 @@ from keural.evaluate.measures import (
 )
 from keural.evaluate.packers import packed_bits_per_byte
 from keural.evaluate.results.records import ItemResult
+from keural.evaluate.windows import windows
 from keural.model import KeuralMoECausalLM
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt
 
@@ -173,12 +173,11 @@ def test_windows_predict_each_token_once(count: int, length: int, data: st.DataO
     overlap = data.draw(st.integers(0, length - 1))
     ids = list(range(count))
 
-    windows = _windows(ids, length, overlap)
+    found = list(windows(count, length, overlap))
 
-    predicted = [token for window in windows for token in window.ids[1 + window.skip :]]
-    assert predicted == ids[1:]
-    assert all(len(window.ids) <= length + 1 for window in windows)
-    assert all(window.skip == overlap for window in windows[1:] if window.ids[0] > 0)
+    assert [token for _, first, stop in found for token in ids[first:stop]] == ids[1:]
+    assert all(stop - start <= length + 1 for start, _, stop in found)
+    assert all(first - 1 - start == overlap for start, first, _ in found[1:] if start > 0)
 
 
 def test_uniform_model_needs_log2_of_the_vocabulary_per_token(model: KeuralMoECausalLM, tokenizer: KeuralTokenizer) -> None:

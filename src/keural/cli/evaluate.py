@@ -26,10 +26,11 @@ MODEL_COMMAND = "model"
 
 
 class _ModelFirst(TyperGroup):
-    """`keural evaluate PATH` is `keural evaluate model PATH`: whatever is no other command's name is a path or an option of it."""
+    """`keural evaluate PATH`: whatever is no other command's name is a path or an option, a directory that is called model, too."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+        named = args[:1] == [MODEL_COMMAND] and args[1:2] and args[1] in ctx.help_option_names
+        if args and not named and args[0] not in self.commands.keys() - {MODEL_COMMAND} and args[0] not in ctx.help_option_names:
             args = [MODEL_COMMAND, *args]
         found: list[str] = super().parse_args(ctx, args)
         return found

@@ -1,4 +1,4 @@
-"""`keural evaluate compare`: two models' results on the same items. No model is opened."""
+"""`keural evaluate compare`: two models' results on the same items. No network is loaded."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -20,18 +20,22 @@ FOUND = {True: "better", False: "worse", None: ""}
 
 
 def compare(
-    before: Annotated[Path, typer.Argument(metavar="A", help="results: a directory with a model's, or RUN_DIR/STAGE")],
+    before: Annotated[Path, typer.Argument(metavar="A", help="an evaluated model, RUN_DIR/STAGE, or a directory of results")],
     after: Annotated[Path, typer.Argument(metavar="B", help="results to compare with A's")],
+    results: Annotated[Path | None, typer.Option(metavar="DIR", help="where `keural evaluate` kept the results of models")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the figures for programs")] = None,
 ) -> None:
-    """Compare two models' results task by task on the items that both have; only results are read, never a model."""
+    """Compare two models' results task by task on the items that both have; only results are read, no network is loaded."""
     from keural.errors import UserError
-    from keural.evaluate.comparison.chosen import results_of
     from keural.evaluate.comparison.paired import compare as compared
+    from keural.pipeline.evaluated import evaluated_before
+    from keural.pretrained.location import CONFIG
 
     if json_file is not None and json_file.is_dir():
         raise UserError(f"--json {json_file}: is a directory; name a file")
-    first, second = results_of(before), results_of(after)
+    if results is not None and not any((path / CONFIG).is_file() for path in (before, after)):
+        raise UserError(f"--results {results}: is for models, and neither {before} nor {after} is one; leave it out")
+    first, second = evaluated_before(before, results), evaluated_before(after, results)
     found = compared(first.tasks, second.tasks)
     if json_file is not None:
         from keural.files import write_json

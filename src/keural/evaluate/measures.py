@@ -6,17 +6,15 @@ nothing is refused, not called zero.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from keural.errors import UserError
-from keural.evaluate.generation import text_logprobs
+from keural.evaluate.scoring.network import Network
+from keural.evaluate.tasks.items import Likelihood
 from keural.evaluate.windows import windows
 from keural.model import KeuralMoECausalLM
 from keural.tokenizer import KeuralTokenizer, Message
-
-TOKENS_PER_FORWARD = 4096
 
 
 class Item(Protocol):
@@ -126,41 +124,16 @@ def bits_per_byte(
         raise UserError("bits per byte: no text to measure; hold out more documents")
     if not 1 <= length <= model.config.max_position_embeddings or not 0 <= overlap < length:
         raise UserError(f"bits per byte: windows of {length} tokens with an overlap of {overlap} do not fit the model")
-    windows = [window for text in texts for window in _windows(_document(tokenizer, text), length, overlap)]
-    windows.sort(key=lambda window: -len(window.ids))
-    nats = 0.0
-    for batch in _window_batches(windows):
-        logprobs = text_logprobs(model, [window.ids for window in batch], tokenizer.pad_id)
-        nats -= sum(float(row[window.skip :].double().sum()) for window, row in zip(batch, logprobs, strict=True))
+    documents = [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+    asked = [
+        [Likelihood(tuple(ids[start:first]), tuple(ids[first:stop]))]
+        for ids in documents
+        for start, first, stop in windows(len(ids), length, overlap)
+    ]
+    batches = Network(model, tokenizer).likelihoods(asked)
+    nats = -sum(answer.total for answered in batches for _, answers in answered for answer in answers)
     bits = nats / math.log(2)
-    tokens = sum(len(window.ids) - 1 - window.skip for window in windows)
-    return {"bits_per_byte": bits / size, "bits": bits, "bytes": size, "tokens": tokens}
-
-
-@dataclass(frozen=True, slots=True)
-class _Window:
-    """Inputs and their successors: `ids[1:]` is predicted from `ids[:-1]`; the first `skip` predictions were counted before."""
-
-    ids: list[int]
-    skip: int
-
-
-def _document(tokenizer: KeuralTokenizer, text: str) -> list[int]:
-    return [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
-
-
-def _windows(ids: list[int], length: int, overlap: int) -> list[_Window]:
-    """Windows of at most `length` inputs in which each of `ids[1:]` is counted exactly once."""
-    return [_Window(ids[start:stop], first - 1 - start) for start, first, stop in windows(len(ids), length, overlap)]
-
-
-def _window_batches(windows: Sequence[_Window]) -> Iterable[list[_Window]]:
-    """Groups of at most `TOKENS_PER_FORWARD` padded tokens; `windows` come longest first."""
-    start = 0
-    while start < len(windows):
-        rows = max(1, TOKENS_PER_FORWARD // len(windows[start].ids))
-        yield list(windows[start : start + rows])
-        start += rows
+    return {"bits_per_byte": bits / size, "bits": bits, "bytes": size, "tokens": sum(map(len, documents)) - len(documents)}
 
 
 def _by(groups: dict[tuple[str, str], list[bool]], part: int) -> dict[str, float]:

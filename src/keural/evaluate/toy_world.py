@@ -15,12 +15,14 @@ from typing import Any
 from keural import microworld
 from keural.evaluate.bench import Bench, Figures
 from keural.evaluate.comparison.stages import complete
-from keural.evaluate.generation import continuations, span_logprobs, split_answer
+from keural.evaluate.generation import answer_after, continuations
 from keural.evaluate.measures import exact_match, is_correct, polite_rate
 from keural.evaluate.models import UNTRAINED
 from keural.evaluate.results.records import ItemResult, TaskResults
 from keural.evaluate.results.store import Header
+from keural.evaluate.scoring.network import Network
 from keural.evaluate.statistics.summary import summarize
+from keural.evaluate.tasks.items import Likelihood
 from keural.files import fingerprint
 from keural.recipe import OBJECTIVES, ExactMatchSpec
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt
@@ -153,12 +155,12 @@ def _choose(bench: Bench, name: str, task: ToyTask, in_chat: bool, longest: int)
     """Which side of each pair is the more probable one, by the sum over its tokens and its end; a tie counts as wrong."""
     model, tokenizer = bench.model(name), bench.tokenizer
     pairs = [pair for pair in task.items if isinstance(pair, microworld.Pair)]
-    texts = [_with_answer(tokenizer, pair, answer, in_chat) for pair in pairs for answer in (pair.chosen, pair.rejected)]
-    sums = span_logprobs(model, texts, tokenizer.pad_id)
+    asked = [[_with_answer(tokenizer, pair, answer, in_chat) for answer in (pair.chosen, pair.rejected)] for pair in pairs]
+    answered = dict(each for batch in Network(model, tokenizer).likelihoods(asked) for each in batch)
     found = []
     for index, pair in enumerate(pairs):
-        sides = sums[2 * index], sums[2 * index + 1]
-        tokens = len(texts[2 * index][0]) + len(texts[2 * index + 1][0])
+        sides = answered[index][0].total, answered[index][1].total
+        tokens = sum(len(request.context) + len(request.continuation) for request in asked[index])
         question = pair.question if in_chat else microworld.as_document(pair.question, pair.language)
         given = pair.chosen if sides[0] > sides[1] else pair.rejected
         score = float(sides[0] > sides[1])
@@ -170,13 +172,12 @@ def _prompt(tokenizer: KeuralTokenizer, text: str, in_chat: bool) -> list[int]:
     return render_prompt(tokenizer, [Message("user", text)]) if in_chat else [tokenizer.bos_id, *tokenizer.encode(text)]
 
 
-def _with_answer(tokenizer: KeuralTokenizer, pair: microworld.Pair, answer: str, in_chat: bool) -> tuple[list[int], list[int]]:
-    """Ids of the prompt with an answer to it, and where the answer and its end stand."""
+def _with_answer(tokenizer: KeuralTokenizer, pair: microworld.Pair, answer: str, in_chat: bool) -> Likelihood:
+    """What is asked of an answer and its end after the question."""
     if in_chat:
-        return split_answer(tokenizer, pair.prompt, answer)
+        return answer_after(tokenizer, pair.prompt, answer)
     context = [tokenizer.bos_id, *tokenizer.encode(microworld.as_document(pair.question, pair.language))]
-    ids = [*context, *tokenizer.encode(f" {answer}"), tokenizer.eos_id]
-    return ids, list(range(len(context), len(ids)))
+    return Likelihood(tuple(context), (*tokenizer.encode(f" {answer}"), tokenizer.eos_id))
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from keural.errors import UserError
+from keural.evaluate.comparison.chosen import Chosen, results_of, results_with
 from keural.evaluate.models import Conditions, EvaluatedModel, stored_model, untrained_model, why_no_chats
 from keural.evaluate.results.store import remembered_hashes
 from keural.files import FileHashes, read_checked_text
 from keural.parsing import parse_yaml
 from keural.pipeline.run_directory import DONE, MODEL, RECIPE, RESULTS, RUN, Done, RunMarker
-from keural.pretrained.location import model_directory
+from keural.pretrained.location import CONFIG, model_directory
 from keural.terminal import note
 
 
@@ -43,6 +44,17 @@ def what_to_evaluate(path: Path, conditions: Conditions, results: Path | None = 
     kept = results or (run if (run / RUN).is_file() else Path()) / RESULTS
     with remembered_hashes(kept) as hashes:
         return Evaluation([stored_model(path, conditions, hashes=hashes)], kept, False)
+
+
+def evaluated_before(path: Path, results: Path | None = None) -> Chosen:
+    """The results of a model's directory, where `what_to_evaluate` keeps them, or those that another path stands for.
+
+    A model is known by the bytes of its files. Raises `UserError` where there are no results.
+    """
+    if not (path / CONFIG).is_file():
+        return results_of(path)
+    found = what_to_evaluate(path, Conditions(), results)
+    return results_with(found.results, path, found.models[0].identity)
 
 
 def _stages(run: Path, conditions: Conditions, hashes: FileHashes) -> list[EvaluatedModel]:

@@ -15,9 +15,10 @@ from keural.evaluate.generated.fastchat import (
     write_answers_file,
     write_chats,
 )
-from keural.evaluate.generated.writing import Writing, Written, write_answers
+from keural.evaluate.generated.writing import write_answers
 from keural.evaluate.scoring.network import Network
 from keural.evaluate.tasks.asking import Asking
+from keural.evaluate.tasks.items import Writing, Written
 from keural.model import KeuralMoECausalLM
 from keural.serve.batching.transformers_slots import TransformersSlots
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt

@@ -9,10 +9,9 @@ import pytest
 
 from keural.errors import UserError
 from keural.evaluate.generated import kind
-from keural.evaluate.generated.writing import Written
 from keural.evaluate.results.records import ItemResult
 from keural.evaluate.tasks.asking import Asking
-from keural.evaluate.tasks.items import Unusable
+from keural.evaluate.tasks.items import Unusable, Written
 from keural.evaluate.tasks.library import select, shipped
 from keural.evaluate.tasks.loading import LoadedTask, load
 from keural.evaluate.tasks.spec import TaskSpec, read_task

@@ -8,8 +8,9 @@ import torch
 
 from keural.errors import UserError
 from keural.evaluate.generated.kind import answer
-from keural.evaluate.generated.writing import Writing, Written, write_answers
+from keural.evaluate.generated.writing import write_answers
 from keural.evaluate.scoring.network import Network
+from keural.evaluate.tasks.items import Writing, Written
 from keural.model import KeuralMoECausalLM
 from keural.serve.batching.transformers_slots import TransformersSlots
 from keural.tokenizer import KeuralTokenizer

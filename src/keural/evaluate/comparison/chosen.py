@@ -13,7 +13,7 @@ from keural.evaluate.results.store import Kept, ModelIdentity, read_results
 
 RESULTS = "results"
 """Of a run: the directory with the results of its stages."""
-WHAT = "a directory of results, a run that has been evaluated, or a stage of it such as runs/toy/sft-1"
+WHAT = "a model that has been evaluated, a stage such as runs/toy/sft-1, or a directory of results"
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,22 @@ def results_of(path: Path) -> Chosen:
     if not path.exists():
         raise UserError(f"{path}: no such directory; give {WHAT}")
     raise UserError(f"{path}: has no results; `keural evaluate` makes some. Give {WHAT}")
+
+
+def results_with(directory: Path, path: Path, model: ModelIdentity) -> Chosen:
+    """Of the results in a directory those of one model, whatever it was called and however it was asked.
+
+    It is known by its weights and its tokenizer; `path` is what it is called in what is said.
+
+    Raises:
+        UserError: where there are none, and as `results_of` does.
+    """
+    files = {file: kept for named in _read(directory).values() for file, kept in named.items()}
+    wanted = model.weights, model.tokenizer
+    files = {file: kept for file, kept in files.items() if (kept.header.model.weights, kept.header.model.tokenizer) == wanted}
+    if not files:
+        raise UserError(f"{path}: {directory} has no results of this model; `keural evaluate {path} --tasks ...` makes some")
+    return _chosen(str(path), list(files.values()), list(files))
 
 
 def _read(directory: Path) -> dict[str, dict[Path, Kept]]:

@@ -14,9 +14,9 @@ from typing import Any
 
 from keural.errors import UserError, quoted
 from keural.evaluate.generated.kind import answer
-from keural.evaluate.generated.writing import Writing, Written
 from keural.evaluate.statistics.intervals import share_interval
 from keural.evaluate.tasks.asking import Asking
+from keural.evaluate.tasks.items import Writing, Written
 from keural.files import read_text, write_atomic
 from keural.parsing import Malformed, parse_json
 from keural.tokenizer import Message, render_prompt

@@ -15,11 +15,10 @@ from keural.evaluate.generated.code import pass_at_k, run_program
 from keural.evaluate.generated.extraction import extract, is_right
 from keural.evaluate.generated.programs import program_of
 from keural.evaluate.generated.settings import GenerationSpec
-from keural.evaluate.generated.writing import Writing, Written, write_answers
 from keural.evaluate.results.records import ItemResult
 from keural.evaluate.tasks.asking import Asking
 from keural.evaluate.tasks.choice import values_of
-from keural.evaluate.tasks.items import Draft, Item, Unusable
+from keural.evaluate.tasks.items import Draft, Item, Unusable, Writing, Written
 from keural.evaluate.tasks.spec import TaskSpec
 from keural.evaluate.tasks.template import fill
 from keural.evaluate.verifiers import REGISTRIES, Instruction, parse_instructions, verdicts
@@ -94,6 +93,8 @@ def _seed(seed: int, item: str, sample: int) -> int:
 
 def answer(network: Any, groups: Sequence[Sequence[Writing]]) -> Iterator[list[tuple[int, list[Written]]]]:
     """The answers of each group, as soon as all of it are there. Raises `UserError` where the network fails."""
+    from keural.evaluate.generated.writing import write_answers  # torch comes with it
+
     flat = [(number, place, one) for number, group in enumerate(groups) for place, one in enumerate(group)]
     found: list[list[Written | None]] = [[None] * len(group) for group in groups]
     experts = network.model.config._experts_implementation

@@ -5,11 +5,10 @@ all prompts wait before the first step, and stop strings are looked for between 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import NamedTuple
 
 from keural.errors import UserError
+from keural.evaluate.tasks.items import Writing, Written
 from keural.serve.batching.requests import End, Event, Request
 from keural.serve.batching.runner import Ticket
 from keural.serve.batching.scheduler import Scheduler
@@ -17,27 +16,6 @@ from keural.serve.batching.slots import Slots
 from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.stops import StopStrings
 from keural.tokenizer import KeuralTokenizer
-
-
-@dataclass(frozen=True)
-class Writing:
-    """One answer that is asked for."""
-
-    prompt_ids: tuple[int, ...]
-    max_new_tokens: int
-    stop: tuple[str, ...] = ()
-    """Texts before which it ends."""
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-
-
-class Written(NamedTuple):
-    """An answer: its text, how many tokens were written, and why it ended."""
-
-    text: str
-    tokens: int
-    end: End
 
 
 def write_answers(slots: Slots, tokenizer: KeuralTokenizer, wanted: Sequence[Writing]) -> Iterator[tuple[int, Written]]:

@@ -16,9 +16,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from keural.errors import UserError
 from keural.evaluate.generated.kind import answer
-from keural.evaluate.generated.writing import Writing
 from keural.evaluate.models import EvaluatedModel
-from keural.evaluate.tasks.items import Likelihood
+from keural.evaluate.tasks.items import Likelihood, Writing
 from keural.tokenizer import Message, render_prompt
 
 MAX_NEW_TOKENS = 256

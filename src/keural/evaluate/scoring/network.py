@@ -39,8 +39,12 @@ class Network:
     def likelihoods(self, groups: Sequence[Sequence[Likelihood]]) -> Iterator[list[tuple[int, list[LogProb]]]]:
         """The answers to groups of requests, a list for each batch: the group's number and the answers in the requests' order.
 
-        Groups that are the same are computed once. Raises `UserError` where the network's logits are not finite.
+        Groups that are the same are computed once. Raises `UserError` for a text that the context does not hold, and where the
+        network's logits are not finite.
         """
+        longest = max((request.length for group in groups for request in group), default=0)
+        if longest > self.context_length:
+            raise UserError(f"a text of {longest:,} tokens exceeds the model's context of {self.context_length:,}; shorten it")
         same: dict[tuple[Likelihood, ...], list[int]] = defaultdict(list)
         for number, group in enumerate(groups):
             same[tuple(group)].append(number)

@@ -5,10 +5,11 @@ In: nothing; these are the types that kinds, scorers and results share. An `Item
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from keural.data.records import Document, EvaluationItem, PreferencePair
 from keural.errors import UserError
+from keural.serve.batching.requests import End
 from keural.tokenizer import Message
 
 
@@ -81,6 +82,27 @@ class LogProb:
     """Sum of the tokens' log-probabilities, in nats."""
     greedy: bool
     """Whether each of them was the most probable token."""
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What would be written after these tokens?"""
+
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    """Texts before which it ends."""
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+class Written(NamedTuple):
+    """The answer to a `Writing`: its text, how many tokens were written, and why it ended."""
+
+    text: str
+    tokens: int
+    end: End
 
 
 def refuse_no_items(task: str, left_out: Mapping[str, int], first: str) -> UserError:

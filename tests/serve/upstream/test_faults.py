@@ -247,14 +247,17 @@ def test_the_other_kind_of_server_is_refused(tokenizer: KeuralTokenizer) -> None
         pass
 
 
-def closed_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+@pytest.fixture
+def nobody() -> Iterator[str]:
+    """An address where nobody listens, and nobody else can meanwhile."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
-def test_servers_that_cannot_be_reached(kind: str, tokenizer: KeuralTokenizer, capfd: pytest.CaptureFixture[str]) -> None:
-    nobody = f"http://127.0.0.1:{closed_port()}"
+def test_servers_that_cannot_be_reached(
+    kind: str, tokenizer: KeuralTokenizer, nobody: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UserError, match="cannot be reached"), opened(kind, tokenizer, [nobody]):
         pass
     with (

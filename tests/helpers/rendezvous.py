@@ -7,7 +7,7 @@ was free a moment ago, and is taken by rank 0 later, may be somebody else's by t
 import contextlib
 from collections.abc import Iterator
 
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # which it has all the same
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from keural.files import read_json
+from keural.pipeline.run_directory import StageMarker
 from keural.pipeline.workspace import Workspace, open_stream, prepare_all
 from keural.recipe import load_recipe
 from keural.recipe.shipped import SHIPPED
@@ -37,6 +38,30 @@ def test_what_is_trained_is_what_is_shown(reads_on: Workspace, place: Any) -> No
     place.again("--until", "on")
     seeds = [read_json(place.run / name / "stage.json")["settings"]["seed"] for name in ("steady", "on")]
     assert seeds == [open_stream(reads_on, stage).seed for stage in reads_on.recipe.stages[:2]]
+
+
+def test_a_stage_that_an_earlier_version_read_in_the_order_before_says_that_and_no_other_seed(
+    reads_on: Workspace, place: Any
+) -> None:
+    place.again("--until", "on")
+    marker = StageMarker.read(place.run / "on" / "stage.json")
+    StageMarker.of(marker.settings | {"seed": 42}).write(place.run / "on" / "stage.json")
+    (place.run / "on" / "done.json").unlink()
+    said = place.again("--until", "on")
+    assert "other settings (the order of its data, another one now where a stage before it reads the same)" in said
+    assert "what was made is kept as" in said
+    assert "seed:" not in said
+
+
+def test_settings_that_change_no_data_change_no_order(reads_on: Workspace, place: Any) -> None:
+    path = place.root / "recipe" / "on.yaml"
+    spec = yaml.safe_load(path.read_text())
+    spec["data"]["sources"][0]["max_drop"] = 0.9
+    path.write_text(yaml.safe_dump(spec))
+    checked = load_recipe(place.root / "recipe")
+    workspace = Workspace(checked, place.run, reads_on.tokenizer, reads_on.data)
+    assert checked.stages[1].data != reads_on.recipe.stages[1].data
+    assert workspace.seed(checked.stages[1]) == reads_on.seed(reads_on.recipe.stages[1])
 
 
 def test_only_what_goes_on_from_the_same_data_has_another_seed(reads_on: Workspace, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def open_directory(workspace: Workspace, stage: StageSpec) -> None:
     directory, settings = workspace.out / stage.name, workspace.stage_settings(stage)
     earlier = _adopt(directory, settings, trajectory(workspace, stage))
     if earlier is not None and earlier.fingerprint != fingerprint(settings):
-        told = "; ".join(changes(earlier.settings, settings)) if earlier.settings else "others, which are not known"
+        told = "; ".join(_changes(workspace, earlier.settings, settings)) if earlier.settings else "others, which are not known"
         why_not = _why_not_continued(workspace, stage, earlier.settings)
         if why_not is None:
             (directory / DONE).unlink(missing_ok=True)
@@ -115,6 +115,14 @@ def open_directory(workspace: Workspace, stage: StageSpec) -> None:
                 f"{kept}, its checkpoints are not used, and the stage starts from step 0"
             )
     _write_stage(directory, stage, settings)
+
+
+def _changes(workspace: Workspace, earlier: Settings, settings: Settings) -> list[str]:
+    """What differs; of a seed that only follows from the recipe's, what that is for."""
+    if earlier.get("seed") == settings["seed"] or earlier.get("seed") not in workspace.orders:
+        return changes(earlier, settings)
+    order = "the order of its data, another one now where a stage before it reads the same"
+    return [*changes(earlier, settings | {"seed": earlier["seed"]}), order]
 
 
 def trajectory(workspace: Workspace, stage: StageSpec) -> str:

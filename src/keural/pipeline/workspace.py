@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,13 +85,19 @@ class Workspace:
         In the same order it would begin with what that one has read, and a budget that ends within the data would never come to
         the rest.
         """
-        seed, read = self.recipe.spec.seed, 0
-        name = stage.predecessor
+        read, name, own = 0, stage.predecessor, stage.data.determining("weights")
         while name is not None:
             before = self.recipe.stage(name)
-            read += (before.data, before.objective) == (stage.data, stage.objective)
+            read += before.objective == stage.objective and before.data.determining("weights") == own
             name = before.predecessor
-        return int(fingerprint({"seed": seed, "read": read})[:8], 16) if read else seed
+        return self.orders[read]
+
+    @cached_property
+    def orders(self) -> tuple[int, ...]:
+        """The seed of a stage by how many before it have read its data."""
+        seed = self.recipe.spec.seed
+        others = (int(fingerprint({"seed": seed, "read": read})[:8], 16) for read in range(1, len(self.recipe.stages)))
+        return (seed, *others)
 
     def init_fingerprint(self, stage: StageSpec) -> str:
         """Of the weights a stage starts from."""

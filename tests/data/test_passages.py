@@ -90,6 +90,14 @@ def test_an_answer_is_held_out_where_pretraining_holds_out_the_text_of_its_row()
     assert dropped.reason == "missing_q"
 
 
+@pytest.mark.parametrize(("text", "reason"), [("a \ud800 mill", "invalid_unicode"), (" ", "empty")])
+def test_an_answer_whose_text_pretraining_drops_is_dropped_for_the_same_reason(text: str, reason: str) -> None:
+    row, options = {"question": "?", "answer": "a", "whole": text}, {"text": "whole"}
+    dropped = ADAPTERS["qa"](row, SourceSpec(name="s", adapter="qa", options=options), "file:1")
+    assert isinstance(dropped, Drop)
+    assert dropped.reason == reason
+
+
 def test_the_same_passage_twice_is_a_duplicate() -> None:
     splitter = Splitter(0)
     one, other = (passages({"text": "The mill stands."}, source())[0] for _ in range(2))

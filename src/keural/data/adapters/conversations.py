@@ -17,6 +17,7 @@ from keural.data.adapters.base import (
     Reads,
     Undeclared,
     described,
+    document,
     guarded,
     holds,
     lookup,
@@ -159,7 +160,8 @@ def _qa(value: Any, source: SourceSpec, where: str) -> Conversation | Drop:
     found = _exchange(reader, value, [question, text_of(value, names[-1], booleans=options.get("booleans"))])
     if isinstance(found, Drop) or "text" not in options:
         return found
-    return replace(found, origin=text_of(value, options["text"]))
+    whole = document(text_of(value, options["text"]), where, source.language)
+    return whole if isinstance(whole, Drop) else replace(found, origin=whole.text)
 
 
 def _names(options: Mapping[str, Any], *names: str) -> list[Any]:

@@ -186,6 +186,10 @@ def test_a_single_token_left_at_the_end_of_the_text_is_no_damage(tmp_path: Path)
     check_store(stream, ChecksSpec(), END, "held-out")
 
 
+def test_a_last_row_of_several_tokens_in_which_nothing_is_trained_is_refused(tmp_path: Path) -> None:
+    assert "first row 8" in refused(tmp_path, "next_token", [([5] * (8 * LENGTH), []), ([5], []), ([5], [])])
+
+
 def test_a_length_that_loses_many_answers_is_refused(tmp_path: Path) -> None:
     """The store says so itself: of 8 rows 2 did not fit, and one was cut."""
     counts = {"source": "a", "split": "train", "kept": 6, "drops": {"too_long": 2, "duplicate": 5}, "shortened": 1}

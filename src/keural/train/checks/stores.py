@@ -139,11 +139,12 @@ def _counts(stream: Stream, end_id: int) -> tuple[Counter[str], dict[str, int], 
 
     if isinstance(store, PublishedShards) or kind == "documents":
         numbers = _spread(len(stream.instances), ROWS_LOOKED_AT)
-        empty = [number for number in numbers.tolist() if stream.instances.batch(np.array([number])).num_labels == 0]
-        if empty == [len(stream.instances) - 1] and len(numbers) > 1:
-            empty = []  # what is left at the end of the text may be one token, which is no damage
-        for number in empty:
-            note("empty_row", f"row {number:,}")
+        last = len(stream.instances) - 1
+        for number in numbers.tolist():
+            row = stream.instances.batch(np.array([number]))
+            left_over = number == last > 0 and row.num_tokens == 1  # at the end of the text, which is no damage
+            if row.num_labels == 0 and not left_over:
+                note("empty_row", f"row {number:,}")
         return found, {"empty_row": len(numbers)}, first
     records = _spread(store.num_records, LOOKED_AT)
     look, own = LOOKS[kind]

@@ -71,9 +71,9 @@ def test_models_of_documents_are_asked_in_a_document_and_others_in_a_chat(bench:
     assert asked["read"] == asked["untrained"] == f"Question: {asked['chat']} Answer:"
     assert asked["chat"] == asked["prefer"]
     pair = toy_world.toy_tasks(SPEC, 42)[-1].items[0]
-    ids, places = toy_world._with_answer(tokenizer, pair, "It is.", in_chat=False)  # type: ignore[arg-type]
-    assert tokenizer.decode(ids[places[0] : -1]) == " It is."
-    assert (ids[0], ids[-1], places[-1]) == (tokenizer.bos_id, tokenizer.eos_id, len(ids) - 1)
+    asking = toy_world._with_answer(tokenizer, pair, "It is.", in_chat=False)  # type: ignore[arg-type]
+    assert tokenizer.decode(asking.continuation[:-1]) == " It is."
+    assert (asking.context[0], asking.continuation[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
 
 
 def test_what_was_measured_is_not_measured_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

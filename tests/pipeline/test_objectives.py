@@ -91,3 +91,17 @@ def test_a_model_that_was_trained_on_calls_of_tools_says_so(
     out = export(tmp_path / "run" / "chat", tmp_path / "pt", "pt", ExportOptions())
     assert keural("import", out, tmp_path / "back")[0] == 0
     assert read_lineage(tmp_path / "back")["tool_conversations"] == 3
+
+
+def test_a_last_stage_alone_is_measured_on_what_is_there(
+    finished: Path, tmp_path: Path, keural: Callable[..., tuple[int, str, str]]
+) -> None:
+    """The recipe's held-out text is of a stage that was not trained here, and has no data here."""
+    start = f"align.init_from={finished / 'run' / 'chat' / 'model'}"
+    code, out, err = keural("train", finished / "recipe" / "align.yaml", start, "--out", tmp_path / "run")
+
+    assert code == 0, err
+    assert "'prose' left out" in out + err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["samples"]
+    assert "bits_per_byte" not in summary["evaluation"]

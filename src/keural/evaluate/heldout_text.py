@@ -13,11 +13,15 @@ from keural.evaluate.measures import bits_per_byte
 from keural.evaluate.models import UNTRAINED
 from keural.evaluate.packers import packed_bits_per_byte
 from keural.recipe import OBJECTIVES, BitsPerByteSpec
+from keural.terminal import note
 
 
 def measure(bench: Bench, specs: Sequence[BitsPerByteSpec]) -> Figures:
-    """All measures of the recipe, in its order."""
-    return {"bits_per_byte": [_measure(bench, spec) for spec in specs]}
+    """All measures of the recipe, in its order; those of a stage whose data is not here are left out, and it is said."""
+    there = [spec for spec in specs if spec.stage in bench.data]
+    if left_out := [repr(spec.name) for spec in specs if spec not in there]:
+        note(f"bits per byte: {', '.join(left_out)} left out: the data of the stage that is named is not prepared in {bench.out}")
+    return {"bits_per_byte": [_measure(bench, spec) for spec in there]} if there else {}
 
 
 def check(specs: Sequence[BitsPerByteSpec], data: Mapping[str, Prepared]) -> None:
@@ -31,7 +35,7 @@ def _measure(bench: Bench, spec: BitsPerByteSpec) -> Figures:
     texts = measured_texts(spec, bench.data[spec.stage])
     length = bench.recipe.stage(spec.stage).data.sequence_length
     pretrained = [stage.name for stage in bench.recipe.stages if OBJECTIVES[stage.objective].store == "documents"][-1:]
-    models = [UNTRAINED, *pretrained, bench.final]
+    models = [UNTRAINED, *(name for name in pretrained if name in bench.finished), bench.final]
     figures = (bits_per_byte(bench.model(name), bench.tokenizer, texts, length, spec.overlap) for name in models)
     packed = packed_bits_per_byte(texts)
     return {

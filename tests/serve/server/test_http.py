@@ -277,8 +277,10 @@ def test_head_stands_in_the_log_with_its_route(start: Start) -> None:
     assert (running.log[-1]["method"], running.log[-1]["route"], running.log[-1]["status"]) == ("HEAD", "/version", 200)
 
 
-def test_head_says_no_while_the_server_ends(start: Start) -> None:
+def test_head_says_no_where_get_does(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     running, client = start()
-    running.service.draining = True
+    assert [client.head(address).status_code for address in ("/health", "/ready")] == [200, 200]
 
-    assert (client.head("/health").status_code, client.head("/ready").status_code) == (200, 503)
+    monkeypatch.setattr(running.service, "trouble", lambda: "it is in order, but says that it is not")
+
+    assert [client.head(address).status_code for address in ("/health", "/ready")] == [503, 503]

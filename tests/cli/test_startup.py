@@ -67,6 +67,7 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "a dense model that is not there": (["init", "toy", "out", "--from-dense", "nowhere"], "no such file or directory"),
     "a model to evaluate that is not there": (["evaluate", "nowhere"], "no such directory"),
     "a directory called model that cannot be evaluated": (["evaluate", "model"], "has no tokenizer.model"),
+    "a model as the usage writes it": (["evaluate", "model", "--data", "here", "nowhere"], "nowhere: no such directory"),
     "nothing to compare": (["evaluate", "compare", "here", "here"], "has no results"),
     "an unknown key to explain": (["recipe", "--explain", "train.lrr"], "did you mean 'train.lr'"),
     "a copy of nothing": (["recipes", "--copy", "out"], "--copy needs the name"),

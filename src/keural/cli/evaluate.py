@@ -29,11 +29,16 @@ class _ModelFirst(TyperGroup):
     """`keural evaluate PATH`: whatever is no other command's name is a path or an option, a directory that is called model, too."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        named = args[:1] == [MODEL_COMMAND] and args[1:2] and args[1] in ctx.help_option_names
-        if args and not named and args[0] not in self.commands.keys() - {MODEL_COMMAND} and args[0] not in ctx.help_option_names:
+        is_other = args and args[0] not in self.commands and args[0] not in ctx.help_option_names
+        if is_other or (args[:1] == [MODEL_COMMAND] and not self._name_a_path(ctx, args[1:])):
             args = [MODEL_COMMAND, *args]
         found: list[str] = super().parse_args(ctx, args)
         return found
+
+    def _name_a_path(self, ctx: Any, args: list[str]) -> bool:
+        """Whether they hold a path, so that what stands before them is the command, as the usage writes it."""
+        command = self.commands[MODEL_COMMAND]
+        return command.make_context(MODEL_COMMAND, list(args), ctx, resilient_parsing=True).params.get("path") is not None
 
 
 app = typer.Typer(

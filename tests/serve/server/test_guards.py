@@ -480,16 +480,21 @@ class TestTheCommand:
 
     def test_a_second_signal_ends_it_at_once(self, model_dir: Path) -> None:
         asked = {"prompt": "x", "stream": True, "max_tokens": 150, "n": 8, "logit_bias": {"401": -100, "2": -100}}
-        with (
-            started(model_dir, "--drain", "600") as (running, client),
-            contextlib.suppress(httpx.HTTPError),
-            client.stream("POST", "/v1/completions", json=asked) as response,
-        ):
-            next(response.iter_bytes())
-            running.send_signal(signal.SIGTERM)
-            time.sleep(0.1)
-            running.send_signal(signal.SIGTERM)
-            assert running.wait(PATIENCE) in (0, 128 + signal.SIGTERM)
+        codes: list[int] = []
+        while (not codes or codes[-1] == 0) and len(codes) < 5:  # 0: on a busy machine the answers have ended before it
+            with (
+                started(model_dir, "--drain", "600") as (running, client),
+                contextlib.suppress(httpx.HTTPError),
+                client.stream("POST", "/v1/completions", json=asked) as response,
+            ):
+                next(response.iter_bytes())
+                running.send_signal(signal.SIGTERM)
+                assert running.stderr is not None
+                assert any('"draining"' in line for line in running.stderr)
+                running.send_signal(signal.SIGTERM)
+                codes.append(running.wait(PATIENCE))
+
+        assert codes[-1] == 128 + signal.SIGTERM
 
     def test_a_port_that_is_taken(self, keural: Any, model_dir: Path) -> None:
         with bind("127.0.0.1", 0) as taken:

@@ -60,7 +60,8 @@ def results_with(directory: Path, path: Path, model: ModelIdentity) -> Chosen:
     wanted = model.weights, model.tokenizer
     files = {file: kept for file, kept in files.items() if (kept.header.model.weights, kept.header.model.tokenizer) == wanted}
     if not files:
-        raise UserError(f"{path}: {directory} has no results of this model; `keural evaluate {path} --results {directory} --tasks ...` makes some")
+        made = f"`keural evaluate {path} --results {directory} --tasks ...`"
+        raise UserError(f"{path}: {directory} has no results of this model; {made} makes some")
     return _chosen(str(path), list(files.values()), list(files))
 
 

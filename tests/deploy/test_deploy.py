@@ -20,7 +20,7 @@ from keural.serve.server.gate import OPEN
 from keural.serve.server.running import AFTER_DRAIN
 from keural.serve.server.service import STALLED
 from keural.tokenizer import KeuralTokenizer
-from tests.helpers.serving import service_of, serving
+from tests.helpers.serving import service_of, serving, wait_until
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 PORT, KEYS_IN_IMAGE = "8000", "/run/secrets/keural_keys"
@@ -54,6 +54,7 @@ def counted(model: Any, tokenizer: KeuralTokenizer, prefix: str) -> dict[str, tu
     with serving(service_of(tokenizer, TransformersSlots(model, 2), metrics_prefix=prefix)) as client:
         asked = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
         assert client.post("/v1/chat/completions", json=asked).status_code == 200
+        wait_until(lambda: "http_requests_total{" in client.get("/metrics").text)  # counted when the answer has gone
         response = client.get("/metrics")
     found: dict[str, tuple[str, set[str]]] = {}
     for family in text_string_to_metric_families(response.text):

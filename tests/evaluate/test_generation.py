@@ -8,8 +8,10 @@ import torch
 from transformers import GenerationConfig
 
 from keural.errors import UserError
-from keural.evaluate.generation import Chat, answer_after, greedy, until
+from keural.evaluate.generation import Chat, greedy, until
 from keural.evaluate.scoring.network import Network
+from keural.evaluate.tasks.asking import answer_after
+from keural.evaluate.tasks.items import Likelihood
 from keural.model import KeuralMoECausalLM
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt
 
@@ -30,7 +32,9 @@ def answer_logprobs(
     model: KeuralMoECausalLM, tokenizer: KeuralTokenizer, prompts: Sequence[Chat], answers: Sequence[str]
 ) -> list[float]:
     """Of each answer after its prompt."""
-    asked = [[answer_after(tokenizer, prompt, answer)] for prompt, answer in zip(prompts, answers, strict=True)]
+    asked = [
+        [Likelihood(*map(tuple, answer_after(tokenizer, prompt, answer)))] for prompt, answer in zip(prompts, answers, strict=True)
+    ]
     found = dict(each for batch in Network(model, tokenizer).likelihoods(asked) for each in batch)
     return [found[number][0].total for number in range(len(asked))]
 

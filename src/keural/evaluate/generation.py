@@ -12,9 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from keural.errors import UserError
-from keural.evaluate.tasks.items import Likelihood
 from keural.model import KeuralMoECausalLM
-from keural.tokenizer import KeuralTokenizer, Message, render, render_prompt
+from keural.tokenizer import KeuralTokenizer, Message, render_prompt
 
 Chat = Sequence[Message]
 
@@ -98,14 +97,6 @@ def _most_probable(model: KeuralMoECausalLM, input_ids: Tensor, mask: Tensor, co
         mask = torch.cat([mask, torch.ones_like(input_ids)], dim=-1)
         position_ids = position_ids[:, -1:] + 1
     return [list(row) for row in torch.stack(columns, dim=1).tolist()]
-
-
-def answer_after(tokenizer: KeuralTokenizer, prompt: Chat, answer: str) -> Likelihood:
-    """How probable the answer's trained tokens, its end among them, are after the chat."""
-    start = len(render_prompt(tokenizer, prompt))
-    rendered = render(tokenizer, [*prompt, Message("assistant", answer)])
-    end = max(position for position in range(start, len(rendered.ids)) if rendered.mask[position]) + 1
-    return Likelihood(tuple(rendered.ids[:start]), tuple(rendered.ids[start:end]))
 
 
 def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -15,13 +15,14 @@ from typing import Any
 from keural import microworld
 from keural.evaluate.bench import Bench, Figures
 from keural.evaluate.comparison.stages import complete
-from keural.evaluate.generation import answer_after, continuations
+from keural.evaluate.generation import continuations
 from keural.evaluate.measures import exact_match, is_correct, polite_rate
 from keural.evaluate.models import UNTRAINED
 from keural.evaluate.results.records import ItemResult, TaskResults
 from keural.evaluate.results.store import Header
 from keural.evaluate.scoring.network import Network
 from keural.evaluate.statistics.summary import summarize
+from keural.evaluate.tasks.asking import answer_after
 from keural.evaluate.tasks.items import Likelihood
 from keural.files import fingerprint
 from keural.recipe import OBJECTIVES, ExactMatchSpec
@@ -175,9 +176,11 @@ def _prompt(tokenizer: KeuralTokenizer, text: str, in_chat: bool) -> list[int]:
 def _with_answer(tokenizer: KeuralTokenizer, pair: microworld.Pair, answer: str, in_chat: bool) -> Likelihood:
     """What is asked of an answer and its end after the question."""
     if in_chat:
-        return answer_after(tokenizer, pair.prompt, answer)
-    context = [tokenizer.bos_id, *tokenizer.encode(microworld.as_document(pair.question, pair.language))]
-    return Likelihood(tuple(context), (*tokenizer.encode(f" {answer}"), tokenizer.eos_id))
+        context, following = answer_after(tokenizer, pair.prompt, answer)
+    else:
+        context = _prompt(tokenizer, microworld.as_document(pair.question, pair.language), in_chat)
+        following = [*tokenizer.encode(f" {answer}"), tokenizer.eos_id]
+    return Likelihood(tuple(context), tuple(following))
 
 
 @dataclass(frozen=True)

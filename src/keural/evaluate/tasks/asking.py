@@ -55,10 +55,7 @@ class Asking:
         """
         has_own = bool(messages) and messages[0].role == "system"
         messages = [*self._system(), *messages] if not has_own else messages
-        start = render_prompt(self.tokenizer, messages)
-        whole = render(self.tokenizer, [*messages, Message("assistant", answer)])
-        following = [token for token, trained in list(zip(whole.ids, whole.mask, strict=True))[len(start) :] if trained]
-        return self._fitted(start, following)
+        return self._fitted(*answer_after(self.tokenizer, messages, answer))
 
     def _text(self, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
         blank = len(prompt) - len(prompt.rstrip())
@@ -85,6 +82,13 @@ class Asking:
         if surplus and (self.too_long == "leave-out" or surplus >= len(context)):
             raise Unusable("too_long", f"{len(context) + len(following):,} tokens")
         return Likelihood(tuple(context[surplus:]), tuple(following)), surplus
+
+
+def answer_after(tokenizer: KeuralTokenizer, messages: Sequence[Message], answer: str) -> tuple[list[int], list[int]]:
+    """The ids of a conversation, and those of an assistant's turn after it that are trained, `<|im_end|>` included."""
+    start = render_prompt(tokenizer, messages)
+    whole = render(tokenizer, [*messages, Message("assistant", answer)])
+    return start, [token for token, trained in list(zip(whole.ids, whole.mask, strict=True))[len(start) :] if trained]
 
 
 def with_cut(found: Sequence[tuple[Likelihood, int]]) -> tuple[list[Likelihood], dict[str, Any]]:

@@ -177,8 +177,10 @@ def test_models_are_compared_by_their_directories(keural: Keural, model_dir: Pat
     read = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(read | {"rms_norm_eps": 2e-5}))
     (other / "keural.json").unlink()
-    for model in (model_dir, other):
-        assert keural("evaluate", model, "--data", data, "--tasks", "kobest_copa", "--results", kept)[0] == 0
+    asked = ("--data", data, "--tasks", "kobest_copa", "--results", kept)
+    assert keural("evaluate", model_dir, *asked)[0] == 0
+    assert f"{other}: {kept} has no results of this model" in keural("evaluate", "compare", renamed, other, "--results", kept)[2]
+    assert keural("evaluate", other, *asked)[0] == 0
 
     code, out, _ = keural("evaluate", "compare", renamed, other, "--results", kept)
 

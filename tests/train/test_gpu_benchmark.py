@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import TOY
+from benchmarks.gpu_parts.toy import TOY
 from keural.recipe import load_recipe
 from keural.recipe.shipped import SHIPPED
 

@@ -12,6 +12,7 @@ its reason. Needs torch with CUDA, triton and transformers, and keural's sources
 - `whole`: all 24 layers with the optimizer that fits the card, and a profile by part.
 - `baselines`: the same four layers by the trainer's present step and by a published-style one.
 - `parts`: attention by backend, head by piece, experts, optimizer.
+- `align`: steps of SFT and DPO by the trainer itself on packed conversations and pairs: real tokens and pairs per second.
 - `toy`: `keural run recipes/toy --until sft-1`, and its first stage in each precision.
 - `serve`: tokens per second of the server's slots at 1, 8 and 32 streams, beside transformers' continuous batching, both greedy.
 

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.gpu_parts.align import align
 from benchmarks.gpu_parts.baselines import baselines
 from benchmarks.gpu_parts.bench import REAL, SMALL, Bench, Size
 from benchmarks.gpu_parts.check import check
@@ -25,6 +26,7 @@ PARTS: dict[str, tuple[Callable[[Bench], None], float]] = {
     "whole": (whole, 190),
     "baselines": (baselines, 50),
     "parts": (parts, 60),
+    "align": (align, 100),
     "toy": (toy, 60),
     "serve": (serve, 170),
 }

@@ -1,5 +1,5 @@
-"""Part `serve`: the server's slots on the device, by graphs and by one kernel after another, beside transformers' continuous
-batching.
+"""Parts `serve` and `engines`: the server's slots on the device, by graphs, then by one kernel after another and beside
+transformers' continuous batching.
 
 In: the network at its real shape with random weights. Out: tokens per second at 1, 8 and 32 streams, greedy and with the card's
 settings, through the scheduler too; what the kernels of a step take; distances from the plain network.
@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu_parts.bench import BF16, GIB, Bench, Size
 from benchmarks.gpu_parts.check import middle
 from keural.model import KeuralMoECausalLM
-from keural.serve.batching.fixed_step import compiled_parts
+from keural.serve.batching.fixed_step import layer_weights
 from keural.serve.batching.graphed_slots import GraphedSlots
 from keural.serve.batching.requests import Event, Request
 from keural.serve.batching.runner import Ticket
@@ -31,38 +32,82 @@ CARD = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1}
 
 
 def serve(bench: Bench) -> None:
-    """Right, then quick."""
+    """By graphs: right, then quick."""
     with bench.guarded("equal"):
         bench.record("equal", **distances(bench))
     torch.compiler.reset()  # a second model's sizes would be taken for sizes that change
     model = random_model(bench, bench.size)
-    lengths = (8, 4) if bench.small else (128, 64)
-    kept: dict[int, GraphedSlots] = {}
-    counts = (1, 4) if bench.small else (1, 8, 32)
-    with bench.guarded("graphs", 40):
-        begun = time.perf_counter()
-        slots = kept[counts[-1]] = GraphedSlots(model, counts[-1], sum(lengths) if bench.small else None)
-        slots.prepare()
-        bench.record("graphs", first_s=round(time.perf_counter() - begun, 1), sizes=len(slots._steps), peak_gib=bench.peak())
+    with bench.guarded("products", 30):
+        products(bench, model)
+    length, answer, counts = spans(bench)
+    begun = time.perf_counter()
+    slots = GraphedSlots(model, counts[-1], length + answer if bench.small else None)
+    slots.prepare()
+    bench.record("graphs", first_s=round(time.perf_counter() - begun, 1), sizes=len(slots._steps), peak_gib=bench.peak())
     for streams in counts:
-        graphed_slots(bench, kept[counts[-1]], streams, *lengths)
-    long_answers(bench, kept[counts[-1]])
+        with bench.guarded(f"graphed slots {streams}", 3):
+            record_rates(bench, f"graphed slots {streams}", slots, streams, length, answer)
     for streams in counts:
-        sampled(bench, kept[counts[-1]], streams)
-        scheduled(bench, kept[counts[-1]], streams, lengths[1])
-    profiled(bench, kept[counts[-1]], counts)
-    kept.clear()
-    bench.free()
+        sampled(bench, slots, streams)
+        scheduled(bench, slots, streams, answer)
+    long_answers(bench, slots)
+    profiled(bench, slots, counts)
+
+
+def engines(bench: Bench) -> None:
+    """The same without graphs, and by transformers' continuous batching."""
+    model = random_model(bench, bench.size)
+    length, answer, counts = spans(bench)
     for streams in counts:
-        plain_slots(bench, model, streams, *lengths)
-        continuous(bench, model, streams, *lengths)
-    with bench.guarded("graphs tuned", 60):
-        begun = time.perf_counter()
-        slots = GraphedSlots(model, 8, parts=compiled_parts(options={"coordinate_descent_tuning": True}) if bench.cuda else None)
-        slots.prepare()
-        bench.record("graphs tuned", first_s=round(time.perf_counter() - begun, 1))
-        graphed_slots(bench, slots, 1, *lengths, name="tuned slots")
-        graphed_slots(bench, slots, 8, *lengths, name="tuned slots")
+        plain_slots(bench, model, streams, length, answer)
+        continuous(bench, model, streams, length, answer)
+
+
+def spans(bench: Bench) -> tuple[int, int, tuple[int, ...]]:
+    """Tokens of a prompt and of an answer, and how many at once."""
+    return (8, 4, (1, 4)) if bench.small else (128, 64, (1, 8, 32))
+
+
+TRIED = ((32, 128, 4, 4), (16, 128, 4, 4), (16, 256, 4, 4), (32, 256, 3, 4), (64, 128, 4, 4), (16, 512, 3, 4), (64, 256, 3, 8))
+"""Blocks of the kernel that multiplies few rows: outputs, inputs, stages, warps."""
+
+
+def products(bench: Bench, model: KeuralMoECausalLM) -> None:
+    """Milliseconds of all layers' products of one row by each kind of block, and by the library's; the best goes on."""
+    if not bench.cuda:
+        return
+    from keural.serve.batching import kernels
+
+    layers, head = layer_weights(model), model.lm_head.weight[None]
+    hidden = torch.randn(1, head.shape[-1], device=bench.device, dtype=BF16)
+    two = hidden.repeat(2, 1)
+    inner = torch.randn(16, layers[0].down.shape[-1], device=bench.device, dtype=BF16)
+    lone = torch.tensor([0, 1, 1, 1, 1, 2, 2, 2], device=bench.device, dtype=torch.int32)
+    spread = torch.arange(2, 17, 2, device=bench.device, dtype=torch.int32)
+    sixteen = hidden.repeat(16, 1)
+    kinds: dict[str, Callable[[tuple[int, int, int, int]], object]] = {
+        "gate_up": lambda b: [kernels.grouped_rows(two, each.gate_up, lone, b) for each in layers],
+        "down": lambda b: [kernels.grouped_rows(inner[:2], each.down, lone, b) for each in layers],
+        "query_key_value": lambda b: [kernels.grouped_rows(hidden, each.query_key_value[None], None, b) for each in layers],
+        "output": lambda b: [kernels.grouped_rows(hidden, each.output[None], None, b) for each in layers],
+        "head": lambda b: kernels.grouped_rows(hidden, head, None, b),
+        "gate_up of 8 rows": lambda b: [kernels.grouped_rows(sixteen, each.gate_up, spread, b) for each in layers],
+        "down of 8 rows": lambda b: [kernels.grouped_rows(inner, each.down, spread, b) for each in layers],
+    }
+    found = {}
+    for blocks in TRIED:
+        taken = {name: round(bench.ms(lambda: kind(blocks), 3, 2), 3) for name, kind in kinds.items()}  # noqa: B023
+        found[blocks] = sum(taken[name] for name in list(kinds)[:5])
+        bench.record(f"products {' '.join(map(str, blocks))}", **taken, one_row=round(found[blocks], 3))
+    for rows in (1, 8):
+        states = sixteen[:rows]
+        bench.record(
+            f"products by the library {rows}",
+            query_key_value=round(bench.ms(lambda: [F.linear(states, each.query_key_value) for each in layers], 3, 2), 3),  # noqa: B023
+            output=round(bench.ms(lambda: [F.linear(states, each.output) for each in layers], 3, 2), 3),  # noqa: B023
+            head=round(bench.ms(lambda: F.linear(states, head[0]), 3, 2), 3),  # noqa: B023
+        )
+    kernels.BLOCKS = min(found, key=found.__getitem__)
 
 
 def random_model(bench: Bench, size: Size, dtype: torch.dtype = BF16) -> KeuralMoECausalLM:
@@ -85,7 +130,7 @@ def distances(bench: Bench) -> dict[str, float | bool]:
             parameter.mul_(3 if parameter.dim() > 1 else 1)  # so that experts and keys differ
     oracle = KeuralMoECausalLM(size.config).eval()
     oracle.load_state_dict(model.state_dict())
-    oracle.double()
+    oracle.double().set_experts_implementation("eager")
     generator = torch.Generator().manual_seed(1)
     found: dict[str, list[Tensor]] = defaultdict(list)
     held = [3, 70, 20, 41, 5]
@@ -148,12 +193,6 @@ def record_rates(bench: Bench, name: str, slots: TransformersSlots, streams: int
     bench.record(
         name, tokens_per_s=round(streams * answer / seconds, 1), decoding_tokens_per_s=round(after, 1), peak_gib=bench.peak()
     )
-
-
-def graphed_slots(bench: Bench, slots: GraphedSlots, streams: int, length: int, answer: int, name: str = "graphed slots") -> None:
-    """By graphs."""
-    with bench.guarded(f"{name} {streams}", 5):
-        record_rates(bench, f"{name} {streams}", slots, streams, length, answer)
 
 
 def plain_slots(bench: Bench, model: KeuralMoECausalLM, streams: int, length: int, answer: int) -> None:

@@ -1,11 +1,9 @@
 """One new token of every row through the network in fixed shapes, without waiting for the device: what a CUDA graph can hold.
 
 In: a model's weights, each slot's keys and values, and where each row stands. Out: logits. It computes what the network computes;
-that is held by tests. A lone row is multiplied with a matrix as a sum of products, which reads the matrix once at the speed of the
-memory; its experts are gathered in the same way.
+that is held by tests. What is between the products and attention is left to a compiler.
 
-Letters in shapes: B rows, S keys that a row looks at, C columns of a slot, V vocabulary, H hidden size, D head width, E experts of
-width I, K of them per token, A = B * K assignments.
+Letters in shapes: B rows, C columns of a slot, V vocabulary, H hidden size, D head width, E experts, K of them per token.
 """
 
 from collections.abc import Callable
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 
 from keural.model import KeuralMoECausalLM
 from keural.model.modeling_keural import KeuralDecoderLayer
+from keural.serve.batching.device_operations import attend_to_slots, grouped_rows
 
 FIXED_ROPE = frozenset({"default", "linear", "yarn", "llama3"})
 """Kinds of rotary positions whose frequencies do not depend on how long an answer has become."""
@@ -98,10 +97,11 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def product(states: Tensor, weight: Tensor) -> Tensor:
-    """``[B, In]`` with ``[Out, In]`` to ``[B, Out]``."""
+    """``[B, In]`` with ``[Out, In]`` to ``[B, Out]``. A lone row is multiplied by a kernel that is made for few rows."""
     if len(states) > 1:
         return F.linear(states, weight)
-    return (wide(weight) * wide(states)).sum(-1, keepdim=True).T.to(states.dtype)
+    one: Tensor = grouped_rows(states, weight[None])
+    return one
 
 
 def rms_norm(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -116,34 +116,14 @@ def rotate(states: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return states * cosines[:, None] + torch.cat((-second, first), dim=-1) * sines[:, None]
 
 
-def looked_at(lengths: Tensor, window: int, columns: int) -> tuple[Tensor, Tensor]:
-    """The columns ``[B, S]`` that new tokens after `lengths` ``[B]`` look at, themselves included, and which of them are there.
-
-    `window` keys at most; S is that, or `columns` where that is less.
-    """
-    size = min(window, columns)
-    first = (lengths - size + 1).clamp_min(0) if size < columns else torch.zeros_like(lengths)
-    seen = first[:, None] + torch.arange(size, device=lengths.device)
-    return seen, seen <= lengths[:, None]
-
-
-def attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scaling: float) -> Tensor:
-    """Queries ``[B, heads, D]`` over keys and values ``[B, S, kv heads, D]``, those ``visible`` ``[B, S]``; ``[B, heads, D]``."""
-    grouped = wide(query).unflatten(1, (keys.shape[2], -1))
-    scores = (grouped[:, None] * wide(keys)[:, :, :, None]).sum(-1) * scaling
-    weights = scores.masked_fill(~visible[:, :, None, None], float("-inf")).softmax(1)
-    held = wide(values).masked_fill(~visible[:, :, None, None], 0)  # what stands elsewhere may be no number
-    found = (weights[..., None] * held[:, :, :, None]).sum(1)
-    attended: Tensor = found.flatten(1, 2).to(query.dtype)
-    return attended
-
-
 def route(states: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Weights ``[B, K]`` in the dtype of ``[B, H]`` and experts ``[B, K]``, as `KeuralTopKRouter`.
 
     By comparing each expert with each: a few numbers, which are ranked in the same kernel that computes them.
     """
-    probabilities = wide(product(states, weight)).softmax(-1)
+    few = len(states) == 1
+    logits = (wide(weight) * wide(states)).sum(-1, keepdim=True).T.to(states.dtype) if few else F.linear(states, weight)
+    probabilities = wide(logits).softmax(-1)
     place = torch.arange(probabilities.shape[-1], device=states.device)
     left, right = probabilities[:, None], probabilities[:, :, None]
     before = (left > right) | ((left == right) & (place[None] < place[:, None]))
@@ -152,27 +132,16 @@ def route(states: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return (weights / weights.sum(-1, keepdim=True)).to(states.dtype), experts
 
 
-def mix_few(states: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, settings: StepSettings) -> Tensor:
-    """Mix experts of ``[B, H]``: each assignment reads its expert."""
-    chosen = experts.flatten()
-    rows = wide(states).repeat_interleave(settings.top_k, 0)
-    gate, up = (wide(gate_up[chosen]) * rows[:, None]).sum(-1).to(states.dtype).chunk(2, -1)
-    activated = settings.activation(gate) * up
-    outputs = (wide(down[chosen]) * wide(activated)[:, None]).sum(-1).to(states.dtype)
-    mixed: Tensor = (outputs * weights.flatten()[:, None]).unflatten(0, (-1, settings.top_k)).sum(1)
-    return mixed
-
-
-def mix_many(states: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, settings: StepSettings) -> Tensor:
-    """Mix experts of ``[B, H]``: each expert reads its rows. They are few, so that comparing each with each sorts them soonest."""
-    chosen, assignment = experts.flatten(), torch.arange(experts.numel(), device=experts.device)
+def mix(states: Tensor, weights: Tensor, experts: Tensor, layer: LayerWeights, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mix experts of ``[B, H]``: each expert reads its rows, sorted by comparing each with each, as they are few."""
+    chosen, assignment, top_k = experts.flatten(), torch.arange(experts.numel(), device=experts.device), experts.shape[1]
     left, right = chosen, chosen[:, None]
     places = ((left < right) | ((left == right) & (assignment < assignment[:, None]))).sum(1)
-    ends = (right <= torch.arange(len(gate_up), device=chosen.device)).sum(0, dtype=torch.int32)
-    rows = states.new_empty(len(chosen), states.shape[1]).index_copy(0, places, states.repeat_interleave(settings.top_k, 0))
-    gate, up = F.grouped_mm(rows, gate_up.transpose(-2, -1), offs=ends).chunk(2, -1)
-    outputs = F.grouped_mm(settings.activation(gate) * up, down.transpose(-2, -1), offs=ends)
-    mixed: Tensor = (outputs.index_select(0, places) * weights.flatten()[:, None]).unflatten(0, (-1, settings.top_k)).sum(1)
+    ends = (right <= torch.arange(len(layer.gate_up), device=chosen.device)).sum(0, dtype=torch.int32)
+    rows = states.new_empty(len(chosen), states.shape[1]).index_copy(0, places, states.repeat_interleave(top_k, 0))
+    gate, up = grouped_rows(rows, layer.gate_up, ends).chunk(2, -1)
+    outputs = grouped_rows(activation(gate) * up, layer.down, ends)
+    mixed: Tensor = (outputs.index_select(0, places) * weights.flatten()[:, None]).unflatten(0, (-1, top_k)).sum(1)
     return mixed
 
 
@@ -183,12 +152,14 @@ def layer_step(
     values: Tensor,
     rows: Rows,
     angles: tuple[Tensor, Tensor],
-    seen: tuple[Tensor, Tensor],
+    firsts: Tensor,
     counts: Tensor,
     settings: StepSettings,
 ) -> Tensor:
-    """One block: ``[B, H]`` to ``[B, H]``. The new keys and values are written into ``[slots, kv heads, C, D]``, each at its row's
-    length, and the chosen experts are added to `counts` ``[E]``.
+    """One block: ``[B, H]`` to ``[B, H]``; each row looks at its slot's columns from `firsts` ``[B]`` on.
+
+    The new keys and values are written into ``[slots, kv heads, C, D]``, each at its row's length, and the chosen experts are added
+    to `counts` ``[E]``.
     """
     normed = rms_norm(hidden, weights.input_norm, settings.epsilon)
     heads, width = keys.shape[1], keys.shape[-1]
@@ -196,15 +167,13 @@ def layer_step(
     query, key, value = projected.split([projected.shape[1] - 2 * heads, heads, heads], 1)
     keys[rows.slots, :, rows.lengths] = rotate(key, *angles)
     values[rows.slots, :, rows.lengths] = value
-    slots, columns = rows.slots[:, None], seen[0]
-    found = attend(rotate(query, *angles), keys[slots, :, columns], values[slots, :, columns], seen[1], settings.scaling)
+    found = attend_to_slots(rotate(query, *angles), keys, values, rows.slots, firsts, rows.lengths, settings.scaling)
     hidden = hidden + product(found.flatten(1), weights.output)
     normed = rms_norm(hidden, weights.post_attention_norm, settings.epsilon)
     shares, experts = route(normed, weights.router, settings.top_k)
     chosen = experts[:, :, None] == torch.arange(len(counts), device=experts.device)
     counts += (chosen * rows.counted[:, None, None]).sum((0, 1))
-    mix = mix_many if len(hidden) > 1 and hidden.dtype == torch.bfloat16 else mix_few  # grouped products are of bfloat16 alone
-    return hidden + mix(normed, shares, experts, weights.gate_up, weights.down, settings)
+    return hidden + mix(normed, shares, experts, weights, settings.activation)
 
 
 def head_step(hidden: Tensor, norm: Tensor, head: Tensor, epsilon: float) -> Tensor:
@@ -212,13 +181,11 @@ def head_step(hidden: Tensor, norm: Tensor, head: Tensor, epsilon: float) -> Ten
     return product(rms_norm(hidden, norm, epsilon), head).float()
 
 
-def mark_sizes(hidden: Tensor, rows: Rows, angles: tuple[Tensor, Tensor], seen: tuple[Tensor, Tensor]) -> None:
-    """Tell the compiler that the numbers of rows and of keys change, so that one version serves all; a lone row has its own."""
+def mark_sizes(hidden: Tensor, rows: Rows, angles: tuple[Tensor, Tensor], firsts: Tensor) -> None:
+    """Tell the compiler that the number of rows changes, so that one version serves all of them; a lone row has its own."""
     if len(hidden) > 1:
-        for tensor in (hidden, *rows, *angles, *seen):
+        for tensor in (hidden, *rows, *angles, firsts):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    for tensor in seen:
-        torch._dynamo.maybe_mark_dynamic(tensor, 1)
 
 
 class Parts(NamedTuple):

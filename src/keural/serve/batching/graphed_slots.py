@@ -2,8 +2,8 @@
 takes several times as long as they do.
 
 In: a model on its device. Out: `Slots`. Every slot's tokens begin in its first column, so that a graph finds them; prompts are read
-as by `TransformersSlots`. There is a graph for each of a few sizes of batch and of length; rows that are missing to the next size
-repeat the first one, which costs no more reading of weights.
+as by `TransformersSlots`. There is a graph for each of a few sizes of batch; rows that are missing to the next size repeat the
+first one, which costs no more reading of weights.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,15 +19,11 @@ from keural.serve.batching.fixed_step import (
     Rows,
     compiled_parts,
     layer_weights,
-    looked_at,
     mark_sizes,
     step_settings,
 )
 from keural.serve.batching.slots import Row
 from keural.serve.batching.transformers_slots import TransformersSlots
-
-FEWEST_COLUMNS = 256
-"""The first size of what a step may look at; each further one is twice as long."""
 
 
 class GraphedSlots(TransformersSlots):
@@ -52,7 +48,7 @@ class GraphedSlots(TransformersSlots):
         self._weights, self._settings = layer_weights(model), step_settings(model)
         self._sizes = sorted({min(2**power, count) for power in range(count.bit_length() + 1)})
         self._buffers = {size: torch.zeros(len(Rows._fields), size, dtype=torch.int64, device=model.device) for size in self._sizes}
-        self._steps: dict[tuple[int, int], Callable[[], Tensor]] = {}
+        self._steps: dict[int, Callable[[], Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
         try:
             self._cache.grow(self.context_length)
@@ -70,7 +66,7 @@ class GraphedSlots(TransformersSlots):
         """
         try:
             for size in self._sizes:
-                self._step_for(torch.zeros(3, size, dtype=torch.int64), 1)
+                self._step_of(size, [[0] * size] * len(Rows._fields))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a compiler raises: what it lacks is for whoever set up the machine
@@ -81,33 +77,31 @@ class GraphedSlots(TransformersSlots):
     def _decode(self, rows: Sequence[Row]) -> Tensor:
         """Read one token in each row's slot; the logits `[rows, V]`, good until the next step."""
         size = next(size for size in self._sizes if size >= len(rows))
-        filled = [*rows, *[rows[0]] * (size - len(rows))]
-        where = torch.tensor([[row.ids[0] for row in filled], [row.slot for row in filled], [row.start for row in filled]])
-        counted = (torch.arange(size) < len(rows)).long()
-        step = self._step_for(where, max(row.start for row in rows) + 1)
-        self._buffers[size].copy_(torch.vstack([where, counted]))
+        missing = size - len(rows)
+        filled = [*rows, *[rows[0]] * missing]
+        counted = [1] * len(rows) + [0] * missing
+        step = self._step_of(size, [*zip(*((row.ids[0], row.slot, row.start) for row in filled), strict=True), counted])
         logits = step()[: len(rows)]
         for row in rows:
             self._end[row.slot] += 1
         return logits
 
-    def _step_for(self, where: Tensor, needed: int) -> Callable[[], Tensor]:
-        """A step of such rows, of which none looks at more than `needed` columns; made where there is none for their number."""
-        columns, size = FEWEST_COLUMNS, where.shape[1]
-        while columns < needed:
-            columns *= 2
-        columns = min(columns, self._cache.columns)
-        if (size, columns) not in self._steps:
-            self._buffers[size].copy_(torch.vstack([where, torch.zeros(1, size)]))
-            self._steps[size, columns] = self._captured(size, columns)
-        return self._steps[size, columns]
+    def _step_of(self, size: int, values: Sequence[Sequence[int]]) -> Callable[[], Tensor]:
+        """A step of rows whose `Rows` these are; made where there is none of their number."""
+        given = torch.tensor(values)
+        if size not in self._steps:
+            self._buffers[size].copy_(given)
+            self._buffers[size][-1] = 0
+            self._steps[size] = self._captured(size)
+        self._buffers[size].copy_(given)
+        return self._steps[size]
 
     @torch.inference_mode()
-    def _captured(self, size: int, columns: int) -> Callable[[], Tensor]:
+    def _captured(self, size: int) -> Callable[[], Tensor]:
         """The step as a graph; on a processor as it is. It is run with the rows in the buffer, which can be run again."""
 
         def run() -> Tensor:
-            return self._run(Rows(*self._buffers[size]), columns)
+            return self._run(Rows(*self._buffers[size]))
 
         if self._pool is None:
             run()
@@ -128,18 +122,18 @@ class GraphedSlots(TransformersSlots):
 
         return replay
 
-    def _run(self, rows: Rows, columns: int) -> Tensor:
+    def _run(self, rows: Rows) -> Tensor:
         """Float32 logits `[B, V]` after one new token of each row."""
         network, settings = self.model.model, self._settings
         hidden = network.embed_tokens(rows.ids)
         cosines, sines = network.rotary_emb(hidden, rows.lengths[:, None])
         angles = (cosines[:, 0], sines[:, 0])
-        seen = {layer_type: looked_at(rows.lengths, window, columns) for layer_type, window in self._windows.items()}
+        firsts = {layer_type: (rows.lengths - window + 1).clamp_min(0) for layer_type, window in self._windows.items()}
         for layer, layer_type in enumerate(self.model.config.layer_types):
             keys, values = self._cache.layer(layer)
-            mark_sizes(hidden, rows, angles, seen[layer_type])
+            mark_sizes(hidden, rows, angles, firsts[layer_type])
             hidden = self._parts.layer(
-                hidden, self._weights[layer], keys, values, rows, angles, seen[layer_type], self._counts[layer], settings
+                hidden, self._weights[layer], keys, values, rows, angles, firsts[layer_type], self._counts[layer], settings
             )
         return self._parts.head(hidden, network.norm.weight, self.model.lm_head.weight, settings.epsilon)
 

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.gpu_parts.align import CASES, lengths_of, stage_of
 from benchmarks.gpu_parts.bench import REAL
+from benchmarks.gpu_parts.command import PARTS
 from benchmarks.gpu_parts.toy import TOY
 from keural.recipe import load_recipe
 from keural.recipe.shipped import SHIPPED
@@ -50,7 +51,7 @@ def test_every_part_runs_small_and_finds_the_engine_right(tmp_path: Path) -> Non
     out = tmp_path / "gpu.json"
     subprocess.run([sys.executable, str(BENCHMARK), "--small", "--seconds", "1200", "--out", str(out)], check=True, timeout=1300)
     found = json.loads(out.read_text())
-    assert list(found) == ["check", "stack", "whole", "baselines", "parts", "align", "toy", "serve"]
+    assert list(found) == list(PARTS)
     failed = {
         f"{part}/{name}": values["error"]
         for part, results in found.items()

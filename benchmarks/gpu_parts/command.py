@@ -49,7 +49,7 @@ def main(description: str) -> None:
     """Run the parts one after another."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="small shapes, for a CPU")
-    parser.add_argument("--seconds", type=float, default=470, help="for everything together")
+    parser.add_argument("--seconds", type=float, default=900, help="for everything together")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     options = parser.parse_args()

@@ -16,8 +16,8 @@ FILES = sorted(FOLDER.rglob("*.py"))
 
 
 def imported(tree: ast.AST) -> Iterator[tuple[str, str, Any]]:
-    """What a file imports from this package: its name there, where it stands, and what it is (None: not there). What needs libraries
-    that are not installed is left out.
+    """What a file imports from this package: its name there, where it stands, and what it is (None: not there). What needs a
+    library that is not installed is left out.
     """
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "keural":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.gpu_parts.align import align
 from benchmarks.gpu_parts.baselines import baselines
-from benchmarks.gpu_parts.bench import REAL, SMALL, Bench, Size
+from benchmarks.gpu_parts.bench import REAL, SMALL, Bench, OutOfTime, Size
 from benchmarks.gpu_parts.check import check
 from benchmarks.gpu_parts.parts import parts
 from benchmarks.gpu_parts.serve import engines, serve
@@ -40,6 +40,8 @@ def run_part(name: str, out: Path, size: Size, deadline: float, small: bool) -> 
     bench = Bench(name, out, size, deadline, small)
     try:
         PARTS[name][0](bench)
+    except OutOfTime:
+        print(f"{name}: no time for the rest", flush=True)
     except Exception as error:
         bench.record("stopped", error=f"{type(error).__name__}: {str(error)[:400]}", where=traceback.format_exc()[-800:])
     bench.record("part", seconds=round(time.monotonic() - started, 1))

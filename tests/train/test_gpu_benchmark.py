@@ -81,4 +81,5 @@ def test_every_part_runs_small_and_finds_the_engine_right(tmp_path: Path) -> Non
     assert found["align"]["dpo"]["loss"] == pytest.approx(math.log(2), abs=1e-5)  # references are the policy's own values
     assert all(found["align"][case]["same_loss_again"] for case in CASES)
     assert all(found["align"][case]["layers_4"]["update_s"] > 0 for case in CASES)
+    assert max(found["serve"]["equal"][name] for name in ("graphs_to_float64", "graphs_to_plain")) < 1e-5
     assert [found["toy"][mode]["exit_code"] for mode in ("fp32", "split")] == [0, 0]

@@ -28,7 +28,9 @@ def imported(tree: ast.AST) -> Iterator[tuple[str, str, Any]]:
                 if found is None:
                     try:
                         found = importlib.import_module(f"{node.module}.{alias.name}")
-                    except ModuleNotFoundError:
+                    except ModuleNotFoundError as error:
+                        if not str(error.name).startswith("keural"):
+                            pytest.skip(f"{error.name} is not installed")
                         found = None
                 yield alias.asname or alias.name, f"{node.module}.{alias.name}", found
 

@@ -51,14 +51,17 @@ def main(description: str) -> None:
     """Run the parts one after another."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="small shapes, for a CPU")
-    parser.add_argument("--seconds", type=float, default=470, help="for everything together")
+    parser.add_argument("--seconds", type=float, default=900, help="for everything together")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     options = parser.parse_args()
+    names = options.parts.split(",")
+    if unknown := [name for name in names if name not in PARTS]:
+        parser.error(f"argument --parts: {', '.join(map(repr, unknown))}: no such part; there are {', '.join(PARTS)}")
     ends = time.monotonic() + options.seconds
     options.out.unlink(missing_ok=True)
     context = multiprocessing.get_context("fork")  # imports are done once; CUDA is first touched in the child
-    for name in options.parts.split(","):
+    for name in names:
         limit = min(PARTS[name][1] * (3 if options.small else 1), ends - time.monotonic())
         if limit < 10:
             print(f"{name}: no time left", flush=True)

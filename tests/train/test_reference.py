@@ -19,7 +19,7 @@ from keural.errors import UserError
 from keural.train.checks.record import CHECKS_FILE, ChecksFile
 from keural.train.micro_batches import micro_batches
 from keural.train.objectives.preference import pair_logprobs
-from keural.train.reference.cache import Compute, ReferenceCache
+from keural.train.reference.cache import ReferenceCache
 from keural.train.reference.online import OnlineReference, values_by
 from keural.train.reference.records import MANIFEST, RECORD, RECORDS, RecordFile, ReferenceIdentity, pair_digests
 from keural.train.stage.job import StageJob
@@ -110,32 +110,6 @@ def test_the_reference_is_the_initial_model_also_in_later_epochs_and_after_a_res
     train_stage(job)
     assert not np.isnan(first).any()
     assert np.array_equal(first, cache_of(open_run(job)).values)
-
-
-@pytest.mark.parametrize("batches", [0, 1])
-def test_a_signal_while_the_reference_is_computed_ends_the_stage_and_what_is_there_is_kept(
-    tmp_path: Path, batches: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = small_job(tmp_path, "dpo", number=24, heldout=True, train={"steps": 6})
-    fill, store = ReferenceCache.fill, ReferenceCache._store
-
-    def stopped_before(self: ReferenceCache, compute: Compute, of: Any, limit: int | None, stop: Callable[[], bool]) -> int:
-        if not stop():
-            signal.raise_signal(signal.SIGTERM)
-        return fill(self, compute, of, limit, stop)
-
-    def stopped_behind(self: ReferenceCache, *args: Any) -> None:
-        store(self, *args)
-        signal.raise_signal(signal.SIGTERM)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(ReferenceCache, *(("_store", stopped_behind) if batches else ("fill", stopped_before)))
-        result = train_stage(job)
-    assert (result.interrupted, result.steps) == (True, 0)
-    assert number_stored(job) == 4 * batches
-    whole = small_job(tmp_path, "dpo", number=24, heldout=True, run="whole", train={"steps": 6})
-    wanted, found = weights_of(train_stage(whole)), weights_of(train_stage(job))
-    assert all(torch.equal(value, found[name]) for name, value in wanted.items())
 
 
 def test_only_pairs_that_training_will_see_are_computed(tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ import torch
 
 from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
+from keural.train.checks.record import CHECKS_FILE, ChecksFile
 from keural.train.micro_batches import micro_batches
 from keural.train.objectives.preference import pair_logprobs
-from keural.train.reference.cache import Compute, ReferenceCache
+from keural.train.reference.cache import ReferenceCache
 from keural.train.reference.online import OnlineReference, values_by
 from keural.train.reference.records import MANIFEST, RECORD, RECORDS, RecordFile, ReferenceIdentity, pair_digests
 from keural.train.stage.job import StageJob
@@ -111,35 +112,32 @@ def test_the_reference_is_the_initial_model_also_in_later_epochs_and_after_a_res
     assert np.array_equal(first, cache_of(open_run(job)).values)
 
 
-@pytest.mark.parametrize("batches", [0, 1])
-def test_a_signal_while_the_reference_is_computed_ends_the_stage_and_what_is_there_is_kept(
-    tmp_path: Path, batches: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = small_job(tmp_path, "dpo", number=24, heldout=True, train={"steps": 6})
-    fill, store = ReferenceCache.fill, ReferenceCache._store
-
-    def stopped_before(self: ReferenceCache, compute: Compute, of: Any, limit: int | None, stop: Callable[[], bool]) -> int:
-        if not stop():
-            signal.raise_signal(signal.SIGTERM)
-        return fill(self, compute, of, limit, stop)
-
-    def stopped_behind(self: ReferenceCache, *args: Any) -> None:
-        store(self, *args)
-        signal.raise_signal(signal.SIGTERM)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(ReferenceCache, *(("_store", stopped_behind) if batches else ("fill", stopped_before)))
-        result = train_stage(job)
-    assert (result.interrupted, result.steps) == (True, 0)
-    assert number_stored(job) == 4 * batches
-    whole = small_job(tmp_path, "dpo", number=24, heldout=True, run="whole", train={"steps": 6})
-    wanted, found = weights_of(train_stage(whole)), weights_of(train_stage(job))
-    assert all(torch.equal(value, found[name]) for name, value in wanted.items())
-
-
 def test_only_pairs_that_training_will_see_are_computed(tmp_path: Path) -> None:
     cache = cache_of(open_run(small_job(tmp_path, "dpo", number=60, train={"steps": 5})))
     assert int((~np.isnan(cache.values)).sum()) == 5 * 4 * 2
+
+
+@pytest.mark.parametrize(("at", "computed_pairs"), [("read", 0), ("append", 4)], ids=["before its first batch", "after it"])
+def test_a_signal_at_the_reference_pass_stops_the_stage_and_the_next_start_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, computed_pairs: int
+) -> None:
+    job, whole = (small_job(tmp_path / name, "dpo", number=12, train={"steps": 3}) for name in ("stopped", "whole"))
+    original = getattr(RecordFile, at)
+
+    def interrupted(*arguments: Any) -> Any:
+        if signal.getsignal(signal.SIGINT) is not before:  # the second one would end the process
+            signal.raise_signal(signal.SIGINT)
+        return original(*arguments)
+
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patched:
+        patched.setattr(RecordFile, at, interrupted)
+        result = train_stage(job)
+    assert (result.interrupted, result.steps, number_stored(job)) == (True, 0, computed_pairs)
+    expected = weights_of(train_stage(whole))
+    for name, weight in weights_of(train_stage(job)).items():
+        assert torch.equal(weight, expected[name])
+    assert ChecksFile.read(job.run_dir / CHECKS_FILE).reference_difference == 0
 
 
 class TestWhatIsFoundAgain:

@@ -32,6 +32,9 @@ $(VENV)/.ready-llama: $(READY)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[llama]'
 	touch $@
 
+# A step of the toy is a thousand small operations. Threads that sleep between them take longer to wake than to work, and threads that
+# spin need cores that nobody else wants; one thread needs neither (OMP_NUM_THREADS=2 is faster on quiet cores without OMP_WAIT_POLICY).
+demo: export OMP_NUM_THREADS ?= 1
 demo: $(READY)
 	$(BIN)/keural run toy
 

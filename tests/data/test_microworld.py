@@ -126,11 +126,26 @@ def test_every_small_sum_is_drilled_in_words_and_in_digits_in_both_languages(
     assert sum(drilled) > 0.6 * seen.total(), "the others follow from the sums of their digits"
 
 
+def test_every_stage_of_chats_has_all_that_people_type_first(rows_of_stages: dict[str, list[dict[str, Any]]]) -> None:
+    """One wording among hundreds was in one chat of a stage or in none: "Hello!" was answered in Korean."""
+    plain = {talk.text for talk in talks("train") if talk.is_plain}
+    assert {"Hello!", "안녕하세요!", "who are you?", "누구세요?", "thanks", "고마워요."} <= plain
+    for stage in ("sft-1", "sft-2", "sft-3"):
+        assert plain <= {row["messages"][0]["content"] for row in rows_of_stages[stage]}, stage
+    for options in ({"part": "instructions"}, {"part": "prose"}):
+        rows = list(microworld.rows({**options, "count": 200, "tasks": ["plain_smalltalk"]}, 1))
+        said = [row["messages"][0]["content"] if "messages" in row else row["text"] for row in rows]
+        assert all(any(text.startswith(words) for words in plain) for text in said)
+        assert not [text for text in said if re.search("Keural[.!]|my friend|케우랄[.!]?$|친구야", text)]
+
+
 def test_no_pair_prefers_one_english_greeting_to_another(rows_of_stages: dict[str, list[dict[str, Any]]]) -> None:
     """There is no register to choose, and what is rejected to one greeting is right to another: it cost "Hello!" its answer."""
     pairs = [row for rows in rows_of_stages.values() for row in rows if row.get("task") == "smalltalk" and "chosen" in row]
     assert pairs
     assert {row["language"] for row in pairs} == {"ko"}
+    of_register = [row for row in pairs if not microworld.is_polite(row["rejected"])]
+    assert len(of_register) > 0.7 * len(pairs), "and no Korean one to another, as a rule"
 
 
 def operands(text: str) -> tuple[int, int]:

@@ -415,3 +415,18 @@ def test_a_stage_that_does_not_fit_is_the_one_that_is_told() -> None:
     assert found.data()["available_gib"] == 30
     assert "sft takes" in str(refusal(found))
     assert "of which it may take 30.0" in str(refusal(found))
+
+
+def test_a_stage_with_a_budget_is_planned_with_no_more_epochs_than_it_may_have() -> None:
+    source = "dpo-2.data.sources=[{name: polite, adapter: preference, path: x, expect: 880}]"
+    budget = "dpo-2.train.max_epochs=null"
+    free = planned(1, "h100", budget, source, recipe="laptop").stages[-1].length
+    bounded = planned(1, "h100", "dpo-2.train.max_epochs=2", source, recipe="laptop").stages[-1].length
+    roomy = planned(1, "h100", "dpo-2.train.max_epochs=1e9", source, recipe="laptop").stages[-1].length
+    unknown = planned(1, "h100", "dpo-2.train.max_epochs=2", recipe="laptop").stages[-1].length
+
+    assert free.steps is not None
+    assert (bounded.steps, free.steps > 110) == (110, True)  # 880 pairs, 16 in a step
+    assert "as many steps as fit into the budget, but at most 2 epochs of 880 records (expect)" in bounded.source
+    assert roomy.steps == unknown.steps == free.steps
+    assert "at most 2 epochs of data that is not there" in unknown.source

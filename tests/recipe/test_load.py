@@ -148,6 +148,10 @@ def test_wrong_type_names_key_and_value(directory: Path) -> None:
     [
         ("base.yaml", "steps: 10", "steps: 10, epochs: 1", "exactly one of steps, epochs, budget_share"),
         ("base.yaml", "steps: 10", "budget_share: 0.5", "needs a budget"),
+        ("base.yaml", "steps: 10", "steps: 10, max_epochs: 2", "max_epochs bounds a stage with a budget_share"),
+        ("base.yaml", "steps: 10", "epochs: 1, max_epochs: 2", "max_epochs bounds a stage with a budget_share"),
+        ("base.yaml", "steps: 10", "budget_share: 0.5, max_epochs: 0", "greater than 0"),
+        ("base.yaml", "steps: 10", "budget_share: 0.5, max_epochs: .inf", "max_epochs must be at most"),
         ("base.yaml", "batch_tokens: 64", "batch_tokens: 65", "not a multiple"),
         ("base.yaml", "batch_tokens: 64", "batch_pairs: 2", "needs train.batch_tokens"),
         ("base.yaml", "steps: 10", "steps: 10, warmup_steps: 10", "warmup_steps must be smaller"),

@@ -127,7 +127,7 @@ def test_every_mark_says_what_it_needs() -> None:
 
     marks = {name: mark_of(field) for kind in (RecipeSpec, StageSpec) for name, field in fields(kind)}
     assert {name for name, mark in marks.items() if mark.get("length")} == {
-        "TrainSpec.steps", "TrainSpec.epochs", "TrainSpec.budget_share", "TrainSpec.steps_to_skip"
+        "TrainSpec.steps", "TrainSpec.epochs", "TrainSpec.budget_share", "TrainSpec.max_epochs", "TrainSpec.steps_to_skip"
     }  # fmt: skip
     assert all(mark["changes_result"] or mark["purpose"] for mark in marks.values())
     assert marks["TrainSpec.lr"] == {"changes_result": True}

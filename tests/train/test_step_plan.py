@@ -1,10 +1,12 @@
 """The number of steps: given, from epochs, or from a time budget, and never changed afterwards."""
 
 import dataclasses
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from keural.train.micro_batches import MicroBatch
 from keural.train.network.policy import Policy
 from keural.train.stage import run, step_plan, training
 from keural.train.stage.job import StageJob
-from keural.train.stage.step_plan import RESERVE, Costs, PlanFile, budget_plan
+from keural.train.stage.step_plan import RESERVE, Costs, PlanFile, StepPlan, bounded_plan, budget_plan
 from tests.helpers.train_small import calling_before_each_step, losses_of, metrics_of, small_job, small_stage, train_stage
 
 BUDGET = {"steps": None, "budget_share": 0.5}
@@ -91,6 +93,32 @@ def test_a_stage_with_a_budget_ends_in_time(tmp_path: Path, clock: SteadyClock, 
     result = train_stage(job)
     assert 1.8 < clock.now <= 2.0
     assert read_json(job.run_dir / "plan.json")["steps"] == result.steps
+
+
+def test_a_stage_with_a_budget_ends_where_its_epochs_end_and_says_so(
+    tmp_path: Path, clock: SteadyClock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bounded = small_job(tmp_path, "dpo", number=10, budget_seconds=0.5, train=BUDGET | {"max_epochs": 1.5})
+    assert train_stage(bounded).steps == 4  # 15 pairs, 4 in a step
+    assert read_json(bounded.run_dir / "plan.json")["steps"] == 4
+    assert re.search(r"4 steps \(2 of warm-up\) by train[.]max_epochs 1[.]5; \d+ would fit into its 0 s", capsys.readouterr().out)
+    by_epochs = small_job(tmp_path, "dpo", run="epochs", number=10, train={"steps": None, "epochs": 1.5})
+    train_stage(by_epochs)
+    assert losses_of(bounded) == losses_of(by_epochs)  # the learning rate falls to the end that it has
+
+
+def test_epochs_that_a_budget_does_not_reach_bound_nothing(
+    tmp_path: Path, clock: SteadyClock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_stage(small_job(tmp_path, "dpo", budget_seconds=0.2, train=BUDGET | {"max_epochs": 1e30}))
+    assert "of warm-up) in 0 s" in capsys.readouterr().out
+
+
+def test_a_plan_that_is_ended_early_warms_up_for_half_of_it_at_most() -> None:
+    stage = small_stage("dpo", train=BUDGET | {"max_epochs": 1, "warmup_steps": 9})
+    epoch: Any = SimpleNamespace(steps_for=lambda epochs: round(6 * epochs))
+    assert bounded_plan(stage, StepPlan(50, 9), epoch) == StepPlan(6, 3)
+    assert bounded_plan(stage, StepPlan(6, 3), epoch) == StepPlan(6, 3)
 
 
 def test_measuring_changes_no_weight(tmp_path: Path, clock: SteadyClock) -> None:

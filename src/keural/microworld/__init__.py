@@ -32,13 +32,13 @@ from keural.microworld.exercise import Answer, Exercise, Language, Task
 from keural.microworld.facts import FACTS
 from keural.microworld.glossary import glossary
 from keural.microworld.korean import is_polite
-from keural.microworld.smalltalk import SMALLTALK
+from keural.microworld.smalltalk import PLAIN_SMALLTALK, SMALLTALK
 from keural.tokenizer.message import Message
 
 __all__ = ["DRAWN", "LANGUAGES", "TASKS", "Item", "Pair", "as_document", "heldout_items", "heldout_pairs", "is_polite", "rows"]
 
 TASKS = {task.name: task for task in (ARITHMETIC, TRANSLATION, FACTS, REWRITING, SMALLTALK)}
-DRAWN = TASKS | {"small_sums": SMALL_SUMS, "large_sums": LARGE_SUMS}
+DRAWN = TASKS | {"small_sums": SMALL_SUMS, "large_sums": LARGE_SUMS, "plain_smalltalk": PLAIN_SMALLTALK}
 """What rows can be about: a task, or a part of one that is to be drilled apart from the rest."""
 LANGUAGES = ("ko", "en")
 REGISTERS = ("mirror", "polite", "blunt")
@@ -120,7 +120,7 @@ def rows(options: Mapping[str, Any], seed: int) -> Iterator[dict[str, Any]]:
             * `split`: train (default) or heldout,
             * `phase`: a number (default 1); stages with different phases get different rows,
             * `tasks`: list of arithmetic, translation, facts, rewriting, smalltalk (default these), and of small_sums and
-              large_sums, the two parts of arithmetic; each row draws one,
+              large_sums, the two parts of arithmetic, and plain_smalltalk, what stands alone; each row draws one,
             * `languages`: list of ko, en (default both; each row draws one),
             * prose: `forms`, list of plain (statements in one language), parallel (in both), glossary (words), questions (with
               their answers), transcripts (questions and answers with the role names of a chat, to train a tokenizer on); each

@@ -6,7 +6,7 @@ endings of held-out ones all occur in training, these combinations of them do no
 
 import itertools
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from random import Random
 from typing import Literal
 
@@ -124,25 +124,26 @@ def talks(split: Split) -> tuple[Talk, ...]:
 
 
 @cache
-def _by_kind(split: Split, language: Language, kind: Kind, polite: bool) -> tuple[Talk, ...]:
-    return tuple(talk for talk in talks(split) if (talk.language, talk.kind, talk.polite) == (language, kind, polite))
+def _by_kind(split: Split, language: Language, kind: Kind, polite: bool, plain: bool) -> tuple[Talk, ...]:
+    found = (talk for talk in talks(split) if (talk.language, talk.kind, talk.polite) == (language, kind, polite))
+    return tuple(talk for talk in found if talk.is_plain or not plain)
 
 
-def _draw(rng: Random, split: Split, language: Language) -> tuple[Talk, Kind]:
+def _draw(rng: Random, split: Split, language: Language, plain: bool) -> tuple[Talk, Kind]:
     kind = rng.choice(list(_ANSWERS[language]))
     polite = language == "en" or rng.random() < 0.5
-    return rng.choice(_by_kind(split, language, kind, polite)), kind
+    return rng.choice(_by_kind(split, language, kind, polite, plain)), kind
 
 
-def _exercise(rng: Random, split: Split, language: Language) -> Exercise:
-    talk, kind = _draw(rng, split, language)
+def _exercise(rng: Random, split: Split, language: Language, plain: bool = False) -> Exercise:
+    talk, kind = _draw(rng, split, language, plain)
     wrong = [answer for other, answer in _ANSWERS[language].items() if other != kind]
     return Exercise("smalltalk", language, talk.text, talk.polite, _ANSWERS[language][kind], tuple(rng.sample(wrong, 2)))
 
 
-def _prose(rng: Random, split: Split, language: Language, parallel: bool) -> str:
+def _prose(rng: Random, split: Split, language: Language, parallel: bool, plain: bool = False) -> str:
     """What is said and what is answered; in parallel texts the answer in both languages."""
-    talk, kind = _draw(rng, split, language)
+    talk, kind = _draw(rng, split, language, plain)
     answer = _ANSWERS[language][kind].text(talk.polite)
     if not parallel:
         return f"{talk.text} {answer}"
@@ -150,3 +151,4 @@ def _prose(rng: Random, split: Split, language: Language, parallel: bool) -> str
 
 
 SMALLTALK = Task("smalltalk", _exercise, _prose)
+PLAIN_SMALLTALK = Task("smalltalk", partial(_exercise, plain=True), partial(_prose, plain=True))

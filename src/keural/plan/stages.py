@@ -4,7 +4,7 @@ In: a stage as it is laid out, and its rate. Out: steps, tokens, hours, each wit
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from keural.plan.choice import Laid
 from keural.plan.communication import Links, exposed
@@ -50,16 +50,32 @@ def length(recipe: Recipe, stage: StageSpec, seconds_per_step: float) -> Length:
     if spec.budget_share is not None:
         assert recipe.spec.budget is not None
         steps = max(1, int(parse_duration(recipe.spec.budget) * spec.budget_share / seconds_per_step))
-        return Length(steps, steps * per_step, f"{most}as many steps as fit into the budget")
+        by_budget = Length(steps, steps * per_step, f"{most}as many steps as fit into the budget")
+        return by_budget if spec.max_epochs is None else _bounded(stage, by_budget, spec.max_epochs, per_step)
     assert spec.epochs is not None
+    return _of_epochs(stage, spec.epochs, per_step, most)
+
+
+def _of_epochs(stage: StageSpec, epochs: float, per_step: int, most: str) -> Length:
+    """How long a stage of so many epochs is, by the counts that its sources state."""
     records, source = _records(stage)
     if records is None:
-        return Length(None, None, f"{spec.epochs:g} epochs of data that is not there; {source}")
-    batch = spec.batch_records
+        return Length(None, None, f"{epochs:g} epochs of data that is not there; {source}")
+    batch = stage.train.batch_records
     per_epoch = records * SAMPLE_TOKENS / per_step if batch is None else records / batch
-    steps = math.ceil(per_epoch * spec.epochs)
-    text = f"{spec.epochs:g} epochs of {records:,} records{f' of {SAMPLE_TOKENS} tokens' if batch is None else ''} ({source})"
+    steps = math.ceil(per_epoch * epochs)
+    text = f"{epochs:g} epochs of {records:,} records{f' of {SAMPLE_TOKENS} tokens' if batch is None else ''} ({source})"
     return Length(steps, steps * per_step, most + text)
+
+
+def _bounded(stage: StageSpec, by_budget: Length, epochs: float, per_step: int) -> Length:
+    """A stage with a budget and `train.max_epochs`: the shorter of both, by the budget where nobody knows how long an epoch is."""
+    by_epochs = _of_epochs(stage, epochs, per_step, "")
+    assert by_budget.steps is not None
+    if by_epochs.steps is None:
+        return replace(by_budget, source=f"{by_budget.source}, but at most {by_epochs.source}")
+    shorter = by_epochs if by_epochs.steps < by_budget.steps else by_budget
+    return replace(shorter, source=f"{by_budget.source}, but at most {by_epochs.source}")
 
 
 def _records(stage: StageSpec) -> tuple[int | None, str]:

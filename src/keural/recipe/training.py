@@ -22,6 +22,9 @@ class TrainSpec(Spec):
     """Length of the stage in epochs, which may end within one; rounded up to whole optimizer steps."""
     budget_share: float | None = length(None, gt=0, le=1)
     """Share of the recipe's time budget; the number of steps is measured and fixed before step 0."""
+    max_epochs: float | None = length(None, gt=0)
+    """With budget_share: the most epochs that the stage reads of its data, however much time it has, rounded up to whole steps. The
+    rest of its share is not used: other stages keep theirs, and the run ends earlier."""
     batch_tokens: int | None = Field(None, gt=0)
     """Tokens per optimizer step (next_token, sft): a multiple of data.sequence_length."""
     batch_pairs: int | None = Field(None, gt=0)
@@ -132,6 +135,8 @@ class TrainSpec(Spec):
     def _possible(self) -> Self:
         if sum(value is not None for value in (self.steps, self.epochs, self.budget_share)) != 1:
             raise ValueError("give exactly one of steps, epochs, budget_share")
+        if self.max_epochs is not None and self.budget_share is None:
+            raise ValueError("max_epochs bounds a stage with a budget_share; with steps or epochs it has no effect: leave it out")
         if not self.precision.startswith("fp32") and self.compute_dtype != "bfloat16":
             raise ValueError(f"precision {self.precision} computes in bfloat16; leave compute_dtype out")
         if self.precision == "fp32-bf16m" and self.betas[1] > 0.99:

@@ -44,14 +44,14 @@ def orthogonalized(matrices: Tensor, iterations: int) -> Tensor:
     """
     a, b, c = COEFFICIENTS
     wide = matrices.shape[-2] <= matrices.shape[-1]
-    X = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+    X = matrices.reshape(-1, *matrices.shape[-2:]).to(torch.bfloat16 if matrices.is_cuda else torch.float32)
     X = X if wide else X.mT
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=EPSILON)
     for _ in range(iterations):
         A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # sums within the products: no passes of their own
     found: Tensor = (X if wide else X.mT).to(matrices.dtype)
-    return found
+    return found.reshape(matrices.shape)
 
 
 def step_direction(momentum: Tensor, parts: int, iterations: int) -> Tensor:
@@ -59,7 +59,7 @@ def step_direction(momentum: Tensor, parts: int, iterations: int) -> Tensor:
     *batch, rows, columns = momentum.shape
     matrices = momentum.view(*batch, parts, rows // parts, columns)
     scale = RMS * math.sqrt(max(matrices.shape[-2:]))
-    return (orthogonalized(matrices, iterations) * scale).view(momentum.shape)
+    return (orthogonalized(matrices, iterations) * scale).reshape(momentum.shape)
 
 
 class Muon(torch.optim.Optimizer):

@@ -141,7 +141,21 @@ def budget_plan(stage: StageSpec, seconds: float, costs: Costs, epoch: int) -> S
             steps = int((available - epoch * costs.forward) / per_step)
     else:
         steps = int(available / per_step)
-    steps = max(1, steps)
+    return _measured_plan(stage, max(1, steps))
+
+
+def most_steps(stage: StageSpec, stream: Stream) -> int | None:
+    """The most steps of a stage with a budget, by `train.max_epochs`; None: as many as fit."""
+    return None if stage.train.max_epochs is None else stream.steps_for(stage.train.max_epochs)
+
+
+def bounded_plan(stage: StageSpec, plan: StepPlan, stream: Stream) -> StepPlan:
+    """A plan by a budget, ended where `train.max_epochs` ends it."""
+    most = most_steps(stage, stream)
+    return plan if most is None or plan.steps <= most else _measured_plan(stage, most)
+
+
+def _measured_plan(stage: StageSpec, steps: int) -> StepPlan:
     return StepPlan(steps, min(stage.train.warmup_steps, steps // 2), tuple(stage.train.steps_to_skip))
 
 

@@ -115,11 +115,14 @@ def _make_plan(job: StageJob, measured: Trainer, heldout: Stream | None, started
     assert job.budget_seconds is not None, "a stage with a budget_share needs budget_seconds"
     costs = step_plan.measure(measured, heldout, job.budget_seconds)
     left = job.budget_seconds - (time.monotonic() - started)
-    made = step_plan.budget_plan(stage, left, costs, stream.steps_per_epoch)
-    measured.ranks.log_once(
-        f"{stage.name}: {costs.step:.2f} s per step, {made.steps} steps ({made.warmup_steps} of warm-up) "
-        f"in {job.budget_seconds:.0f} s"
-    )
+    room = step_plan.budget_plan(stage, left, costs, stream.steps_per_epoch)
+    made = step_plan.bounded_plan(stage, room, stream)
+    told = f"{stage.name}: {costs.step:.2f} s per step, {made.steps} steps ({made.warmup_steps} of warm-up) "
+    if made.steps == room.steps:
+        told += f"in {job.budget_seconds:.0f} s"
+    else:
+        told += f"by train.max_epochs {stage.train.max_epochs:g}; {room.steps} would fit into its {job.budget_seconds:.0f} s"
+    measured.ranks.log_once(told)
     return made
 
 
@@ -172,8 +175,10 @@ def make_references(job: StageJob, ranks: Ranks | None = None) -> bool:
         ranks = ranks or found
         stream, heldout, _ = open_data(job, ranks, keep=False)
         policy = computing_policy(job, LOSSES[job.stage.objective](job.stage).uniform, ranks)
-        measured = job.stage.train.budget_share is not None
-        steps = stream.steps_per_epoch if measured else step_plan.fixed_plan(job.stage, stream).steps
+        if job.stage.train.budget_share is None:
+            steps = step_plan.fixed_plan(job.stage, stream).steps
+        else:
+            steps = min(stream.steps_per_epoch, step_plan.most_steps(job.stage, stream) or stream.steps_per_epoch)
         training, _ = _references(job, steps, policy, stream, heldout, stop, ranks, fills=True)
         if ranks.any(stop.requested):
             return False

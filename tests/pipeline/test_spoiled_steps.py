@@ -25,6 +25,7 @@ def spoiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StageRun, "train", spoil)
 
 
+@pytest.mark.slow
 def test_of_100_steps_a_spike_is_left_out_and_a_nan_stops_until_it_is_left_out_and_the_report_tells_both(
     place: Any, spoiled: None
 ) -> None:

@@ -111,10 +111,10 @@ def unpack(trainer: Trainer, sums: Tensor, totals: Totals) -> StepLosses:
     names, config = trainer.metrics, trainer.policy.model.config
     layers, experts = config.num_hidden_layers, config.num_local_experts
     sizes = [1 + len(names), layers * experts, layers * experts, layers, layers, layers]
-    scalars, counts, probabilities, *of_layers = sums.split(sizes)
+    scalars, counts, probabilities, squares, entropies, margins = sums.split(sizes)
     loss, *metrics = (scalars / (totals.denominator or 1)).tolist()
     by_expert = (counts.view(layers, experts), probabilities.view(layers, experts))
-    router = RouterStatistics(*by_expert, *of_layers, totals.tokens)
+    router = RouterStatistics(*by_expert, squares, entropies, margins, totals.tokens)
     found = figures(dict(zip(names, metrics, strict=True)), OBJECTIVES[trainer.stage.objective])
     return StepLosses(loss, found, router, totals.tokens, totals.positions)
 

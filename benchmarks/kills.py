@@ -34,16 +34,18 @@ UNTIMED = ("loss", "gradient_norm", "learning_rate", "heldout", "tokens")
 def contents(run: Path) -> dict[str, str]:
     """Every file of a run, of weights and losses with what is in them.
 
-    Not among them is `model-checked.json`, a note that a later command compared a model with its checksums.
+    Not among them are `model-checked.json`, a note that a later command compared a model with its checksums, and lines of metrics
+    that are damaged.
     """
+    from keural.train.stage.metrics import read_metrics
+
     found = {}
     for path in sorted(run.rglob("*")):
         name = str(path.relative_to(run))
         if path.name.endswith(".safetensors") and "checkpoints" not in name:
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         elif path.name == "metrics.jsonl":
-            lines = [json.loads(line) for line in path.read_text().splitlines()]
-            found[name] = json.dumps([{key: line[key] for key in UNTIMED if key in line} for line in lines])
+            found[name] = json.dumps([{key: line[key] for key in UNTIMED if key in line} for line in read_metrics(path)[0]])
         elif path.is_file() and path.name != "model-checked.json":
             found[name] = ""
     return found

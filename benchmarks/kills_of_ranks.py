@@ -245,10 +245,10 @@ def kill_on_ranks(
     return total
 
 
-def stop_on_ranks(directory: Path, world: int, slow: float = 0.02) -> float:
+def stop_on_ranks(directory: Path, world: int, slow: float = 0.02, experts: int = 1) -> float:
     """Send SIGTERM to all ranks during a save; seconds until all have ended. The last step must be saved."""
     run = directory / f"stopped-{world}"
-    since, ranks = time.time(), start(directory, run.name, world, slow)
+    since, ranks = time.time(), start(directory, run.name, world, slow, experts)
     while not is_saving(run, since):
         assert all(process.exitcode is None for process in ranks)
         time.sleep(0.01)
@@ -290,7 +290,7 @@ def main() -> None:
         assert total.in_a_save * 3 >= total.spent
         print("| SIGTERM during a save, ranks | seconds until all had saved and ended |\n|---|---:|")
         for world in WORLDS:
-            print(f"| {world} | {stop_on_ranks(work / 'ranks', world):.1f} |", flush=True)
+            print(f"| {world} | {stop_on_ranks(work / 'ranks', world, experts=given.experts):.1f} |", flush=True)
         print("\n| file with a flipped bit | outcome |\n|---|---|")
         import keural.pipeline.run  # noqa: F401 - what forked processes need
         from benchmarks.kills import flip_in_a_run

@@ -135,7 +135,8 @@ def small_job(
         write_store(held, objective, 10, seed=1)
     if objective != "next_token" and not init.exists():
         random_model(seed=7, scale=3.0).save_pretrained(init)
-    job = {key: changes.pop(key) for key in ("budget_seconds", "boards") if key in changes}
+    job: dict[str, Any] = {"fingerprint": "f" * 64}
+    job |= {key: changes.pop(key) for key in ("budget_seconds", "boards", "fingerprint") if key in changes}
     run_dir = directory / str(changes.pop("run", "run"))
     run_dir.mkdir(exist_ok=True)
     return StageJob(
@@ -147,7 +148,6 @@ def small_job(
         heldout_store=held if heldout else None,
         tokenizer_sha=SHA,
         run_dir=run_dir,
-        fingerprint="f" * 64,
         **job,
     )
 

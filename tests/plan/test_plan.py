@@ -133,6 +133,27 @@ def test_the_commands_of_the_page_fit(line: str) -> None:
     assert json.loads(result.stdout)["fits"]
 
 
+def keys_of(value: Any, under: str = "") -> set[str]:
+    """Every key of a plan as its page writes it: `total.hours`, `stages[].name`."""
+    if isinstance(value, dict):
+        return {key for name, inner in value.items() for key in keys_of(inner, f"{under}.{name}" if under else name)}
+    if isinstance(value, list) and any(isinstance(each, dict) for each in value):
+        return {key for each in value for key in keys_of(each, f"{under}[]")}
+    return {under}
+
+
+def test_the_page_has_the_keys_of_the_data_and_no_others() -> None:
+    table = PAGE.read_text(encoding="utf-8").partition("## As data")[2].partition("\n## ")[0]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    said = [key for cell in cells for key in re.findall(r"`([^`]+)`", cell)]
+    changes = ["train.recompute=budget", "train.micro_batch_tokens=16384", "train.compile=true"]
+
+    plan = planned(1, "h100", *changes)
+
+    assert len(said) == len(set(said))
+    assert set(said) == {re.sub(r"(stages\[\]\.layers)\..*", r"\1", key) for key in keys_of(plan.data())}
+
+
 def test_what_is_left_open_is_chosen_for_speed() -> None:
     """Without recompute and sizes in the recipe, an H200 has room for selective layers at 8,192 tokens."""
     found = planned(1, "h200")

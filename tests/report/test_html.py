@@ -68,7 +68,8 @@ def metrics(objective: str, steps: int) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     for step in range(steps):
         line: dict[str, Any] = {
-            "step": step, "loss": 2.0 / (step + 1), "learning_rate": 1e-3, "gradient_norm": 1.0, "tokens": 100, "seconds": 0.5,
+            "step": step, "loss": 2.0 / (step + 1), "learning_rate": 1e-3, "gradient_norm": 1.0,
+            "tokens": 100 * (step + 1), "seconds": 0.5 * (step + 1),  # of the stage so far
             "tokens_per_second": 200.0, "balance_loss": 1.1, "z_loss": 0.2, "expert_load": [[0.5, 0.3, 0.2], [0.3, 0.3, 0.4]],
         }  # fmt: skip
         if objective == "dpo":
@@ -254,7 +255,7 @@ def test_repeated_steps_of_a_resumed_stage_count_once(tmp_path: Path) -> None:
     write_stage(tmp_path / "run", "sft-1", "sft", steps=5, done=False)
     with (tmp_path / "run" / "sft-1" / "metrics.jsonl").open("a") as file:
         for step in (3, 4, 5):
-            file.write(line_text({"step": step, "loss": 9.0, "tokens": 100}))
+            file.write(line_text({"step": step, "loss": 9.0, "tokens": 100 * (step + 1)}))
 
     [stage] = read_run(tmp_path / "run").stages
 
@@ -268,6 +269,22 @@ def test_values_that_are_not_finite_do_not_break_the_page(tmp_path: Path) -> Non
         file.write(line_text({"step": 5, "loss": math.nan, "gradient_norm": math.inf, "tokens": 100}))
 
     Page(write_report(tmp_path / "run"))
+
+
+def test_a_step_that_was_left_out_on_request_is_no_missing_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It has no loss."""
+    write_recipe(tmp_path / "run")
+    write_stage(tmp_path / "run", "pretrain-1", "next_token", steps=12)
+    path = tmp_path / "run" / "pretrain-1" / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    lines[5] = line_text({"step": 5, "skipped": "asked", "learning_rate": 1e-3, "tokens": 500, "seconds": 2.5})
+    path.write_text("".join(lines))
+
+    words = Page(write_report(tmp_path / "run")).words
+
+    assert "12 (1 left out)" in words
+    assert "Left out were the steps pretrain-1 5 (asked for)." in words
+    assert "missing" not in capsys.readouterr().out
 
 
 def test_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:

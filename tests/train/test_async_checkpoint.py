@@ -3,6 +3,7 @@
 import errno
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import threading
@@ -316,31 +317,67 @@ def test_a_rank_that_is_killed_in_a_checkpoint_leaves_one_that_others_go_on_from
 # several ranks -----------------------------------------------------------------------------------------------------------
 
 
+DIVIDED: dict[str, Any] = {"precision": "split", "expert_parallel": 2}
+"""Experts divided among ranks, of which a checkpoint holds remainders, codes and scales, too."""
+RANKS = pytest.mark.parametrize(("world", "train"), [(2, {}), (2, DIVIDED), (4, DIVIDED)], ids=["2", "2 divided", "4 divided"])
+
+
+def refused(directory: Path, world: int, train: dict[str, Any], *own: dict[str, Any]) -> str:
+    """What is said by `world` ranks that all end with 2; `own` are further arguments of each."""
+    spec = {"directory": str(directory), "objective": "next_token", "train": train}
+    with rendezvous(world) as environments:
+        each = own or ({},) * world
+        processes = [start(spec | more, **environment) for more, environment in zip(each, environments, strict=True)]
+        for process in processes:
+            process.join(240)
+    assert [process.exitcode for process in processes] == [2] * world
+    return (directory / "run.error").read_text()
+
+
 @pytest.mark.slow
-def test_each_rank_writes_its_part_and_a_flipped_bit_in_any_is_found_on_any_number_of_ranks(tmp_path: Path) -> None:
-    train_on_ranks(tmp_path, 2, "next_token", "run", **SETTINGS)
-    job = small_job(tmp_path, **SETTINGS)
-    directory = job.run_dir / "checkpoints" / "step-00000008"
-    files = sorted(directory.glob("*.safetensors"))
-    assert [file.name[:11] for file in files] == ["shard-00001", "shard-00002"]
-    sizes = [file.stat().st_size for file in files]
+@RANKS
+def test_each_rank_writes_its_part_and_a_flipped_bit_in_any_is_found_on_any_number_of_ranks(
+    tmp_path: Path, world: int, train: dict[str, Any]
+) -> None:
+    alone = SETTINGS["train"] | {key: value for key, value in train.items() if key != "expert_parallel"}
+    job = small_job(tmp_path, train=alone)
+    train_on_ranks(tmp_path, world, "next_token", "run", train=alone | train)
+    files = sorted((job.run_dir / "checkpoints" / "step-00000008").iterdir())
+    shards = [file for file in files if file.suffix == ".safetensors"]
+    assert [file.name[:11] for file in shards] == [f"shard-{rank + 1:05d}" for rank in range(world)]
+    assert [file.name for file in files if file not in shards] == ["manifest.json"]
+    sizes = [file.stat().st_size for file in shards]
     assert max(sizes) < 1.2 * min(sizes)
     for file in files:
         data = bytearray(file.read_bytes())
         data[-5] ^= 4
         file.write_bytes(data)
-        with pytest.raises(UserError, match=f"{file.name} differs from its checksum"):
+        said = f"damaged checkpoint: {file.name} (differs from its checksum|was changed|is missing or unreadable); delete this"
+        with pytest.raises(UserError, match=said):
             train_stage(job)
-        spec = {"directory": str(tmp_path), "objective": "next_token", **SETTINGS}
-        with rendezvous(2) as environments:
-            processes = [start(spec, **environment) for environment in environments]
-            for process in processes:
-                process.join(240)
-        assert [process.exitcode for process in processes] == [2, 2]
-        assert f"{file.name} differs from its checksum" in (tmp_path / "run.error").read_text()
+        assert re.search(said, refused(tmp_path, world, alone | train))
         data[-5] ^= 4
         file.write_bytes(data)
     assert train_stage(job).steps == 8
+
+
+@pytest.mark.slow
+@RANKS
+def test_a_missing_shard_and_another_recipes_checkpoint_end_all_ranks_with_one_line(
+    tmp_path: Path, world: int, train: dict[str, Any]
+) -> None:
+    settings = SETTINGS["train"] | train
+    small_job(tmp_path)
+    train_on_ranks(tmp_path, world, "next_token", "run", train=settings)
+    directory = tmp_path / "run" / "checkpoints" / "step-00000008"
+    last = sorted(directory.glob("*.safetensors"))[-1]
+    last.rename(tmp_path / last.name)
+    assert f"damaged checkpoint: {last.name} is missing; delete this" in refused(tmp_path, world, settings)
+    (tmp_path / last.name).rename(last)
+    other = refused(tmp_path, world, settings, *({"fingerprint": "0" * 64},) * world)
+    assert "step-00000008: made with other settings, data or initial weights" in other
+    assert "\n" not in other
+    train_on_ranks(tmp_path, world, "next_token", "run", train=settings)
 
 
 @pytest.mark.slow
@@ -364,13 +401,19 @@ def test_checkpoints_of_copies_hold_every_part_once_and_go_on_with_any_number(tm
 
 
 @pytest.mark.slow
-def test_a_disk_that_refuses_one_rank_stops_all_with_one_line(tmp_path: Path) -> None:
-    spec = {"directory": str(tmp_path), "objective": "next_token", **SETTINGS}
-    limits: list[dict[str, Any]] = [{}, {"refuse_writes_from": 5}]
-    with rendezvous(2) as environments:
-        processes = [start(spec | limit, **environment) for limit, environment in zip(limits, environments, strict=True)]
-        for process in processes:
-            process.join(240)
-    assert [process.exitcode for process in processes] == [2, 2]
-    assert "the checkpoint cannot be written (File too large)" in (tmp_path / "run.error").read_text()
-    assert names(small_job(tmp_path, **SETTINGS)) == ["step-00000002", "step-00000004"]
+@RANKS
+def test_a_disk_that_refuses_one_rank_stops_all_with_one_line_and_the_run_goes_on_when_there_is_room(
+    tmp_path: Path, world: int, train: dict[str, Any]
+) -> None:
+    """A limit on the size of files stands for a full disk: the system refuses the same write."""
+    settings = SETTINGS["train"] | train
+    small_job(tmp_path, run="whole")
+    train_on_ranks(tmp_path, world, "next_token", "whole", train=settings)
+    limits: list[dict[str, Any]] = [{}] * (world - 1) + [{"refuse_writes_from": 5}]
+    said = refused(tmp_path, world, settings, *limits)
+    assert "the checkpoint cannot be written (File too large); earlier checkpoints are intact" in said
+    assert "\n" not in said
+    job = small_job(tmp_path, train=settings)
+    assert names(job) == ["step-00000002", "step-00000004"]
+    train_on_ranks(tmp_path, world, "next_token", "run", train=settings)
+    assert losses_of(job) == losses_of(small_job(tmp_path, run="whole"))

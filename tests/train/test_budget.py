@@ -1,5 +1,6 @@
 """`train.recompute: budget`: what each layer keeps is chosen by the planned memory, and changes no number."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +160,12 @@ def test_a_processor_has_no_context_that_counts() -> None:
     assert kept is not None
     assert kept.mix == Mix(none=LAYERS)
     assert 0 < kept.planned * GIB < 0.1 * GIB
+
+
+def test_a_run_that_nobody_tells_how_much_memory_there_is_is_refused_before_data_is_prepared(
+    tmp_path: Path, keural: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, _, error = keural("run", "toy", "train.recompute=budget", "--out", tmp_path / "run")
+    assert code == 2
+    assert "pretrain-1: train.recompute budget goes by an accelerator's memory, and there is none" in error
+    assert not (tmp_path / "run").exists()

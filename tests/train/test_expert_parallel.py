@@ -17,7 +17,7 @@ from keural.train.network.experts import mixture, route
 from keural.train.network.layers import COMPILED, graphs
 from keural.train.network.parallel_experts import parallel_mixture
 from keural.train.network.recompute import RECOMPUTE
-from keural.train.processes.modes import share_of
+from keural.train.processes.modes import processes_started, share_of
 from keural.train.processes.parallel import check_ranks
 from keural.train.processes.ranks import Ranks, session
 from keural.train.stage.building import policy_of
@@ -284,3 +284,10 @@ def test_settings_that_do_not_go_together_are_refused_by_the_recipe(changes: dic
     changes = {**changes, "train": {"expert_parallel": 2, **changes.get("train", {})}}
     with pytest.raises(ValueError, match=reason):
         small_stage(**changes)
+
+
+@pytest.mark.parametrize("stated", ["x", "0", "-1", "", "²", "2.0", "9" * 30])
+def test_a_launcher_that_states_no_number_of_processes_is_named(stated: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", stated)
+    with pytest.raises(UserError, match=r"WORLD_SIZE .* is no number of processes; unset it"):
+        processes_started()

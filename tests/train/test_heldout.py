@@ -1,13 +1,16 @@
 """Held-out figures by source and language are those of the sources alone."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from keural.data.loading.stream import Stream
+from keural.data.records import Document
 from keural.data.tokens.encode import Encoded
 from keural.data.tokens.store import PAIR_WEIGHTS, StoreWriter, TokenStore
 from keural.data.tokens.store_builder import StoreBuilder
@@ -75,6 +78,29 @@ def test_weights_of_pairs_count_in_their_source(tmp_path: Path) -> None:
 
 def test_a_store_of_one_source_has_no_figures_by_source(tmp_path: Path) -> None:
     assert sources_of(Stream(TokenStore.open(write_store(tmp_path / "one", "sft", 4)), "sft", LENGTH, batch_rows=1)) is None
+
+
+def test_documents_with_their_texts_have_bits_per_byte_and_those_without_have_none(tmp_path: Path) -> None:
+    """As every token behind the first one of a document costs, over the bytes of the texts, one of which is there twice."""
+    documents = {"ab\nc": [4, 9, 17, 95], "고양이": [4, 30, 31, 32, 33, 95], "x" * 40: [4, *range(10, 40), 95]}
+    with StoreBuilder(tmp_path / ".held", "documents", keep_texts=True) as builder:
+        for number, (text, ids) in enumerate(documents.items()):
+            builder.add(Encoded(Document(text, "here"), ((ids, None),)), repeat=1 + (number == 1), source="web")  # type: ignore[arg-type]
+        builder.write_store(tmp_path / "held", SHA, VOCAB, {}, 0)
+    trainer = open_run(small_job(tmp_path)).trainer
+    model = trainer.policy.model
+    nats = {
+        text: F.cross_entropy(model(torch.tensor([ids])).logits[0, :-1], torch.tensor(ids[1:]), reduction="sum").item()
+        for text, ids in documents.items()
+    }
+
+    stream = Stream(TokenStore.open(tmp_path / "held"), "next_token", 64, batch_rows=1)
+    found = evaluate(trainer, stream, None)
+
+    size = 4 + 2 * 9 + 40
+    assert found["bits_per_byte"] == pytest.approx((sum(nats.values()) + nats["고양이"]) / math.log(2) / size, rel=1e-5)
+    without = Stream(TokenStore.open(tmp_path / "store"), "next_token", 64, batch_rows=1)
+    assert "bits_per_byte" not in evaluate(trainer, without, None)
 
 
 def test_a_stage_keeps_them_and_says_the_whole_figures(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -39,10 +39,9 @@ def check(directory: Path, idle: torch.Tensor, weights: dict[str, torch.Tensor])
         name = f"model.layers.{layer}.mlp.experts.down_proj"
         unmoved = (weights[name] == before[name]).all(-1).all(-1)
         assert torch.equal(unmoved, idle[layer])
-    loads = torch.tensor(
-        [line["expert_load"] for line in metrics_of(small_job(directory, run="run", **SETTINGS)) if "loss" in line]
-    )
-    assert torch.equal((loads == 0).all(0), idle)
+    lines = [line for line in metrics_of(small_job(directory, run="run", **SETTINGS)) if "loss" in line]
+    assert torch.equal((torch.tensor([line["expert_load"] for line in lines]) == 0).all(0), idle)
+    assert {line["dead_experts"] for line in lines} == {int(idle.sum())}
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo", "kto"])

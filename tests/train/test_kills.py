@@ -19,6 +19,6 @@ def test_a_rank_that_is_killed_costs_no_bit_on_as_many_ranks_and_no_loss_on_othe
     assert total.in_a_save >= 2
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_sigterm_during_a_save_leaves_the_last_step_whole_within_half_a_minute(tmp_path: Path, world: int) -> None:
-    assert stop_on_ranks(tmp_path, world) < 30
+@pytest.mark.parametrize(("world", "experts"), [(1, 1), (2, 1), (2, 2), (4, 2)])
+def test_sigterm_during_a_save_leaves_the_last_step_whole_within_half_a_minute(tmp_path: Path, world: int, experts: int) -> None:
+    assert stop_on_ranks(tmp_path, world, experts=experts) < 30

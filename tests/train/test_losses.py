@@ -125,6 +125,15 @@ def test_routing_entropy_is_the_mean_of_the_tokens_own_not_that_of_the_mean() ->
     assert statistics.entropies.item() == pytest.approx(2 * float(-(sharp * sharp.log()).sum()), rel=1e-4)
 
 
+def test_the_margin_is_between_the_two_most_probable_experts_of_every_token_whatever_is_chosen() -> None:
+    logits, real = router_problem()
+    sharp = torch.stack([layer[real] for layer in logits]).softmax(-1).sort(-1, descending=True).values
+    for top_k in (1, 2, 4):
+        found = router_statistics(logits, real, top_k).margins
+        torch.testing.assert_close(found, (sharp[..., 0] - sharp[..., 1]).sum(-1))
+    assert router_statistics([torch.zeros(16, 1)], torch.ones(16, dtype=torch.bool), 1).margins.tolist() == [16.0]
+
+
 def test_counts_are_the_assignments_that_the_model_makes() -> None:
     model = random_model(scale=3.0)
     chosen: list[torch.Tensor] = []

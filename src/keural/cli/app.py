@@ -121,7 +121,7 @@ def _check(recipe: "Recipe", directory: Path, *, until: str | None = None, only:
     from keural.pipeline import workspace
 
     if "LOCAL_RANK" not in os.environ:
-        workspace.check_inputs(recipe, workspace.select_stages(recipe, until=until, only=only), directory)
+        workspace.check_inputs(recipe, workspace.select_stages(recipe, until=until, only=only), directory, trains=True)
 
 
 def _run(recipe: "Recipe", directory: Path, **settings: Any) -> None:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from keural.plan.plan import Plan
 
 MOST_GPUS = 65_536
+LEAST = 0.001
+"""Of an MFU, and of GB/s to other nodes: what is slower is a slip, and makes figures without end."""
 MOMENTS = {
     "head": "where the head makes logits",
     "layer": "in the last layer's backward pass",
@@ -41,9 +43,9 @@ def plan(
 
     if mfu is not None and measured is not None:
         raise UserError("give --mfu or --measured, not both")
-    if mfu is not None and not 0 < mfu <= 1:
-        raise UserError(f"--mfu {mfu}: is a share, more than 0 and at most 1")
-    if network is not None and not 0 < network <= 1e5:
+    if mfu is not None and not LEAST <= mfu <= 1:
+        raise UserError(f"--mfu {mfu}: is a share, at least {LEAST} and at most 1")
+    if network is not None and not LEAST <= network <= 1e5:
         raise UserError(f"--network {network}: give the GB/s of one GPU to other nodes, e.g. 40")
     if network is not None and mfu is not None:
         raise UserError("--mfu is of a whole step, communication too: give it or --network, not both")

@@ -11,7 +11,7 @@ from keural.data.loading.corpus import Corpus
 from keural.data.loading.mixture import Mixture, mix
 from keural.data.source_counts import SourceCounter, SourceRow, check_drops, rows_from_json, warning_of
 from keural.data.stage_sources import StageSources, open_stage_sources
-from keural.data.tokens.store import TokenStore
+from keural.data.tokens.store import TEXTS, TokenStore
 from keural.errors import UserError, quoted
 from keural.files import CheckedFile, FileHashes, fingerprint, sha256_file, write_atomic
 from keural.recipe import OBJECTIVES, DataSpec, Objective
@@ -25,8 +25,6 @@ PREPARED = "prepared.json"
 """What a directory of prepared data was made from and holds, written last."""
 DROPPED = "dropped.jsonl"
 """The first rows that were dropped of each source and reason, to be looked at."""
-TEXTS = "texts.jsonl"
-"""The held-out documents' texts, a file of the held-out store."""
 VERSION = 4
 """Raised when the same sources give other bytes than before."""
 

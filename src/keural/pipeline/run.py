@@ -56,12 +56,12 @@ from keural.pretrained.weights import Weights
 from keural.recipe import VERSION, Recipe, StageSpec, parse_duration
 from keural.report.html import write_report
 from keural.train.processes.gathering import with_gathered
-from keural.train.processes.parallel import check_ranks
 from keural.train.processes.ranks import Ranks, session
 from keural.train.reference.of_stage import is_cached
 from keural.train.stage.dry_run import Tried
 from keural.train.stage.dry_run import dry_run as dry_run_of
 from keural.train.stage.job import StageJob, StageResult
+from keural.train.stage.kept import check_memory_is_known
 from keural.train.stage.training import make_references, train_stage
 
 
@@ -106,9 +106,9 @@ def run(
         stages = _with_reference(stages)
     with session() as ranks, contextlib.ExitStack() as stack:
         started = time.monotonic()
+        ranks.on_main(lambda: check_inputs(recipe, stages, out, trains=True))
         for stage in stages:
-            check_ranks(stage, ranks.world, recipe.spec.model)
-        ranks.on_main(lambda: check_inputs(recipe, stages, out))
+            check_memory_is_known(stage, ranks.device)
         ranks.on_main(lambda: claim(out, recipe))
         ranks.on_main(lambda: stack.enter_context(only_run_in(out)))
         ranks.on_main(lambda: _open_run(recipe, stages, out, on_data))

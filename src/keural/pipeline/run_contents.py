@@ -58,7 +58,7 @@ def _read_stage(directory: Path, settings: dict[str, Any]) -> Stage:
     if damaged:
         say(f"{directory / METRICS}: {damaged} lines are damaged, and left out of the report")
     # A resumed stage repeats the steps after its last checkpoint; the later line counts.
-    steps = {line["step"]: line for line in lines if "loss" in line}
+    steps = {line["step"]: line for line in lines if "loss" in line or "skipped" in line}
     heldout = {line["step"]: line for line in lines if isinstance(line.get("heldout"), dict)}
     alarms = {line["alarm"]: line for line in lines if isinstance(line.get("alarm"), str)}
     checks = ChecksFile.find(directory / CHECKS_FILE)

@@ -38,6 +38,7 @@ from keural.recipe import OBJECTIVES, VERSION, Recipe, StageSpec
 from keural.terminal import say, work_progress
 from keural.tokenizer import KeuralTokenizer
 from keural.tokenizer.train import train_tokenizer
+from keural.train.processes.modes import processes_started, why_not_on
 
 if TYPE_CHECKING:
     from keural.model import KeuralConfig
@@ -132,11 +133,15 @@ def select_stages(recipe: Recipe, *, until: str | None = None, only: str | None 
     return list(recipe.stages[: last + 1])
 
 
-def check_inputs(recipe: Recipe, stages: Sequence[StageSpec], out: Path) -> None:
-    """Refuse what cannot work before anything is written: unknown adapters, missing paths, a model directory that is none.
+def check_inputs(recipe: Recipe, stages: Sequence[StageSpec], out: Path, trains: bool = False) -> None:
+    """Refuse what cannot work before anything is written: where a command trains, a number of processes that a stage cannot have;
+    unknown adapters, missing paths, a model directory that is none.
 
-    All that is wrong is said at once.
+    All that is wrong with the latter is said at once.
     """
+    for stage in stages if trains else ():
+        if (reason := why_not_on(stage, processes_started(), recipe.spec.model)) is not None:
+            raise UserError(reason)
     directory = data_directory(recipe)
     checks: list[Callable[[], object]] = []
     if _kept_tokenizer(recipe, out) is None:

@@ -112,7 +112,8 @@ def load_recipe(directory: Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises `UserError` for a missing file, an unknown key (with the nearest valid one), a wrong type or an impossible combination.
     """
     if directory.is_file():
-        raise UserError(f"{directory}: a recipe is a directory with a recipe.yaml; give {directory.parent}")
+        beside = f"; give {directory.parent}" if (directory.parent / "recipe.yaml").is_file() else ""
+        raise UserError(f"{directory}: is a file, and a recipe is a directory with a recipe.yaml{beside}")
     recipe_file = directory / "recipe.yaml"
     recipe_data, stage_data, shares = read_recipe_files(directory)
     for override in overrides:

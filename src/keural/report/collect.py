@@ -37,10 +37,10 @@ class Stage:
         return str(self.done.get("objective") or self.settings.get("objective") or "")
 
     def total(self, key: str) -> float:
-        """Tokens or seconds of the stage, from its result or summed over the steps that were done."""
+        """Tokens or seconds of the stage, from its result or from its latest step, which has the sum so far."""
         if key in self.done:
             return float(self.done[key])
-        return sum(step.get(key) or 0.0 for step in self.steps)
+        return float(self.steps[-1].get(key) or 0.0) if self.steps else 0.0
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric, where it was written."""

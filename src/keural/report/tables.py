@@ -161,8 +161,10 @@ def _stage_row(stage: Stage) -> list[Cell]:
 
 
 def _heldout_text(heldout: Mapping[str, Any]) -> str:
-    """The held-out loss; for DPO also the margin and the share of pairs ranked right."""
+    """The held-out loss; of documents also bits per byte; for DPO the margin and the share of pairs ranked right."""
     parts = [number(heldout.get("loss"))]
+    if "bits_per_byte" in heldout:
+        parts.append(f"{number(heldout['bits_per_byte'])} bits per byte")
     if "reward_margin" in heldout:
         parts.append(f"margin {number(heldout['reward_margin'])}")
     if "reward_accuracy" in heldout:

@@ -103,18 +103,18 @@ def forward_backward(trainer: Trainer, micro: MicroBatch, totals: Totals, tokens
     (terms.loss / (totals.denominator or 1) + router.balance_coef * balance + router.z_coef * z).backward()
     scalars = torch.stack([terms.loss.detach(), *(terms.metrics[name] for name in trainer.metrics)])
     routed = [statistics.counts.flatten(), statistics.probabilities.detach().flatten(), statistics.squares.detach()]
-    return torch.cat([scalars, *routed, statistics.entropies])
+    return torch.cat([scalars, *routed, statistics.entropies, statistics.margins])
 
 
 def unpack(trainer: Trainer, sums: Tensor, totals: Totals) -> StepLosses:
     """Means of the task loss and the metrics, and the router's statistics, from the sums over a step's forward passes."""
     names, config = trainer.metrics, trainer.policy.model.config
     layers, experts = config.num_hidden_layers, config.num_local_experts
-    sizes = [1 + len(names), layers * experts, layers * experts, layers, layers]
-    scalars, counts, probabilities, squares, entropies = sums.split(sizes)
+    sizes = [1 + len(names), layers * experts, layers * experts, layers, layers, layers]
+    scalars, counts, probabilities, squares, entropies, margins = sums.split(sizes)
     loss, *metrics = (scalars / (totals.denominator or 1)).tolist()
     by_expert = (counts.view(layers, experts), probabilities.view(layers, experts))
-    router = RouterStatistics(*by_expert, squares, entropies, totals.tokens)
+    router = RouterStatistics(*by_expert, squares, entropies, margins, totals.tokens)
     found = figures(dict(zip(names, metrics, strict=True)), OBJECTIVES[trainer.stage.objective])
     return StepLosses(loss, found, router, totals.tokens, totals.positions)
 

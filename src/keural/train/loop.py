@@ -23,8 +23,8 @@ ASKED = "asked"
 class StepReport:
     """What one step was: mean loss per label or pair, means of the objective's metrics, router losses without coefficients, share
     of assignments per layer and expert, mean entropy of a token's router probabilities over the logarithm of the number of experts
-    (1: all alike, 0: always one), global gradient norm before clipping, tokens without padding and their share of all positions,
-    wall-clock seconds.
+    (1: all alike, 0: always one), mean lead of the most probable expert over the next, experts of all layers without any token,
+    global gradient norm before clipping, tokens without padding and their share of all positions, wall-clock seconds.
     """
 
     step: int
@@ -37,6 +37,8 @@ class StepReport:
     balance_loss: float
     z_loss: float
     routing_entropy: float
+    routing_margin: float
+    dead_experts: int
     expert_load: list[list[float]]
     metrics: dict[str, float]
     skipped: str = ""
@@ -73,6 +75,8 @@ def train_step(trainer: Trainer, step: int) -> StepReport:
         balance_loss=balance,
         z_loss=z,
         routing_entropy=float(router.entropies.mean()) / max(tokens, 1) / math.log(max(router.counts.shape[-1], 2)),
+        routing_margin=float(router.margins.mean()) / max(tokens, 1),
+        dead_experts=int((router.counts == 0).sum()),
         expert_load=load_shares(router.counts),
         metrics=losses.metrics,
         skipped=spike,
@@ -93,6 +97,8 @@ def left_out(trainer: Trainer, step: int) -> StepReport:
         z_loss=math.nan,
         real_share=math.nan,
         routing_entropy=math.nan,
+        routing_margin=math.nan,
+        dead_experts=0,
         expert_load=[],
         metrics={},
         skipped=ASKED,

@@ -211,14 +211,15 @@ class RouterStatistics:
     """Sums over the non-padding tokens of one forward pass, from which the router losses follow.
 
     `counts` ``[L, E]`` assignments per expert (no gradient), `probabilities` ``[L, E]`` summed router probabilities, `squares`
-    ``[L]`` summed squared logsumexp, `entropies` ``[L]`` summed entropies of a token's router probabilities (no gradient), `tokens`
-    how many tokens were summed.
+    ``[L]`` summed squared logsumexp, `entropies` ``[L]`` summed entropies of a token's router probabilities and `margins` ``[L]``
+    by how much the largest of them exceeds the next (no gradients), `tokens` how many tokens were summed.
     """
 
     counts: Tensor
     probabilities: Tensor
     squares: Tensor
     entropies: Tensor
+    margins: Tensor
     tokens: int
 
 
@@ -233,11 +234,15 @@ def router_statistics(router_logits: Sequence[Tensor], token_mask: Tensor, top_k
     index = token_mask.nonzero().squeeze(-1)
     logits = torch.stack([layer.index_select(0, index) for layer in router_logits]).float()
     probabilities = logits.softmax(-1)
-    chosen = probabilities.detach().topk(top_k, dim=-1).indices.flatten(1)
+    largest = probabilities.detach().topk(top_k, dim=-1)
+    chosen, leading = largest.indices.flatten(1), largest.values
+    if top_k == 1:
+        leading = probabilities.detach().topk(min(2, logits.shape[-1]), dim=-1).values
     experts = torch.arange(logits.shape[-1], device=logits.device)
     counts = (chosen.unsqueeze(-1) == experts).sum(1).float()
     entropies = torch.special.entr(probabilities.detach()).sum((1, 2))
-    return RouterStatistics(counts, probabilities.sum(1), logits.logsumexp(-1).square().sum(1), entropies, len(index))
+    margins = (leading[..., 0] - leading[..., 1:2].sum(-1)).sum(1)
+    return RouterStatistics(counts, probabilities.sum(1), logits.logsumexp(-1).square().sum(1), entropies, margins, len(index))
 
 
 def balance_loss(statistics: RouterStatistics, counts: Tensor, tokens: int) -> Tensor:

@@ -17,8 +17,10 @@ and `labels.u1` has a byte for each answer: 1 is a good one, 0 a bad one.
 import contextlib
 import copy
 import hashlib
+import json
 import mmap
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, BinaryIO, Literal, Self
@@ -40,6 +42,8 @@ WEIGHTED_VERSION = 3
 PAIR_WEIGHTS = "pair_weights.f4"
 WEIGHT = np.dtype("<f4")
 LABELS = "labels.u1"
+TEXTS = "texts.jsonl"
+"""The documents' texts, in a store that holds them out."""
 SHARD_TOKENS = 1 << 28
 """A shard is closed when it holds at least so many tokens (1 GiB)."""
 FULL_CHECK_BYTES = 1_000_000_000
@@ -312,6 +316,7 @@ class TokenStore:
         if joined.labels is not None:
             joined.labels = np.concatenate([part.labels for part in parts if part.labels is not None])
         joined._count()
+        joined.__dict__.pop("text_bytes", None)
         return joined
 
     def _count(self) -> None:
@@ -346,6 +351,14 @@ class TokenStore:
         if hashlib.sha256(content).hexdigest() != expected:
             raise _differs(path, self.directory)
         return content
+
+    @cached_property
+    def text_bytes(self) -> int | None:
+        """UTF-8 bytes of the documents' texts; None where the store has none. Raises `UserError` as `read_checked` does."""
+        if TEXTS not in self.manifest.get("files", {}):
+            return None
+        rows = map(json.loads, self.read_checked(TEXTS).rstrip(b"\n").split(b"\n"))
+        return sum(len(row["text"].encode("utf-8", "surrogatepass")) for row in rows)
 
     def _check_ids(self) -> None:
         for shard, tokens in zip(self.manifest["shards"], self._tokens, strict=True):

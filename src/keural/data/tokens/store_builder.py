@@ -25,7 +25,7 @@ from keural.data.permutation import Permutation, mixed
 from keural.data.records import Conversation, Document, PreferencePair
 from keural.data.tokens.encode import Encoded
 from keural.data.tokens.mismatched import Prompts, joined
-from keural.data.tokens.store import LABELS, PAIR_WEIGHTS, TOKEN, WEIGHT, StoreWriter
+from keural.data.tokens.store import LABELS, PAIR_WEIGHTS, TEXTS, TOKEN, WEIGHT, StoreWriter
 from keural.recipe import STORES, StoreKind
 
 BLOCK_RECORDS = 1024
@@ -133,7 +133,7 @@ class StoreBuilder:
                 flat = [span for parts in spans for span in parts]
                 mask = None if loss is None else np.concatenate([loss[span] for span in flat])
                 writer.add_many(np.concatenate([tokens[span] for span in flat]), lengths, mask)
-            extra = [*self._write_texts(directory / "texts.jsonl", order), *self._write_weights(directory / PAIR_WEIGHTS, order)]
+            extra = [*self._write_texts(directory / TEXTS, order), *self._write_weights(directory / PAIR_WEIGHTS, order)]
             writer.close(extra=[*extra, *self._write_labels(directory / LABELS, order)])
 
     def _spans(self, records: NDArray[np.int64]) -> list[list[slice]]:

@@ -4,10 +4,12 @@ In: a stage's settings, the number of processes, shapes. Out: answers that the t
 is not needed.
 """
 
+import os
 from collections.abc import Sequence
 from math import gcd
 from typing import Protocol
 
+from keural.errors import UserError, quoted
 from keural.recipe import StageSpec, TrainSpec
 
 SPLIT = ("split", "split-host")
@@ -18,6 +20,7 @@ SCALE_BLOCK = 256
 """Weights that share a scale of an 8-bit moment, where a row has so many."""
 PER_LAYER = ("selective", "budget")
 """Values of `train.recompute` that only the training engine knows."""
+MOST_PROCESSES = 1_000_000
 UNEVEN = 17 / 16
 """How much larger than an equal part the largest one may be before a tensor is divided along another dimension."""
 
@@ -31,6 +34,14 @@ class ModelShape(Protocol):
     def hidden_size(self) -> int: ...  # noqa: D102
     @property
     def intermediate_size(self) -> int: ...  # noqa: D102
+
+
+def processes_started() -> int:
+    """How many processes a launcher has started for this run, by its WORLD_SIZE. Raises `UserError` when that is no number."""
+    stated = os.environ.get("WORLD_SIZE", "1")
+    if not (stated.isascii() and stated.isdecimal() and 1 <= int(stated) <= MOST_PROCESSES):
+        raise UserError(f"WORLD_SIZE {quoted(stated)}: is no number of processes; unset it, or start with python -m keural.launch")
+    return int(stated)
 
 
 def why_not_on(stage: StageSpec, processes: int, model: ModelShape) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from keural.errors import UserError
 from keural.terminal import say
+from keural.train.processes.modes import processes_started
 
 T = TypeVar("T")
 
@@ -98,7 +99,7 @@ def session() -> Iterator[Ranks]:
     """The ranks of this run, from torchrun's environment; inside another session, that one's. The process group ends with the
     block.
     """
-    world, device = int(os.environ.get("WORLD_SIZE", "1")), pick_device()
+    world, device = processes_started(), pick_device()
     if world == 1:
         yield Ranks(0, 1, device)
         return

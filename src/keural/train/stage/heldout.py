@@ -1,7 +1,9 @@
 """Held-out figures of a stage: the objective's loss and metrics over a whole held-out store, without gradients; of conversations
-and pairs also source by source and language by language, where the store says which record is of which.
+and pairs also source by source and language by language, where the store says which record is of which; of documents also bits per
+byte, where it has their texts.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -59,7 +61,7 @@ def heldout_batches(stage: StageSpec, stream: Stream, ranks: Ranks) -> Iterator[
 def evaluate(trainer: Trainer, stream: Stream, references: Reference | None) -> dict[str, float]:
     """Mean loss per label or pair of a held-out store, the objective's metrics, and `items`, the number of labels or pairs (of
     weighted pairs, the sum of their weights); the same of each source and language, as `source/NAME/loss` and
-    `language/ko/loss`, where the store has several sources and names them.
+    `language/ko/loss`, where the store has several sources and names them; `bits_per_byte` of documents whose texts it has.
     """
     trainer = against_divergence(trainer, heldout_batches(trainer.stage, stream, trainer.ranks), references)
     ranks, names, sources = trainer.ranks, trainer.metrics, sources_of(stream)
@@ -80,7 +82,15 @@ def evaluate(trainer: Trainer, stream: Stream, references: Reference | None) -> 
     measured = _means(found[0], names, kind)
     for prefix, total in _groups(found[1:], sources) if sources else ():
         measured |= {f"{prefix}/{name}": value for name, value in _means(total, names, kind).items()}
+    if size := ranks.on_main(lambda: _text_bytes(stream)):
+        measured["bits_per_byte"] = measured["loss"] * measured["items"] / math.log(2) / size
     return measured
+
+
+def _text_bytes(stream: Stream) -> int | None:
+    """UTF-8 bytes of the documents of a store whose tokens are all predicted, but for the first one of each."""
+    store = stream.store
+    return store.text_bytes if isinstance(store, TokenStore) and store.kind == "documents" else None
 
 
 def _sums(trainer: Trainer, batch: Batch, micro: MicroBatch, logprobs: Tensor, references: Tensor | None) -> Tensor:

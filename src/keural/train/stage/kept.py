@@ -51,14 +51,20 @@ def choose_kept(stage: StageSpec, config: KeuralConfig, ranks: Ranks) -> Kept | 
     return Kept(mix, _planned(network, with_mix(layout, mix), ranks), available / GIB)
 
 
+def check_memory_is_known(stage: StageSpec, device: torch.device) -> None:
+    """Refuse a stage that goes by memory that nobody states, where the device has none of its own. Raises `UserError`."""
+    if stage.train.recompute == "budget" and stage.train.memory_gib is None and device.type != "cuda":
+        raise UserError(
+            f"{stage.name}: train.recompute budget goes by an accelerator's memory, and there is none; give train.memory_gib"
+        )
+
+
 def _available(stage: StageSpec, ranks: Ranks) -> float:
     """Bytes that a stage may take of each device."""
     stated = stage.train.memory_gib
+    check_memory_is_known(stage, ranks.device)
     if ranks.device.type != "cuda":
-        if stated is None:
-            raise UserError(
-                f"{stage.name}: train.recompute budget goes by an accelerator's memory, and there is none; give train.memory_gib"
-            )
+        assert stated is not None
         return stated * GIB
     there = min(ranks.gather(torch.cuda.mem_get_info(ranks.device)[1]))
     if stated is not None and stated * GIB > there:

@@ -23,7 +23,7 @@ from keural.train.stage.alarms import Alarms
 from keural.train.stage.boards import Board, figures_of, open_boards
 
 SECONDS_BETWEEN_LINES = 5.0
-SHOWN = ("loss", "reward_margin", "reward_accuracy")
+SHOWN = ("loss", "bits_per_byte", "reward_margin", "reward_accuracy")
 """What a line about held-out data says."""
 
 
@@ -142,6 +142,8 @@ class Metrics:
             "balance_loss": report.balance_loss,
             "z_loss": report.z_loss,
             "routing_entropy": round(report.routing_entropy, 5),
+            "routing_margin": round(report.routing_margin, 5),
+            "dead_experts": report.dead_experts,
             "real_share": round(report.real_share, 5),
             "expert_load": report.expert_load,
             **report.metrics,

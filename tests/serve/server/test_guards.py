@@ -68,6 +68,11 @@ class TestAFullQueue:
             thread.start()
         wait_until(lambda: running.running == 3)
         refused = [ask(client, stream=stream) for stream in (False, True)]
+        refused.append(ask(client, temperature="hot"))  # not looked at: a refusal must cost little
+        refused.append(client.post("/v1/completions", content=b"{"))
+        refused.append(client.post("/v1/responses", content=iter([b"{", b'"input": 1}'])))
+        too_large = client.post("/v1/responses", content=b"x" * (quick().body_bytes + 1))
+        counted = client.post("/v1/messages/count_tokens", json={"messages": [{"role": "user", "content": "x"}]})
         running.held.open.set()
         for thread in threads:
             thread.join(PATIENCE)
@@ -77,8 +82,11 @@ class TestAFullQueue:
             assert int(response.headers["retry-after"]) >= 1
             assert response.json()["error"]["code"] == "queue_full"
             assert response.json()["error"]["type"] == "rate_limit_error"
+            assert "connection" not in response.headers
+        assert too_large.status_code == 413
+        assert counted.status_code == 200
         assert ask(client).status_code == 200
-        assert 'keural:requests_rejected_total{model_name="tiny",reason="queue_full"} 2.0' in client.get("/metrics").text
+        assert 'keural:requests_rejected_total{model_name="tiny",reason="queue_full"} 5.0' in client.get("/metrics").text
 
     def test_more_answers_than_can_ever_wait_are_an_error_of_the_request(self, start: Start) -> None:
         _, client = start(limits=quick(waiting=1))

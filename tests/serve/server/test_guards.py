@@ -486,7 +486,7 @@ class TestTheCommand:
         assert running.stderr is not None
         assert {json.loads(line)["event"] for line in running.stderr} - {"keys"} == {"request", "draining"}
 
-    def test_a_second_signal_ends_it_at_once(self, model_dir: Path) -> None:
+    def test_without_its_terminal_it_ends_gently_and_after_a_second_signal_at_once(self, model_dir: Path) -> None:
         asked = {"prompt": "x", "stream": True, "max_tokens": 150, "n": 8, "logit_bias": {"401": -100, "2": -100}}
         codes: list[int] = []
         while (not codes or codes[-1] == 0) and len(codes) < 5:  # 0: on a busy machine the answers have ended before it
@@ -496,7 +496,7 @@ class TestTheCommand:
                 client.stream("POST", "/v1/completions", json=asked) as response,
             ):
                 next(response.iter_bytes())
-                running.send_signal(signal.SIGTERM)
+                running.send_signal(signal.SIGHUP)
                 assert running.stderr is not None
                 assert any('"draining"' in line for line in running.stderr)
                 running.send_signal(signal.SIGTERM)

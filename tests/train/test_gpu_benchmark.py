@@ -1,13 +1,18 @@
 """The check for an accelerator runs whole on a CPU with small shapes."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from benchmarks.gpu import TOY
+from benchmarks.gpu_parts.align import CASES, lengths_of, stage_of
+from benchmarks.gpu_parts.bench import REAL
+from benchmarks.gpu_parts.toy import TOY
 from keural.recipe import load_recipe
 from keural.recipe.shipped import SHIPPED
 
@@ -19,12 +24,33 @@ def test_the_toy_recipe_takes_the_settings_that_it_is_tried_with(mode: str) -> N
     load_recipe(SHIPPED / "toy", TOY[mode])
 
 
+REAL_BENCH: Any = SimpleNamespace(size=REAL, small=False, cuda=False)
+
+
+def test_what_is_timed_of_alignment_is_as_long_as_the_published_data() -> None:
+    conversations, pairs = lengths_of(REAL_BENCH, "sft"), lengths_of(REAL_BENCH, "dpo")
+    assert conversations.mean() == pytest.approx(621, rel=0.03)  # a little less: what is longer than a row is cut
+    assert (conversations.max(), pairs.max()) == (4096, 1024)
+    assert pairs.mean() == pytest.approx(500, rel=0.01)
+    assert {*lengths_of(REAL_BENCH, "dpo_longest").ravel().tolist()} == {1024}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_alignment_is_timed_with_the_recipes_own_settings_for_a_card(case: str) -> None:
+    stage = stage_of(REAL_BENCH, case)
+    recipe = load_recipe(SHIPPED / "keural-14b-h100", ["data=."]).stage(stage.name)
+    assert stage.router.load == "lagged"  # else every forward pass runs twice
+    for name in ("precision", "recompute", "compile", "micro_batch_tokens", "clip_norm", "betas"):
+        assert getattr(stage.train, name) == getattr(recipe.train, name)
+    assert stage.data.sequence_length == (4096 if case == "sft" else 1024)
+
+
 @pytest.mark.slow
 def test_every_part_runs_small_and_finds_the_engine_right(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     subprocess.run([sys.executable, str(BENCHMARK), "--small", "--seconds", "1200", "--out", str(out)], check=True, timeout=1300)
     found = json.loads(out.read_text())
-    assert list(found) == ["check", "stack", "whole", "baselines", "parts", "toy", "serve"]
+    assert list(found) == ["check", "stack", "whole", "baselines", "parts", "align", "toy", "serve"]
     failed = {
         f"{part}/{name}": values["error"]
         for part, results in found.items()
@@ -39,4 +65,7 @@ def test_every_part_runs_small_and_finds_the_engine_right(tmp_path: Path) -> Non
     assert max(check["experts_of_any_rows"].values()) < 0.05
     assert check["muon"]["to_cpu"] == 0
     assert all(check[f"discipline_{mode}"]["waiting_operations"] == 0 for mode in ("none", "selective", "full"))
+    assert found["align"]["dpo"]["loss"] == pytest.approx(math.log(2), abs=1e-5)  # references are the policy's own values
+    assert all(found["align"][case]["same_loss_again"] for case in CASES)
+    assert all(found["align"][case]["layers_4"]["update_s"] > 0 for case in CASES)
     assert [found["toy"][mode]["exit_code"] for mode in ("fp32", "split")] == [0, 0]

@@ -240,7 +240,8 @@ def _rough_weights(scores: Floats, zero: np.float32, temperature: np.float32, ou
     if zero:
         scores = np.subtract(scores, zero, out=out)
     np.multiply(scores, np.float32(factor / temperature), out=out)
-    return power(out, out=out)
+    power(out, out=out)
+    return out
 
 
 @functools.cache

@@ -9,7 +9,7 @@ serve`, and llama-server with its own defaults beside threads, slots and context
 round every side answers the same new prompts of token ids, greedily and others with the card's settings, in an order that turns
 from round to round. Rates are tokens of answers over the time from the first request to the last token, prompts included; each
 ratio is the median of the rounds' own. Both servers are read by one client on the same cores, which takes as long for an event of
-either; ours sends tokens that come quicker than fifty a second several to an event, llama-server each by itself: the table says how
+either; ours sends tokens that come quicker than 25 a second several to an event, llama-server each by itself: the table says how
 many events there were. Processes wait for each other as their libraries do by default, whatever
 `OMP_WAIT_POLICY` says here: to let threads sleep between the parts of a step halves llama.cpp's speed.
 

@@ -42,12 +42,15 @@ def test_yaml_of_recipes() -> None:
         "[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1),
         "9" * 5000,
         b"\xff\xfe",
+        "[1]".encode("utf-16-le"),
+        "[1]".encode("utf-32"),
+        b'"\xed\xa0\x80"',
         "",
         "{",
         "[1,]",
         b'{"a": "\xc3',
     ],
-    ids=["brackets", "objects", "one too deep", "digits", "bytes", "nothing", "half", "comma", "cut"],
+    ids=["brackets", "objects", "one too deep", "digits", "bytes", "utf-16", "utf-32", "a half", "nothing", "half", "comma", "cut"],
 )
 def test_bad_json(text: str | bytes) -> None:
     with pytest.raises(Malformed):
@@ -62,6 +65,16 @@ def test_json_has_so_many_lists_objects_and_keys(text: str, parts: int) -> None:
     if parts:
         with pytest.raises(Malformed, match=f"more than {parts - 1} lists, objects and keys"):
             parse_json(text, parts=parts - 1)
+
+
+def test_of_keys_that_are_given_once_there_are_so_many() -> None:
+    many = "{" + ", ".join(f'"{number}": {{}}' for number in range(50_000)) + ', "0": 1}'
+
+    assert parse_json('{"a": {"b": [{}]}}', parts=6, unique=True) == {"a": {"b": [{}]}}
+    with pytest.raises(Malformed, match="more than 60 lists, objects and keys"):
+        parse_json(many, parts=60, unique=True)
+    with pytest.raises(Malformed, match="'0' is given twice"):
+        parse_json(many, unique=True)
 
 
 def test_json_of_the_greatest_depth() -> None:

@@ -9,7 +9,7 @@ import contextlib
 import json
 import re
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import yaml
@@ -41,13 +41,14 @@ UNREADABLE = Unreadable()
 
 
 def parse_json(text: str | bytes, *, depth: int = MAX_DEPTH, parts: int | None = None, unique: bool = False) -> Any:
-    """The value that JSON text holds, with lists and objects inside each other down to `depth`. Raises `Malformed`.
+    """The value of JSON text (bytes: UTF-8), with lists and objects inside each other down to `depth`. Raises `Malformed`.
 
     With `parts` there are at most so many lists, objects and keys in it: to check each of them, or say what is wrong with it,
     takes a hundred times longer than the parser. With `unique` an object in which a key is given twice is refused.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_unique if unique else None)
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text  # json guesses, and takes halves of surrogate pairs
+        value = json.loads(text, object_pairs_hook=_unique(parts) if unique else None)
     except Malformed:
         raise
     except json.JSONDecodeError as error:
@@ -98,13 +99,27 @@ def _past_blanks(text: str, place: int) -> int:
     return place
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these pairs, unless one of its keys is given twice: readers differ in which one they take."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
-        raise Malformed(f"key {quoted(twice)} is given twice")
-    return found
+def _unique(most: int | None) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    """Makes objects in which no key is given twice: readers differ in which one they take. Of objects and keys at most so many."""
+    count = 0
+
+    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal count
+        count += 1 + len(pairs)
+        if most is not None and count > most:
+            raise _too_many(most)
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise Malformed(f"key {quoted(key)} is given twice")
+            found[key] = value
+        return found
+
+    return build
+
+
+def _too_many(parts: int) -> Malformed:
+    return Malformed(f"more than {parts:,} lists, objects and keys")
 
 
 def parse_yaml(text: str) -> Any:
@@ -142,7 +157,7 @@ def _check_size(value: Any, depth: int, parts: int | None) -> None:
             return
         count += len(level) + sum(len(part) for part in level if isinstance(part, dict))
         if parts is not None and count > parts:
-            raise Malformed(f"more than {parts:,} lists, objects and keys")
+            raise _too_many(parts)
         level = [
             inner
             for part in level

@@ -1,5 +1,6 @@
 """Choosing the next token: the distribution of transformers' processors, for small and large vocabularies, one number a token."""
 
+import math
 import statistics
 import time
 
@@ -172,6 +173,24 @@ def test_the_short_way_for_a_few_likely_tokens_takes_the_same_ones(monkeypatch: 
     half = len(shortened) // 2
     assert any(shortened[:half])
     assert not any(shortened[half:])
+
+
+def test_powers_of_two_and_of_e_choose_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    powers = {np.exp: 1.0, np.exp2: 1 / math.log(2)}
+    power, factor = sampling_room._quicker_power()
+    assert factor == powers[power]
+    chosen: list[list[int]] = []
+    for other in powers.items():
+        monkeypatch.setattr(sampling_room, "_quicker_power", lambda: other)  # noqa: B023
+        chosen.append([])
+        for seed, (spread, temperature) in enumerate([(1.0, 0.3), (2.0, 0.7), (3.0, 0.7), (9.0, 1.5)]):
+            logits, ids, _ = random_case(seed, VOCABULARY, spread)
+            samplers = [
+                At(number, SamplingParams(temperature, 0.9, 1.1), ids.tolist(), VOCABULARY)
+                for number in (0.0, 0.3, 0.77, 1 - 1e-12)
+            ]
+            chosen[-1] += choose(logits.expand(4, -1), samplers)
+    assert chosen[0] == chosen[1]
 
 
 def test_numbers_at_the_border_between_two_tokens_are_decided_by_exact_sums(monkeypatch: pytest.MonkeyPatch) -> None:

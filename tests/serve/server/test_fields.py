@@ -1,5 +1,6 @@
 """Every field of a request is honoured, or refused with its name; some are accepted because they change nothing."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,31 @@ def test_a_lone_surrogate_is_refused(client: httpx.Client) -> None:
     response = client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
 
     assert "surrogate" in refused(response)["message"]
+
+
+@pytest.mark.parametrize("coding", ["utf-16", "utf-16-le", "utf-32", "cp949"])
+def test_a_body_in_another_encoding_is_refused_whatever_it_says(client: httpx.Client, coding: str) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": float("nan")}}}
+    messages = [{"role": "user", "content": "안녕"}]
+    body = json.dumps({"messages": messages, "response_format": form}, ensure_ascii=False).encode(coding)
+
+    response = client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+
+    assert refused(response)["code"] == "invalid_json"
+
+
+@pytest.mark.parametrize(
+    "twice",
+    ['"max_tokens": 1, "max_tokens": 2', '"metadata": {"a": 1, "a": 1}', r'"\ud800": 1, "\ud800": 2'],
+    ids=["a field", "inside", "half a pair"],
+)
+def test_a_field_that_is_given_twice_is_refused(client: httpx.Client, twice: str) -> None:
+    body = '{"messages": [{"role": "user", "content": "x"}], %s}' % twice  # noqa: UP031
+
+    response = client.post("/v1/chat/completions", content=body.encode(), headers={"content-type": "application/json"})
+
+    assert refused(response)["code"] == "invalid_json"
+    assert "twice" in refused(response)["message"]
 
 
 def test_another_model_is_not_here(client: httpx.Client) -> None:

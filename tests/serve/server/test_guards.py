@@ -68,6 +68,11 @@ class TestAFullQueue:
             thread.start()
         wait_until(lambda: running.running == 3)
         refused = [ask(client, stream=stream) for stream in (False, True)]
+        refused.append(ask(client, temperature="hot"))  # not looked at: a refusal must cost little
+        refused.append(client.post("/v1/completions", content=b"{"))
+        refused.append(client.post("/v1/responses", content=iter([b"{", b'"input": 1}'])))
+        too_large = client.post("/v1/responses", content=b"x" * (quick().body_bytes + 1))
+        counted = client.post("/v1/messages/count_tokens", json={"messages": [{"role": "user", "content": "x"}]})
         running.held.open.set()
         for thread in threads:
             thread.join(PATIENCE)
@@ -77,8 +82,11 @@ class TestAFullQueue:
             assert int(response.headers["retry-after"]) >= 1
             assert response.json()["error"]["code"] == "queue_full"
             assert response.json()["error"]["type"] == "rate_limit_error"
+            assert "connection" not in response.headers
+        assert too_large.status_code == 413
+        assert counted.status_code == 200
         assert ask(client).status_code == 200
-        assert 'keural:requests_rejected_total{model_name="tiny",reason="queue_full"} 2.0' in client.get("/metrics").text
+        assert 'keural:requests_rejected_total{model_name="tiny",reason="queue_full"} 5.0' in client.get("/metrics").text
 
     def test_more_answers_than_can_ever_wait_are_an_error_of_the_request(self, start: Start) -> None:
         _, client = start(limits=quick(waiting=1))
@@ -478,7 +486,7 @@ class TestTheCommand:
         assert running.stderr is not None
         assert {json.loads(line)["event"] for line in running.stderr} - {"keys"} == {"request", "draining"}
 
-    def test_a_second_signal_ends_it_at_once(self, model_dir: Path) -> None:
+    def test_without_its_terminal_it_ends_gently_and_after_a_second_signal_at_once(self, model_dir: Path) -> None:
         asked = {"prompt": "x", "stream": True, "max_tokens": 150, "n": 8, "logit_bias": {"401": -100, "2": -100}}
         codes: list[int] = []
         while (not codes or codes[-1] == 0) and len(codes) < 5:  # 0: on a busy machine the answers have ended before it
@@ -488,7 +496,7 @@ class TestTheCommand:
                 client.stream("POST", "/v1/completions", json=asked) as response,
             ):
                 next(response.iter_bytes())
-                running.send_signal(signal.SIGTERM)
+                running.send_signal(signal.SIGHUP)
                 assert running.stderr is not None
                 assert any('"draining"' in line for line in running.stderr)
                 running.send_signal(signal.SIGTERM)

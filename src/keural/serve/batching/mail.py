@@ -9,9 +9,9 @@ import time
 from keural.serve.batching.requests import Chosen, End, Event
 from keural.serve.batching.runner import Deliver, Ticket
 
-TOGETHER = 1 / 50
-"""Seconds that a token may wait for others to be sent with it: text that grows fifty times a second flows. First tokens and ends
-wait for nothing.
+TOGETHER = 1 / 25
+"""Seconds that a token may wait for others to be sent with it: text that grows as often as a film changes its picture flows. First
+tokens and ends wait for nothing.
 """
 
 

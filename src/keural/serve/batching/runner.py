@@ -108,6 +108,9 @@ class Runner(Protocol):
     def unhonoured(self, request: Request) -> Unhonoured | None:
         """What of a request cannot be kept; None where all can."""
 
+    def check_free(self) -> None:
+        """Raise `QueueFull` where not even one request more would be taken now, before anybody has read what it asks for."""
+
     def submit(self, requests: Sequence[Request]) -> Sequence[Ticket]:
         """Queue requests, all of them or none.
 

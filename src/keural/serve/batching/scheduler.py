@@ -89,6 +89,10 @@ class Scheduler:
         """Start the thread that owns the network."""
         self._thread.start()
 
+    def check_free(self) -> None:
+        """See `Runner.check_free`."""
+        self._check_free(1)
+
     def submit(self, requests: Sequence[Request]) -> list[SampledTicket]:
         """Queue requests, all of them or none.
 
@@ -101,7 +105,7 @@ class Scheduler:
         with self._wake:
             if self.broken is not None or self._closing:
                 raise UserError(self.broken or "the server is shutting down")
-            self._pace.admit(len(requests), len(self._waiting), len(self._active), self.max_waiting + self.slots.count)
+            self._check_free(len(requests))
             now = time.monotonic()
             tickets = [
                 SampledTicket(request, self._numbers + place, self.vocab_size, now) for place, request in enumerate(requests)
@@ -153,6 +157,9 @@ class Scheduler:
     def alive(self) -> bool:
         """Whether the thread runs that owns the network."""
         return self._thread.is_alive() and self.broken is None
+
+    def _check_free(self, asked: int) -> None:
+        self._pace.admit(asked, len(self._waiting), len(self._active), self.max_waiting + self.slots.count)
 
     def _free(self) -> int:
         return self.slots.count - len(self._active)

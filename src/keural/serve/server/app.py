@@ -37,7 +37,7 @@ from keural.serve.server.tokens import (
 )
 
 _DIGITS = bytes.maketrans(b"123456789e", b"000000000E")
-_ESCAPED, _HALF = re.compile(rb"\\u[dD][89a-fA-F]"), re.compile(rb"\xed[\xa0-\xbf]")
+_ESCAPED = re.compile(rb"\\u[dD][89a-fA-F]")
 CHARSET = re.compile(r"""charset\s*=\s*["']?([^\s"';]+)""", re.IGNORECASE)
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -200,7 +200,6 @@ def _is_perhaps_no_json(body: bytes) -> bool:
         or b"E+000" in numbers
         or b"0" * 309 in numbers
         or (b"\\u" in body and _ESCAPED.search(body) is not None)
-        or (b"\xed" in body and _HALF.search(body) is not None)
     )
 
 
@@ -212,7 +211,7 @@ def _route_class(limits: Limits) -> type[APIRoute]:
             _check_coding(self.headers)
             body = await self.body()
             try:
-                value = parse_json(body, depth=limits.depth, parts=limits.parts)
+                value = parse_json(body, depth=limits.depth, parts=limits.parts, unique=True)
                 if _is_perhaps_no_json(body):
                     to_json(value)
             except Malformed as error:

@@ -25,6 +25,8 @@ SILENT = {"/health", "/ready"}
 """Addresses that are asked all the time: the log has them when they say no."""
 OPEN = SILENT | set(ADDRESSES)
 """Addresses that need no key: they say yes or no, or are files of this package. The page asks for a key itself."""
+ANSWERED = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"}
+"""Addresses at which the network answers. While its queue is full nobody looks at what is asked: refusals must cost little."""
 BODIES = {413: "body_too_large", 408: "too_slow"}
 HOST = re.compile(r"(\[[^\[\]]*\]|[^\[\]:]*)(?::[0-9]*)?")
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
@@ -60,6 +62,8 @@ class Gate:
     async def _pass(self, scope: Scope, headers: dict[bytes, bytes], body: "_Body", reply: "_Sending") -> None:
         try:
             refusal = self._refusal(scope, headers)
+            if refusal is None and scope["method"] == "POST" and scope["path"] in ANSWERED:
+                refusal = await self._queue_full(body)
             if refusal is not None:
                 await refusal.response(scope["path"])(scope, body.receive, reply.send)
             else:
@@ -101,9 +105,23 @@ class Gate:
             return ApiError(503, SHUTTING_DOWN, code="shutting_down", headers={"Retry-After": "5", "Connection": "close"})
         return None
 
+    async def _queue_full(self, body: "_Body") -> ApiError | None:
+        """Why nothing more is asked of the network now. The body is taken first: who still sends might not read the answer."""
+        try:
+            self._service.check_queue()
+        except ApiError as refusal:
+            try:
+                while not body.whole and not body.left:
+                    await body.receive()
+            except ApiError as error:
+                return error
+            self._service.metrics.rejected("queue_full")
+            return refusal
+        return None
+
     def _note(self, scope: Scope, entry: dict[str, Any], seconds: float) -> None:
         """Put a request into the log: its route, not its address, which may hold anything."""
-        entry["route"] = getattr(scope.get("route"), "path", None)
+        entry["route"] = getattr(scope.get("route"), "path", scope["path"] if scope["path"] in ANSWERED else None)
         entry["seconds"] = round(seconds, 4)
         if "status" in entry:
             self._service.metrics.answered(entry["status"])

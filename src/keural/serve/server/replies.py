@@ -6,7 +6,6 @@ event, and the stream ends. Whatever ends a reply, its slots are free at the nex
 
 import asyncio
 import contextlib
-import math
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -184,7 +183,7 @@ class Reply(Response):
                         self._service.metrics.count_answer(choice.pieces.count)
         except QueueFull as error:
             self._service.metrics.rejected("queue_full")
-            await _queue_full(error).response(scope["path"])(scope, receive, send)
+            await self._service.queue_full(error).response(scope["path"])(scope, receive, send)
         except (ApiError, UserError) as error:
             refusal = error if isinstance(error, ApiError) else ApiError(503, str(error), code="unavailable")
             self._log["error"] = refusal.code
@@ -321,10 +320,6 @@ def _wants_position(scope: Scope) -> bool:
     if asked not in (None, b"0", b"1"):
         raise ApiError(400, "the header X-Queue-Position is 1 or 0", "x-queue-position", "invalid_value")
     return asked == b"1"
-
-
-def _queue_full(error: QueueFull) -> ApiError:
-    return ApiError(429, str(error), code="queue_full", headers={"Retry-After": str(math.ceil(error.retry_after))})
 
 
 async def _send_events(send: Send, events: Sequence[bytes], last: bool = False) -> None:

@@ -9,6 +9,7 @@ import ipaddress
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -222,6 +223,8 @@ class Server(uvicorn.Server):
         self._service.answers.start()
         if self._key_file is not None:
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._read_keys_again, self._key_file)
+        elif threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hang_up)
         await super().startup(sockets)
         host, port = self._address[:2]
         where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -243,6 +246,10 @@ class Server(uvicorn.Server):
             self._draining = asyncio.create_task(self._drain())
         self._watchdog(counter)
         return await super().on_tick(counter)
+
+    def _hang_up(self) -> None:
+        """The terminal is gone, as SIGHUP says, which may come more than once."""
+        self._service.draining = True
 
     def _read_keys_again(self, file: Path) -> None:
         """The file of keys was changed, as SIGHUP says; where it cannot be read, the old ones hold."""

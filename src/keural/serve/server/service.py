@@ -4,6 +4,7 @@ In: a tokenizer and slots. Out: one object that the application hands to its rou
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from keural.errors import UserError
+from keural.serve.batching.requests import QueueFull
 from keural.serve.batching.runner import Deliver, Runner
 from keural.serve.batching.scheduler import Scheduler
 from keural.serve.batching.slots import Slots
@@ -95,6 +97,17 @@ class Service:
                 param,
                 "context_length_exceeded",
             )
+
+    def check_queue(self) -> None:
+        """Raise `ApiError` where no request is taken now, whatever it asks for."""
+        try:
+            self.answers.scheduler.check_free()
+        except QueueFull as error:
+            raise self.queue_full(error) from error
+
+    def queue_full(self, error: QueueFull) -> ApiError:
+        """How a client hears that too many wait."""
+        return ApiError(429, str(error), code="queue_full", headers={"Retry-After": str(math.ceil(error.retry_after))})
 
     def check_model(self, name: str | None) -> None:
         """Raise `ApiError` for another model than this."""

@@ -85,6 +85,10 @@ class Upstreams:
         found = [server.contract.unhonoured(request, server.facts) for server in self.servers if server.facts is not None]
         return None if None in found else next(iter(found), None)
 
+    def check_free(self) -> None:
+        """See `Runner.check_free`."""
+        self._check_free(1)
+
     def submit(self, requests: Sequence[Request]) -> list[Ticket]:
         """See `Runner.submit`."""
         for request in requests:
@@ -92,7 +96,7 @@ class Upstreams:
         with self._lock:
             if self._closing or self.broken is not None:
                 raise UserError("the server is shutting down" if self._closing else str(self.broken))
-            self._pace.admit(len(requests), len(self._waiting), len(self._active), self._max_waiting + self.count)
+            self._check_free(len(requests))
             now = time.monotonic()
             tickets = [Ticket(request, self._numbers + place, now) for place, request in enumerate(requests)]
             self._numbers += len(tickets)
@@ -148,6 +152,9 @@ class Upstreams:
     def alive(self) -> bool:
         """See `Runner.alive`."""
         return self._thread.is_alive() and self.broken is None
+
+    def _check_free(self, asked: int) -> None:
+        self._pace.admit(asked, len(self._waiting), len(self._active), self._max_waiting + self.count)
 
     # In the loop of the servers
 

@@ -35,8 +35,9 @@ $(VENV)/.ready-llama: $(READY)
 demo: $(READY)
 	$(BIN)/keural run toy
 
+# A file's tests run in one process, so that what they share is made once.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 # The chat page in a browser: needs Debian's `chromium` (apt-get install chromium) and two packages that nothing else does.
 test-page: $(READY)
@@ -47,20 +48,21 @@ test-page: $(READY)
 test-fuzz: $(READY)
 	$(BIN)/python -m pytest tests/serve/server/test_fuzz.py --timeout 600
 
+# What the quick suite leaves out, and every property with other examples, and more of them.
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow --timeout 3600 --hypothesis-profile=random
+	$(BIN)/python -m pytest -m "slow or hypothesis" --timeout 3600 --hypothesis-profile=random
 
 # What needs llama.cpp, of which the quick suite skips most where it is not installed.
 test-llama: $(VENV)/.ready-llama
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" $$(grep -rl llama_cpp tests --include='test_*.py')
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $$(grep -rl llama_cpp tests --include='test_*.py')
 
 # The published card's code in an environment without this package, then the tests of the network with that environment's release put
 # before the one that is installed; for each release. The environments stay for the next time.
 test-transformers: $(RELEASES:%=test-transformers-%)
 
 $(RELEASES:%=test-transformers-%): test-transformers-%: $(READY) $(RELEASE)%/.ready
-	KEURAL_CLEAN_PYTHONS=$(CURDIR)/$(RELEASE)$*/bin/python $(BIN)/python -m pytest tests/convert/test_card_usage.py
-	PYTHONPATH=$$(echo $(CURDIR)/$(RELEASE)$*/lib/python*/site-packages) $(BIN)/python -m pytest -n 2 --dist loadgroup tests/model
+	KEURAL_CLEAN_PYTHONS=$(CURDIR)/$(RELEASE)$*/bin/python $(BIN)/python -m pytest -k "not suite" tests/convert/test_card_usage.py
+	PYTHONPATH=$$(echo $(CURDIR)/$(RELEASE)$*/lib/python*/site-packages) $(BIN)/python -m pytest -n 2 --dist loadfile tests/model
 
 # One a line, for those who go through them one after the other.
 releases:
@@ -89,7 +91,7 @@ test-newest test-oldest: test-%:
 	.venv-$*/bin/python -m pip install --no-compile -c .venv-$*/bounds.txt torch
 	.venv-$*/bin/python -m pip install --no-compile -c .venv-$*/bounds.txt -e '.[dev]'
 	.venv-$*/bin/python -m pip check
-	.venv-$*/bin/python -m pytest -n 2 --dist loadgroup -m "not slow" $(EDGE_TESTS) || \
+	.venv-$*/bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(EDGE_TESTS) || \
 		{ echo "make test-$* failed with: $$(.venv-$*/bin/python -m keural.releases)"; exit 1; }
 	@echo "make test-$* passed with: $$(.venv-$*/bin/python -m keural.releases)"
 
@@ -118,7 +120,7 @@ OLDER := import torch; known = ["DEFAULT", "AVX2", "AVX512"]; own = torch.backen
 	print(*known[:known.index(own) if own in known else 0])
 test-processors: $(READY)
 	for capability in $$($(BIN)/python -c '$(OLDER)' | tr A-Z a-z); do \
-		ATEN_CPU_CAPABILITY=$$capability $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" $(NUMERIC) || exit 1; \
+		ATEN_CPU_CAPABILITY=$$capability $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(NUMERIC) || exit 1; \
 	done
 
 lint: $(READY)

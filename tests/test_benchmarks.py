@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-FILES = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.py"))
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+FILES = sorted(FOLDER.rglob("*.py"))
 
 
 def imported(tree: ast.AST) -> Iterator[tuple[str, str, Any]]:
@@ -32,7 +33,7 @@ def imported(tree: ast.AST) -> Iterator[tuple[str, str, Any]]:
                 yield alias.asname or alias.name, f"{node.module}.{alias.name}", found
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(FOLDER)))
 def test_what_it_imports_is_there_and_takes_its_arguments(file: Path) -> None:
     tree = ast.parse(file.read_text(encoding="utf-8"))
     names = {}

@@ -1,13 +1,15 @@
 """The check for an accelerator runs whole on a CPU with small shapes."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import TOY
+from benchmarks.gpu_parts.align import CASES
+from benchmarks.gpu_parts.toy import TOY
 from keural.recipe import load_recipe
 from keural.recipe.shipped import SHIPPED
 
@@ -24,7 +26,7 @@ def test_every_part_runs_small_and_finds_the_engine_right(tmp_path: Path) -> Non
     out = tmp_path / "gpu.json"
     subprocess.run([sys.executable, str(BENCHMARK), "--small", "--seconds", "1200", "--out", str(out)], check=True, timeout=1300)
     found = json.loads(out.read_text())
-    assert list(found) == ["check", "stack", "whole", "baselines", "parts", "toy", "serve"]
+    assert list(found) == ["check", "stack", "whole", "baselines", "parts", "align", "toy", "serve"]
     failed = {
         f"{part}/{name}": values["error"]
         for part, results in found.items()
@@ -39,4 +41,7 @@ def test_every_part_runs_small_and_finds_the_engine_right(tmp_path: Path) -> Non
     assert max(check["experts_of_any_rows"].values()) < 0.05
     assert check["muon"]["to_cpu"] == 0
     assert all(check[f"discipline_{mode}"]["waiting_operations"] == 0 for mode in ("none", "selective", "full"))
+    assert found["align"]["dpo"]["loss"] == pytest.approx(math.log(2), abs=1e-5)  # references are the policy's own values
+    assert all(found["align"][case]["same_loss_again"] for case in CASES)
+    assert all(found["align"][case]["layers_4"]["update_s"] > 0 for case in CASES)
     assert [found["toy"][mode]["exit_code"] for mode in ("fp32", "split")] == [0, 0]

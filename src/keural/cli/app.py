@@ -266,6 +266,9 @@ def serve(
     system: System = None,
     repetition_penalty: RepetitionPenalty = None,
     threads: Threads = None,
+    eager: Annotated[
+        bool, typer.Option("--eager", help="transformers on a GPU: without compiled steps and CUDA graphs, several times as slow")
+    ] = False,
     jamo: JamoStyle = "compatibility",
     api_key_file: Annotated[Path | None, typer.Option(metavar="FILE", help="let in who has a key, one on each line of it")] = None,
     insecure: Annotated[bool, typer.Option(help="let other machines in without a key")] = False,
@@ -284,7 +287,7 @@ def serve(
     settings = Settings(
         host, port, engine, slots, name, system, jamo, threads, api_key_file, insecure, allow_host or (), metrics_prefix,
         upstream=upstream or (), upstream_key_file=upstream_key_file, export=export, engine_arguments=engine_args,
-        repetition_penalty=repetition_penalty,
+        repetition_penalty=repetition_penalty, eager=eager,
     )  # fmt: skip
     waiting = 4 * settings.answers_at_once if max_waiting is None else max_waiting
     settings = replace(settings, limits=Limits(waiting=waiting, deadline=deadline, drain=drain))

@@ -221,6 +221,11 @@ class _Columns:
                 part = held[source, :, start : start + length]
                 held[target, :, new_start : new_start + length] = part.clone() if source == target else part
 
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """The keys and the values `[slots, heads, columns, D]` of a layer."""
+        keys, values = self._layers[index]
+        return keys, values
+
     def use(self, slots: slice | list[int], start: int, end: int) -> None:
         """Let the next forward pass see columns `start` to `end` of these slots, and write from `end` on."""
         self._slots, self._start, self._end = slots, start, end

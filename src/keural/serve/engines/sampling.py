@@ -337,22 +337,37 @@ def choose_by_sorting(logits: Tensor, samplers: Sequence[Sampler]) -> list[int |
     about it.
     """
     device, rows = logits.device, [sampler.sampling for sampler in samplers]
-    seen = torch.stack([torch.from_numpy(sampler.is_seen) for sampler in samplers]).to(device)
-    penalty, temperature = (
-        torch.tensor([[getattr(row, name)] for row in rows], dtype=torch.float32, device=device)
-        for name in ("repetition_penalty", "temperature")
-    )
-    top_p = torch.tensor([[row.top_p] for row in rows], dtype=torch.float64, device=device)
-    numbers = torch.tensor([[sampler.uniform()] for sampler in samplers], dtype=torch.float64, device=device)
-    scores = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-    greedy = temperature < GREEDY_BELOW
+    numbers = [sampler.uniform() for sampler in samplers]
+    scores = _penalized_on_device(logits, samplers)
     best, first = scores.max(dim=-1, keepdim=True)  # NaN, where there is one
-    weights = ((scores - best) / temperature.masked_fill(greedy, 1)).exp()
-    ordered, tokens = weights.sort(dim=-1, descending=True, stable=True)
-    sums = ordered.double().cumsum(dim=-1)
-    last = torch.searchsorted(sums, (top_p - ENOUGH) * sums[:, -1:])
-    last = torch.where(top_p < 1, last, logits.shape[-1]).clamp_max(logits.shape[-1] - 1)
-    drawn = torch.searchsorted(sums, numbers * sums.gather(-1, last), right=True)
-    chosen = tokens.gather(-1, torch.minimum(drawn, last))
-    found: list[int] = torch.where(greedy, first, chosen).masked_fill(~torch.isfinite(best), -1)[:, 0].tolist()
-    return [None if token < 0 else token for token in found]
+    found = first
+    if any(row.temperature >= GREEDY_BELOW for row in rows):
+        settings = [(row.temperature, row.top_p, number) for row, number in zip(rows, numbers, strict=True)]
+        temperature, top_p, number = torch.tensor(settings, dtype=torch.float64).to(device).unsqueeze(-1).unbind(1)
+        greedy = temperature < GREEDY_BELOW
+        weights = ((scores - best) / temperature.masked_fill(greedy, 1).float()).exp()
+        ordered, tokens = weights.sort(dim=-1, descending=True, stable=True)
+        sums = ordered.double().cumsum(dim=-1)
+        last = torch.searchsorted(sums, (top_p - ENOUGH) * sums[:, -1:])
+        last = torch.where(top_p < 1, last, logits.shape[-1]).clamp_max(logits.shape[-1] - 1)
+        drawn = torch.searchsorted(sums, number * sums.gather(-1, last), right=True)
+        found = torch.where(greedy, first, tokens.gather(-1, torch.minimum(drawn, last)))
+    chosen: list[int] = found.masked_fill(~torch.isfinite(best), -1)[:, 0].tolist()
+    return [None if token < 0 else token for token in chosen]
+
+
+def _penalized_on_device(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+    """See `_penalized`; rows `[N, V]` as they are, or a copy. Only the ids that were seen travel to the device."""
+    seen = [sampler.seen if sampler.sampling.repetition_penalty != 1 else sampler.seen[:0] for sampler in samplers]
+    longest = max(map(len, seen))
+    if not longest:
+        return logits
+    ids = np.zeros((len(seen), longest), dtype=np.int64)
+    penalties = np.ones((len(seen), 1), dtype=np.float32)
+    for row, (sampler, some) in enumerate(zip(samplers, seen, strict=True)):
+        if len(some):
+            ids[row, : len(some)], ids[row, len(some) :] = some, some[0]
+            penalties[row] = sampler.sampling.repetition_penalty
+    places, penalty = (torch.from_numpy(each).to(logits.device) for each in (ids, penalties))
+    scores = logits.gather(1, places)
+    return logits.scatter(1, places, torch.where(scores > 0, scores / penalty, scores * penalty))

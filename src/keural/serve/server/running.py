@@ -18,10 +18,12 @@ import torch
 import uvicorn
 
 from keural.errors import UserError
+from keural.model import KeuralMoECausalLM
 from keural.pretrained.cached_step import check_cached_step
 from keural.pretrained.lineage import read_record, suggestions_of, trained_on_tools
 from keural.pretrained.network_code import other_code_line
 from keural.pretrained.stored_model import build, open_model
+from keural.serve.batching.graphed_slots import GraphedSlots, can_be_graphed
 from keural.serve.batching.slots import Slots
 from keural.serve.batching.transformers_slots import TransformersSlots
 from keural.serve.engines.sampling_params import SamplingParams
@@ -51,18 +53,40 @@ class Loaded(NamedTuple):
     """One line for the user where not all that was read could be compared with checksums."""
 
 
-def load_transformers(path: Path, slots: int, threads: int | None) -> Loaded:
-    """The network of this package, on the GPU where there is one. Raises `UserError`."""
+def load_transformers(path: Path, slots: int, threads: int | None, eager: bool = False) -> Loaded:
+    """The network of this package: on the GPU where there is one, in its weights' dtype, else in float32. Raises `UserError`."""
     if threads is not None:
         torch.set_num_threads(threads)
+    on_gpu = torch.cuda.is_available()
+    if eager and not on_gpu:
+        raise UserError("--eager: torch finds no GPU here, and without one there are no graphs; leave it out")
     stored = open_model(path)
-    model = build(stored).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = build(stored, None).to("cuda") if on_gpu else build(stored)
     check_cached_step(model, stored.directory)
-    return Loaded(TransformersSlots(model, slots), stored.tokenizer, stored.notice)
+    return Loaded(
+        _slots_on_gpu(model, slots, eager) if on_gpu else TransformersSlots(model, slots), stored.tokenizer, stored.notice
+    )
 
 
-def load_llama(path: Path, slots: int, threads: int | None) -> Loaded:
+def _slots_on_gpu(model: KeuralMoECausalLM, slots: int, eager: bool) -> TransformersSlots:
+    """Slots whose steps are graphs, where they can be and nobody wants otherwise. Raises `UserError`."""
+    if eager:
+        return TransformersSlots(model, slots)
+    if not can_be_graphed(model):
+        note(
+            "(this model's positions change with an answer's length: its steps are no CUDA graphs, and take several times as long)"
+        )
+        return TransformersSlots(model, slots)
+    graphed = GraphedSlots(model, slots)
+    note("(the network's step is compiled; --eager does without, at several times the time for a token)")
+    graphed.prepare()
+    return graphed
+
+
+def load_llama(path: Path, slots: int, threads: int | None, eager: bool = False) -> Loaded:
     """A GGUF file in llama.cpp. Raises `UserError`."""
+    if eager:
+        raise UserError("--eager: means nothing for this engine; leave it out")
     try:
         from keural.serve.batching.llama_slots import LlamaSlots
     except ModuleNotFoundError as error:
@@ -74,8 +98,8 @@ def load_llama(path: Path, slots: int, threads: int | None) -> Loaded:
     return Loaded(loaded, loaded.tokenizer, loaded.unverified)
 
 
-LOADERS: dict[str, Callable[[Path, int, int | None], Loaded]] = {"transformers": load_transformers, "llama.cpp": load_llama}
-"""By engine: loads a path with so many slots, to run on so many threads."""
+LOADERS: dict[str, Callable[[Path, int, int | None, bool], Loaded]] = {"transformers": load_transformers, "llama.cpp": load_llama}
+"""By engine: loads a path with so many slots, to run on so many threads, without graphs or with them."""
 
 
 def serve(
@@ -88,7 +112,7 @@ def serve(
     listener: socket.socket,
 ) -> int:
     """Load a model and answer at `listener` until a signal ends it; returns the exit code. Raises `UserError`."""
-    loaded = LOADERS[engine](path, settings.answers_at_once, settings.threads)
+    loaded = LOADERS[engine](path, settings.answers_at_once, settings.threads, settings.eager)
     for remark in (loaded.unverified, other_code_line(path)):
         if remark is not None:
             note(f"({remark})")

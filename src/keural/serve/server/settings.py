@@ -71,6 +71,8 @@ class Settings:
     """More of an engine's command line, as in a shell."""
     repetition_penalty: float | None = None
     """Of requests that give none; None takes the model's."""
+    eager: bool = False
+    """On a GPU: start the kernels of a step one by one, instead of all by a graph."""
 
     @property
     def answers_at_once(self) -> int:

@@ -71,6 +71,7 @@ def _check_engine(settings: Settings) -> None:
         "--export": settings.export is not None and not own,
         "--engine-args": bool(settings.engine_arguments) and not own,
         "--threads": settings.threads is not None and engine in ELSEWHERE,
+        "--eager": settings.eager and engine in ELSEWHERE,
     }
     if wrong := [option for option, meaningless in given.items() if meaningless]:
         raise UserError(f"{', '.join(wrong)}: means nothing for this engine; leave it out")

@@ -35,7 +35,7 @@ async def _sleep(seconds: float) -> None:
 
 
 # uvicorn looks ten times a second whether it is to end, and waits as long again before it does; here hundreds of servers are ended.
-uvicorn.server.asyncio = SimpleNamespace(**vars(asyncio) | {"sleep": _sleep})  # type: ignore[attr-defined]
+uvicorn.server.asyncio = SimpleNamespace(**vars(asyncio) | {"sleep": _sleep})  # type: ignore[assignment, attr-defined]
 
 
 class Writing:

@@ -14,7 +14,8 @@ its reason. Needs torch with CUDA, triton and transformers, and keural's sources
 - `parts`: attention by backend, head by piece, experts, optimizer.
 - `align`: steps of SFT and DPO by the trainer itself on packed conversations and pairs: real tokens and pairs per second.
 - `toy`: `keural run recipes/toy --until sft-1`, and its first stage in each precision.
-- `serve`: tokens per second of the server's slots at 1, 8 and 32 streams, beside transformers' continuous batching, both greedy.
+- `serve`: the server's slots by CUDA graphs: right, tokens per second at 1, 8 and 32 streams, and what a step's kernels take.
+- `engines`: the same without graphs, and by transformers' continuous batching.
 
 FLOPs are those of the model, recomputation not counted: 3 x forward. `causal` counts the keys a query sees, `square` all T of them
 in every layer (as Megatron prints). MFU is against 989.5 TFLOP/s.

@@ -58,7 +58,7 @@ def engines(bench: Bench) -> None:
     """The same without graphs, and by transformers' continuous batching."""
     model = random_model(bench, bench.size)
     length, answer, counts = spans(bench)
-    for streams in counts:
+    for streams in reversed(counts):
         plain_slots(bench, model, streams, length, answer)
         continuous(bench, model, streams, length, answer)
 
@@ -68,7 +68,7 @@ def spans(bench: Bench) -> tuple[int, int, tuple[int, ...]]:
     return (8, 4, (1, 4)) if bench.small else (128, 64, (1, 8, 32))
 
 
-TRIED = ((32, 128, 4, 4), (16, 128, 4, 4), (16, 256, 4, 4), (32, 256, 3, 4), (64, 128, 4, 4), (16, 512, 3, 4), (64, 256, 3, 8))
+TRIED = ((32, 128, 4, 4), (64, 128, 4, 4), (64, 256, 3, 8), (64, 128, 6, 4), (128, 128, 4, 8), (64, 64, 8, 4))
 """Blocks of the kernel that multiplies few rows: outputs, inputs, stages, warps."""
 
 
@@ -77,22 +77,22 @@ def products(bench: Bench, model: KeuralMoECausalLM) -> None:
     if not bench.cuda:
         return
     from keural.serve.batching import kernels
+    from keural.serve.batching.kernels import ALL, CHOSEN, SORTED, few_rows
 
     layers, head = layer_weights(model), model.lm_head.weight[None]
     hidden = torch.randn(1, head.shape[-1], device=bench.device, dtype=BF16)
-    two = hidden.repeat(2, 1)
     inner = torch.randn(16, layers[0].down.shape[-1], device=bench.device, dtype=BF16)
-    lone = torch.tensor([0, 1, 1, 1, 1, 2, 2, 2], device=bench.device, dtype=torch.int32)
+    chosen = torch.tensor([1, 5], device=bench.device)
     spread = torch.arange(2, 17, 2, device=bench.device, dtype=torch.int32)
     sixteen = hidden.repeat(16, 1)
     kinds: dict[str, Callable[[tuple[int, int, int, int]], object]] = {
-        "gate_up": lambda b: [kernels.grouped_rows(two, each.gate_up, lone, b) for each in layers],
-        "down": lambda b: [kernels.grouped_rows(inner[:2], each.down, lone, b) for each in layers],
-        "query_key_value": lambda b: [kernels.grouped_rows(hidden, each.query_key_value[None], None, b) for each in layers],
-        "output": lambda b: [kernels.grouped_rows(hidden, each.output[None], None, b) for each in layers],
-        "head": lambda b: kernels.grouped_rows(hidden, head, None, b),
-        "gate_up of 8 rows": lambda b: [kernels.grouped_rows(sixteen, each.gate_up, spread, b) for each in layers],
-        "down of 8 rows": lambda b: [kernels.grouped_rows(inner, each.down, spread, b) for each in layers],
+        "gate_up": lambda b: [few_rows(hidden, each.gate_up, CHOSEN, chosen, 2, b) for each in layers],
+        "down": lambda b: [few_rows(inner[:2], each.down, CHOSEN, chosen, 1, b) for each in layers],
+        "query_key_value": lambda b: [few_rows(hidden, each.query_key_value[None], ALL, None, 1, b) for each in layers],
+        "output": lambda b: [few_rows(hidden, each.output[None], ALL, None, 1, b) for each in layers],
+        "head": lambda b: few_rows(hidden, head, ALL, None, 1, b),
+        "gate_up of 8 rows": lambda b: [few_rows(sixteen, each.gate_up, SORTED, spread, 1, b) for each in layers],
+        "down of 8 rows": lambda b: [few_rows(inner, each.down, SORTED, spread, 1, b) for each in layers],
     }
     found = {}
     for blocks in TRIED:

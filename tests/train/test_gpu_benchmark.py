@@ -5,10 +5,13 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from benchmarks.gpu_parts.align import CASES
+from benchmarks.gpu_parts.align import CASES, lengths_of, stage_of
+from benchmarks.gpu_parts.bench import REAL
 from benchmarks.gpu_parts.toy import TOY
 from keural.recipe import load_recipe
 from keural.recipe.shipped import SHIPPED
@@ -19,6 +22,27 @@ BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.py"
 @pytest.mark.parametrize("mode", TOY)
 def test_the_toy_recipe_takes_the_settings_that_it_is_tried_with(mode: str) -> None:
     load_recipe(SHIPPED / "toy", TOY[mode])
+
+
+REAL_BENCH: Any = SimpleNamespace(size=REAL, small=False, cuda=False)
+
+
+def test_what_is_timed_of_alignment_is_as_long_as_the_published_data() -> None:
+    conversations, pairs = lengths_of(REAL_BENCH, "sft"), lengths_of(REAL_BENCH, "dpo")
+    assert conversations.mean() == pytest.approx(621, rel=0.03)  # a little less: what is longer than a row is cut
+    assert (conversations.max(), pairs.max()) == (4096, 1024)
+    assert pairs.mean() == pytest.approx(500, rel=0.01)
+    assert {*lengths_of(REAL_BENCH, "dpo_longest").ravel().tolist()} == {1024}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_alignment_is_timed_with_the_recipes_own_settings_for_a_card(case: str) -> None:
+    stage = stage_of(REAL_BENCH, case)
+    recipe = load_recipe(SHIPPED / "keural-14b-h100", ["data=."]).stage(stage.name)
+    assert stage.router.load == "lagged"  # else every forward pass runs twice
+    for name in ("precision", "recompute", "compile", "micro_batch_tokens", "clip_norm", "betas"):
+        assert getattr(stage.train, name) == getattr(recipe.train, name)
+    assert stage.data.sequence_length == (4096 if case == "sft" else 1024)
 
 
 @pytest.mark.slow

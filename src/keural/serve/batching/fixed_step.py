@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from keural.model import KeuralMoECausalLM
 from keural.model.modeling_keural import KeuralDecoderLayer
-from keural.serve.batching.device_operations import attend_to_slots, grouped_rows
+from keural.serve.batching.device_operations import attend_to_slots, chosen_rows, lone_row, norm_and_route, sorted_rows
 
 FIXED_ROPE = frozenset({"default", "linear", "yarn", "llama3"})
 """Kinds of rotary positions whose frequencies do not depend on how long an answer has become."""
@@ -97,10 +97,10 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def product(states: Tensor, weight: Tensor) -> Tensor:
-    """``[B, In]`` with ``[Out, In]`` to ``[B, Out]``. A lone row is multiplied by a kernel that is made for few rows."""
+    """``[B, In]`` with ``[Out, In]`` to ``[B, Out]``."""
     if len(states) > 1:
         return F.linear(states, weight)
-    one: Tensor = grouped_rows(states, weight[None])
+    one: Tensor = lone_row(states, weight)
     return one
 
 
@@ -116,32 +116,25 @@ def rotate(states: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return states * cosines[:, None] + torch.cat((-second, first), dim=-1) * sines[:, None]
 
 
-def route(states: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Weights ``[B, K]`` in the dtype of ``[B, H]`` and experts ``[B, K]``, as `KeuralTopKRouter`.
+def mix(states: Tensor, shares: Tensor, experts: Tensor, layer: LayerWeights, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mix the experts of ``[B, H]``, by shares and choices ``[B, K]``.
 
-    By comparing each expert with each: a few numbers, which are ranked in the same kernel that computes them.
+    A lone row's experts read it one by one. More rows are sorted by comparing each choice with each, as they are few, so that every
+    expert is read once.
     """
-    few = len(states) == 1
-    logits = (wide(weight) * wide(states)).sum(-1, keepdim=True).T.to(states.dtype) if few else F.linear(states, weight)
-    probabilities = wide(logits).softmax(-1)
-    place = torch.arange(probabilities.shape[-1], device=states.device)
-    left, right = probabilities[:, None], probabilities[:, :, None]
-    before = (left > right) | ((left == right) & (place[None] < place[:, None]))
-    rank = before.sum(-1)[:, None] == torch.arange(top_k, device=states.device)[:, None]
-    experts, weights = (rank * place).sum(-1), (rank * probabilities[:, None]).sum(-1)
-    return (weights / weights.sum(-1, keepdim=True)).to(states.dtype), experts
-
-
-def mix(states: Tensor, weights: Tensor, experts: Tensor, layer: LayerWeights, activation: Callable[[Tensor], Tensor]) -> Tensor:
-    """Mix experts of ``[B, H]``: each expert reads its rows, sorted by comparing each with each, as they are few."""
-    chosen, assignment, top_k = experts.flatten(), torch.arange(experts.numel(), device=experts.device), experts.shape[1]
-    left, right = chosen, chosen[:, None]
-    places = ((left < right) | ((left == right) & (assignment < assignment[:, None]))).sum(1)
-    ends = (right <= torch.arange(len(layer.gate_up), device=chosen.device)).sum(0, dtype=torch.int32)
-    rows = states.new_empty(len(chosen), states.shape[1]).index_copy(0, places, states.repeat_interleave(top_k, 0))
-    gate, up = grouped_rows(rows, layer.gate_up, ends).chunk(2, -1)
-    outputs = grouped_rows(activation(gate) * up, layer.down, ends)
-    mixed: Tensor = (outputs.index_select(0, places) * weights.flatten()[:, None]).unflatten(0, (-1, top_k)).sum(1)
+    chosen, top_k = experts.flatten(), experts.shape[1]
+    if len(states) == 1:
+        gate, up = chosen_rows(states, layer.gate_up, chosen).chunk(2, -1)
+        outputs = chosen_rows(activation(gate) * up, layer.down, chosen)
+    else:
+        assignment = torch.arange(chosen.numel(), device=chosen.device)
+        left, right = chosen, chosen[:, None]
+        places = ((left < right) | ((left == right) & (assignment < assignment[:, None]))).sum(1)
+        ends = (right <= torch.arange(len(layer.gate_up), device=chosen.device)).sum(0, dtype=torch.int32)
+        rows = states.new_empty(len(chosen), states.shape[1]).index_copy(0, places, states.repeat_interleave(top_k, 0))
+        gate, up = sorted_rows(rows, layer.gate_up, ends).chunk(2, -1)
+        outputs = sorted_rows(activation(gate) * up, layer.down, ends).index_select(0, places)
+    mixed: Tensor = (outputs * shares.flatten()[:, None]).unflatten(0, (-1, top_k)).sum(1)
     return mixed
 
 
@@ -169,8 +162,7 @@ def layer_step(
     values[rows.slots, :, rows.lengths] = value
     found = attend_to_slots(rotate(query, *angles), keys, values, rows.slots, firsts, rows.lengths, settings.scaling)
     hidden = hidden + product(found.flatten(1), weights.output)
-    normed = rms_norm(hidden, weights.post_attention_norm, settings.epsilon)
-    shares, experts = route(normed, weights.router, settings.top_k)
+    normed, shares, experts = norm_and_route(hidden, weights.post_attention_norm, weights.router, settings.epsilon, settings.top_k)
     chosen = experts[:, :, None] == torch.arange(len(counts), device=experts.device)
     counts += (chosen * rows.counted[:, None, None]).sum((0, 1))
     return hidden + mix(normed, shares, experts, weights, settings.activation)

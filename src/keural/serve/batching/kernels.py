@@ -17,20 +17,29 @@ FEWEST = 16
 """The least rows of a matrix product on tensor cores; those that are missing are zeros."""
 
 
+ALL, SORTED, CHOSEN = 0, 1, 2
+"""Which rows a matrix is for: all, those up to where its group ends, or one for each choice of a matrix."""
+
+
 @triton.jit
-def _grouped_rows(  # type: ignore[no-untyped-def]
-    rows, weight, ends, outputs, count, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, GROUPED: tl.constexpr,
+def _few_rows(  # type: ignore[no-untyped-def]
+    rows, weight, groups, outputs, count, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, KIND: tl.constexpr, EACH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr, BLOCK_INPUTS: tl.constexpr,
 ):  # fmt: skip
-    """One program for each group and block of outputs, which reads its part of the group's matrix once for all of its rows."""
+    """One program for each group of rows and block of outputs, which reads its part of the group's matrix once for all of them."""
     group = tl.program_id(1)
+    matrix = group
     first = 0
     end = count
-    if GROUPED:
-        first = tl.where(group == 0, 0, tl.load(ends + tl.maximum(group - 1, 0)))
-        end = tl.load(ends + group)
+    if KIND == 1:
+        first = tl.where(group == 0, 0, tl.load(groups + tl.maximum(group - 1, 0)))
+        end = tl.load(groups + group)
+    if KIND == 2:
+        matrix = tl.load(groups + group)
+        first = group
+        end = group + 1
     output = tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
-    matrix = weight + group.to(tl.int64) * INPUTS * OUTPUTS + output.to(tl.int64)[:, None] * INPUTS
+    matrix_rows = weight + matrix.to(tl.int64) * INPUTS * OUTPUTS + output.to(tl.int64)[:, None] * INPUTS
     inside = (output < OUTPUTS)[:, None]
     while first < end:
         row = first + tl.arange(0, BLOCK_ROWS)
@@ -38,31 +47,87 @@ def _grouped_rows(  # type: ignore[no-untyped-def]
         total = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), tl.float32)
         for start in range(0, INPUTS, BLOCK_INPUTS):
             place = start + tl.arange(0, BLOCK_INPUTS)[None, :]
-            left = tl.load(rows + row[:, None] * INPUTS + place, mask=there & (place < INPUTS), other=0.0)
-            right = tl.load(matrix + place, mask=inside & (place < INPUTS), other=0.0)
+            left = tl.load(rows + (row // EACH)[:, None] * INPUTS + place, mask=there & (place < INPUTS), other=0.0)
+            right = tl.load(matrix_rows + place, mask=inside & (place < INPUTS), other=0.0)
             total += tl.dot(left, tl.trans(right), input_precision="ieee")
         found = total.to(outputs.dtype.element_ty)
         tl.store(outputs + row[:, None] * OUTPUTS + output[None, :], found, mask=there & tl.trans(inside))
         first += BLOCK_ROWS
 
 
-BLOCKS = (32, 128, 4, 4)
+Blocks = tuple[int, int, int, int]
 """Outputs and inputs of a block, stages in flight, warps."""
+BLOCKS: Blocks = (64, 128, 4, 4)
 
 
-def grouped_rows(rows: Tensor, weight: Tensor, ends: Tensor | None, blocks: tuple[int, int, int, int] | None = None) -> Tensor:
-    """See `keural.serve.batching.device_operations.grouped_rows`."""
-    count, inputs = rows.shape
-    groups, outputs, _ = weight.shape
+def few_rows(rows: Tensor, weight: Tensor, kind: int, groups: Tensor | None, each: int = 1, blocks: Blocks | None = None) -> Tensor:
+    """Rows ``[S, In]`` by matrices ``[groups, Out, In]``; `groups` is what `kind` needs: ends, or choices, `each` of a row."""
+    count, (number, outputs, inputs) = len(rows), weight.shape
+    if kind == CHOSEN:
+        assert groups is not None
+        count = number = len(groups)
     found = rows.new_empty(count, outputs)
     block_outputs, block_inputs, stages, warps = blocks or BLOCKS
-    most = triton.next_power_of_2(count) // (1 if ends is None else 2)
-    _grouped_rows[(triton.cdiv(outputs, block_outputs), groups)](
-        rows, weight, rows if ends is None else ends, found, count, INPUTS=inputs, OUTPUTS=outputs, GROUPED=ends is not None,
-        BLOCK_ROWS=min(64, max(FEWEST, most)), BLOCK_OUTPUTS=block_outputs, BLOCK_INPUTS=block_inputs,
+    together = {ALL: count, SORTED: count // 2, CHOSEN: 1}[kind]
+    _few_rows[(triton.cdiv(outputs, block_outputs), number)](
+        rows, weight, rows if groups is None else groups, found, count, INPUTS=inputs, OUTPUTS=outputs, KIND=kind, EACH=each,
+        BLOCK_ROWS=min(64, max(FEWEST, triton.next_power_of_2(together))), BLOCK_OUTPUTS=block_outputs, BLOCK_INPUTS=block_inputs,
         num_stages=stages, num_warps=warps,
     )  # fmt: skip
     return found
+
+
+@triton.jit
+def _norm_and_route(  # type: ignore[no-untyped-def]
+    hidden, norm, router, normed, shares, experts, epsilon, HIDDEN: tl.constexpr, EXPERTS: tl.constexpr, TOP: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, BLOCK_TOP: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """One program for each row: normalised, scored by the router, the most probable experts one after the other."""
+    row = tl.program_id(0)
+    place = tl.arange(0, BLOCK_HIDDEN)
+    states = tl.load(hidden + row * HIDDEN + place, mask=place < HIDDEN, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(states * states, 0) / HIDDEN + epsilon)
+    expert = tl.arange(0, BLOCK_EXPERTS)
+    logits = tl.zeros((BLOCK_EXPERTS,), tl.float32)
+    for start in range(0, HIDDEN, PART):
+        some = start + tl.arange(0, PART)
+        known = some < HIDDEN
+        part = tl.load(hidden + row * HIDDEN + some, mask=known, other=0.0).to(tl.float32) * scale
+        weight = tl.load(norm + some, mask=known, other=0.0)
+        part = part.to(weight.dtype) * weight
+        tl.store(normed + row * HIDDEN + some, part, mask=known)
+        there = (expert < EXPERTS)[:, None] & known[None, :]
+        matrix = tl.load(router + expert[:, None] * HIDDEN + some[None, :], mask=there, other=0.0).to(tl.float32)
+        logits += tl.sum(matrix * part.to(tl.float32)[None, :], 1)
+    logits = logits.to(normed.dtype.element_ty).to(tl.float32)
+    logits = tl.where(expert < EXPERTS, logits, float("-inf"))
+    probable = tl.exp(logits - tl.max(logits, 0))
+    left = probable / tl.sum(probable, 0)
+    lane = tl.arange(0, BLOCK_TOP)
+    found = tl.zeros((BLOCK_TOP,), tl.float32)
+    chosen = tl.zeros((BLOCK_TOP,), tl.int32)
+    for rank in tl.static_range(TOP):
+        best = tl.max(left, 0)
+        first = tl.min(tl.where(left == best, expert, BLOCK_EXPERTS), 0)
+        found = tl.where(lane == rank, best, found)
+        chosen = tl.where(lane == rank, first, chosen)
+        left = tl.where(expert == first, -1.0, left)
+    found = found / tl.sum(found, 0)
+    tl.store(shares + row * TOP + lane, found.to(shares.dtype.element_ty), mask=lane < TOP)
+    tl.store(experts + row * TOP + lane, chosen.to(tl.int64), mask=lane < TOP)
+
+
+def norm_and_route(hidden: Tensor, norm: Tensor, router: Tensor, epsilon: float, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `keural.serve.batching.device_operations.norm_and_route`."""
+    rows, width = hidden.shape
+    normed, shares = torch.empty_like(hidden), hidden.new_empty(rows, top_k)
+    experts = torch.empty(rows, top_k, dtype=torch.int64, device=hidden.device)
+    _norm_and_route[(rows,)](
+        hidden, norm, router, normed, shares, experts, epsilon, HIDDEN=width, EXPERTS=len(router), TOP=top_k,
+        BLOCK_HIDDEN=triton.next_power_of_2(width), BLOCK_EXPERTS=triton.next_power_of_2(len(router)),
+        BLOCK_TOP=triton.next_power_of_2(top_k), PART=min(1024, triton.next_power_of_2(width)), num_warps=8,
+    )  # fmt: skip
+    return normed, shares, experts
 
 
 @triton.jit

@@ -51,7 +51,7 @@ gc.disable()
 
 def pytest_collection_finish() -> None:
     gc.freeze()
-    gc.set_threshold(20_000)
+    gc.set_threshold(10_000, 5, 5)
     gc.enable()
 
 

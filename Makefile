@@ -14,7 +14,7 @@ RELEASE := .venv-transformers-
 EDGE_TESTS := tests/model tests/serve tests/convert tests/evaluate tests/tokenizer tests/recipe tests/data/test_cleaning.py \
 	tests/data/test_hub.py tests/train/test_trl.py
 
-.PHONY: test-common test-fuzz test-page test-processors setup setup-llama demo test test-llama test-slow test-transformers test-newest test-oldest test-wheel docs lint clean
+.PHONY: test-common test-fuzz test-page test-processors setup setup-llama demo test test-llama test-slow test-transformers $(RELEASES:%=test-transformers-%) releases test-newest test-oldest test-wheel docs lint clean
 
 setup: $(READY)
 
@@ -38,8 +38,9 @@ demo: export OMP_NUM_THREADS ?= 1
 demo: $(READY)
 	$(BIN)/keural run toy
 
+# A file's tests run in one process, so that what they share is made once.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 # The chat page in a browser: needs Debian's `chromium` (apt-get install chromium) and two packages that nothing else does.
 test-page: $(READY)
@@ -50,20 +51,25 @@ test-page: $(READY)
 test-fuzz: $(READY)
 	$(BIN)/python -m pytest tests/serve/server/test_fuzz.py --timeout 600
 
+# What the quick suite leaves out, and every property with other examples, and more of them.
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow --timeout 3600 --hypothesis-profile=random
+	$(BIN)/python -m pytest -m "slow or hypothesis" --timeout 3600 --hypothesis-profile=random
 
-# What needs llama.cpp: the tests that the quick suite skips where it is not installed.
+# What needs llama.cpp, of which the quick suite skips most where it is not installed.
 test-llama: $(VENV)/.ready-llama
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" tests/convert/test_gguf.py tests/serve
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $$(grep -rl llama_cpp tests --include='test_*.py')
 
-# The published card's code in environments without this package, then the tests of the network with each release put before the
-# one that is installed.
-test-transformers: $(READY) $(RELEASES:%=$(RELEASE)%/.ready)
-	KEURAL_CLEAN_PYTHONS="$(RELEASES:%=$(CURDIR)/$(RELEASE)%/bin/python)" $(BIN)/python -m pytest tests/convert/test_card_usage.py
-	for site in $(RELEASES:%=$(CURDIR)/$(RELEASE)%/lib/python*/site-packages); do \
-		PYTHONPATH=$$site $(BIN)/python -m pytest -n 2 --dist loadgroup tests/model || exit 1; \
-	done
+# The published card's code in an environment without this package, then the tests of the network with that environment's release put
+# before the one that is installed; for each release. The environments stay for the next time.
+test-transformers: $(RELEASES:%=test-transformers-%)
+
+$(RELEASES:%=test-transformers-%): test-transformers-%: $(READY) $(RELEASE)%/.ready
+	KEURAL_CLEAN_PYTHONS=$(CURDIR)/$(RELEASE)$*/bin/python $(BIN)/python -m pytest -k "not suite" tests/convert/test_card_usage.py
+	PYTHONPATH=$$(echo $(CURDIR)/$(RELEASE)$*/lib/python*/site-packages) $(BIN)/python -m pytest -n 2 --dist loadfile tests/model
+
+# One a line, for those who go through them one after the other.
+releases:
+	@printf '%s\n' $(RELEASES)
 
 # transformers' own tests of every model, from the source of each release, run on this package's network; some two minutes.
 test-common: $(READY) $(RELEASES:%=$(RELEASE)%/.source)
@@ -85,17 +91,17 @@ test-newest test-oldest: test-%:
 	rm -rf .venv-$*
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python .ci/bounds.py $* > .venv-$*/bounds.txt
-	.venv-$*/bin/python -m pip install -c .venv-$*/bounds.txt torch
-	.venv-$*/bin/python -m pip install -c .venv-$*/bounds.txt -e '.[dev]'
+	.venv-$*/bin/python -m pip install --no-compile -c .venv-$*/bounds.txt torch
+	.venv-$*/bin/python -m pip install --no-compile -c .venv-$*/bounds.txt -e '.[dev]'
 	.venv-$*/bin/python -m pip check
-	.venv-$*/bin/python -m pytest -n 2 --dist loadgroup -m "not slow" $(EDGE_TESTS) || \
+	.venv-$*/bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(EDGE_TESTS) || \
 		{ echo "make test-$* failed with: $$(.venv-$*/bin/python -m keural.releases)"; exit 1; }
 	@echo "make test-$* passed with: $$(.venv-$*/bin/python -m keural.releases)"
 
 $(RELEASE)%/.ready: $(READY) constraints.txt
 	$(BIN)/python -m venv $(@D)
-	$(@D)/bin/python -m pip install -c constraints.txt torch
-	$(@D)/bin/python -m pip install transformers==$* accelerate
+	$(@D)/bin/python -m pip install --no-compile -c constraints.txt torch
+	$(@D)/bin/python -m pip install --no-compile transformers==$* accelerate
 	touch $@
 
 # What somebody gets who installs the package: its wheel, in a fresh environment outside this directory.
@@ -110,11 +116,14 @@ docs: $(READY)
 	mv docs/adapters.md.new docs/adapters.md
 
 # What computes, as on processors without AVX-512 and without AVX2: sums are rounded elsewhere there, and no result may hang on it.
+# What this machine has itself is tested by `make test`.
 NUMERIC := tests/model tests/serve/batching $(wildcard tests/serve/test_*.py) tests/train tests/lora tests/plan \
 	$(wildcard tests/evaluate/test_*.py) tests/evaluate/generated tests/convert
+OLDER := import torch; known = ["DEFAULT", "AVX2", "AVX512"]; own = torch.backends.cpu.get_cpu_capability(); \
+	print(*known[:known.index(own) if own in known else 0])
 test-processors: $(READY)
-	for capability in default $$(grep -qsw avx2 /proc/cpuinfo && echo avx2); do \
-		ATEN_CPU_CAPABILITY=$$capability $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" $(NUMERIC) || exit 1; \
+	for capability in $$($(BIN)/python -c '$(OLDER)' | tr A-Z a-z); do \
+		ATEN_CPU_CAPABILITY=$$capability $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(NUMERIC) || exit 1; \
 	done
 
 lint: $(READY)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pty
 import signal
 import subprocess
 import sys
@@ -74,71 +73,91 @@ def test_too_many_threads(model_dir: Path, keural: Any) -> None:
     assert code == 0
 
 
-def test_too_few_file_descriptors(model_dir: Path) -> None:
-    program = "import resource; from keural.cli.app import main; resource.setrlimit(resource.RLIMIT_NOFILE, (4, 4)); main()"
-    full = [sys.executable, "-c", program, "generate", str(model_dir), "--prompt", "x"]
-    one_line(subprocess.run(full, capture_output=True, text=True, check=False), "too many open files; raise the limit")
-
-
 def test_too_little_memory(model_dir: Path) -> None:
     one_line(command("generate", model_dir, "--prompt", "x", "--max-new-tokens", "2", limit="ulimit -v 600000"), "memory")
 
 
-def test_a_closed_standard_input(model_dir: Path) -> None:
-    one_line(command("chat", model_dir, redirect="<&-"), "standard input is closed", "keural generate")
-
-
 KOREAN = "io.TextIOWrapper(io.BytesIO('하늘'.encode('euc_kr')), 'euc_kr')"
-STREAMS = {
-    "no input": ("os.close(0); sys.stdin = None", ["generate", "--prompt", "하늘"]),
-    "no output": ("os.close(1); sys.stdout = None", ["generate", "--prompt", "하늘"]),
-    "euc_kr": (f"sys.stdin = {KOREAN}; sys.stdout.reconfigure(encoding='euc_kr')", ["chat"]),
-    "ascii": ("sys.stdout.reconfigure(encoding='ascii')", ["generate", "--prompt", "하늘"]),
+TERMINAL = """
+import pty, threading
+ours, theirs = pty.openpty()
+seen = os.fdopen(os.dup(1), "wb")
+
+def read():
+    try:
+        while True:
+            seen.write(os.read(ours, 4096))
+    except OSError:  # the other end is closed
+        seen.close()
+
+reader = threading.Thread(target=read)
+reader.start()
+for number in range(3):
+    os.dup2(theirs, number)
+os.close(theirs)
+os.environ.update(COLUMNS="500", TERM="xterm")
+os.write(ours, b"/exit\\n")
+try:
+    main()
+finally:
+    sys.stdout.flush()
+    os.closerange(0, 3)
+    reader.join()
+"""
+"""A person at a terminal who leaves at once; what is shown there becomes the program's output."""
+RUNS = {
+    "few files": ("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (4, 4)); main()", ["generate", "--prompt", "x"]),
+    "a terminal": (TERMINAL, ["chat"]),
+    "no questions": ("os.close(0); sys.stdin = None; main()", ["chat"]),
+    "no input": ("os.close(0); sys.stdin = None; main()", ["generate", "--prompt", "하늘"]),
+    "no output": ("os.close(1); sys.stdout = None; main()", ["generate", "--prompt", "하늘"]),
+    "euc_kr": (f"sys.stdin = {KOREAN}; sys.stdout.reconfigure(encoding='euc_kr'); main()", ["chat"]),
+    "ascii": ("sys.stdout.reconfigure(encoding='ascii'); main()", ["generate", "--prompt", "하늘"]),
 }
-"""What makes the standard streams as a process finds them at its start, and what is then asked."""
+"""What makes the process as a system may have started it and runs the command, and what is asked."""
 
 
 @pytest.fixture(scope="module")
-def on_streams(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
-    """Every command in a fork of one interpreter: to load the network's libraries takes seconds."""
+def ended(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    """How every command ended, each in a fork of one interpreter: to load the network's libraries takes seconds."""
     place, jobs = tmp_path_factory.mktemp("streams"), {}
-    for number, (name, (streams, (command, *more))) in enumerate(STREAMS.items()):
+    odd = place / "[bold]a\x1b]0;t\x07[" / "x]"
+    odd.parent.mkdir()
+    odd.symlink_to(model_dir, target_is_directory=True)
+    for number, (name, (program, (command, *more))) in enumerate(RUNS.items()):
         (place / str(number)).mkdir()
-        program = f"import io, os, sys\n{streams}\nfrom keural.cli.app import main\nmain()"
-        arguments = [command, str(model_dir), *more, "--max-new-tokens", "60", "--seed", "3"]
-        jobs[name] = Job(program, place / str(number), arguments)
+        arguments = [command, str(odd if name == "a terminal" else model_dir), *more, "--max-new-tokens", "60", "--seed", "3"]
+        jobs[name] = Job(f"import io, os, sys\nfrom keural.cli.app import main\n{program}", place / str(number), arguments)
     return run_in_forks("import keural.cli.app, keural.serve.chat, keural.serve.engines.transformers", jobs)
 
 
-@pytest.mark.xdist_group("streams")
-@pytest.mark.parametrize("name", STREAMS)
-def test_a_stream_that_is_closed_or_narrow_is_no_error(on_streams: dict[str, Ended], name: str) -> None:
-    assert on_streams[name].code == 0, on_streams[name].error
-    assert "Traceback" not in on_streams[name].error
+def test_too_few_file_descriptors(ended: dict[str, Ended]) -> None:
+    code, _, error = ended["few files"]
+    assert (code, error.count("\n")) == (2, 1), error
+    assert error.startswith("keural: error: ")
+    assert "too many open files; raise the limit" in error
 
 
-def test_a_path_with_markup_on_a_terminal(model_dir: Path, tmp_path: Path) -> None:
-    odd = tmp_path / "[bold]a\x1b]0;t\x07[" / "x]"
-    odd.parent.mkdir()
-    odd.symlink_to(model_dir, target_is_directory=True)
-    ours, theirs = pty.openpty()
-    wide = {**os.environ, "COLUMNS": "500", "TERM": "xterm"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "keural", "chat", str(odd)], stdin=theirs, stdout=theirs, stderr=theirs, env=wide
-    )
-    os.close(theirs)
-    os.write(ours, b"/exit\n")
-    seen = b""
-    while True:
-        try:
-            seen += os.read(ours, 4096)
-        except OSError:
-            break
-    assert process.wait(240) == 0
-    os.close(ours)
-    assert b"loading " in seen
-    assert b"[bold]a\\x1b]0;t\\x07[/x]" in seen
-    assert b"\x1b]0;" not in seen
+@pytest.mark.parametrize("name", ["no input", "no output", "euc_kr", "ascii"])
+def test_a_stream_that_is_closed_or_narrow_is_no_error(ended: dict[str, Ended], name: str) -> None:
+    assert ended[name].code == 0, ended[name].error
+    assert "Traceback" not in ended[name].error
+
+
+def test_a_chat_without_standard_input(ended: dict[str, Ended]) -> None:
+    code, _, error = ended["no questions"]
+    assert (code, error.count("\n")) == (2, 1)
+    assert error.startswith("keural: error: ")
+    assert "standard input is closed" in error
+    assert "keural generate" in error
+
+
+def test_a_path_with_markup_on_a_terminal(ended: dict[str, Ended]) -> None:
+    code, shown, error = ended["a terminal"]
+    assert code == 0, error
+    assert "loading " in shown
+    assert r"[bold]a\x1b]0;t\x07[/x]" in shown
+    assert "\x1b]0;" not in shown
 
 
 class TestRanks:

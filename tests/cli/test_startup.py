@@ -117,7 +117,6 @@ def imported(directory: Path) -> str:
     return (directory / "imported").read_text().strip()
 
 
-@pytest.mark.xdist_group("startup")
 @pytest.mark.parametrize("name", REFUSALS)
 def test_a_refusal_needs_no_torch(commands: Commands, name: str) -> None:
     directory, ended = commands[name]
@@ -128,7 +127,6 @@ def test_a_refusal_needs_no_torch(commands: Commands, name: str) -> None:
     assert not (directory / "runs").exists()
 
 
-@pytest.mark.xdist_group("startup")
 @pytest.mark.parametrize("name", ANSWERS)
 def test_an_answer_about_the_package_needs_no_torch(commands: Commands, name: str) -> None:
     directory, ended = commands[name]

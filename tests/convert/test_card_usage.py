@@ -23,8 +23,6 @@ from keural.pretrained.directory import save_model_directory
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt
 from keural.tokenizer.chatml import Rendered, render
 
-pytestmark = pytest.mark.xdist_group("card_usage")  # one worker makes the model for all of them
-
 HUB_NAME = "mkd-hossain/keural-sft3-final"
 IM_END = 131_073
 MAX_NEW_TOKENS = 256

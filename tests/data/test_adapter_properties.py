@@ -112,7 +112,7 @@ def check(source: SourceSpec, row: Any, tokenizer: KeuralTokenizer) -> list[Any]
     return records
 
 
-QUICK, SLOW = 150, 10_000
+QUICK, SLOW = 60, 10_000
 RELAXED = settings(deadline=None, suppress_health_check=list(HealthCheck), database=None)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -20,6 +20,7 @@ from keural.data.tokens import encode
 from keural.data.tokens.encoding_cache import EncodingCache
 from keural.recipe import DataSpec, SourceSpec
 from keural.tokenizer import KeuralTokenizer
+from tests.helpers.examples import examples
 
 ARRAYS = st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=9), max_size=9)
 RUN = """
@@ -41,7 +42,7 @@ def forbidden(texts: Sequence[str]) -> list[NDArray[np.int32]]:
     raise AssertionError("encoded again")
 
 
-@settings(max_examples=40, deadline=None)
+@examples(10)
 @given(ids=ARRAYS)
 def test_a_part_gives_back_what_was_encoded(tmp_path_factory: pytest.TempPathFactory, ids: list[list[int]]) -> None:
     parts = EncodingCache(tmp_path_factory.mktemp("parts"), "a" * 64)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from keural.data.readers.encodings import guess_encoding
@@ -16,6 +16,7 @@ from keural.data.records import Document, Drop
 from keural.data.sources import open_source
 from keural.errors import UserError
 from keural.recipe import SourceSpec
+from tests.helpers.examples import examples
 
 SENTENCES = {
     "Korean": [
@@ -92,7 +93,7 @@ def test_an_encoding_that_is_not_tried_is_not_taken_for_another(language: str, e
 
 
 @given(st.lists(st.sampled_from(SENTENCES["Korean"]), min_size=2, max_size=12), st.data())
-@settings(max_examples=60, deadline=None)
+@examples(15)
 def test_english_words_between_korean_ones_change_nothing(sentences: list[str], data: st.DataObject) -> None:
     words = data.draw(st.lists(st.sampled_from(["API", "It is fine.", "2026", "x = 1"]), max_size=6))
     raw = "\n".join([*sentences, *words]).encode("cp949")
@@ -100,7 +101,7 @@ def test_english_words_between_korean_ones_change_nothing(sentences: list[str], 
 
 
 @given(st.binary(min_size=100, max_size=2000).filter(lambda raw: sum(byte >= 0x80 for byte in raw) > len(raw) // 3))
-@settings(max_examples=150, deadline=None)
+@examples(40)
 def test_random_bytes_are_no_text(raw: bytes) -> None:
     assume_no_mark = raw[:4] not in (b"\xff\xfe\0\0", b"\0\0\xfe\xff") and raw[:2] not in (b"\xff\xfe", b"\xfe\xff")
     assert not assume_no_mark or guess_encoding(raw, complete=True).encoding is None

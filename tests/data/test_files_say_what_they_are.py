@@ -14,7 +14,7 @@ from typing import Any, Literal
 from unicodedata import normalize
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from keural.data.readers.notes import ReadingNotes
@@ -23,6 +23,7 @@ from keural.data.records import Document, Drop
 from keural.data.sources import open_source
 from keural.errors import UserError
 from keural.recipe import SourceSpec
+from tests.helpers.examples import examples
 
 QA = "q,a\nName a tree.,An oak.\nName a fish.,A trout.\n"
 ROWS = [{"q": "Name a tree.", "a": "An oak."}, {"q": "Name a fish.", "a": "A trout."}]
@@ -169,7 +170,7 @@ class TestQuotationWithoutEnd:
         st.lists(st.tuples(*[st.text(st.sampled_from('ab ,"\n'), min_size=1, max_size=8).filter(str.strip)] * 2), max_size=8),
         st.data(),
     )
-    @settings(max_examples=100, deadline=None)
+    @examples(25)
     def test_every_line_is_a_row_or_counted(
         self, tmp_path_factory: pytest.TempPathFactory, rows: list[Any], data: st.DataObject
     ) -> None:
@@ -537,7 +538,7 @@ CELL = st.text(st.characters(codec="cp949", exclude_categories=["Cs", "Cc"]), mi
 
 
 @given(rows=st.lists(st.tuples(CELL, CELL), min_size=1, max_size=6), data=st.data())
-@settings(max_examples=150, deadline=None)
+@examples(40)
 def test_rows_written_in_any_format_encoding_and_packing_come_back(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], data: st.DataObject
 ) -> None:

@@ -7,13 +7,14 @@ from struct import calcsize, pack, unpack_from
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from keural.data.tokens.import_export import export_tokens, import_tokens
 from keural.data.tokens.store import StoreWriter, TokenStore
 from keural.errors import UserError
 from keural.tokenizer import KeuralTokenizer
+from tests.helpers.examples import examples
 
 CODES = {1: "B", 2: "b", 3: "h", 4: "i", 5: "q", 8: "H"}
 """Dtype codes, and the type of a token for `struct`."""
@@ -64,7 +65,7 @@ SEQUENCE = st.lists(st.integers(0, 401), max_size=9)
 DOCUMENTS = st.lists(st.lists(SEQUENCE, max_size=4), min_size=1, max_size=20)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(15)
 @given(documents=DOCUMENTS, code=st.sampled_from([3, 4, 5, 8]))
 def test_documents_come_back_without_those_that_hold_nothing(
     tmp_path_factory: pytest.TempPathFactory, tokenizer: KeuralTokenizer, documents: list[list[list[int]]], code: int
@@ -90,7 +91,7 @@ def test_several_files_follow_one_another(tmp_path: Path, tokenizer: KeuralToken
     assert stored(tmp_path / "store") == [[5, 6], [7, 8]]
 
 
-@settings(max_examples=30, deadline=None)
+@examples(10)
 @given(
     documents=st.lists(st.lists(st.integers(0, 401), min_size=1, max_size=20), min_size=1, max_size=30),
     shard_tokens=st.integers(1, 100),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from keural.cli.printing import print_data
@@ -21,6 +21,7 @@ from keural.errors import UserError
 from keural.recipe import DataSpec, MixingSpec, SourceSpec, StoreKind
 from keural.tokenizer import KeuralTokenizer
 from tests.data.test_stream import pairs_in
+from tests.helpers.examples import examples
 
 SHA = "a" * 64
 T = 16
@@ -58,7 +59,7 @@ WEIGHTS = st.floats(0.05, 10)
 
 
 @OBJECTIVES
-@settings(max_examples=40, deadline=None)
+@examples(10)
 @given(data=st.data())
 def test_shares_are_reached_within_a_document_and_limits_hold(
     tmp_path_factory: pytest.TempPathFactory, objective: str, data: st.DataObject

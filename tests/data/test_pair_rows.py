@@ -5,13 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from keural.data.loading.epoch_order import STEPS_TOGETHER, EpochOrder
 from keural.data.loading.row_layout import RowShape, even_rows, lay_out
 from keural.data.loading.stream import Stream
 from tests.data.test_stream import make_store
+from tests.helpers.examples import examples
 
 LENGTHS = st.lists(st.integers(2, 60), min_size=1, max_size=40)
 
@@ -22,7 +23,7 @@ def drawn(number: int, seed: int = 0, longest: int = 1024) -> np.ndarray:
 
 
 class TestOrder:
-    @settings(max_examples=40, deadline=None)
+    @examples(10)
     @given(number=st.integers(1, 400), size=st.integers(1, 50), seed=st.integers(0, 3))
     def test_every_epoch_has_every_pair_once_in_steps_of_the_same_number(self, number: int, size: int, seed: int) -> None:
         order = EpochOrder(number, size, seed, drawn(number, seed))

@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from keural.data.permutation import Permutation
+from tests.helpers.examples import examples
 
 
-@settings(max_examples=60, deadline=None)
+@examples(15)
 @given(n=st.integers(1, 3000), seed=st.integers(0, 2**63), epoch=st.integers(0, 10**6))
 def test_it_is_a_bijection(n: int, seed: int, epoch: int) -> None:
     values = Permutation(n, seed, epoch).take(np.arange(n))

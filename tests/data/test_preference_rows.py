@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from keural.data.adapters import ADAPTERS
@@ -28,6 +28,7 @@ from keural.errors import UserError
 from keural.recipe import DataSpec, SourceSpec
 from keural.tokenizer import KeuralTokenizer
 from keural.tokenizer.message import with_tools
+from tests.helpers.examples import examples
 
 Pair = tuple[list[tuple[str, str]], str, str]
 ASKED = {"role": "user", "content": "q"}
@@ -753,10 +754,11 @@ def check_honoured(record: PreferencePair, row: dict[str, Any], options: dict[st
     assert row.get("kto_tag") is not False
 
 
+@pytest.mark.hypothesis
 def test_every_field_that_carries_meaning_is_honoured_or_the_row_is_counted() -> None:
     became: Counter[str] = Counter()
 
-    @settings(deadline=None, max_examples=1500)
+    @examples(150)
     @given(odd_rows())
     def run(case: tuple[dict[str, Any], dict[str, Any]]) -> None:
         records = converted(case[0], **case[1])
@@ -771,7 +773,7 @@ def test_every_field_that_carries_meaning_is_honoured_or_the_row_is_counted() ->
         assert sum(weights) <= 1 + 1e-9
 
     run()
-    assert min(became["Drop"], became["PreferencePair"]) > 200, became
+    assert min(became["Drop"], became["PreferencePair"]) > 40, became
 
 
 # Answers that are objects

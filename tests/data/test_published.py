@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from keural.data.tokens.import_export import ImportOptions, import_tokens
 from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
 from keural.tokenizer import KeuralTokenizer
+from tests.helpers.examples import examples
 from tests.helpers.published_writer import BOS, EOS, pack_documents, write_shard
 
 LENGTH, LIMIT = 16, 20
@@ -50,7 +51,7 @@ def stored(out: Path) -> list[list[int]]:
 DOCUMENTS = st.lists(st.lists(st.integers(260, 400), min_size=1, max_size=30), min_size=1, max_size=40)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(15)
 @given(documents=DOCUMENTS, per_shard=st.integers(1, 5), restore=st.booleans())
 def test_every_token_comes_back_and_every_position_is_accounted_for(
     tmp_path_factory: pytest.TempPathFactory,

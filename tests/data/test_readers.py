@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from keural.data.readers.datafile import DataFile, Row
@@ -16,6 +16,7 @@ from keural.data.readers.encodings import guess_encoding
 from keural.data.readers.formats import format_of, read_rows
 from keural.data.records import Drop
 from keural.errors import UserError
+from tests.helpers.examples import examples
 
 KOREAN = '첫째 줄입니다.\n둘째 줄, "따옴표"와 쉼표.\n'
 CELL = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\n\t\0"), max_size=12)
@@ -43,7 +44,7 @@ def test_a_few_bad_bytes_do_not_make_it_another_encoding() -> None:
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r")))
-@settings(max_examples=50, deadline=None)
+@examples(10)
 def test_whole_files_come_as_they_are(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = tmp_path_factory.mktemp("text") / "a.md"
     expected = text.removeprefix("\ufeff")
@@ -89,7 +90,7 @@ def test_only_the_book_of_a_gutenberg_file_is_kept(tmp_path: Path) -> None:
 @given(
     values=st.lists(st.dictionaries(CELL, CELL | st.integers() | st.none() | st.lists(CELL, max_size=2), max_size=3), max_size=6)
 )
-@settings(max_examples=30, deadline=None)
+@examples(10)
 def test_json_in_lines_and_arrays(tmp_path_factory: pytest.TempPathFactory, values: list[dict[str, Any]]) -> None:
     folder = tmp_path_factory.mktemp("json")
     lines = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
@@ -116,7 +117,7 @@ def test_an_object_in_a_json_file_is_one_row(tmp_path: Path) -> None:
 
 
 @given(table=st.lists(st.lists(CELL, min_size=2, max_size=2).filter(any), min_size=1, max_size=6))
-@settings(max_examples=40, deadline=None)
+@examples(10)
 def test_tables_come_back(tmp_path_factory: pytest.TempPathFactory, table: list[list[str]]) -> None:
     folder = tmp_path_factory.mktemp("table")
     buffer = io.StringIO()

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from keural.data.tokens.store import PAIR_WEIGHTS, StoreWriter, TokenStore
 from keural.errors import UserError
+from tests.helpers.examples import examples
 
 SEQUENCES = [[1, 260, 300, 2], [1, 511, 2], [1, 2], [1, 400, 401, 402, 403, 2]]
 SHA = "a" * 64
@@ -22,7 +23,7 @@ def write_documents(directory: Path, sequences: list[list[int]] = SEQUENCES, sha
     return directory
 
 
-@settings(max_examples=30, deadline=None)
+@examples(10)
 @given(
     sequences=st.lists(st.lists(st.integers(0, 511), min_size=1, max_size=20), min_size=1, max_size=30),
     shard_tokens=st.integers(1, 100),
@@ -51,7 +52,7 @@ def test_sequences_masks_and_flat_ranges_come_back(
     assert (first, span_ends.tolist()) == (overlapping[0], [int(ends[index]) for index in overlapping])
 
 
-@settings(max_examples=40, deadline=None)
+@examples(10)
 @given(
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=30),
     cuts=st.lists(st.integers(0, 30), max_size=4),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from keural.data.loading.batch import Batch
@@ -14,6 +14,7 @@ from keural.data.loading.stream import Stream
 from keural.data.tokens.store import StoreWriter, TokenStore
 from keural.errors import UserError
 from keural.recipe import StoreKind
+from tests.helpers.examples import examples
 
 SHA = "a" * 64
 T = 16
@@ -74,7 +75,7 @@ SIDES = st.lists(st.integers(1, T), min_size=1, max_size=20).map(lambda lengths:
 
 
 @OBJECTIVES
-@settings(max_examples=25, deadline=None)
+@examples(10)
 @given(data=st.data())
 def test_an_epoch_holds_every_token_and_every_label_exactly_once(
     tmp_path_factory: pytest.TempPathFactory, objective: str, data: st.DataObject

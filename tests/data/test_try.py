@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from keural.cli.data_try import show_trials
@@ -23,6 +23,7 @@ from keural.errors import UserError
 from keural.parsing import json_beginning, parse_yaml
 from keural.recipe import DataSpec, SourceSpec
 from keural.tokenizer import KeuralTokenizer
+from tests.helpers.examples import examples
 
 Capture = pytest.CaptureFixture[str]
 FILES = Path(__file__).parent / "try_files"
@@ -228,7 +229,7 @@ def test_only_the_beginning_of_a_large_file_is_read(tmp_path: Path) -> None:
 
 @given(st.lists(st.dictionaries(st.text(max_size=3), st.integers() | st.text(max_size=5) | st.lists(st.booleans(), max_size=2))),
        st.none() | st.text(min_size=1, max_size=3), st.data())  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@examples(15)
 def test_the_beginning_of_json_holds_the_items_that_are_whole(items: list[Any], key: str | None, data: st.DataObject) -> None:
     text = json.dumps(items if key is None else {"version": 1, key: items}, indent=data.draw(st.sampled_from([None, 1])))
     cut = data.draw(st.integers(0, len(text)))

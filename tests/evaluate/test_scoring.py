@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from keural.errors import UserError
@@ -14,6 +14,7 @@ from keural.evaluate.scoring.rows import Row, batches, inputs, rows_of
 from keural.evaluate.tasks.items import Likelihood, LogProb
 from keural.model import KeuralMoECausalLM
 from keural.tokenizer import KeuralTokenizer
+from tests.helpers.examples import examples
 
 
 def alone(model: KeuralMoECausalLM, request: Likelihood) -> LogProb:
@@ -104,7 +105,7 @@ def test_what_items_share_is_read_once() -> None:
     assert len(rows) < 5
 
 
-@settings(max_examples=60)
+@examples(15)
 @given(
     st.lists(
         st.lists(

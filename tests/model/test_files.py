@@ -118,6 +118,7 @@ assert "keural" not in sys.modules
 """
 
 
+@pytest.mark.slow  # a process of its own; `make test-transformers` starts it with every release
 def test_the_two_files_work_beside_the_weights_without_the_package(saved: Saved, tokens: Tokens, tmp_path: Path) -> None:
     model, path = saved
     for name in ("configuration_keural.py", "modeling_keural.py"):

@@ -44,6 +44,7 @@ def test_flex_attention_agrees(tiny_model: MakeModel, tokens: Tokens) -> None:
     torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow  # compiling takes seconds; `make test-transformers` does it with every release
 def test_the_whole_forward_and_backward_is_one_graph(tiny_model: MakeModel, tokens: Tokens) -> None:
     """In bfloat16, the one dtype whose grouped matrix product every supported transformers compiles in backward too."""
     model, ids = tiny_model(torch.bfloat16, hidden_size=32, intermediate_size=32), tokens(2, 20)

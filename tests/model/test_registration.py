@@ -47,7 +47,6 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     return run_in_forks(OTHERS, jobs)
 
 
-@pytest.mark.xdist_group("registration")
 @pytest.mark.parametrize("first", FIRST)
 def test_the_architecture_is_known_whichever_comes_first(ended: dict[str, Ended], first: str) -> None:
     assert ended[first].code == 0, ended[first].error

@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from keural.model import KeuralConfig, router_losses
 from keural.model.modeling_keural import KeuralExperts, KeuralTopKRouter
+from tests.helpers.examples import examples
 from tests.helpers.tiny_network import MakeConfig, MakeModel, Tokens
 
 
@@ -32,7 +33,7 @@ def dense_mixture(module: KeuralExperts, states: torch.Tensor, index: torch.Tens
     return (outputs.gather(1, index[..., None].expand(-1, -1, states.shape[1])) * weights[..., None]).sum(1)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(10)
 @given(
     tokens=st.integers(1, 12), experts=st.integers(1, 5), top_k=st.integers(1, 3), foreign=st.booleans(), seed=st.integers(0, 999)
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -143,7 +143,6 @@ ENTRY = st.fixed_dictionaries(
 HEADERS = st.dictionaries(st.sampled_from(["a", "b", "c"]), st.sampled_from([A, B, None, "x", 1.5]) | ENTRY, max_size=3)
 
 
-@settings(deadline=None)
 @given(HEADERS, st.sampled_from([VALUES, VALUES[:16], b"", VALUES + b"1234"]))
 def test_whatever_the_header_says_is_read_as_the_library_reads_it_or_refused(
     tmp_path_factory: pytest.TempPathFactory, header: dict[str, Any], values: bytes

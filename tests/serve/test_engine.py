@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,11 +78,11 @@ def test_nothing_is_imported_for_engines_that_are_not_used() -> None:
     assert subprocess.run([sys.executable, "-c", HEAVY], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def test_the_command_says_how_to_install_an_engine(gguf_dir: Path, tmp_path: Path) -> None:
-    without = "import sys; sys.modules['llama_cpp'] = None; from keural.cli.app import main; main()"
-    command = [sys.executable, "-c", without, "generate", str(gguf_dir), "--prompt", "the cat"]
+def test_the_command_says_how_to_install_an_engine(gguf_dir: Path, keural: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    monkeypatch.delitem(sys.modules, "keural.serve.engines.llama_cpp", raising=False)
 
-    ended = subprocess.run(command, capture_output=True, text=True)
+    code, _, error = keural("generate", gguf_dir, "--prompt", "the cat")
 
-    assert ended.returncode == 2
-    assert ended.stderr == ("keural: error: the llama.cpp engine is not installed; install it with `pip install 'keural[llama]'`\n")
+    assert code == 2
+    assert error == ("keural: error: the llama.cpp engine is not installed; install it with `pip install 'keural[llama]'`\n")

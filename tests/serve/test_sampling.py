@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
@@ -16,6 +16,7 @@ from keural.errors import UserError
 from keural.serve.engines import sampling as sampling_room
 from keural.serve.engines.sampling import PIECE, Sampler, choose, choose_by_sorting, choose_where_possible, have_best, quiet
 from keural.serve.engines.sampling_params import SamplingParams
+from tests.helpers.examples import examples
 from tests.helpers.next_token import next_token_distribution, token_at
 
 VOCABULARY = 131_074
@@ -65,7 +66,7 @@ def shares(logits: Tensor, ids: Tensor, sampling: SamplingParams, way: str, draw
 
 
 @pytest.mark.parametrize("way", WAYS)
-@settings(deadline=None, max_examples=15)
+@examples(15)
 @given(
     st.integers(0, 10_000), st.floats(0.1, 3.0), st.sampled_from([0.0, 0.05, 0.5, 0.9, 0.99, 1.0]), st.sampled_from([0.8, 1.0, 1.1])
 )

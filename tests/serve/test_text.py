@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from keural.model import KeuralConfig, KeuralMoECausalLM
@@ -17,6 +17,7 @@ from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.jamo import RESTORED, compatibility_jamo
 from keural.serve.text import stream_answer
 from keural.tokenizer import KeuralTokenizer
+from tests.helpers.examples import examples
 
 TEXTS = {
     "Korean": "안녕하세요! 오늘 날씨가 참 좋네요.\n뷁쉙 한자(漢字)도 씁니다.",
@@ -71,7 +72,7 @@ def test_a_stream_gives_the_text_of_decoding_at_once(either: KeuralTokenizer, ki
         assert text == TEXTS[kind]
 
 
-@settings(deadline=None, max_examples=200)
+@examples(50)
 @given(data=st.data())
 def test_any_ids_stream_as_they_decode_at_once(data: st.DataObject, tokenizer: KeuralTokenizer) -> None:
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=40))
@@ -135,7 +136,6 @@ def test_the_table_is_the_inverse_of_nfkc() -> None:
     assert all(unicodedata.normalize("NFKC", chr(typed)) == chr(decoded) for decoded, typed in RESTORED.items())
 
 
-@settings(deadline=None)
 @given(st.text(st.characters(min_codepoint=0x1100, max_codepoint=0x11FF) | st.sampled_from("가각a ")))
 def test_restoring_changes_nothing_that_nfkc_keeps(text: str) -> None:
     assert unicodedata.normalize("NFKC", compatibility_jamo(text)) == unicodedata.normalize("NFKC", text)

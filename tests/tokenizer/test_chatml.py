@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from keural.errors import UserError
 from keural.tokenizer import KeuralTokenizer, Message, ParsedAnswer, ToolCall, parse_answer, render, render_prompt, with_calls
 from keural.tokenizer.message import CALLED
+from tests.helpers.examples import examples
 
 MARKERS = ["<|im_start|>", "<|im_end|>", "<|im_end|>\n<|im_start|>assistant\n", "<bos>", "<eos>", "<pad>", "<unk>", "<0x0A>"]
 CONTENT = st.lists(st.one_of(st.sampled_from(MARKERS), st.text(st.characters(exclude_categories=["Cs"]), max_size=8))).map("".join)
@@ -53,8 +54,9 @@ def test_serving_prompt_is_what_training_shows_before_the_answer(either: KeuralT
     assert whole.mask[len(prompt)] == 1
 
 
+@pytest.mark.hypothesis
 def test_part_of_a_conversation_is_a_prefix_of_the_whole(either: KeuralTokenizer) -> None:
-    @settings(max_examples=100, deadline=None)
+    @examples(25)
     @given(CONVERSATIONS)
     def check(messages: list[Message]) -> None:
         whole = render(either, messages)
@@ -66,8 +68,9 @@ def test_part_of_a_conversation_is_a_prefix_of_the_whole(either: KeuralTokenizer
     check()
 
 
+@pytest.mark.hypothesis
 def test_content_never_yields_control_ids(either: KeuralTokenizer) -> None:
-    @settings(max_examples=200, deadline=None)
+    @examples(50)
     @given(CONVERSATIONS)
     def check(messages: list[Message]) -> None:
         ids = render(either, messages).ids
@@ -77,8 +80,9 @@ def test_content_never_yields_control_ids(either: KeuralTokenizer) -> None:
     check()
 
 
+@pytest.mark.hypothesis
 def test_lossless_rendering_keeps_content_that_spells_markers(lossless: KeuralTokenizer) -> None:
-    @settings(max_examples=100, deadline=None)
+    @examples(25)
     @given(CONTENT)
     def check(content: str) -> None:
         rendered = render(lossless, [Message("assistant", content)])
@@ -148,6 +152,7 @@ def test_template_refuses_unknown_roles(in_transformers: PreTrainedTokenizerBase
         in_transformers.apply_chat_template([{"role": "alien", "content": "x"}])
 
 
+@pytest.mark.hypothesis
 def test_template_equals_renderer_on_ordinary_content(lossless: KeuralTokenizer, tmp_path_factory: pytest.TempPathFactory) -> None:
     directory = tmp_path_factory.mktemp("template")
     lossless.save(directory)
@@ -156,7 +161,7 @@ def test_template_equals_renderer_on_ordinary_content(lossless: KeuralTokenizer,
     roles = st.sampled_from(["user", "assistant", "tool"])
     ordinary: Callable[[str], bool] = lambda content: not content[0].isspace()  # noqa: E731
 
-    @settings(max_examples=100, deadline=None)
+    @examples(25)
     @given(st.lists(st.builds(Message, roles, text.filter(ordinary), st.none(), text | st.just(""), st.just(True)), min_size=1))
     def check(messages: list[Message]) -> None:
         encoded = theirs.apply_chat_template(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -13,6 +13,7 @@ from keural.errors import UserError
 from keural.recipe import TokenizerSpec
 from keural.tokenizer import KeuralTokenizer, train_tokenizer
 from keural.tokenizer.segment import SEGMENT_CHARACTERS, segments
+from tests.helpers.examples import examples
 
 Convert = Callable[[KeuralTokenizer], Tokenizer]
 MakeSpec = Callable[..., TokenizerSpec]
@@ -87,14 +88,20 @@ def test_awkward_strings_are_restored(lossless: KeuralTokenizer, converted: Toke
     assert lost(lossless, converted, AWKWARD) == []
 
 
-def test_every_character_is_restored(lossless: KeuralTokenizer, converted: Tokenizer) -> None:
-    characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+@pytest.mark.parametrize(
+    ("first", "end"),
+    [(0, 0x10000), (0x1F000, 0x20000), (0x10F000, 0x110000), pytest.param(0x10000, 0x110000, marks=pytest.mark.slow)],
+    ids=["the basic plane", "emoji", "the last ones", "all others"],
+)
+def test_every_character_is_restored(lossless: KeuralTokenizer, converted: Tokenizer, first: int, end: int) -> None:
+    characters = [chr(code) for code in range(first, end) if not 0xD800 <= code < 0xE000]
     chunks = ["".join(characters[start : start + 64]) for start in range(0, len(characters), 64)]
     assert lost(lossless, converted, chunks) == []
 
 
+@pytest.mark.hypothesis
 def test_any_string_is_restored(lossless: KeuralTokenizer, converted: Tokenizer) -> None:
-    @settings(max_examples=500, deadline=None)
+    @examples(125)
     @given(STRINGS)
     def check(text: str) -> None:
         assert lost(lossless, converted, [text]) == []
@@ -110,8 +117,9 @@ def test_ten_thousand_random_unicode_strings_are_restored(lossless: KeuralTokeni
     assert lost(lossless, converted, texts) == []
 
 
+@pytest.mark.hypothesis
 def test_text_never_yields_control_ids(lossless: KeuralTokenizer) -> None:
-    @settings(max_examples=300, deadline=None)
+    @examples(75)
     @given(STRINGS)
     def check(text: str) -> None:
         assert all(4 <= token_id < lossless.im_start_id for token_id in lossless.encode(text))

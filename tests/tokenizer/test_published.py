@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 from tokenizers import Tokenizer
 
 from keural.errors import UserError
 from keural.tokenizer import KeuralTokenizer
+from tests.helpers.examples import examples
 
 Convert = Callable[[KeuralTokenizer], Tokenizer]
 
@@ -74,10 +75,11 @@ def test_published_round_trips(published: KeuralTokenizer) -> None:
     assert published.decode(VECTORS["def hello_world():\n    return 42"]) == "def hello_world():\n return 42"
 
 
+@pytest.mark.hypothesis
 def test_decoding_is_sentencepieces(published: KeuralTokenizer, published_tokenizer_file: Path) -> None:
     oracle = sentencepiece.SentencePieceProcessor(model_file=str(published_tokenizer_file))
 
-    @settings(max_examples=200, deadline=None)
+    @examples(50)
     @given(st.lists(st.one_of(st.sampled_from([0, 1, 2, 260, 264, 652]), st.integers(260, 131_071))))
     def check(ids: list[int]) -> None:
         assert published.decode(ids) == oracle.decode(ids)

@@ -1,9 +1,11 @@
 """Streaming: the parts of the text, in order, and never half a character."""
 
-from hypothesis import given, settings
+import pytest
+from hypothesis import given
 from hypothesis import strategies as st
 
 from keural.tokenizer import KeuralTokenizer
+from tests.helpers.examples import examples
 
 
 def sequences(vocab_size: int) -> st.SearchStrategy[list[int]]:
@@ -12,8 +14,9 @@ def sequences(vocab_size: int) -> st.SearchStrategy[list[int]]:
     return st.lists(st.one_of(st.integers(0, vocab_size - 1), st.integers(4, 259), specials), max_size=40)
 
 
+@pytest.mark.hypothesis
 def test_pushed_parts_join_to_the_decoded_text(either: KeuralTokenizer) -> None:
-    @settings(max_examples=400, deadline=None)
+    @examples(100)
     @given(sequences(either.vocab_size), st.booleans())
     def check(ids: list[int], skip: bool) -> None:
         decoder = either.stream_decoder(skip_special_tokens=skip)
@@ -23,8 +26,9 @@ def test_pushed_parts_join_to_the_decoded_text(either: KeuralTokenizer) -> None:
     check()
 
 
+@pytest.mark.hypothesis
 def test_decoded_text_is_the_bytes_with_invalid_parts_replaced(lossless: KeuralTokenizer) -> None:
-    @settings(max_examples=200, deadline=None)
+    @examples(50)
     @given(sequences(lossless.vocab_size))
     def check(ids: list[int]) -> None:
         data = b"".join(lossless.token_bytes(token_id) for token_id in ids)

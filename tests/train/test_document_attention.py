@@ -5,12 +5,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from keural.train.network.attention import ATTENTION, choose_attention, packing
 from keural.train.network.document_attention import IMPLEMENTATION, document_offsets, stack_documents
 from keural.train.network.policy import Policy
+from tests.helpers.examples import examples
 from tests.helpers.train_small import open_run, random_model, small_job, step_gradients
 
 CPU = torch.device("cpu")
@@ -49,7 +50,7 @@ def test_it_equals_the_dense_masked_oracle(rows: list[list[int]], window: int | 
     assert both(rows, window, dtype=torch.float32) < 1e-5
 
 
-@settings(max_examples=30, deadline=None)
+@examples(10)
 @given(cuts=st.lists(st.integers(1, 95), max_size=12), rows=st.sampled_from([1, 3]), window=st.sampled_from([None, 5, 16, 60]))
 def test_it_equals_the_oracle_for_any_documents(cuts: list[int], rows: int, window: int | None) -> None:
     bounds = sorted({0, 96, *cuts})

@@ -119,7 +119,7 @@ def test_matrices_are_stored_in_bfloat16_norms_and_routers_in_float32_and_master
     assert decayed == {id(p) for name, p in trainer.policy.model.named_parameters() if "norm" not in name}
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", ["next_token", pytest.param("sft", marks=pytest.mark.slow), "dpo"])
 def test_split_learns_as_float32_does(tmp_path: Path, objective: str) -> None:
     results = []
     for precision in ("fp32", "split"):
@@ -144,7 +144,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", ["next_token", pytest.param("sft", marks=pytest.mark.slow), "dpo"])
 def test_split_killed_and_resumed_gives_the_same_bits(
     tmp_path: Path, objective: str, killed: Callable[[Path, dict[str, Any]], None]
 ) -> None:

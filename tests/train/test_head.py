@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from keural.train.losses import Weighing, token_logprobs
 from keural.train.network.head import label_logprobs, piece_size
 from keural.train.processes.modes import padded
+from tests.helpers.examples import examples
 
 
 def problem(tokens: int, seed: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -21,7 +22,7 @@ def problem(tokens: int, seed: int, dtype: torch.dtype = torch.float32) -> tuple
     return hidden, weight, labels
 
 
-@settings(max_examples=30, deadline=None)
+@examples(10)
 @given(tokens=st.integers(1, 40), piece=st.integers(1, 50), seed=st.integers(0, 99), uniform=st.booleans())
 def test_equals_token_logprobs_gradients_included(tokens: int, piece: int, seed: int, uniform: bool) -> None:
     hidden, weight, labels = problem(tokens, seed)
@@ -103,7 +104,7 @@ class Products(TorchDispatchMode):
 class TestOnePass:
     """A loss that says how it weighs labels, group by group, needs no second pass over the head."""
 
-    @settings(max_examples=30, deadline=None)
+    @examples(10)
     @given(
         tokens=st.integers(1, 40), piece=st.integers(1, 50), seed=st.integers(0, 99), cuts=st.sets(st.integers(1, 39), max_size=6)
     )

@@ -36,7 +36,7 @@ def start(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[KeuralConfig,
     return small_config(), tmp_path
 
 
-@pytest.mark.parametrize("number", [2, 3, 4, 16, 100])
+@pytest.mark.parametrize("number", [2, 3, 16, pytest.param(100, marks=pytest.mark.slow)])
 def test_the_parts_of_all_ranks_are_the_weights_of_one_process(start: tuple[KeuralConfig, Path | None], number: int) -> None:
     config, directory = start
     whole = dict(initial_model(config, directory, 3, **SETTINGS).named_parameters())

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from keural.model import router_losses
 from keural.train.losses import Weighing, balance_loss, router_statistics, token_logprobs, z_loss
 from keural.train.micro_batches import group_ends
+from tests.helpers.examples import examples
 from tests.helpers.train_small import VOCAB, open_run, random_model, small_job, step_gradients
 
 
@@ -31,7 +32,7 @@ def problem(tokens: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> t
     return hidden.requires_grad_(), weight.requires_grad_(), labels
 
 
-@settings(max_examples=30, deadline=None)
+@examples(10)
 @given(tokens=st.integers(0, 40), chunk=st.integers(1, 50), seed=st.integers(0, 99), same=st.booleans())
 def test_values_and_gradients_equal_the_dense_formula_for_any_chunk(tokens: int, chunk: int, seed: int, same: bool) -> None:
     hidden, weight, labels = problem(tokens, seed)
@@ -178,7 +179,7 @@ class Products(torch.utils._python_dispatch.TorchDispatchMode):
 class TestOnePass:
     """A loss whose slopes are known group by group needs one projection of each label, like one that weighs all alike."""
 
-    @settings(max_examples=40, deadline=None)
+    @examples(10)
     @given(cuts=st.sets(st.integers(1, 39), max_size=12), chunk=st.integers(1, 50), seed=st.integers(0, 99))
     def test_values_and_gradients_equal_the_dense_formula(self, cuts: set[int], chunk: int, seed: int) -> None:
         hidden, weight, labels = problem(40, seed)

@@ -60,9 +60,11 @@ def loss_and_gradients(trainer: Trainer, batches: list[Batch], limit: int | None
     return loss, {name: parameter.grad.clone() for name, parameter in trainer.policy.model.named_parameters()}
 
 
-@pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("objective", ["sft", "dpo", "kto"])
-@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize(
+    ("recompute", "world"),
+    [("none", 1), ("selective", 2), *(pytest.param(*both, marks=pytest.mark.slow) for both in (("none", 2), ("selective", 1)))],
+)
 def test_the_same_step_packed_padded_and_one_by_one(tmp_path: Path, objective: str, recompute: str, world: int) -> None:
     settings: dict[str, Any] = {"train": {"recompute": recompute}} | ({} if objective == "sft" else {objective: {"beta": 0.7}})
     trainer = open_run(small_job(tmp_path, objective, router=NO_ROUTER, **settings)).trainer

@@ -49,8 +49,9 @@ def compare(tmp_path: Path, objective: str, world: int, **changes: Any) -> None:
         torch.testing.assert_close(outcome["weights"][name], value, atol=1e-4, rtol=1e-3)
 
 
-def test_two_ranks_give_the_losses_of_one_over_50_steps_clipped_at_the_global_norm(tmp_path: Path) -> None:
-    train = {"steps": 50, "save_every": None, "clip_norm": 0.5, "micro_batch_tokens": 64}
+@pytest.mark.parametrize("steps", [10, pytest.param(50, marks=pytest.mark.slow)])
+def test_two_ranks_give_the_losses_of_one_clipped_at_the_global_norm(tmp_path: Path, steps: int) -> None:
+    train = {"steps": steps, "save_every": None, "clip_norm": 0.5, "micro_batch_tokens": 64}
     compare(tmp_path, "next_token", 2, train=train)
     norms = [line["gradient_norm"] for line in metrics_of(small_job(tmp_path, run="many", train=train))]
     assert min(norms[:5]) > 0.5
@@ -58,7 +59,7 @@ def test_two_ranks_give_the_losses_of_one_over_50_steps_clipped_at_the_global_no
 
 @pytest.mark.parametrize("objective", ["sft", "dpo", "kto"])
 def test_two_ranks_give_the_losses_of_one_with_every_objective(tmp_path: Path, objective: str) -> None:
-    compare(tmp_path, objective, 2, train={"steps": 12, "evaluate_every": 6, "save_every": None}, heldout=True)
+    compare(tmp_path, objective, 2, train={"steps": 6, "evaluate_every": 3, "save_every": None}, heldout=True)
 
 
 @pytest.mark.slow
@@ -69,11 +70,12 @@ def test_two_and_four_ranks_give_the_losses_of_one_over_50_steps(tmp_path: Path,
     compare(tmp_path, objective, world, **changes)
 
 
-def test_four_ranks_with_checkpointing_and_bfloat16_come_close_to_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_many_ranks_with_checkpointing_and_bfloat16_come_close_to_one(tmp_path: Path, world: int) -> None:
     train = {"steps": 8, "save_every": None, "compute_dtype": "bfloat16", "recompute": "full"}
     one = small_job(tmp_path, run="one", train=train)
     train_stage(one)
-    train_on_ranks(tmp_path, 4, "next_token", "many", train=train)
+    train_on_ranks(tmp_path, world, "next_token", "many", train=train)
     assert losses_of(small_job(tmp_path, run="many")) == pytest.approx(losses_of(one), abs=0.02)
 
 

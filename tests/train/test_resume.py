@@ -40,7 +40,7 @@ def finish_and_compare(directory: Path, objective: str) -> None:
     assert metrics_of(job)[-1]["heldout"] == metrics_of(uninterrupted)[-1]["heldout"]
 
 
-@pytest.mark.parametrize("objective", ["next_token", "sft", "dpo", "kto"])
+@pytest.mark.parametrize("objective", ["next_token", pytest.param("sft", marks=pytest.mark.slow), "dpo", "kto"])
 def test_kill_9_then_the_same_command_gives_bit_identical_weights(tmp_path: Path, objective: str) -> None:
     kill_before_step(tmp_path, 5, {"objective": objective, **SETTINGS})
     finish_and_compare(tmp_path, objective)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from keural.errors import UserError
@@ -23,6 +23,7 @@ from keural.serve.batching.scheduler import FAILURES_IN_A_ROW, Scheduler
 from keural.serve.batching.slots import Row
 from keural.serve.engines.decoding import decode
 from keural.serve.engines.sampling_params import SamplingParams
+from tests.helpers.examples import examples
 from tests.helpers.fake_slots import VOCAB, FakeSlots, logits_after
 from tests.helpers.held_server import LaterClock
 from tests.helpers.serving import PATIENCE
@@ -104,7 +105,7 @@ def request(prompt: Sequence[int], tokens: int = 5, seed: int = 0, temperature: 
 PROMPTS = st.lists(st.integers(0, 3), min_size=1, max_size=39)
 
 
-@settings(deadline=None, max_examples=25)
+@examples(10)
 @given(
     asked=st.lists(
         st.tuples(PROMPTS, st.integers(1, 12), st.integers(0, 5), st.sampled_from([0.0, 0.7]), st.integers(0, 4)),
@@ -133,7 +134,7 @@ def test_together_as_alone_and_no_slot_is_lost(asked: list[Any], count: int, bat
         assert started == sorted(started), "first come, first served"
 
 
-@settings(deadline=None, max_examples=20)
+@examples(10)
 @given(
     asked=st.lists(st.tuples(PROMPTS, st.integers(1, 30), st.integers(0, 3), st.booleans()), min_size=1, max_size=10),
     broken=st.sets(st.integers(0, 30), max_size=2),
@@ -172,7 +173,7 @@ SHARED = [[1, 2, 3] * 10, [1, 2, 3] * 8 + [5] * 9, [4] * 25]
 """Prompts that begin alike for longer than a request waits for another one to read."""
 
 
-@settings(deadline=None, max_examples=20)
+@examples(10)
 @given(
     asked=st.lists(
         st.tuples(

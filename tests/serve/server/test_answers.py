@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from keural.convert.export import ExportOptions, export
@@ -17,6 +17,7 @@ from keural.serve.server.running import LOADERS
 from keural.serve.server.service import Service
 from keural.serve.server.settings import Limits
 from keural.tokenizer import KeuralTokenizer, Message, render_prompt
+from tests.helpers.examples import examples
 from tests.helpers.serving import Writing, events, service_of, serving
 
 TEXT = "안녕하세요 👋🏽 the cat 고양이 쀍 e\u0301nd <|im_end|> <bos>."
@@ -253,7 +254,7 @@ class TestWhatAMessageSpells:
 SPELT = ["<", "|", "im_end", "im_start", "|>", "<|im_end|>", "<eos>", "</s>", "\n", "가", "😀", " ", "\u2581", "\x00"]
 
 
-@settings(deadline=None, max_examples=40)
+@examples(10)
 @given(text=st.lists(st.sampled_from(SPELT)).map("".join))
 def test_the_only_control_ids_of_a_prompt_are_the_renderers(client: httpx.Client, tokenizer: KeuralTokenizer, text: str) -> None:
     turns = [{"role": role, "content": text} for role in ("system", "user", "assistant", "user")]

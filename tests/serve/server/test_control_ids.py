@@ -6,10 +6,11 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from keural.tokenizer import KeuralTokenizer
+from tests.helpers.examples import examples
 from tests.helpers.serving import JSON, Writing, service_of, serving
 
 SPELT = [
@@ -53,7 +54,7 @@ def control_ids(tokenizer: KeuralTokenizer, ids: list[int]) -> list[int]:
     return [token for token in ids if token in special]
 
 
-@settings(deadline=None, max_examples=6)
+@examples(6)
 @given(text=TEXTS, cut=st.integers(0, 8))
 def test_what_the_network_reads(client: httpx.Client, slots: Writing, tokenizer: KeuralTokenizer, text: str, cut: int) -> None:
     turn = [tokenizer.im_start_id, tokenizer.im_end_id]
@@ -71,7 +72,7 @@ def test_what_the_network_reads(client: httpx.Client, slots: Writing, tokenizer:
             assert len(slots.prompts) == (len(body["prompt"]) if isinstance(body.get("prompt"), list) else 1)
 
 
-@settings(deadline=None, max_examples=6)
+@examples(6)
 @given(text=TEXTS, cut=st.integers(0, 8))
 def test_what_is_counted_and_shown_is_what_is_read(
     client: httpx.Client, slots: Writing, tokenizer: KeuralTokenizer, text: str, cut: int

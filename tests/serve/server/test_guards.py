@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 
 from keural.errors import UserError
 from keural.serve.server.keys import Keys, read_keys
+from keural.serve.server.running import Server
 from keural.serve.server.start import bind
 from keural.tokenizer import KeuralTokenizer
 from tests.helpers.held_server import HEAD, HELLO, LaterClock, Start, ask, connect, error_of, in_background, raw
@@ -436,7 +438,6 @@ def started(model_dir: Path, *options: str) -> Iterator[tuple[subprocess.Popen[s
             running.kill()
 
 
-@pytest.mark.xdist_group("command")
 class TestTheCommand:
     @pytest.fixture(scope="class")
     def keys(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -486,6 +487,18 @@ class TestTheCommand:
         assert running.stderr is not None
         assert {json.loads(line)["event"] for line in running.stderr} - {"keys"} == {"request", "draining"}
 
+    def test_a_second_signal_ends_the_process(self, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+        ended: list[int] = []
+        monkeypatch.setattr(os, "_exit", ended.append)
+        running, _ = start()
+        with bind("127.0.0.1", 0) as listener:
+            server = Server(running.service, listener)
+            server.handle_exit(signal.SIGTERM, None)
+            assert (running.service.draining, ended) == (True, [])
+            server.handle_exit(signal.SIGTERM, None)
+        assert ended == [128 + signal.SIGTERM]
+
+    @pytest.mark.slow  # starting a process to end it takes seconds
     def test_without_its_terminal_it_ends_gently_and_after_a_second_signal_at_once(self, model_dir: Path) -> None:
         asked = {"prompt": "x", "stream": True, "max_tokens": 150, "n": 8, "logit_bias": {"401": -100, "2": -100}}
         codes: list[int] = []

@@ -8,7 +8,7 @@ from typing import Any
 
 import h11
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from keural.serve.batching.requests import Chosen
@@ -23,6 +23,7 @@ from keural.serve.server.replies import Part, Usage, Writer
 from keural.serve.server.responses_writer import ResponsesWriter
 from keural.serve.server.service import Service
 from keural.tokenizer import KeuralTokenizer
+from tests.helpers.examples import examples
 from tests.helpers.serving import PATIENCE, Writing, service_of
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
@@ -50,7 +51,7 @@ NAMED = {"messages": b"event: content_block_delta\n", "responses": b"event: resp
 
 
 @pytest.mark.parametrize("name", WRITERS)
-@settings(max_examples=40)
+@examples(10)
 @given(text=TEXTS)
 def test_an_event_is_what_json_makes_of_it(service: Service, name: str, text: str) -> None:
     writer = WRITERS[name](service)

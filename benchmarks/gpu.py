@@ -1,6 +1,6 @@
-"""The training engine on one accelerator, proven and timed by one command within eight minutes.
+"""The training engine on one accelerator, proven and timed by one command within a quarter of an hour.
 
-    python benchmarks/gpu.py [--small] [--seconds 470] [--parts check,stack,whole,...] [--out gpu.json]
+    python benchmarks/gpu.py [--small] [--seconds 900] [--parts check,stack,whole,...] [--out gpu.json]
 
 Parts run in the order of `PARTS`, each in a process of its own that is stopped at its limit, so that neither a crash nor a hang
 costs more than that part. Every figure is printed and written to the JSON as soon as it is known; what fails is written down with

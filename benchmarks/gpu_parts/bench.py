@@ -57,6 +57,10 @@ SMALL = Size(
 )  # fmt: skip
 
 
+class OutOfTime(Exception):
+    """The part ends here: what it would do next does not fit into its time."""
+
+
 class Bench:
     """Where results go, and what is measured."""
 
@@ -79,11 +83,12 @@ class Bench:
 
     @contextmanager
     def guarded(self, name: str, seconds: float = 0.0) -> Iterator[None]:
-        """A piece whose failure is written down and stops nothing else; left out when less than `seconds` remain."""
+        """A piece whose failure is written down and stops nothing else. Raises `OutOfTime` when less than `seconds` remain."""
         started = time.monotonic()
+        if self.deadline - started < seconds and not self.small:
+            self.record(name, error=f"only {self.deadline - started:.0f} s were left, {seconds:.0f} are needed")
+            raise OutOfTime
         try:
-            if self.deadline - started < seconds and not self.small:
-                raise TimeoutError(f"only {self.deadline - started:.0f} s were left, {seconds:.0f} are needed")
             yield
             self.record(name, took_s=round(time.monotonic() - started, 2))
         except Exception as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.gpu_parts.align import align
 from benchmarks.gpu_parts.baselines import baselines
-from benchmarks.gpu_parts.bench import REAL, SMALL, Bench, Size
+from benchmarks.gpu_parts.bench import REAL, SMALL, Bench, OutOfTime, Size
 from benchmarks.gpu_parts.check import check
 from benchmarks.gpu_parts.parts import parts
 from benchmarks.gpu_parts.serve import engines, serve
@@ -40,6 +40,8 @@ def run_part(name: str, out: Path, size: Size, deadline: float, small: bool) -> 
     bench = Bench(name, out, size, deadline, small)
     try:
         PARTS[name][0](bench)
+    except OutOfTime:
+        print(f"{name}: no time for the rest", flush=True)
     except Exception as error:
         bench.record("stopped", error=f"{type(error).__name__}: {str(error)[:400]}", where=traceback.format_exc()[-800:])
     bench.record("part", seconds=round(time.monotonic() - started, 1))
@@ -49,14 +51,17 @@ def main(description: str) -> None:
     """Run the parts one after another."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="small shapes, for a CPU")
-    parser.add_argument("--seconds", type=float, default=470, help="for everything together")
+    parser.add_argument("--seconds", type=float, default=900, help="for everything together")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     options = parser.parse_args()
+    names = options.parts.split(",")
+    if unknown := [name for name in names if name not in PARTS]:
+        parser.error(f"argument --parts: {', '.join(map(repr, unknown))}: no such part; there are {', '.join(PARTS)}")
     ends = time.monotonic() + options.seconds
     options.out.unlink(missing_ok=True)
     context = multiprocessing.get_context("fork")  # imports are done once; CUDA is first touched in the child
-    for name in options.parts.split(","):
+    for name in names:
         limit = min(PARTS[name][1] * (3 if options.small else 1), ends - time.monotonic())
         if limit < 10:
             print(f"{name}: no time left", flush=True)

@@ -99,6 +99,17 @@ class TestRows:
         tokens = [sum(lengths[place] for place in row) for row in even_rows(lengths, 4)]
         assert max(tokens) < 1.02 * min(tokens)
 
+    def test_long_pairs_fill_rows_as_well_as_short_ones(self) -> None:
+        """Of the lengths that published pairs may have, some eight fill a row of 8,192: dealing them out leaves 2% of it empty."""
+        lengths = np.random.default_rng(0).lognormal(6.8, 0.5, 640).astype(int).clip(16, 2048)
+        shares = []
+        for start in range(0, len(lengths), 64):
+            found = lengths[start : start + 64].tolist()
+            rows, length = lay_out(found, 1, RowShape(8192))
+            shares.append(sum(found) / (len(rows) * length))
+        assert np.mean(shares) > 0.99
+        assert min(shares) > 0.98
+
     @pytest.mark.parametrize("ranks", [1, 2, 4])
     @pytest.mark.parametrize("pairs", [8, 32, 64])
     def test_nearly_every_position_has_a_token(self, ranks: int, pairs: int) -> None:

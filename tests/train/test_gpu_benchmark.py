@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.gpu_parts.align import CASES, lengths_of, stage_of
 from benchmarks.gpu_parts.bench import REAL
+from benchmarks.gpu_parts.command import PARTS, main
 from benchmarks.gpu_parts.toy import TOY
 from keural.recipe import load_recipe
 from keural.recipe.shipped import SHIPPED
@@ -45,12 +46,24 @@ def test_alignment_is_timed_with_the_recipes_own_settings_for_a_card(case: str) 
     assert stage.data.sequence_length == (4096 if case == "sft" else 1024)
 
 
+def test_a_part_that_there_is_not_is_refused_before_earlier_results_are_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "gpu.json"
+    out.write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--parts", "check,nix", "--out", str(out)])
+    with pytest.raises(SystemExit, match="2"):
+        main("")
+    assert "'nix': no such part; there are check, " in capsys.readouterr().err
+    assert out.exists()
+
+
 @pytest.mark.slow
 def test_every_part_runs_small_and_finds_the_engine_right(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     subprocess.run([sys.executable, str(BENCHMARK), "--small", "--seconds", "1200", "--out", str(out)], check=True, timeout=1300)
     found = json.loads(out.read_text())
-    assert list(found) == ["check", "stack", "whole", "baselines", "parts", "align", "toy", "serve"]
+    assert list(found) == list(PARTS)
     failed = {
         f"{part}/{name}": values["error"]
         for part, results in found.items()
@@ -68,4 +81,5 @@ def test_every_part_runs_small_and_finds_the_engine_right(tmp_path: Path) -> Non
     assert found["align"]["dpo"]["loss"] == pytest.approx(math.log(2), abs=1e-5)  # references are the policy's own values
     assert all(found["align"][case]["same_loss_again"] for case in CASES)
     assert all(found["align"][case]["layers_4"]["update_s"] > 0 for case in CASES)
+    assert max(found["serve"]["equal"][name] for name in ("graphs_to_float64", "graphs_to_plain")) < 1e-5
     assert [found["toy"][mode]["exit_code"] for mode in ("fp32", "split")] == [0, 0]

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import random
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 from keural.data.tokens.store import TokenStore
 from keural.errors import UserError
+from keural.train.checks.record import CHECKS_FILE, ChecksFile
 from keural.train.micro_batches import micro_batches
 from keural.train.objectives.preference import pair_logprobs
 from keural.train.reference.cache import ReferenceCache
@@ -113,6 +115,29 @@ def test_the_reference_is_the_initial_model_also_in_later_epochs_and_after_a_res
 def test_only_pairs_that_training_will_see_are_computed(tmp_path: Path) -> None:
     cache = cache_of(open_run(small_job(tmp_path, "dpo", number=60, train={"steps": 5})))
     assert int((~np.isnan(cache.values)).sum()) == 5 * 4 * 2
+
+
+@pytest.mark.parametrize(("at", "computed_pairs"), [("read", 0), ("append", 4)], ids=["before its first batch", "after it"])
+def test_a_signal_at_the_reference_pass_stops_the_stage_and_the_next_start_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, computed_pairs: int
+) -> None:
+    job, whole = (small_job(tmp_path / name, "dpo", number=12, train={"steps": 3}) for name in ("stopped", "whole"))
+    original = getattr(RecordFile, at)
+
+    def interrupted(*arguments: Any) -> Any:
+        if signal.getsignal(signal.SIGINT) is not before:  # the second one would end the process
+            signal.raise_signal(signal.SIGINT)
+        return original(*arguments)
+
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patched:
+        patched.setattr(RecordFile, at, interrupted)
+        result = train_stage(job)
+    assert (result.interrupted, result.steps, number_stored(job)) == (True, 0, computed_pairs)
+    expected = weights_of(train_stage(whole))
+    for name, weight in weights_of(train_stage(job)).items():
+        assert torch.equal(weight, expected[name])
+    assert ChecksFile.read(job.run_dir / CHECKS_FILE).reference_difference == 0
 
 
 class TestWhatIsFoundAgain:

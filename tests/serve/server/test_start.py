@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from keural.errors import UserError
 from keural.serve.server.settings import Settings
@@ -23,3 +24,15 @@ from keural.serve.server.start import run_serve
 def test_an_address_that_others_reach(model_dir: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         run_serve(model_dir, Settings(host="0.0.0.0", port=0, **settings))
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_eager_steps_of_an_engine_elsewhere(model_dir: Path, engine: str) -> None:
+    with pytest.raises(UserError, match="--eager: means nothing for this engine; leave it out"):
+        run_serve(model_dir, Settings(port=0, engine=engine, eager=True))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are graphs to do without")
+def test_eager_steps_without_a_gpu(model_dir: Path) -> None:
+    with pytest.raises(UserError, match="--eager: torch finds no GPU here"):
+        run_serve(model_dir, Settings(port=0, eager=True))

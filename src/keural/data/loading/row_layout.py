@@ -45,7 +45,23 @@ def lay_out(lengths: Sequence[int], ranks: int, shape: RowShape) -> tuple[list[l
 
 
 def even_rows(lengths: Sequence[int], number: int) -> list[list[int]]:
-    """`number` rows of about equally many tokens: each pair, longest first, goes where there are the fewest (Graham 1969)."""
+    """`number` rows of which the fullest has about as few tokens as it can: the least capacity at which packing needs no more of
+    them is searched for (Coffman, Garey and Johnson 1978), below what dealing out reaches.
+    """
+    rows = _dealt(lengths, number)
+    least, most = max(max(lengths), -(-sum(lengths) // number)), _fullest(rows, lengths)
+    while least < most:
+        capacity = (least + most) // 2
+        packed = pack(lengths, capacity)
+        if len(packed) <= number:
+            rows, most = packed + [[] for _ in range(number - len(packed))], capacity
+        else:
+            least = capacity + 1
+    return rows
+
+
+def _dealt(lengths: Sequence[int], number: int) -> list[list[int]]:
+    """`number` rows: each pair, longest first, goes where there are the fewest tokens (Graham 1969)."""
     rows: list[list[int]] = [[] for _ in range(number)]
     tokens = [(0, row) for row in range(number)]
     for place in sorted(range(len(lengths)), key=lambda place: (-lengths[place], place)):

@@ -57,7 +57,7 @@ def _few_rows(  # type: ignore[no-untyped-def]
 
 Blocks = tuple[int, int, int, int]
 """Outputs and inputs of a block, stages in flight, warps."""
-BLOCKS: Blocks = (64, 128, 4, 4)
+BLOCKS: Blocks = (64, 64, 8, 4)
 
 
 def few_rows(rows: Tensor, weight: Tensor, kind: int, groups: Tensor | None, each: int = 1, blocks: Blocks | None = None) -> Tensor:

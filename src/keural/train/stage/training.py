@@ -82,7 +82,7 @@ def open_stage(job: StageJob, ranks: Ranks, stop: StopSignals, started: float) -
     rate, wait = step_plan.rate_of(stage.train, plan), checkpoints.wait_for_copy
     trainer = make_trainer(learning_rate=rate, references=references[0], guard=guard, before_update=wait)
     progress = _resume(job, plan, latest, checkpoints, trainer)
-    if latest is None:
+    if latest is None and not ranks.any(stop.requested):  # a pass for reference values that was stopped has not made all of them
         probe(job.run_dir / CHECKS_FILE, checks, trainer)
     return StageRun(job, trainer, plan, heldout, references[1], checkpoints, progress, started - progress.seconds)
 

@@ -68,6 +68,7 @@ def few_rows(rows: Tensor, weight: Tensor, kind: int, groups: Tensor | None, eac
         count = number = len(groups)
     found = rows.new_empty(count, outputs)
     block_outputs, block_inputs, stages, warps = blocks or BLOCKS
+    stages = max(2, 2 * stages // rows.element_size())  # numbers of four bytes take the same room in half the stages
     together = {ALL: count, SORTED: count // 2, CHOSEN: 1}[kind]
     _few_rows[(triton.cdiv(outputs, block_outputs), number)](
         rows, weight, rows if groups is None else groups, found, count, INPUTS=inputs, OUTPUTS=outputs, KIND=kind, EACH=each,

@@ -122,6 +122,10 @@ for width, experts, top_k in ((200, 4, 2), (64, 6, 3), (1500, 8, 2)):
     arguments = (hidden, torch.rand(width, generator=draw), router)
     for found, wanted in zip(kernels.norm_and_route(*arguments, 1e-5, top_k), plain_norm_and_route(*arguments, 1e-5, top_k)):
         close(found, wanted)
+    hidden[1, 3] = torch.nan
+    normed, shares, chosen = kernels.norm_and_route(*arguments, 1e-5, top_k)
+    assert chosen.max() < experts, "a row that is no numbers must not read beyond the matrices"
+    assert shares[1].isnan().all() and normed[1].isnan().all() and shares[[0, 2, 3, 4]].isfinite().all()
 for width in (8, 48):
     keys, values = (torch.randn(4, 2, 700, width, generator=draw) for _ in range(2))
     keys[:, :, 690:] = values[:, :, 690:] = torch.nan

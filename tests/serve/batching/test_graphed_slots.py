@@ -97,6 +97,15 @@ def test_a_step_that_cannot_be_compiled_says_how_to_do_without(network: KeuralMo
         GraphedSlots(network, 1, parts=Parts(layer=broken)).prepare()
 
 
+def test_slots_that_memory_does_not_hold(network: KeuralMoECausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def grow(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("keural.serve.batching.transformers_slots._Columns.grow", grow)
+    with pytest.raises(UserError, match=r"3 answers of 256 tokens do not fit .* fewer with --slots, or --eager"):
+        GraphedSlots(network, 3)
+
+
 def test_positions_that_depend_on_the_length_are_not_graphed(network: KeuralMoECausalLM) -> None:
     assert can_be_graphed(network)
     network.config.rope_parameters["rope_type"] = "dynamic"

@@ -258,6 +258,16 @@ class TestTheImage:
             assert (DEPLOY.parent / name).exists(), name
             assert f"!{name}" in sent, name
 
+    def test_for_a_gpu_has_a_compiler_and_a_place_to_load_its_work_from(self) -> None:
+        """Triton compiles and loads a module when the server starts; from a tmpfs of Docker nothing is loaded unless it says so."""
+        (installing,) = [line for line in docker("RUN") if "libgomp1" in line]
+        gpu = read("compose.gpu.yaml")["services"]["keural"]
+        (place,) = [mount.partition(":")[0] for mount in gpu["tmpfs"] if "exec" in mount.partition(":")[2].split(",")]
+
+        assert re.search(r'case "\$TORCH_INDEX" in \*/cpu\) ;; \*\) apt-get install .*g\+\+', installing)
+        assert "TORCH_INDEX" in docker("ARG")[-1]
+        assert {gpu["environment"][name].rpartition("/")[0] for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")} == {place}
+
     def test_one_port_everywhere(self) -> None:
         compose = read("compose.yaml")["services"]["keural"]
         pod = manifests("Deployment")[0]["spec"]["template"]["spec"]["containers"][0]

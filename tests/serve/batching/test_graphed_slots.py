@@ -97,6 +97,15 @@ def test_a_step_that_cannot_be_compiled_says_how_to_do_without(network: KeuralMo
         GraphedSlots(network, 1, parts=Parts(layer=broken)).prepare()
 
 
+def test_slots_that_memory_does_not_hold(network: KeuralMoECausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def grow(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("keural.serve.batching.transformers_slots._Columns.grow", grow)
+    with pytest.raises(UserError, match=r"3 answers of 256 tokens do not fit .* fewer with --slots, or --eager"):
+        GraphedSlots(network, 3)
+
+
 def test_positions_that_depend_on_the_length_are_not_graphed(network: KeuralMoECausalLM) -> None:
     assert can_be_graphed(network)
     network.config.rope_parameters["rope_type"] = "dynamic"
@@ -122,6 +131,10 @@ for width, experts, top_k in ((200, 4, 2), (64, 6, 3), (1500, 8, 2)):
     arguments = (hidden, torch.rand(width, generator=draw), router)
     for found, wanted in zip(kernels.norm_and_route(*arguments, 1e-5, top_k), plain_norm_and_route(*arguments, 1e-5, top_k)):
         close(found, wanted)
+    hidden[1, 3] = torch.nan
+    normed, shares, chosen = kernels.norm_and_route(*arguments, 1e-5, top_k)
+    assert chosen.max() < experts, "a row that is no numbers must not read beyond the matrices"
+    assert shares[1].isnan().all() and normed[1].isnan().all() and shares[[0, 2, 3, 4]].isfinite().all()
 for width in (8, 48):
     keys, values = (torch.randn(4, 2, 700, width, generator=draw) for _ in range(2))
     keys[:, :, 690:] = values[:, :, 690:] = torch.nan

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from keural.errors import UserError
+from keural.serve.server import running
 from keural.serve.server.settings import Settings
 from keural.serve.server.start import run_serve
 
@@ -36,3 +37,13 @@ def test_eager_steps_of_an_engine_elsewhere(model_dir: Path, engine: str) -> Non
 def test_eager_steps_without_a_gpu(model_dir: Path) -> None:
     with pytest.raises(UserError, match="--eager: torch finds no GPU here"):
         run_serve(model_dir, Settings(port=0, eager=True))
+
+
+def test_a_model_that_is_too_large_for_the_gpu(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(running, "build", build)
+    with pytest.raises(UserError, match="the GPU's memory is not enough; free some, give fewer --slots, or take a larger GPU"):
+        run_serve(model_dir, Settings(port=0))

@@ -54,8 +54,8 @@ class GraphedSlots(TransformersSlots):
             self._cache.grow(self.context_length)
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"{count} answers of {self.context_length} tokens do not fit into the device's memory beside the model; give fewer "
-                "with --slots"
+                f"{count} answers of {self.context_length:,} tokens do not fit into the device's memory beside the model; give "
+                "fewer with --slots, or --eager, which takes memory as answers grow"
             ) from error
 
     def prepare(self) -> None:

@@ -109,7 +109,7 @@ def _norm_and_route(  # type: ignore[no-untyped-def]
     chosen = tl.zeros((BLOCK_TOP,), tl.int32)
     for rank in tl.static_range(TOP):
         best = tl.max(left, 0)
-        first = tl.min(tl.where(left == best, expert, BLOCK_EXPERTS), 0)
+        first = tl.min(tl.where(left == best, expert, EXPERTS - 1), 0)  # of a row of NaNs, where nothing is equal, the last one
         found = tl.where(lane == rank, best, found)
         chosen = tl.where(lane == rank, first, chosen)
         left = tl.where(expert == first, -1.0, left)

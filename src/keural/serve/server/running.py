@@ -62,11 +62,13 @@ def load_transformers(path: Path, slots: int, threads: int | None, eager: bool =
     if eager and not on_gpu:
         raise UserError("--eager: torch finds no GPU here, and without one there are no graphs; leave it out")
     stored = open_model(path)
-    model = build(stored, None).to("cuda") if on_gpu else build(stored)
-    check_cached_step(model, stored.directory)
-    return Loaded(
-        _slots_on_gpu(model, slots, eager) if on_gpu else TransformersSlots(model, slots), stored.tokenizer, stored.notice
-    )
+    try:
+        model = build(stored, None).to("cuda") if on_gpu else build(stored)
+        check_cached_step(model, stored.directory)
+        made = _slots_on_gpu(model, slots, eager) if on_gpu else TransformersSlots(model, slots)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{path}: the GPU's memory is not enough; free some, give fewer --slots, or take a larger GPU") from error
+    return Loaded(made, stored.tokenizer, stored.notice)
 
 
 def _slots_on_gpu(model: KeuralMoECausalLM, slots: int, eager: bool) -> TransformersSlots:

@@ -4,11 +4,14 @@ In: the command line's arguments. Out: a file of results, complete after every f
 """
 
 import argparse
+import math
 import multiprocessing
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from benchmarks.gpu_parts.align import align
 from benchmarks.gpu_parts.baselines import baselines
@@ -58,8 +61,17 @@ def main(description: str) -> None:
     names = options.parts.split(",")
     if unknown := [name for name in names if name not in PARTS]:
         parser.error(f"argument --parts: {', '.join(map(repr, unknown))}: no such part; there are {', '.join(PARTS)}")
+    if not math.isfinite(options.seconds):
+        parser.error(f"argument --seconds: {options.seconds}: is no time")
+    if not options.small and not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device here; --small tries the parts on a CPU")
+    try:
+        options.out.unlink(missing_ok=True)
+        options.out.touch()
+        options.out.unlink()
+    except OSError as error:
+        parser.error(f"argument --out: {options.out}: cannot be written ({error.strerror})")
     ends = time.monotonic() + options.seconds
-    options.out.unlink(missing_ok=True)
     context = multiprocessing.get_context("fork")  # imports are done once; CUDA is first touched in the child
     for name in names:
         limit = min(PARTS[name][1] * (3 if options.small else 1), ends - time.monotonic())

@@ -135,7 +135,8 @@ def test_a_bomb_is_refused_in_little_memory(directory: Path) -> None:
 
 
 def test_a_recipe_may_hold_what_it_may(directory: Path) -> None:
-    loaded = load_recipe(directory, ["seed=9223372036854775807", 'description="a\\u202e\\e[31m"', "budget=1000h"])
+    share = ["train.steps=null", "train.budget_share=0.1", "budget=1000h"]
+    loaded = load_recipe(directory, ["seed=9223372036854775807", 'description="a\\u202e\\e[31m"', *share])
     assert loaded.spec.seed == 2**63 - 1
     assert loaded.spec.description == "a\u202e\x1b[31m"
 

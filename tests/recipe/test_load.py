@@ -169,6 +169,12 @@ def test_wrong_type_names_key_and_value(directory: Path) -> None:
         ("recipe.yaml", "[base, chat]", "[base, base]", "listed twice"),
         ("recipe.yaml", "[base, chat]", "[base, chta]", "chta.yaml: no such file"),
         ("recipe.yaml", "name: tiny", "name: tiny\nbudget: soon", "not a duration"),
+        (
+            "recipe.yaml",
+            "name: tiny",
+            "name: tiny\nbudget: 20m",
+            "recipe.yaml: budget 20m has no effect, as no stage has train.budget_share",
+        ),
         ("recipe.yaml", "vocab_size: 300", "vocab_size: 300, path: x", "either path"),
     ],
 )
@@ -188,7 +194,8 @@ class TestOverrides:
         return load_recipe(directory, overrides)
 
     def test_recipe_key(self, directory: Path) -> None:
-        recipe = self.load(directory, "seed=7", "data=corpus", "model.hidden_size=256", "budget=20m")
+        share = ["base.train.steps=null", "base.train.budget_share=0.5"]
+        recipe = self.load(directory, "seed=7", "data=corpus", "model.hidden_size=256", "budget=20m", *share)
         assert (recipe.spec.seed, recipe.spec.data, recipe.spec.model.hidden_size, recipe.spec.budget) == (7, "corpus", 256, "20m")
 
     def test_key_of_every_stage(self, directory: Path) -> None:

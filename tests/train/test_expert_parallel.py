@@ -286,8 +286,17 @@ def test_settings_that_do_not_go_together_are_refused_by_the_recipe(changes: dic
         small_stage(**changes)
 
 
-@pytest.mark.parametrize("stated", ["x", "0", "-1", "", "²", "2.0", "9" * 30])
+@pytest.mark.parametrize("stated", ["x", "0", "-1", "", "²", "2.0", "9" * 30, "9" * 5000])
 def test_a_launcher_that_states_no_number_of_processes_is_named(stated: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", stated)
     with pytest.raises(UserError, match=r"WORLD_SIZE .* is no number of processes; unset it"):
+        processes_started()
+
+
+def test_a_number_of_processes_without_the_rest_of_what_a_launcher_says_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(UserError, match=r"WORLD_SIZE 2 is set without RANK, MASTER_PORT: processes cannot meet; unset it"):
         processes_started()

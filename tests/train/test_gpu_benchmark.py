@@ -1,19 +1,22 @@
 """The check for an accelerator runs whole on a CPU with small shapes."""
 
+import contextlib
 import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.gpu_parts.align import CASES, lengths_of, stage_of
 from benchmarks.gpu_parts.bench import REAL
 from benchmarks.gpu_parts.command import PARTS, main
-from benchmarks.gpu_parts.toy import TOY
+from benchmarks.gpu_parts.toy import ENDING, TOY, toy
 from keural.recipe import load_recipe
 from keural.recipe.shipped import SHIPPED
 
@@ -56,6 +59,45 @@ def test_a_part_that_there_is_not_is_refused_before_earlier_results_are_dropped(
         main("")
     assert "'nix': no such part; there are check, " in capsys.readouterr().err
     assert out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--small", "--out", "nowhere/gpu.json"], "--out: nowhere/gpu.json: cannot be written (No such file or directory)"),
+        (["--small", "--out", "."], "--out: .: cannot be written"),
+        (["--small", "--seconds", "nan"], "--seconds: nan: is no time"),
+        pytest.param(
+            [],
+            "torch finds no CUDA device here; --small",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA"),
+        ),
+    ],
+)
+def test_what_could_give_no_figures_is_refused_before_a_part_is_run(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--parts", "toy", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        main("")
+    assert said in capsys.readouterr().err
+
+
+def test_a_command_of_a_part_ends_before_the_part_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would go on beside the parts after it."""
+    given: list[float] = []
+
+    def run(command: list[str], *, timeout: float, **_: Any) -> None:
+        given.append(timeout)
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    deadline = time.monotonic() + 30
+    bench: Any = SimpleNamespace(small=True, deadline=deadline, guarded=lambda *_: contextlib.suppress(subprocess.TimeoutExpired))
+    toy(bench)
+    assert len(given) == 2
+    assert all(0 < seconds <= 30 - ENDING for seconds in given)
 
 
 @pytest.mark.slow

@@ -167,6 +167,11 @@ def _check_stages(recipe: Recipe) -> None:
     shares = sum(stage.train.budget_share or 0 for stage in recipe.stages)
     if shares > 1 + 1e-9:
         raise UserError(f"{recipe.directory}: the stages' budget_share sum to {shares:.3f}, more than 1")
+    if recipe.spec.budget is not None and not shares:
+        raise UserError(
+            f"{recipe.directory / 'recipe.yaml'}: budget {recipe.spec.budget} has no effect, as no stage has train.budget_share; "
+            "give stages one in place of steps or epochs, or leave budget out (budget=null)"
+        )
 
 
 def _apply_override(override: str, recipe: dict[str, Any], stages: dict[str, dict[str, Any]], file: Path) -> None:

@@ -21,6 +21,8 @@ SCALE_BLOCK = 256
 PER_LAYER = ("selective", "budget")
 """Values of `train.recompute` that only the training engine knows."""
 MOST_PROCESSES = 1_000_000
+RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher tells each of several processes."""
 UNEVEN = 17 / 16
 """How much larger than an equal part the largest one may be before a tensor is divided along another dimension."""
 
@@ -37,10 +39,16 @@ class ModelShape(Protocol):
 
 
 def processes_started() -> int:
-    """How many processes a launcher has started for this run, by its WORLD_SIZE. Raises `UserError` when that is no number."""
+    """How many processes a launcher has started for this run, by its WORLD_SIZE. Raises `UserError` when that is no number, or when
+    several have not been told which of them each is.
+    """
     stated = os.environ.get("WORLD_SIZE", "1")
-    if not (stated.isascii() and stated.isdecimal() and 1 <= int(stated) <= MOST_PROCESSES):
-        raise UserError(f"WORLD_SIZE {quoted(stated)}: is no number of processes; unset it, or start with python -m keural.launch")
+    instead = "unset it, or start with python -m keural.launch"
+    short = stated.isascii() and stated.isdecimal() and len(stated) <= len(str(MOST_PROCESSES))
+    if not (short and 1 <= int(stated) <= MOST_PROCESSES):
+        raise UserError(f"WORLD_SIZE {quoted(stated)}: is no number of processes; {instead}")
+    if int(stated) > 1 and (missing := [name for name in RENDEZVOUS if not os.environ.get(name)]):
+        raise UserError(f"WORLD_SIZE {stated} is set without {', '.join(missing)}: processes cannot meet; {instead}")
     return int(stated)
 
 

@@ -50,7 +50,7 @@ class RecipeSpec(Spec):
     data: str | None = neutral("place", None)
     """Directory that sources' paths are relative to; needed where a source has a path."""
     budget: str | None = None
-    """Time for all stages with a budget_share, e.g. 20m, 90s, 2h."""
+    """Time for all stages with a budget_share, e.g. 20m, 90s, 2h; refused where no stage has one."""
     model: ModelSpec = Field(default_factory=ModelSpec)
     """Shape of the network. Left out, it is the published 14.83B model."""
     tokenizer: TokenizerSpec

@@ -59,7 +59,9 @@ class GraphedSlots(TransformersSlots):
             ) from error
 
     def prepare(self) -> None:
-        """Make the graphs of short answers, so that no request waits for the compiler.
+        """Make the graph of every size of batch, so that no request waits for the compiler.
+
+        Before the first request: the first slot's first column is written over.
 
         Raises:
             UserError: where a step cannot be compiled on this machine.

@@ -10,6 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 or more."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def rms_norm(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """As `KeuralRMSNorm`."""
+    wider = wide(states)
+    return weight * (wider * torch.rsqrt(wider.pow(2).mean(-1, keepdim=True) + epsilon)).to(states.dtype)
+
+
 def plain_sorted_rows(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """See `sorted_rows`."""
     parts = [rows[begin:end] for begin, end in itertools.pairwise([0, *ends.tolist()])]
@@ -24,9 +35,8 @@ def plain_chosen_rows(rows: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
 
 def plain_norm_and_route(hidden: Tensor, norm: Tensor, router: Tensor, epsilon: float, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     """See `norm_and_route`."""
-    wider = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-    normed = norm * (wider * torch.rsqrt(wider.pow(2).mean(-1, keepdim=True) + epsilon)).to(hidden.dtype)
-    shares, experts = F.linear(normed, router).to(wider.dtype).softmax(-1).topk(top_k, -1)
+    normed = rms_norm(hidden, norm, epsilon)
+    shares, experts = wide(F.linear(normed, router)).softmax(-1).topk(top_k, -1)
     return normed, (shares / shares.sum(-1, keepdim=True)).to(hidden.dtype), experts
 
 
@@ -35,10 +45,9 @@ def plain_attend_to_slots(
 ) -> Tensor:
     """See `attend_to_slots`."""
     found = []
-    wider = torch.promote_types(query.dtype, torch.float32)
     for questions, slot, first, last in zip(query, slots.tolist(), firsts.tolist(), lengths.tolist(), strict=True):
-        seen = [held[slot, :, first : last + 1].to(wider) for held in (keys, values)]
-        grouped = questions.to(wider).unflatten(0, (keys.shape[1], -1))
+        seen = [wide(held[slot, :, first : last + 1]) for held in (keys, values)]
+        grouped = wide(questions).unflatten(0, (keys.shape[1], -1))
         weights = (grouped @ seen[0].mT * scaling).softmax(-1)
         found.append((weights @ seen[1]).flatten(0, 1))
     return torch.stack(found).to(query.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from keural.model import KeuralMoECausalLM
 from keural.model.modeling_keural import KeuralDecoderLayer
-from keural.serve.batching.device_operations import attend_to_slots, chosen_rows, lone_row, norm_and_route, sorted_rows
+from keural.serve.batching.device_operations import attend_to_slots, chosen_rows, lone_row, norm_and_route, rms_norm, sorted_rows
 
 FIXED_ROPE = frozenset({"default", "linear", "yarn", "llama3"})
 """Kinds of rotary positions whose frequencies do not depend on how long an answer has become."""
@@ -91,23 +91,12 @@ def step_settings(model: KeuralMoECausalLM) -> StepSettings:
     return StepSettings(config.rms_norm_eps, first.self_attn.scaling, config.num_experts_per_tok, first.mlp.experts.act_fn)
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """In float32 or more."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def product(states: Tensor, weight: Tensor) -> Tensor:
     """``[B, In]`` with ``[Out, In]`` to ``[B, Out]``."""
     if len(states) > 1:
         return F.linear(states, weight)
     one: Tensor = lone_row(states, weight)
     return one
-
-
-def rms_norm(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """As `KeuralRMSNorm`."""
-    wider = wide(states)
-    return weight * (wider * torch.rsqrt(wider.pow(2).mean(-1, keepdim=True) + epsilon)).to(states.dtype)
 
 
 def rotate(states: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from keural.serve.batching.slots import Row
 from keural.serve.engines.sampling_params import SamplingParams
 from keural.serve.server.log import set_up_logging, write_entry
-from keural.serve.server.running import Server
+from keural.serve.server.running import Server, keep_loaded
 from keural.serve.server.service import Service
 from keural.serve.server.settings import Limits
 from keural.serve.server.start import bind
@@ -84,7 +84,9 @@ def main() -> None:
     )
     set_up_logging()
     listener = bind("127.0.0.1", given.port)
-    Server(service, listener).run(sockets=[listener])
+    server = Server(service, listener)
+    keep_loaded()
+    server.run(sockets=[listener])
     scheduler = service.answers.scheduler
     print(
         json.dumps(

@@ -1,5 +1,6 @@
-"""What a server refuses before it loads a model."""
+"""What a server refuses before it loads a model, and how it begins."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +48,15 @@ def test_a_model_that_is_too_large_for_the_gpu(model_dir: Path, monkeypatch: pyt
     monkeypatch.setattr(running, "build", build)
     with pytest.raises(UserError, match="the GPU's memory is not enough; free some, give fewer --slots, or take a larger GPU"):
         run_serve(model_dir, Settings(port=0))
+
+
+def test_the_collector_passes_over_what_was_loaded(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[int] = []
+    monkeypatch.setattr(running.Server, "run", lambda *_, **__: kept.append(gc.get_freeze_count()))
+    monkeypatch.setattr(running, "set_up_logging", lambda: None)
+    try:
+        assert run_serve(model_dir, Settings(port=0)) == 0
+    finally:
+        gc.unfreeze()
+
+    assert kept[0] > 10_000

@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -41,17 +41,13 @@ WARM = 0.5
 TRIALS = 5
 """Of each way to make weights of exponents; the quickest counts."""
 ROUGHLY = 1e-5
-"""Weights summed in float32 miss their sum by less than this part of it: 65,536 of them, added up pairwise in eight lanes, by 28
-roundings, 1.7e-6, and those that were not compared with the best one by two more of the exponent, 3.5e-6 where it is up to 28."""
+"""Weights summed in float32 miss their sum by less than this part of it: a million of them, added up pairwise in eight lanes, by 32
+roundings, 1.9e-6, and those that were not compared with the best one by two more of the exponent, 3.5e-6 where it is up to 28."""
 LEAST_MASS, LARGEST_MASS = 1e-8, 1e12
 """Sums that weights may have which were not compared with the best one: its exponent is between -31 and 28, so that others are
 neither beyond float32 nor, where they count, below what it holds in full."""
 PART = 8192
 """Weights are summed so many at a time: memory for all of them would be asked of the system, and given back, with every token."""
-PIECE = 65_536
-"""A row is gone through in so many logits at a time, with one scratch of that size: beside a network nothing else stays in a cache
-from token to token, and a scratch for the whole row would be read from memory in order to be written to.
-"""
 
 Floats = NDArray[np.float32]
 Logits = Tensor | Floats
@@ -182,8 +178,8 @@ def _together(logits: Logits | Sequence[Logits]) -> Tensor:
 
 
 def choose_row(logits: Floats, sampler: Sampler) -> int | None:
-    """See `choose_where_possible`; one row `[V]`, by NumPy in this thread: the network's threads are not woken for it. Numbers
-    beyond float32 come up and are looked at: call it where they raise no warning.
+    """See `choose_where_possible`; one row `[V]`, in the processor's memory. Numbers beyond float32 come up and are looked at: call
+    it where they raise no warning.
 
     What was seen is penalized in the row itself, and put back: a copy of the row costs as much as a greedy choice.
     """
@@ -236,26 +232,43 @@ def _weights(scores: Floats, zero: np.float32, temperature: np.float32, out: Flo
 
 def _rough_weights(scores: Floats, zero: np.float32, temperature: np.float32, out: Floats) -> Floats:
     """The same up to `ROUGHLY`, as this processor does it sooner."""
-    power, factor = _quicker_power()
+    power = _quickest_power()
     if zero:
         scores = np.subtract(scores, zero, out=out)
-    np.multiply(scores, np.float32(factor / temperature), out=out)
-    power(out, out=out)
+    np.multiply(scores, np.float32(POWERS[power] / temperature), out=out)
+    power(out)
     return out
 
 
+def _exp(exponents: Floats) -> None:
+    np.exp(exponents, out=exponents)
+
+
+def _exp2(exponents: Floats) -> None:
+    np.exp2(exponents, out=exponents)
+
+
+def _exp2_by_torch(exponents: Floats) -> None:
+    torch.from_numpy(exponents).exp2_()
+
+
+Power = Callable[[Floats], None]
+POWERS: dict[Power, float] = {_exp: 1.0, _exp2: 1 / math.log(2), _exp2_by_torch: 1 / math.log(2)}
+"""What makes weights of exponents, in their place, and by how much these are multiplied before."""
+
+
 @functools.cache
-def _quicker_power() -> tuple[np.ufunc, float]:
-    """What makes a weight of an exponent, and by how much that is multiplied before: powers of 2 take half as long as those of e
-    where NumPy has both for a processor's widest vectors, several times as long where it does not. Either gives the same tokens.
+def _quickest_power() -> Power:
+    """The one of `POWERS` that takes the least time here. NumPy has powers of 2 for a processor's widest vectors; for others they
+    take several times as long, and PyTorch's half as long as NumPy's of e. All give the same tokens.
     """
-    exponents = np.linspace(-20, 20, PART, dtype=np.float32)
-    seconds: dict[np.ufunc, float] = {}
-    for power in (np.exp, np.exp2) * TRIALS:
+    seconds: dict[Power, float] = {}
+    for power in [*POWERS] * TRIALS:
+        exponents = np.linspace(-20, 20, PART, dtype=np.float32)
         begun = time.perf_counter()
         power(exponents)
         seconds[power] = min(seconds.get(power, math.inf), time.perf_counter() - begun)
-    return (np.exp2, 1 / math.log(2)) if seconds[np.exp2] < seconds[np.exp] else (np.exp, 1.0)
+    return min(seconds, key=seconds.__getitem__)
 
 
 def _of_few(scores: Floats, zero: np.float32, whole: float, temperature: np.float32, top_p: float, number: float) -> int | None:
@@ -284,12 +297,7 @@ def _of_few(scores: Floats, zero: np.float32, whole: float, temperature: np.floa
 
 def _rough_mass(scores: Floats, zero: np.float32, temperature: np.float32) -> float:
     """The sum of the tokens' `_weights`, up to `ROUGHLY`."""
-    size = -(-len(scores) // max(1, round(len(scores) / PIECE)))
-    whole = 0.0
-    for start in range(0, len(scores), size):
-        piece = scores[start : start + size]
-        whole += float(np.add.reduce(_rough_weights(piece, zero, temperature, _room.weights[: len(piece)])))
-    return whole
+    return float(np.add.reduce(_rough_weights(scores, zero, temperature, _room.weights)))
 
 
 def _rank(sums: NDArray[np.float64], wanted: float, next_weight: float, number: float) -> int:

@@ -19,7 +19,7 @@ MESSAGES = "/v1/messages"
 MESSAGES_TYPES = TYPES | {413: "request_too_large", 503: "overloaded_error", 504: "timeout_error"}
 """The same in Anthropic's API, where others are `invalid_request_error` and `api_error`."""
 DETAILS = {"thread": {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}}
-"""By field that is refused, what Anthropic's own client reads beside: it asks for its tools' loop to be held by the server, and goes on
+"""By field that is refused, what Anthropic's own client reads beside: it asks the server to hold the loop of its tools, and goes on
 by sending all of the conversation where it hears this."""
 
 

@@ -63,11 +63,10 @@ def test_responses(client: OpenAI, slots: Writing, tokenizer: KeuralTokenizer) -
         assert [item.type for item in found.output] == ["message", "function_call", "function_call"]
         assert [item.arguments for item in found.output if item.type == "function_call"] == ARGUMENTS
     assert kinds.count("response.function_call_arguments.done") == 2
-    calls = [item for item in final.output if item.type == "function_call"]
-    results = [{"type": "function_call_output", "call_id": call.call_id, "output": text}
-               for call, text in zip(calls, ["sunny", "5"], strict=True)]  # fmt: skip
-    items = [*whole.output[:1], *final.output[1:]]
-    for back in (items, [item.model_dump() for item in items]):
+    for found, back in ((final, final.output), (whole, [item.model_dump() for item in whole.output])):
+        calls = [item for item in found.output if item.type == "function_call"]
+        results = [{"type": "function_call_output", "call_id": call.call_id, "output": text}
+                   for call, text in zip(calls, ["sunny", "5"], strict=True)]  # fmt: skip
         client.responses.create(**asked | {"input": [*HELLO, *back, *results]})
         assert slots.prompts[-1] == render_prompt(tokenizer, TURNS, TOOLS)
 

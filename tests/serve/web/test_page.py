@@ -73,9 +73,9 @@ class Open:
         self.page.goto(f"{self.address}/")
         self.page.wait_for_selector("body[data-ready]")
 
-    def until(self, expression: str) -> None:
+    def until(self, expression: str, seconds: float = PATIENCE) -> None:
         """Wait until it is true; playwright's own way would break the policy (`eval`)."""
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + seconds
         while not self.page.evaluate(expression):
             assert time.monotonic() < end, expression
             self.page.wait_for_timeout(20)
@@ -760,6 +760,17 @@ class TestTrouble:
         assert "did not end" in page.page.inner_text(".assistant .figures")
         assert "ended before the answer did" in page.page.inner_text("#notice")
 
+    def test_an_answer_that_was_there_stays_where_another_one_fails(self, start: Start, visit: Visit) -> None:
+        page = visit(start("two blue birds"))
+        page.ask("one")
+        page.ask("two")
+        page.page.route("**/v1/chat/completions", lambda route: route.abort())
+        page.page.click(".assistant [data-do=again] >> nth=0")
+        page.page.wait_for_selector("#notice:not([hidden])")
+
+        assert "cannot be reached" in page.page.inner_text("#notice")
+        assert (page.questions, page.answers) == (["one", "two"], ["two blue birds"] * 2)
+
     def test_a_server_that_is_gone_is_said(self, start: Start, visit: Visit) -> None:
         page = visit(start())
         page.page.route("**/v1/chat/completions", lambda route: route.abort())
@@ -856,7 +867,7 @@ class TestTheFrame:
             page.page.click("#new")
             with timed(browser, page) as tasks:
                 page.page.click("#list .open")
-                page.until("document.querySelectorAll('.turn').length === 300")
+                page.until("document.querySelectorAll('.turn').length === 300", 4 * PATIENCE)  # in pauses, of which there are few
             longest.append(max(tasks))
 
         assert page.page.evaluate("document.querySelector('.turn .body').textContent") == "질문 0"

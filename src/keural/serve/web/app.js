@@ -158,13 +158,16 @@ async function run(conversation, parent) {
 /** An answer has ended, or none has come. */
 async function end(conversation, turn, article, writing, trouble) {
   const shown = article.isConnected;
+  const others = versions(conversation, turn).filter((other) => other !== turn);
   if (trouble && !turn.content) {
     delete conversation.turns[turn.id];
-    const others = versions(conversation, turn);
-    if (others.length) conversation.shown[turn.parent] = others.at(-1).id;
-    else delete conversation.shown[turn.parent];
-    article.replaceWith(failure(trouble));
-  } else if (trouble) notice([explained(trouble), trouble.message].filter(Boolean).join(" — "));
+    delete conversation.shown[turn.parent];
+  }
+  if (trouble && !turn.content && others.length) {
+    conversation.shown[turn.parent] = others.at(-1).id;
+    if (shown) draw(); // what was there before, with all that follows it
+  } else if (trouble && !turn.content) article.replaceWith(failure(trouble));
+  if (trouble && (turn.content || others.length)) notice([explained(trouble), trouble.message].filter(Boolean).join(" — "));
   conversation.updated = Date.now();
   showRunning(false);
   writing.end();

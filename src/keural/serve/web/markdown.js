@@ -103,8 +103,8 @@ const BLOCKS = {
     const cell = (name, found) => element(name, { class: found.align }, ...inline(found.tokens, depth));
     const head = element("tr", {}, ...token.header.map((found) => cell("th", found)));
     const rows = token.rows.map((row) => element("tr", {}, ...row.map((found) => cell("td", found))));
-    const table = element("table", { dir: "auto" }, element("thead", {}, head), element("tbody", {}, ...rows));
-    return element("div", { class: "wide-content", tabindex: "0", role: "group", "aria-label": say("table") }, table);
+    const table = element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows));
+    return element("div", { class: "wide-content", dir: "auto", tabindex: "0", role: "group", "aria-label": say("table") }, table);
   },
 };
 

@@ -45,8 +45,8 @@ class ApiError(HTTPException):
 def of_messages(error: ApiError) -> dict[str, Any]:
     """The error as Anthropic's API has it."""
     kind = MESSAGES_TYPES.get(error.status) or ("api_error" if error.status >= 500 else "invalid_request_error")
-    details = {"details": DETAILS[error.param]} if error.param in DETAILS else {}
-    return {"type": "error", "error": {"type": kind, "message": error.message, **details}}
+    details = DETAILS.get(error.param or "")
+    return {"type": "error", "error": {"type": kind, "message": error.message, **({"details": details} if details else {})}}
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

@@ -133,7 +133,7 @@ class Server:
 
 @contextlib.contextmanager
 def started(command: Sequence[str], port: int, log: Path, seconds: float = 300) -> Iterator[Server]:
-    """A server's process from when it answers `/health`; it is told to end when the block ends."""
+    """A server's process from when it answers `/health`; it is told to end when the block ends. Either may take so many seconds."""
     with log.open("wb") as written:
         process = subprocess.Popen(command, stdout=written, stderr=written, env=environment())
     server = Server(process, port)
@@ -147,7 +147,7 @@ def started(command: Sequence[str], port: int, log: Path, seconds: float = 300) 
     finally:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(40)
+            process.wait(seconds)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -56,7 +56,7 @@ def parse_json(text: str | bytes, *, depth: int = MAX_DEPTH, parts: int | None =
     except UnicodeDecodeError as error:
         raise Malformed(f"not {error.encoding.upper()} at byte {error.start:,}") from error
     except RecursionError as error:
-        raise Malformed(f"nested deeper than {MAX_DEPTH} levels") from error
+        raise Malformed(f"nested deeper than {depth} levels") from error
     except ValueError as error:  # a number with too many digits
         raise Malformed("a number has too many digits") from error
     _check_size(value, depth, parts)

@@ -391,6 +391,7 @@ class TestBombs:
         response = client.post("/v1/chat/completions", content=opening * 50_000, headers=JSON)
 
         assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_json")
+        assert "deeper than 32 levels" in response.json()["error"]["message"]
         check_whole(running, client)
 
     def test_a_body_that_is_really_sent(self, start: Start) -> None:

@@ -131,6 +131,13 @@ def test_a_field_that_nobody_knows_is_refused(client: httpx.Client, kind: str) -
     assert (error["param"], error["code"]) == ("top_k", "unknown_parameter")
 
 
+def test_null_is_the_same_as_leaving_out_what_nobody_knows(client: httpx.Client) -> None:
+    said = {"role": "user", "content": [{"type": "text", "text": "x", "later": None}], "weight": None}
+
+    assert post(client, {"messages": [said], "top_k": None}).status_code == 200
+    assert refused(post(client, {"messages": [said], "top_k": None, "top_a": 1}))["param"] == "top_a"
+
+
 IMPOSSIBLE = [
     ("temperature", -1), ("temperature", "hot"), ("temperature", True), ("temperature", 1e9), ("top_p", 1.5), ("top_p", -0.1),
     ("max_tokens", 0), ("max_tokens", 2.5), ("max_completion_tokens", "7"), ("n", 0), ("n", 9), ("n", 10**9), ("seed", -1),

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -44,6 +45,21 @@ class TestADisconnectedClient:
         assert running.service.answers.scheduler.stats.finished == {"cancelled": 1}
         assert 'keural:http_requests_client_disconnected_total{model_name="tiny"} 1.0' in client.get("/metrics").text
         assert ask(client).status_code == 200
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_is_none_who_leaves_after_the_answer(self, start: Start, stream: bool) -> None:
+        running, client = start()
+        body = json.dumps({"messages": HELLO, "stream": stream, "max_tokens": 3}).encode()
+        with connect(client) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            found = b""
+            while (b"[DONE]" if stream else b'"usage"') not in found:
+                found += connection.recv(65536)
+
+        wait_until(lambda: running.log and running.service.connections() == 0)
+        assert "client_left" not in running.log[0]
+        assert 'keural:http_requests_client_disconnected_total{model_name="tiny"} 0.0' in client.get("/metrics").text
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -79,14 +79,15 @@ def test_a_client_that_leaves_with_requests_behind_its_stream_loses_one_slot_at_
         HEAD + b"Content-Length: 99999999999999999999999\r\n\r\n" + BODY,
         HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n" + BODY,
         HEAD + b"Transfer-Encoding: chunked\r\n\r\nZZ\r\n" + BODY,
+        HEAD.replace(b"1.1", b"1.0") + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY),
         get(b"/health", b"Host: evil.example\r\n"),
         get(b"/health", host=b""),
         get(b"/health", b"X: a\x00b\r\n"),
         get(b"/health", b"X : a\r\n"),
         get("/v1/models/한".encode()),
     ],
-    ids=["two kinds of length", "two lengths", "negative", "signed", "huge", "two codings", "no chunk", "two hosts", "no host",
-         "zero byte", "blank", "raw path"],
+    ids=["two kinds of length", "two lengths", "negative", "signed", "huge", "two codings", "no chunk", "chunks in 1.0",
+         "two hosts", "no host", "zero byte", "blank", "raw path"],
 )  # fmt: skip
 def test_what_two_readers_could_read_in_two_ways_is_refused_and_the_connection_closed(server: Served, request_: bytes) -> None:
     running, client = server
@@ -247,7 +248,7 @@ def addresses_of(client: httpx.Client) -> list[tuple[str, bool]]:
 def test_head_is_asked_of_every_address_that_get_is(server: Served) -> None:
     """As balancers ask: the same status and headers, nothing after them, and the connection is good for the next request."""
     _, client = server
-    changing = {"date", "x-request-id", "content-length"}
+    changing = {"date", "x-request-id", "request-id", "content-length"}
     addresses = addresses_of(client)
     assert {("/health", True), ("/ready", True), ("/v1/models/tiny", True), ("/v1/chat/completions", False)} <= set(addresses)
     for address, is_read in addresses:

@@ -191,6 +191,7 @@ OF_MESSAGES: dict[str, tuple[list[Any], list[Any]]] = {
     "inference_geo": ([None], ["eu"]),
     "user_profile_id": ([None], ["x"]),
     "workspace_id": ([None], ["x"]),
+    "thread": ([None], [{"type": "create"}]),
 }
 """With values that are honoured or change nothing, and some that are refused."""
 
@@ -238,6 +239,12 @@ class TestMessages:
 
         assert count.input_tokens == len(render_prompt(tokenizer, [Message("user", "hello")]))
 
+    def test_the_model_is_listed(self, claude: Anthropic) -> None:
+        (listed,) = claude.models.list()
+
+        assert (listed.id, listed.display_name, listed.type) == ("tiny", "tiny", "model")
+        assert claude.models.retrieve("tiny") == listed
+
     def test_a_schema_is_followed(self, claude: Anthropic) -> None:
         config: Any = {"format": {"type": "json_schema", "schema": SCHEMA}}
         found = claude.messages.create(
@@ -271,8 +278,9 @@ class TestMessages:
         asked: Any = {"max_tokens": 5, "messages": HELLO}
         with pytest.raises(anthropic.NotFoundError):
             claude.messages.create(model="other", **asked)
-        with pytest.raises(anthropic.BadRequestError, match="context"):
+        with pytest.raises(anthropic.BadRequestError, match="context") as caught:
             claude.messages.create(model="tiny", max_tokens=5, messages=[{"role": "user", "content": "long " * 1000}])
+        assert caught.value.request_id
         assert plain.post("/v1/messages", content=b"{").json()["error"]["type"] == "invalid_request_error"
         with serving(service_of(tokenizer, Writing(tokenizer, "x"), keys=Keys(["key"]))) as guarded:
             assert guarded.post("/v1/messages", json=asked).json()["error"]["type"] == "authentication_error"

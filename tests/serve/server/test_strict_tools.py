@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from anthropic import Anthropic
+from anthropic import Anthropic, beta_tool
 from openai import OpenAI
 
 from keural.tokenizer import KeuralTokenizer, Message, ToolCall, render_prompt, with_calls
@@ -46,8 +46,9 @@ def test_chats(client: OpenAI, slots: Writing, tokenizer: KeuralTokenizer) -> No
     answered: Any = whole.message
     results = [{"role": "tool", "tool_call_id": call.id, "content": text}
                for call, text in zip(answered.tool_calls, ["sunny", "5"], strict=True)]  # fmt: skip
-    client.chat.completions.create(**asked | {"messages": [*HELLO, answered, *results]})
-    assert slots.prompts[-1] == render_prompt(tokenizer, TURNS, TOOLS)
+    for back in (answered, answered.model_dump()):
+        client.chat.completions.create(**asked | {"messages": [*HELLO, back, *results]})
+        assert slots.prompts[-1] == render_prompt(tokenizer, TURNS, TOOLS)
 
 
 def test_responses(client: OpenAI, slots: Writing, tokenizer: KeuralTokenizer) -> None:
@@ -62,11 +63,12 @@ def test_responses(client: OpenAI, slots: Writing, tokenizer: KeuralTokenizer) -
         assert [item.type for item in found.output] == ["message", "function_call", "function_call"]
         assert [item.arguments for item in found.output if item.type == "function_call"] == ARGUMENTS
     assert kinds.count("response.function_call_arguments.done") == 2
-    calls = [item for item in final.output if item.type == "function_call"]
-    results = [{"type": "function_call_output", "call_id": call.call_id, "output": text}
-               for call, text in zip(calls, ["sunny", "5"], strict=True)]  # fmt: skip
-    client.responses.create(**asked | {"input": [*HELLO, *whole.output[:1], *final.output[1:], *results]})
-    assert slots.prompts[-1] == render_prompt(tokenizer, TURNS, TOOLS)
+    for found, back in ((final, final.output), (whole, [item.model_dump() for item in whole.output])):
+        calls = [item for item in found.output if item.type == "function_call"]
+        results = [{"type": "function_call_output", "call_id": call.call_id, "output": text}
+                   for call, text in zip(calls, ["sunny", "5"], strict=True)]  # fmt: skip
+        client.responses.create(**asked | {"input": [*HELLO, *back, *results]})
+        assert slots.prompts[-1] == render_prompt(tokenizer, TURNS, TOOLS)
 
 
 def test_messages(claude: Anthropic, slots: Writing, tokenizer: KeuralTokenizer) -> None:
@@ -84,10 +86,33 @@ def test_messages(claude: Anthropic, slots: Writing, tokenizer: KeuralTokenizer)
     calls = [block for block in final.content if block.type == "tool_use"]
     results = [{"type": "tool_result", "tool_use_id": call.id, "content": text}
                for call, text in zip(calls, ["sunny", "5"], strict=True)]  # fmt: skip
-    more = [*HELLO, {"role": "assistant", "content": final.content}, {"role": "user", "content": results}]
-    claude.messages.create(**asked | {"messages": more})
-    assert slots.prompts[-1] == render_prompt(tokenizer, TURNS, TOOLS)
+    for back in ([block.model_dump() for block in final.content], final.content):
+        more = [*HELLO, {"role": "assistant", "content": back}, {"role": "user", "content": results}]
+        claude.messages.create(**asked | {"messages": more})
+        assert slots.prompts[-1] == render_prompt(tokenizer, TURNS, TOOLS)
     assert claude.messages.count_tokens(model="tiny", messages=more, tools=MESSAGES_TOOLS).input_tokens == len(slots.prompts[-1])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_loop_of_tools_of_anthropics_client(claude: Anthropic, slots: Writing, stream: bool) -> None:
+    """It asks for a conversation that the server holds, and goes on without where it hears that there is none."""
+
+    @beta_tool
+    def weather(city: str) -> str:
+        """The weather."""
+        return f"sunny in {city}"
+
+    @beta_tool
+    def age(who: str, old: bool) -> str:
+        """Somebody's age."""
+        return f"{who} {old}"
+
+    asked: Any = {"model": "tiny", "max_tokens": 400, "messages": HELLO, "max_iterations": 2, "stream": stream}
+    for turn in claude.beta.messages.tool_runner(**asked, tools=[weather, age]):
+        message: Any = turn.get_final_message() if stream else turn
+        assert message.stop_reason == "tool_use"
+
+    assert slots.prompts[-1] != slots.prompts[-2]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -5,6 +5,7 @@ In: a service. Out: an ASGI application with its own description (`/openapi.json
 
 import re
 from collections.abc import Callable, Coroutine, Mapping
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Request
@@ -101,20 +102,19 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
+    of_openai = {"object": "model", "created": service.created, "owned_by": "keural", "max_model_len": service.context_length}
+    since = datetime.fromtimestamp(service.created, UTC).isoformat()
+    of_messages = {"type": "model", "display_name": service.name, "created_at": since, "lifecycle": "active"}
+
     def model() -> dict[str, Any]:
-        return {
-            "id": service.name,
-            "object": "model",
-            "created": service.created,
-            "owned_by": "keural",
-            "max_model_len": service.context_length,
-            **service.facts,
-        }
+        """In both APIs' words: neither minds what the other has beside."""
+        return {"id": service.name, **of_openai, **of_messages, **service.facts}
 
     @app.get("/v1/models")
     async def list_models() -> Response:
         """The models that are served: one."""
-        return json_response({"object": "list", "data": [model()]})
+        place = {"has_more": False, "first_id": service.name, "last_id": service.name}
+        return json_response({"object": "list", "data": [model()], **place})
 
     @app.get("/v1/models/{name:path}")
     async def retrieve_model(name: str) -> Response:

@@ -49,7 +49,7 @@ def _list(items: Schema) -> Schema:
     return {"type": "array", "items": items}
 
 
-def _word(*words: str | None) -> Schema:
+def _word(*words: str | bool | None) -> Schema:
     return {"enum": list(words)}
 
 
@@ -60,13 +60,16 @@ def _or_null(schema: Schema) -> Schema:
 USAGE = _object(
     prompt_tokens=COUNT, completion_tokens=COUNT, total_tokens=COUNT, prompt_tokens_details=_object(cached_tokens=COUNT)
 )
-MODEL = _object(id=TEXT, object=_word("model"), created=COUNT, owned_by=TEXT, max_model_len=COUNT)
+MODEL = _object(
+    id=TEXT, object=_word("model"), created=COUNT, owned_by=TEXT, max_model_len=COUNT,
+    type=_word("model"), display_name=TEXT, created_at=TEXT, lifecycle=_word("active"),
+)  # fmt: skip
 ANSWERS: dict[str, Schema] = {
     "/health": _object(status=_word("ok")),
     "/ready": _object(status=_word("ready")),
     "/metrics": TEXT,
     "/version": _object(version=TEXT),
-    "/v1/models": _object(object=_word("list"), data=_list(MODEL)),
+    "/v1/models": _object(object=_word("list"), data=_list(MODEL), has_more=_word(False), first_id=TEXT, last_id=TEXT),
     "/v1/models/{name}": MODEL,
     "/v1/chat/completions": _object(
         id=TEXT,

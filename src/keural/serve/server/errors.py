@@ -18,6 +18,9 @@ TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_e
 MESSAGES = "/v1/messages"
 MESSAGES_TYPES = TYPES | {413: "request_too_large", 503: "overloaded_error", 504: "timeout_error"}
 """The same in Anthropic's API, where others are `invalid_request_error` and `api_error`."""
+DETAILS = {"thread": {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}}
+"""By field that is refused, what Anthropic's own client reads beside: it asks the server to hold the loop of its tools, and goes on
+by sending all of the conversation where it hears this."""
 
 
 class ApiError(HTTPException):
@@ -42,7 +45,8 @@ class ApiError(HTTPException):
 def of_messages(error: ApiError) -> dict[str, Any]:
     """The error as Anthropic's API has it."""
     kind = MESSAGES_TYPES.get(error.status) or ("api_error" if error.status >= 500 else "invalid_request_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message}}
+    details = DETAILS.get(error.param or "")
+    return {"type": "error", "error": {"type": kind, "message": error.message, **({"details": details} if details else {})}}
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

@@ -47,9 +47,27 @@ def _fail_fast(schema: Any) -> None:
 
 
 class Fields(BaseModel):
-    """A JSON object all of whose keys are known, with values of the types that are written here."""
+    """A JSON object all of whose keys are known, with values of the types that are written here.
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+    Null is the same as leaving a field out, also of one that is not known: clients send back an answer with all fields that their
+    types have, those of later versions too.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        json_schema_extra={"additionalProperties": {"type": "null"}},
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_nulls(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or None not in value.values():
+            return value
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        return {name: part for name, part in value.items() if part is not None or name in known}
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

@@ -206,7 +206,8 @@ class _Sending:
         if message["type"] == "http.response.start":
             self.begun = True
             self._entry["status"] = message["status"]
-            added = [(b"x-request-id", self._entry["request_id"].encode()), (b"x-content-type-options", b"nosniff")]
+            name = self._entry["request_id"].encode()
+            added = [(b"x-request-id", name), (b"request-id", name), (b"x-content-type-options", b"nosniff")]
             if not self._body.whole:
                 added.append((b"connection", b"close"))  # the rest of the body is not read
             message = {**message, "headers": [*message.get("headers", ()), *added]}

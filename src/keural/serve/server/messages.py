@@ -118,6 +118,7 @@ class MessagesRequest(Settings, CountRequest):
     container: only(why="the server runs no tools itself")  # type: ignore[valid-type]
     diagnostics: only(why="there are none")  # type: ignore[valid-type]
     inference_geo: only(why="the server does not choose where it runs")  # type: ignore[valid-type]
+    thread: only(why="nothing is kept: send the whole conversation as `messages`")  # type: ignore[valid-type]
 
 
 async def answer_messages(service: Service, fields: MessagesRequest, headers: Mapping[str, str]) -> Reply:

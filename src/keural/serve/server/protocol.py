@@ -145,8 +145,9 @@ class _Connection(h11.Connection):
             raise
         if isinstance(event, h11.Request):
             names = {name for name, _ in event.headers}
-            if b"content-length" in names and b"transfer-encoding" in names:
-                # A proxy may take the one and we the other for the end of the body: what follows would be somebody else's request.
+            if b"transfer-encoding" in names and (b"content-length" in names or event.http_version < b"1.1"):
+                # A proxy may take the one and we the other for the end of the body, or know no chunks: what follows would be
+                # somebody else's request.
                 raise h11.RemoteProtocolError("two lengths of one body")
             size = len(event.target) + sum(len(name) + len(value) + 4 for name, value in event.headers.raw_items())
             if size > self._most:

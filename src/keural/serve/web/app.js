@@ -6,7 +6,7 @@ import { ServerError, answer, servedModel, useKey } from "./api.js";
 import { sendOnEnter } from "./composer.js";
 import { copyText, element, icon, iconButton } from "./dom.js";
 import * as store from "./store.js";
-import { ROOT, addTurn, freshConversation, fromFile, messagesTo, path, toFile, versions } from "./tree.js";
+import { ROOT, addTurn, freshConversation, fromFile, join, messagesTo, path, toFile, versions } from "./tree.js";
 import { explained, failure, figures, finish, speedLine, turnElement } from "./turns.js";
 import { fill, number, say, switchLanguage } from "./words.js";
 
@@ -64,12 +64,25 @@ function toTheEnd() {
   if (following) scroll.scrollTop = scroll.scrollHeight;
 }
 
-async function keep(conversation) {
+/** What the browser's database gives; undefined, and a notice, where it does not work. */
+async function kept(work) {
   try {
-    await store.save(conversation);
+    return await work();
   } catch (error) {
     notice(`${say("noStore")} (${error?.message ?? error})`);
   }
+}
+
+function keep(conversation) {
+  return kept(() => store.save(conversation));
+}
+
+/** Show what another tab has kept since this one was looked at. */
+async function catchUp() {
+  await list();
+  if (running?.talk.id === talk.id || turns.querySelector(".edit")) return;
+  const found = await kept(() => store.load(talk.id));
+  if (found?.id === talk.id && join(talk, found)) draw();
 }
 
 /** Let the model answer the turn `parent` of `conversation`. */
@@ -145,13 +158,16 @@ async function run(conversation, parent) {
 /** An answer has ended, or none has come. */
 async function end(conversation, turn, article, writing, trouble) {
   const shown = article.isConnected;
+  const others = versions(conversation, turn).filter((other) => other !== turn);
   if (trouble && !turn.content) {
     delete conversation.turns[turn.id];
-    const others = versions(conversation, turn);
-    if (others.length) conversation.shown[turn.parent] = others.at(-1).id;
-    else delete conversation.shown[turn.parent];
-    article.replaceWith(failure(trouble));
-  } else if (trouble) notice([explained(trouble), trouble.message].filter(Boolean).join(" — "));
+    delete conversation.shown[turn.parent];
+  }
+  if (trouble && !turn.content && others.length) {
+    conversation.shown[turn.parent] = others.at(-1).id;
+    if (shown) draw(); // what was there before, with all that follows it
+  } else if (trouble && !turn.content) article.replaceWith(failure(trouble));
+  if (trouble && (turn.content || others.length)) notice([explained(trouble), trouble.message].filter(Boolean).join(" — "));
   conversation.updated = Date.now();
   showRunning(false);
   writing.end();
@@ -199,9 +215,14 @@ function turnOf(node) {
 async function copied(button, text) {
   if (!(await copyText(text))) return notice(say("copyFailed"));
   at("status").textContent = say("copied");
+  if (button.classList.contains("copied")) return; // pressed again while it says so
   const before = [...button.childNodes];
+  button.classList.add("copied");
   button.replaceChildren(button.classList.contains("icon") ? icon("check") : say("copied"));
-  setTimeout(() => button.replaceChildren(...before), 1200);
+  setTimeout(() => {
+    button.classList.remove("copied");
+    button.replaceChildren(...before);
+  }, 1200);
 }
 
 const ACTIONS = {
@@ -284,7 +305,8 @@ function edit(article, turn) {
 // ---- the list of conversations
 
 async function list() {
-  const found = await store.titles();
+  const found = await kept(() => store.titles());
+  if (!found) return;
   const items = found.map(({ id, title }) => {
     const words = title || say("untitled");
     const open = element("button", { type: "button", class: "open", "aria-current": id === talk.id ? "true" : null, click: () => show(id) }, words);
@@ -296,7 +318,7 @@ async function list() {
 }
 
 async function show(id) {
-  const found = running?.talk.id === id ? running.talk : await store.load(id);
+  const found = running?.talk.id === id ? running.talk : await kept(() => store.load(id));
   if (!found) return;
   talk = found;
   history.replaceState(null, "", `#${id}`);
@@ -320,26 +342,29 @@ async function removeTalk(id, words) {
     latest.controller.abort();
     await latest.over; // it is saved once more at its end
   }
-  await store.remove(id);
+  await kept(() => store.remove(id));
   if (talk.id === id) fresh();
   else await list();
 }
 
 async function exportAll() {
+  const all = await kept(() => store.everything());
+  if (!all) return;
   const name = `keural-${new Date().toISOString().slice(0, 10)}.json`;
-  const file = URL.createObjectURL(new Blob([toFile(await store.everything())], { type: "application/json" }));
+  const file = URL.createObjectURL(new Blob([toFile(all)], { type: "application/json" }));
   element("a", { href: file, download: name }).click();
   setTimeout(() => URL.revokeObjectURL(file), 10_000);
 }
 
 async function importFile(file) {
+  let found;
   try {
-    const found = fromFile(await file.text());
-    for (const conversation of found) await store.save(conversation);
-    notice(say("imported", number(found.length)));
+    found = fromFile(await file.text());
   } catch (error) {
-    notice(say("badFile", String(error.message).slice(0, 200)));
+    return notice(say("badFile", String(error.message).slice(0, 200)));
   }
+  notice(say("imported", number(found.length)));
+  await kept(() => store.saveAll(found));
   await list();
 }
 
@@ -462,6 +487,7 @@ function listen() {
     } else stop();
   });
   document.addEventListener("visibilitychange", () => document.hidden && running && keep(running.talk));
+  window.addEventListener("focus", catchUp);
   at("new").addEventListener("click", fresh);
   at("open-side").addEventListener("click", () => side(true));
   for (const id of ["close-side", "veil"]) at(id).addEventListener("click", () => side(false));
@@ -512,7 +538,7 @@ async function begin() {
   await store.open();
   if (!store.lasting) notice(say("noStore"));
   const asked = location.hash.slice(1);
-  talk = (asked && (await store.load(asked))) || talk;
+  talk = (asked && (await kept(() => store.load(asked)))) || talk;
   draw();
   await list();
   document.body.dataset.ready = "true";

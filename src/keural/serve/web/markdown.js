@@ -93,18 +93,18 @@ const BLOCKS = {
   text: (token, depth) => element("span", {}, ...inline(token.tokens ?? [token], depth)),
   checkbox: (token) => INLINE.checkbox(token)[0],
   hr: () => element("hr"),
-  blockquote: (token, depth) => element("blockquote", {}, ...blocks(token.tokens, depth + 1)),
+  blockquote: (token, depth) => element("blockquote", { dir: "auto" }, ...blocks(token.tokens, depth + 1)),
   code: (token) => codeBlock(token.text, (token.lang ?? "").split(/\s/)[0]),
   list: (token, depth) => {
     const items = token.items.map((item) => element("li", { class: item.task ? "task" : null }, ...blocks(item.tokens, depth + 2)));
-    return element(token.ordered ? "ol" : "ul", { start: token.ordered && token.start !== 1 ? token.start : null }, ...items);
+    return element(token.ordered ? "ol" : "ul", { dir: "auto", start: token.ordered && token.start !== 1 ? token.start : null }, ...items);
   },
   table: (token, depth) => {
     const cell = (name, found) => element(name, { class: found.align }, ...inline(found.tokens, depth));
     const head = element("tr", {}, ...token.header.map((found) => cell("th", found)));
     const rows = token.rows.map((row) => element("tr", {}, ...row.map((found) => cell("td", found))));
     const table = element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows));
-    return element("div", { class: "wide-content", tabindex: "0", role: "group", "aria-label": say("table") }, table);
+    return element("div", { class: "wide-content", dir: "auto", tabindex: "0", role: "group", "aria-label": say("table") }, table);
   },
 };
 

@@ -1,7 +1,9 @@
 // Conversations in the browser's own database.
 //
 // In: conversations. Out: the same, after the page was loaded again. Where a browser keeps nothing (private windows of some), they
-// are held until the tab is closed, and `lasting` is false.
+// are held until the tab is closed, and `lasting` is false. Tabs share the database: what is saved is joined with what lies there.
+
+import { join } from "./tree.js";
 
 const DATABASE = "keural";
 const WHOLE = "conversations";
@@ -44,13 +46,30 @@ function transaction(mode, work) {
   });
 }
 
-/** Keep a conversation as it is now. Raises where the disk has no room. */
-export async function save(conversation) {
+function put(whole, heads, conversation) {
   const { id, title, updated } = conversation;
+  whole.put(conversation);
+  heads.put({ id, title, updated });
+}
+
+/** Keep a conversation as it is now, with what other tabs have kept of it. Raises where the disk has no room. */
+export async function save(conversation) {
+  const { id } = conversation;
   if (!database) return void held.set(id, structuredClone(conversation));
   await transaction("readwrite", (whole, heads) => {
-    whole.put(conversation);
-    heads.put({ id, title, updated });
+    const before = whole.get(id);
+    before.onsuccess = () => {
+      if (before.result) join(conversation, before.result);
+      put(whole, heads, conversation);
+    };
+  });
+}
+
+/** Keep new conversations, all of them or none. Raises where the disk has no room. */
+export async function saveAll(conversations) {
+  if (!database) return conversations.forEach((one) => held.set(one.id, structuredClone(one)));
+  await transaction("readwrite", (whole, heads) => {
+    for (const conversation of conversations) put(whole, heads, conversation);
   });
 }
 

@@ -50,6 +50,21 @@ export function messagesTo(conversation, last) {
   return conversation.system.trim() ? [{ role: "system", content: conversation.system }, ...turns] : turns;
 }
 
+/** Take into a conversation what another tab has kept of it meanwhile; whether that was anything. Nobody's turns are lost so: of a turn
+ * that both have the longer one counts, and an empty one is no turn yet, or none any more. */
+export function join(conversation, kept) {
+  let joined = false;
+  for (const [id, other] of Object.entries(kept.turns)) {
+    const own = conversation.turns[id];
+    if (!other.content || (own && own.content.length >= other.content.length)) continue;
+    conversation.turns[id] = other;
+    joined = true;
+  }
+  for (const [parent, child] of Object.entries(kept.shown)) if (child in conversation.turns) conversation.shown[parent] ??= child;
+  if (joined) conversation.updated = Math.max(conversation.updated, kept.updated);
+  return joined;
+}
+
 /** All conversations as a file holds them. */
 export function toFile(conversations) {
   return JSON.stringify({ format: FORMAT, version: 1, conversations }, null, 1);

@@ -12,8 +12,8 @@ from pydantic import Field
 
 from keural.parsing import Malformed, parse_json
 from keural.serve.server.errors import ApiError
-from keural.serve.server.fields import Accepted, Fields
-from keural.serve.server.tools.definitions import Name
+from keural.serve.server.fields import Accepted, Fields, only
+from keural.serve.server.tools.definitions import ONE_CALLER, Name
 from keural.tokenizer import Message, ToolCall, with_calls
 
 LONGEST_ID = 256
@@ -134,6 +134,7 @@ class ToolUseBlock(Fields):
     name: Name
     input: dict[str, Any]
     cache_control: Accepted
+    caller: only({"type": "direct"}, why=ONE_CALLER)  # type: ignore[valid-type]
 
     @property
     def call(self) -> Call:

@@ -108,7 +108,11 @@ def test_only_stages_that_know_chats_are_asked_in_one(keural: Keural, run: Path,
         (("MODEL", "--dtype", "float8"), "--dtype"),
         (("MODEL", "--chat", "--no-bos"), "--no-bos is for texts"),
         (("MODEL", "--json", "DATA"), "is a directory"),
+        (("MODEL", "--json", "/dev/stdout"), "is a link, a pipe or a device"),
+        (("MODEL", "--tasks", "/dev/zero"), "/dev/zero: cannot be read (a pipe or a device, not a file)"),
         (("MODEL", "--data", "nowhere"), "nowhere: no such directory"),
+        (("MODEL", "--data", __file__), "is no directory"),
+        (("MODEL", "--data", __file__, "--tasks", "kobest_copa"), "is no directory"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_a_line(

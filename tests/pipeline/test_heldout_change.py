@@ -84,6 +84,13 @@ def test_what_is_not_known_on_both_sides_is_not_compared(tmp_path: Path, missing
     assert heldout_change(tmp_path) == {}
 
 
+def test_a_loss_that_is_no_number_is_not_compared(tmp_path: Path) -> None:
+    write_losses(tmp_path, np.full(3 * SIZE, 10))
+    known = ItemLosses.read(tmp_path / AFTER)
+    known.model_copy(update={"losses": [math.nan, *known.losses[1:]]}).write(tmp_path / AFTER)
+    assert heldout_change(tmp_path) == {}
+
+
 def test_a_run_has_it_in_its_summary_and_report(place: Any) -> None:
     base, chat, align = read_json(place.run / "summary.json")["stages"]
     assert base["heldout_change"] == align["heldout_change"] == {}
@@ -92,7 +99,6 @@ def test_a_run_has_it_in_its_summary_and_report(place: Any) -> None:
     assert change["before"] > change["after"]
     page = (place.run / "report.html").read_text(encoding="utf-8")
     assert f"{change['before']:.4g} → {change['after']:.4g}" in page
-    assert "Held out, chat" in page
 
 
 def test_a_stage_that_was_killed_has_the_same(interrupted: Any, finished: Path) -> None:

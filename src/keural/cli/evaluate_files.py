@@ -5,7 +5,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from keural.errors import UserError
 from keural.limits import LARGEST_ANSWER, LARGEST_SEED
 from keural.terminal import note, show, show_table, work_progress
 
@@ -29,9 +28,9 @@ def write_answers(
     """Answer MT-Bench's or LogicKor's questions, both turns, for a judge elsewhere."""
     from keural.evaluate.generated.fastchat import read_questions, write_answers_file, write_chats
     from keural.evaluate.models import Conditions, stored_model
+    from keural.files import check_output
 
-    if out.is_dir():
-        raise UserError(f"{out}: is a directory; name a file")
+    check_output(out)
     asked = read_questions(questions)
     opened = stored_model(model, Conditions("chat", system=system), name)
     with work_progress() as tell:
@@ -51,8 +50,10 @@ def show_judgements(
     from dataclasses import asdict
 
     from keural.evaluate.generated.fastchat import read_judgements, read_questions
-    from keural.files import write_json
+    from keural.files import check_output, write_json
 
+    if json_file is not None:
+        check_output(json_file, "--json")
     categories = {} if questions is None else {question.id: question.category for question in read_questions(questions)}
     found = read_judgements(file, categories)
     columns: dict[str, Literal["left", "right"]] = {"of": "left", "score": "right", "95%": "right", "judgements": "right"}

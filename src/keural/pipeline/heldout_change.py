@@ -17,7 +17,8 @@ from keural.train.stage.item_losses import AFTER, BEFORE, ItemLosses
 
 
 def heldout_change(directory: Path) -> dict[str, dict[str, Any]]:
-    """The changes of the stage in `directory` by group (`ItemLosses.groups`); empty where it has no such losses.
+    """The changes of the stage in `directory` by group (`ItemLosses.groups`); empty where it has no such losses, and where one of
+    them is not finite.
 
     `better` is None where a difference is not significant. Raises `UserError` when a file is damaged.
     """
@@ -26,6 +27,8 @@ def heldout_change(directory: Path) -> dict[str, dict[str, Any]]:
         return {}
     labels = np.array(before.labels)
     first, second = np.array(before.losses), np.array(after.losses)
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        return {}
     groups = {name: found for name, chosen in before.groups() if (found := chosen & (labels > 0)).any()}
     changes = {name: paired_difference(first[which], second[which], weights=labels[which]) for name, which in groups.items()}
     found = {}

@@ -81,7 +81,7 @@ def by_source(run: Run) -> list[Table]:
     for stage in run.stages:
         heldout = stage.done.get("heldout") or (stage.heldout[-1]["heldout"] if stage.heldout else {})
         rows = [_source_row(name, figures) for name, figures in _grouped(heldout).items()]
-        if change := stage.done.get("heldout_change"):
+        if len(change := stage.done.get("heldout_change") or {}) > 1:
             tables.append(_change_table(stage.name, change))
         elif rows:
             columns = ["source or language", "items", "loss", "margin", "ranked right", "log-probability, good", "bad"]

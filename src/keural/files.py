@@ -19,8 +19,9 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -34,7 +35,7 @@ _TEMPORARY_FILE = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.tmp")
 _TEMPORARY_DIRECTORY = re.compile(r"\..+\.(\d+)\.tmp")
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BufferedReader:
     """Open a file to read its bytes. Raises OSError, also for a pipe or a device, which might never end."""
     mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):

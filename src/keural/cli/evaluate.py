@@ -11,6 +11,7 @@ from keural.cli.evaluate_compare import compare
 from keural.cli.evaluate_files import add_commands
 from keural.cli.evaluate_harness import HarnessAsked, allowed
 from keural.cli.evaluate_kept import keep_in_run, with_run_figures
+from keural.cli.options import names_of
 from keural.errors import UserError
 from keural.limits import LARGEST
 from keural.terminal import show, show_table, work_progress
@@ -110,12 +111,10 @@ def evaluate_model(
     conditions = Conditions(prompting, dtype, engine, too_long, system)
     if json_file is not None:
         check_output(json_file, "--json")
+    names, harness_names = names_of("--tasks", tasks), names_of("--harness", harness)
     what = what_to_evaluate(path, conditions, results)
-    names = [name.strip() for name in tasks.split(",")] if tasks else []
-    if "" in names:
-        raise UserError(f"--tasks {tasks}: an empty name; give names with one comma between them")
-    specs = [] if harness and not names else allowed(select(names, data), names, run_code)
-    ask_harness = None if not harness else HarnessAsked(harness, include, shots, limit, run_code)
+    specs = [] if harness_names and not names else allowed(select(names, data), names, run_code)
+    ask_harness = HarnessAsked(harness_names, include, shots, limit, run_code) if harness_names else None
     found = _measured(what, [load(spec, data, shots) for spec in specs], limit, conditions.prompting, ask_harness)
     kept = keep_in_run(path, found, limit) if what.is_run and results is None else None
     if json_file is not None:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from keural.cli.options import names_of
 from keural.limits import LARGEST_ANSWER, LARGEST_SEED
 from keural.terminal import note, show, show_table, work_progress
 
@@ -80,7 +81,7 @@ def export(
     from keural.evaluate.tasks.library import select
     from keural.evaluate.tasks.loading import load
 
-    loaded = [load(spec, data, shots) for spec in select([name for name in tasks.split(",") if name], data)]
+    loaded = [load(spec, data, shots) for spec in select(names_of("--tasks", tasks), data)]
     left_out = export_tasks(loaded, out)
     for name, reason in left_out.items():
         note(f"({name} is left out: {reason})")

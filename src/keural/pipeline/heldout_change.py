@@ -29,9 +29,9 @@ def heldout_change(directory: Path) -> dict[str, dict[str, Any]]:
     first, second = np.array(before.losses), np.array(after.losses)
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
         return {}
-    groups = {name: found for name, chosen in before.groups() if (found := chosen & (labels > 0)).any()}
+    groups = {name: kept for name, chosen in before.groups() if (kept := chosen & (labels > 0)).any()}
     changes = {name: paired_difference(first[which], second[which], weights=labels[which]) for name, which in groups.items()}
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for (name, change), p in zip(changes.items(), holm([each.p for each in changes.values()]), strict=True):
         total = labels[groups[name]].sum()
         found[name] = {

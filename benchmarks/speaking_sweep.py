@@ -189,7 +189,7 @@ def heldout(trainer: Trainer, data: Path, tokenizer: KeuralTokenizer, run: Path,
 
 def losses_by_source(trainer: Trainer, stream: Stream) -> dict[str, float]:
     """Loss on the answers of a held-out store with several sources, in nats per token, by source."""
-    figures = evaluate(trainer, stream, None)
+    figures = evaluate(trainer, stream, None).figures
     return {key.split("/")[1]: value for key, value in figures.items() if key.startswith("source/") and key.endswith("/loss")}
 
 

@@ -10,10 +10,13 @@ from keural.files import (
     CheckedFile,
     FileHashes,
     FileState,
+    check_output,
     fingerprint,
     read_checked_text,
     read_object,
+    read_text,
     remembered_check,
+    sha256_file,
     write_atomic,
     write_checked_text,
     write_json,
@@ -205,3 +208,38 @@ def test_the_advice_fits_what_the_system_refused(tmp_path: Path, blocked: str | 
 
     assert advice in str(refused.value)
     assert "free some space" not in str(refused.value)
+
+
+def test_what_might_never_end_is_not_read(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for read in (read_text, read_object, read_checked_text, Marker.read, Marker.find):
+        with pytest.raises(UserError, match=r"pipe: .*(a pipe or a device|no such file)"):
+            read(pipe)
+    for path in (pipe, Path("/dev/zero")):
+        with pytest.raises(OSError, match="a pipe or a device, not a file"):
+            sha256_file(path)
+
+
+def test_a_pipe_or_a_device_is_never_replaced(tmp_path: Path) -> None:
+    pipe, device = tmp_path / "pipe", tmp_path / "device"
+    os.mkfifo(pipe)
+    device.symlink_to("/dev/full")
+    for path in (pipe, device):
+        with pytest.raises(UserError, match=f"{path}: is a pipe or a device"):
+            write_atomic(path, "figures")
+    assert pipe.is_fifo()
+    assert device.is_symlink()
+    assert sorted(tmp_path.iterdir()) == [device, pipe]
+
+
+def test_only_a_file_can_be_replaced_by_an_output(tmp_path: Path) -> None:
+    file, link, pipe = (tmp_path / name for name in ("file", "link", "pipe"))
+    file.write_text("earlier figures")
+    link.symlink_to(file)
+    os.mkfifo(pipe)
+    check_output(file)
+    check_output(tmp_path / "new" / "figures.json")
+    for path, reason in ((tmp_path, "is a directory"), (link, "is a link"), (pipe, "a pipe"), (file / "x", "is no directory")):
+        with pytest.raises(UserError, match=rf"--json {path}: .*{reason}"):
+            check_output(path, "--json")

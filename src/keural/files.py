@@ -16,8 +16,10 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -33,9 +35,17 @@ _TEMPORARY_FILE = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.tmp")
 _TEMPORARY_DIRECTORY = re.compile(r"\..+\.(\d+)\.tmp")
 
 
+def open_file(path: Path) -> BufferedReader:
+    """Open a file to read its bytes. Raises OSError, also for a pipe or a device, which might never end."""
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "a pipe or a device, not a file", str(path))
+    return path.open("rb")
+
+
 def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes, read in blocks."""
-    with path.open("rb") as file:
+    """Hex SHA-256 of a file's bytes, read in blocks. Raises OSError as `open_file` does."""
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -48,13 +58,14 @@ def fingerprint(value: Any) -> str:
 def read_text(path: Path) -> str:
     """The UTF-8 text in `path`. Raises `UserError` when it is missing, cannot be read, is far too large or not UTF-8."""
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_TEXT_BYTES + 1)
+        with open_file(path) as file:
+            too_large = os.fstat(file.fileno()).st_size > MAX_TEXT_BYTES
+            content = b"" if too_large else file.read(MAX_TEXT_BYTES + 1)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    if len(content) > MAX_TEXT_BYTES:
+    if too_large or len(content) > MAX_TEXT_BYTES:
         raise UserError(f"{path}: larger than {MAX_TEXT_BYTES:,} bytes; it is not what it should be, restore it")
     try:
         return content.decode("utf-8")
@@ -92,7 +103,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write `content` to a temporary neighbour, flush it to disk, then rename it to `path`. Raises `UserError` on a full disk.
+    """Write `content` to a temporary neighbour, flush it to disk, then rename it to `path`. Raises `UserError` on a full disk, and
+    for a pipe or a device in the place of `path`.
 
     What a killed process leaves of it `clear_leftovers` removes. Lone surrogates of a text (bytes of a file name that are no
     UTF-8) are written as `\\udc80`, which JSON reads back.
@@ -102,6 +114,8 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path}: is a pipe or a device, which is not replaced; name a file")
         with temporary.open("wb") as file:
             lock(file.fileno())
             file.write(data)
@@ -124,6 +138,18 @@ def cannot_write(path: Path, error: OSError) -> UserError:
         return refusal_of(error) or UserError(str(error))
     reason, advice = why_unwritten(error)
     return UserError(f"{path}: cannot be written ({reason}); {advice}, or choose another directory")
+
+
+def check_output(path: Path, what: str = "") -> None:
+    """Raise `UserError` unless a file can be written to `path`, or replaced there; `what` says which option names it."""
+    said = f"{what} {path}".lstrip()
+    if path.is_dir():
+        raise UserError(f"{said}: is a directory; name a file")
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise UserError(f"{said}: is a link, a pipe or a device, which would be replaced; name a file")
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise UserError(f"{said}: {parent} is no directory; name a file in one")
 
 
 def clear_leftovers(directory: Path) -> None:
@@ -297,7 +323,8 @@ def write_checked_text(path: Path, text: str) -> None:
 def read_checked_text(path: Path) -> str:
     """What `write_checked_text` was given. Raises `UserError` unless the file is what was written."""
     try:
-        head, _, text = path.read_text(encoding="utf-8").partition("\n")
+        with open_file(path) as file:
+            head, _, text = file.read().decode("utf-8").partition("\n")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
     match = _TEXT_HEAD.fullmatch(head)

@@ -74,7 +74,7 @@ def test_baselines_of_another_form_are_refused_by_line(path: Path, line: dict[st
 def test_a_second_process_appends_to_what_is_there(path: Path) -> None:
     with open_results(path, HEADER) as writer:
         assert set(writer.items) == {"id0", "id1", "id2"}
-        writer.append([(3, item(3))])
+        writer.append([(0, item(3))])
 
     assert len(read_results(path).items) == 4
 
@@ -128,6 +128,75 @@ def test_lines_that_were_never_written_are_refused(path: Path, added: bytes) -> 
         file.write(added)
 
     with pytest.raises(UserError, match=rf"{path}:5: damaged"), open_results(path, HEADER):
+        pass
+
+
+@pytest.mark.parametrize("place", [-1, 3, True, 1.0, None])
+def test_an_item_whose_place_is_not_in_the_set_is_refused(path: Path, place: object) -> None:
+    line = item(9).to_json() | {"number": place}
+    with path.open("ab") as file:
+        file.write(json.dumps(line | {"checksum": fingerprint(line)[:16]}).encode() + b"\n")
+
+    with pytest.raises(UserError, match=rf"{path}:5: is no result"):
+        read_results(path)
+
+
+@pytest.mark.parametrize("change", [{}, {"score": 0.5}])
+def test_an_item_that_is_there_twice_is_refused(path: Path, change: dict[str, object]) -> None:
+    line = item(0).to_json() | {"number": 0} | change
+    with path.open("ab") as file:
+        file.write(json.dumps(line | {"checksum": fingerprint(line)[:16]}).encode() + b"\n")
+
+    with pytest.raises(UserError, match=rf"{path}:5: has item id0 a second time"):
+        read_results(path)
+
+
+def test_an_item_that_was_left_out_or_cut_may_be_asked_once_more_in_the_other_way(path: Path) -> None:
+    cut = replace(item(1), details={"cut": 5})
+    for entry in (cut, LeftOut("id1", "too_long", "900 tokens"), cut):
+        with open_results(path, HEADER) as writer:
+            writer.append([(1, entry)])
+        assert read_results(path).items["id1"] == (1, entry)
+
+
+@pytest.mark.parametrize("score", [3.0, -0.5])
+def test_a_score_that_is_no_share_is_refused_but_for_bits(path: Path, tmp_path: Path, score: float) -> None:
+    with open_results(path, HEADER) as writer:
+        writer.append([(0, replace(item(3), score=score))])
+    with pytest.raises(UserError, match=rf"{path}:5: is no result"):
+        read_results(path)
+    bits = replace(HEADER, kind="rolling", digest="12" * 32)
+    with open_results(results_file(tmp_path, bits), bits) as writer:
+        writer.append([(0, replace(item(3), score=3.0))])
+    assert read_results(results_file(tmp_path, bits)).items["id3"][1] == replace(item(3), score=3.0)
+
+
+@pytest.mark.parametrize("change", [{"chance": float("nan")}, {"chance": 2.0}, {"size": -1}, {"shots": -1}, {"more": 1}])
+def test_a_header_of_impossible_values_is_none(path: Path, change: dict[str, object]) -> None:
+    header, *lines = path.read_bytes().splitlines(keepends=True)
+    value = json.loads(header) | change
+    del value["checksum"]
+    whole = {**value, "checksum": fingerprint(value)[:16]}
+    path.write_bytes(json.dumps(whole).encode() + b"\n" + b"".join(lines))
+
+    with pytest.raises(UserError, match=rf"{path}:1: (is no header of results|damaged)"):
+        read_results(path)
+
+
+def test_a_file_without_its_header_has_none(path: Path) -> None:
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[1:]))
+
+    with pytest.raises(UserError, match=rf"{path}:1: is no header of results"):
+        read_results(path)
+
+
+def test_a_pipe_in_their_place_is_not_waited_for(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+    with pytest.raises(UserError, match="a pipe or a device"):
+        read_results(path)
+    with pytest.raises(UserError, match="a pipe or a device"), open_results(path, HEADER):
         pass
 
 

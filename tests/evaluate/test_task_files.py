@@ -10,7 +10,7 @@ from keural.errors import UserError
 from keural.evaluate.tasks.items import Item
 from keural.evaluate.tasks.library import select, shipped
 from keural.evaluate.tasks.loading import LoadedTask, load
-from keural.evaluate.tasks.spec import PlaceSpec, TaskSpec, read_task
+from keural.evaluate.tasks.spec import PlaceSpec, ShotsSpec, TaskSpec, read_task
 from keural.evaluate.tasks.template import check_template, fill
 from tests.helpers.small_sets import COPA, write_copa, write_mmlu
 
@@ -162,6 +162,25 @@ def test_a_set_of_which_nothing_can_be_asked_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match=r"kobest_copa: no item can be asked .4 no_word.*'이유'"):
         loaded(tmp_path)
+
+
+def test_labels_that_name_no_choice_are_called_that(tmp_path: Path) -> None:
+    file = write_copa(tmp_path, 1)
+    file.write_text(file.read_text().rstrip()[:-1] + "7\n")
+
+    with pytest.raises(UserError, match=r"1 no_right_choice.*its label names none of the 2 choices"):
+        loaded(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"cluster": "relatoin"}, {"shots": ShotsSpec(same="relatoin")}])
+def test_groups_by_what_no_item_has_are_refused(tmp_path: Path, changes: dict[str, object]) -> None:
+    """All items would be of one group."""
+    write_copa(tmp_path)
+    spec = shipped()["kobest_copa"]
+
+    with pytest.raises(UserError, match=r"no item has 'relatoin' .did you mean 'relation'"):
+        load(spec.model_copy(update=changes), tmp_path)
+    load(spec.model_copy(update={"cluster": "relation"}), tmp_path)
 
 
 def test_an_item_is_known_by_its_content_and_the_same_ones_are_told_apart(tmp_path: Path) -> None:

@@ -158,7 +158,10 @@ def test_the_command_flags_a_set_that_a_run_was_trained_on(place: Place, finishe
     assert code == 0, err
     code, out, err = place.command("export", run / "final", root / "exported", "--format", "hf")
     assert code == 0, err
-    assert "| planted | ko | " in (root / "exported" / "README.md").read_text()
+    card = (root / "exported" / "README.md").read_text()
+    assert "| planted | ko | " in card
+    [bits] = Summary.read(run / "summary.json").evaluation["bits_per_byte"]
+    assert f"| prose |  | {bits['models']['align']:.3f} bits/byte (xz -9 {bits['xz']:.3f}" in card
 
 
 def test_the_same_run_again_keeps_what_was_measured(place: Place, finished: Path) -> None:

@@ -13,6 +13,7 @@ from keural.errors import UserError
 from keural.files import read_checked_text, write_checked_text
 from keural.pipeline.run_contents import read_run
 from keural.pipeline.run_directory import Done, Summary
+from keural.report.alignment import by_source
 from keural.report.html import write_report as write_report_of
 from keural.train.checks.record import ChecksFile
 from keural.train.stage.metrics import line_text
@@ -168,6 +169,37 @@ def test_checks_alarms_sources_and_lengths_are_shown(run: Path) -> None:
         "language ko", "50.0%", "Preference by length",
     ):  # fmt: skip
         assert text in page.words, text
+
+
+def test_what_a_stage_changed_of_each_source_is_shown_and_marked_only_where_it_is_significant(run: Path) -> None:
+    def change(difference: float, better: bool | None) -> dict[str, Any]:
+        figures = {"items": 1200, "before": 2.5, "after": 2.5 + difference, "difference": difference, "error": 0.01}
+        return figures | {"low": difference - 0.02, "high": difference + 0.02, "p_holm": 0.5, "better": better}
+
+    changes = {"all": change(-0.25, True), "source/a|b": change(-0.5, True), "source/c/d": change(0.0625, False)}
+    changes |= {"source/e": change(-0.015, None), "language/ko": change(-0.125, True)}
+    done = Done.read(run / "sft-1" / "done.json")
+    done.model_copy(update={"heldout": {"loss": 2.25}, "heldout_change": changes}).write(run / "sft-1" / "done.json")
+    [table] = by_source(read_run(run))
+    shown = {row[0].text: (row[2].text, row[3].text, row[4].text, row[4].tag) for row in table.rows}
+    assert shown == {
+        "a|b": ("2.500", "2.000", "−0.500 ± 0.010 ▼", "good"),
+        "c/d": ("2.500", "2.562", "+0.062 ± 0.010 ▲", "bad"),
+        "e": ("2.500", "2.485", "−0.015 ± 0.010", ""),
+        "language ko": ("2.500", "2.375", "−0.125 ± 0.010 ▼", "good"),
+        "all": ("2.500", "2.250", "−0.250 ± 0.010 ▼", "good"),
+    }
+    words = Page(write_report(run)).words
+    assert "Held out, sft-1" in words
+    assert "2.5 → 2.25" in words  # of the stage, among all stages
+
+
+def test_a_stage_whose_held_out_data_is_of_one_source_has_its_change_among_the_stages_alone(run: Path) -> None:
+    done = Done.read(run / "sft-1" / "done.json")
+    alone = {"all": {"items": 9, "before": 2.5, "after": 2.25, "difference": -0.25, "error": None, "better": None}}
+    done.model_copy(update={"heldout": {"loss": 2.25}, "heldout_change": alone}).write(run / "sft-1" / "done.json")
+    assert by_source(read_run(run)) == []
+    assert "2.5 → 2.25" in Page(write_report(run)).words
 
 
 def test_page_needs_nothing_from_outside(run: Path) -> None:

@@ -1,6 +1,7 @@
 """Held-out figures by source and language are those of the sources alone."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def figures_of(trainer: Any, store: Path, first: int = 0) -> dict[str, float]:
 
     size = {"batch_pairs": 1} if trainer.stage.objective == "dpo" else {"batch_rows": 1}
     stream = Stream(TokenStore.open(store), trainer.stage.objective, LENGTH, **size)
-    return evaluate(trainer, stream, reference if trainer.stage.objective == "dpo" else None)
+    return evaluate(trainer, stream, reference if trainer.stage.objective == "dpo" else None).figures
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
@@ -66,6 +67,17 @@ def test_each_source_has_the_figures_of_its_own_store(tmp_path: Path, objective:
     assert whole["language/ko/loss"] == pytest.approx(korean, rel=1e-5)
     assert whole["language/en/loss"] == pytest.approx(alone["chat"]["loss"], rel=1e-5)
     assert alone["wiki"]["loss"] != pytest.approx(alone["chat"]["loss"], rel=1e-3)
+
+
+def test_each_conversation_has_the_loss_of_its_own_labels(tmp_path: Path) -> None:
+    store = TokenStore.open(write_sources(tmp_path / "stores", "sft")["all"])
+    trainer = open_run(small_job(tmp_path, "sft")).trainer
+    items = evaluate(trainer, Stream(store, "sft", LENGTH, batch_rows=2), None).items
+    assert items is not None
+    for number in range(store.num_sequences):
+        ids, trained = torch.tensor(store.sequence(number).astype("int64")), torch.tensor(store.loss_mask(number))[1:] > 0
+        nats = F.cross_entropy(trainer.policy.model(ids[None]).logits[0, :-1], ids[1:], reduction="none")[trained]
+        assert items[:, number] == pytest.approx([nats.sum().item(), len(nats)], rel=1e-5), number
 
 
 def test_weights_of_pairs_count_in_their_source(tmp_path: Path) -> None:
@@ -95,12 +107,12 @@ def test_documents_with_their_texts_have_bits_per_byte_and_those_without_have_no
     }
 
     stream = Stream(TokenStore.open(tmp_path / "held"), "next_token", 64, batch_rows=1)
-    found = evaluate(trainer, stream, None)
+    found = evaluate(trainer, stream, None).figures
 
     size = 4 + 2 * 9 + 40
     assert found["bits_per_byte"] == pytest.approx((sum(nats.values()) + nats["고양이"]) / math.log(2) / size, rel=1e-5)
     without = Stream(TokenStore.open(tmp_path / "store"), "next_token", 64, batch_rows=1)
-    assert "bits_per_byte" not in evaluate(trainer, without, None)
+    assert "bits_per_byte" not in evaluate(trainer, without, None).figures
 
 
 def test_a_stage_keeps_them_and_says_the_whole_figures(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -110,8 +122,9 @@ def test_a_stage_keeps_them_and_says_the_whole_figures(tmp_path: Path, capfd: py
     (line,) = [line["heldout"] for line in metrics_of(job) if "heldout" in line]
     assert line == result.heldout
     assert "source/wiki/loss" in line
-    (said,) = [line for line in capfd.readouterr().err.splitlines() if "held-out" in line]
-    assert said == f"small: held-out loss {line['loss']:.4f}"
+    before, after = [line for line in capfd.readouterr().err.splitlines() if "held-out" in line]
+    assert re.fullmatch(r"small: held-out loss \d\.\d{4} before the first step", before)
+    assert after == f"small: held-out loss {line['loss']:.4f}"
 
 
 @pytest.mark.parametrize(("order", "named"), [(["a", "a", "b"], {"a": (0, 2), "b": (2, 3)}), (["a", "b", "a"], {})])

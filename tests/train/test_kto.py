@@ -290,7 +290,7 @@ class TestHeldout:
         assert store.labels is not None
         signs = [1 if store.labels[record] else -1 for record in range(10)]
         losses = [1 - logistic(0.1 * sign * (ratio(on_heldout, 2 * record) - point)) for record, sign in enumerate(signs)]
-        found = evaluate(trainer, run.heldout, run.heldout_references)
+        found = evaluate(trainer, run.heldout, run.heldout_references).figures
         assert found["loss"] == pytest.approx(float(np.mean(losses)), abs=1e-5)
         assert found["kl"] == pytest.approx(point, abs=1e-4)
         assert (found["items"], found["desirable"]) == (10.0, signs.count(1) / 10)

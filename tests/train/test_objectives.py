@@ -135,7 +135,7 @@ def test_a_pair_of_weight_one_counts_like_four_of_a_quarter(tmp_path: Path, limi
                 parameter.add_(0.01)
         heldout = Stream(TokenStore.open(directory / "heldout"), "dpo", LENGTH, batch_pairs=1)
         references = opened.trainer.references
-        found.append((*step_gradients(opened.trainer), evaluate(opened.trainer, heldout, references)))
+        found.append((*step_gradients(opened.trainer), evaluate(opened.trainer, heldout, references).figures))
     for losses, gradients, figures in found[1:]:
         for name in ("loss", *OBJECTIVES["dpo"].metrics):
             torch.testing.assert_close(losses[name], found[0][0][name])

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from keural.train.reference.records import RECORD, RECORDS
+from keural.train.stage.item_losses import AFTER, BEFORE, ItemLosses
 from tests.helpers.rendezvous import rendezvous
 from tests.helpers.train_small import losses_of, metrics_of, small_job, start, train_stage, weights_of
 
@@ -45,6 +46,11 @@ def compare(tmp_path: Path, objective: str, world: int, **changes: Any) -> None:
             names.add("reward_accuracy")
         for name in set(ours) & names:
             assert ours[name] == pytest.approx(theirs[name], abs=1e-4), name
+    if objective == "sft" and changes.get("heldout"):
+        for name in (BEFORE, AFTER):
+            ours, theirs = (ItemLosses.read(job.run_dir / name) for job in (many, one))
+            assert ours.losses == pytest.approx(theirs.losses, abs=1e-4)
+            assert ours.labels == theirs.labels
     for name, value in expected.items():
         torch.testing.assert_close(outcome["weights"][name], value, atol=1e-4, rtol=1e-3)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from keural.train.stage import run
+from keural.train.stage.item_losses import AFTER, BEFORE
 from tests.helpers.train_small import (
     calling_before_each_step,
     kill_before_step,
@@ -38,6 +39,8 @@ def finish_and_compare(directory: Path, objective: str) -> None:
     assert losses_of(job) == losses_of(uninterrupted)
     assert [line["step"] for line in metrics_of(job)] == [line["step"] for line in metrics_of(uninterrupted)]
     assert metrics_of(job)[-1]["heldout"] == metrics_of(uninterrupted)[-1]["heldout"]
+    for name in (BEFORE, AFTER) if objective == "sft" else ():
+        assert (job.run_dir / name).read_bytes() == (uninterrupted.run_dir / name).read_bytes()
 
 
 @pytest.mark.parametrize("objective", ["next_token", pytest.param("sft", marks=pytest.mark.slow), "dpo", "kto"])

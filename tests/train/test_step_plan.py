@@ -53,7 +53,7 @@ def test_a_budget_plan_fits_and_one_step_more_would_not(
     plan = budget_plan(stage, seconds, costs, epoch)
 
     def needed(steps: int) -> float:
-        evaluations = 1 + (steps / every if every else 0) + dpo
+        evaluations = 2 + (steps / every if every else 0)  # of pairs the reference comes first, conversations are measured
         return steps * step + evaluations * evaluation + dpo * min(steps, epoch) * costs.forward
 
     assert plan.steps == 1 or needed(plan.steps) <= seconds * RESERVE * 1.001

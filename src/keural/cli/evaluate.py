@@ -11,6 +11,7 @@ from keural.cli.evaluate_compare import compare
 from keural.cli.evaluate_files import add_commands
 from keural.cli.evaluate_harness import HarnessAsked, allowed
 from keural.cli.evaluate_kept import keep_in_run, with_run_figures
+from keural.cli.options import names_of
 from keural.errors import UserError
 from keural.limits import LARGEST
 from keural.terminal import show, show_table, work_progress
@@ -99,6 +100,7 @@ def evaluate_model(
     from keural.evaluate.models import Conditions
     from keural.evaluate.tasks.library import select
     from keural.evaluate.tasks.loading import load
+    from keural.files import check_output, write_json
     from keural.pipeline.evaluated import what_to_evaluate
 
     if include is not None and not harness:
@@ -107,19 +109,15 @@ def evaluate_model(
         raise UserError("--no-bos is for texts; a chat begins as chats do")
     prompting: Literal["bos", "text", "chat"] = "chat" if chat else "bos" if bos else "text"
     conditions = Conditions(prompting, dtype, engine, too_long, system)
-    if json_file is not None and json_file.is_dir():
-        raise UserError(f"--json {json_file}: is a directory; name a file")
+    if json_file is not None:
+        check_output(json_file, "--json")
+    names, harness_names = names_of("--tasks", tasks), names_of("--harness", harness)
     what = what_to_evaluate(path, conditions, results)
-    names = [name.strip() for name in tasks.split(",")] if tasks else []
-    if "" in names:
-        raise UserError(f"--tasks {tasks}: an empty name; give names with one comma between them")
-    specs = [] if harness and not names else allowed(select(names, data), names, run_code)
-    ask_harness = None if not harness else HarnessAsked(harness, include, shots, limit, run_code)
+    specs = [] if harness_names and not names else allowed(select(names, data), names, run_code)
+    ask_harness = HarnessAsked(harness_names, include, shots, limit, run_code) if harness_names else None
     found = _measured(what, [load(spec, data, shots) for spec in specs], limit, conditions.prompting, ask_harness)
     kept = keep_in_run(path, found, limit) if what.is_run and results is None else None
     if json_file is not None:
-        from keural.files import write_json
-
         figures = _as_json(found, what.is_run, json_file.absolute().parent)
         write_json(json_file, figures if kept is None else with_run_figures(figures, kept))
     show(f"results, item by item: {what.results}")
@@ -214,10 +212,6 @@ def _list(data: Path | None) -> None:
     from keural.evaluate.tasks.library import shipped
     from keural.evaluate.tasks.places import is_there
 
-    if data is not None and not data.is_dir():
-        raise UserError(
-            f"--data {data}: no such directory; `keural data fetch evaluation {data}` makes it and brings the sets of tasks"
-        )
     columns: dict[str, Literal["left", "right"]] = {"task": "left", "language": "left", "kind": "left", "what": "left"}
     rows = []
     for spec in shipped().values():

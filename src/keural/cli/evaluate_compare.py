@@ -28,18 +28,17 @@ def compare(
     """Compare two models' results task by task on the items that both have; only results are read, no network is loaded."""
     from keural.errors import UserError
     from keural.evaluate.comparison.paired import compare as compared
+    from keural.files import check_output, write_json
     from keural.pipeline.evaluated import evaluated_before
     from keural.pretrained.location import CONFIG
 
-    if json_file is not None and json_file.is_dir():
-        raise UserError(f"--json {json_file}: is a directory; name a file")
+    if json_file is not None:
+        check_output(json_file, "--json")
     if results is not None and not any((path / CONFIG).is_file() for path in (before, after)):
         raise UserError(f"--results {results}: is for models, and neither {before} nor {after} is one; leave it out")
     first, second = evaluated_before(before, results), evaluated_before(after, results)
     found = compared(first.tasks, second.tasks)
     if json_file is not None:
-        from keural.files import write_json
-
         write_json(json_file, {"before": first.label, "after": second.label, **found.to_json()})
     show(f"A: {first.label}\nB: {second.label}")
     show_table("B against A, on the items that both have", SCORES, [_scores(task) for task in found.tasks])

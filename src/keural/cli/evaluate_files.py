@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from keural.errors import UserError
+from keural.cli.options import names_of
 from keural.limits import LARGEST_ANSWER, LARGEST_SEED
 from keural.terminal import note, show, show_table, work_progress
 
@@ -29,9 +29,9 @@ def write_answers(
     """Answer MT-Bench's or LogicKor's questions, both turns, for a judge elsewhere."""
     from keural.evaluate.generated.fastchat import read_questions, write_answers_file, write_chats
     from keural.evaluate.models import Conditions, stored_model
+    from keural.files import check_output
 
-    if out.is_dir():
-        raise UserError(f"{out}: is a directory; name a file")
+    check_output(out)
     asked = read_questions(questions)
     opened = stored_model(model, Conditions("chat", system=system), name)
     with work_progress() as tell:
@@ -51,8 +51,10 @@ def show_judgements(
     from dataclasses import asdict
 
     from keural.evaluate.generated.fastchat import read_judgements, read_questions
-    from keural.files import write_json
+    from keural.files import check_output, write_json
 
+    if json_file is not None:
+        check_output(json_file, "--json")
     categories = {} if questions is None else {question.id: question.category for question in read_questions(questions)}
     found = read_judgements(file, categories)
     columns: dict[str, Literal["left", "right"]] = {"of": "left", "score": "right", "95%": "right", "judgements": "right"}
@@ -79,7 +81,7 @@ def export(
     from keural.evaluate.tasks.library import select
     from keural.evaluate.tasks.loading import load
 
-    loaded = [load(spec, data, shots) for spec in select([name for name in tasks.split(",") if name], data)]
+    loaded = [load(spec, data, shots) for spec in select(names_of("--tasks", tasks), data)]
     left_out = export_tasks(loaded, out)
     for name, reason in left_out.items():
         note(f"({name} is left out: {reason})")

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 class HarnessAsked:
     """What the command says of lm-eval's tasks."""
 
-    names: str
-    """With commas between them."""
+    names: Sequence[str]
     include: Path | None
     shots: int | None
     limit: int | None
@@ -30,9 +29,8 @@ class HarnessAsked:
         from keural.evaluate.evaluation import Evaluated
         from keural.evaluate.harness.running import HarnessSettings, run_harness
 
-        names = [name for name in self.names.split(",") if name]
         settings = HarnessSettings(self.shots, self.limit, self.include, self.run_code)
-        found = run_harness(names, model, results, settings)
+        found = run_harness(self.names, model, results, settings)
         if found.cut:
             note(f"({model.name}: {found.cut:,} of lm-eval's requests were longer than the context and lost their beginning)")
         return [Evaluated(each, file, found.computed) for each, file in found.tasks.values()]

@@ -44,6 +44,14 @@ JamoStyle = Annotated[
 ]
 
 
+def names_of(option: str, text: str) -> list[str]:
+    """The names that an option gives with commas between them; none for an empty text. Raises `UserError` for an empty name."""
+    names = [name.strip() for name in text.split(",")] if text else []
+    if "" in names:
+        raise UserError(f"{option} {text}: an empty name; give names with one comma between them")
+    return names
+
+
 def boards(**asked: bool) -> tuple[str, ...]:
     """Names of the boards that were asked for. Raises `UserError` when the package of one is not installed."""
     names = tuple(name for name, wanted in asked.items() if wanted)

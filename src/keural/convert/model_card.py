@@ -63,11 +63,14 @@ def _score(name: str, figures: Mapping[str, Any]) -> tuple[str, ...]:
     low, high, chance = (figures.get(key) for key in ("low", "high", "chance"))
     interval = "" if low is None or high is None else f"{_figure(low, in_bits)} to {_figure(high, in_bits)}"
     seen = figures.get("contamination", {})
-    held = "not searched" if not seen else f"{seen['found']:,}" + (" (not all of it searched)" if seen["unknown"] else "")
+    held = "none, held out" if figures.get("heldout") else "not searched"
+    if seen:
+        held = f"{seen['found']:,}" + (" (not all of it searched)" if seen["unknown"] else "")
+    packers = ", ".join(f"{name.replace('_', ' -')} {value:.3f}" for name, value in figures.get("baselines", {}).items() if in_bits)
     return (
         name.replace("|", "\\|"),
         str(figures.get("language") or ""),
-        _figure(figures["score"], in_bits) + (" bits/byte" if in_bits else ""),
+        _figure(figures["score"], in_bits) + (" bits/byte" if in_bits else "") + (f" ({packers})" if packers else ""),
         interval,
         f"{figures['n']:,}",
         "" if chance is None else _figure(chance, in_bits),

@@ -108,10 +108,11 @@ def reads_documents(bench: Bench, name: str) -> bool:
 def _results(bench: Bench, name: str, tasks: Sequence[ToyTask], max_new_tokens: int) -> dict[str, TaskResults]:
     """What a model answers to every task, by the file that has it; computed where it is not there from an earlier time."""
     in_chat, found = not reads_documents(bench, name), {}
+    identity = bench.identity(name, "chat" if in_chat else "bos")
     for task in tasks:
         settings = {"task": task.name, "items": [_key(item) for item in task.items]}
         header = Header(
-            model=bench.identity(name, "chat" if in_chat else "bos"),
+            model=identity,
             task=task.name,
             language=task.language,
             kind="pair" if task.is_of_pairs else "generate",

@@ -20,6 +20,7 @@ from keural.evaluate.scorecard import check_measurable, score
 from keural.files import fingerprint
 from keural.lora.layers import write_adapter
 from keural.lora.merge import write_merged
+from keural.pipeline.heldout_change import heldout_change
 from keural.pipeline.read_later import check_read_later
 from keural.pipeline.run_contents import read_run
 from keural.pipeline.run_directory import (
@@ -256,6 +257,7 @@ def _save_stage(workspace: Workspace, stage: StageSpec, result: StageResult, wei
         loss_first=result.loss_first,
         loss_last=result.loss_last,
         heldout=result.heldout,
+        heldout_change=heldout_change(directory),
         trained=result.trained,
         data=[_below(workspace.out, path) for path in workspace.data[stage.name].corpus.paths],
         shards=workspace.data[stage.name].corpus.shards,

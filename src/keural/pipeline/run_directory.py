@@ -16,6 +16,7 @@ know its plan without knowing the pipeline) and listed here.
     <stage>/stage.json        StageMarker: what the stage is made from; stage.yaml the same for people
     <stage>/plan.json         keural.train.stage.step_plan.PlanFile
     <stage>/checks.json       keural.train.checks.record.ChecksFile
+    <stage>/heldout-{before,after}.json       keural.train.stage.item_losses.ItemLosses: of held-out conversations
     <stage>/checkpoints/*/manifest.json       keural.train.checkpoints: SHA-256 of every file, and its own
     <stage>/metrics.jsonl     keural.train.stage.metrics: each line has a checksum
     <stage>/model/keural.json keural.pretrained.lineage: SHA-256 of every file of the model
@@ -112,6 +113,10 @@ class Done(CheckedFile):
     loss_first: float
     loss_last: float
     heldout: dict[str, float]
+    heldout_change: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """What it changed of held-out conversations (`keural.pipeline.heldout_change`); empty where there are none, or an earlier
+    version began the stage.
+    """
     trained: int = 0
     """Parameters that were trained; 0 where an earlier version did not say."""
     data: list[str] = Field(default_factory=list)

@@ -15,7 +15,7 @@ from keural.evaluate.contamination import beside, looked_for, remembered_search
 from keural.evaluate.models import UNTRAINED
 from keural.evaluate.results.records import TaskResults
 from keural.evaluate.results.store import read_results
-from keural.evaluate.statistics.summary import summarize
+from keural.evaluate.statistics.summary import BITS, summarize
 from keural.files import CheckedFile, read_checked_text
 from keural.parsing import parse_yaml
 from keural.pipeline.run_contents import read_run
@@ -28,6 +28,8 @@ from keural.report.html import write_report
 from keural.terminal import note
 
 SCORES = "scores.json"
+PACKED = {"xz": "xz_9", "zstd": "zstd_19"}
+"""What packs held-out texts, as their measure and as tasks call it."""
 BEGINNING = "random"
 """What a stage says it starts from when it starts from the untrained model."""
 
@@ -91,7 +93,9 @@ def with_kept(run: Path, evaluation: Figures) -> Figures:
 
 
 def scores_of(path: Path) -> dict[str, Figures] | None:
-    """What the run that a model lies in has measured of it, by task; None where the model is no stage's as it was measured."""
+    """What the run that a model lies in has measured of it, by task, the bits per byte of held-out texts, too; None where the model
+    is no stage's as it was measured.
+    """
     directory = model_directory(path)
     if len(directory.parents) < 2 or (summary := Summary.find(directory.parents[1] / SUMMARY)) is None:
         return None
@@ -99,7 +103,12 @@ def scores_of(path: Path) -> dict[str, Figures] | None:
     stage = directory.parent.name
     if trained.get(stage) is None or trained[stage] != read_record(directory).get("fingerprint"):
         return None
-    found: dict[str, Figures] = (summary.evaluation.get("stages") or {}).get(stage, {}).get("tasks") or {}
+    found: dict[str, Figures] = dict((summary.evaluation.get("stages") or {}).get(stage, {}).get("tasks") or {})
+    for row in summary.evaluation.get("bits_per_byte") or ():
+        if stage in row["models"]:
+            packers = {name: row[key] for key, name in PACKED.items() if key in row}
+            counts = {"language": row["language"], "n": row["documents"]}
+            found[row["name"]] = {"score": row["models"][stage], "kind": BITS, **counts, "baselines": packers, "heldout": True}
     return found or None
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from keural.report.collect import Run, Stage
 from keural.report.format import ABSENT, number, percent
+from keural.report.scores.figures import PLAIN, scaled, signed
+from keural.report.scores.side_tables import DOWN, UP
 from keural.report.tables import Cell, Table
 
 FOUND = {
@@ -72,16 +74,39 @@ def _balance(labels: Mapping[str, Any]) -> str:
 
 
 def by_source(run: Run) -> list[Table]:
-    """The latest held-out figures of each source and language, a table for each stage that has several."""
+    """The held-out figures of each source and language, a table for each stage that has several: of conversations what the stage
+    changed, of others the latest figures.
+    """
     tables = []
     for stage in run.stages:
         heldout = stage.done.get("heldout") or (stage.heldout[-1]["heldout"] if stage.heldout else {})
         rows = [_source_row(name, figures) for name, figures in _grouped(heldout).items()]
-        if rows:
+        if len(change := stage.done.get("heldout_change") or {}) > 1:
+            tables.append(_change_table(stage.name, change))
+        elif rows:
             columns = ["source or language", "items", "loss", "margin", "ranked right", "log-probability, good", "bad"]
             width = 7 if any(row[3].text != ABSENT for row in rows) else 3
             tables.append(Table(f"Held out, {stage.name}", columns[:width], [row[:width] for row in rows]))
     return tables
+
+
+def _change_table(stage: str, change: Mapping[str, Mapping[str, Any]]) -> Table:
+    groups = _grouped({f"{group}/{name}": value for group, figures in change.items() for name, value in figures.items()})
+    rows = [_change_row(name, figures) for name, figures in {**groups, "all": change["all"]}.items()]
+    note = (
+        "Mean loss per trained token of the same conversations before the stage's first step and after its last, and the paired "
+        f"difference ± its standard error. {DOWN} fell and {UP} rose, where that is significant after Holm's adjustment."
+    )
+    return Table(f"Held out, {stage}", ["source or language", "conversations", "loss before", "after", "change"], rows, note)
+
+
+def _change_row(name: str, figures: Mapping[str, Any]) -> list[Cell]:
+    better = figures["better"]
+    mark, tone = {True: (f" {DOWN}", "good"), False: (f" {UP}", "bad"), None: ("", "")}[better]
+    cells = [Cell(number(figures["items"]), numeric=True)]
+    cells += [Cell(scaled(figures[key], PLAIN), numeric=True) for key in ("before", "after")]
+    change = f"{signed(figures['difference'], PLAIN)} ± {scaled(figures['error'], PLAIN)}{mark}"
+    return [Cell(name), *cells, Cell(change, numeric=True, tag=tone)]
 
 
 def _grouped(heldout: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

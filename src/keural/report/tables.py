@@ -87,7 +87,8 @@ def stages(run: Run) -> Table:
         "loss, first → last",
         "held out",
     ]
-    note = "Held out: the loss on the stage's own held-out data at its end." + _left_out(run)
+    note = "Held out: the loss on the stage's own held-out data at its end, of conversations also before its first step."
+    note += _left_out(run)
     rows = [_stage_row(stage) for stage in run.stages]
     if all(stage.done.get("trained", 0) in (0, (run.parameters or (0, 0))[0]) for stage in run.stages):
         place = columns.index(TRAINED)
@@ -156,13 +157,16 @@ def _stage_row(stage: Stage) -> list[Cell]:
         Cell(large(tokens), numeric=True),
         Cell(large(tokens / seconds) if seconds else ABSENT, numeric=True),
         Cell(f"{number(first)} → {number(last)}", numeric=True),
-        Cell(_heldout_text(heldout), numeric=True),
+        Cell(_heldout_text(heldout, stage.done.get("heldout_change") or {}), numeric=True),
     ]
 
 
-def _heldout_text(heldout: Mapping[str, Any]) -> str:
-    """The held-out loss; of documents also bits per byte; for DPO the margin and the share of pairs ranked right."""
-    parts = [number(heldout.get("loss"))]
+def _heldout_text(heldout: Mapping[str, Any], change: Mapping[str, Mapping[str, Any]]) -> str:
+    """The held-out loss, of conversations also that before the first step; of documents also bits per byte; for DPO the margin and
+    the share of pairs ranked right.
+    """
+    before = f"{number(change['all']['before'])} → " if change else ""
+    parts = [f"{before}{number(heldout.get('loss'))}"]
     if "bits_per_byte" in heldout:
         parts.append(f"{number(heldout['bits_per_byte'])} bits per byte")
     if "reward_margin" in heldout:

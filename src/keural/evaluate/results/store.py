@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from keural.errors import UserError
 from keural.evaluate.results.records import ItemResult, Kind, TaskResults
-from keural.files import CHECKSUM, FileHashes, cannot_write, fingerprint, lock
+from keural.files import CHECKSUM, FileHashes, cannot_write, fingerprint, lock, open_file
 from keural.parsing import Malformed, parse_json
 from keural.pretrained.lineage import file_name
 from keural.terminal import say
@@ -210,6 +210,8 @@ def open_results(path: Path, header: Header) -> Iterator[ResultsWriter]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            open_file(path).close()  # a pipe is refused, not waited for
         file = path.open("ab")
     except OSError as error:
         raise cannot_write(path, error) from error
@@ -263,16 +265,16 @@ class _BaselinesLine(BaseModel):
 
 
 class _HeaderLine(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     model: dict[str, str]
     task: str
     language: str
     kind: Kind
-    chance: float | None
+    chance: float | None = Field(ge=0, le=1)
     digest: str
-    size: int
-    shots: int
+    size: int = Field(ge=0)
+    shots: int = Field(ge=0)
     left_out: dict[str, int]
     format: int
     baselines: dict[str, float] = Field(default_factory=dict)
@@ -282,7 +284,8 @@ class _HeaderLine(BaseModel):
 def _read(path: Path) -> tuple[Kept | None, int]:
     """What a file holds, and where its last whole line ends; nothing where not even the header is whole."""
     try:
-        data = path.read_bytes()
+        with open_file(path) as file:
+            data = file.read()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     end = data.rfind(b"\n") + 1
@@ -293,8 +296,10 @@ def _read(path: Path) -> tuple[Kept | None, int]:
     items: dict[str, tuple[int, ItemResult | LeftOut]] = {}
     baselines: dict[int, Mapping[str, float]] = {header.size: of_all} if of_all else {}
     for number, line in enumerate(lines[1:], start=2):
-        place, entry = _entry(path, number, line)
+        place, entry = _entry(path, number, line, header)
         if isinstance(entry, ItemResult | LeftOut):
+            if _is_final(items.get(entry.id)):
+                raise UserError(f"{path}:{number}: has item {entry.id} a second time; {_REMEDY}")
             items[entry.id] = (place, entry)
         else:
             baselines[place] = entry
@@ -304,7 +309,7 @@ def _read(path: Path) -> tuple[Kept | None, int]:
 def _header(path: Path, line: bytes) -> tuple[Header, Mapping[str, float]]:
     """The header, and the baselines of the whole set that an earlier version wrote into it."""
     value = _checked(path, 1, line)
-    if value.get("format") != FORMAT:
+    if value.get("format", FORMAT) != FORMAT:
         raise UserError(f"{path}: its results are of another version of keural; move the file away and evaluate again")
     try:
         content = _HeaderLine.model_validate(value).model_dump()
@@ -314,20 +319,28 @@ def _header(path: Path, line: bytes) -> tuple[Header, Mapping[str, float]]:
         raise UserError(f"{path}:1: is no header of results; {_REMEDY}") from error
 
 
-def _entry(path: Path, number: int, line: bytes) -> tuple[int, ItemResult | LeftOut | Mapping[str, float]]:
-    """A line's place and item; or how many of the set's first items its baselines are of, and these."""
+def _is_final(known: tuple[int, ItemResult | LeftOut] | None) -> bool:
+    """Whether an item was asked as it is: one that was cut or left out may be asked again, in the other way."""
+    return known is not None and isinstance(known[1], ItemResult) and not known[1].details.get("cut")
+
+
+def _entry(path: Path, number: int, line: bytes, header: Header) -> tuple[int, ItemResult | LeftOut | Mapping[str, float]]:
+    """A line's place in the set and its item; or how many of the set's first items its baselines are of, and these."""
     value = _checked(path, number, line)
     place = value.pop("number", None)
     try:
         if "baselines" in value:
             found = _BaselinesLine.model_validate(value)
             return found.first, found.baselines
-        if not isinstance(place, int):
-            raise TypeError("an item has a number")
+        if type(place) is not int or not 0 <= place < header.size:
+            raise TypeError("an item has a place in the set")
         if "left_out" in value:
             left_out = _LeftOutLine.model_validate(value)
             return place, LeftOut(left_out.id, left_out.left_out, left_out.detail)
-        return place, ItemResult.from_json(value)
+        result = ItemResult.from_json(value)
+        if header.kind != "rolling" and not 0 <= result.score <= 1:
+            raise TypeError("a score is a share, but for bits")
+        return place, result
     except (ValidationError, TypeError) as error:
         raise UserError(f"{path}:{number}: is no result of an item; {_REMEDY}") from error
 

@@ -57,7 +57,7 @@ def _choices(spec: TaskSpec, record: EvaluationItem, values: dict[str, Any]) -> 
             raise Unusable("no_choices", f"the row has no list {spec.labelled}")
         return tuple(text for text, _ in pairs), tuple(right for _, right in pairs)
     if record.gold is None:
-        raise Unusable("no_right_choice")
+        raise Unusable("no_right_choice", f"its label names none of the {len(record.choices)} choices")
     if isinstance(spec.choices, list):
         try:
             texts = tuple(fill(template, values) for template in spec.choices)

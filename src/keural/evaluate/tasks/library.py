@@ -61,8 +61,6 @@ def _there(name: str, specs: list[TaskSpec], data: Path | None) -> list[TaskSpec
         raise UserError(
             f"--data DIR says where the sets of tasks lie; `keural data fetch evaluation DIR` brings them (tasks: {name})"
         )
-    if not data.is_dir():
-        raise UserError(f"{data}: no such directory; `keural data fetch evaluation {data}` makes it and brings the sets of tasks")
     found = [spec for spec in specs if is_there(spec.places, data)]
     if not found:
         raise UserError(f"{data}: holds the set of no task ({name}); `keural data fetch evaluation {data}` brings the public ones")

@@ -59,6 +59,7 @@ def load(spec: TaskSpec, data: Path | None, shots: int | None = None) -> LoadedT
     drafts = list(_drafts(spec, source, left_out))
     if not drafts:
         raise refuse_no_items(spec.name, left_out, _first_problem(spec, source))
+    _check_fields(spec, drafts)
     before: Before = _no_examples
     if number:
         pool = None
@@ -159,6 +160,14 @@ def _no_such_part(spec: TaskSpec, source: Source | MadeItems) -> str:
     rows = [dict(record.fields) for record in _records(spec, source) if isinstance(record, EvaluationItem)]
     hints = [nearest(wanted, {str(row[name]) for row in rows if row.get(name)}) for name, wanted in spec.where.items()]
     return f"no row has {spec.where}{''.join(hints)}"
+
+
+def _check_fields(spec: TaskSpec, drafts: Pairs) -> None:
+    """Raise `UserError` where items are to be grouped by something that none of them has."""
+    known = list(dict.fromkeys(name for _, draft in drafts for name in draft.values))
+    for key, name in (("cluster", spec.cluster), ("shots.same", spec.shots.same)):
+        if name is not None and name not in known:
+            raise UserError(f"task {spec.name}: {key}: no item has {name!r}{nearest(name, known)}; they have {', '.join(known)}")
 
 
 def _no_examples(draft: Draft) -> str:

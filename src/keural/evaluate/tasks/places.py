@@ -20,9 +20,13 @@ SETS = "evaluation"
 
 
 def find(task: str, places: Sequence[PlaceSpec], data: Path | None) -> SourceSpec | None:
-    """The first of the places that is there, as a source; None where none is."""
+    """The first of the places that is there, as a source; None where none is. Raises `UserError` unless `data` is a directory."""
     if data is None:
         return None
+    if data.exists() and not data.is_dir():
+        raise UserError(f"--data {data}: is no directory; give the one in which the sets of tasks lie")
+    if not data.exists():
+        raise UserError(f"{data}: no such directory; `keural data fetch {SETS} {data}` makes it and brings the sets of tasks")
     for place in places:
         for path in _candidates(place, data):
             if _exists(data, path):
@@ -44,8 +48,6 @@ def refuse_missing(task: str, places: Sequence[PlaceSpec], data: Path | None, wh
     advice = f"bring it with {' or '.join(ways)}" if ways else f"put {places[0].path} there"
     if data is None:
         return UserError(f"task {task}: --data DIR says where its {what} lies; {advice}")
-    if not data.is_dir():
-        return UserError(f"{data}: no such directory; --data says where the sets of tasks lie ({advice})")
     return UserError(f"task {task}: its {what} is not in {data}; {advice}")
 
 

@@ -1,6 +1,6 @@
 """Held-out figures of a stage: the objective's loss and metrics over a whole held-out store, without gradients; of conversations
 and pairs also source by source and language by language, where the store says which record is of which; of documents also bits per
-byte, where it has their texts.
+byte, where it has their texts; of conversations the loss of each.
 """
 
 import math
@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from keural.data.loading.batch import Array, Batch
@@ -37,6 +38,24 @@ class Sources:
         return np.where(sequences < 0, -1, np.searchsorted(self.stops, sequences, side="right"))
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found on a held-out store."""
+
+    figures: dict[str, float]
+    """Mean loss per label or pair, the objective's metrics, and `items`, the number of labels or pairs (of weighted pairs, the sum
+    of their weights); the same of each source and language, as `source/NAME/loss` and `language/ko/loss`, where the store has
+    several sources and names them; `bits_per_byte` of documents whose texts it has.
+    """
+    items: NDArray[np.float64] | None
+    """``[2, sequences]``: of each conversation the sum of its loss in nats, and its labels; None of other stores."""
+
+
+def has_items(stage: StageSpec) -> bool:
+    """Whether the loss of a held-out store is told item by item."""
+    return OBJECTIVES[stage.objective].store == "conversations"
+
+
 def sources_of(stream: Stream) -> Sources | None:
     """The sources of a held-out store of conversations or pairs; None where there are not several, or the store does not say."""
     store = stream.store
@@ -58,20 +77,20 @@ def heldout_batches(stage: StageSpec, stream: Stream, ranks: Ranks) -> Iterator[
 
 
 @torch.no_grad()
-def evaluate(trainer: Trainer, stream: Stream, references: Reference | None) -> dict[str, float]:
-    """Mean loss per label or pair of a held-out store, the objective's metrics, and `items`, the number of labels or pairs (of
-    weighted pairs, the sum of their weights); the same of each source and language, as `source/NAME/loss` and
-    `language/ko/loss`, where the store has several sources and names them; `bits_per_byte` of documents whose texts it has.
-    """
+def evaluate(trainer: Trainer, stream: Stream, references: Reference | None) -> Evaluation:
+    """The figures of a held-out store, the same on every rank. Every rank must call it."""
     trainer = against_divergence(trainer, heldout_batches(trainer.stage, stream, trainer.ranks), references)
     ranks, names, sources = trainer.ranks, trainer.metrics, sources_of(stream)
     sums = torch.zeros(1 + (len(sources.names) if sources else 0), 2 + len(names), dtype=torch.float64)
+    items = np.zeros((2, stream.store.num_sequences)) if has_items(trainer.stage) else None
     for batch in heldout_batches(trainer.stage, stream, ranks):
         for micro in micro_batches(batch, None, ranks.device):
             logprobs = trainer.policy(micro).logprobs
             known = references_for(references, micro)
             kept = known(micro.pairs.sequences) if known else None
             sums[0] += _sums(trainer, batch, micro, logprobs, kept)
+            if items is not None:
+                _add_items(items, batch, logprobs)
             for number, part, pairs in _parts(batch, sources) if sources else ():
                 of_part = to_device(part, ranks.device)
                 values = torch.where(of_part.labels >= 0, logprobs, 0.0)
@@ -84,7 +103,17 @@ def evaluate(trainer: Trainer, stream: Stream, references: Reference | None) -> 
         measured |= {f"{prefix}/{name}": value for name, value in _means(total, names, kind).items()}
     if size := ranks.on_main(lambda: _text_bytes(stream)):
         measured["bits_per_byte"] = measured["loss"] * measured["items"] / math.log(2) / size
-    return measured
+    if items is not None:
+        items = ranks.sum(torch.from_numpy(items).to(ranks.device)).cpu().numpy()
+    return Evaluation(measured, items)
+
+
+def _add_items(items: NDArray[np.float64], batch: Batch, logprobs: Tensor) -> None:
+    """Add the loss of each label ``[rows, T]`` of the batch, and the label itself, to its sequence."""
+    labelled = batch.labels >= 0
+    sequences, losses = batch.sequence_ids[labelled], -logprobs.double().cpu().numpy()[labelled]
+    np.add.at(items[0], sequences, losses)
+    np.add.at(items[1], sequences, 1.0)
 
 
 def _text_bytes(stream: Stream) -> int | None:

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from keural.data.loading.stream import Stream
 from keural.errors import UserError
@@ -21,7 +22,8 @@ from keural.train.reference.online import Reference
 from keural.train.stage import step_plan
 from keural.train.stage.alarms import Alarms
 from keural.train.stage.health import IN_A_ROW, Watchdog, check_disk, enough_memory
-from keural.train.stage.heldout import evaluate
+from keural.train.stage.heldout import Evaluation, evaluate, has_items
+from keural.train.stage.item_losses import AFTER, BEFORE, ItemLosses
 from keural.train.stage.job import StageJob, StageResult
 from keural.train.stage.metrics import Metrics
 from keural.train.stage.signals import StopSignals
@@ -55,6 +57,8 @@ class StageRun:
         self._check_disk()
         self.checkpoints.prepare(self.trainer.policy.model, self.trainer.optimizer)
         with self._metrics() as metrics, Watchdog(spec.stuck_after, ranks.rank) as watchdog, self._written():
+            watchdog.sign(f"the evaluation before step 0 of {self.job.stage.name}")
+            self._evaluate_before(metrics)
             while progress.step < steps:
                 by_clock = spec.save_every is None and pause.over()
                 stopped, late, writing, failed = ranks.any_of([stop.requested, by_clock, *self.checkpoints.signs])
@@ -150,10 +154,31 @@ class StageRun:
             progress.first_losses.append(report.loss)
         progress.last_losses = [*progress.last_losses, report.loss][-LOSSES_KEPT:]
 
+    def _evaluate_before(self, metrics: Metrics) -> None:
+        """Keep the loss of each held-out item as the stage finds it, where it has such and an earlier start has not kept them."""
+        path, heldout = self.job.run_dir / BEFORE, self.heldout
+        if heldout is None or not has_items(self.job.stage):
+            return
+        if self.trainer.ranks.on_main(lambda: ItemLosses.are_known(path, self.job, heldout)):
+            return
+        if self.progress.step:
+            metrics.say(f"what it changes of its held-out data is not known: it was begun without {BEFORE}")
+            return
+        found = evaluate(self.trainer, heldout, self.heldout_references)
+        self._keep_items(found, heldout, path)
+        metrics.say(f"held-out loss {found.figures['loss']:.4f} before the first step")
+
     def _evaluate(self, metrics: Metrics) -> None:
         if self.heldout is not None:
-            self.progress.heldout = evaluate(self.trainer, self.heldout, self.heldout_references)
-            metrics.evaluation(self.progress.step - 1, self.progress.heldout)
+            found = evaluate(self.trainer, self.heldout, self.heldout_references)
+            if self.progress.step == self.plan.steps:
+                self._keep_items(found, self.heldout, self.job.run_dir / AFTER)
+            self.progress.heldout = found.figures
+            metrics.evaluation(self.progress.step - 1, found.figures)
+
+    def _keep_items(self, found: Evaluation, heldout: Stream, path: Path) -> None:
+        if (items := found.items) is not None:
+            self.trainer.ranks.on_main(lambda: ItemLosses.of(items, self.job, heldout).write(path))
 
     def _save(self, pause: "Pause") -> None:
         started = time.monotonic()

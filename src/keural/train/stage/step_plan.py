@@ -26,6 +26,7 @@ from keural.train.optimization.schedule import learning_rate
 from keural.train.processes.parallel import reshard
 from keural.train.processes.ranks import Ranks
 from keural.train.reference.of_stage import is_cached
+from keural.train.stage.heldout import has_items
 from keural.train.trainer import Trainer
 
 MEASURED_STEPS = 3
@@ -133,7 +134,7 @@ def budget_plan(stage: StageSpec, seconds: float, costs: Costs, epoch: int) -> S
     """
     every = stage.train.evaluate_every
     per_step = costs.step + (costs.evaluation / every if every else 0.0)
-    available = seconds * RESERVE - costs.evaluation
+    available = seconds * RESERVE - costs.evaluation * (1 + has_items(stage))  # those are measured before the first step, too
     if is_cached(stage):
         available -= costs.evaluation  # the reference of the held-out pairs
         steps = min(epoch, int(available / (per_step + costs.forward)))

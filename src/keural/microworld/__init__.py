@@ -1,19 +1,17 @@
 """The embedded bilingual micro-world: rows for the toy recipe's stages, and what is held out of them.
 
 Five families of short tasks in Korean and English: arithmetic in words and digits, translation between the two, facts to look up in
-a given text, rewriting, and small talk; and stories, which no evaluation asks for. Out come rows of three parts: prose for
-pretraining, instructions for SFT, pairs for DPO; and held-out items and pairs for evaluation.
+a given text, rewriting, and small talk. Out come rows of three parts: prose for pretraining, instructions for SFT, pairs for DPO;
+and held-out items and pairs for evaluation.
 
 Held out is content (`content.py`): sums of two numbers, clauses (who does what to what), profiles (who lives where and likes what),
-small talk (its wording), stories (which plot is told of whom and of what). The words, numbers, frames and forms of held-out items
-all occur in training; their combination never does, in any language, phrasing, notation, tense, register, part or option. In rows
-of the split "train"
+small talk (its wording). The words, numbers, frames and forms of held-out items all occur in training; their combination never
+does, in any language, phrasing, notation, tense, register, part or option. In rows of the split "train"
 
 * no sentence or exchange adds the two numbers of a held-out sum,
 * no sentence has subject, verb and object of a held-out clause,
 * no row has person, place and thing of a held-out profile,
-* no one says what is held out of small talk,
-* no one tells a held-out story.
+* no one says what is held out of small talk.
 
 Sums up to twenty, and of numbers up to twelve, are learnt by heart, as at school: all of them occur in training, in both
 languages, in words and in digits. What is held out of them is questions, word for word.
@@ -35,26 +33,13 @@ from keural.microworld.facts import FACTS
 from keural.microworld.glossary import glossary
 from keural.microworld.korean import is_polite
 from keural.microworld.smalltalk import PLAIN_SMALLTALK, SMALLTALK
-from keural.microworld.stories import STORIES
 from keural.tokenizer.message import Message
 
-__all__ = [
-    "DRAWN",
-    "LANGUAGES",
-    "STORIES",
-    "TASKS",
-    "Item",
-    "Pair",
-    "as_document",
-    "heldout_items",
-    "heldout_pairs",
-    "is_polite",
-    "rows",
-]
+__all__ = ["DRAWN", "LANGUAGES", "TASKS", "Item", "Pair", "as_document", "heldout_items", "heldout_pairs", "is_polite", "rows"]
 
 TASKS = {task.name: task for task in (ARITHMETIC, TRANSLATION, FACTS, REWRITING, SMALLTALK)}
-DRAWN = TASKS | {"small_sums": SMALL_SUMS, "large_sums": LARGE_SUMS, "plain_smalltalk": PLAIN_SMALLTALK, "stories": STORIES}
-"""What rows can be about: a task, a part of one that is to be drilled apart from the rest, or stories."""
+DRAWN = TASKS | {"small_sums": SMALL_SUMS, "large_sums": LARGE_SUMS, "plain_smalltalk": PLAIN_SMALLTALK}
+"""What rows can be about: a task, or a part of one that is to be drilled apart from the rest."""
 LANGUAGES = ("ko", "en")
 REGISTERS = ("mirror", "polite", "blunt")
 CONTRASTS = ("wrong", "blunt")
@@ -135,7 +120,7 @@ def rows(options: Mapping[str, Any], seed: int) -> Iterator[dict[str, Any]]:
             * `split`: train (default) or heldout,
             * `phase`: a number (default 1); stages with different phases get different rows,
             * `tasks`: list of arithmetic, translation, facts, rewriting, smalltalk (default these), and of small_sums and
-              large_sums, the two parts of arithmetic, plain_smalltalk, what stands alone, and stories; each row draws one,
+              large_sums, the two parts of arithmetic, and plain_smalltalk, what stands alone; each row draws one,
             * `languages`: list of ko, en (default both; each row draws one),
             * prose: `forms`, list of plain (statements in one language), parallel (in both), glossary (words), questions (with
               their answers), transcripts (questions and answers with the role names of a chat, to train a tokenizer on); each

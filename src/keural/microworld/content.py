@@ -1,10 +1,10 @@
-"""What exists in the micro-world: sums, clauses, profiles, stories and small talk, and which of them are held out.
+"""What exists in the micro-world: sums, clauses, profiles and small talk, and which of them are held out.
 
 Content is language-free: a sum is a pair of numbers, a clause is who does what to what, a profile is who lives where and likes
-what, a story is which plot is told of whom; only small talk is what is said, word for word. Each has a key, and a hash of the key
-alone decides whether it is held out. So one piece of content is on the same side in both languages, in every phrasing, notation,
-tense and register, in prose, chats and preference pairs, and for every seed. Sums up to twenty, and of numbers up to twelve, are
-learnt by heart, as at school: of these no sum is held out, but questions are, word for word.
+what; only small talk is what is said, word for word. Each has a key, and a hash of the key alone decides whether it is held out. So
+one piece of content is on the same side in both languages, in every phrasing, notation, tense and register, in prose, chats and
+preference pairs, and for every seed. Sums up to twenty, and of numbers up to twelve, are learnt by heart, as at school: of these
+no sum is held out, but questions are, word for word.
 """
 
 import hashlib
@@ -104,21 +104,6 @@ class Profile:
 
 
 @dataclass(frozen=True, slots=True)
-class Story:
-    """What happens (`plot`) to `hero` and `friend`, by their English names, with `thing`."""
-
-    plot: str
-    hero: str
-    friend: str
-    thing: Noun
-
-    @property
-    def key(self) -> str:
-        """The four words; how it is told is not part of it."""
-        return f"story {self.plot} {self.hero} {self.friend} {self.thing.english}"
-
-
-@dataclass(frozen=True, slots=True)
 class Talk:
     """What somebody says who asks for nothing, word for word: of a kind (a greeting), in Korean in a register."""
 
@@ -147,8 +132,8 @@ class Question:
         return f"question {self.text.lower().rstrip('?.= ')}"
 
 
-Content = Sum | Clause | Profile | Story | Talk | Question
-ContentT = TypeVar("ContentT", Sum, Clause, Profile, Story, Talk, Question)
+Content = Sum | Clause | Profile | Talk | Question
+ContentT = TypeVar("ContentT", Sum, Clause, Profile, Talk, Question)
 
 SUBJECTS = tuple(
     Noun(english, korean)

@@ -5,10 +5,7 @@ import re
 TENS = ("", "십", "이십", "삼십", "사십", "오십", "육십", "칠십", "팔십", "구십")
 ONES = ("", "일", "이", "삼", "사", "오", "육", "칠", "팔", "구")
 
-_PARTICLES = {
-    "은": ("은", "는"), "이": ("이", "가"), "을": ("을", "를"), "과": ("과", "와"), "이야": ("이야", "야"), "이었": ("이었", "였"),
-    "이라는": ("이라는", "라는"),
-}  # fmt: skip
+_PARTICLES = {"은": ("은", "는"), "이": ("이", "가"), "을": ("을", "를"), "과": ("과", "와")}
 _LAST_WORD = re.compile(r"[가-힣]+(?=[^가-힣]*$)")
 
 
@@ -20,7 +17,7 @@ def ends_in_consonant(word: str) -> bool:
 
 
 def with_particle(word: str, particle: str) -> str:
-    """`word` with 은, 이, 을, 과, 이야, 이었 or 이라는, or the form these take after a vowel: 는, 가, 를, 와, 야, 였, 라는."""
+    """`word` with 은, 이, 을 or 과, or the form these take after a vowel: 는, 가, 를, 와."""
     after_consonant, after_vowel = _PARTICLES[particle]
     return word + (after_consonant if ends_in_consonant(word) else after_vowel)
 

@@ -1,6 +1,5 @@
 """`microworld`: rows of the package's own toy world, made by `keural.microworld`. It takes no path."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,7 @@ def _microworld(value: Any, source: SourceSpec, where: str) -> Record | Drop:
         return document(value["text"], where, language)
     messages = messages_of(value["messages"])
     if "chosen" not in value:
-        found = conversation(messages, where, language)
-        told = value.get("task") == microworld.STORIES.name  # asked for in the words of all others, so held out by what it tells
-        return replace(found, origin=messages[-1].content) if told and not isinstance(found, Drop) else found
+        return conversation(messages, where, language)
     return preference_pair(messages, _answer(value, "chosen"), _answer(value, "rejected"), where, language)
 
 

@@ -69,4 +69,4 @@ def test_only_what_goes_on_from_the_same_data_has_another_seed(reads_on: Workspa
     recipe = load_recipe(SHIPPED / "laptop", [f"data={tmp_path}"])
     workspace = Workspace(recipe, tmp_path, reads_on.tokenizer, {})
     others = [stage.name for stage in recipe.stages if workspace.seed(stage) != recipe.spec.seed]
-    assert others == ["pretrain-2", "sft-2"]  # dpo-2 does not go on from dpo-1
+    assert others == ["pretrain-2", "sft-2", "sft-3"]  # which has one source more; dpo-2 does not go on from dpo-1

@@ -34,7 +34,7 @@ from keural.pipeline.run_directory import (
 )
 from keural.pretrained.lineage import LINEAGE, read_record
 from keural.pretrained.location import check_kind, model_directory
-from keural.recipe import OBJECTIVES, VERSION, Recipe, StageSpec
+from keural.recipe import OBJECTIVES, VERSION, DataSpec, Recipe, StageSpec
 from keural.terminal import say, work_progress
 from keural.tokenizer import KeuralTokenizer
 from keural.tokenizer.train import train_tokenizer
@@ -81,15 +81,15 @@ class Workspace:
         return fingerprint(self.stage_settings(stage))
 
     def seed(self, stage: StageSpec) -> int:
-        """Of all that is drawn in a stage: the recipe's, and another one for a stage that reads what one before it has read.
+        """Of all that is drawn in a stage: the recipe's, and another one for a stage that reads a source that one before it reads.
 
         In the same order it would begin with what that one has read, and a budget that ends within the data would never come to
-        the rest.
+        the rest. So it would with a source more: a shuffle of somewhat more instances begins as that of fewer does.
         """
-        read, name, own = 0, stage.predecessor, stage.data.determining("weights")
+        read, name = 0, stage.predecessor
         while name is not None:
             before = self.recipe.stage(name)
-            read += before.objective == stage.objective and before.data.determining("weights") == own
+            read += before.objective == stage.objective and _shares(before.data, stage.data)
             name = before.predecessor
         return self.orders[read]
 
@@ -107,6 +107,14 @@ class Workspace:
         if stage.starts_from_directory:
             return fingerprint(sorted(_record_files(init_directory(self.out, stage)).items()))
         return self.stage_fingerprint(self.recipe.stage(stage.init_from))
+
+
+def _shares(first: DataSpec, second: DataSpec) -> bool:
+    """Whether both read the same data, or a source in rows of the same length."""
+    if first.determining("weights") == second.determining("weights"):
+        return True
+    sources = [source.determining("data") for source in first.sources]
+    return first.sequence_length == second.sequence_length and any(each.determining("data") in sources for each in second.sources)
 
 
 def build_config(recipe: Recipe, tokenizer: KeuralTokenizer) -> "KeuralConfig":

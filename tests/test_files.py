@@ -243,3 +243,18 @@ def test_only_a_file_can_be_replaced_by_an_output(tmp_path: Path) -> None:
     for path, reason in ((tmp_path, "is a directory"), (link, "is a link"), (pipe, "a pipe"), (file / "x", "is no directory")):
         with pytest.raises(UserError, match=rf"--json {path}: .*{reason}"):
             check_output(path, "--json")
+
+
+def test_an_output_is_refused_before_the_work_where_its_directory_cannot_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, gone = tmp_path / "there", tmp_path / "gone"
+    there.symlink_to(tmp_path)
+    gone.symlink_to(tmp_path / "nowhere")
+    check_output(there / "figures.json")
+    for path in (gone / "figures.json", gone / "more" / "figures.json"):
+        with pytest.raises(UserError, match=rf"{gone} is no directory that can be written to"):
+            check_output(path)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match=rf"{tmp_path} is no directory that can be written to"):
+        check_output(tmp_path / "figures.json")

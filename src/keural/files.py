@@ -147,9 +147,9 @@ def check_output(path: Path, what: str = "") -> None:
         raise UserError(f"{said}: is a directory; name a file")
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise UserError(f"{said}: is a link, a pipe or a device, which would be replaced; name a file")
-    parent = next(parent for parent in path.absolute().parents if parent.exists())
-    if not parent.is_dir():
-        raise UserError(f"{said}: {parent} is no directory; name a file in one")
+    parent = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"{said}: {parent} is no directory that can be written to; name a file in one")
 
 
 def clear_leftovers(directory: Path) -> None:

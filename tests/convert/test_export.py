@@ -141,7 +141,7 @@ def test_the_model_card_says_what_was_measured(tmp_path: Path, stored: Path) -> 
         card = (export(stored, tmp_path / format_name, format_name, options) / "README.md").read_text()
         assert "\n| kobest_copa | ko | 56.2% | 53.2% to 59.3% | 1,000 | 50.0% | 50 |\n" in card
         assert "\n| prose | ko | 1.651 bits/byte |  | 12 |  | not searched |\n" in card
-        assert "\n| novel |  | 2.500 bits/byte (xz -9 2.750, zstd -19 3.000) |  | 3 |  | none, held out |\n" in card
+        assert "\n| novel |  | 2.500 bits/byte (xz -9 2.750, zstd -19 3.000) |  | 3 |  | held out |\n" in card
         assert "| empty" not in card
     assert "## Evaluation" not in (export(stored, tmp_path / "silent", "hf", ExportOptions()) / "README.md").read_text()
 

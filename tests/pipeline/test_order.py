@@ -48,7 +48,7 @@ def test_a_stage_that_an_earlier_version_read_in_the_order_before_says_that_and_
     StageMarker.of(marker.settings | {"seed": 42}).write(place.run / "on" / "stage.json")
     (place.run / "on" / "done.json").unlink()
     said = place.again("--until", "on")
-    assert "other settings (the order of its data, another one now where a stage before it reads the same)" in said
+    assert "other settings (the order of its data, another one now where a stage before it reads some of the same)" in said
     assert "what was made is kept as" in said
     assert "seed:" not in said
 
@@ -70,3 +70,16 @@ def test_only_what_goes_on_from_the_same_data_has_another_seed(reads_on: Workspa
     workspace = Workspace(recipe, tmp_path, reads_on.tokenizer, {})
     others = [stage.name for stage in recipe.stages if workspace.seed(stage) != recipe.spec.seed]
     assert others == ["pretrain-2", "sft-2", "sft-3"]  # which has one source more; dpo-2 does not go on from dpo-1
+
+
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [("toy", []), ("keural-14b", ["pretrain-2"]), ("keural-14b-2xh200", ["pretrain-2"]), ("keural-14b-published", ["pretrain-2"])],
+)
+def test_recipes_have_another_order_where_a_stage_reads_some_of_what_one_before_it_reads(
+    reads_on: Workspace, tmp_path: Path, name: str, others: list[str]
+) -> None:
+    """The 14B's second stage has three sources of the first one, with other weights."""
+    recipe = load_recipe(SHIPPED / name)
+    workspace = Workspace(recipe, tmp_path, reads_on.tokenizer, {})
+    assert [stage.name for stage in recipe.stages if workspace.seed(stage) != recipe.spec.seed] == others

@@ -11,7 +11,7 @@ from keural.data.records import Document
 from keural.evaluate.results.records import ItemResult
 from keural.evaluate.results.store import Header, ModelIdentity, open_results, read_results, results_file
 from keural.pipeline.run_directory import Done, Summary
-from keural.pipeline.scores import Measured, keep, with_kept
+from keural.pipeline.scores import Measured, keep, scores_of, with_kept
 from keural.pipeline.training_texts import trained_on
 from tests.pipeline.conftest import WORDS, Place
 
@@ -162,6 +162,18 @@ def test_the_command_flags_a_set_that_a_run_was_trained_on(place: Place, finishe
     assert "| planted | ko | " in card
     [bits] = Summary.read(run / "summary.json").evaluation["bits_per_byte"]
     assert f"| prose |  | {bits['models']['align']:.3f} bits/byte (xz -9 {bits['xz']:.3f}" in card
+
+
+def test_a_task_that_is_called_as_a_measure_of_the_recipe_is_stays_in_the_card(run: Path) -> None:
+    summary = Summary.read(run / "summary.json")
+    [bits] = summary.evaluation["bits_per_byte"]
+    task = {"score": 0.5, "n": 3}
+    evaluation = {**summary.evaluation, "stages": {"align": {"tasks": {"prose": task}}}}
+    summary.model_copy(update={"evaluation": evaluation}).write(run / "summary.json")
+    found = scores_of(run / "final")
+    assert found is not None
+    assert found["prose"] == task
+    assert found["prose, held-out text of the recipe"]["score"] == bits["models"]["align"]
 
 
 def test_the_same_run_again_keeps_what_was_measured(place: Place, finished: Path) -> None:

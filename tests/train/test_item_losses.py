@@ -61,6 +61,36 @@ def test_a_stage_that_is_started_again_keeps_those_before_and_measures_those_aft
     assert (job.run_dir / AFTER).read_bytes() == after
 
 
+@pytest.mark.parametrize("objective", ["sft", "next_token"])
+def test_a_stage_that_is_ended_at_steps_that_are_done_has_the_figures_of_that_step(tmp_path: Path, objective: str) -> None:
+    """Not those of a step before, when it was to end there, nor of one behind, which it had come to."""
+
+    def job(steps: int, run: str = "run") -> StageJob:
+        settings = {"steps": steps, "warmup_steps": 1, "min_lr": 1e-3, "save_every": 2, "keep_checkpoints": 4}
+        return small_job(tmp_path, objective, run=run, heldout=True, train=settings)
+
+    for steps in (2, 6):
+        train_stage(job(steps))
+    shutil.rmtree(job(4).run_dir / "checkpoints" / "step-00000006")
+    ended, expected = train_stage(job(4)), train_stage(job(4, "direct"))
+    assert ended.heldout == expected.heldout
+    assert metrics_of(job(4))[-1]["heldout"] == expected.heldout
+    if objective == "sft":
+        assert (job(4).run_dir / AFTER).read_bytes() == (job(4, "direct").run_dir / AFTER).read_bytes()
+
+
+def test_those_after_that_are_gone_are_measured_again_without_a_step(tmp_path: Path) -> None:
+    job = sft_job(tmp_path, steps=2)
+    train_stage(job)
+    after = (job.run_dir / AFTER).read_bytes()
+    (job.run_dir / AFTER).write_text("{")
+    with pytest.raises(UserError, match=r"heldout-after\.json: damaged; delete it and run the same command again"):
+        train_stage(job)
+    (job.run_dir / AFTER).unlink()
+    train_stage(job)
+    assert (job.run_dir / AFTER).read_bytes() == after
+
+
 def test_those_of_this_stage_are_not_measured_again_and_anothers_are(tmp_path: Path) -> None:
     job = sft_job(tmp_path, steps=2)
     train_stage(job)

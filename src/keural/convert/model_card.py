@@ -63,7 +63,7 @@ def _score(name: str, figures: Mapping[str, Any]) -> tuple[str, ...]:
     low, high, chance = (figures.get(key) for key in ("low", "high", "chance"))
     interval = "" if low is None or high is None else f"{_figure(low, in_bits)} to {_figure(high, in_bits)}"
     seen = figures.get("contamination", {})
-    held = "none, held out" if figures.get("heldout") else "not searched"
+    held = "held out" if figures.get("heldout") else "not searched"
     if seen:
         held = f"{seen['found']:,}" + (" (not all of it searched)" if seen["unknown"] else "")
     packers = ", ".join(f"{name.replace('_', ' -')} {value:.3f}" for name, value in figures.get("baselines", {}).items() if in_bits)

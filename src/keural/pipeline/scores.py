@@ -108,7 +108,8 @@ def scores_of(path: Path) -> dict[str, Figures] | None:
         if stage in row["models"]:
             packers = {name: row[key] for key, name in PACKED.items() if key in row}
             counts = {"language": row["language"], "n": row["documents"]}
-            found[row["name"]] = {"score": row["models"][stage], "kind": BITS, **counts, "baselines": packers, "heldout": True}
+            name = row["name"] if row["name"] not in found else f"{row['name']}, held-out text of the recipe"
+            found[name] = {"score": row["models"][stage], "kind": BITS, **counts, "baselines": packers, "heldout": True}
     return found or None
 
 

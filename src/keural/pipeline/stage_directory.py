@@ -121,7 +121,7 @@ def _changes(workspace: Workspace, earlier: Settings, settings: Settings) -> lis
     """What differs; of a seed that only follows from the recipe's, what that is for."""
     if earlier.get("seed") == settings["seed"] or earlier.get("seed") not in workspace.orders:
         return changes(earlier, settings)
-    order = "the order of its data, another one now where a stage before it reads the same"
+    order = "the order of its data, another one now where a stage before it reads some of the same"
     return [*changes(earlier, settings | {"seed": earlier["seed"]}), order]
 
 

@@ -59,6 +59,8 @@ class StageRun:
         with self._metrics() as metrics, Watchdog(spec.stuck_after, ranks.rank) as watchdog, self._written():
             watchdog.sign(f"the evaluation before step 0 of {self.job.stage.name}")
             self._evaluate_before(metrics)
+            if progress.step == steps and not self._is_measured():
+                self._evaluate(metrics)
             while progress.step < steps:
                 by_clock = spec.save_every is None and pause.over()
                 stopped, late, writing, failed = ranks.any_of([stop.requested, by_clock, *self.checkpoints.signs])
@@ -162,11 +164,20 @@ class StageRun:
         if self.trainer.ranks.on_main(lambda: ItemLosses.are_known(path, self.job, heldout)):
             return
         if self.progress.step:
-            metrics.say(f"what it changes of its held-out data is not known: it was begun without {BEFORE}")
+            metrics.say(f"what it changes of its held-out data is not known: {BEFORE}, from before its first step, is not there")
             return
         found = evaluate(self.trainer, heldout, self.heldout_references)
         self._keep_items(found, heldout, path)
         metrics.say(f"held-out loss {found.figures['loss']:.4f} before the first step")
+
+    def _is_measured(self) -> bool:
+        """Whether a stage whose steps are all done has the figures of its end, those of held-out items included."""
+        path, heldout = self.job.run_dir / AFTER, self.heldout
+        if heldout is None:
+            return True
+        if not self.progress.heldout:
+            return False
+        return not has_items(self.job.stage) or self.trainer.ranks.on_main(lambda: ItemLosses.are_known(path, self.job, heldout))
 
     def _evaluate(self, metrics: Metrics) -> None:
         if self.heldout is not None:

@@ -202,5 +202,7 @@ def _resume(job: StageJob, plan: step_plan.StepPlan, latest: Stored | None, chec
             "file, or the checkpoints"
         )
     progress.plan = asdict(plan)
+    if progress.step == plan.steps != made_for.steps:
+        progress.heldout = {}  # of a step before, as it was not the last one
     trainer.ranks.log_once(f"{job.stage.name}: resumed at step {progress.step} of {plan.steps}")
     return progress

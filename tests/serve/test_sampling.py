@@ -208,6 +208,26 @@ def test_numbers_at_the_border_between_two_tokens_are_decided_by_exact_sums(monk
     assert all(before != after for before, after in zip(found[::2], found[1::2], strict=True))
 
 
+def test_scores_whose_weights_are_equal_in_float32_have_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether rough sums or exact ones decide is another matter on another processor, or with more threads."""
+    size = 40
+    logits = torch.full((1000,), -9.0)
+    logits[:size] = 0.3 + torch.arange(size) * 3e-8  # the later the likelier
+    logits[500] = 0.9
+    assert len(logits.unique()) == 2 + size > 10 + len((logits - 0.9).exp().unique())
+    sampling = SamplingParams(1.0, 0.99, 1.0)
+    numbers = [place / 500 for place in range(500)]
+
+    def chosen() -> list[int]:
+        return choose(logits.expand(len(numbers), -1), [At(number, sampling, [], 1000) for number in numbers])
+
+    found = chosen()
+    monkeypatch.setattr(sampling_room, "FEW", 0)
+
+    assert chosen() == found
+    assert list(dict.fromkeys(found))[: size + 1] == [500, *reversed(range(size))]
+
+
 @pytest.mark.parametrize("shift", [-90.0, -20.0, 0.0, 18.0, 25.0, 90.0, 1e5])
 def test_what_is_added_to_all_logits_changes_no_choice(shift: float) -> None:
     logits = (random_case(6, 5000, 3.0)[0] * 64).round() / 64  # so that the sums are exact

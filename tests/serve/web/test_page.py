@@ -421,6 +421,28 @@ class TestTwoTabs:
         assert first.questions == ["one", "two"]
         assert second.questions == ["one", "three"]
 
+    def test_take_nothing_from_whoever_begins_to_edit_while_the_database_is_asked(self, start: Start, visit: Visit) -> None:
+        first = visit(start("two blue birds"))
+        first.ask("one")
+        second = Open(first.page.context.new_page(), first.address)
+        second.page.click("#list .open")
+        second.page.wait_for_selector(".turn")
+        second.ask("two")
+        first.page.evaluate("""() => {
+          const get = IDBObjectStore.prototype.get;
+          IDBObjectStore.prototype.get = function (...given) {
+            IDBObjectStore.prototype.get = get;
+            const request = get.apply(this, given);
+            request.addEventListener("success", () => setTimeout(() => setTimeout(() => (window.asked = true))));
+            document.querySelector(".user [data-do=edit]").click();
+            return request;
+          };
+          dispatchEvent(new Event("focus"));
+        }""")
+        first.until("window.asked === true")
+
+        assert first.page.locator(".edit textarea").count() == 1
+
     def test_know_of_each_others_conversations(self, start: Start, visit: Visit) -> None:
         first = visit(start("two blue birds"))
         second = Open(first.page.context.new_page(), first.address)

@@ -218,7 +218,8 @@ def _of_scores(scores: Floats, sampling: SamplingParams, number: float) -> int |
         whole = _rough_mass(scores, zero, temperature) if top_p < 1 else 0.0
     found = _of_few(scores, zero, whole, temperature, top_p, number) if top_p < 1 else None
     if found is None:
-        found = _of_nucleus(_weights(scores, scores[scores.argmax()], temperature, _room.weights), top_p, number)
+        weights = _weights(scores, scores[scores.argmax()], temperature, _room.weights)
+        found = _of_nucleus(scores, weights, top_p, number)
     return found
 
 
@@ -309,21 +310,21 @@ def _rank(sums: NDArray[np.float64], wanted: float, next_weight: float, number: 
     return min(bisect_right(sums, number * mass), end)
 
 
-def _of_nucleus(weights: Floats, top_p: float, number: float) -> int:
+def _of_nucleus(scores: Floats, weights: Floats, top_p: float, number: float) -> int:
     """The token at the part `number` of the nucleus's mass; `weights` `[V]` are probabilities up to a factor, the largest 1.
 
-    Tokens are in the order of their probability, of their id where that is equal. Sorting a large vocabulary takes longer than a
-    step of a small model. So the masses of buckets of similar weights are summed, in float64, and only the two buckets are sorted
+    Tokens are in the order of their `scores` `[V]`, of their id where these are equal. Sorting a large vocabulary takes longer than
+    a step of a small model. So the masses of buckets of similar weights are summed, in float64, and only the two buckets are sorted
     in which the nucleus and the token end. The weights up to (1 - top_p) / 2V of the whole mass have together at most half of
     what the nucleus may leave out, and are left out before.
     """
     if top_p >= 1:
-        ranked = _Ranked(weights)
+        ranked = _Ranked(scores, weights)
         return ranked.index(ranked.at(number * ranked.mass, "right")[0])
     whole = float(weights.sum(dtype=np.float64))
     least = np.float32((1 - top_p) * whole / (2 * len(weights)))
     tokens = np.flatnonzero(np.greater(weights, least, out=_room.marks))
-    ranked = _Ranked(weights[tokens])
+    ranked = _Ranked(scores[tokens], weights[tokens])
     last, mass = ranked.at((top_p - ENOUGH) * whole, "left")
     drawn, _ = ranked.at(number * mass, "right")
     return int(tokens[ranked.index(min(drawn, last))])
@@ -334,11 +335,11 @@ Rank = tuple[int, int]
 
 
 class _Ranked:
-    """Weights `[N]`, at most 1, by size, largest first, of which only the buckets that are asked for are sorted."""
+    """Weights `[N]`, at most 1, by their scores `[N]`, largest first, of which only the buckets that are asked for are sorted."""
 
-    def __init__(self, weights: Floats) -> None:
-        self._weights, self._bits = weights, weights.view(np.int32)
-        self._bucket = (BUCKETS - 1) - (self._bits >> LOW_BITS)
+    def __init__(self, scores: Floats, weights: Floats) -> None:
+        self._scores, self._weights = scores, weights
+        self._bucket = (BUCKETS - 1) - (weights.view(np.int32) >> LOW_BITS)
         masses = torch.zeros(BUCKETS, dtype=torch.float64)
         for start in range(0, len(weights), PART):
             part = slice(start, start + PART)
@@ -361,10 +362,10 @@ class _Ranked:
         return int(self._in(rank[0])[rank[1]])
 
     def _in(self, bucket: int) -> NDArray[np.int64]:
-        """Where the weights of a bucket stand, largest first: they differ in their low bits, which NumPy sorts by counting."""
+        """Where the weights of a bucket stand, largest score first, as in `_of_few`: unequal scores may have equal weights."""
         if bucket not in self._sorted:
             members = np.flatnonzero(self._bucket == bucket)
-            self._sorted[bucket] = members[np.argsort(~self._bits[members].astype(np.uint16), kind="stable")]
+            self._sorted[bucket] = members[np.argsort(-self._scores[members], kind="stable")]
         return self._sorted[bucket]
 
 

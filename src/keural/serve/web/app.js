@@ -80,8 +80,8 @@ function keep(conversation) {
 /** Show what another tab has kept since this one was looked at. */
 async function catchUp() {
   await list();
-  if (running?.talk.id === talk.id || turns.querySelector(".edit")) return;
   const found = await kept(() => store.load(talk.id));
+  if (running?.talk.id === talk.id || turns.querySelector(".edit")) return; // begun, perhaps, while the database was asked
   if (found?.id === talk.id && join(talk, found)) draw();
 }
 

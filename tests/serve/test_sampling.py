@@ -228,6 +228,13 @@ def test_scores_whose_weights_are_equal_in_float32_have_one_order(monkeypatch: p
     assert list(dict.fromkeys(found))[: size + 1] == [500, *reversed(range(size))]
 
 
+def test_places_fall_by_score_and_equal_ones_rise() -> None:
+    some = [0.0, -0.0, 1e-45, -1e-45, float("-inf"), -3.0, 2.5, 2.5, 0.0, -0.0, 1.0000001, 1.0, float("-inf"), 3e38, -3e38]
+    scores = np.array(some * 3, dtype=np.float32)
+
+    assert sampling_room._falling(scores).tolist() == sorted(range(len(scores)), key=lambda place: -scores[place])
+
+
 @pytest.mark.parametrize("shift", [-90.0, -20.0, 0.0, 18.0, 25.0, 90.0, 1e5])
 def test_what_is_added_to_all_logits_changes_no_choice(shift: float) -> None:
     logits = (random_case(6, 5000, 3.0)[0] * 64).round() / 64  # so that the sums are exact

@@ -370,8 +370,8 @@ class _Ranked:
 
 
 def _falling(scores: Floats) -> NDArray[np.int64]:
-    """The places of scores `[N]`, the largest first and of equal ones the first: bits and place as one number, which NumPy sorts in a
-    third of the time.
+    """The places of scores `[N]`, the largest first and of equal ones the first: bits and place as one number, which NumPy sorts
+    in a third of the time.
     """
     bits = np.subtract(np.float32(0), scores).view(np.int32)  # of 0 and -0 the same
     rising = bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))

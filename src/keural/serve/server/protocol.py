@@ -148,7 +148,7 @@ class _Connection(h11.Connection):
             if b"transfer-encoding" in names and (b"content-length" in names or event.http_version < b"1.1"):
                 # A proxy may take the one and we the other for the end of the body, or know no chunks: what follows would be
                 # somebody else's request.
-                raise h11.RemoteProtocolError("two lengths of one body")
+                raise h11.RemoteProtocolError("where the body ends can be read in two ways")
             size = len(event.target) + sum(len(name) + len(value) + 4 for name, value in event.headers.raw_items())
             if size > self._most:
                 self.head_too_large = True

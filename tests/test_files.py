@@ -240,7 +240,9 @@ def test_only_a_file_can_be_replaced_by_an_output(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     check_output(file)
     check_output(tmp_path / "new" / "figures.json")
-    for path, reason in ((tmp_path, "is a directory"), (link, "is a link"), (pipe, "a pipe"), (file / "x", "is no directory")):
+    refused = {tmp_path: "is a directory", link: "is a link", pipe: "a pipe", file / "x": "is no directory"}
+    refused[Path("-")] = "standard output"
+    for path, reason in refused.items():
         with pytest.raises(UserError, match=rf"--json {path}: .*{reason}"):
             check_output(path, "--json")
 

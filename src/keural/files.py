@@ -143,6 +143,8 @@ def cannot_write(path: Path, error: OSError) -> UserError:
 def check_output(path: Path, what: str = "") -> None:
     """Raise `UserError` unless a file can be written to `path`, or replaced there; `what` says which option names it."""
     said = f"{what} {path}".lstrip()
+    if path == Path("-"):
+        raise UserError(f"{said}: standard output is not written to; name a file")
     if path.is_dir():
         raise UserError(f"{said}: is a directory; name a file")
     if path.is_symlink() or (path.exists() and not path.is_file()):

@@ -403,13 +403,19 @@ class TestWhatIsKept:
         assert page.questions == []
 
 
+def in_another_tab(first: Open) -> Open:
+    """The conversation that was kept last, opened in a second tab."""
+    second = Open(first.page.context.new_page(), first.address)
+    second.page.click("#list .open")
+    second.page.wait_for_selector(".turn")
+    return second
+
+
 class TestTwoTabs:
     def test_lose_nothing_of_each_other(self, start: Start, visit: Visit) -> None:
         first = visit(start("two blue birds"))
         first.ask("one")
-        second = Open(first.page.context.new_page(), first.address)
-        second.page.click("#list .open")
-        second.page.wait_for_selector(".turn")
+        second = in_another_tab(first)
         first.ask("two")
         second.ask("three")
         (kept,) = second.page.evaluate(KEPT)
@@ -424,9 +430,7 @@ class TestTwoTabs:
     def test_take_nothing_from_whoever_begins_to_edit_while_the_database_is_asked(self, start: Start, visit: Visit) -> None:
         first = visit(start("two blue birds"))
         first.ask("one")
-        second = Open(first.page.context.new_page(), first.address)
-        second.page.click("#list .open")
-        second.page.wait_for_selector(".turn")
+        second = in_another_tab(first)
         second.ask("two")
         first.page.evaluate("""() => {
           const get = IDBObjectStore.prototype.get;

@@ -363,8 +363,10 @@ async function importFile(file) {
   } catch (error) {
     return notice(say("badFile", String(error.message).slice(0, 200)));
   }
-  notice(say("imported", number(found.length)));
-  await kept(() => store.saveAll(found));
+  await kept(async () => {
+    await store.saveAll(found);
+    notice(say("imported", number(found.length)));
+  });
   await list();
 }
 
